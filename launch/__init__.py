@@ -1,0 +1,1 @@
+"""Entry points: compose the config, validate it, spawn processes, call train and model."""

@@ -1,0 +1,1 @@
+"""Single-device maths that also runs sharded: transformer, routers, attention, experts. No training, no files."""

@@ -1,0 +1,1 @@
+"""Attention variants behind one call."""

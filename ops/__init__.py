@@ -1,0 +1,1 @@
+"""Functions on tensors: each op has a reference, an interface and its tests."""

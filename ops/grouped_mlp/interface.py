@@ -1,0 +1,48 @@
+"""SwiGLU over stacked experts: checks, then the backend the device has. See README.md."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ops.grouped_mlp.reference import reference_grouped_mlp
+
+
+def select_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """"grouped_mm" where torch has a grouped GEMM for it (CUDA, bf16, compute capability 8.0 up), else "reference"."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "grouped_mm"
+    return "reference"
+
+
+def grouped_mlp(rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, counts: torch.Tensor,
+                backend: str | None = None) -> torch.Tensor:
+    """Apply each expert's SwiGLU to its consecutive rows.
+
+    Args:
+        rows: [R, D] floating, sorted by local expert.
+        gate_up: [L, 2F, D], gate projection first; down: [L, D, F]; both in the dtype of `rows`.
+        counts: [L] int64, rows per expert (zero allowed), sum R.
+        backend: "reference" | "grouped_mm"; None chooses by device and dtype.
+
+    Returns:
+        [R, D]. Every weight gets a gradient on every call, also from experts without rows and when R is 0: ranks
+        that skip a parameter would leave their peers waiting in the gradient reduction.
+
+    Raises:
+        ValueError: shapes or backend do not fit.
+    """
+    num_experts, double_width, hidden_size = gate_up.shape
+    if rows.shape[1] != hidden_size or down.shape != (num_experts, hidden_size, double_width // 2):
+        raise ValueError(f"rows {tuple(rows.shape)}, gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} "
+                         "do not fit [R, D], [L, 2F, D], [L, D, F]")
+    if counts.shape != (num_experts,):
+        raise ValueError(f"counts has shape {tuple(counts.shape)}, expected ({num_experts},)")
+    backend = backend or select_backend(rows.device, rows.dtype)
+    if backend == "reference" or rows.shape[0] == 0:
+        return reference_grouped_mlp(rows, gate_up, down, counts)
+    if backend != "grouped_mm":
+        raise ValueError(f"unknown grouped_mlp backend {backend!r}; choose reference or grouped_mm")
+    ends = counts.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(rows, gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)

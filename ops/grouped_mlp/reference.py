@@ -1,0 +1,20 @@
+"""The definition of the grouped SwiGLU MLP: one expert after another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def reference_grouped_mlp(rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+                          counts: torch.Tensor) -> torch.Tensor:
+    """y = (silu(x W_gate^T) * (x W_up^T)) W_down^T with the weights of each row's expert.
+
+    rows [R, D] sorted by expert; gate_up [L, 2F, D] (gate first); down [L, D, F]; counts [L] int64 with sum R.
+    An expert without rows multiplies an empty slice, so its weights still get a (zero) gradient.
+    """
+    outputs = []
+    for expert, x in enumerate(rows.split(counts.tolist())):
+        gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
+        outputs.append(F.linear(F.silu(gate) * up, down[expert]))
+    return torch.cat(outputs)

@@ -1,0 +1,59 @@
+"""Tiny models and batches shared by the worker scripts of this folder."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from model.attention.dense import DenseAttention
+from model.config import BalanceConfig, ModelConfig
+from model.dispatch import AllToAllDispatcher
+from model.moe import ModelParts
+from model.parallel import ParallelGroups
+from model.routers.top_k import TopKRouter
+from model.transformer import Transformer
+
+VOCAB_SIZE = 64
+
+
+def tiny_config(**changes) -> ModelConfig:
+    shape = dict(vocab_size=VOCAB_SIZE, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=32,
+                 num_experts=8, expert_intermediate_size=24, max_seq_len=64, num_dense_layers=1, num_shared_experts=1,
+                 qk_norm="head", init_std=0.1)
+    return ModelConfig(**{**shape, **changes})
+
+
+def build(config: ModelConfig, balance: BalanceConfig, groups: ParallelGroups | None = None, seed: int = 7,
+          **router) -> Transformer:
+    parts = ModelParts(functools.partial(TopKRouter, **{"top_k": 2, **router}), DenseAttention, AllToAllDispatcher,
+                       balance)
+    return Transformer(config, parts, groups, seed)
+
+
+def batch(step: int, micro_step: int, rows: int, length: int = 16) -> dict:
+    """Deterministic packed rows with uneven documents, masked targets and a padded tail; differs in every row."""
+    gen = torch.Generator().manual_seed(1000 * step + micro_step)
+    input_ids = torch.randint(0, VOCAB_SIZE, (rows, length), generator=gen)
+    targets = torch.randint(0, VOCAB_SIZE, (rows, length), generator=gen)
+    positions = torch.empty(rows, length, dtype=torch.int64)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    for row in range(rows):
+        cut = int(torch.randint(1, length - 4, (1,), generator=gen))
+        positions[row] = torch.cat((torch.arange(cut), torch.arange(length - cut)))
+        targets[row, cut - 1] = -100
+        if row % 3 == 1:
+            padded = int(torch.randint(1, 5, (1,), generator=gen))
+            targets[row, -padded:] = -100
+            mask[row, -padded:] = False
+    return {"input_ids": input_ids, "targets": targets, "positions": positions, "token_mask": mask}
+
+
+def take(full: dict, start: int, stop: int) -> dict:
+    """Rows start..stop of a batch, with cu_seqlens of their own."""
+    part = {name: tensor[start:stop] for name, tensor in full.items()}
+    starts = (part["positions"].flatten() == 0).nonzero().flatten()
+    total = part["positions"].numel()
+    part["cu_seqlens"] = torch.cat((starts, torch.tensor([total]))).to(torch.int32)
+    part["max_seqlen"] = int(part["cu_seqlens"].diff().max())
+    return part

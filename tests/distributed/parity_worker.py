@@ -1,0 +1,131 @@
+"""Train the same tiny model under DeepSpeed on this many ranks and in one plain process; print the differences.
+
+Each case of argv[1] (JSON list) prints one JSON line: relative errors of loss, every gradient, the global gradient
+norm, first moments (which show clipping, as Adam's update hides scale) and parameters after a few steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import batch, build, take, tiny_config
+
+from model.config import BalanceConfig
+from model.experts import is_expert_parameter
+from model.loss import IGNORE_INDEX, training_loss
+from model.parallel import destroy_parallel, initialize_parallel
+from train.config import OptimConfig, TrainConfig
+from train.engine import Engine, import_deepspeed
+from train.optim import build_optimizer
+
+ROWS, STEPS = 8, 4  # rows of one micro-batch over all ranks
+
+
+def counts_of(step: int, num_micro: int) -> tuple[int, int]:
+    batches = [batch(step, m, ROWS) for m in range(num_micro)]
+    return (sum(int((b["targets"] != IGNORE_INDEX).sum()) for b in batches),
+            sum(int(b["token_mask"].sum()) for b in batches))
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor, floor: float = 1e-12) -> float:
+    """Error over the reference's norm, or over `floor` where that norm is smaller (rounding of near-zero gradients)."""
+    return float((ours.double() - reference.double()).norm() / reference.double().norm().clamp_min(floor))
+
+
+def local_part(reference: torch.Tensor, parameter: torch.nn.Parameter, groups) -> torch.Tensor:
+    if not is_expert_parameter(parameter):
+        return reference
+    experts = groups.local_experts(reference.shape[0])
+    return reference[experts.start:experts.stop]
+
+
+def run_case(case: dict) -> dict:
+    num_micro, clip, precision = case["accumulation"], case["clip"], case.get("precision", "fp32")
+    config = tiny_config(**case.get("model", {}))
+    balance = BalanceConfig(aux_loss_coeff=0.05, aux_loss_scope=case["scope"], z_loss_coeff=0.01)
+    optim = OptimConfig(lr=0.01, weight_decay=0.1, decay_style="constant")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    train = TrainConfig(num_steps=STEPS, seq_len=16, micro_batch_size=ROWS // world,
+                        global_batch_size=ROWS * num_micro, clip_grad_norm=clip, precision=precision)
+
+    master = build(config, balance)
+    reference_optimizer = build_optimizer(master, optim, "experts")
+    # In bf16 the reference computes with a rounded copy of fp32 masters, as ZeRO does; in fp32 it is the master itself.
+    reference = copy.deepcopy(master).to(torch.bfloat16) if precision == "bf16" else master
+    groups = initialize_parallel(case["ep"])
+    engine = Engine(build(config, balance, groups), groups, train, optim,
+                    {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}})
+    errors = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "moment": 0.0, "parameter": 0.0}
+    masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
+    for step in range(STEPS):
+        num_targets, num_tokens = counts_of(step, num_micro)
+        reference.zero_grad()
+        reference_loss, previous = 0.0, None
+        for micro in range(num_micro):
+            output = reference(**take(batch(step, micro, ROWS), 0, ROWS), previous_counts=previous)
+            previous = output.scope_counts
+            loss = training_loss(output, num_targets, num_tokens, balance)
+            loss.backward()
+            reference_loss += float(loss)
+        own = torch.zeros((), dtype=torch.float64)
+        previous = None
+        for micro in range(num_micro):
+            share = ROWS // world
+            output = engine.forward(**take(batch(step, micro, ROWS), rank * share, (rank + 1) * share),
+                                    previous_counts=previous)
+            previous = output.scope_counts
+            loss = training_loss(output, num_targets, num_tokens, balance)
+            engine.backward(loss, is_last=micro == num_micro - 1)
+            own += loss.detach().double()
+        dist.all_reduce(own)
+        errors["loss"] = max(errors["loss"], abs(float(own) - reference_loss) / abs(reference_loss))
+        floor = 1e-2 * float(torch.stack([p.grad.double().norm() for p in computed.values()]).norm())
+        for name, parameter in engine.named_parameters():
+            gradient = engine.full_gradient(parameter)
+            assert gradient is not None, f"{name} has no gradient"
+            expected = local_part(computed[name].grad, parameter, groups)
+            errors["gradient"] = max(errors["gradient"], relative(gradient, expected, floor))
+        for name in masters:
+            masters[name].grad = computed[name].grad.to(masters[name].dtype)
+        norm = torch.nn.utils.clip_grad_norm_(master.parameters(), clip if clip > 0 else float("inf"))
+        reference_optimizer.step()
+        with torch.no_grad():
+            for name in masters:
+                computed[name].copy_(masters[name])
+        errors["norm"] = max(errors["norm"], abs(engine.step() - float(norm)) / float(norm))
+    engine.prepare_gather()
+    floor = 1e-2 * float(torch.stack([s["exp_avg"].norm() for s in reference_optimizer.state.values()]).norm())
+    for name, parameter in engine.named_parameters():
+        expected = masters[name]
+        moment = reference_optimizer.state[expected]["exp_avg"]
+        errors["parameter"] = max(errors["parameter"], relative(engine.gather_state(parameter, "fp32"),
+                                                                local_part(expected, parameter, groups)))
+        errors["moment"] = max(errors["moment"], relative(engine.gather_state(parameter, "exp_avg"),
+                                                          local_part(moment, parameter, groups), floor))
+    engine.close()
+    destroy_parallel()
+    everyone = [None] * world
+    dist.all_gather_object(everyone, errors)
+    return {name: max(e[name] for e in everyone) for name in errors}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    import_deepspeed()
+    dist.init_process_group("gloo")
+    for case in json.loads(sys.argv[1]):
+        errors = run_case(case)
+        if dist.get_rank() == 0:
+            print(json.dumps({"case": case, "errors": errors}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Expert parallelism under ZeRO trains exactly as one process does.
+
+This is also the contract test of DeepSpeed's private parts that train/engine.py relies on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+SCOPES = ("sequence", "batch", "global_batch")
+FP32_TOLERANCE = {"loss": 2e-6, "gradient": 3e-5, "norm": 1e-5, "moment": 5e-5, "parameter": 5e-5}
+BF16_TOLERANCE = {"loss": 1e-2, "gradient": 0.2, "norm": 5e-2, "moment": 0.3, "parameter": 2e-2}
+
+
+def matrix(expert_sizes: tuple[int, ...]) -> list[dict]:
+    cases = itertools.product(expert_sizes, (0, 1, 2, 3), (1, 2), (0.0, 0.5))
+    return [{"ep": ep, "zero": zero, "accumulation": accumulation, "clip": clip, "scope": SCOPES[i % 3]}
+            for i, (ep, zero, accumulation, clip) in enumerate(cases)]
+
+
+VARIANTS = [
+    {"ep": 2, "zero": 3, "accumulation": 2, "clip": 0.5, "scope": "batch", "model": {"tie_embeddings": True}},
+    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "global_batch", "model": {"recompute": "block"}},
+    {"ep": 2, "zero": 1, "accumulation": 2, "clip": 0.5, "scope": "global_batch", "model": {"recompute": "block"}},
+    {"ep": 2, "zero": 2, "accumulation": 1, "clip": 0.5, "scope": "batch", "model": {"tie_embeddings": True}},
+    {"ep": 1, "zero": 1, "accumulation": 2, "clip": 0.5, "scope": "batch", "model": {"num_experts": 0}},
+    {"ep": 2, "zero": 2, "accumulation": 1, "clip": 0.5, "scope": "batch",
+     "zero_options": {"offload_optimizer": {"device": "cpu"}}},
+    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch",
+     "zero_options": {"stage3_param_persistence_threshold": 0}},
+    {"ep": 2, "zero": 1, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
+    {"ep": 2, "zero": 2, "accumulation": 2, "clip": 0.5, "scope": "batch", "precision": "bf16"},
+    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
+]
+
+
+def check(rows: list[dict], cases: list[dict]) -> None:
+    assert [r["case"] for r in rows] == cases
+    wrong = []
+    for row in rows:
+        tolerance = BF16_TOLERANCE if row["case"].get("precision") == "bf16" else FP32_TOLERANCE
+        wrong += [(row["case"], name, error) for name, error in row["errors"].items() if not error <= tolerance[name]]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_ranks")
+def test_two_ranks_train_as_one_process(run_ranks):
+    cases = matrix((1, 2))
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(cases)), cases)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("four_ranks")
+def test_four_ranks_train_as_one_process(run_ranks):
+    cases = matrix((1, 2, 4))
+    check(run_ranks("distributed/parity_worker.py", 4, json.dumps(cases)), cases)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_ranks")
+def test_variants_train_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(VARIANTS)), VARIANTS)

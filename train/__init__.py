@@ -1,0 +1,1 @@
+"""Everything around the model: engine, loop, data, checkpoints, metrics."""

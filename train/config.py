@@ -1,0 +1,263 @@
+"""Settings of the training side as frozen records. Imports no torch, so composing and validating stay fast.
+
+Every record can list its own contradictions (`problems`); launch/validate.py adds those that span several records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from model.config import BalanceConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int
+    """Optimisation steps of the whole run; the learning-rate schedule ends here."""
+    seq_len: int
+    micro_batch_size: int
+    """Sequences per device and forward pass."""
+    global_batch_size: int
+    """Sequences per optimisation step, over all ranks and accumulation steps."""
+    batch_size_rampup: tuple[int, ...] | None = None
+    """[start, increment, samples]: global batch grows from start to global_batch_size over that many samples."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    clip_grad_norm: float = 1.0
+    """Maximum global gradient norm; 0 switches clipping off."""
+    log_interval: int = 10
+    eval_interval: int = 0
+    """Steps between held-out evaluations; 0: only at the end."""
+    eval_max_sequences: int | None = None
+    """Held-out sequences per evaluation; None: all of them."""
+    stop_after_step: int | None = None
+    """Save and end after this step while the schedule still spans num_steps (to continue with resume=DIR)."""
+    sample_prompt: str | None = None
+    """Text to continue at the end of training, as a glimpse of the model; None: no sample."""
+    deterministic: bool = False
+
+    def problems(self) -> list[str]:
+        found = [f"train.{name} is {getattr(self, name)}; it must be at least 1"
+                 for name in ("num_steps", "seq_len", "micro_batch_size", "global_batch_size", "log_interval")
+                 if getattr(self, name) < 1]
+        for name in ("eval_interval", "clip_grad_norm"):
+            if getattr(self, name) < 0:
+                found.append(f"train.{name} is {getattr(self, name)}; it must not be negative (0 switches it off)")
+        if self.eval_max_sequences is not None and self.eval_max_sequences < 1:
+            found.append(f"train.eval_max_sequences is {self.eval_max_sequences}; use null for all sequences")
+        if self.stop_after_step is not None and self.stop_after_step < 1:
+            found.append(f"train.stop_after_step is {self.stop_after_step}; it must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    wsd_decay_steps: int | None = None
+    """Steps of the final decay of decay_style=WSD."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.lr <= 0:
+            found.append(f"optim.lr is {self.lr}; it must be positive")
+        if not 0 <= self.min_lr <= self.lr:
+            found.append(f"optim.min_lr {self.min_lr} must be between 0 and optim.lr {self.lr}")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or self.eps <= 0:
+            found.append("optim.warmup_steps and optim.weight_decay must not be negative, optim.eps must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if (self.decay_style == "WSD") != (self.wsd_decay_steps is not None):
+            found.append("optim.wsd_decay_steps belongs to optim.decay_style=WSD: set both or neither")
+        return found
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    expert_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    context_parallel_size: int = 1
+    timeout_seconds: int = 1800
+    """A collective that waits longer ends the job."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.expert_parallel_size < 1:
+            found.append(f"parallel.expert_parallel_size is {self.expert_parallel_size}; it must be at least 1")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"):
+            if getattr(self, name) != 1:
+                found.append(f"parallel.{name} is {getattr(self, name)}; this version supports 1 (use ZeRO and expert "
+                             "parallelism to spread the model)")
+        if self.timeout_seconds < 1:
+            found.append(f"parallel.timeout_seconds is {self.timeout_seconds}; it must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    kind: Literal["inline", "deepspeed", "torchrun"]
+    """How processes start: in this process, or by DeepSpeed's or torch's launcher."""
+    num_devices: int = 1
+    """Ranks per node."""
+    num_nodes: int = 1
+    hostfile: str | None = None
+    """DeepSpeed hostfile for more than one node."""
+    master_addr: str | None = None
+    master_port: int | None = None
+    """None: a free port."""
+    dry_run: bool = False
+    """Print the command and the checks, start nothing."""
+    grace_seconds: int = 120
+    """How long workers may take to save after SIGTERM before they are killed."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.num_devices < 1 or self.num_nodes < 1:
+            found.append(f"launch.num_devices {self.num_devices} and launch.num_nodes {self.num_nodes} must be at least 1")
+        if self.kind == "inline" and self.num_devices * self.num_nodes > 1:
+            found.append(f"launch=inline runs one process, but launch.num_devices is {self.num_devices} and "
+                         f"launch.num_nodes {self.num_nodes}; use launch=deepspeed or launch=torchrun")
+        if self.num_nodes > 1 and self.kind == "deepspeed" and self.hostfile is None:
+            found.append(f"launch.num_nodes is {self.num_nodes}; launch=deepspeed needs launch.hostfile=FILE to find them")
+        if self.num_nodes > 1 and self.kind == "torchrun" and self.master_addr is None:
+            found.append(f"launch.num_nodes is {self.num_nodes}; launch=torchrun needs launch.master_addr=HOST, and the "
+                         "same command on every node")
+        return found
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One text source, in the words of datasets.load_dataset."""
+
+    path: str
+    """A Hub name, a builder (json, parquet, text), or "sample" for the bundled text."""
+    name: str | None = None
+    split: str = "train"
+    data_files: str | None = None
+    text_column: str = "text"
+    sample_by: Literal["line", "paragraph", "document"] = "document"
+    """For path=text: what one document is."""
+    weight: float = 1.0
+    """Share of training samples, relative to the other sources."""
+    max_documents: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = None
+    """A tokenizer.json or a folder holding one; None: train a byte-level BPE on the sources."""
+    vocab_size: int = 32768
+    """Size of the BPE to train."""
+    end_of_document: str = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...]
+    tokenizer: TokenizerConfig
+    validation_fraction: float = 0.01
+    """Share of each source's documents held out, chosen by a hash of their text; at least one document in all."""
+    cache_dir: str = ".cache/data"
+    """Where tokenised stores live, one folder per content of this config."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.sources:
+            found.append("data.sources is empty; name at least one source")
+        for i, source in enumerate(self.sources):
+            if source.weight <= 0:
+                found.append(f"data.sources[{i}].weight is {source.weight}; it must be positive")
+            if source.path in ("json", "parquet", "text", "csv") and source.data_files is None:
+                found.append(f"data.sources[{i}].path={source.path} needs data_files=FILE or a pattern")
+        if not 0 < self.validation_fraction < 1:
+            found.append(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
+        if self.tokenizer.path is None and self.tokenizer.vocab_size < 257:
+            found.append(f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; a byte-level BPE needs at least 257")
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_interval: int = 0
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep_last: int = 2
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest held-out loss."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.save_interval < 0:
+            found.append(f"checkpoint.save_interval is {self.save_interval}; it must not be negative")
+        if self.keep_last < 1:
+            found.append(f"checkpoint.keep_last is {self.keep_last}; at least the last one must be kept")
+        return found
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with a key and a reachable server, else offline."""
+    project: str = "loadstone"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Sinks besides metrics.jsonl and routing.jsonl, which are always written."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class ComponentConfig:
+    """A class chosen by name with its own knobs: `_target_` and keyword arguments."""
+
+    target: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is made of; conf/train.yaml composes it."""
+
+    model: ModelConfig
+    router: ComponentConfig
+    attention: ComponentConfig
+    dispatcher: ComponentConfig
+    balance: BalanceConfig
+    train: TrainConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    tracker: TrackerConfig
+    launch: LaunchConfig
+    deepspeed: dict[str, Any]
+    """DeepSpeed's own settings, handed on as they are (launch/validate.py lists the accepted keys)."""
+    experiment_name: str = "default"
+    seed: int = 1234
+    run_dir: str | None = None
+    """Where the run lives; None: runs/<experiment_name>/<time>-<id>."""
+    resume: str | None = None
+    """A run directory to continue from its last complete checkpoint."""
+
+    @property
+    def experts_per_token(self) -> float:
+        """Routed experts a token visits (their mean, for adaptive routers); 0 for a dense model."""
+        return float(self.router.arguments.get("top_k", 0)) if self.model.num_experts else 0.0
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
+        return self.train.global_batch_size // (self.train.micro_batch_size * data_parallel_size)
