@@ -24,12 +24,14 @@ class RouterSums(NamedTuple):
     score_sums: [E] fp32 with gradient, sum of each token's scores normalised to 1.
     z_sum: [] fp32 with gradient, sum of squared log-sum-exp.
     sequence_aux_sum: [] fp32 with gradient, auxiliary loss per sequence times its tokens; 0 unless scope is sequence.
+    processed: rows this rank's experts computed (of any rank's tokens); over all ranks, counts minus these were dropped.
     """
 
     counts: torch.Tensor
     score_sums: torch.Tensor
     z_sum: torch.Tensor
     sequence_aux_sum: torch.Tensor
+    processed: int = 0
 
 
 def router_sums(routing: Routing, token_mask: torch.Tensor | None, num_sequences: int,

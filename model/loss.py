@@ -20,6 +20,7 @@ class ModelOutput(NamedTuple):
     aux_sum, z_sum: [] fp32, balance and z-loss per token, summed over tokens and MoE layers.
     counts: [moe_layers, num_experts] int64, local assignments; [0, 0] for a dense model.
     scope_counts: the counts over the auxiliary loss's scope so far (equal to `counts` when that loss is off).
+    processed: rows that this rank's experts computed, over all MoE layers.
     """
 
     loss_sum: torch.Tensor
@@ -27,6 +28,7 @@ class ModelOutput(NamedTuple):
     z_sum: torch.Tensor
     counts: torch.Tensor
     scope_counts: torch.Tensor
+    processed: int
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -48,4 +48,5 @@ class MoELayer(nn.Module):
         out = self.dispatcher.combine(self.experts(rows, plan.counts), plan)
         if self.shared is not None:
             out = out + self.shared(tokens)
-        return out.view_as(hidden), router_sums(routing, mask, hidden.shape[0], self.balance)
+        sums = router_sums(routing, mask, hidden.shape[0], self.balance)
+        return out.view_as(hidden), sums._replace(processed=rows.shape[0])

@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         zero = loss_sum.new_zeros(())
         if not sums:
             empty = torch.zeros((0, 0), dtype=torch.int64, device=input_ids.device)
-            return ModelOutput(loss_sum, zero, zero, empty, empty)
+            return ModelOutput(loss_sum, zero, zero, empty, empty, 0)
         counts = torch.stack([s.counts for s in sums])
         z_sum = torch.stack([s.z_sum for s in sums]).sum()
         aux_sum, scope_counts = zero, counts
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
                 score_sums = torch.stack([s.score_sums for s in sums])
                 aux_sum, scope_counts = auxiliary_loss_sum(counts, score_sums, self.balance, self.groups,
                                                            previous_counts)
-        return ModelOutput(loss_sum, aux_sum, z_sum, counts, scope_counts)
+        return ModelOutput(loss_sum, aux_sum, z_sum, counts, scope_counts, sum(s.processed for s in sums))
 
     def logits(self, input_ids: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue what they hold."""

@@ -30,7 +30,7 @@ def grouped_mlp(rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, c
         that skip a parameter would leave their peers waiting in the gradient reduction.
 
     Raises:
-        ValueError: shapes or backend do not fit.
+        ValueError: shapes or backend do not fit, or counts do not sum to R (checked on CPU tensors only).
     """
     num_experts, double_width, hidden_size = gate_up.shape
     if rows.shape[1] != hidden_size or down.shape != (num_experts, hidden_size, double_width // 2):
@@ -38,11 +38,16 @@ def grouped_mlp(rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, c
                          "do not fit [R, D], [L, 2F, D], [L, D, F]")
     if counts.shape != (num_experts,):
         raise ValueError(f"counts has shape {tuple(counts.shape)}, expected ({num_experts},)")
+    if counts.device.type == "cpu" and int(counts.sum()) != rows.shape[0]:
+        raise ValueError(f"counts sum to {int(counts.sum())}, but there are {rows.shape[0]} rows")
     backend = backend or select_backend(rows.device, rows.dtype)
+    if backend not in ("reference", "grouped_mm"):
+        raise ValueError(f"unknown grouped_mlp backend {backend!r}; choose reference or grouped_mm")
     if backend == "reference" or rows.shape[0] == 0:
         return reference_grouped_mlp(rows, gate_up, down, counts)
-    if backend != "grouped_mm":
-        raise ValueError(f"unknown grouped_mlp backend {backend!r}; choose reference or grouped_mm")
     ends = counts.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(rows, gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)
+    out = F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)
+    if out.requires_grad:  # torch 2.13: the backward of grouped_mm refuses a broadcast gradient, as of out.sum()
+        out.register_hook(torch.Tensor.contiguous)
+    return out

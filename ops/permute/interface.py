@@ -21,7 +21,7 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.T
         counts: [E] int64, assignments per expert; A = counts.sum().
 
     Raises:
-        ValueError: an id lies outside -1 .. num_experts-1 (checked on CPU tensors only, to keep devices unsynchronised).
+        ValueError: an id lies outside -1 .. num_experts-1 (checked on CPU tensors only: no device sync).
     """
     flat = expert_ids.reshape(-1)
     if flat.device.type == "cpu" and flat.numel() and (int(flat.min()) < -1 or int(flat.max()) >= num_experts):
@@ -35,7 +35,7 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.T
 
 
 class _Permute(torch.autograd.Function):
-    """rows = tokens[slots // K]. The native gradient is an atomic scatter-add; this one sums each token's slots in order."""
+    """rows = tokens[slots // K]. The native gradient is an atomic scatter-add; this one sums slots in order."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, slots: torch.Tensor, slots_per_token: int) -> torch.Tensor:

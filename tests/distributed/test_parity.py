@@ -11,8 +11,9 @@ import json
 import pytest
 
 SCOPES = ("sequence", "batch", "global_batch")
-FP32_TOLERANCE = {"loss": 2e-6, "gradient": 3e-5, "norm": 1e-5, "moment": 5e-5, "parameter": 5e-5}
-BF16_TOLERANCE = {"loss": 1e-2, "gradient": 0.2, "norm": 5e-2, "moment": 0.3, "parameter": 2e-2}
+FP32_TOLERANCE = {"loss": 2e-6, "gradient": 1e-5, "norm": 5e-6, "moment": 1e-5, "parameter": 1e-6}
+# Rounding flips a few expert choices, which moves single router and expert gradients visibly but loss and norm hardly.
+BF16_TOLERANCE = {"loss": 1e-3, "gradient": 0.4, "norm": 2e-2, "moment": 0.3, "parameter": 1e-2}
 
 
 def matrix(expert_sizes: tuple[int, ...]) -> list[dict]:

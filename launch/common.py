@@ -1,0 +1,113 @@
+"""What every entry point shares: composing under launchers, run directories, worker detection, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Hydra keeps no directory or log of its own: the run directory is ours."""
+
+
+def check_working_directory(package: str | None, name: str) -> None:
+    if not package:
+        raise SystemExit(f"run from the repository root as: python -m launch.{name}")
+
+
+def adopt_slurm() -> None:
+    """Under srun, give torch the names it looks for."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
+
+
+def is_worker() -> bool:
+    """Started by a launcher as one rank of a job. LOCAL_RANK, since some schedulers set RANK per machine."""
+    return "LOCAL_RANK" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
+    """Compose conf/<name>.yaml with the command line and call `function`; user errors end with one message, code 2."""
+    adopt_slurm()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # DeepSpeed's launcher passes --local_rank=N, which Hydra does not know.
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    sys.argv = [sys.argv[0], *QUIET, *arguments] if "-m" not in arguments and "--multirun" not in arguments else [
+        sys.argv[0], "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
+        f"hydra.sweep.dir=runs/sweeps/{time.strftime('%Y%m%d-%H%M%S')}", *arguments]
+
+    def guarded(config: DictConfig) -> Any:
+        from launch.validate import ConfigError
+
+        try:
+            return function(config)
+        except ConfigError as error:
+            fail(error.problems)
+        except (ValueError, FileNotFoundError) as error:
+            if os.environ.get("LOADSTONE_DEBUG"):
+                raise
+            fail([str(error)])
+
+    hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
+
+
+def fail(problems: list[str]) -> None:
+    """Print the problems on rank 0 and end with exit code 2."""
+    if rank() == 0:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    data = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(data, dict)
+    return data  # type: ignore[return-value]
+
+
+def new_run_dir(experiment_name: str) -> Path:
+    """runs/<experiment>/<time>-<id>, created. The id keeps runs of the same second apart."""
+    path = Path("runs") / experiment_name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    path.mkdir(parents=True)
+    return path
+
+
+def load_run(run: str, world_size: int) -> Any:
+    """The RunConfig a run directory was trained with.
+
+    Raises:
+        FileNotFoundError: the directory holds no config.
+    """
+    from launch.validate import parse
+
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a run directory of launch.train, e.g. run=runs/.../...")
+    saved = OmegaConf.load(path)
+    assert isinstance(saved, DictConfig)
+    for field in ("launch", "parallel"):
+        saved[field] = {"kind": "inline"} if field == "launch" else {}
+    saved.train.micro_batch_size, saved.train.global_batch_size, saved.train.batch_size_rampup = 1, world_size, None
+    return parse(plain(saved), world_size)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The last line on stdout: one JSON object."""
+    sys.stderr.flush()
+    print(json.dumps(result), flush=True)

@@ -1,0 +1,49 @@
+"""Evaluate a run on its held-out text: python -m launch.evaluate run=DIR [checkpoint=best|latest]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from launch.common import check_working_directory, load_run, print_result, run_main
+
+check_working_directory(__package__, "evaluate")
+
+
+def main(config: DictConfig) -> float:
+    """Print held-out loss, perplexity, bits per byte and routing statistics; returns the loss."""
+    import torch
+
+    from train.checkpoint import find_checkpoint, load_weights, read_state
+    from train.components import build_model
+    from train.data.loader import validation_batches
+    from train.data.prepare import store_path
+    from train.data.store import TokenStore, ValidationRows
+    from train.evaluate import evaluate
+
+    if config.run is None:
+        raise ValueError("give run=DIR")
+    run = load_run(config.run, world_size=1)
+    store = TokenStore(store_path(run.data))
+    checkpoint = find_checkpoint(Path(config.run), prefer=config.checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(run)
+    load_weights(model, checkpoint)
+    model = model.to(device).eval()
+    rows = ValidationRows(store, run.train.seq_len)
+    batches = validation_batches(rows, config.batch_size, store.end_of_document, 0, 1, config.max_sequences)
+    result = evaluate(model, batches, store.token_bytes(), device)
+    counts = result.pop("counts", [])
+    for layer, row in zip(run.model.moe_layers, counts, strict=False):
+        mean = sum(row) / len(row)
+        print(f"layer {layer:3d}  load/mean  " + " ".join(f"{c / max(mean, 1e-9):.2f}" for c in row))
+    print(f"{checkpoint}: val_loss {result['val_loss']:.4f}  perplexity {result['perplexity']:.2f}  bits_per_byte "
+          f"{result['bits_per_byte']:.4f}  unigram_entropy {store.unigram_entropy:.4f}")
+    print_result({"run_dir": config.run, "checkpoint": checkpoint.name, "step": read_state(checkpoint)["step"],
+                  "unigram_entropy": store.unigram_entropy, **result})
+    return result["val_loss"]
+
+
+if __name__ == "__main__":
+    run_main("evaluate", main)

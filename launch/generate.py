@@ -1,0 +1,58 @@
+"""Continue a prompt: python -m launch.generate run=DIR prompt="..." [temperature= top_p= seed= max_new_tokens=]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from launch.common import check_working_directory, load_run, print_result, run_main
+
+check_working_directory(__package__, "generate")
+
+
+def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
+           checkpoint: str = "best") -> Iterator[str]:
+    """Yield the prompt and then the text as it is generated, piece by piece, from one process."""
+    import torch
+
+    from model.generate import generate
+    from train.checkpoint import find_checkpoint, load_weights
+    from train.components import build_model
+    from train.data.prepare import store_path
+    from train.data.store import TokenStore
+
+    config = load_run(run_dir, world_size=1)
+    store = TokenStore(store_path(config.data))
+    tokenizer = store.tokenizer()
+    model = build_model(config)
+    load_weights(model, find_checkpoint(Path(run_dir), prefer=checkpoint))
+    if torch.cuda.is_available():
+        model = model.cuda()
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    yield prompt
+    ids: list[int] = []
+    shown = ""
+    for token in generate(model, prompt_ids, max_new_tokens, temperature, top_p, seed, store.end_of_document):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # a character may span several tokens
+            yield text[len(shown):]
+            shown = text
+
+
+def main(config: DictConfig) -> None:
+    if config.run is None or config.prompt is None:
+        raise ValueError("give run=DIR and prompt='...'")
+    pieces = []
+    for piece in sample(config.run, config.prompt, config.max_new_tokens, config.temperature, config.top_p,
+                        config.seed, config.checkpoint):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    print_result({"run_dir": config.run, "prompt": config.prompt, "text": "".join(pieces[1:])})
+
+
+if __name__ == "__main__":
+    run_main("generate", main)

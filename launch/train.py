@@ -1,0 +1,166 @@
+"""Train: python -m launch.train [overrides]. Inline, or as parent of a launcher, or as one of its ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from launch.common import (
+    check_working_directory,
+    fail,
+    is_worker,
+    new_run_dir,
+    plain,
+    print_result,
+    rank,
+    run_main,
+)
+
+check_working_directory(__package__, "train")
+
+
+def train(config: DictConfig) -> float | None:
+    """Validate, then train here or start ranks; returns the held-out loss, which Hydra sweepers minimise."""
+    from launch.validate import parse
+
+    config = with_saved_config(config)
+    if is_worker():
+        return work(config)
+    launch = config.launch
+    world_size = int(launch.num_devices) * int(launch.num_nodes) if launch.kind != "inline" else 1
+    run = parse(plain(config), world_size)
+    if run.launch.dry_run:
+        return dry_run(config, run)
+    with open_dict(config):
+        config.run_dir = str(Path(config.resume) if config.resume else
+                             Path(config.run_dir or new_run_dir(run.experiment_name)))
+    save_config(config)
+    if run.launch.kind == "inline":
+        work(config)
+    else:
+        start_ranks(config, run)
+    return finish(config, run)
+
+
+def with_saved_config(config: DictConfig) -> DictConfig:
+    """With resume=DIR the run's saved config applies, with this command line's overrides on top."""
+    if config.resume is None:
+        return config
+    path = Path(config.resume) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: {path} does not exist; give a run directory, e.g. resume=runs/.../...")
+    saved = OmegaConf.load(path)
+    assert isinstance(saved, DictConfig)
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+~").split("=", 1)[0].split("@")[0].replace("/", ".")
+        if key in ("experiment", "debug", "model"):
+            raise ValueError(f"resume={config.resume} keeps the model and experiment of the run; drop {override!r}")
+        OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True, merge=False)
+    saved.resume, saved.run_dir = config.resume, config.resume
+    if not any(o.startswith("launch") for o in HydraConfig.get().overrides.task):
+        saved.launch = config.launch
+    return saved
+
+
+def save_config(config: DictConfig) -> None:
+    """RUN/config.yaml, interpolations kept, so that a resumed run can override what others refer to."""
+    path = Path(config.run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(config)
+    (path / "config.yaml").write_text(text)
+
+
+def start_ranks(config: DictConfig, run: Any) -> None:
+    from launch import spawn
+    from train.data.prepare import prepare
+
+    prepare(run.data)  # here, so that no rank waits for it
+    line = spawn.command(run.launch, "launch.train", [f"+saved_config={Path(config.run_dir) / 'config.yaml'}"])
+    code = spawn.run(line, run.launch.grace_seconds)
+    if code:
+        fail([f"the job ended with exit code {code}; the cause stands above, the run is in {config.run_dir}"])
+
+
+def work(config: DictConfig) -> float | None:
+    """One rank: train, and let rank 0 write result.json."""
+    from launch.validate import parse
+
+    started_directly = is_worker() and "saved_config" not in config
+    if "saved_config" in config:
+        saved = OmegaConf.load(config.saved_config)
+        assert isinstance(saved, DictConfig)
+        config = saved
+    run = parse(plain(config), int(os.environ.get("WORLD_SIZE", "1")))
+    from train.loop import NonFiniteError, fit
+    from train.runtime import process_group
+
+    with process_group(run.parallel.timeout_seconds):
+        run_dir = agree_on_run_dir(config, run)
+        try:
+            result = fit(run, run_dir, OmegaConf.to_yaml(config, resolve=True), plain(config))
+        except NonFiniteError as error:
+            fail([str(error)])
+    if result is None:
+        return None
+    (run_dir / "result.json").write_text(json.dumps(result) + "\n")
+    if started_directly:
+        print_result(result)
+    return result["val_loss"]
+
+
+def agree_on_run_dir(config: DictConfig, run: Any) -> Path:
+    """The parent has chosen it; under a foreign launcher rank 0 chooses and tells the others. Collective."""
+    import torch.distributed as dist
+
+    chosen = [config.run_dir or config.resume]
+    if chosen[0] is None and rank() == 0:
+        chosen = [str(new_run_dir(run.experiment_name))]
+    dist.broadcast_object_list(chosen, src=0)
+    if rank() == 0 and config.run_dir is None:
+        with open_dict(config):
+            config.run_dir = chosen[0]
+        save_config(config)
+    return Path(chosen[0])
+
+
+def finish(config: DictConfig, run: Any) -> float | None:
+    """Sample of text, where things are, and the JSON line."""
+    from launch.generate import sample
+
+    run_dir = Path(config.run_dir)
+    result = json.loads((run_dir / "result.json").read_text())
+    if run.train.sample_prompt and not result["stopped"]:
+        print("\n--- sample -------------------------------------------------------------")
+        for piece in sample(str(run_dir), run.train.sample_prompt, max_new_tokens=120, temperature=0.8, top_p=0.95,
+                            seed=run.seed):
+            print(piece, end="", flush=True)
+        print("\n------------------------------------------------------------------------")
+    if result["val_loss"] is not None:
+        print(f"held-out loss {result['val_loss']:.4f} nats per token; unigram entropy {result['unigram_entropy']:.4f}")
+    print(f"run directory {run_dir} (metrics.jsonl, routing.jsonl, checkpoints/)")
+    print(f"next: python -m launch.generate run={run_dir} prompt='...'")
+    print(f"      python -m launch.evaluate run={run_dir}")
+    print(f"      python -m launch.train resume={run_dir} train.num_steps=N")
+    print_result(result)
+    return result["val_loss"]
+
+
+def dry_run(config: DictConfig, run: Any) -> None:
+    """Print what would run: the checks have passed."""
+    from launch import spawn
+
+    if run.launch.kind == "inline":
+        print("would train in this process")
+    else:
+        overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("launch")]
+        print(spawn.shell(spawn.command(run.launch, "launch.train", overrides)))
+    print_result({"dry_run": True, "problems": []})
+
+
+if __name__ == "__main__":
+    run_main("train", train)

@@ -1,0 +1,232 @@
+"""From the composed config to frozen records: strict keys with suggestions, types, and every contradiction at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal, get_args, get_origin
+
+from train.config import ComponentConfig, RunConfig
+
+# DeepSpeed settings that users may give. Everything else is refused: DeepSpeed itself ignores unknown keys silently.
+# tests/launch/test_validate.py checks these names against DeepSpeed's own models.
+ZERO_KEYS = frozenset({
+    "stage", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions",
+    "round_robin_gradients", "offload_optimizer", "offload_param", "sub_group_size", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_gather_16bit_weights_on_model_save",
+})
+DEEPSPEED_KEYS = frozenset({"zero_optimization", "comms_logger", "flops_profiler", "communication_data_type",
+                            "wall_clock_breakdown", "memory_breakdown"})
+OWNED_KEYS = {
+    "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size", "gradient_clipping": "train.clip_grad_norm",
+    "bf16": "train.precision", "fp16": "train.precision=bf16", "optimizer": "optim", "scheduler": "optim.decay_style",
+    "activation_checkpointing": "model.recompute", "expert_parallel": "parallel.expert_parallel_size",
+    "tensorboard": "tracker.tensorboard", "wandb": "tracker.wandb.mode", "steps_per_print": "train.log_interval",
+}
+REMOVED_KEYS = frozenset({"elasticity", "sparse_attention", "compression_training", "amp", "progressive_layer_drop",
+                          "eigenvalue", "curriculum_learning", "nebula", "zero_force_ds_cpu_optimizer"})
+
+
+class ConfigError(ValueError):
+    """All problems of a config, one a line."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def parse(config: dict[str, Any], world_size: int) -> RunConfig:
+    """Build the records and check them.
+
+    Args:
+        config: plain data (OmegaConf.to_container, resolved); world_size: ranks the run will have.
+
+    Raises:
+        ConfigError: with every unknown key, wrong type and contradiction found.
+    """
+    problems: list[str] = []
+    run = _record(config, RunConfig, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    problems = contradictions(run, world_size)
+    if problems:
+        raise ConfigError(problems)
+    return run
+
+
+# --- keys and types --------------------------------------------------------------------------------------------------
+
+def _suggest(name: str, path: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
+    hint = f"did you mean {path}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key {path}{name}: {hint}"
+
+
+def _record(node: Any, cls: type, path: str, problems: list[str]) -> Any:
+    if not isinstance(node, dict):
+        problems.append(f"{path.rstrip('.')} is {node!r}; it must be a group of settings")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    problems += [_suggest(str(key), path, set(fields)) for key in node if key not in fields]
+    values = {}
+    for name, field in fields.items():
+        if name in node:
+            values[name] = _value(node[name], hints[name], f"{path}{name}", problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"{path}{name} is missing")
+    return None if problems else cls(**values)
+
+
+def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(value, next(a for a in arguments if a is not type(None)), path, problems)
+    if hint is ComponentConfig:
+        return _component(value, path, problems)
+    if dataclasses.is_dataclass(hint):
+        return _record(value, typing.cast(type, hint), f"{path}.", problems)
+    if origin is tuple:
+        if isinstance(value, dict) and all(str(k).isdigit() for k in value):
+            value = list(value.values())
+        if not isinstance(value, list):
+            problems.append(f"{path} is {value!r}; it must be a list")
+            return None
+        return tuple(_value(item, arguments[0], f"{path}[{i}]", problems) for i, item in enumerate(value))
+    if origin is Literal:
+        if value not in arguments:
+            problems.append(f"{path} is {value!r}; choose one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            problems.append(f"{path} is {value!r}; it must be a group of settings")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        problems.append(f"{path} is {value!r}; it must be {hint.__name__}")
+    return value
+
+
+def _component(value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
+        problems.append(f"{path} needs a _target_ naming its class")
+        return None
+    from train.components import known_arguments
+
+    component = ComponentConfig(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
+    try:
+        known = known_arguments(component)
+    except ValueError as error:
+        problems.append(f"{path}: {error}")
+        return None
+    problems += [_suggest(key, f"{path}.", known) for key in component.arguments if key not in known]
+    return component
+
+
+# --- contradictions --------------------------------------------------------------------------------------------------
+
+def contradictions(run: RunConfig, world_size: int) -> list[str]:
+    """Every problem that one look at the values shows, before any process starts."""
+    sections = (run.model, run.balance, run.train, run.optim, run.parallel, run.launch, run.data, run.checkpoint)
+    problems = [problem for section in sections for problem in section.problems()]
+    problems += _deepspeed(run)
+    if any(p.startswith(("parallel.expert_parallel_size", "train.")) for p in problems):
+        return problems
+    problems += _components(run) if run.model.num_experts > 0 else []
+    problems += _lengths(run) + _batch(run, world_size) + _parallel(run, world_size)
+    return problems
+
+
+def _components(run: RunConfig) -> list[str]:
+    from train.components import resolve
+
+    router = resolve(run.router)
+    try:
+        problems = list(router.problems(run.model, **run.router.arguments))  # type: ignore[attr-defined]
+    except TypeError as error:
+        return [f"router: {error}"]
+    return problems + list(resolve(run.dispatcher).problems(  # type: ignore[attr-defined]
+        run.model, expert_parallel_size=run.parallel.expert_parallel_size))
+
+
+def _lengths(run: RunConfig) -> list[str]:
+    train, problems = run.train, []
+    if train.seq_len > run.model.max_seq_len:
+        problems.append(f"train.seq_len {train.seq_len} exceeds model.max_seq_len {run.model.max_seq_len}")
+    if run.optim.warmup_steps >= train.num_steps:
+        problems.append(f"optim.warmup_steps {run.optim.warmup_steps} must be below train.num_steps {train.num_steps}")
+    if run.optim.wsd_decay_steps is not None and not 0 < run.optim.wsd_decay_steps <= train.num_steps:
+        problems.append(f"optim.wsd_decay_steps {run.optim.wsd_decay_steps} must be between 1 and train.num_steps "
+                        f"{train.num_steps}")
+    vocab_size = run.data.tokenizer.vocab_size
+    if run.data.tokenizer.path is None and vocab_size > run.model.vocab_size:
+        problems.append(f"data.tokenizer.vocab_size {vocab_size} exceeds model.vocab_size {run.model.vocab_size}")
+    return problems
+
+
+def _batch(run: RunConfig, world_size: int) -> list[str]:
+    train, problems = run.train, []
+    slice_size = train.micro_batch_size * world_size
+    if train.global_batch_size % slice_size:
+        problems.append(f"train.global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size "
+                        f"{train.micro_batch_size} x {world_size} ranks = {slice_size}; nearest: "
+                        f"{max(1, round(train.global_batch_size / slice_size)) * slice_size}")
+    if train.batch_size_rampup is not None:
+        if len(train.batch_size_rampup) != 3:
+            problems.append(f"train.batch_size_rampup {list(train.batch_size_rampup)} must be [start, increment, samples]")
+        else:
+            start, increment, samples = train.batch_size_rampup
+            if start % slice_size or increment % slice_size:
+                problems.append(f"train.batch_size_rampup start {start} and increment {increment} must be multiples of "
+                                f"micro_batch_size {train.micro_batch_size} x {world_size} ranks = {slice_size}")
+            if not 0 < start < train.global_batch_size or increment < 1 or samples < 1:
+                problems.append(f"train.batch_size_rampup {list(train.batch_size_rampup)}: start must be below "
+                                f"train.global_batch_size {train.global_batch_size}, increment and samples positive")
+            elif (train.global_batch_size - start) % increment:
+                problems.append(f"train.batch_size_rampup: global_batch_size {train.global_batch_size} - start {start} "
+                                f"is not a multiple of the increment {increment}")
+    return problems
+
+
+def _parallel(run: RunConfig, world_size: int) -> list[str]:
+    problems, size = [], run.parallel.expert_parallel_size
+    if world_size % size:
+        problems.append(f"parallel.expert_parallel_size {size} does not divide the {world_size} ranks; start a multiple "
+                        f"of {size} (launch.num_devices x launch.num_nodes)")
+    if size > 1 and run.model.num_experts == 0:
+        problems.append(f"parallel.expert_parallel_size {size} with model.num_experts 0: there are no experts to spread")
+    if run.zero_stage == 0 and run.train.precision != "fp32":
+        problems.append(f"deepspeed zero stage 0 with train.precision={run.train.precision}: DeepSpeed then clips by a "
+                        "wrong norm with experts; use deepspeed=zero1 (same speed, less memory)")
+    return problems
+
+
+def _deepspeed(run: RunConfig) -> list[str]:
+    problems = []
+    for key in run.deepspeed:
+        if key in OWNED_KEYS:
+            problems.append(f"deepspeed.{key} belongs to Loadstone: set {OWNED_KEYS[key]}")
+        elif key in REMOVED_KEYS:
+            problems.append(f"deepspeed.{key} is not available in this DeepSpeed version")
+        elif key not in DEEPSPEED_KEYS:
+            problems.append(_suggest(key, "deepspeed.", set(DEEPSPEED_KEYS)))
+    zero = run.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [*problems, f"deepspeed.zero_optimization is {zero!r}; it must be a group of settings"]
+    problems += [_suggest(key, "deepspeed.zero_optimization.", set(ZERO_KEYS)) for key in zero if key not in ZERO_KEYS]
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
+        return problems
+    if zero.get("offload_optimizer") and stage < 1:
+        problems.append("deepspeed.zero_optimization.offload_optimizer needs stage 1, 2 or 3")
+    if zero.get("offload_param") and stage != 3:
+        problems.append("deepspeed.zero_optimization.offload_param needs stage 3")
+    return problems

@@ -1,0 +1,197 @@
+"""From text to a token store: train or load the tokenizer, tokenise, hold out documents, count.
+
+A store is a folder named by the fingerprint of what it was made from:
+    manifest.json        counts, fingerprint, tokenizer facts
+    tokenizer.json       Hugging Face tokenizers format
+    token_bytes.npy      bytes of text each token stands for, for bits per byte
+    train_<i>.bin/.idx   one per source, megatron-core's indexed format; every document ends with end_of_document
+    validation.bin/.idx  held-out documents of all sources
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.config import DataConfig, TokenizerConfig
+from train.data.sources import documents, files_of
+
+FORMAT = 1
+BATCH_DOCUMENTS = 256
+
+
+def fingerprint(config: DataConfig) -> str:
+    """Content key of a store: the config without weights and cache place, and size and time of every local file."""
+    sources = []
+    for source in config.sources:
+        facts = dataclasses.asdict(source)
+        facts.pop("weight")
+        facts["files"] = [(os.path.basename(f), os.stat(f).st_size, int(os.stat(f).st_mtime))
+                          for f in files_of(source) if os.path.isfile(f)]
+        sources.append(facts)
+    tokenizer: dict[str, Any] = dataclasses.asdict(config.tokenizer)
+    if config.tokenizer.path is not None:
+        tokenizer["content"] = hashlib.sha256(tokenizer_file(config.tokenizer).read_bytes()).hexdigest()
+    key = json.dumps([FORMAT, sources, tokenizer, config.validation_fraction], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def store_path(config: DataConfig) -> Path:
+    return Path(config.cache_dir) / fingerprint(config)
+
+
+def tokenizer_file(config: TokenizerConfig) -> Path:
+    """The tokenizer.json a config points to.
+
+    Raises:
+        ValueError: there is none.
+    """
+    assert config.path is not None
+    path = Path(config.path).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"data.tokenizer.path: {path} does not exist; give a tokenizer.json or a folder holding one")
+    return path
+
+
+def prepare(config: DataConfig, report: Callable[[str], None] = print) -> Path:
+    """Make the store unless it exists; returns its folder. Written beside and renamed, so it is whole or absent."""
+    final = store_path(config)
+    if (final / "manifest.json").is_file():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        manifest = _write_store(config, scratch, report)
+        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        if final.exists():  # an incomplete folder of the same name
+            shutil.rmtree(final)
+        try:
+            scratch.rename(final)
+        except OSError:  # another process finished first
+            if not (final / "manifest.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return final
+
+
+def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from tokenizers import Tokenizer
+
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file(config.tokenizer)))
+    else:
+        report(f"training a byte-level BPE of {config.tokenizer.vocab_size} tokens")
+        texts = (text for source in config.sources for text in documents(source))
+        tokenizer = train_bpe(texts, config.tokenizer)
+    end_of_document = tokenizer.token_to_id(config.tokenizer.end_of_document)
+    if end_of_document is None:
+        raise ValueError(f"the tokenizer has no token {config.tokenizer.end_of_document!r}; set "
+                         "data.tokenizer.end_of_document to its end-of-text token")
+    vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+    lengths = token_bytes(tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    np.save(folder / "token_bytes.npy", lengths)
+
+    dtype = DType.optimal_dtype(vocab_size)
+    unigrams = np.zeros(vocab_size, dtype=np.int64)
+    validation = IndexedDatasetBuilder(str(folder / "validation.bin"), dtype=dtype)
+    held_out = {"documents": 0, "tokens": 0, "bytes": 0}
+    sources = []
+    ids: np.ndarray
+    for i, source in enumerate(config.sources):
+        held_out_keys = _held_out_keys(documents(source), config.validation_fraction, need_one=i == 0)
+        train = IndexedDatasetBuilder(str(folder / f"train_{i}.bin"), dtype=dtype)
+        counts = {"path": source.path, "documents": 0, "tokens": 0, "bytes": 0}
+        for text, encoded in _encode(documents(source), tokenizer):
+            ids = np.append(encoded, end_of_document).astype(np.int64)
+            is_held_out = _document_key(text) in held_out_keys
+            target, count = (validation, held_out) if is_held_out else (train, counts)
+            target.add_document(torch.from_numpy(ids), [len(ids)])
+            count["documents"] += 1  # type: ignore[operator]
+            count["tokens"] += len(ids)  # type: ignore[operator]
+            count["bytes"] += len(text.encode())  # type: ignore[operator]
+            if is_held_out:
+                unigrams += np.bincount(ids, minlength=vocab_size)
+        if not counts["documents"]:
+            raise ValueError(f"source {source.path!r} left no training document; lower data.validation_fraction "
+                             f"{config.validation_fraction} or give more text")
+        train.finalize(str(folder / f"train_{i}.idx"))
+        report(f"source {source.path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+               f"{counts['bytes']:,} bytes")
+        sources.append(counts)
+    validation.finalize(str(folder / "validation.idx"))
+    entropy = unigram_entropy(unigrams)
+    report(f"held out: {held_out['documents']:,} documents, {held_out['tokens']:,} tokens; unigram entropy "
+           f"{entropy:.4f} nats per token")
+    return {"format": FORMAT, "fingerprint": fingerprint(config), "vocab_size": vocab_size,
+            "end_of_document": end_of_document, "token_dtype": np.dtype(dtype).name, "sources": sources,
+            "validation": held_out, "unigram_entropy": entropy}
+
+
+def _encode(texts: Iterator[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    while batch := list(islice(texts, BATCH_DOCUMENTS)):
+        yield from zip(batch, (e.ids for e in tokenizer.encode_batch(batch, add_special_tokens=False)), strict=True)
+
+
+def _document_key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _held_out_keys(texts: Iterator[str], fraction: float, need_one: bool) -> set[int]:
+    """Keys of the held-out documents. By content, so duplicates never stand on both sides of the split."""
+    keys = [_document_key(text) for text in texts]
+    chosen = {key for key in keys if key < fraction * 2**64}
+    if not chosen and need_one and len(set(keys)) > 1:
+        chosen = {min(keys)}
+    return chosen
+
+
+def train_bpe(texts: Iterator[str], config: TokenizerConfig) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=config.vocab_size, special_tokens=[config.end_of_document], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def token_bytes(tokenizer: Any) -> np.ndarray:
+    """[vocab_size] int32: bytes of text each token stands for; 0 for special tokens.
+
+    Exact for byte-level tokenizers, whose tokens spell one character per byte; for others the length of the decoded
+    token, which misses what the decoder adds or drops between tokens.
+    """
+    vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    byte_level = (json.loads(tokenizer.to_str()).get("decoder") or {}).get("type") == "ByteLevel"
+    lengths = np.zeros(vocab_size, dtype=np.int32)
+    for i in range(vocab_size):
+        token = tokenizer.id_to_token(i)
+        if token is not None and i not in special:
+            lengths[i] = len(token) if byte_level else len(tokenizer.decode([i]).encode())
+    return lengths
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the empirical token distribution: no model that ignores context does better on this text."""
+    total = counts.sum()
+    shares = counts[counts > 0] / max(total, 1)
+    return float(-(shares * np.log(shares)).sum()) if total else math.nan

@@ -1,0 +1,143 @@
+"""Reading token stores: which tokens are training sample i, and which are held-out row i.
+
+Training order is a pure function of (store, seed, seq_len, weights, i): every epoch of a source is shuffled by
+megatron-core's GPTDataset with its own seed, and sources are blended by megatron-core's error-minimising sequence,
+whose beginning does not depend on its length. So a run can be continued, extended or split over other ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+
+class TokenStore:
+    """A prepared folder (train/data/prepare.py)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+        self.vocab_size: int = self.manifest["vocab_size"]
+        self.end_of_document: int = self.manifest["end_of_document"]
+        self.unigram_entropy: float = self.manifest["unigram_entropy"]
+
+    def tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+
+    def token_bytes(self) -> np.ndarray:
+        return np.load(self.path / "token_bytes.npy", allow_pickle=False)
+
+
+class _SourceSamples:
+    """One source: sample j is sample j % per_epoch of the shuffled epoch j // per_epoch."""
+
+    def __init__(self, store: TokenStore, source: int, seq_len: int, seed: int):
+        self.store, self.prefix = store, str(store.path / f"train_{source}")
+        self.seq_len, self.seed, self.source = seq_len, seed, source
+        tokens = store.manifest["sources"][source]["tokens"]
+        self.per_epoch = (tokens - 1) // seq_len
+        if self.per_epoch < 1:
+            raise ValueError(f"data source {source} has {tokens} training tokens, fewer than train.seq_len {seq_len} + 1; "
+                             "give more text or lower train.seq_len")
+        self._epochs: dict[int, Any] = {}
+
+    def open_epoch(self, epoch: int) -> None:
+        """Collective: rank 0 writes the epoch's index, the others map it."""
+        if epoch in self._epochs:
+            return
+        distributed = dist.is_initialized() and dist.get_world_size() > 1
+        if distributed and dist.get_rank() != 0:
+            dist.barrier()
+        self._epochs = {e: d for e, d in self._epochs.items() if e >= epoch - 1}
+        self._epochs[epoch] = self._build(epoch)
+        if distributed and dist.get_rank() == 0:
+            dist.barrier()
+
+    def _build(self, epoch: int) -> Any:
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from megatron.core.datasets.utils import Split
+
+        store = self.store
+
+        class _Tokenizer:  # the facts GPTDataset asks a tokenizer for
+            vocab_size, eod, pad = store.vocab_size, store.end_of_document, -1
+            unique_identifiers = {"store": store.manifest["fingerprint"]}  # noqa: RUF012
+
+        # Megatron blends and splits inside its builder, which is bypassed: one store, one split, one epoch.
+        config = GPTDatasetConfig(
+            random_seed=self.seed + 7919 * epoch + 104729 * self.source, sequence_length=self.seq_len,
+            blend=([self.prefix], None), split="1,0,0", path_to_cache=str(store.path / "index_cache"),
+            tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+            create_attention_mask=False)
+        indexed = IndexedDataset(self.prefix)
+        return GPTDataset(indexed, self.prefix, np.arange(len(indexed), dtype=np.int32), None, Split.train, config)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """[seq_len + 1] int64."""
+        epoch, within = divmod(index, self.per_epoch)
+        text, _ = self._epochs[epoch]._query_document_sample_shuffle_indices(within)
+        return text
+
+
+class TrainingSamples:
+    """All sources, blended by weight. Sample i is [seq_len + 1] token ids."""
+
+    def __init__(self, store: TokenStore, weights: tuple[float, ...], seq_len: int, seed: int):
+        self.sources = [_SourceSamples(store, i, seq_len, seed) for i in range(len(weights))]
+        self.weights = np.array(weights, dtype=np.float64) / sum(weights)
+        self._source_of = np.empty(0, dtype=np.int16)
+        self._index_in_source = np.empty(0, dtype=np.int64)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if len(self.sources) == 1:
+            return 0, index
+        if index >= len(self._source_of):
+            from megatron.core.datasets import helpers_cpp
+
+            size = max(1024, 2 * (index + 1))
+            self._source_of = np.zeros(size, dtype=np.int16)
+            self._index_in_source = np.zeros(size, dtype=np.int64)
+            helpers_cpp.build_blending_indices(self._source_of, self._index_in_source, self.weights.tolist(),
+                                               len(self.sources), size, False)
+        return int(self._source_of[index]), int(self._index_in_source[index])
+
+    def open(self, start: int, stop: int) -> None:
+        """Make samples start..stop-1 readable. Collective: every rank calls it with the same range."""
+        needed = set()
+        for index in range(start, stop):
+            source, within = self._locate(index)
+            needed.add((source, within // self.sources[source].per_epoch))
+        for source, epoch in sorted(needed):
+            self.sources[source].open_epoch(epoch)
+
+    def tokens(self, index: int) -> np.ndarray:
+        source, within = self._locate(index)
+        return self.sources[source].tokens(within)
+
+
+class ValidationRows:
+    """The held-out documents, one after another, cut into rows; the last row is padded.
+
+    Row i covers tokens i*seq_len .. (i+1)*seq_len, so every token but the first of the split is predicted once.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int):
+        self.tokens_path = store.path / "validation.bin"
+        self.num_tokens: int = store.manifest["validation"]["tokens"]
+        self.seq_len = seq_len
+        self._tokens = (np.memmap(self.tokens_path, dtype=store.manifest["token_dtype"], mode="r")
+                        if self.num_tokens else np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.num_tokens - 1) // self.seq_len))
+
+    def tokens(self, row: int) -> np.ndarray:
+        """[up to seq_len + 1] int64."""
+        return np.asarray(self._tokens[row * self.seq_len:(row + 1) * self.seq_len + 1], dtype=np.int64)

@@ -1,0 +1,282 @@
+"""fit(): a run from its config to its last checkpoint. The step is on this page."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.balance import update_balance_bias
+from model.flops import count_parameters, flops_per_token
+from model.loss import training_loss
+from model.parallel import ParallelGroups, initialize_parallel
+from train.checkpoint import CheckpointWriter, agree_on_checkpoint, load_engine, read_state, restore_rng
+from train.components import build_model
+from train.config import RunConfig
+from train.data.loader import Batch, TrainingLoader, validation_batches
+from train.data.prepare import prepare
+from train.data.store import TokenStore, TrainingSamples, ValidationRows
+from train.engine import Engine
+from train.evaluate import evaluate
+from train.metrics import StepMetrics, console_line
+from train.runtime import StopSignal, seed_everything
+from train.schedule import Schedule
+from train.tracker import Tracker
+
+log = logging.getLogger("loadstone")
+
+
+@dataclass
+class Progress:
+    """Where the run stands; saved with every checkpoint."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    wandb_id: str | None = None
+    val_loss: float | None = None
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient became NaN or infinite; the last checkpoint is the way back."""
+
+
+def open_store(config: RunConfig) -> TokenStore:
+    """The run's token store; rank 0 makes it if the launcher has not. Collective.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model's vocabulary.
+    """
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            prepare(config.data, log.info)
+        except ValueError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ValueError(failure[0])
+    store = TokenStore(prepare(config.data, log.info))
+    if store.vocab_size > config.model.vocab_size:
+        raise ValueError(f"the tokenizer has {store.vocab_size} tokens but model.vocab_size is "
+                         f"{config.model.vocab_size}; raise it or use a smaller tokenizer")
+    return store
+
+
+def fit(config: RunConfig, run_dir: Path, resolved_config: str, plain_config: dict[str, Any]) -> dict[str, Any] | None:
+    """Train, evaluate and save, inside train.runtime.process_group. Rank 0 returns the summary, others None.
+
+    Args:
+        run_dir: exists on rank 0's file system, shared by all ranks.
+        resolved_config: YAML text saved with checkpoints; plain_config: the same as data, for W&B.
+    """
+    stop = StopSignal()
+    rank, settings = dist.get_rank(), config.train
+    seed_everything(config.seed, rank, settings.deterministic)
+    store = open_store(config)
+    groups = initialize_parallel(config.parallel.expert_parallel_size)
+    engine = Engine(build_model(config, groups), groups, settings, config.optim, config.deepspeed)
+    schedule = Schedule(engine.param_groups, config.optim, settings, groups.data_size)
+    samples = TrainingSamples(store, tuple(s.weight for s in config.data.sources), settings.seq_len, config.seed)
+    loader = TrainingLoader(samples, settings.seq_len, settings.micro_batch_size, store.end_of_document,
+                            groups.data_rank, groups.data_size)
+    progress = Progress()
+    if config.resume is not None:
+        progress = _resume(engine, run_dir, loader)
+    writer = CheckpointWriter(run_dir, config.checkpoint, groups, resolved_config)
+    tracker = None
+    if rank == 0:
+        tracker = Tracker(run_dir, config.tracker, plain_config, f"{config.experiment_name}/{run_dir.name}",
+                          progress.step if config.resume is not None else None, progress.wandb_id)
+        progress.wandb_id = tracker.wandb_id
+        for line in banner(config, groups, store, run_dir, progress):
+            log.info(line)
+    run = _Run(config, groups, engine, schedule, loader, store, writer, tracker, progress, stop)
+    try:
+        summary = run.train()
+    finally:
+        engine.close()
+    if tracker is not None:
+        tracker.close(summary)
+        return {"run_dir": str(run_dir), **summary}
+    return None
+
+
+def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader) -> Progress:
+    checkpoint = agree_on_checkpoint(run_dir)
+    state = read_state(checkpoint)
+    load_engine(engine, checkpoint, state["step"])
+    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    loader.consumed_samples = progress.consumed_samples
+    if not restore_rng(checkpoint, dist.get_rank(), dist.get_world_size(), state["world_size"]):
+        log.info("the number of ranks changed from %d to %d: random streams start anew", state["world_size"],
+                 dist.get_world_size())
+    log.info("resumed from %s (step %d)", checkpoint, progress.step)
+    return progress
+
+
+@dataclass
+class _Run:
+    config: RunConfig
+    groups: ParallelGroups
+    engine: Engine
+    schedule: Schedule
+    loader: TrainingLoader
+    store: TokenStore
+    writer: CheckpointWriter
+    tracker: Tracker | None
+    progress: Progress
+    stop: StopSignal
+
+    def train(self) -> dict[str, Any]:
+        """All steps; returns the summary."""
+        config, settings, progress = self.config, self.config.train, self.progress
+        model = config.model
+        last_step = min(settings.num_steps, settings.stop_after_step or settings.num_steps)
+        self.metrics = StepMetrics(len(model.moe_layers), model.num_experts, self.engine.device,
+                                   flops_per_token(model, config.experts_per_token, settings.seq_len), config.balance)
+        self.token_bytes = self.store.token_bytes()
+        scalars: dict[str, Any] = {}
+        saved_step, stopped = progress.step, False
+        tokens_before, seconds = progress.consumed_tokens, 0.0
+        first_tokens = tokens_before  # the first log interval warms up and does not count towards the speed
+        while progress.step < last_step and not stopped:
+            started = time.perf_counter()
+            stopped = self.optimisation_step()
+            seconds += time.perf_counter() - started
+            step, at_end = progress.step, progress.step == last_step
+            if step % settings.log_interval == 0 or at_end or stopped:
+                scalars = self.log_step(last_step)
+                if first_tokens == tokens_before and not at_end:
+                    first_tokens, seconds = progress.consumed_tokens, 0.0
+            if settings.eval_interval and step % settings.eval_interval == 0 and not at_end and not stopped:
+                saved_step = self.evaluate_and_keep_best(saved_step)
+            save_now = config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0
+            if save_now and not at_end and not stopped and saved_step != step:
+                self.save()
+                saved_step = step
+        if not stopped and progress.step > 0:
+            saved_step = self.evaluate_and_keep_best(saved_step)
+        if saved_step != progress.step:
+            self.save()
+        if stopped:
+            log.info("stopped by a signal after step %d; continue with resume=%s", progress.step,
+                     self.writer.folder.parent)
+        return {
+            "val_loss": progress.val_loss, "unigram_entropy": self.store.unigram_entropy,
+            "best_val_loss": None if math.isinf(best := self.writer.best_loss()) else best,
+            "train_loss": scalars.get("train/loss"),
+            "bits_per_byte": getattr(self, "bits_per_byte", None),
+            "tokens_per_second": (progress.consumed_tokens - first_tokens) / seconds if seconds else None,
+            "max_load": scalars.get("moe/max_load"), "step": progress.step, "tokens": progress.consumed_tokens,
+            "stopped": stopped,
+        }
+
+    def optimisation_step(self) -> bool:
+        """One optimiser step over all micro-batches of the global batch; True when some rank was asked to stop."""
+        config, progress = self.config, self.progress
+        self.schedule.set_step(progress.step)
+        batches = self.loader.next_step(self.schedule.num_micro_batches(self.loader.consumed_samples))
+        num_targets, num_tokens, stop = self._agree(batches)
+        counts = scope_counts = None
+        for i, batch in enumerate(batches):
+            output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts)
+            loss = training_loss(output, num_targets, num_tokens, config.balance)
+            self.engine.backward(loss, is_last=i == len(batches) - 1)
+            counts = output.counts if counts is None else counts + output.counts
+            scope_counts = output.scope_counts
+            self.metrics.add(output, batch.num_targets, batch.num_tokens)
+        self.grad_norm = self.engine.step()
+        if config.balance.bias_update_rate > 0 and counts is not None and counts.numel():
+            if self.groups.data_size > 1:
+                dist.all_reduce(counts, group=self.groups.data)
+            update_balance_bias(self.engine.module.routers(), counts, config.balance.bias_update_rate)
+        progress.step += 1
+        progress.consumed_samples = self.loader.consumed_samples
+        progress.consumed_tokens += num_tokens
+        self.metrics.steps += 1
+        if not math.isfinite(self.grad_norm):
+            raise NonFiniteError(f"the gradient norm is {self.grad_norm} at step {progress.step} (samples "
+                                 f"{progress.consumed_samples - config.train.global_batch_size}.."
+                                 f"{progress.consumed_samples - 1}); lower optim.lr or resume from a checkpoint")
+        return stop
+
+    def _agree(self, batches: list[Batch]) -> tuple[int, int, bool]:
+        """Targets and tokens of the whole step over all ranks, and whether any rank was told to stop."""
+        local = torch.tensor([sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches),
+                              int(self.stop.received)])
+        dist.all_reduce(local)
+        num_targets, num_tokens, stops = local.tolist()
+        return num_targets, num_tokens, stops > 0
+
+    def log_step(self, last_step: int) -> dict[str, Any]:
+        """Reduce, write and print the metrics of the interval. Collective."""
+        progress = self.progress
+        scalars, counts = self.metrics.reduce()
+        scalars = {"train/loss": scalars.pop("train/loss"), "train/lr": self.schedule.learning_rate,
+                   "train/grad_norm": self.grad_norm, **scalars}
+        if self.tracker is not None:
+            self.tracker.log(progress.step, progress.consumed_tokens, scalars)
+            if counts:
+                self.tracker.log_routing(progress.step, progress.consumed_tokens, counts)
+            eta = (last_step - progress.step) * scalars["perf/step_seconds"]
+            log.info(console_line(progress.step, self.config.train.num_steps, scalars, eta))
+        return scalars
+
+    def evaluate_and_keep_best(self, saved_step: int) -> int:
+        """Held-out evaluation; saves when it is the best so far. Returns the newest saved step. Collective."""
+        settings, progress = self.config.train, self.progress
+        rows = ValidationRows(self.store, settings.seq_len)
+        if len(rows) == 0:
+            log.info("no held-out documents: evaluation skipped")
+            return saved_step
+        batches = validation_batches(rows, settings.micro_batch_size, self.store.end_of_document,
+                                     self.groups.data_rank, self.groups.data_size, settings.eval_max_sequences)
+        self.engine.module.eval()
+        result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device)
+        self.engine.module.train()
+        progress.val_loss, self.bits_per_byte = result["val_loss"], result["bits_per_byte"]
+        log.info("eval step %d  val_loss %.4f  perplexity %.2f  bits_per_byte %.4f  unigram_entropy %.4f  "
+                 "balance %.2fx", progress.step, result["val_loss"], result["perplexity"], result["bits_per_byte"],
+                 self.store.unigram_entropy, result.get("moe/max_load", 1.0))
+        if self.tracker is not None:
+            self.tracker.log(progress.step, progress.consumed_tokens,
+                             {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte")})
+        best = [self.writer.best_loss()]
+        dist.broadcast_object_list(best, src=0)
+        if self.config.checkpoint.keep_best and result["val_loss"] < best[0]:
+            self.writer.mark_best(self.save(), result["val_loss"])
+            saved_step = progress.step
+        self.metrics.started = time.perf_counter()
+        return saved_step
+
+    def save(self) -> Path:
+        path = self.writer.save(self.engine, dict(vars(self.progress)))
+        log.info("saved %s", path)
+        self.metrics.started = time.perf_counter()
+        return path
+
+
+def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir: Path, progress: Progress) -> list[str]:
+    """What is about to run, in a few lines."""
+    model, settings = config.model, config.train
+    count = count_parameters(model, config.experts_per_token)
+    tokens = sum(s["tokens"] for s in store.manifest["sources"])
+    micro_steps = config.gradient_accumulation_steps(groups.data_size)
+    shape = (f"{model.num_experts} experts top {config.experts_per_token:g} in {len(model.moe_layers)} of "
+             if model.num_experts else "dense, ")
+    return [
+        f"model    {count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {shape}{model.num_layers} layers",
+        f"parallel {groups.data_size} ranks: expert {groups.expert_size} x expert data {groups.expert_data_size}, "
+        f"ZeRO {config.zero_stage}, {settings.precision}",
+        f"batch    {settings.global_batch_size} sequences of {settings.seq_len} = {settings.micro_batch_size} x "
+        f"{groups.data_size} ranks x {micro_steps} accumulation steps",
+        f"data     {store.path} ({tokens:,} training tokens, vocabulary {store.vocab_size})",
+        f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
+    ]

@@ -1,0 +1,117 @@
+"""Metrics: accumulated on the device between log steps, reduced over ranks in one packed all-reduce."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.balance import balance_metrics
+from model.config import BalanceConfig
+from model.loss import ModelOutput
+from ops.device import peak_tflops
+
+HEAD = 6
+"""Scalar sums in front of the packed vector."""
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: device memory on CUDA, resident set size on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StepMetrics:
+    """Sums over the steps since the last log line.
+
+    Everything is a sum until `reduce`: [loss, aux, z, targets, tokens, processed | counts of all experts | memory by rank].
+    """
+
+    def __init__(self, num_moe_layers: int, num_experts: int, device: torch.device, flops_per_token: float,
+                 balance: BalanceConfig):
+        self.num_moe_layers, self.num_experts, self.device = num_moe_layers, num_experts, device
+        self.flops_per_token, self.balance = flops_per_token, balance
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak_flops = None if peak is None else peak * 1e12 * self.world_size
+        self.reset()
+
+    def reset(self) -> None:
+        size = HEAD + self.num_moe_layers * self.num_experts
+        self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
+        self.steps = 0
+        self.started = time.perf_counter()
+
+    def add(self, output: ModelOutput, num_targets: int, num_tokens: int) -> None:
+        """Add one micro-batch of this rank; no synchronisation with the device."""
+        self.sums[0] += output.loss_sum.detach()
+        self.sums[1] += output.aux_sum.detach()
+        self.sums[2] += output.z_sum.detach()
+        self.sums[3] += num_targets
+        self.sums[4] += num_tokens
+        self.sums[5] += output.processed
+        if output.counts.numel():
+            self.sums[HEAD:] += output.counts.flatten()
+
+    def reduce(self) -> tuple[dict[str, Any], list[list[int]]]:
+        """Scalars of the interval and the global counts [layers][experts]; resets. Collective."""
+        memory = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
+        memory[self.rank] = memory_bytes(self.device)
+        packed = torch.cat((self.sums, memory))
+        if self.world_size > 1:
+            dist.all_reduce(packed)
+        values = packed.cpu()
+        seconds = time.perf_counter() - self.started
+        loss, aux, z, targets, tokens, processed = values[:HEAD].tolist()
+        counts = values[HEAD:len(self.sums)].round().to(torch.int64).view(self.num_moe_layers, self.num_experts)
+        scalars: dict[str, Any] = {
+            "train/loss": loss / max(targets, 1),
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/step_seconds": seconds / max(self.steps, 1),
+            "perf/memory_gib": float(values[len(self.sums):].max()) / 2**30,
+        }
+        if self.peak_flops is not None:
+            scalars["perf/mfu"] = self.flops_per_token * tokens / seconds / self.peak_flops
+        if self.num_moe_layers:
+            layers = self.num_moe_layers
+            scalars["moe/z_loss"] = z / max(tokens, 1) / layers
+            if self.balance.aux_loss_coeff > 0:
+                scalars["moe/aux_loss"] = aux / max(tokens, 1) / layers
+            scalars["moe/experts_per_token"] = float(counts.sum()) / max(tokens, 1) / layers
+            scalars["moe/dropped"] = 1.0 - processed / max(float(counts.sum()), 1.0)
+            scalars.update(balance_metrics(counts))
+        self.reset()
+        return scalars, counts.tolist()
+
+
+def console_line(step: int, num_steps: int, scalars: dict[str, Any], eta_seconds: float) -> str:
+    """One greppable line: name value pairs, two spaces apart."""
+    parts = [f"step {step}/{num_steps}", f"loss {scalars['train/loss']:.4f}", f"lr {scalars['train/lr']:.2e}",
+             f"gnorm {scalars['train/grad_norm']:.3f}"]
+    if "moe/max_load" in scalars:
+        parts += [f"balance {scalars['moe/max_load']:.2f}x (layer {scalars['moe/max_load_layer']})",
+                  f"dropped {scalars['moe/dropped']:.1%}"]
+    parts.append(f"{_human(scalars['perf/tokens_per_second'])} tok/s")
+    if "perf/mfu" in scalars:
+        parts.append(f"mfu {scalars['perf/mfu']:.1%}")
+    parts += [f"mem {scalars['perf/memory_gib']:.2f}GiB", f"eta {_duration(eta_seconds)}"]
+    return "  ".join(parts)
+
+
+def _human(value: float) -> str:
+    for unit in ("", "k", "M"):
+        if value < 1000:
+            return f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f}G"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

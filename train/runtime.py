@@ -1,0 +1,75 @@
+"""Start and stop of a training process: process group, device, seeds, determinism, logging, stop signals."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import random
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.parallel import destroy_parallel
+
+log = logging.getLogger("loadstone")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def process_group(timeout_seconds: int) -> Iterator[torch.device]:
+    """Join the job's process group (or make one of a single process); yields this rank's device."""
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port())}
+    added = {name: value for name, value in single.items() if name not in os.environ}
+    os.environ.update(added)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "cuda:nccl,cpu:gloo"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
+    for noisy in ("megatron", "httpx", "datasets", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        yield device
+    finally:
+        destroy_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in added:  # a sweep runs several jobs in one process
+            os.environ.pop(name, None)
+
+
+def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
+    """Different random streams per rank; `deterministic` refuses nondeterministic kernels."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1, which ask to save and end; the loop agrees on the step with all ranks."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
