@@ -1,4 +1,7 @@
-"""Merge what bench/gpu.sh left in a folder into bench/results/<date>-<device>.json: python -m bench.collect FOLDER STATUS."""
+"""Merge what bench/gpu.sh left in a folder into bench/results/<date>-<device>.json.
+
+`python -m bench.collect FOLDER PYTEST_STATUS` prints the path it wrote.
+"""
 
 from __future__ import annotations
 

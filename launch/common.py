@@ -78,7 +78,7 @@ def fail(problems: list[str]) -> None:
 def plain(config: DictConfig) -> dict[str, Any]:
     data = OmegaConf.to_container(config, resolve=True)
     assert isinstance(data, dict)
-    return data  # type: ignore[return-value]
+    return data
 
 
 def new_run_dir(experiment_name: str) -> Path:

@@ -35,7 +35,8 @@ def train(config: DictConfig) -> float | None:
     world_size = int(launch.num_devices) * int(launch.num_nodes) if launch.kind != "inline" else 1
     run = parse(plain(config), world_size)
     if run.launch.dry_run:
-        return dry_run(config, run)
+        dry_run(run)
+        return None
     with open_dict(config):
         config.run_dir = str(Path(config.resume) if config.resume else
                              Path(config.run_dir or new_run_dir(run.experiment_name)))
@@ -62,8 +63,7 @@ def with_saved_config(config: DictConfig) -> DictConfig:
             raise ValueError(f"resume={config.resume} keeps the model and experiment of the run; drop {override!r}")
         OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True, merge=False)
     saved.resume, saved.run_dir = config.resume, config.resume
-    if not any(o.startswith("launch") for o in HydraConfig.get().overrides.task):
-        saved.launch = config.launch
+    saved.launch.dry_run = config.launch.dry_run
     return saved
 
 
@@ -150,7 +150,7 @@ def finish(config: DictConfig, run: Any) -> float | None:
     return result["val_loss"]
 
 
-def dry_run(config: DictConfig, run: Any) -> None:
+def dry_run(run: Any) -> None:
     """Print what would run: the checks have passed."""
     from launch import spawn
 

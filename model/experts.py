@@ -27,7 +27,7 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(len(self.global_ids), 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(len(self.global_ids), hidden_size, width))
         for parameter in self.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """rows [R, D] in local expert order, counts [L] int64 -> [R, D]."""

@@ -63,7 +63,7 @@ class Transformer(nn.Module):
 
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in layer order."""
-        return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoELayer)]  # type: ignore[misc]
+        return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoELayer)]
 
     def _layout(self, positions: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
                 dtype: torch.dtype) -> SequenceLayout:

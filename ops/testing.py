@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Largest error allowed by the dtype computed in, relative to the largest value of the reference."""
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest error by the dtype computed in, over the largest value of the reference (bf16: 1.4e-2 seen on a CPU)."""
 
 
 def assert_close(name: str, ours: torch.Tensor | None, reference: torch.Tensor,

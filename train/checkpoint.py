@@ -39,7 +39,7 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from model.experts import Experts, is_expert_parameter
+from model.experts import Experts
 from model.parallel import ParallelGroups
 from train.config import CheckpointConfig
 from train.engine import STATE_KEYS, Engine
@@ -320,7 +320,7 @@ class _Reader:
         for key, tensor in want.items():
             if key not in self.known:
                 raise CheckpointError(f"{self.checkpoint} has no {key}: it belongs to a model of another shape")
-            size = tuple(self.known[key].size)  # type: ignore[union-attr]
+            size = tuple(self.known[key].size)
             if size != tuple(tensor.shape):
                 raise CheckpointError(f"{self.checkpoint}: {key} has shape {size}, the model needs {tuple(tensor.shape)}")
         with warnings.catch_warnings():  # "assuming the intent is to load in a single process": it is

@@ -119,9 +119,9 @@ class Engine:
             return None
         name = _register_expert_groups(self.groups)
         for parameter in experts:
-            parameter.group_name = name  # type: ignore[attr-defined]
-            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
+            parameter.group_name = name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = name
         num_experts = next(m for m in model.modules() if isinstance(m, MoELayer)).router.weight.shape[0]
         model.add_module("expert_anchor", _anchor(num_experts))
         return name

@@ -272,7 +272,8 @@ def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir
     shape = (f"{model.num_experts} experts top {config.experts_per_token:g} in {len(model.moe_layers)} of "
              if model.num_experts else "dense, ")
     return [
-        f"model    {count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {shape}{model.num_layers} layers",
+        f"model    {count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {shape}"
+        f"{model.num_layers} layers",
         f"parallel {groups.data_size} ranks: expert {groups.expert_size} x expert data {groups.expert_data_size}, "
         f"ZeRO {config.zero_stage}, {settings.precision}",
         f"batch    {settings.global_batch_size} sequences of {settings.seq_len} = {settings.micro_batch_size} x "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any, TextIO
@@ -93,7 +94,7 @@ class Tracker:
             import wandb
 
             if self.wandb_id is None:
-                self.wandb_id = wandb.util.generate_id()
+                self.wandb_id = secrets.token_hex(4)
             run = wandb.init(project=settings.wandb.project, entity=settings.wandb.entity, name=name, config=config,
                              id=self.wandb_id, resume="allow", mode=mode, dir=str(self.run_dir),  # type: ignore[arg-type]
                              settings=wandb.Settings(console="off", init_timeout=30, silent=True,

@@ -20,8 +20,8 @@ TINY = (
 
 def write_text(folder: Path) -> list[str]:
     """A small corpus and the overrides that train on it."""
-    words = ("the quick brown fox jumps over a lazy dog while seven wise owls watch from old oak trees and "
-             "sing of rivers and rain").split()
+    text = "the quick brown fox jumps over a lazy dog while seven wise owls watch from old oak trees and sing of rivers"
+    words = text.split()
     lines = [" ".join(words[(i * j + j) % len(words)] for j in range(1, 12 + i % 9)) for i in range(400)]
     (folder / "text.txt").write_text("\n".join(lines))
     return ["data=files", "data.sources.0.path=text", f"data.sources.0.data_files={folder / 'text.txt'}",

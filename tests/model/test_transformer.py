@@ -137,8 +137,8 @@ def test_indivisible_experts_are_refused():
 # --- sums ------------------------------------------------------------------------------------------------------------
 
 def test_loss_is_the_summed_cross_entropy_of_the_targets():
-    model, ids = build(tiny_config(), NO_BALANCE), torch.randint(0, VOCAB_SIZE, (2, 9))
-    targets = torch.randint(0, VOCAB_SIZE, (2, 9))
+    model, gen = build(tiny_config(), NO_BALANCE), torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(0, VOCAB_SIZE, (2, 2, 9), generator=gen)
     targets[0, 3:5] = IGNORE_INDEX
     positions = torch.arange(9).expand(2, 9)
     output = model(ids, targets, positions, torch.tensor([0, 9, 18], dtype=torch.int32), 9)

@@ -1,0 +1,75 @@
+"""What a config would cost, without any device: python -m launch.plan [the overrides of launch.train].
+
+Prints parameters, memory per device, batch arithmetic, FLOPs and every problem; exit code 1 if it cannot run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from launch.common import check_working_directory, plain, print_result, run_main
+
+check_working_directory(__package__, "plan")
+GIB = 2**30
+
+
+def main(config: DictConfig) -> None:
+    """Print the plan; raises SystemExit(1) when the config cannot run."""
+    from launch.validate import ConfigError, parse
+
+    launch = config.launch
+    world_size = 1 if launch.kind == "inline" else int(launch.num_devices) * int(launch.num_nodes)
+    try:
+        run = parse(plain(config), world_size)
+    except ConfigError as error:
+        print(f"{len(error.problems)} problem(s); this config cannot run:")
+        for problem in error.problems:
+            print(f"  error: {problem}")
+        print_result({"problems": error.problems})
+        raise SystemExit(1) from None
+    print_result(describe(run, world_size))
+
+
+def describe(run: Any, world_size: int) -> dict[str, Any]:
+    """Print the tables and return their numbers."""
+    from model.flops import count_parameters, flops_per_token
+    from model.memory import device_memory
+
+    model, settings = run.model, run.train
+    count = count_parameters(model, run.experts_per_token)
+    expert_size = run.parallel.expert_parallel_size
+    memory = device_memory(model, run.experts_per_token, precision=settings.precision, zero_stage=run.zero_stage,
+                           world_size=world_size, expert_parallel_size=expert_size,
+                           micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len)
+    micro_steps = run.gradient_accumulation_steps(world_size)
+    tokens = settings.global_batch_size * settings.seq_len
+    flops = flops_per_token(model, run.experts_per_token, settings.seq_len)
+
+    print("parameters")
+    for label, value in (("embedding and head", count.embedding), ("attention", count.attention),
+                         ("dense MLPs", count.dense_mlp), ("routers", count.router),
+                         ("shared experts", count.shared_experts), ("routed experts", count.experts),
+                         ("norms", count.norms), ("total", count.total), ("active per token", count.active)):
+        print(f"  {label:28s} {value:>20,}")
+    print(f"memory per device ({world_size} ranks, expert parallel {expert_size}, ZeRO {run.zero_stage}, "
+          f"{settings.precision})")
+    for label, value in (("dense weights", memory.dense_weights), ("expert weights", memory.expert_weights),
+                         ("gradients", memory.gradients), ("optimizer state", memory.optimizer),
+                         ("activations (estimate)", memory.activations), ("logits", memory.logits),
+                         ("total", memory.total)):
+        print(f"  {label:28s} {value / GIB:>16.3f} GiB")
+    print("batch")
+    print(f"  {settings.global_batch_size} sequences of {settings.seq_len} = {settings.micro_batch_size} per device x "
+          f"{world_size} ranks x {micro_steps} accumulation steps; {tokens:,} tokens a step, "
+          f"{tokens * settings.num_steps:,} in {settings.num_steps:,} steps")
+    print(f"compute\n  {flops:.4g} FLOPs per token (forward and backward), {flops * tokens:.4g} per step, "
+          f"{flops * tokens * settings.num_steps:.4g} for the run")
+    return {"problems": [], "parameters": count.total, "active_parameters": count.active,
+            "memory_bytes": {**vars(memory), "total": memory.total},
+            "gradient_accumulation_steps": micro_steps, "tokens_per_step": tokens, "flops_per_token": flops}
+
+
+if __name__ == "__main__":
+    run_main("train", main)

@@ -1,0 +1,72 @@
+"""Memory of one device by component: what `launch.plan` prints before anything starts. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from model.flops import count_parameters
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on the fullest device. Activations are an estimate of what backward keeps; the rest is exact arithmetic
+    (without DeepSpeed's communication buckets and the allocator's slack)."""
+
+    dense_weights: int
+    expert_weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return (self.dense_weights + self.expert_weights + self.gradients + self.optimizer + self.activations
+                + self.logits)
+
+
+def device_memory(config: ModelConfig, experts_per_token: float, *, precision: str, zero_stage: int, world_size: int,
+                  expert_parallel_size: int, micro_batch_size: int, seq_len: int) -> DeviceMemory:
+    """Memory under ZeRO and expert parallelism.
+
+    Dense state is shared by all ranks, expert state by the world_size / expert_parallel_size ranks that hold the same
+    experts. Optimiser state is 12 bytes a parameter (fp32 master weight and two moments), 8 at stage 0 in fp32, where
+    the weights are the masters. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
+    """
+    count = count_parameters(config, experts_per_token)
+    width = 4 if precision == "fp32" else 2
+    expert_data_size = world_size // expert_parallel_size
+    dense, experts = count.dense, -(-count.experts // expert_parallel_size)
+
+    def share(parameters: int, over: int, from_stage: int) -> int:
+        return -(-parameters // over) if zero_stage >= from_stage else parameters
+
+    per_state = 8 if zero_stage == 0 else 12
+    return DeviceMemory(
+        dense_weights=width * share(dense, world_size, 3),
+        expert_weights=width * share(experts, expert_data_size, 3),
+        gradients=width * (share(dense, world_size, 2) + share(experts, expert_data_size, 2)),
+        optimizer=per_state * (share(dense, world_size, 1) + share(experts, expert_data_size, 1)),
+        activations=_activation_bytes(config, experts_per_token, micro_batch_size * seq_len, width),
+        logits=micro_batch_size * seq_len * config.vocab_size * (width + 4),
+    )
+
+
+def _activation_bytes(config: ModelConfig, experts_per_token: float, tokens: int, width: int) -> int:
+    """Bytes kept for backward, assuming balanced experts. Norms keep an fp32 copy when the model is bf16."""
+    hidden = config.hidden_size
+    q_width = config.num_heads * config.attention_head_dim
+    kv_width = config.num_kv_heads * config.attention_head_dim
+    norm = 4 * hidden + width * hidden  # fp32 input and the normalised output
+    rotary = 4 * (q_width + kv_width)
+    attention = norm + rotary + width * (2 * q_width + 2 * kv_width + hidden)
+    dense_mlp = norm + width * 4 * config.intermediate_size
+    routed = width * experts_per_token * (3 * hidden + 4 * config.expert_intermediate_size)
+    shared = width * 4 * config.num_shared_experts * config.expert_intermediate_size
+    moe = norm + 4 * hidden + routed + shared + 4 * 4 * config.num_experts
+    num_moe = len(config.moe_layers)
+    layers = config.num_layers * attention + (config.num_layers - num_moe) * dense_mlp + num_moe * moe
+    if config.recompute == "block":
+        layers = config.num_layers * width * hidden + attention + max(moe if num_moe else 0, dense_mlp)
+    return round(tokens * (layers + norm))

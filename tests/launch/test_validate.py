@@ -1,0 +1,138 @@
+"""Bad settings get a sentence before anything starts, all of them at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from launch.common import plain
+from launch.validate import DEEPSPEED_KEYS, ZERO_KEYS, ConfigError, parse
+
+CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return plain(compose("train", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def base() -> dict:
+    return composed()
+
+
+def problems(config: dict, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse(config, world_size)
+    return error.value.problems
+
+
+def changed(base: dict, **changes) -> dict:
+    """changed(base, model__hidden_size=3): a copy with nested values replaced or added."""
+    config = copy.deepcopy(base)
+    for name, value in changes.items():
+        node, keys = config, name.split("__")
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = value
+    return config
+
+
+def test_the_default_config_is_valid(base):
+    assert parse(base, 1).model.num_experts == 8
+
+
+@pytest.mark.parametrize("model", sorted(p.stem for p in (Path(CONF) / "model").glob("*.yaml")))
+def test_every_preset_is_valid(model):
+    router = "router=sigmoid_top_k" if "deepseek" in model else "router=top_k"
+    assert parse(composed(f"model={model}", router), 1).model.num_layers > 0
+
+
+@pytest.mark.parametrize("group", ["balance", "deepspeed", "debug", "dispatcher", "data"])
+def test_every_group_option_composes(group):
+    for option in sorted(p.stem for p in (Path(CONF) / group).glob("*.yaml")):
+        extra = ["data.sources.0.path=json", "data.sources.0.data_files=x.jsonl"] if option == "files" else []
+        add = "+" if group == "debug" else ""
+        parse(composed(f"{add}{group}={option}", *extra), 1)
+
+
+@pytest.mark.parametrize(("place", "suggestion"), [
+    ("model__num_expert", "model.num_experts"), ("train__num_step", "train.num_steps"), ("sed", "seed"),
+    ("router__topk", "router.top_k"), ("tracker__wandb__mod", "tracker.wandb.mode"),
+    ("deepspeed__zero_optimisation", "deepspeed.zero_optimization"),
+])
+def test_unknown_keys_get_a_suggestion(base, place, suggestion):
+    (problem,) = problems(changed(base, **{place: 1}))
+    assert f"did you mean {suggestion}?" in problem
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"model__num_experts": 6}, "num_experts 6 is not divisible by parallel.expert_parallel_size 4"),
+    ({"train__global_batch_size": 33}, "global_batch_size 33 is not a multiple"),
+    ({"model__num_kv_heads": 3}, "num_heads 4 is not a multiple of model.num_kv_heads 3"),
+    ({"model__hidden_size": 255}, "hidden_size 255 is not divisible"),
+    ({"router__top_k": 9}, "router.top_k is 9"),
+    ({"router__top_k": 1}, "normalize_weights"),
+    ({"train__seq_len": 4096}, "train.seq_len 4096 exceeds model.max_seq_len"),
+    ({"train__precision": "fp16"}, "train.precision is 'fp16'; choose one of fp32, bf16"),
+    ({"train__num_steps": "many"}, "train.num_steps is 'many'; it must be int"),
+    ({"train__num_steps": 10}, "warmup_steps 20 must be below"),
+    ({"train__batch_size_rampup": [8, 8]}, "must be [start, increment, samples]"),
+    ({"train__batch_size_rampup": [6, 8, 100]}, "must be multiples"),
+    ({"optim__lr": -1.0}, "optim.lr is -1.0"),
+    ({"optim__wsd_decay_steps": 5}, "belongs to optim.decay_style=WSD"),
+    ({"parallel__tensor_parallel_size": 2}, "parallel.tensor_parallel_size is 2; this version supports 1"),
+    ({"deepspeed__gradient_clipping": 1.0}, "set train.clip_grad_norm"),
+    ({"deepspeed__elasticity": {}}, "not available"),
+    ({"deepspeed__zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "unknown key"),
+    ({"deepspeed__zero_optimization": {"stage": 4}}, "choose 0, 1, 2 or 3"),
+    ({"deepspeed__zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1"),
+    ({"deepspeed__zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs stage 3"),
+    ({"router___target_": "os.system"}, "outside the model package"),
+    ({"router___target_": "model.routers.top_k.Nothing"}, "does not exist"),
+    ({"data__sources": []}, "data.sources is empty"),
+    ({"checkpoint__keep_last": 0}, "at least the last one"),
+    ({"dispatcher___target_": "model.dispatch.LocalDispatcher"}, "use dispatcher=all_to_all"),
+    ({"balance__aux_loss_scope": "world"}, "choose one of sequence, batch, global_batch"),
+])
+def test_contradictions_are_named(base, change, words):
+    config = changed(base, parallel__expert_parallel_size=4, launch__kind="deepspeed", launch__num_devices=4, **change)
+    assert any(words in p for p in problems(config, 4)), problems(config, 4)
+
+
+def test_half_precision_needs_a_zero_stage(base):
+    config = changed(base, train__precision="bf16", deepspeed__zero_optimization={"stage": 0})
+    assert any("use deepspeed=zero1" in p for p in problems(config))
+
+
+def test_expert_size_must_divide_the_ranks(base):
+    config = changed(base, parallel__expert_parallel_size=2, train__global_batch_size=24)
+    assert any("does not divide the 3 ranks" in p for p in problems(config, 3))
+
+
+def test_all_problems_are_reported_together(base):
+    config = changed(base, model__num_kv_heads=3, optim__lr=-1.0, checkpoint__keep_last=0, router__top_k=99)
+    assert len(problems(config)) == 4
+
+
+def test_dense_model_needs_no_router_settings(base):
+    assert parse(changed(base, model__num_experts=0, model__num_dense_layers=0), 1).experts_per_token == 0
+
+
+def test_accepted_deepspeed_keys_exist_in_deepspeed():
+    """DeepSpeed ignores keys it does not know: a renamed one would silently stop working."""
+    from train.engine import import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = set()
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        known |= {name, field.alias}
+    assert known >= ZERO_KEYS
+    values = {v for v in vars(constants).values() if isinstance(v, str)} | {"comms_logger", "flops_profiler"}
+    assert values >= DEEPSPEED_KEYS

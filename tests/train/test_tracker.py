@@ -1,0 +1,91 @@
+"""Own files first; a sink that fails never ends a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from train.config import TrackerConfig, WandbConfig
+from train.tracker import Tracker, wandb_mode
+
+QUIET = TrackerConfig(WandbConfig("disabled"))
+
+
+def records(run_dir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def test_every_record_is_on_disk_at_once(tmp_path):
+    tracker = Tracker(tmp_path, QUIET, {}, "name")
+    tracker.log(1, 10, {"train/loss": 2.0})
+    tracker.log_routing(1, 10, [[3, 4]])
+    assert records(tmp_path) == [{"step": 1, "tokens": 10, "train/loss": 2.0}]
+    assert records(tmp_path, "routing.jsonl") == [{"step": 1, "tokens": 10, "counts": [[3, 4]]}]
+    tracker.close({})
+
+
+def test_resuming_drops_records_that_will_be_written_again(tmp_path):
+    tracker = Tracker(tmp_path, QUIET, {}, "name")
+    for step in range(1, 6):
+        tracker.log(step, step, {})
+    tracker.close({})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "cut o')
+    Tracker(tmp_path, QUIET, {}, "name", resume_step=3).close({})
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
+
+
+def test_auto_is_offline_without_a_key_or_a_server(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert wandb_mode("auto") == ("offline", "no API key: `wandb login` to go online")
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode("auto") == ("offline", "127.0.0.1 cannot be reached")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode("auto")[0] == "disabled"
+
+
+def test_a_failing_sink_is_switched_off(tmp_path, caplog):
+    class Broken:
+        def log(self, *args, **kwargs):
+            raise OSError("quota")
+
+    tracker = Tracker(tmp_path, QUIET, {}, "name")
+    tracker._wandb = Broken()
+    tracker.log(1, 1, {"a": 1})
+    tracker.log(2, 2, {"a": 2})
+    assert caplog.text.count("switched off") == 1
+    assert [r["a"] for r in records(tmp_path)] == [1, 2]
+    tracker.close({})
+
+
+def test_online_without_a_server_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    tracker = Tracker(tmp_path, TrackerConfig(WandbConfig("online")), {}, "name")
+    tracker.log(1, 1, {"a": 1})
+    tracker.close({})
+    assert "W&B could not start" in caplog.text and len(records(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_an_offline_run_can_be_read_back(tmp_path, monkeypatch):
+    """With wandb's own reader: keys, values and the x-axis."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = Tracker(tmp_path, TrackerConfig(WandbConfig("offline")), {"model": {"num_experts": 8}}, "name")
+    assert tracker.wandb_id
+    tracker.log(1, 100, {"train/loss": 2.5, "moe/max_load": 1.25})
+    tracker.log(2, 200, {"train/loss": 2.0, "moe/max_load": 1.5})
+    tracker.close({"val_loss": 2.0})
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    wandb = Path(sys.executable).with_name("wandb")
+    out = subprocess.run([str(wandb), "leet", "inspect", "--json", str(run)], text=True, capture_output=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert '"train/loss"' in out.stdout and "2.5" in out.stdout and '"train/tokens"' in out.stdout
