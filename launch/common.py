@@ -48,9 +48,10 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # DeepSpeed's launcher passes --local_rank=N, which Hydra does not know.
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
-    sys.argv = [sys.argv[0], *QUIET, *arguments] if "-m" not in arguments and "--multirun" not in arguments else [
-        sys.argv[0], "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
-        f"hydra.sweep.dir=runs/sweeps/{time.strftime('%Y%m%d-%H%M%S')}", *arguments]
+    multirun = {"-m", "--multirun"} & set(arguments)
+    sweep_dir = f"hydra.sweep.dir=runs/sweeps/{time.strftime('%Y%m%d-%H%M%S')}"
+    sys.argv = [sys.argv[0], *arguments, *QUIET, *([sweep_dir] if multirun and not any(
+        a.startswith("hydra.sweep.dir") for a in arguments) else [])]
 
     def guarded(config: DictConfig) -> Any:
         from launch.validate import ConfigError

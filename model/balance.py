@@ -100,15 +100,18 @@ def update_balance_bias(routers: list[Router], global_counts: torch.Tensor, upda
         router.balance_bias += (step - step.mean()).to(router.balance_bias.device)
 
 
-def balance_metrics(counts: torch.Tensor) -> dict[str, float]:
-    """Summary of [layers, E] global counts: the numbers people watch. Load is relative to the layer's mean (1 = fair)."""
+def balance_metrics(counts: torch.Tensor, layers: tuple[int, ...] | None = None) -> dict[str, float]:
+    """Summary of [moe_layers, E] global counts: the numbers people watch. Load is relative to the layer's mean (1 = fair).
+
+    layers: transformer layer of each row, for moe/max_load_layer; None: the rows' own numbers.
+    """
     load = counts.double() / counts.double().mean(-1, keepdim=True).clamp_min(1e-9)
     fractions = load / load.sum(-1, keepdim=True).clamp_min(1e-9)
     entropy = -(fractions * fractions.clamp_min(1e-30).log()).sum(-1)
     max_load, layer = load.max(-1).values.max(0)
     return {
         "moe/max_load": float(max_load),
-        "moe/max_load_layer": int(layer),
+        "moe/max_load_layer": int(layer) if layers is None else layers[int(layer)],
         "moe/min_load": float(load.min()),
         "moe/load_cv": float(load.std(-1, unbiased=False).mean()),
         "moe/load_entropy": float(entropy.mean()),

@@ -67,7 +67,7 @@ class OptimConfig:
         found = []
         if self.lr <= 0:
             found.append(f"optim.lr is {self.lr}; it must be positive")
-        if not 0 <= self.min_lr <= self.lr:
+        elif not 0 <= self.min_lr <= self.lr:
             found.append(f"optim.min_lr {self.min_lr} must be between 0 and optim.lr {self.lr}")
         if self.warmup_steps < 0 or self.weight_decay < 0 or self.eps <= 0:
             found.append("optim.warmup_steps and optim.weight_decay must not be negative, optim.eps must be positive")

@@ -139,7 +139,7 @@ class _Run:
         config, settings, progress = self.config, self.config.train, self.progress
         model = config.model
         last_step = min(settings.num_steps, settings.stop_after_step or settings.num_steps)
-        self.metrics = StepMetrics(len(model.moe_layers), model.num_experts, self.engine.device,
+        self.metrics = StepMetrics(model.moe_layers, model.num_experts, self.engine.device,
                                    flops_per_token(model, config.experts_per_token, settings.seq_len), config.balance)
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}

@@ -31,9 +31,10 @@ class StepMetrics:
     Everything is a sum until `reduce`: [loss, aux, z, targets, tokens, processed | counts of all experts | memory by rank].
     """
 
-    def __init__(self, num_moe_layers: int, num_experts: int, device: torch.device, flops_per_token: float,
+    def __init__(self, moe_layers: tuple[int, ...], num_experts: int, device: torch.device, flops_per_token: float,
                  balance: BalanceConfig):
-        self.num_moe_layers, self.num_experts, self.device = num_moe_layers, num_experts, device
+        self.moe_layers, self.num_moe_layers = moe_layers, len(moe_layers)
+        self.num_experts, self.device = num_experts, device
         self.flops_per_token, self.balance = flops_per_token, balance
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -84,7 +85,7 @@ class StepMetrics:
                 scalars["moe/aux_loss"] = aux / max(tokens, 1) / layers
             scalars["moe/experts_per_token"] = float(counts.sum()) / max(tokens, 1) / layers
             scalars["moe/dropped"] = 1.0 - processed / max(float(counts.sum()), 1.0)
-            scalars.update(balance_metrics(counts))
+            scalars.update(balance_metrics(counts, self.moe_layers))
         self.reset()
         return scalars, counts.tolist()
 

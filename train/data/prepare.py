@@ -38,7 +38,7 @@ def fingerprint(config: DataConfig) -> str:
     for source in config.sources:
         facts = dataclasses.asdict(source)
         facts.pop("weight")
-        facts["files"] = [(os.path.basename(f), os.stat(f).st_size, int(os.stat(f).st_mtime))
+        facts["files"] = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns)
                           for f in files_of(source) if os.path.isfile(f)]
         sources.append(facts)
     tokenizer: dict[str, Any] = dataclasses.asdict(config.tokenizer)
@@ -102,6 +102,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     if end_of_document is None:
         raise ValueError(f"the tokenizer has no token {config.tokenizer.end_of_document!r}; set "
                          "data.tokenizer.end_of_document to its end-of-text token")
+    tokenizer.encode_special_tokens = True  # text that spells a special token is text
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     lengths = token_bytes(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -111,10 +112,10 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     unigrams = np.zeros(vocab_size, dtype=np.int64)
     validation = IndexedDatasetBuilder(str(folder / "validation.bin"), dtype=dtype)
     held_out = {"documents": 0, "tokens": 0, "bytes": 0}
+    held_out_keys = _held_out_keys((t for s in config.sources for t in documents(s)), config.validation_fraction)
     sources = []
     ids: np.ndarray
     for i, source in enumerate(config.sources):
-        held_out_keys = _held_out_keys(documents(source), config.validation_fraction, need_one=i == 0)
         train = IndexedDatasetBuilder(str(folder / f"train_{i}.bin"), dtype=dtype)
         counts = {"path": source.path, "documents": 0, "tokens": 0, "bytes": 0}
         for text, encoded in _encode(documents(source), tokenizer):
@@ -152,13 +153,23 @@ def _document_key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _held_out_keys(texts: Iterator[str], fraction: float, need_one: bool) -> set[int]:
-    """Keys of the held-out documents. By content, so duplicates never stand on both sides of the split."""
-    keys = [_document_key(text) for text in texts]
-    chosen = {key for key in keys if key < fraction * 2**64}
-    if not chosen and need_one and len(set(keys)) > 1:
-        chosen = {min(keys)}
-    return chosen
+def _held_out_keys(texts: Iterator[str], fraction: float) -> set[int]:
+    """Keys of the held-out documents of all sources. By content, so duplicates never stand on both sides of the split.
+
+    Raises:
+        ValueError: there are fewer than two different documents, so none can be held out.
+    """
+    chosen: set[int] = set()
+    smallest, different = 2**64, 0
+    for key in map(_document_key, texts):
+        if key < fraction * 2**64:
+            chosen.add(key)
+        different += key != smallest
+        smallest = min(smallest, key)
+    if different < 2:
+        raise ValueError("the data holds fewer than two different documents, so none can be held out; give more text, or "
+                         "split it finer (sample_by=paragraph for text files)")
+    return chosen or {smallest}
 
 
 def train_bpe(texts: Iterator[str], config: TokenizerConfig) -> Any:

@@ -54,10 +54,12 @@ class _SourceSamples:
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         if distributed and dist.get_rank() != 0:
             dist.barrier()
-        self._epochs = {e: d for e, d in self._epochs.items() if e >= epoch - 1}
         self._epochs[epoch] = self._build(epoch)
         if distributed and dist.get_rank() == 0:
             dist.barrier()
+
+    def close_epochs_before(self, epoch: int) -> None:
+        self._epochs = {e: d for e, d in self._epochs.items() if e >= epoch}
 
     def _build(self, epoch: int) -> Any:
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -114,6 +116,8 @@ class TrainingSamples:
         for index in range(start, stop):
             source, within = self._locate(index)
             needed.add((source, within // self.sources[source].per_epoch))
+        for source in {source for source, _ in needed}:
+            self.sources[source].close_epochs_before(min(epoch for s, epoch in needed if s == source))
         for source, epoch in sorted(needed):
             self.sources[source].open_epoch(epoch)
 
