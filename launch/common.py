@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def rank() -> int:
 def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     """Compose conf/<name>.yaml with the command line and call `function`; user errors end with one message, code 2."""
     adopt_slurm()
+    # Libraries' remarks about optional packages and their own deprecations, once per rank and import.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # DeepSpeed's launcher passes --local_rank=N, which Hydra does not know.
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]

@@ -12,6 +12,7 @@ Everything DeepSpeed-shaped lives here, private parts included, which is why its
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -150,7 +151,9 @@ class Engine:
             self.deepspeed.step()
         else:
             self.deepspeed.step()
-            self.grad_norm = float(self.deepspeed.get_global_grad_norm())
+            # On a non-finite gradient ZeRO may skip the update without a word and keep the previous norm.
+            overflow = getattr(self.deepspeed.optimizer, "overflow", False)
+            self.grad_norm = math.nan if overflow else float(self.deepspeed.get_global_grad_norm())
         return self.grad_norm
 
     def _clip_stage0(self) -> float:

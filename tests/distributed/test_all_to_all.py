@@ -11,7 +11,7 @@ EXPERT_SIZES = (2, 4)
 SPLITS = ("variable", "zeros", "a_rank_sends_nothing", "a_rank_receives_nothing", "all_to_one", "nobody_sends")
 ROUTINGS = ("even", "one_expert_gets_everything", "experts_with_none", "a_rank_without_tokens", "no_tokens_anywhere",
             "unused_slots", "no_slot_used")
-four_ranks = [pytest.mark.slow, pytest.mark.xdist_group("four_ranks")]
+four_ranks = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,12 @@ VARIANTS = [
 ]
 
 
+# With 32 experts and 64 assignments a rank, some experts get no token on one of their two replicas: their gradient must
+# still exist there, or the reduction over the replicas waits for ever.
+STARVED = [{"ep": 2, "zero": zero, "accumulation": 1, "clip": 0.5, "scope": "batch", "model": {"num_experts": 32}}
+           for zero in (0, 1, 2, 3)]
+
+
 def check(rows: list[dict], cases: list[dict]) -> None:
     assert [r["case"] for r in rows] == cases
     wrong = []
@@ -48,20 +54,17 @@ def check(rows: list[dict], cases: list[dict]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("two_ranks")
 def test_two_ranks_train_as_one_process(run_ranks):
     cases = matrix((1, 2))
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(cases)), cases)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("four_ranks")
 def test_four_ranks_train_as_one_process(run_ranks):
-    cases = matrix((1, 2, 4))
+    cases = matrix((1, 2, 4)) + STARVED
     check(run_ranks("distributed/parity_worker.py", 4, json.dumps(cases)), cases)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("two_ranks")
 def test_variants_train_as_one_process(run_ranks):
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(VARIANTS)), VARIANTS)

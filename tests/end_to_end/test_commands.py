@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from commandline import ROOT, TINY, last_json, launch, losses, ranks, write_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("commands")]
+pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

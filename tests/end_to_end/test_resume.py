@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from commandline import TINY, launch, losses, ranks, write_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
+pytestmark = [pytest.mark.slow]
 # A large eps keeps Adam from blowing rounding up into sign flips, so that other layouts can be compared tightly.
 SMOOTH = ("optim.eps=0.1", "optim.lr=0.05", "balance.bias_update_rate=0.01")
 
