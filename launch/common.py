@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -29,9 +31,15 @@ def adopt_slurm() -> None:
     """Under srun, give torch the names it looks for."""
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
+
+
+def first_host(node_list: str) -> str:
+    """First host of a Slurm list: "gpu[003-007,9],other" -> "gpu003"."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", node_list)
+    return match[1] + (match[2] or "") if match else node_list
 
 
 def is_worker() -> bool:
@@ -65,18 +73,25 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
         except ConfigError as error:
             fail(error.problems)
         except (ValueError, FileNotFoundError) as error:
-            if os.environ.get("LOADSTONE_DEBUG"):
+            if not _is_ours(error):
                 raise
-            fail([str(error)])
+            fail([str(error)], every_rank=True)
 
     hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
 
 
-def fail(problems: list[str]) -> None:
-    """Print the problems on rank 0 and end with exit code 2."""
-    if rank() == 0:
+def _is_ours(error: BaseException) -> bool:
+    """Raised by a check of ours, whose message says what to do; errors from inside libraries keep their traceback."""
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return any(where.is_relative_to(ROOT / package) for package in ("launch", "train", "model", "ops"))
+
+
+def fail(problems: list[str], every_rank: bool = False) -> NoReturn:
+    """Print the problems and end with exit code 2. Those that all ranks see are printed by rank 0 only."""
+    if rank() == 0 or every_rank:
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
+            print(f"error: {problem}" if rank() == 0 else f"error (rank {rank()}): {problem}", file=sys.stderr,
+                  flush=True)
     raise SystemExit(2)
 
 

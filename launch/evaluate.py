@@ -18,14 +18,17 @@ def main(config: DictConfig) -> float:
     from train.checkpoint import find_checkpoint, load_weights, read_state
     from train.components import build_model
     from train.data.loader import validation_batches
-    from train.data.prepare import store_path
+    from train.data.prepare import prepare
     from train.data.store import TokenStore, ValidationRows
     from train.evaluate import evaluate
 
     if config.run is None:
         raise ValueError("give run=DIR")
     run = load_run(config.run, world_size=1)
-    store = TokenStore(store_path(run.data))
+    store = TokenStore(prepare(run.data))
+    if store.manifest["content"] != TokenStore(Path(config.run) / "data").manifest["content"]:
+        raise ValueError(f"{store.path} holds other tokens than the run was trained on, so what was held out is not "
+                         "known: its data files have changed; put them back")
     checkpoint = find_checkpoint(Path(config.run), prefer=config.checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run)

@@ -20,11 +20,10 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
     from model.generate import generate
     from train.checkpoint import find_checkpoint, load_weights
     from train.components import build_model
-    from train.data.prepare import store_path
     from train.data.store import TokenStore
 
     config = load_run(run_dir, world_size=1)
-    store = TokenStore(store_path(config.data))
+    store = TokenStore(Path(run_dir) / "data")
     tokenizer = store.tokenizer()
     model = build_model(config)
     load_weights(model, find_checkpoint(Path(run_dir), prefer=checkpoint))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,12 +13,7 @@ import psutil
 
 from launch.common import ROOT
 from train.config import LaunchConfig
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from train.runtime import free_port
 
 
 def command(launch: LaunchConfig, module: str, overrides: list[str]) -> list[str]:
@@ -35,13 +28,8 @@ def command(launch: LaunchConfig, module: str, overrides: list[str]) -> list[str
         if launch.master_addr:
             line.append(f"--master_addr={launch.master_addr}")
         return [*line, "--module", module, *overrides]
-    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={launch.num_devices}",
-            f"--nnodes={launch.num_nodes}"]
-    if launch.num_nodes > 1:
-        line += ["--rdzv-backend=c10d", f"--rdzv-endpoint={launch.master_addr}:{launch.master_port or 29500}"]
-    else:
-        line += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    return [*line, "-m", module, *overrides]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={launch.num_devices}",
+            "--master-addr=127.0.0.1", f"--master-port={port}", "-m", module, *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -62,11 +50,10 @@ def run(line: list[str], grace_seconds: int) -> int:
     """
     process = subprocess.Popen(line, env=environment(), cwd=ROOT, start_new_session=True)
     deadline: list[float] = []
+    told: set[int] = set()
 
     def forward(number: int, frame: Any) -> None:
         deadline.append(time.monotonic() + grace_seconds)
-        for worker in _workers(process.pid):
-            worker.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
@@ -74,6 +61,10 @@ def run(line: list[str], grace_seconds: int) -> int:
             try:
                 return process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
+                for worker in _workers(process.pid) if deadline else []:
+                    if worker.pid not in told and _handles_sigterm(worker.pid):
+                        told.add(worker.pid)
+                        worker.send_signal(signal.SIGTERM)
                 if deadline and time.monotonic() > deadline[0]:
                     _kill_tree(process.pid)
                     return process.wait()
@@ -85,7 +76,7 @@ def run(line: list[str], grace_seconds: int) -> int:
 
 
 def _workers(pid: int) -> list[psutil.Process]:
-    """Descendants that are ranks: they carry LOCAL_RANK and have no child that does."""
+    """Descendants that are ranks of ours: they carry LOCAL_RANK and run one of our modules."""
     ranks = []
     for child in psutil.Process(pid).children(recursive=True):
         try:
@@ -94,6 +85,16 @@ def _workers(pid: int) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return ranks
+
+
+def _handles_sigterm(pid: int) -> bool:
+    """A rank that is still starting would die of the signal; it is told once its handler is installed."""
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            caught = next(line for line in status if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return True
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def _kill_tree(pid: int) -> None:
@@ -106,7 +107,3 @@ def _kill_tree(pid: int) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-
-
-def shell(line: list[str]) -> str:
-    return shlex.join(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def train(config: DictConfig) -> float | None:
     if run.launch.dry_run:
         dry_run(run)
         return None
+    refuse_used_run_dir(config)
     with open_dict(config):
         config.run_dir = str(Path(config.resume) if config.resume else
                              Path(config.run_dir or new_run_dir(run.experiment_name)))
@@ -57,14 +59,34 @@ def with_saved_config(config: DictConfig) -> DictConfig:
         raise FileNotFoundError(f"resume: {path} does not exist; give a run directory, e.g. resume=runs/.../...")
     saved = OmegaConf.load(path)
     assert isinstance(saved, DictConfig)
+    before = _fixed_for_life(saved)
+    saved.train.stop_after_step = None
     for override in HydraConfig.get().overrides.task:
-        key = override.lstrip("+~").split("=", 1)[0].split("@")[0].replace("/", ".")
-        if key in ("experiment", "debug", "model"):
+        key = override.lstrip("+").split("=", 1)[0].split("@")[0].replace("/", ".")
+        if key in ("experiment", "debug", "model") or override.startswith("~"):
             raise ValueError(f"resume={config.resume} keeps the model and experiment of the run; drop {override!r}")
         OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True, merge=False)
     saved.resume, saved.run_dir = config.resume, config.resume
     saved.launch.dry_run = config.launch.dry_run
+    after = _fixed_for_life(saved)
+    changed = [key for key in before if before[key] != after[key]]
+    if changed:
+        raise ValueError(f"resume={config.resume} cannot change {', '.join(changed)}: the saved state would not fit, or "
+                         "the order of data would change; start a new run instead")
     return saved
+
+
+def _fixed_for_life(config: DictConfig) -> dict[str, Any]:
+    """What a run cannot change: the shape behind its tensors and everything that orders its data."""
+    data = plain(config)
+    data["model"].pop("recompute", None)  # changes memory, not numbers
+    return {"model": data["model"], "data": data["data"], "seed": data["seed"], "train.seq_len": data["train"]["seq_len"]}
+
+
+def refuse_used_run_dir(config: DictConfig) -> None:
+    if config.run_dir is not None and config.resume is None and (Path(config.run_dir) / "config.yaml").exists():
+        raise ValueError(f"run_dir={config.run_dir} already holds a run; continue it with resume={config.run_dir}, or "
+                         "choose another directory")
 
 
 def save_config(config: DictConfig) -> None:
@@ -95,16 +117,21 @@ def work(config: DictConfig) -> float | None:
         saved = OmegaConf.load(config.saved_config)
         assert isinstance(saved, DictConfig)
         config = saved
+    from train.runtime import StopSignal, process_group
+
+    stop = StopSignal()  # early, so that a signal during the slow imports below is remembered
     run = parse(plain(config), int(os.environ.get("WORLD_SIZE", "1")))
+    if started_directly:
+        refuse_used_run_dir(config)  # before any rank can have written it
     from train.loop import NonFiniteError, fit
-    from train.runtime import process_group
 
     with process_group(run.parallel.timeout_seconds):
-        run_dir = agree_on_run_dir(config, run)
+        run_dir = agree_on_run_dir(config, run, started_directly)
         try:
-            result = fit(run, run_dir, OmegaConf.to_yaml(config, resolve=True), plain(config))
+            result = fit(run, run_dir, stop, OmegaConf.to_yaml(config, resolve=True), plain(config))
         except NonFiniteError as error:
             fail([str(error)])
+    stop.close()
     if result is None:
         return None
     (run_dir / "result.json").write_text(json.dumps(result) + "\n")
@@ -113,7 +140,7 @@ def work(config: DictConfig) -> float | None:
     return result["val_loss"]
 
 
-def agree_on_run_dir(config: DictConfig, run: Any) -> Path:
+def agree_on_run_dir(config: DictConfig, run: Any, started_directly: bool) -> Path:
     """The parent has chosen it; under a foreign launcher rank 0 chooses and tells the others. Collective."""
     import torch.distributed as dist
 
@@ -121,7 +148,7 @@ def agree_on_run_dir(config: DictConfig, run: Any) -> Path:
     if chosen[0] is None and rank() == 0:
         chosen = [str(new_run_dir(run.experiment_name))]
     dist.broadcast_object_list(chosen, src=0)
-    if rank() == 0 and config.run_dir is None:
+    if rank() == 0 and started_directly:
         with open_dict(config):
             config.run_dir = chosen[0]
         save_config(config)
@@ -140,7 +167,7 @@ def finish(config: DictConfig, run: Any) -> float | None:
                             seed=run.seed):
             print(piece, end="", flush=True)
         print("\n------------------------------------------------------------------------")
-    if result["val_loss"] is not None:
+    if result["val_loss"] is not None and not result["stopped"]:
         print(f"held-out loss {result['val_loss']:.4f} nats per token; unigram entropy {result['unigram_entropy']:.4f}")
     print(f"run directory {run_dir} (metrics.jsonl, routing.jsonl, checkpoints/)")
     print(f"next: python -m launch.generate run={run_dir} prompt='...'")
@@ -158,7 +185,7 @@ def dry_run(run: Any) -> None:
         print("would train in this process")
     else:
         overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("launch")]
-        print(spawn.shell(spawn.command(run.launch, "launch.train", overrides)))
+        print(shlex.join(spawn.command(run.launch, "launch.train", overrides)))
     print_result({"dry_run": True, "problems": []})
 
 

@@ -18,8 +18,7 @@ ZERO_KEYS = frozenset({
     "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
     "stage3_gather_16bit_weights_on_model_save",
 })
-DEEPSPEED_KEYS = frozenset({"zero_optimization", "comms_logger", "flops_profiler", "communication_data_type",
-                            "wall_clock_breakdown", "memory_breakdown"})
+DEEPSPEED_KEYS = frozenset({"zero_optimization", "communication_data_type"})
 OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size", "gradient_clipping": "train.clip_grad_norm",
@@ -225,6 +224,10 @@ def _deepspeed(run: RunConfig) -> list[str]:
     if stage not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
         return problems
+    for name in ("offload_optimizer", "offload_param"):
+        device = (zero.get(name) or {}).get("device", "cpu")
+        if device not in ("cpu", "none"):
+            problems.append(f"deepspeed.zero_optimization.{name}.device is {device!r}; only cpu is supported")
     if zero.get("offload_optimizer") and stage < 1:
         problems.append("deepspeed.zero_optimization.offload_optimizer needs stage 1, 2 or 3")
     if zero.get("offload_param") and stage != 3:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.flops import count_parameters
 
+LOGIT_BYTES = 12
+"""Per logit at the peak of backward: the fp32 log-softmax and two fp32 gradients."""
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on the fullest device. Activations are an estimate of what backward keeps; the rest is exact arithmetic
-    (without DeepSpeed's communication buckets and the allocator's slack)."""
+    """Bytes on the fullest device, without DeepSpeed's communication buckets, its fp32 copy of one parameter group's
+    gradient at the step (bf16), and the allocator's slack. Activations are an estimate of what backward keeps."""
 
     dense_weights: int
     expert_weights: int
@@ -49,7 +52,7 @@ def device_memory(config: ModelConfig, experts_per_token: float, *, precision: s
         gradients=width * (share(dense, world_size, 2) + share(experts, expert_data_size, 2)),
         optimizer=per_state * (share(dense, world_size, 1) + share(experts, expert_data_size, 1)),
         activations=_activation_bytes(config, experts_per_token, micro_batch_size * seq_len, width),
-        logits=micro_batch_size * seq_len * config.vocab_size * (width + 4),
+        logits=micro_batch_size * seq_len * config.vocab_size * LOGIT_BYTES,
     )
 
 

@@ -37,7 +37,7 @@ class ParallelGroups:
         return range(self.expert_rank * per_rank, (self.expert_rank + 1) * per_rank)
 
 
-def initialize_parallel(expert_parallel_size: int = 1) -> ParallelGroups:
+def initialize_parallel(expert_parallel_size: int = 1, timeout_seconds: float = 1800) -> ParallelGroups:
     """Create the groups on an initialised torch.distributed world.
 
     Raises:
@@ -48,7 +48,8 @@ def initialize_parallel(expert_parallel_size: int = 1) -> ParallelGroups:
     world_size = dist.get_world_size()
     if world_size % expert_parallel_size:
         raise ValueError(f"world size {world_size} is not divisible by expert_parallel_size {expert_parallel_size}")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel_size)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel_size,
+                                             distributed_timeout_minutes=timeout_seconds / 60)
     data = parallel_state.get_data_parallel_group()
     expert = parallel_state.get_expert_model_parallel_group()
     expert_data = parallel_state.get_expert_data_parallel_group()

@@ -3,7 +3,7 @@
     checkpoints/step-00000100/
         weights/          torch.distributed.checkpoint files: "<parameter>[.<global expert>]/<fp32|exp_avg|exp_avg_sq>"
                           and "buffer/<name>"
-        state.json        step, consumed samples and tokens, layout, versions, W&B id, best loss
+        state.json        step, consumed samples and tokens, layout, versions, W&B id, last held-out loss
         rng-<rank>.json   random states of every rank
         config.yaml       the resolved config
         manifest.json     size and SHA-256 of every file above; written last
@@ -49,7 +49,7 @@ FORMAT = 1
 LOAD_CHUNK_BYTES = 2**29
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint is damaged, incomplete or does not belong to this model; the message says which and why."""
 
 
@@ -59,6 +59,10 @@ def _expert_ids(model: nn.Module) -> dict[str, range]:
     """Parameter name -> global ids of the local experts stacked in it."""
     return {f"{name}.{key}": module.global_ids for name, module in model.named_modules() if isinstance(module, Experts)
             for key, _ in module.named_parameters(recurse=False)}
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _keys(name: str, expert_ids: dict[str, range]) -> list[str]:
@@ -78,7 +82,7 @@ class CheckpointWriter:
 
     def save(self, engine: Engine, state: dict[str, Any]) -> Path:
         """Write the checkpoint of state["step"]. Collective; returns its folder on every rank."""
-        name = f"step-{state['step']:08d}"
+        name = _name(state["step"])
         scratch, final = self.folder / f".{name}.partial", self.folder / name
         if self.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -118,29 +122,35 @@ class CheckpointWriter:
             for state_key in STATE_KEYS:
                 full = engine.gather_state(parameter, state_key)
                 if not is_expert and owner == self.rank:
-                    owned[f"{name}/{state_key}"] = full.detach().cpu().clone()
+                    owned[f"{name}/{state_key}"] = full.detach().to("cpu", copy=True)
                 elif is_expert:
                     for local, expert in enumerate(expert_ids[name]):
                         if expert % self.groups.expert_data_size == self.groups.expert_data_rank:
-                            owned[f"{name}.{expert}/{state_key}"] = full[local].detach().cpu().clone()
+                            owned[f"{name}.{expert}/{state_key}"] = full[local].detach().to("cpu", copy=True)
         if self.rank == 0:
-            owned.update({f"buffer/{name}": b.detach().cpu().clone() for name, b in engine.module.named_buffers()})
+            owned.update({f"buffer/{name}": b.detach().to("cpu", copy=True) for name, b in engine.module.named_buffers()})
         return owned
 
     def _write_manifest(self, folder: Path) -> None:
-        """Each rank hashes a share of the files; rank 0 writes the list, which makes the checkpoint complete."""
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        own = {str(p.relative_to(folder)): _facts(p) for p in files[self.rank::self.world_size]}
+        """Each rank hashes a share of the files; rank 0 writes the list, which makes the checkpoint complete.
+
+        Rank 0's listing counts for all: on a network file system others may not see every new file at once.
+        """
+        files: list[Any] = [None]
+        if self.rank == 0:
+            files = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())]
+        dist.broadcast_object_list(files, src=0)
+        own = {name: _facts(folder / name) for name in files[0][self.rank::self.world_size]}
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, own)
         if self.rank == 0:
             _write_json(folder / "manifest.json", {"files": {k: v for part in everyone for k, v in part.items()}})
 
-    def mark_best(self, checkpoint: Path, val_loss: float) -> None:
-        """Remember this checkpoint as the one with the lowest held-out loss."""
+    def mark_best(self, step: int, val_loss: float) -> None:
+        """Remember the saved checkpoint of this step as the one with the lowest held-out loss."""
         if self.rank == 0 and self.config.keep_best:
-            _write_json(self.folder / "best.json", {"checkpoint": checkpoint.name, "val_loss": val_loss})
-            self._remove_old(checkpoint.name)
+            _write_json(self.folder / "best.json", {"checkpoint": _name(step), "val_loss": val_loss})
+            self._remove_old(_name(step))
 
     def best_loss(self) -> float:
         path = self.folder / "best.json"

@@ -127,9 +127,10 @@ class LaunchConfig:
                          f"launch.num_nodes {self.num_nodes}; use launch=deepspeed or launch=torchrun")
         if self.num_nodes > 1 and self.kind == "deepspeed" and self.hostfile is None:
             found.append(f"launch.num_nodes is {self.num_nodes}; launch=deepspeed needs launch.hostfile=FILE to find them")
-        if self.num_nodes > 1 and self.kind == "torchrun" and self.master_addr is None:
-            found.append(f"launch.num_nodes is {self.num_nodes}; launch=torchrun needs launch.master_addr=HOST, and the "
-                         "same command on every node")
+        if self.num_nodes > 1 and self.kind == "torchrun":
+            found.append(f"launch.num_nodes is {self.num_nodes}; launch=torchrun starts ranks on this node only. On every "
+                         "node, run torchrun --nnodes N --rdzv-endpoint HOST:PORT ... -m launch.train, or use "
+                         "launch=deepspeed with launch.hostfile")
         return found
 
 

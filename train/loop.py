@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from model.balance import update_balance_bias
 from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
+from ops.grouped_mlp import select_backend
 from train.checkpoint import CheckpointWriter, agree_on_checkpoint, load_engine, read_state, restore_rng
 from train.components import build_model
 from train.config import RunConfig
@@ -47,40 +49,56 @@ class NonFiniteError(RuntimeError):
     """Loss or gradient became NaN or infinite; the last checkpoint is the way back."""
 
 
-def open_store(config: RunConfig) -> TokenStore:
+def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
     """The run's token store; rank 0 makes it if the launcher has not. Collective.
 
+    RUN/data gets the tokenizer and the manifest, so that the run can be sampled from without the store.
+
     Raises:
-        ValueError: the tokenizer has more tokens than the model's vocabulary.
+        ValueError: the sources cannot be read, the tokenizer has more tokens than the model's vocabulary, or a resumed
+            run would go on with other data than it began with.
     """
-    failure: list[str | None] = [None]
+    answer: list[str | None] = [None, None]
     if dist.get_rank() == 0:
         try:
-            prepare(config.data, log.info)
-        except ValueError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise ValueError(failure[0])
-    store = TokenStore(prepare(config.data, log.info))
+            path = prepare(config.data, log.info)
+            _record_data(path, run_dir / "data")
+            answer = [str(path), None]
+        except Exception as error:  # the other ranks wait for the answer, whatever it is
+            answer = [None, str(error) or type(error).__name__]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[0] is None:
+        raise ValueError(answer[1])
+    store = TokenStore(Path(answer[0]))
     if store.vocab_size > config.model.vocab_size:
         raise ValueError(f"the tokenizer has {store.vocab_size} tokens but model.vocab_size is "
                          f"{config.model.vocab_size}; raise it or use a smaller tokenizer")
     return store
 
 
-def fit(config: RunConfig, run_dir: Path, resolved_config: str, plain_config: dict[str, Any]) -> dict[str, Any] | None:
+def _record_data(store: Path, folder: Path) -> None:
+    if (folder / "manifest.json").is_file():
+        if TokenStore(folder).manifest["content"] != TokenStore(store).manifest["content"]:
+            raise ValueError(f"the run began with other tokens than {store} now holds: its data files have changed; put "
+                             "them back, or start a new run")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "token_bytes.npy", "manifest.json"):
+        shutil.copyfile(store / name, folder / name)
+
+
+def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str,
+        plain_config: dict[str, Any]) -> dict[str, Any] | None:
     """Train, evaluate and save, inside train.runtime.process_group. Rank 0 returns the summary, others None.
 
     Args:
-        run_dir: exists on rank 0's file system, shared by all ranks.
+        run_dir: on a file system that all ranks share; stop: set when the process was asked to save and end.
         resolved_config: YAML text saved with checkpoints; plain_config: the same as data, for W&B.
     """
-    stop = StopSignal()
     rank, settings = dist.get_rank(), config.train
     seed_everything(config.seed, rank, settings.deterministic)
-    store = open_store(config)
-    groups = initialize_parallel(config.parallel.expert_parallel_size)
+    store = open_store(config, run_dir)
+    groups = initialize_parallel(config.parallel.expert_parallel_size, config.parallel.timeout_seconds)
     engine = Engine(build_model(config, groups), groups, settings, config.optim, config.deepspeed)
     schedule = Schedule(engine.param_groups, config.optim, settings, groups.data_size)
     samples = TrainingSamples(store, tuple(s.weight for s in config.data.sources), settings.seq_len, config.seed)
@@ -95,7 +113,7 @@ def fit(config: RunConfig, run_dir: Path, resolved_config: str, plain_config: di
         tracker = Tracker(run_dir, config.tracker, plain_config, f"{config.experiment_name}/{run_dir.name}",
                           progress.step if config.resume is not None else None, progress.wandb_id)
         progress.wandb_id = tracker.wandb_id
-        for line in banner(config, groups, store, run_dir, progress):
+        for line in banner(config, groups, store, run_dir, progress, engine.device):
             log.info(line)
     run = _Run(config, groups, engine, schedule, loader, store, writer, tracker, progress, stop)
     try:
@@ -155,16 +173,19 @@ class _Run:
                 scalars = self.log_step(last_step)
                 if first_tokens == tokens_before and not at_end:
                     first_tokens, seconds = progress.consumed_tokens, 0.0
+            paused = time.perf_counter()
             if settings.eval_interval and step % settings.eval_interval == 0 and not at_end and not stopped:
                 saved_step = self.evaluate_and_keep_best(saved_step)
             save_now = config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0
             if save_now and not at_end and not stopped and saved_step != step:
                 self.save()
                 saved_step = step
-        if not stopped and progress.step > 0:
-            saved_step = self.evaluate_and_keep_best(saved_step)
+            self.metrics.started += time.perf_counter() - paused  # evaluating and saving do not count as training time
         if saved_step != progress.step:
-            self.save()
+            self.save()  # before the evaluation, which must not cost the run its weights
+            saved_step = progress.step
+        if not stopped and progress.step > 0:
+            self.evaluate_and_keep_best(saved_step)
         if stopped:
             log.info("stopped by a signal after step %d; continue with resume=%s", progress.step,
                      self.writer.folder.parent)
@@ -181,8 +202,9 @@ class _Run:
     def optimisation_step(self) -> bool:
         """One optimiser step over all micro-batches of the global batch; True when some rank was asked to stop."""
         config, progress = self.config, self.progress
+        first_sample = self.loader.consumed_samples
         self.schedule.set_step(progress.step)
-        batches = self.loader.next_step(self.schedule.num_micro_batches(self.loader.consumed_samples))
+        batches = self.loader.next_step(self.schedule.num_micro_batches(first_sample))
         num_targets, num_tokens, stop = self._agree(batches)
         counts = scope_counts = None
         for i, batch in enumerate(batches):
@@ -203,8 +225,8 @@ class _Run:
         self.metrics.steps += 1
         if not math.isfinite(self.grad_norm):
             raise NonFiniteError(f"the gradient norm is {self.grad_norm} at step {progress.step} (samples "
-                                 f"{progress.consumed_samples - config.train.global_batch_size}.."
-                                 f"{progress.consumed_samples - 1}); lower optim.lr or resume from a checkpoint")
+                                 f"{first_sample}..{progress.consumed_samples - 1}); lower optim.lr or resume from a "
+                                 "checkpoint")
         return stop
 
     def _agree(self, batches: list[Batch]) -> tuple[int, int, bool]:
@@ -251,24 +273,27 @@ class _Run:
         best = [self.writer.best_loss()]
         dist.broadcast_object_list(best, src=0)
         if self.config.checkpoint.keep_best and result["val_loss"] < best[0]:
-            self.writer.mark_best(self.save(), result["val_loss"])
-            saved_step = progress.step
-        self.metrics.started = time.perf_counter()
+            if saved_step != progress.step:
+                self.save()
+                saved_step = progress.step
+            self.writer.mark_best(progress.step, result["val_loss"])
         return saved_step
 
     def save(self) -> Path:
         path = self.writer.save(self.engine, dict(vars(self.progress)))
         log.info("saved %s", path)
-        self.metrics.started = time.perf_counter()
         return path
 
 
-def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir: Path, progress: Progress) -> list[str]:
+def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir: Path, progress: Progress,
+           device: torch.device) -> list[str]:
     """What is about to run, in a few lines."""
     model, settings = config.model, config.train
     count = count_parameters(model, config.experts_per_token)
     tokens = sum(s["tokens"] for s in store.manifest["sources"])
     micro_steps = config.gradient_accumulation_steps(groups.data_size)
+    backend = select_backend(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+                             model.hidden_size, model.expert_intermediate_size)
     shape = (f"{model.num_experts} experts top {config.experts_per_token:g} in {len(model.moe_layers)} of "
              if model.num_experts else "dense, ")
     return [
@@ -279,5 +304,6 @@ def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir
         f"batch    {settings.global_batch_size} sequences of {settings.seq_len} = {settings.micro_batch_size} x "
         f"{groups.data_size} ranks x {micro_steps} accumulation steps",
         f"data     {store.path} ({tokens:,} training tokens, vocabulary {store.vocab_size})",
+        f"kernels  {device.type}; experts by {backend}",
         f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
     ]

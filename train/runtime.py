@@ -34,7 +34,8 @@ def process_group(timeout_seconds: int) -> Iterator[torch.device]:
     added = {name: value for name, value in single.items() if name not in os.environ}
     os.environ.update(added)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # Some schedulers show each task only its own device.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
         backend = "cuda:nccl,cpu:gloo"
     else:
@@ -45,12 +46,18 @@ def process_group(timeout_seconds: int) -> Iterator[torch.device]:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         yield device
-    finally:
-        destroy_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for name in added:  # a sweep runs several jobs in one process
-            os.environ.pop(name, None)
+    except SystemExit:  # raised by all ranks alike
+        _leave(added)
+        raise
+    # After any other exception there is no clean-up: peers may be inside a collective, and it would wait for them.
+    _leave(added)
+
+
+def _leave(added: dict[str, str]) -> None:
+    destroy_parallel()
+    dist.destroy_process_group()
+    for name in added:  # a sweep runs several jobs in one process
+        os.environ.pop(name, None)
 
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
@@ -68,8 +75,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def close(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = True

@@ -57,7 +57,8 @@ class Tracker:
         self._metrics.flush()
         try:
             if self._wandb is not None:
-                self._wandb.log({**scalars, "train/tokens": tokens}, step=step)
+                # No step= : W&B drops records of steps it has seen, which a run resumed from earlier writes again.
+                self._wandb.log({**scalars, "train/step": step, "train/tokens": tokens})
             if self._tensorboard is not None:
                 for key, value in scalars.items():
                     self._tensorboard.add_scalar(key, value, step)

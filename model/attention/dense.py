@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +71,7 @@ class DenseAttention(nn.Module):
     def _attend_varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        parameters = inspect.signature(varlen_attn).parameters
+        parameters = _parameters(varlen_attn)
         options: dict[str, object] = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
         if self.num_kv_heads != self.num_heads:
             if "enable_gqa" in parameters:
@@ -80,6 +83,11 @@ class DenseAttention(nn.Module):
         out = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, longest, longest,
                           **options)
         return out.view_as(q)
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from ops.grouped_mlp.reference import reference_grouped_mlp
 
 
-def select_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """"grouped_mm" where torch has a grouped GEMM for it (CUDA, bf16, compute capability 8.0 up), else "reference"."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "grouped_mm"
-    return "reference"
+def select_backend(device: torch.device, dtype: torch.dtype, *widths: int) -> str:
+    """"grouped_mm" where torch has a grouped GEMM for it, else "reference".
+
+    It needs CUDA, bf16, compute capability 8.0 or more, and matrix widths that are multiples of 8 (16-byte rows).
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or any(width % 8 for width in widths):
+        return "reference"
+    return "grouped_mm" if torch.cuda.get_device_capability(device) >= (8, 0) else "reference"
 
 
 def grouped_mlp(rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, counts: torch.Tensor,
@@ -40,7 +43,7 @@ def grouped_mlp(rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, c
         raise ValueError(f"counts has shape {tuple(counts.shape)}, expected ({num_experts},)")
     if counts.device.type == "cpu" and int(counts.sum()) != rows.shape[0]:
         raise ValueError(f"counts sum to {int(counts.sum())}, but there are {rows.shape[0]} rows")
-    backend = backend or select_backend(rows.device, rows.dtype)
+    backend = backend or select_backend(rows.device, rows.dtype, hidden_size, double_width // 2)
     if backend not in ("reference", "grouped_mm"):
         raise ValueError(f"unknown grouped_mlp backend {backend!r}; choose reference or grouped_mm")
     if backend == "reference" or rows.shape[0] == 0:

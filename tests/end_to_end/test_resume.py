@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 
 def resume(runs: Path, name: str, *overrides: str) -> dict[int, float]:
     shutil.copytree(runs / "half", runs / name)
-    launch("train", f"resume={runs / name}", "train.stop_after_step=null", *overrides)
+    launch("train", f"resume={runs / name}", *overrides)
     return losses(runs / name)
 
 
@@ -43,6 +43,32 @@ def test_other_layout_resumes_to_rounding(runs, world, expert, zero):
     resumed = resume(runs, f"{world}-{expert}-{zero}", *ranks(world, expert), f"deepspeed=zero{zero}")
     assert resumed.keys() == full.keys()
     assert max(abs(resumed[step] - full[step]) / full[step] for step in full) < 1e-5
+
+
+def test_resuming_refuses_what_would_change_tensors_or_data(runs):
+    for override in ("seed=1", "train.seq_len=16", "model.hidden_size=32", "data.validation_fraction=0.2",
+                     "model=quickstart"):
+        result = launch("train", f"resume={runs / 'half'}", override, check=False)
+        assert result.returncode == 2
+        assert "cannot change" in result.stderr or "keeps the model" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_used_run_directory_is_refused_without_resume(runs):
+    result = launch("train", *TINY, f"run_dir={runs / 'half'}", check=False)
+    assert result.returncode == 2 and f"resume={runs / 'half'}" in result.stderr
+
+
+def test_changed_data_files_are_refused_and_touched_ones_are_not(runs):
+    text = runs / "text.txt"
+    original = text.read_text()
+    text.write_text(original)  # another time, the same tokens
+    assert resume(runs, "touched", "train.stop_after_step=11") == {
+        step: loss for step, loss in losses(runs / "full").items() if step <= 11}
+    text.write_text(original.replace("fox", "cat"))
+    result = launch("train", f"resume={runs / 'touched'}", check=False)
+    text.write_text(original)
+    assert result.returncode == 2 and "data files have changed" in result.stderr
 
 
 def test_four_ranks_resume_on_two_and_then_one(runs):

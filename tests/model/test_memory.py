@@ -37,7 +37,8 @@ def test_activation_estimate_is_near_what_backward_keeps(recompute, hidden_size)
         assert memory.activations < device_memory(tiny_config(hidden_size=hidden_size, num_layers=4), 2.0,
                                                   **SETTINGS).activations / 1.5
     else:
-        assert 0.6 < (memory.activations + memory.logits) / measured < 1.6
+        logits = 8 * 8 * 16 * config.vocab_size  # kept: the logits and their log-softmax, fp32
+        assert 0.7 < (memory.activations + logits) / measured < 1.4
     assert output.loss_sum.requires_grad
 
 

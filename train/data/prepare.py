@@ -1,7 +1,7 @@
 """From text to a token store: train or load the tokenizer, tokenise, hold out documents, count.
 
 A store is a folder named by the fingerprint of what it was made from:
-    manifest.json        counts, fingerprint, tokenizer facts
+    manifest.json        counts, fingerprint of the settings and files, hash of the tokens, tokenizer facts
     tokenizer.json       Hugging Face tokenizers format
     token_bytes.npy      bytes of text each token stands for, for bits per byte
     train_<i>.bin/.idx   one per source, megatron-core's indexed format; every document ends with end_of_document
@@ -114,6 +114,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     held_out = {"documents": 0, "tokens": 0, "bytes": 0}
     held_out_keys = _held_out_keys((t for s in config.sources for t in documents(s)), config.validation_fraction)
     sources = []
+    content = hashlib.sha256()
     ids: np.ndarray
     for i, source in enumerate(config.sources):
         train = IndexedDatasetBuilder(str(folder / f"train_{i}.bin"), dtype=dtype)
@@ -123,6 +124,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
             is_held_out = _document_key(text) in held_out_keys
             target, count = (validation, held_out) if is_held_out else (train, counts)
             target.add_document(torch.from_numpy(ids), [len(ids)])
+            content.update(bytes([is_held_out]) + ids.tobytes())
             count["documents"] += 1  # type: ignore[operator]
             count["tokens"] += len(ids)  # type: ignore[operator]
             count["bytes"] += len(text.encode())  # type: ignore[operator]
@@ -139,7 +141,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     entropy = unigram_entropy(unigrams)
     report(f"held out: {held_out['documents']:,} documents, {held_out['tokens']:,} tokens; unigram entropy "
            f"{entropy:.4f} nats per token")
-    return {"format": FORMAT, "fingerprint": fingerprint(config), "vocab_size": vocab_size,
+    return {"format": FORMAT, "fingerprint": fingerprint(config), "content": content.hexdigest(), "vocab_size": vocab_size,
             "end_of_document": end_of_document, "token_dtype": np.dtype(dtype).name, "sources": sources,
             "validation": held_out, "unigram_entropy": entropy}
 
