@@ -101,6 +101,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return data
 
 
+def quoted(value: object) -> str:
+    """A value as Hydra's override grammar reads it back, whatever characters it holds."""
+    text = str(value).replace("'", "\\'")
+    return f"'{text}'"
+
+
 def new_run_dir(experiment_name: str) -> Path:
     """runs/<experiment>/<time>-<id>, created. The id keeps runs of the same second apart."""
     path = Path("runs") / experiment_name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"

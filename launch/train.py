@@ -18,6 +18,7 @@ from launch.common import (
     new_run_dir,
     plain,
     print_result,
+    quoted,
     rank,
     run_main,
 )
@@ -102,7 +103,7 @@ def start_ranks(config: DictConfig, run: Any) -> None:
     from train.data.prepare import prepare
 
     prepare(run.data)  # here, so that no rank waits for it
-    line = spawn.command(run.launch, "launch.train", [f"+saved_config={Path(config.run_dir) / 'config.yaml'}"])
+    line = spawn.command(run.launch, "launch.train", [f"+saved_config={quoted(Path(config.run_dir) / 'config.yaml')}"])
     code = spawn.run(line, run.launch.grace_seconds)
     if code:
         fail([f"the job ended with exit code {code}; the cause stands above, the run is in {config.run_dir}"])
