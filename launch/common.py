@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -53,6 +55,8 @@ def rank() -> int:
 
 def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     """Compose conf/<name>.yaml with the command line and call `function`; user errors end with one message, code 2."""
+    if Path.cwd() != ROOT:
+        raise SystemExit(f"run from the repository root: cd {ROOT} && python -m launch.{name}")
     adopt_slurm()
     # Libraries' remarks about optional packages and their own deprecations, once per rank and import.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
@@ -65,19 +69,36 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     sys.argv = [sys.argv[0], *arguments, *QUIET, *([sweep_dir] if multirun and not any(
         a.startswith("hydra.sweep.dir") for a in arguments) else [])]
 
-    def guarded(config: DictConfig) -> Any:
-        from launch.validate import ConfigError
+    failed_jobs = []
 
+    def guarded(config: DictConfig) -> Any:
         try:
-            return function(config)
-        except ConfigError as error:
-            fail(error.problems)
-        except (ValueError, FileNotFoundError) as error:
-            if not _is_ours(error):
+            return _explained(function, config)
+        except SystemExit as error:
+            if not multirun:
                 raise
-            fail([str(error)], every_rank=True)
+            failed_jobs.append(error.code)  # the sweep goes on
+            return math.nan
 
     hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
+    if failed_jobs:
+        raise SystemExit(f"{len(failed_jobs)} job(s) of the sweep failed; their errors stand above")
+
+
+def _explained(function: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    """Call the function; a user's mistake ends with its message and code 2."""
+    from launch.validate import ConfigError
+
+    try:
+        return function(config)
+    except ConfigError as error:
+        fail(error.problems)
+    except OmegaConfBaseException as error:
+        fail([f"the config cannot be read: {str(error).splitlines()[0]}"])
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_ours(error):
+            raise
+        fail([str(error)], every_rank=True)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -112,6 +133,22 @@ def new_run_dir(experiment_name: str) -> Path:
     path = Path("runs") / experiment_name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     path.mkdir(parents=True)
     return path
+
+
+def record(config: DictConfig, cls: type) -> Any:
+    """A command's own settings as a checked record.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    from launch.validate import ConfigError, build_record
+
+    problems: list[str] = []
+    settings = build_record(plain(config), cls, "", problems)
+    problems = problems or settings.problems()
+    if problems:
+        raise ConfigError(problems)
+    return settings
 
 
 def load_run(run: str, world_size: int) -> Any:

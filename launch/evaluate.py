@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from launch.common import check_working_directory, load_run, print_result, run_main
+from launch.common import check_working_directory, load_run, print_result, record, run_main
 
 check_working_directory(__package__, "evaluate")
 
@@ -17,6 +17,7 @@ def main(config: DictConfig) -> float:
 
     from train.checkpoint import find_checkpoint, load_weights, read_state
     from train.components import build_model
+    from train.config import EvaluateConfig
     from train.data.loader import validation_batches
     from train.data.prepare import prepare
     from train.data.store import TokenStore, ValidationRows
@@ -24,18 +25,19 @@ def main(config: DictConfig) -> float:
 
     if config.run is None:
         raise ValueError("give run=DIR")
-    run = load_run(config.run, world_size=1)
+    settings = record(config, EvaluateConfig)
+    run = load_run(settings.run, world_size=1)
     store = TokenStore(prepare(run.data))
-    if store.manifest["content"] != TokenStore(Path(config.run) / "data").manifest["content"]:
+    if store.manifest["content"] != TokenStore(Path(settings.run) / "data").manifest["content"]:
         raise ValueError(f"{store.path} holds other tokens than the run was trained on, so what was held out is not "
                          "known: its data files have changed; put them back")
-    checkpoint = find_checkpoint(Path(config.run), prefer=config.checkpoint)
+    checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run)
     load_weights(model, checkpoint)
     model = model.to(device).eval()
     rows = ValidationRows(store, run.train.seq_len)
-    batches = validation_batches(rows, config.batch_size, store.end_of_document, 0, 1, config.max_sequences)
+    batches = validation_batches(rows, settings.batch_size, store.end_of_document, 0, 1, settings.max_sequences)
     result = evaluate(model, batches, store.token_bytes(), device)
     counts = result.pop("counts", [])
     for layer, row in zip(run.model.moe_layers, counts, strict=False):
@@ -43,7 +45,7 @@ def main(config: DictConfig) -> float:
         print(f"layer {layer:3d}  load/mean  " + " ".join(f"{c / max(mean, 1e-9):.2f}" for c in row))
     print(f"{checkpoint}: val_loss {result['val_loss']:.4f}  perplexity {result['perplexity']:.2f}  bits_per_byte "
           f"{result['bits_per_byte']:.4f}  unigram_entropy {store.unigram_entropy:.4f}")
-    print_result({"run_dir": config.run, "checkpoint": checkpoint.name, "step": read_state(checkpoint)["step"],
+    print_result({"run_dir": settings.run, "checkpoint": checkpoint.name, "step": read_state(checkpoint)["step"],
                   "unigram_entropy": store.unigram_entropy, **result})
     return result["val_loss"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from launch.common import check_working_directory, load_run, print_result, run_main
+from launch.common import check_working_directory, load_run, print_result, record, run_main
 
 check_working_directory(__package__, "generate")
 
@@ -42,15 +42,19 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
 
 
 def main(config: DictConfig) -> None:
+    from train.config import GenerateConfig
+
     if config.run is None or config.prompt is None:
         raise ValueError("give run=DIR and prompt='...'")
+    config.prompt = str(config.prompt)  # Hydra reads prompt=5 as a number
+    settings = record(config, GenerateConfig)
     pieces = []
-    for piece in sample(config.run, config.prompt, config.max_new_tokens, config.temperature, config.top_p,
-                        config.seed, config.checkpoint):
+    for piece in sample(settings.run, settings.prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
+                        settings.seed, settings.checkpoint):
         pieces.append(piece)
         print(piece, end="", flush=True)
     print()
-    print_result({"run_dir": config.run, "prompt": config.prompt, "text": "".join(pieces[1:])})
+    print_result({"run_dir": settings.run, "prompt": settings.prompt, "text": "".join(pieces[1:])})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ check_working_directory(__package__, "prepare")
 
 def main(config: DictConfig) -> None:
     """Make the token store unless it exists, and print its counts."""
-    from launch.validate import ConfigError, _record
+    from launch.validate import ConfigError, build_record
     from train.config import DataConfig
     from train.data.prepare import prepare
     from train.data.store import TokenStore
 
     problems: list[str] = []
-    data = _record(plain(config)["data"], DataConfig, "data.", problems)
+    data = build_record(plain(config)["data"], DataConfig, "data.", problems)
     problems = problems or data.problems()
     if problems:
         raise ConfigError(problems)

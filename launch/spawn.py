@@ -37,6 +37,7 @@ def environment() -> dict[str, str]:
     env.setdefault("OMP_NUM_THREADS", "1")
     env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env["LOADSTONE_PARENT"] = str(os.getpid())  # ranks save and end when this process is gone
     if not any(os.path.exists(p) for p in ("/dev/nvidiactl", "/dev/nvidia0")):
         env.setdefault("DS_ACCELERATOR", "cpu")
     return env

@@ -67,6 +67,8 @@ def with_saved_config(config: DictConfig) -> DictConfig:
         if key in ("experiment", "debug", "model") or override.startswith("~"):
             raise ValueError(f"resume={config.resume} keeps the model and experiment of the run; drop {override!r}")
         OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True, merge=False)
+    if config.run_dir is not None and config.run_dir != config.resume:
+        raise ValueError(f"resume={config.resume} continues in its own directory; drop run_dir={config.run_dir}")
     saved.resume, saved.run_dir = config.resume, config.resume
     saved.launch.dry_run = config.launch.dry_run
     after = _fixed_for_life(saved)
@@ -93,9 +95,13 @@ def refuse_used_run_dir(config: DictConfig) -> None:
 def save_config(config: DictConfig) -> None:
     """RUN/config.yaml, interpolations kept, so that a resumed run can override what others refer to."""
     path = Path(config.run_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    text = OmegaConf.to_yaml(config)
-    (path / "config.yaml").write_text(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        scratch = path / "config.yaml.tmp"
+        scratch.write_text(OmegaConf.to_yaml(config))
+        scratch.replace(path / "config.yaml")
+    except OSError as error:
+        raise ValueError(f"run_dir={path} cannot be written ({error.strerror}); choose another directory") from error
 
 
 def start_ranks(config: DictConfig, run: Any) -> None:
@@ -164,9 +170,12 @@ def finish(config: DictConfig, run: Any) -> float | None:
     result = json.loads((run_dir / "result.json").read_text())
     if run.train.sample_prompt and not result["stopped"]:
         print("\n--- sample -------------------------------------------------------------")
-        for piece in sample(str(run_dir), run.train.sample_prompt, max_new_tokens=120, temperature=0.8, top_p=0.95,
-                            seed=run.seed):
-            print(piece, end="", flush=True)
+        try:
+            for piece in sample(str(run_dir), run.train.sample_prompt, max_new_tokens=120, temperature=0.8, top_p=0.95,
+                                seed=run.seed):
+                print(piece, end="", flush=True)
+        except ValueError as error:  # the run itself is done
+            print(f"no sample: {error}", end="")
         print("\n------------------------------------------------------------------------")
     if result["val_loss"] is not None and not result["stopped"]:
         print(f"held-out loss {result['val_loss']:.4f} nats per token; unigram entropy {result['unigram_entropy']:.4f}")

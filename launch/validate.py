@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, Literal, get_args, get_origin
@@ -18,6 +19,9 @@ ZERO_KEYS = frozenset({
     "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
     "stage3_gather_16bit_weights_on_model_save",
 })
+ZERO_SWITCHES = frozenset({"overlap_comm", "allgather_partitions", "round_robin_gradients",
+                           "stage3_gather_16bit_weights_on_model_save"})
+ZERO_SIZES = ZERO_KEYS - ZERO_SWITCHES - {"stage", "offload_optimizer", "offload_param"}
 DEEPSPEED_KEYS = frozenset({"zero_optimization", "communication_data_type"})
 OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -48,7 +52,7 @@ def parse(config: dict[str, Any], world_size: int) -> RunConfig:
         ConfigError: with every unknown key, wrong type and contradiction found.
     """
     problems: list[str] = []
-    run = _record(config, RunConfig, "", problems)
+    run = build_record(config, RunConfig, "", problems)
     if problems:
         raise ConfigError(problems)
     problems = contradictions(run, world_size)
@@ -65,7 +69,8 @@ def _suggest(name: str, path: str, known: set[str]) -> str:
     return f"unknown key {path}{name}: {hint}"
 
 
-def _record(node: Any, cls: type, path: str, problems: list[str]) -> Any:
+def build_record(node: Any, cls: type, path: str, problems: list[str]) -> Any:
+    """A frozen record from plain data, or None with the reasons appended to `problems`."""
     if not isinstance(node, dict):
         problems.append(f"{path.rstrip('.')} is {node!r}; it must be a group of settings")
         return None
@@ -90,7 +95,7 @@ def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     if hint is ComponentConfig:
         return _component(value, path, problems)
     if dataclasses.is_dataclass(hint):
-        return _record(value, typing.cast(type, hint), f"{path}.", problems)
+        return build_record(value, typing.cast(type, hint), f"{path}.", problems)
     if origin is tuple:
         if isinstance(value, dict) and all(str(k).isdigit() for k in value):
             value = list(value.values())
@@ -108,6 +113,11 @@ def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{path} is {value}; it must be a finite number")
+    if value == "???":
+        problems.append(f"{path} is missing; set it")
+        return value
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         problems.append(f"{path} is {value!r}; it must be {hint.__name__}")
     return value
@@ -117,7 +127,7 @@ def _component(value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
         problems.append(f"{path} needs a _target_ naming its class")
         return None
-    from train.components import known_arguments
+    from train.components import known_arguments, resolve
 
     component = ComponentConfig(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
     try:
@@ -126,7 +136,10 @@ def _component(value: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path}: {error}")
         return None
     problems += [_suggest(key, f"{path}.", known) for key in component.arguments if key not in known]
-    return component
+    hints = typing.get_type_hints(resolve(component).__init__)
+    arguments = {key: _value(argument, hints[key], f"{path}.{key}", problems)
+                 for key, argument in component.arguments.items() if key in hints}
+    return ComponentConfig(component.target, arguments)
 
 
 # --- contradictions --------------------------------------------------------------------------------------------------
@@ -135,8 +148,10 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     """Every problem that one look at the values shows, before any process starts."""
     sections = (run.model, run.balance, run.train, run.optim, run.parallel, run.launch, run.data, run.checkpoint)
     problems = [problem for section in sections for problem in section.problems()]
+    if not 0 <= run.seed < 2**31:
+        problems.append(f"seed is {run.seed}; it must be between 0 and 2**31 - 1")
     problems += _deepspeed(run)
-    if any(p.startswith(("parallel.expert_parallel_size", "train.")) for p in problems):
+    if any(p.startswith(("parallel.expert_parallel_size", "train.", "deepspeed.")) for p in problems):
         return problems
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _lengths(run) + _batch(run, world_size) + _parallel(run, world_size)
@@ -220,8 +235,19 @@ def _deepspeed(run: RunConfig) -> list[str]:
     if not isinstance(zero, dict):
         return [*problems, f"deepspeed.zero_optimization is {zero!r}; it must be a group of settings"]
     problems += [_suggest(key, "deepspeed.zero_optimization.", set(ZERO_KEYS)) for key in zero if key not in ZERO_KEYS]
+    for key, value in zero.items():
+        if key in ZERO_SIZES and (type(value) is not int or value < 0):
+            problems.append(f"deepspeed.zero_optimization.{key} is {value!r}; it must be a whole number")
+        elif key in ZERO_SWITCHES and not isinstance(value, bool):
+            problems.append(f"deepspeed.zero_optimization.{key} is {value!r}; it must be true or false")
+        elif key.startswith("offload_") and not (isinstance(value, dict) and set(value) <= {"device", "pin_memory"}):
+            problems.append(f"deepspeed.zero_optimization.{key} is {value!r}; give {{device: cpu, pin_memory: true|false}}")
+            return problems
+    if run.deepspeed.get("communication_data_type") not in (None, "fp32", "bf16", "fp16"):
+        problems.append(f"deepspeed.communication_data_type is {run.deepspeed['communication_data_type']!r}; choose fp32, "
+                        "bf16 or fp16")
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
         return problems
     for name in ("offload_optimizer", "offload_param"):

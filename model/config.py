@@ -61,7 +61,9 @@ class ModelConfig:
                 found.append(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if found:
             return found
-        if self.head_dim is None and self.hidden_size % self.num_heads:
+        if self.head_dim is not None and self.head_dim < 2:
+            found.append(f"model.head_dim is {self.head_dim}; it must be an even number of at least 2")
+        elif self.head_dim is None and self.hidden_size % self.num_heads:
             found.append(f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; "
                          "change one of them or set model.head_dim")
         elif self.attention_head_dim % 2:

@@ -189,6 +189,19 @@ def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
     raise CheckpointError(f"no usable checkpoint under {folder}; is {run_dir} a run directory of launch.train?")
 
 
+def set_newer_aside(checkpoint: Path) -> None:
+    """Hide the checkpoints after the one a run goes on from (damaged ones), so that retention does not count them."""
+    for path in sorted(checkpoint.parent.glob("step-*")):
+        if path.name > checkpoint.name:
+            hidden = path.with_name(f".passed-over-{path.name}")
+            shutil.rmtree(hidden, ignore_errors=True)
+            path.rename(hidden)
+            log.warning("%s was passed over and is now %s", path.name, hidden)
+    best = checkpoint.parent / "best.json"
+    if best.is_file() and not (checkpoint.parent / json.loads(best.read_text())["checkpoint"]).is_dir():
+        best.unlink()
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file matches the manifest."""
     try:

@@ -30,9 +30,12 @@ def resolve(component: ComponentConfig) -> Callable[..., Any]:
     if not component.target.startswith(ALLOWED_PREFIX):
         raise ValueError(f"_target_ {component.target!r} is outside the model package; only our own classes may be named")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
+        found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"_target_ {component.target!r} does not exist: {error}") from error
+    if not isinstance(found, type):
+        raise ValueError(f"_target_ {component.target!r} is not a class")
+    return found
 
 
 def known_arguments(component: ComponentConfig) -> set[str]:

@@ -122,6 +122,10 @@ class LaunchConfig:
         found = []
         if self.num_devices < 1 or self.num_nodes < 1:
             found.append(f"launch.num_devices {self.num_devices} and launch.num_nodes {self.num_nodes} must be at least 1")
+        if self.master_port is not None and not 0 < self.master_port < 65536:
+            found.append(f"launch.master_port is {self.master_port}; it must be between 1 and 65535")
+        if self.grace_seconds < 0:
+            found.append(f"launch.grace_seconds is {self.grace_seconds}; it must not be negative")
         if self.kind == "inline" and self.num_devices * self.num_nodes > 1:
             found.append(f"launch=inline runs one process, but launch.num_devices is {self.num_devices} and "
                          f"launch.num_nodes {self.num_nodes}; use launch=deepspeed or launch=torchrun")
@@ -178,6 +182,10 @@ class DataConfig:
                 found.append(f"data.sources[{i}].weight is {source.weight}; it must be positive")
             if source.path in ("json", "parquet", "text", "csv") and source.data_files is None:
                 found.append(f"data.sources[{i}].path={source.path} needs data_files=FILE or a pattern")
+            if source.max_documents is not None and source.max_documents < 2:
+                found.append(f"data.sources[{i}].max_documents is {source.max_documents}; it must be at least 2, or null")
+        if not self.tokenizer.end_of_document:
+            found.append("data.tokenizer.end_of_document is empty; name the tokenizer's end-of-text token")
         if not 0 < self.validation_fraction < 1:
             found.append(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
         if self.tokenizer.path is None and self.tokenizer.vocab_size < 257:
@@ -216,6 +224,45 @@ class TrackerConfig:
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    run: str
+    checkpoint: Literal["best", "latest"] = "best"
+    batch_size: int = 8
+    max_sequences: int | None = None
+
+    def problems(self) -> list[str]:
+        return [f"{name} is {value}; it must be at least 1"
+                for name, value in (("batch_size", self.batch_size), ("max_sequences", self.max_sequences))
+                if value is not None and value < 1]
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    run: str
+    prompt: str
+    checkpoint: Literal["best", "latest"] = "best"
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    """0: always the most likely token."""
+    top_p: float = 0.95
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.prompt:
+            found.append("prompt is empty; give some text")
+        if self.max_new_tokens < 1:
+            found.append(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature != 0 and self.temperature < 1e-3:
+            found.append(f"temperature is {self.temperature}; use 0 for the most likely token, or at least 0.001")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed is {self.seed}; it must be between 0 and 2**63 - 1")
+        return found
 
 
 @dataclass(frozen=True)

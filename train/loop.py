@@ -18,7 +18,14 @@ from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
 from ops.grouped_mlp import select_backend
-from train.checkpoint import CheckpointWriter, agree_on_checkpoint, load_engine, read_state, restore_rng
+from train.checkpoint import (
+    CheckpointWriter,
+    agree_on_checkpoint,
+    load_engine,
+    read_state,
+    restore_rng,
+    set_newer_aside,
+)
 from train.components import build_model
 from train.config import RunConfig
 from train.data.loader import Batch, TrainingLoader, validation_batches
@@ -77,11 +84,10 @@ def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
 
 
 def _record_data(store: Path, folder: Path) -> None:
-    if (folder / "manifest.json").is_file():
-        if TokenStore(folder).manifest["content"] != TokenStore(store).manifest["content"]:
-            raise ValueError(f"the run began with other tokens than {store} now holds: its data files have changed; put "
-                             "them back, or start a new run")
-        return
+    known = (folder / "manifest.json").is_file()
+    if known and TokenStore(folder).manifest["content"] != TokenStore(store).manifest["content"]:
+        raise ValueError(f"the run began with other tokens than {store} now holds: its data files have changed; put "
+                         "them back, or start a new run")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "token_bytes.npy", "manifest.json"):
         shutil.copyfile(store / name, folder / name)
@@ -135,6 +141,8 @@ def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader) -> Progress:
     if not restore_rng(checkpoint, dist.get_rank(), dist.get_world_size(), state["world_size"]):
         log.info("the number of ranks changed from %d to %d: random streams start anew", state["world_size"],
                  dist.get_world_size())
+    if dist.get_rank() == 0:
+        set_newer_aside(checkpoint)
     log.info("resumed from %s (step %d)", checkpoint, progress.step)
     return progress
 
@@ -164,6 +172,8 @@ class _Run:
         saved_step, stopped = progress.step, False
         tokens_before, seconds = progress.consumed_tokens, 0.0
         first_tokens = tokens_before  # the first log interval warms up and does not count towards the speed
+        if progress.step >= last_step:
+            log.info("nothing to train: the run is at step %d and train.num_steps is %d", progress.step, last_step)
         while progress.step < last_step and not stopped:
             started = time.perf_counter()
             stopped = self.optimisation_step()

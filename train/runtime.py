@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -71,15 +72,25 @@ def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which ask to save and end; the loop agrees on the step with all ranks."""
+    """Remembers SIGTERM and SIGUSR1, which ask to save and end; the loop agrees on the step with all ranks.
+
+    A rank whose launching process (LOADSTONE_PARENT) is gone is asked to end as well, so that no job runs on unowned.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self._signalled = False
+        self._parent = int(os.environ.get("LOADSTONE_PARENT", "0"))
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    @property
+    def received(self) -> bool:
+        if self._parent and not psutil.pid_exists(self._parent):
+            self._signalled = True
+        return self._signalled
 
     def close(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        self.received = True
+        self._signalled = True

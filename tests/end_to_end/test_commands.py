@@ -102,6 +102,42 @@ def test_composing_does_not_import_torch():
     assert result.returncode == 0 and "num_experts" in result.stdout, result.stderr
 
 
+@pytest.mark.parametrize("override", ["experiment=quickstrat", "debug=overfitt", "model=huge"])
+def test_unknown_group_options_are_refused(override):
+    result = launch("train", override, check=False)
+    assert result.returncode != 0 and "Could not find" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "override", "words"), [
+    ("evaluate", "checkpoint=worst", "choose one of best, latest"), ("evaluate", "batch_size=0", "at least 1"),
+    ("evaluate", "+sequences=3", "did you mean"), ("generate", "temperature=-1", "temperature is -1"),
+    ("generate", "top_p=0", "top_p is 0"), ("generate", "prompt=''", "prompt is empty")])
+def test_evaluate_and_generate_check_their_settings(trained, command, override, words):
+    _, _, run, _ = trained
+    prompt = ["prompt=5"] if command == "generate" and "prompt" not in override else []
+    result = launch(command, f"run={run}", *prompt, override, check=False)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_job_whose_parent_is_killed_saves_and_ends(trained):
+    folder, data, _, _ = trained
+    run = folder / "or phan, ü"  # the path reaches the ranks whatever it holds
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "launch.train", *TINY, *data, *ranks(2, 2), f"run_dir='{run}'",
+         "train.num_steps=100000"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not ((run / "metrics.jsonl").is_file() and len(losses(run)) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)
+        time.sleep(0.5)
+    process.kill()
+    process.wait()
+    while not (run / "result.json").is_file():
+        assert time.monotonic() < deadline, "the job runs on without an owner"
+        time.sleep(0.5)
+    step = json.loads((run / "result.json").read_text())["step"]
+    assert (run / "checkpoints" / f"step-{step:08d}" / "manifest.json").is_file()
+
+
 def test_dry_run_prints_the_command():
     result = launch("train", "launch=deepspeed", "launch.num_devices=2", "launch.dry_run=true")
     assert "--num_gpus=2" in result.stdout and "--module launch.train" in result.stdout
@@ -154,7 +190,9 @@ def test_a_failing_rank_gives_the_launcher_a_nonzero_code(trained):
 def test_sweeps_run_each_job_and_return_losses(trained):
     folder, data, _, _ = trained
     result = launch("train", "-m", *TINY, *data, "train.num_steps=3", "optim.warmup_steps=1", "optim.lr=0.01,0.001",
-                    f"hydra.sweep.dir={folder / 'sweep'}", f"experiment_name=sweep-{folder.name}")
+                    f"hydra.sweep.dir={folder / 'sweep'}", f"experiment_name=sweep-{folder.name}", "router.top_k=9,2",
+                    check=False)
+    assert result.returncode == 1 and result.stderr.count("router.top_k is 9") == 2  # failing jobs do not end the sweep
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(found) == 2 and found[0]["run_dir"] != found[1]["run_dir"]
     assert found[0]["val_loss"] != found[1]["val_loss"]

@@ -93,7 +93,13 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     from tokenizers import Tokenizer
 
     if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file(config.tokenizer)))
+        path = tokenizer_file(config.tokenizer)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"data.tokenizer.path: {path} is not a tokenizers file ({error})") from error
+        tokenizer.no_truncation()  # settings for sentence encoders, which would cut and fill documents
+        tokenizer.no_padding()
     else:
         report(f"training a byte-level BPE of {config.tokenizer.vocab_size} tokens")
         texts = (text for source in config.sources for text in documents(source))

@@ -28,7 +28,11 @@ class TokenStore:
     def tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        path = self.path / "tokenizer.json"
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{path} cannot be read ({error}); resuming the run restores it") from error
 
     def token_bytes(self) -> np.ndarray:
         return np.load(self.path / "token_bytes.npy", allow_pickle=False)
@@ -74,7 +78,7 @@ class _SourceSamples:
 
         # Megatron blends and splits inside its builder, which is bypassed: one store, one split, one epoch.
         config = GPTDatasetConfig(
-            random_seed=self.seed + 7919 * epoch + 104729 * self.source, sequence_length=self.seq_len,
+            random_seed=(self.seed + 7919 * epoch + 104729 * self.source) % 2**32, sequence_length=self.seq_len,
             blend=([self.prefix], None), split="1,0,0", path_to_cache=str(store.path / "index_cache"),
             tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
             create_attention_mask=False)
