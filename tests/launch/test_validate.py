@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from launch.common import plain
 from launch.validate import DEEPSPEED_KEYS, ZERO_KEYS, ConfigError, parse
+from model.flops import count_parameters
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 
@@ -49,6 +50,15 @@ def test_the_default_config_is_valid(base):
 def test_every_preset_is_valid(model):
     router = "router=sigmoid_top_k" if "deepseek" in model else "router=top_k"
     assert parse(composed(f"model={model}", router), 1).model.num_layers > 0
+
+
+@pytest.mark.parametrize(("experiment", "active"), [("olmoe_1b_7b", 1.28e9), ("mixtral_8x7b", 12.9e9),
+                                                    ("qwen3_30b_a3b", 3.35e9), ("deepseek_v3_gqa", None)])
+def test_published_experiments_route_as_published(experiment, active):
+    run = parse(composed(f"experiment={experiment}"), 1)
+    count = count_parameters(run.model, run.experts_per_token)
+    assert run.train.precision == "bf16" and run.experiment_name == experiment
+    assert active is None or count.active == pytest.approx(active, rel=0.01)
 
 
 @pytest.mark.parametrize("group", ["balance", "deepspeed", "debug", "dispatcher", "data"])
