@@ -24,11 +24,6 @@ QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"
 """Hydra keeps no directory or log of its own: the run directory is ours."""
 
 
-def check_working_directory(package: str | None, name: str) -> None:
-    if not package:
-        raise SystemExit(f"run from the repository root as: python -m launch.{name}")
-
-
 def adopt_slurm() -> None:
     """Under srun, give torch the names it looks for."""
     env = os.environ
@@ -135,8 +130,14 @@ def new_run_dir(experiment_name: str) -> Path:
     return path
 
 
-def record(config: DictConfig, cls: type) -> Any:
-    """A command's own settings as a checked record.
+def world_size(config: DictConfig) -> int:
+    """Ranks the launch settings start."""
+    launch = config.launch
+    return 1 if launch.kind == "inline" else int(launch.num_devices) * int(launch.num_nodes)
+
+
+def record(config: DictConfig, cls: type, path: str = "") -> Any:
+    """Settings of one command or section as a checked record; `path` leads the names in messages.
 
     Raises:
         ConfigError: with every problem.
@@ -144,15 +145,15 @@ def record(config: DictConfig, cls: type) -> Any:
     from launch.validate import ConfigError, build_record
 
     problems: list[str] = []
-    settings = build_record(plain(config), cls, "", problems)
+    settings = build_record(plain(config), cls, path, problems)
     problems = problems or settings.problems()
     if problems:
         raise ConfigError(problems)
     return settings
 
 
-def load_run(run: str, world_size: int) -> Any:
-    """The RunConfig a run directory was trained with.
+def load_run(run: str) -> Any:
+    """The RunConfig a run directory was trained with, for use in one process.
 
     Raises:
         FileNotFoundError: the directory holds no config.
@@ -164,10 +165,10 @@ def load_run(run: str, world_size: int) -> Any:
         raise FileNotFoundError(f"{path} does not exist; give a run directory of launch.train, e.g. run=runs/.../...")
     saved = OmegaConf.load(path)
     assert isinstance(saved, DictConfig)
-    for field in ("launch", "parallel"):
-        saved[field] = {"kind": "inline"} if field == "launch" else {}
-    saved.train.micro_batch_size, saved.train.global_batch_size, saved.train.batch_size_rampup = 1, world_size, None
-    return parse(plain(saved), world_size)
+    saved.launch, saved.parallel = {"kind": "inline"}, {}
+    saved.train.micro_batch_size = saved.train.global_batch_size = 1
+    saved.train.batch_size_rampup = None
+    return parse(plain(saved), world_size=1)
 
 
 def print_result(result: dict[str, Any]) -> None:

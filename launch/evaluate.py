@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.evaluate")
+
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from launch.common import check_working_directory, load_run, print_result, record, run_main
-
-check_working_directory(__package__, "evaluate")
+from launch.common import load_run, print_result, record, run_main
 
 
 def main(config: DictConfig) -> float:
@@ -26,7 +27,7 @@ def main(config: DictConfig) -> float:
     if config.run is None:
         raise ValueError("give run=DIR")
     settings = record(config, EvaluateConfig)
-    run = load_run(settings.run, world_size=1)
+    run = load_run(settings.run)
     store = TokenStore(prepare(run.data))
     if store.manifest["content"] != TokenStore(Path(settings.run) / "data").manifest["content"]:
         raise ValueError(f"{store.path} holds other tokens than the run was trained on, so what was held out is not "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.generate")
+
 from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from launch.common import check_working_directory, load_run, print_result, record, run_main
-
-check_working_directory(__package__, "generate")
+from launch.common import load_run, print_result, record, run_main
 
 
 def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
@@ -22,7 +23,7 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
     from train.components import build_model
     from train.data.store import TokenStore
 
-    config = load_run(run_dir, world_size=1)
+    config = load_run(run_dir)
     store = TokenStore(Path(run_dir) / "data")
     tokenizer = store.tokenizer()
     model = build_model(config)

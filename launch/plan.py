@@ -5,13 +5,15 @@ Prints parameters, memory per device, batch arithmetic, FLOPs and every problem;
 
 from __future__ import annotations
 
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.plan")
+
 from typing import Any
 
 from omegaconf import DictConfig
 
-from launch.common import check_working_directory, plain, print_result, run_main
+from launch.common import plain, print_result, run_main, world_size
 
-check_working_directory(__package__, "plan")
 GIB = 2**30
 
 
@@ -19,20 +21,19 @@ def main(config: DictConfig) -> None:
     """Print the plan; raises SystemExit(1) when the config cannot run."""
     from launch.validate import ConfigError, parse
 
-    launch = config.launch
-    world_size = 1 if launch.kind == "inline" else int(launch.num_devices) * int(launch.num_nodes)
+    num_ranks = world_size(config)
     try:
-        run = parse(plain(config), world_size)
+        run = parse(plain(config), num_ranks)
     except ConfigError as error:
         print(f"{len(error.problems)} problem(s); this config cannot run:")
         for problem in error.problems:
             print(f"  error: {problem}")
         print_result({"problems": error.problems})
         raise SystemExit(1) from None
-    print_result(describe(run, world_size))
+    print_result(describe(run, num_ranks))
 
 
-def describe(run: Any, world_size: int) -> dict[str, Any]:
+def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     """Print the tables and return their numbers."""
     from model.flops import count_parameters, flops_per_token
     from model.memory import device_memory
@@ -41,9 +42,9 @@ def describe(run: Any, world_size: int) -> dict[str, Any]:
     count = count_parameters(model, run.experts_per_token)
     expert_size = run.parallel.expert_parallel_size
     memory = device_memory(model, run.experts_per_token, precision=settings.precision, zero_stage=run.zero_stage,
-                           world_size=world_size, expert_parallel_size=expert_size,
+                           world_size=num_ranks, expert_parallel_size=expert_size,
                            micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len)
-    micro_steps = run.gradient_accumulation_steps(world_size)
+    micro_steps = run.gradient_accumulation_steps(num_ranks)
     tokens = settings.global_batch_size * settings.seq_len
     flops = flops_per_token(model, run.experts_per_token, settings.seq_len)
 
@@ -53,7 +54,7 @@ def describe(run: Any, world_size: int) -> dict[str, Any]:
                          ("shared experts", count.shared_experts), ("routed experts", count.experts),
                          ("norms", count.norms), ("total", count.total), ("active per token", count.active)):
         print(f"  {label:28s} {value:>20,}")
-    print(f"memory per device ({world_size} ranks, expert parallel {expert_size}, ZeRO {run.zero_stage}, "
+    print(f"memory per device ({num_ranks} ranks, expert parallel {expert_size}, ZeRO {run.zero_stage}, "
           f"{settings.precision})")
     for label, value in (("dense weights", memory.dense_weights), ("expert weights", memory.expert_weights),
                          ("gradients", memory.gradients), ("optimizer state", memory.optimizer),
@@ -62,7 +63,7 @@ def describe(run: Any, world_size: int) -> dict[str, Any]:
         print(f"  {label:28s} {value / GIB:>16.3f} GiB")
     print("batch")
     print(f"  {settings.global_batch_size} sequences of {settings.seq_len} = {settings.micro_batch_size} per device x "
-          f"{world_size} ranks x {micro_steps} accumulation steps; {tokens:,} tokens a step, "
+          f"{num_ranks} ranks x {micro_steps} accumulation steps; {tokens:,} tokens a step, "
           f"{tokens * settings.num_steps:,} in {settings.num_steps:,} steps")
     print(f"compute\n  {flops:.4g} FLOPs per token (forward and backward), {flops * tokens:.4g} per step, "
           f"{flops * tokens * settings.num_steps:.4g} for the run")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.prepare")
+
 from omegaconf import DictConfig
 
-from launch.common import check_working_directory, plain, print_result, run_main
-
-check_working_directory(__package__, "prepare")
+from launch.common import print_result, record, run_main
 
 
 def main(config: DictConfig) -> None:
     """Make the token store unless it exists, and print its counts."""
-    from launch.validate import ConfigError, build_record
     from train.config import DataConfig
     from train.data.prepare import prepare
     from train.data.store import TokenStore
 
-    problems: list[str] = []
-    data = build_record(plain(config)["data"], DataConfig, "data.", problems)
-    problems = problems or data.problems()
-    if problems:
-        raise ConfigError(problems)
-    store = TokenStore(prepare(data))
+    store = TokenStore(prepare(record(config.data, DataConfig, "data.")))
     for source in store.manifest["sources"]:
         print(f"{source['path']:30s} {source['documents']:>10,} documents {source['tokens']:>14,} tokens "
               f"{source['bytes']:>14,} bytes")

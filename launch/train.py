@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.train")
+
 import json
 import os
 import shlex
@@ -12,7 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.common import (
-    check_working_directory,
     fail,
     is_worker,
     new_run_dir,
@@ -21,9 +23,8 @@ from launch.common import (
     quoted,
     rank,
     run_main,
+    world_size,
 )
-
-check_working_directory(__package__, "train")
 
 
 def train(config: DictConfig) -> float | None:
@@ -33,9 +34,7 @@ def train(config: DictConfig) -> float | None:
     config = with_saved_config(config)
     if is_worker():
         return work(config)
-    launch = config.launch
-    world_size = int(launch.num_devices) * int(launch.num_nodes) if launch.kind != "inline" else 1
-    run = parse(plain(config), world_size)
+    run = parse(plain(config), world_size(config))
     if run.launch.dry_run:
         dry_run(run)
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def run_ranks():
     """run_ranks(script, world_size, *args) -> list of JSON objects that rank 0 printed, one a line.
@@ -31,6 +24,8 @@ def run_ranks():
     Every rank is a process of its own; output that is not JSON shows up in the failure message.
     """
     def run(script: str, world_size: int, *args: str, timeout: int = 500) -> list[dict]:
+        from train.runtime import free_port
+
         port = free_port()
         processes = []
         for rank in range(world_size):

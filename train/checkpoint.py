@@ -153,20 +153,27 @@ class CheckpointWriter:
             self._remove_old(_name(step))
 
     def best_loss(self) -> float:
-        path = self.folder / "best.json"
-        return float(json.loads(path.read_text())["val_loss"]) if path.is_file() else float("inf")
+        best = _read_best(self.folder)
+        return float(best["val_loss"]) if best else float("inf")
 
     def _remove_old(self, newest: str) -> None:
         names = sorted(p.name for p in self.folder.glob("step-*") if (p / "manifest.json").is_file())
         keep = {newest, *names[-self.config.keep_last:]}
-        if self.config.keep_best and (self.folder / "best.json").is_file():
-            keep.add(json.loads((self.folder / "best.json").read_text())["checkpoint"])
+        best = _read_best(self.folder)
+        if self.config.keep_best and best:
+            keep.add(best["checkpoint"])
         for name in names:
             if name not in keep:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 # --- finding and verifying -------------------------------------------------------------------------------------------
+
+def _read_best(folder: Path) -> dict[str, Any] | None:
+    """{"checkpoint": name, "val_loss": loss} of the best checkpoint, or None before there is one."""
+    path = folder / "best.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
 
 def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
     """The newest complete and undamaged checkpoint of a run; damaged ones are named in the log and passed over.
@@ -178,9 +185,9 @@ def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
     """
     folder = run_dir / "checkpoints"
     names = sorted((p.name for p in folder.glob("step-*") if p.is_dir()), reverse=True)
-    if prefer == "best" and (folder / "best.json").is_file():
-        best = json.loads((folder / "best.json").read_text())["checkpoint"]
-        names = [best, *(n for n in names if n != best)]
+    best = _read_best(folder)
+    if prefer == "best" and best:
+        names = [best["checkpoint"], *(n for n in names if n != best["checkpoint"])]
     for name in names:
         found = damage(folder / name)
         if found is None:
@@ -197,9 +204,9 @@ def set_newer_aside(checkpoint: Path) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
             path.rename(hidden)
             log.warning("%s was passed over and is now %s", path.name, hidden)
-    best = checkpoint.parent / "best.json"
-    if best.is_file() and not (checkpoint.parent / json.loads(best.read_text())["checkpoint"]).is_dir():
-        best.unlink()
+    best = _read_best(checkpoint.parent)
+    if best and not (checkpoint.parent / best["checkpoint"]).is_dir():
+        (checkpoint.parent / "best.json").unlink()
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -217,20 +224,6 @@ def damage(checkpoint: Path) -> str | None:
         if _facts(path)["sha256"] != facts["sha256"]:
             return f"{name} has another checksum"
     return None
-
-
-def agree_on_checkpoint(run_dir: Path) -> Path:
-    """find_checkpoint on rank 0, the same answer on every rank. Collective."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [str(find_checkpoint(run_dir)), None]
-        except CheckpointError as error:
-            answer = [None, str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise CheckpointError(answer[1])
-    return Path(answer[0])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

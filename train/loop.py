@@ -20,7 +20,7 @@ from model.parallel import ParallelGroups, initialize_parallel
 from ops.grouped_mlp import select_backend
 from train.checkpoint import (
     CheckpointWriter,
-    agree_on_checkpoint,
+    find_checkpoint,
     load_engine,
     read_state,
     restore_rng,
@@ -34,7 +34,7 @@ from train.data.store import TokenStore, TrainingSamples, ValidationRows
 from train.engine import Engine
 from train.evaluate import evaluate
 from train.metrics import StepMetrics, console_line
-from train.runtime import StopSignal, seed_everything
+from train.runtime import StopSignal, from_rank_zero, seed_everything
 from train.schedule import Schedule
 from train.tracker import Tracker
 
@@ -65,18 +65,12 @@ def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
         ValueError: the sources cannot be read, the tokenizer has more tokens than the model's vocabulary, or a resumed
             run would go on with other data than it began with.
     """
-    answer: list[str | None] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            path = prepare(config.data, log.info)
-            _record_data(path, run_dir / "data")
-            answer = [str(path), None]
-        except Exception as error:  # the other ranks wait for the answer, whatever it is
-            answer = [None, str(error) or type(error).__name__]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[0] is None:
-        raise ValueError(answer[1])
-    store = TokenStore(Path(answer[0]))
+    def prepare_and_record() -> Path:
+        path = prepare(config.data, log.info)
+        _record_data(path, run_dir / "data")
+        return path
+
+    store = TokenStore(from_rank_zero(prepare_and_record))
     if store.vocab_size > config.model.vocab_size:
         raise ValueError(f"the tokenizer has {store.vocab_size} tokens but model.vocab_size is "
                          f"{config.model.vocab_size}; raise it or use a smaller tokenizer")
@@ -133,7 +127,7 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
 
 
 def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader) -> Progress:
-    checkpoint = agree_on_checkpoint(run_dir)
+    checkpoint = from_rank_zero(lambda: find_checkpoint(run_dir))
     state = read_state(checkpoint)
     load_engine(engine, checkpoint, state["step"])
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
@@ -159,6 +153,7 @@ class _Run:
     tracker: Tracker | None
     progress: Progress
     stop: StopSignal
+    bits_per_byte: float | None = None
 
     def train(self) -> dict[str, Any]:
         """All steps; returns the summary."""
@@ -203,7 +198,7 @@ class _Run:
             "val_loss": progress.val_loss, "unigram_entropy": self.store.unigram_entropy,
             "best_val_loss": None if math.isinf(best := self.writer.best_loss()) else best,
             "train_loss": scalars.get("train/loss"),
-            "bits_per_byte": getattr(self, "bits_per_byte", None),
+            "bits_per_byte": self.bits_per_byte,
             "tokens_per_second": (progress.consumed_tokens - first_tokens) / seconds if seconds else None,
             "max_load": scalars.get("moe/max_load"), "step": progress.step, "tokens": progress.consumed_tokens,
             "stopped": stopped,
@@ -280,19 +275,15 @@ class _Run:
         if self.tracker is not None:
             self.tracker.log(progress.step, progress.consumed_tokens,
                              {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte")})
-        best = [self.writer.best_loss()]
-        dist.broadcast_object_list(best, src=0)
-        if self.config.checkpoint.keep_best and result["val_loss"] < best[0]:
+        if self.config.checkpoint.keep_best and result["val_loss"] < from_rank_zero(self.writer.best_loss):
             if saved_step != progress.step:
                 self.save()
                 saved_step = progress.step
             self.writer.mark_best(progress.step, result["val_loss"])
         return saved_step
 
-    def save(self) -> Path:
-        path = self.writer.save(self.engine, dict(vars(self.progress)))
-        log.info("saved %s", path)
-        return path
+    def save(self) -> None:
+        log.info("saved %s", self.writer.save(self.engine, dict(vars(self.progress))))
 
 
 def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir: Path, progress: Progress,

@@ -8,8 +8,9 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from model.parallel import destroy_parallel
 
 log = logging.getLogger("loadstone")
+T = TypeVar("T")
 
 
 def free_port() -> int:
@@ -69,6 +71,24 @@ def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def from_rank_zero(function: Callable[[], T]) -> T:
+    """Call the function on rank 0 and return its result on every rank. Collective.
+
+    Raises:
+        ValueError: on every rank, with rank 0's message, when the call failed there; no rank is left waiting.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [function(), None]
+        except Exception as error:
+            answer = [None, str(error) or type(error).__name__]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
 
 
 class StopSignal:
