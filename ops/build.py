@@ -1,0 +1,120 @@
+"""Compiling kernels: lazily, once per content, shared by all ranks of a machine.
+
+Libraries land in .cache/kernels (or $LOADSTONE_KERNELS) under a name that holds a hash of sources, flags and compiler,
+so a stale one is never loaded. Ranks that ask at the same time wait for the first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+
+
+class BuildError(RuntimeError):
+    """A compiler is missing or failed; the message holds its output."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("LOADSTONE_KERNELS", ROOT.parent / ".cache" / "kernels"))
+
+
+def _cpu_flags() -> list[str]:
+    """AVX2 and fused multiply-add where this machine has them; a shared cache keeps one build per choice."""
+    if platform.machine() == "x86_64":
+        try:
+            flags = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            flags = ""
+        if " avx2 " in flags and " fma " in flags and " bmi2 " in flags:
+            return ["-march=x86-64-v3"]
+    return []
+
+
+def compile_library(name: str, sources: list[Path], command: list[str]) -> Path:
+    """Run `command` + sources + "-o" + output unless the library is there already; returns its path.
+
+    Raises:
+        BuildError: the compiler is missing or failed.
+    """
+    compiler = shutil.which(command[0])
+    if compiler is None:
+        raise BuildError(f"{command[0]} is not installed")
+    headers = sorted({h for s in sources for h in (*s.parent.glob("*.h"), *(ROOT / "csrc").glob("*.h"))})
+    digest = hashlib.sha256(" ".join(command).encode())
+    digest.update(subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout)
+    for file in (*sources, *headers):
+        digest.update(file.read_bytes())
+    folder = cache_folder()
+    path = folder / f"{name}-{digest.hexdigest()[:16]}.so"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_file():
+            return path
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")
+        result = subprocess.run([*command, *map(str, sources), "-o", str(scratch)], capture_output=True, text=True,
+                                check=False)
+        if result.returncode:
+            scratch.unlink(missing_ok=True)
+            raise BuildError(f"{command[0]} failed on {', '.join(s.name for s in sources)}:\n{result.stderr[-4000:]}")
+        scratch.replace(path)
+    return path
+
+
+def build_ops(name: str, sources: list[Path]) -> Path:
+    """Dispatcher ops over torch's stable ABI, by g++ (or $CXX)."""
+    package = Path(torch.__file__).parent
+    include = package / "include"
+    return compile_library(name, sources, [
+        os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-fPIC", "-shared", *_cpu_flags(), "-ffp-contract=off",
+        "-fno-math-errno", "-fno-trapping-math", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}",
+        f"-L{package / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"])
+
+
+def nvcc_command(architectures: tuple[str, ...], *flags: str) -> list[str]:
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    return ["nvcc", "-std=c++17", "-O3", "-Xcompiler=-fPIC", "-shared", "-fmad=false", "-lineinfo", "--extended-lambda",
+            "--expt-relaxed-constexpr", "-cudart=static", "-t", "2", *codes, *flags]
+
+
+def build_cuda(name: str, sources: list[Path], architectures: tuple[str, ...]) -> Path:
+    """Launchers with a plain C interface, by nvcc, for the given compute capabilities ("80", "90a")."""
+    return compile_library(name, sources, nvcc_command(architectures))
+
+
+def build_cuda_on_cpu(name: str, sources: list[Path]) -> Path:
+    """The same CUDA source as a CPU library (ops/csrc/cuda_on_cpu.h), for tests."""
+    return compile_library(name, sources, [
+        os.environ.get("CXX", "g++"), "-x", "c++", "-DLOADSTONE_CUDA_ON_CPU", "-std=c++17", "-O1", "-fPIC", "-shared",
+        *_cpu_flags(), "-ffp-contract=off", "-fno-math-errno", "-w"])
+
+
+def device_architecture() -> str:
+    """The architecture to build for on this CUDA device: "80", "90a", "100"."""
+    major, minor = torch.cuda.get_device_capability()
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+def spills(ptxas_output: str) -> dict[str, int]:
+    """Kernel name -> bytes spilled, of the output of nvcc -Xptxas -v."""
+    found: dict[str, int] = {}
+    kernel = ""
+    for line in ptxas_output.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            kernel = f"{match[1]} ({match[2]})"
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found[kernel] = int(match[1]) + int(match[2])
+    return found

@@ -1,0 +1,7 @@
+"""Logits -> experts, gates, statistics and permutation, in one pass."""
+
+from ops.router.interface import route, select_backend
+from ops.router.reference import RouterOutput, reference_route
+from ops.router.spec import MAX_SLOTS, NUM_REASONS, Reason, RouteSpec
+
+__all__ = ["MAX_SLOTS", "NUM_REASONS", "Reason", "RouteSpec", "RouterOutput", "reference_route", "route", "select_backend"]
