@@ -37,6 +37,7 @@ check: setup  ## ruff, mypy on our packages, the import rule
 
 bench: setup  ## run the CPU benches
 	$(PY) -m bench.grouped_mlp --device cpu
+	$(PY) -m bench.router --device cpu
 	$(PY) -m bench.train_step --device cpu
 
 gpu: setup  ## on a CUDA device: GPU-marked tests and all benches, one dated JSON under bench/results/

@@ -1,4 +1,4 @@
-"""Evaluate a run on its held-out text: python -m launch.evaluate run=DIR [checkpoint=best|latest]."""
+"""Evaluate a run on its held-out text: python -m launch.evaluate run=DIR [checkpoint=best|latest] [router.budget=K]."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def main(config: DictConfig) -> float:
     """Print held-out loss, perplexity, bits per byte and routing statistics; returns the loss."""
     import torch
 
+    from train.calibrate import calibrate_budget, calibration_batches
     from train.checkpoint import find_checkpoint, load_weights, read_state
     from train.components import build_model
     from train.config import EvaluateConfig
@@ -37,13 +38,20 @@ def main(config: DictConfig) -> float:
     model = build_model(run)
     load_weights(model, checkpoint)
     model = model.to(device).eval()
+    if settings.router.budget is not None:
+        mean = calibrate_budget(model, calibration_batches(run, store), settings.router.budget, run.balance, run.budget,
+                                device)
+        print(f"routers calibrated to {settings.router.budget:g} experts per token on training text: {mean:.3f}")
     rows = ValidationRows(store, run.train.seq_len)
     batches = validation_batches(rows, settings.batch_size, store.end_of_document, 0, 1, settings.max_sequences)
-    result = evaluate(model, batches, store.token_bytes(), device)
+    result = evaluate(model, batches, store.token_bytes(), device, model.routers())
     counts = result.pop("counts", [])
     for layer, row in zip(run.model.moe_layers, counts, strict=False):
         mean = sum(row) / len(row)
         print(f"layer {layer:3d}  load/mean  " + " ".join(f"{c / max(mean, 1e-9):.2f}" for c in row))
+    if counts:
+        print(f"experts per token {result['experts_per_token']:.3f} (layers "
+              + " ".join(f"{k:.3f}" for k in result["experts_per_token_by_layer"]) + ")")
     print(f"{checkpoint}: val_loss {result['val_loss']:.4f}  perplexity {result['perplexity']:.2f}  bits_per_byte "
           f"{result['bits_per_byte']:.4f}  unigram_entropy {store.unigram_entropy:.4f}")
     print_result({"run_dir": settings.run, "checkpoint": checkpoint.name, "step": read_state(checkpoint)["step"],

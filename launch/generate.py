@@ -1,4 +1,7 @@
-"""Continue a prompt: python -m launch.generate run=DIR prompt="..." [temperature= top_p= seed= max_new_tokens=]."""
+"""Continue a prompt.
+
+python -m launch.generate run=DIR prompt="..." [temperature= top_p= seed= max_new_tokens= router.budget=]
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from launch.common import load_run, print_result, record, run_main
 
 
 def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
-           checkpoint: str = "best") -> Iterator[str]:
+           checkpoint: str = "best", budget: float | None = None) -> Iterator[str]:
     """Yield the prompt and then the text as it is generated, piece by piece, from one process."""
     import torch
 
@@ -28,8 +31,14 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
     tokenizer = store.tokenizer()
     model = build_model(config)
     load_weights(model, find_checkpoint(Path(run_dir), prefer=checkpoint))
-    if torch.cuda.is_available():
-        model = model.cuda()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
+    if budget is not None:
+        from train.calibrate import calibrate_budget, calibration_batches
+        from train.data.prepare import prepare
+
+        batches = calibration_batches(config, TokenStore(prepare(config.data)))
+        calibrate_budget(model, batches, budget, config.balance, config.budget, device)
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     yield prompt
     ids: list[int] = []
@@ -51,7 +60,7 @@ def main(config: DictConfig) -> None:
     settings = record(config, GenerateConfig)
     pieces = []
     for piece in sample(settings.run, settings.prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
-                        settings.seed, settings.checkpoint):
+                        settings.seed, settings.checkpoint, settings.router.budget):
         pieces.append(piece)
         print(piece, end="", flush=True)
     print()

@@ -146,7 +146,8 @@ def _component(value: Any, path: str, problems: list[str]) -> Any:
 
 def contradictions(run: RunConfig, world_size: int) -> list[str]:
     """Every problem that one look at the values shows, before any process starts."""
-    sections = (run.model, run.balance, run.train, run.optim, run.parallel, run.launch, run.data, run.checkpoint)
+    sections = (run.model, run.balance, run.budget, run.fail_safe, run.audit, run.train, run.optim, run.parallel, run.launch,
+                run.data, run.checkpoint)
     problems = [problem for section in sections for problem in section.problems()]
     if not 0 <= run.seed < 2**31:
         problems.append(f"seed is {run.seed}; it must be between 0 and 2**31 - 1")
@@ -166,8 +167,28 @@ def _components(run: RunConfig) -> list[str]:
         problems = list(router.problems(run.model, **run.router.arguments))  # type: ignore[attr-defined]
     except TypeError as error:
         return [f"router: {error}"]
+    problems += _routing(run, router)
     return problems + list(resolve(run.dispatcher).problems(  # type: ignore[attr-defined]
         run.model, expert_parallel_size=run.parallel.expert_parallel_size))
+
+
+def _routing(run: RunConfig, router: Any) -> list[str]:
+    """Contradictions between the router and how the load is balanced."""
+    problems, law = [], getattr(router, "law", "none")
+    if law == "relu" and run.balance.aux_loss_coeff > 0:
+        problems.append("router=relu balances by its own load-weighted penalty, which balance.aux_loss_coeff "
+                        f"{run.balance.aux_loss_coeff} would fight; set balance=none or balance.aux_loss_coeff=0")
+    if law in ("relu", "quantile") and run.balance.bias_update != "none":
+        problems.append(f"balance.bias_update={run.balance.bias_update} moves a selection bias, which this router "
+                        f"{'does not have' if law == 'relu' else 'sets itself, by quantiles'}; set balance.bias_update=none "
+                        "and balance.bias_update_rate=0")
+    if run.balance.entropy_coeff > 0 and run.router.arguments.get("score_function", "softmax") != "softmax":
+        problems.append(f"balance.entropy_coeff {run.balance.entropy_coeff} acts on the softmax of the router's logits, but "
+                        f"router.score_function is {run.router.arguments.get('score_function')}; set it to 0")
+    if run.fail_safe.rank_overload > 0 and run.parallel.expert_parallel_size == 1:
+        problems.append(f"fail_safe.rank_overload {run.fail_safe.rank_overload} compares ranks, but "
+                        "parallel.expert_parallel_size is 1; set it to 0")
+    return problems
 
 
 def _lengths(run: RunConfig) -> list[str]:

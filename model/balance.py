@@ -1,8 +1,8 @@
-"""Load balance: per-layer sums, the auxiliary loss built from them, and the loss-free bias. See docs/numerics.md.
+"""Load balance: per-layer sums, the losses built from them, the selection bias, and the metrics. See docs/numerics.md.
 
 Everything leaves a layer as a sum over its local tokens, so adding up ranks and micro-batches gives the global value.
 Recomputed layers return the same sums a second time; only the first forward's are used, so nothing counts twice.
-Shape letters: T tokens, E experts, N sequences.
+Shape letters: T tokens, E experts, N sequences, K slots, B histogram bins.
 """
 
 from __future__ import annotations
@@ -14,51 +14,100 @@ import torch.distributed as dist
 
 from model.config import BalanceConfig
 from model.parallel import ParallelGroups
-from model.routers.base import Router, Routing
+from model.routers.base import LIMIT, Router
+from ops.router import NUM_REASONS, Reason, RouterOutput
+
+ENTROPY_UNIT = 2.0**-20
+"""Nats per unit of the entropy in the packed integers: sums of integers are the same in any order."""
 
 
 class RouterSums(NamedTuple):
     """One MoE layer, summed over the local tokens of a micro-batch.
 
-    counts: [E] int64, assignments per expert.
-    score_sums: [E] fp32 with gradient, sum of each token's scores normalised to 1.
-    z_sum: [] fp32 with gradient, sum of squared log-sum-exp.
-    sequence_aux_sum: [] fp32 with gradient, auxiliary loss per sequence times its tokens; 0 unless scope is sequence.
+    stats: [size] int64, everything that is counted (pack_stats).
+    counts: [N, E] int64, assignments per expert (N: sequences, or 1).
+    score_sums: [N, E] fp32 with gradient, sums of each token's normalised scores.
+    z_sum, entropy_sum: [] fp32 with gradient, sums of squared log-sum-exp and of the entropy of the router's softmax.
+    orthogonality_sum: [] fp32 with gradient, the layer's orthogonality loss times its tokens; 0 where it is off.
     processed: rows this rank's experts computed (of any rank's tokens); over all ranks, counts minus these were dropped.
     """
 
+    stats: torch.Tensor
     counts: torch.Tensor
     score_sums: torch.Tensor
     z_sum: torch.Tensor
-    sequence_aux_sum: torch.Tensor
+    entropy_sum: torch.Tensor
+    orthogonality_sum: torch.Tensor
     processed: int = 0
 
 
-def router_sums(routing: Routing, token_mask: torch.Tensor | None, num_sequences: int,
-                balance: BalanceConfig) -> RouterSums:
-    """Statistics of one layer. routing has T = num_sequences * S tokens in row order; masked tokens count nowhere."""
-    num_experts = routing.scores.shape[1]
-    probabilities = routing.scores / routing.scores.sum(-1, keepdim=True).clamp_min(1e-20)
-    log_z_squared = routing.log_z.square()
-    if token_mask is not None:
-        probabilities = probabilities * token_mask.unsqueeze(1)
-        log_z_squared = log_z_squared * token_mask
-    sequence_aux_sum = routing.scores.new_zeros(())
-    if balance.aux_loss_coeff > 0 and balance.aux_loss_scope == "sequence":
-        counts_NE = _counts(routing.expert_ids.view(num_sequences, -1), num_experts)
-        score_sums_NE = probabilities.view(num_sequences, -1, num_experts).sum(1)
-        counts = counts_NE.sum(0)
-        sequence_aux_sum = (load_fractions(counts_NE) * score_sums_NE).sum() * num_experts
-        return RouterSums(counts, score_sums_NE.sum(0), log_z_squared.sum(), sequence_aux_sum)
-    counts = _counts(routing.expert_ids.reshape(1, -1), num_experts)[0]
-    return RouterSums(counts, probabilities.sum(0), log_z_squared.sum(), sequence_aux_sum)
+class LayerStats(NamedTuple):
+    """What was counted, per layer: counts [L, E], k_histogram [L, K + 1] (tokens by number of experts), reasons [L, 8],
+    null_count, checksum, entropy (nats, float64) [L], histogram [L, E, B]. int64 unless said otherwise."""
+
+    counts: torch.Tensor
+    k_histogram: torch.Tensor
+    reasons: torch.Tensor
+    null_count: torch.Tensor
+    checksum: torch.Tensor
+    entropy: torch.Tensor
+    histogram: torch.Tensor
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[L] int64, unmasked tokens."""
+        return self.k_histogram.sum(1)
+
+    @property
+    def experts_per_token(self) -> torch.Tensor:
+        """[L] fp32, mean number of experts."""
+        return self.counts.sum(1).float() / self.tokens.clamp_min(1).float()
 
 
-def _counts(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """[N, slots] ids with -1 for unused -> [N, num_experts] int64."""
-    keys = torch.where(expert_ids < 0, num_experts, expert_ids)
-    table = torch.zeros(expert_ids.shape[0], num_experts + 1, dtype=torch.int64, device=expert_ids.device)
-    return table.scatter_add_(1, keys, torch.ones_like(keys))[:, :num_experts]
+def pack_stats(routing: RouterOutput, lowered_limit: torch.Tensor) -> torch.Tensor:
+    """All integers of one layer in one [size] int64 vector, so that one all-reduce serves balance, budget and logging.
+
+    lowered_limit: [] bool, tokens at their limit are F5's, not the configuration's.
+    """
+    reasons = routing.reason_counts.clone()
+    moved = torch.where(lowered_limit, reasons[_CAPPED], 0)
+    reasons[_CAPPED] -= moved
+    reasons[_OVERLOADED] += moved
+    entropy = (routing.entropy_sum.detach().double() / ENTROPY_UNIT).round().long()
+    return torch.cat((routing.counts.sum(0), routing.k_histogram, reasons, routing.null_count.view(1),
+                      routing.checksum.view(1), entropy.view(1), routing.histogram.flatten().long()))
+
+
+def unpack_stats(stats: torch.Tensor, num_experts: int, num_slots: int) -> LayerStats:
+    """[L, size] of pack_stats -> the parts; what is left over at the end is the histogram."""
+    sizes = (num_experts, num_slots + 1, NUM_REASONS, 1, 1, 1)
+    counts, k_histogram, reasons, null_count, checksum, entropy, histogram = stats.split(
+        (*sizes, stats.shape[1] - sum(sizes)), dim=1)
+    return LayerStats(counts, k_histogram, reasons, null_count[:, 0], checksum[:, 0], entropy[:, 0].double() * ENTROPY_UNIT,
+                      histogram.reshape(len(stats), num_experts, -1))
+
+
+_CAPPED, _OVERLOADED = (int(r).bit_length() - 1 for r in (Reason.CAPPED, Reason.OVERLOADED))
+
+
+def histogram_bins(balance: BalanceConfig, router: Router) -> int:
+    """Bins the layers count: as configured where a quantile is asked for, else none."""
+    return balance.histogram_bins if balance.bias_update == "quantile" or router.has_quantile_bias else 0
+
+
+def router_sums(routing: RouterOutput, router: Router, balance: BalanceConfig) -> RouterSums:
+    """The sums of one layer from its routing."""
+    stats = pack_stats(routing, router.control[LIMIT] < router.max_top_k)
+    orthogonality = routing.z_sum.new_zeros(())
+    if balance.orthogonality_coeff > 0:
+        orthogonality = orthogonality_loss(router.weight[:router.spec.num_experts]) * routing.k_histogram.sum()
+    return RouterSums(stats, routing.counts, routing.score_sums, routing.z_sum, routing.entropy_sum, orthogonality)
+
+
+def orthogonality_loss(weight: torch.Tensor) -> torch.Tensor:
+    """[E, D] -> [] fp32: |R R^T - I|_1 / E over the normalised rows R (SimBal, arXiv 2506.14038)."""
+    rows = torch.nn.functional.normalize(weight.float(), dim=1)
+    return (rows @ rows.T - torch.eye(len(rows), device=rows.device)).abs().sum() / len(rows)
 
 
 def load_fractions(counts: torch.Tensor) -> torch.Tensor:
@@ -66,25 +115,27 @@ def load_fractions(counts: torch.Tensor) -> torch.Tensor:
     return counts.float() / counts.sum(-1, keepdim=True).clamp_min(1).float()
 
 
-def auxiliary_loss_sum(counts: torch.Tensor, score_sums: torch.Tensor, balance: BalanceConfig, groups: ParallelGroups,
-                       previous_counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Local share of E * sum_e f_e * P_e (Switch eq. 4), summed over layers and multiplied by the number of tokens.
+def auxiliary_loss_sums(counts: torch.Tensor, score_sums: torch.Tensor, scope: str, groups: ParallelGroups,
+                        previous_counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Local share of E * sum_e f_e * P_e (Switch eq. 4) of each layer, multiplied by the number of tokens.
 
-    counts, score_sums: [layers, E] of this rank's micro-batch. The load fractions f are taken over the scope: all
-    data-parallel ranks of this micro-batch, plus `previous_counts` (the earlier micro-batches of the step, already
-    summed over ranks) for global_batch. They carry no gradient, so each rank's share is linear in its own scores and
-    the shares of all ranks add up to the loss of the union of their tokens.
+    counts, score_sums: [layers, N, E] of this rank's micro-batch. The load fractions f are taken over the scope: the
+    sequence (N of them), all data-parallel ranks of this micro-batch (batch), plus `previous_counts` (the earlier
+    micro-batches of the step, already summed over ranks) for global_batch. They carry no gradient, so each rank's share
+    is linear in its own scores and the shares of all ranks add up to the loss of the union of their tokens.
 
     Returns:
-        the sum ([] fp32) and the counts over the scope [layers, E], to be passed on as `previous_counts`.
+        the sums ([layers] fp32) and the counts over the scope [layers, E], to be passed on as `previous_counts`.
     """
-    scope_counts = counts
+    num_experts = counts.shape[2]
+    scope_counts = counts.sum(1)
+    if scope == "sequence":
+        return (load_fractions(counts) * score_sums).sum((1, 2)) * num_experts, scope_counts
     if groups.data_size > 1:
-        scope_counts = counts.clone()
         dist.all_reduce(scope_counts, group=groups.data)
-    if balance.aux_loss_scope == "global_batch" and previous_counts is not None:
+    if scope == "global_batch" and previous_counts is not None:
         scope_counts = scope_counts + previous_counts
-    return (load_fractions(scope_counts) * score_sums).sum() * counts.shape[1], scope_counts
+    return (load_fractions(scope_counts) * score_sums.sum(1)).sum(1) * num_experts, scope_counts
 
 
 @torch.no_grad()
@@ -97,7 +148,47 @@ def update_balance_bias(routers: list[Router], global_counts: torch.Tensor, upda
     for router, counts in zip(routers, global_counts, strict=True):
         error = counts.float().mean() - counts.float()
         step = update_rate * error.sign()
-        router.balance_bias += (step - step.mean()).to(router.balance_bias.device)
+        router.balance_bias[:len(counts)] += (step - step.mean()).to(router.balance_bias.device)
+
+
+def histogram_quantile(histogram: torch.Tensor, ranges: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Quantiles by linear interpolation inside a bin.
+
+    histogram: [..., B] counts; ranges: [..., 2] lowest value and bins per unit; level: [...] in [0, 1].
+    Returns the values [...] fp32, and whether they fell below or above what the bins resolve ([...] bool each).
+    """
+    num_bins = histogram.shape[-1]
+    total = histogram.sum(-1)
+    below_or_in = histogram.cumsum(-1)
+    rank = level * total
+    place = torch.searchsorted(below_or_in.float(), rank.unsqueeze(-1).float().contiguous())[..., 0].clamp(max=num_bins - 1)
+    inside = histogram.gather(-1, place.unsqueeze(-1))[..., 0]
+    before = below_or_in.gather(-1, place.unsqueeze(-1))[..., 0] - inside
+    fraction = ((rank - before) / inside.clamp_min(1)).clamp(0, 1)
+    return ranges[..., 0] + (place + fraction) / ranges[..., 1], place == 0, place == num_bins - 1
+
+
+@torch.no_grad()
+def quantile_cuts(stats: LayerStats, ranges: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cut above which each expert meets its mean number of assignments per token, and the ranges for the next step.
+
+    ranges: [L, E, 2]; share: [L, E], assignments per token. The next range reaches from twice the distance of the
+    quantile at four times the share below to that at a quarter of it above; where those lie outside, it grows. It shrinks
+    by no more than half at a time.
+    Returns [L, E] and [L, E, 2] fp32.
+    """
+    num_bins = stats.histogram.shape[2]
+    share = share.clamp(1e-4, 1 - 1e-4)
+    cut, _, _ = histogram_quantile(stats.histogram, ranges, 1 - share)
+    low, under, _ = histogram_quantile(stats.histogram, ranges, 1 - (4 * share).clamp(max=0.95))
+    high, _, over = histogram_quantile(stats.histogram, ranges, 1 - share / 4)
+    width = num_bins / ranges[..., 1]
+    bottom, top = ranges[..., 0], ranges[..., 0] + width
+    bottom_next = torch.where(under, bottom - width / 2, cut - 2 * (cut - low))
+    top_next = torch.where(over, top + width / 2, cut + 2 * (high - cut))
+    width_next = torch.maximum(top_next - bottom_next, width / 2).clamp_min(1e-6)
+    middle = (bottom_next + top_next) / 2
+    return cut, torch.stack((middle - width_next / 2, num_bins / width_next), dim=-1)
 
 
 def balance_metrics(counts: torch.Tensor, layers: tuple[int, ...] | None = None) -> dict[str, float]:
@@ -105,15 +196,23 @@ def balance_metrics(counts: torch.Tensor, layers: tuple[int, ...] | None = None)
 
     layers: transformer layer of each row, for moe/max_load_layer; None: the rows' own numbers.
     """
+    num_experts = counts.shape[1]
     load = counts.double() / counts.double().mean(-1, keepdim=True).clamp_min(1e-9)
     fractions = load / load.sum(-1, keepdim=True).clamp_min(1e-9)
     entropy = -(fractions * fractions.clamp_min(1e-30).log()).sum(-1)
     max_load, layer = load.max(-1).values.max(0)
+    ranked = load.sort(-1).values
+    weights = 2 * torch.arange(1, num_experts + 1, dtype=torch.float64, device=counts.device) - num_experts - 1
+    gini = (ranked * weights).sum(-1) / (num_experts * ranked.sum(-1)).clamp_min(1e-9)
     return {
         "moe/max_load": float(max_load),
         "moe/max_load_layer": int(layer) if layers is None else layers[int(layer)],
         "moe/min_load": float(load.min()),
+        "moe/max_vio": float(load.max(-1).values.mean()) - 1,
         "moe/load_cv": float(load.std(-1, unbiased=False).mean()),
+        "moe/load_gini": float(gini.mean()),
         "moe/load_entropy": float(entropy.mean()),
         "moe/dead_experts": int((counts == 0).sum()),
+        "moe/dead_fraction": float((load < 0.05).double().mean()),
+        "moe/hot_fraction": float(fractions.max()),
     }

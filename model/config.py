@@ -95,9 +95,98 @@ class BalanceConfig:
     """The tokens the load fractions are taken over: one sequence; one micro-batch over all data-parallel ranks;
     or all micro-batches of the optimisation step so far, over all data-parallel ranks."""
     z_loss_coeff: float = 0.0
+    bias_update: Literal["none", "sign", "quantile"] = "none"
+    """How the selection bias follows the load, once per optimiser step. sign: by bias_update_rate towards an even load
+    (loss-free balancing, arXiv 2408.15664). quantile: to the quantile of each expert's scores that gives it its share
+    (quantile balancing, arXiv 2607.24653), read off a histogram."""
     bias_update_rate: float = 0.0
-    """Loss-free balancing (arXiv 2408.15664): step of the per-expert selection bias, once per optimiser step."""
+    """Step of bias_update=sign."""
+    quantile_momentum: float = 0.5
+    """Share of the old bias kept by a quantile update, 0 to 0.99; also that of the threshold and expert-choice routers."""
+    histogram_bins: int = 256
+    entropy_coeff: float = 0.0
+    """Weight of the mean entropy of the router's softmax, in nats (arXiv 2403.07652): positive makes it decide."""
+    orthogonality_coeff: float = 0.0
+    """Weight of the L1 norm of R R^T - I over the normalised rows of the router, per expert (SimBal, arXiv 2506.14038)."""
 
     def problems(self) -> list[str]:
-        return [f"balance.{name} is {getattr(self, name)}; it must not be negative"
-                for name in ("aux_loss_coeff", "z_loss_coeff", "bias_update_rate") if getattr(self, name) < 0]
+        found = [f"balance.{name} is {getattr(self, name)}; it must not be negative"
+                 for name in ("aux_loss_coeff", "z_loss_coeff", "bias_update_rate", "entropy_coeff", "orthogonality_coeff")
+                 if getattr(self, name) < 0]
+        if (self.bias_update == "sign") != (self.bias_update_rate > 0):
+            found.append(f"balance.bias_update_rate {self.bias_update_rate} belongs to balance.bias_update=sign, which is "
+                         f"{self.bias_update}: set both or neither")
+        if not 0 <= self.quantile_momentum < 1:
+            found.append(f"balance.quantile_momentum is {self.quantile_momentum}; it must be in [0, 1)")
+        if not 16 <= self.histogram_bins <= 4096:
+            found.append(f"balance.histogram_bins is {self.histogram_bins}; it must be between 16 and 4096")
+        return found
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How the mean number of experts per token is held to router.budget (model/budget.py)."""
+
+    kp: float = 0.5
+    """Gain on the change of the relative error."""
+    ki: float = 0.2
+    """Gain on the relative error itself, per step."""
+    scope: Literal["layer", "model"] = "layer"
+    """Whose mean is held: every layer's, or that over all layers."""
+    warm_start_steps: int = 50
+    """Steps of plain top-k at the start, while the scores settle."""
+    blend_steps: int = 50
+    """Steps over which the number of experts then moves from top-k to the mode's own."""
+    guard_error: float = 0.25
+    """A layer whose relative error stays above this for guard_steps, once it was within, falls back to top-k."""
+    guard_steps: int = 20
+    guard_capped: float = 0.5
+    """So does a layer with a larger share of tokens at router.max_experts."""
+    hold_steps: int = 200
+    """How long a layer stays in a fallback before it tries again."""
+
+    def problems(self) -> list[str]:
+        found = [f"budget.{name} is {getattr(self, name)}; it must not be negative"
+                 for name in ("kp", "ki", "warm_start_steps", "blend_steps") if getattr(self, name) < 0]
+        if self.kp >= 2 or self.ki >= 1:
+            found.append(f"budget.kp {self.kp} and budget.ki {self.ki} must be below 2 and 1, or the controller oscillates")
+        found += [f"budget.{name} is {getattr(self, name)}; it must be positive"
+                  for name in ("guard_error", "guard_steps", "guard_capped", "hold_steps") if getattr(self, name) <= 0]
+        return found
+
+
+@dataclass(frozen=True)
+class FailSafeConfig:
+    """What happens when routing goes wrong; every fallback counts its tokens under moe/fallback (ops/router/README.md)."""
+
+    collapse_share: float = 0.95
+    """F2: a layer whose busiest round(k) experts take this share of all assignments falls back to its busiest-first top-1
+    (the shared expert still runs) for budget.hold_steps, its bias frozen. 1: off."""
+    spike_zscore: float = 0.0
+    """F4: a gradient norm this many standard deviations above its running mean makes the next freeze_steps steps select
+    experts with the router weights of the last snapshot. 0: off."""
+    freeze_steps: int = 20
+    snapshot_interval: int = 50
+    """Steps between the snapshots F4 goes back to."""
+    rank_overload: float = 0.0
+    """F5: while the busiest rank of an expert group has had more than this many times the mean load for overload_steps,
+    the layer's most experts per token go down by one. 0: off."""
+    overload_steps: int = 20
+
+    def problems(self) -> list[str]:
+        found = []
+        if not 0 < self.collapse_share <= 1:
+            found.append(f"fail_safe.collapse_share is {self.collapse_share}; it must be in (0, 1] (1 switches it off)")
+        if self.spike_zscore < 0 or self.rank_overload < 0 or 0 < self.rank_overload <= 1:
+            found.append("fail_safe.spike_zscore must not be negative and fail_safe.rank_overload must be 0 or above 1")
+        found += [f"fail_safe.{name} is {getattr(self, name)}; it must be at least 1"
+                  for name in ("freeze_steps", "snapshot_interval", "overload_steps") if getattr(self, name) < 1]
+        return found
+
+
+def experts_of_budget(config: ModelConfig, budget: float, unit: str) -> float:
+    """Mean experts per token of a budget in experts, or in forward FLOPs of the routed experts per token (6 D F each,
+    over all MoE layers)."""
+    if unit == "experts":
+        return budget
+    return budget / (6 * config.hidden_size * config.expert_intermediate_size * max(1, len(config.moe_layers)))

@@ -11,16 +11,16 @@ import torch
 
 from model.config import ModelConfig
 from model.parallel import ParallelGroups
-from model.routers.base import Routing
 from ops.all_to_all import all_to_all_rows, exchange_counts
-from ops.permute import group_by_expert, permute, unpermute
+from ops.permute import permute, unpermute
+from ops.router import RouterOutput
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
     """Everything `combine` needs to bring rows home.
 
-    slots: [A] int64, assignment of each sent row (see ops.permute.group_by_expert).
+    slots: [A] int64, assignment of each sent row (RouterOutput.slots).
     weights: [T, K] gates.
     counts: [L] int64, rows per local expert after dispatch.
     send_splits, receive_splits: rows to and from each rank of the expert group.
@@ -33,6 +33,11 @@ class DispatchPlan:
     send_splits: list[int]
     receive_splits: list[int]
     by_expert: torch.Tensor | None
+
+
+def assignments(routing: RouterOutput) -> torch.Tensor:
+    """[A] int64: the assignments in expert order, without the unused tail. One host copy: how many there are."""
+    return routing.slots[:int(routing.offsets[-1])].long()
 
 
 class LocalDispatcher:
@@ -51,9 +56,10 @@ class LocalDispatcher:
                     "use dispatcher=all_to_all"]
         return []
 
-    def dispatch(self, hidden: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, DispatchPlan]:
+    def dispatch(self, hidden: torch.Tensor, routing: RouterOutput) -> tuple[torch.Tensor, DispatchPlan]:
         """hidden [T, D] -> rows [A, D] in expert order and the plan."""
-        slots, counts = group_by_expert(routing.expert_ids, self.num_experts)
+        slots = assignments(routing)
+        counts = routing.counts.sum(0)
         rows = permute(hidden, slots, routing.expert_ids.shape[1])
         return rows, DispatchPlan(slots, routing.weights, counts, [], [], None)
 
@@ -81,12 +87,12 @@ class AllToAllDispatcher:
                     f"{expert_parallel_size}"]
         return []
 
-    def dispatch(self, hidden: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, DispatchPlan]:
+    def dispatch(self, hidden: torch.Tensor, routing: RouterOutput) -> tuple[torch.Tensor, DispatchPlan]:
         """hidden [T, D] -> rows [R, D] of this rank's experts in expert order, and the plan."""
         if self.local is not None:
             return self.local.dispatch(hidden, routing)
-        slots, counts = group_by_expert(routing.expert_ids, self.num_experts)
-        send_counts = counts.view(self.group_size, -1)
+        slots = assignments(routing)
+        send_counts = routing.counts.sum(0).view(self.group_size, -1)
         receive_counts = exchange_counts(send_counts, self.group)
         splits = torch.stack((send_counts.sum(1), receive_counts.sum(1))).tolist()  # the one host copy
         rows = permute(hidden, slots, routing.expert_ids.shape[1])

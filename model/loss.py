@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import BalanceConfig
+from ops.router import RouterOutput
 
 IGNORE_INDEX = -100
 """Target of positions that are not predicted: padding, and the first token of the next document."""
@@ -18,17 +19,23 @@ class ModelOutput(NamedTuple):
 
     loss_sum: [] fp32, cross-entropy in nats over targets other than IGNORE_INDEX.
     aux_sum, z_sum: [] fp32, balance and z-loss per token, summed over tokens and MoE layers.
+    penalty_sum: [] fp32, further penalties on the routers, per token, already weighted: entropy, orthogonality, ReLU's L1.
     counts: [moe_layers, num_experts] int64, local assignments; [0, 0] for a dense model.
     scope_counts: the counts over the auxiliary loss's scope so far (equal to `counts` when that loss is off).
+    stats: [moe_layers, size] int64, all integer statistics of the routers (model.balance.pack_stats).
     processed: rows that this rank's experts computed, over all MoE layers.
+    routings: one RouterOutput per MoE layer, where they were asked for.
     """
 
     loss_sum: torch.Tensor
     aux_sum: torch.Tensor
     z_sum: torch.Tensor
+    penalty_sum: torch.Tensor
     counts: torch.Tensor
     scope_counts: torch.Tensor
+    stats: torch.Tensor
     processed: int
+    routings: tuple[RouterOutput, ...]
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -42,7 +49,7 @@ def training_loss(output: ModelOutput, num_targets: int, num_tokens: int, balanc
 
     num_targets, num_tokens: predicted targets and unpadded tokens of the entire step, over ranks and micro-batches.
     """
-    loss = output.loss_sum / max(num_targets, 1)
+    loss = output.loss_sum / max(num_targets, 1) + output.penalty_sum / max(num_tokens, 1)
     if balance.aux_loss_coeff > 0:
         loss = loss + balance.aux_loss_coeff * output.aux_sum / max(num_tokens, 1)
     if balance.z_loss_coeff > 0:

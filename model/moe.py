@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.balance import RouterSums, router_sums
+from model.balance import RouterSums, histogram_bins, router_sums
 from model.config import BalanceConfig, ModelConfig
 from model.experts import Experts
 from model.layers import GatedMLP
 from model.parallel import ParallelGroups
+from model.routers.base import RoutingRequest
+from ops.router import RouterOutput
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,24 @@ class MoELayer(nn.Module):
         super().__init__()
         self.balance = parts.balance
         self.router = parts.router(config, groups=groups, layer_idx=layer_idx)
+        self.num_bins = histogram_bins(parts.balance, self.router)
+        self.router.prepare_histogram(self.num_bins)
         self.dispatcher = parts.dispatcher(config, groups=groups)
         self.experts = Experts(config, groups)
         self.shared = None
         if config.num_shared_experts:
             self.shared = GatedMLP(config.hidden_size, config.num_shared_experts * config.expert_intermediate_size)
 
-    def forward(self, hidden: torch.Tensor, token_mask: torch.Tensor | None) -> tuple[torch.Tensor, RouterSums]:
-        """hidden [B, S, D], token_mask [B, S] bool or None -> [B, S, D] and the layer's balance sums."""
+    def forward(self, hidden: torch.Tensor, request: RoutingRequest) -> tuple[torch.Tensor, RouterSums, RouterOutput]:
+        """hidden [B, S, D], request for its B * S tokens -> [B, S, D], the layer's sums, and the routing itself."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        routing = self.router(tokens, mask)
+        segments = hidden.shape[0] if self.balance.aux_loss_scope == "sequence" else 1
+        # Quantiles are learnt in training only, and in the steps that calibrate another budget.
+        request = request._replace(num_segments=segments, num_bins=self.num_bins if request.num_bins else 0)
+        routing = self.router(tokens, request)
         rows, plan = self.dispatcher.dispatch(tokens, routing)
         out = self.dispatcher.combine(self.experts(rows, plan.counts), plan)
         if self.shared is not None:
             out = out + self.shared(tokens)
-        sums = router_sums(routing, mask, hidden.shape[0], self.balance)
-        return out.view_as(hidden), sums._replace(processed=rows.shape[0])
+        sums = router_sums(routing, self.router, self.balance)
+        return out.view_as(hidden), sums._replace(processed=rows.shape[0]), routing

@@ -8,14 +8,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention.base import KVCache, SequenceLayout, document_mask, has_varlen_kernel
-from model.balance import RouterSums, auxiliary_loss_sum
+from model.balance import RouterSums, auxiliary_loss_sums
+from model.budget import penalty_coeff
 from model.config import ModelConfig
 from model.init import initialize_parameters
 from model.layers import GatedMLP, RMSNorm, rotary_tables
 from model.loss import ModelOutput, cross_entropy_sum
 from model.moe import ModelParts, MoELayer
 from model.parallel import ParallelGroups
-from model.routers.base import Router
+from model.routers.base import Router, RoutingRequest
+from ops.router import RouterOutput
 
 
 class Block(nn.Module):
@@ -32,14 +34,14 @@ class Block(nn.Module):
         else:
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden: torch.Tensor, layout: SequenceLayout, token_mask: torch.Tensor | None,
-                cache: KVCache | None = None) -> tuple[torch.Tensor, RouterSums | None]:
+    def forward(self, hidden: torch.Tensor, layout: SequenceLayout, request: RoutingRequest,
+                cache: KVCache | None = None) -> tuple[torch.Tensor, RouterSums | None, RouterOutput | None]:
         hidden = hidden + self.attention(self.attention_norm(hidden), layout, cache)
         normed = self.mlp_norm(hidden)
         if isinstance(self.mlp, MoELayer):
-            out, sums = self.mlp(normed, token_mask)
-            return hidden + out, sums
-        return hidden + self.mlp(normed), None
+            out, sums, routing = self.mlp(normed, request)
+            return hidden + out, sums, routing
+        return hidden + self.mlp(normed), None, None
 
 
 class Transformer(nn.Module):
@@ -73,25 +75,32 @@ class Transformer(nn.Module):
             mask = document_mask(positions)
         return SequenceLayout(cos, sin, cu_seqlens, max_seqlen, mask)
 
-    def _backbone(self, input_ids: torch.Tensor, layout: SequenceLayout, token_mask: torch.Tensor | None,
-                  caches: list[KVCache] | None = None) -> tuple[torch.Tensor, list[RouterSums]]:
+    def _backbone(self, input_ids: torch.Tensor, layout: SequenceLayout, request: RoutingRequest,
+                  given_ids: tuple[torch.Tensor, ...] | None = None, caches: list[KVCache] | None = None
+                  ) -> tuple[torch.Tensor, list[RouterSums], list[RouterOutput]]:
         hidden = self.embedding(input_ids)
-        all_sums = []
+        all_sums: list[RouterSums] = []
+        routings: list[RouterOutput] = []
         for i, block in enumerate(self.blocks):
+            own = request if given_ids is None else request._replace(
+                given_ids=given_ids[len(routings)] if len(routings) < len(given_ids) else None)
             if self.config.recompute == "block" and self.training and torch.is_grad_enabled():
-                hidden, sums = checkpoint(block, hidden, layout, token_mask, use_reentrant=False)
+                hidden, sums, routing = checkpoint(block, hidden, layout, own, use_reentrant=False)
             else:
-                hidden, sums = block(hidden, layout, token_mask, caches[i] if caches is not None else None)
+                hidden, sums, routing = block(hidden, layout, own, caches[i] if caches is not None else None)
             if sums is not None:
                 all_sums.append(sums)
-        return self.norm(hidden), all_sums
+                routings.append(routing)
+        return self.norm(hidden), all_sums, routings
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor,
                 cu_seqlens: torch.Tensor, max_seqlen: int, token_mask: torch.Tensor | None = None,
-                previous_counts: torch.Tensor | None = None) -> ModelOutput:
+                previous_counts: torch.Tensor | None = None, token_ids: torch.Tensor | None = None,
+                given_ids: tuple[torch.Tensor, ...] | None = None, keep_routing: bool = False,
+                with_histogram: bool | None = None, frozen: bool = False, snapshot: bool = False) -> ModelOutput:
         """Sums over the micro-batch.
 
         Args:
@@ -99,25 +108,41 @@ class Transformer(nn.Module):
             cu_seqlens: [documents + 1] int32 over the flattened tokens; max_seqlen: the longest document.
             token_mask: [B, S] bool, False for padding; None when nothing is padded.
             previous_counts: scope_counts of the step's earlier micro-batches, for aux_loss_scope=global_batch.
+            token_ids: [B, S] int64 names of the tokens, for checksum and audit.
+            given_ids: [B * S, K] per MoE layer, experts to use instead of the routers' choice (replay).
+            keep_routing: return every layer's routing; with_histogram: count the scores (None: in training).
+            frozen, snapshot: see RoutingRequest.
         """
         layout = self._layout(positions, cu_seqlens, max_seqlen, self.embedding.weight.dtype)
-        hidden, sums = self._backbone(input_ids, layout, token_mask)
+        counting = self.training if with_histogram is None else with_histogram
+        request = RoutingRequest(None if token_mask is None else token_mask.reshape(-1), 1, int(counting),
+                                 None if token_ids is None else token_ids.reshape(-1), None, frozen, snapshot)
+        hidden, sums, routings = self._backbone(input_ids, layout, request, given_ids)
         loss_sum = cross_entropy_sum(self._project(hidden), targets)
         zero = loss_sum.new_zeros(())
         if not sums:
             empty = torch.zeros((0, 0), dtype=torch.int64, device=input_ids.device)
-            return ModelOutput(loss_sum, zero, zero, empty, empty, 0)
+            return ModelOutput(loss_sum, zero, zero, zero, empty, empty, empty, 0, ())
         counts = torch.stack([s.counts for s in sums])
         z_sum = torch.stack([s.z_sum for s in sums]).sum()
-        aux_sum, scope_counts = zero, counts
-        if self.balance.aux_loss_coeff > 0:
-            if self.balance.aux_loss_scope == "sequence":
-                aux_sum = torch.stack([s.sequence_aux_sum for s in sums]).sum()
-            else:
-                score_sums = torch.stack([s.score_sums for s in sums])
-                aux_sum, scope_counts = auxiliary_loss_sum(counts, score_sums, self.balance, self.groups,
-                                                           previous_counts)
-        return ModelOutput(loss_sum, aux_sum, z_sum, counts, scope_counts, sum(s.processed for s in sums))
+        penalty_sum = zero
+        if self.balance.entropy_coeff > 0:
+            penalty_sum = penalty_sum + self.balance.entropy_coeff * torch.stack([s.entropy_sum for s in sums]).sum()
+        if self.balance.orthogonality_coeff > 0:
+            orthogonality = torch.stack([s.orthogonality_sum for s in sums]).sum()
+            penalty_sum = penalty_sum + self.balance.orthogonality_coeff * orthogonality
+        coeffs = [penalty_coeff(router) for router in self.routers()]
+        aux_sum, scope_counts = zero, counts.sum(1)
+        if self.balance.aux_loss_coeff > 0 or coeffs[0] is not None:
+            score_sums = torch.stack([s.score_sums for s in sums])
+            aux_sums, scope_counts = auxiliary_loss_sums(counts, score_sums, self.balance.aux_loss_scope, self.groups,
+                                                         previous_counts)
+            aux_sum = aux_sums.sum()
+            if coeffs[0] is not None:
+                penalty_sum = penalty_sum + (torch.stack(coeffs) * aux_sums).sum() / len(coeffs)
+        stats = torch.stack([s.stats for s in sums])
+        return ModelOutput(loss_sum, aux_sum, z_sum, penalty_sum, counts.sum(1), scope_counts, stats,
+                           sum(s.processed for s in sums), tuple(routings) if keep_routing else ())
 
     def logits(self, input_ids: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue what they hold."""
@@ -126,7 +151,7 @@ class Transformer(nn.Module):
         positions = torch.arange(start, start + length, device=input_ids.device).expand(batch, length)
         cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device)
         layout = self._layout(positions, cu_seqlens, length, self.embedding.weight.dtype)
-        hidden, _ = self._backbone(input_ids, layout, None, caches)
+        hidden, _, _ = self._backbone(input_ids, layout, RoutingRequest(), None, caches)
         return self._project(hidden)
 
     def new_caches(self, batch_size: int, max_len: int) -> list[KVCache]:

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from model.budget import start_routers
 from model.config import ModelConfig
 from model.moe import ModelParts
 from model.parallel import ParallelGroups
@@ -51,4 +52,6 @@ def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Tran
     """The transformer of a run, with this rank's share of the experts and its initial weights."""
     model: ModelConfig = config.model
     parts = ModelParts(bind(config.router), bind(config.attention), bind(config.dispatcher), config.balance)
-    return Transformer(model, parts, groups, config.seed)
+    transformer = Transformer(model, parts, groups, config.seed)
+    start_routers(transformer.routers(), config.budget, config.fail_safe)
+    return transformer

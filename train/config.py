@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.config import BalanceConfig, ModelConfig
+from model.config import BalanceConfig, BudgetConfig, FailSafeConfig, ModelConfig, experts_of_budget
 
 
 @dataclass(frozen=True)
@@ -227,22 +227,52 @@ class TrackerConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """Which tokens went where, in RUN/audit (train/audit.py); read it with `python -m launch.audit run=RUN`."""
+
+    sample_one_in: int = 256
+    """Tokens are sampled by a hash of their id, the same ones in every layer; 0 switches the audit off."""
+    max_flagged: int = 64
+    """Tokens with a fallback reason are written beside the sample, up to this many per layer, micro-batch and rank."""
+
+    def problems(self) -> list[str]:
+        return [f"audit.{name} is {getattr(self, name)}; it must not be negative"
+                for name in ("sample_one_in", "max_flagged") if getattr(self, name) < 0]
+
+
+@dataclass(frozen=True)
+class InferenceRouterConfig:
+    """What a trained router can be asked to do differently."""
+
+    budget: float | None = None
+    """Mean experts per token; None: as trained. The routers are calibrated to it on training text first."""
+
+    def problems(self) -> list[str]:
+        if self.budget is not None and self.budget <= 0:
+            return [f"router.budget is {self.budget}; it must be positive, or null for the budget of the training"]
+        return []
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     run: str
+    router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: Literal["best", "latest"] = "best"
     batch_size: int = 8
     max_sequences: int | None = None
 
     def problems(self) -> list[str]:
-        return [f"{name} is {value}; it must be at least 1"
-                for name, value in (("batch_size", self.batch_size), ("max_sequences", self.max_sequences))
-                if value is not None and value < 1]
+        return self.router.problems() + [
+            f"{name} is {value}; it must be at least 1"
+            for name, value in (("batch_size", self.batch_size), ("max_sequences", self.max_sequences))
+            if value is not None and value < 1]
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     run: str
     prompt: str
+    router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: Literal["best", "latest"] = "best"
     max_new_tokens: int = 200
     temperature: float = 0.8
@@ -251,7 +281,7 @@ class GenerateConfig:
     seed: int = 0
 
     def problems(self) -> list[str]:
-        found = []
+        found = self.router.problems()
         if not self.prompt:
             found.append("prompt is empty; give some text")
         if self.max_new_tokens < 1:
@@ -291,6 +321,9 @@ class RunConfig:
     launch: LaunchConfig
     deepspeed: dict[str, Any]
     """DeepSpeed's own settings, handed on as they are (launch/validate.py lists the accepted keys)."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    fail_safe: FailSafeConfig = field(default_factory=FailSafeConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     experiment_name: str = "default"
     seed: int = 1234
     run_dir: str | None = None
@@ -301,7 +334,12 @@ class RunConfig:
     @property
     def experts_per_token(self) -> float:
         """Routed experts a token visits (their mean, for adaptive routers); 0 for a dense model."""
-        return float(self.router.arguments.get("top_k", 0)) if self.model.num_experts else 0.0
+        if not self.model.num_experts:
+            return 0.0
+        arguments = self.router.arguments
+        if "budget" in arguments:
+            return experts_of_budget(self.model, float(arguments["budget"]), arguments.get("budget_unit", "experts"))
+        return float(arguments.get("top_k", 0))
 
     @property
     def zero_stage(self) -> int:

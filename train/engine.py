@@ -123,7 +123,7 @@ class Engine:
             parameter.group_name = name
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = name
-        num_experts = next(m for m in model.modules() if isinstance(m, MoELayer)).router.weight.shape[0]
+        num_experts = next(m for m in model.modules() if isinstance(m, MoELayer)).router.spec.num_experts
         model.add_module("expert_anchor", _anchor(num_experts))
         return name
 

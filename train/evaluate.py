@@ -10,33 +10,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model.balance import balance_metrics
+from model.balance import balance_metrics, unpack_stats
 from model.loss import IGNORE_INDEX, ModelOutput
+from model.routers.base import Router
 from train.data.loader import Batch
 
 
 @torch.no_grad()
 def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], token_bytes: np.ndarray,
-             device: torch.device) -> dict[str, Any]:
+             device: torch.device, routers: list[Router]) -> dict[str, Any]:
     """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many batches.
 
     Returns:
         val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes they stand for), the
-        number of targets, balance metrics, and the counts [layers][experts].
+        number of targets, balance metrics, mean experts per token, and the counts [layers][experts].
     """
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    counts: torch.Tensor | None = None
+    stats: torch.Tensor | None = None
     for batch in batches:
         output = forward(**batch.inputs(device))
         targets = batch.targets[batch.targets != IGNORE_INDEX].numpy()
         sums[0] += output.loss_sum
         sums[1] += len(targets)
         sums[2] += int(token_bytes[targets].sum())
-        counts = output.counts if counts is None else counts + output.counts
+        stats = output.stats if stats is None else stats + output.stats
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
-        if counts is not None and counts.numel():
-            dist.all_reduce(counts)
+        if stats is not None and routers:
+            dist.all_reduce(stats)
     loss_sum, num_targets, num_bytes = sums.tolist()
     if num_targets == 0:
         raise ValueError("the held-out split has no token to predict; raise data.validation_fraction")
@@ -47,7 +48,10 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], toke
         "bits_per_byte": loss_sum / math.log(2) / num_bytes if num_bytes else math.nan,
         "num_targets": int(num_targets),
     }
-    if counts is not None and counts.numel():
-        result.update(balance_metrics(counts.cpu()))
-        result["counts"] = counts.tolist()
+    if stats is not None and routers:
+        layers = unpack_stats(stats.cpu(), routers[0].spec.num_experts, routers[0].max_top_k)
+        result.update(balance_metrics(layers.counts))
+        result["experts_per_token"] = float(layers.experts_per_token.mean())
+        result["experts_per_token_by_layer"] = layers.experts_per_token.tolist()
+        result["counts"] = layers.counts.tolist()
     return result

@@ -6,18 +6,21 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model.balance import update_balance_bias
+from model.balance import LayerStats, unpack_stats
+from model.budget import update_routers
 from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
 from ops.grouped_mlp import select_backend
+from ops.router import select_backend as router_backend
+from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
     CheckpointWriter,
     find_checkpoint,
@@ -36,6 +39,7 @@ from train.evaluate import evaluate
 from train.metrics import StepMetrics, console_line
 from train.runtime import StopSignal, from_rank_zero, seed_everything
 from train.schedule import Schedule
+from train.spike import SpikeGuard
 from train.tracker import Tracker
 
 log = logging.getLogger("loadstone")
@@ -50,6 +54,7 @@ class Progress:
     consumed_tokens: int = 0
     wandb_id: str | None = None
     val_loss: float | None = None
+    spike: SpikeGuard = field(default_factory=SpikeGuard)
 
 
 class NonFiniteError(RuntimeError):
@@ -115,10 +120,16 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
         progress.wandb_id = tracker.wandb_id
         for line in banner(config, groups, store, run_dir, progress, engine.device):
             log.info(line)
-    run = _Run(config, groups, engine, schedule, loader, store, writer, tracker, progress, stop)
+    audit = None
+    if config.audit.sample_one_in and config.model.num_experts:
+        audit = AuditLog(run_dir / FOLDER, config.audit, config.model.moe_layers, rank,
+                         progress.step if config.resume is not None else None)
+    run = _Run(config, groups, engine, schedule, loader, store, writer, tracker, audit, progress, stop)
     try:
         summary = run.train()
     finally:
+        if audit is not None:
+            audit.close()
         engine.close()
     if tracker is not None:
         tracker.close(summary)
@@ -131,6 +142,7 @@ def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader) -> Progress:
     state = read_state(checkpoint)
     load_engine(engine, checkpoint, state["step"])
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    progress.spike = SpikeGuard(**state["spike"])
     loader.consumed_samples = progress.consumed_samples
     if not restore_rng(checkpoint, dist.get_rank(), dist.get_world_size(), state["world_size"]):
         log.info("the number of ranks changed from %d to %d: random streams start anew", state["world_size"],
@@ -151,6 +163,7 @@ class _Run:
     store: TokenStore
     writer: CheckpointWriter
     tracker: Tracker | None
+    audit: AuditLog | None
     progress: Progress
     stop: StopSignal
     bits_per_byte: float | None = None
@@ -160,8 +173,10 @@ class _Run:
         config, settings, progress = self.config, self.config.train, self.progress
         model = config.model
         last_step = min(settings.num_steps, settings.stop_after_step or settings.num_steps)
-        self.metrics = StepMetrics(model.moe_layers, model.num_experts, self.engine.device,
-                                   flops_per_token(model, config.experts_per_token, settings.seq_len), config.balance)
+        self.routers = self.engine.module.routers()
+        self.metrics = StepMetrics(model, self.routers, self.engine.device,
+                                   flops_per_token(model, config.experts_per_token, settings.seq_len), config.balance,
+                                   self.groups.expert_size)
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}
         saved_step, stopped = progress.step, False
@@ -200,7 +215,8 @@ class _Run:
             "train_loss": scalars.get("train/loss"),
             "bits_per_byte": self.bits_per_byte,
             "tokens_per_second": (progress.consumed_tokens - first_tokens) / seconds if seconds else None,
-            "max_load": scalars.get("moe/max_load"), "step": progress.step, "tokens": progress.consumed_tokens,
+            "max_load": scalars.get("moe/max_load"), "experts_per_token": scalars.get("moe/experts_per_token"),
+            "step": progress.step, "tokens": progress.consumed_tokens,
             "stopped": stopped,
         }
 
@@ -211,19 +227,25 @@ class _Run:
         self.schedule.set_step(progress.step)
         batches = self.loader.next_step(self.schedule.num_micro_batches(first_sample))
         num_targets, num_tokens, stop = self._agree(batches)
-        counts = scope_counts = None
+        stats = scope_counts = None
+        snapshot = progress.spike.takes_snapshot(progress.step, config.fail_safe)
         for i, batch in enumerate(batches):
-            output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts)
+            output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts,
+                                         keep_routing=self.audit is not None, snapshot=snapshot,
+                                         frozen=progress.spike.frozen_steps > 0)
             loss = training_loss(output, num_targets, num_tokens, config.balance)
             self.engine.backward(loss, is_last=i == len(batches) - 1)
-            counts = output.counts if counts is None else counts + output.counts
+            stats = output.stats if stats is None else stats + output.stats
             scope_counts = output.scope_counts
             self.metrics.add(output, batch.num_targets, batch.num_tokens)
+            if self.audit is not None and batch.token_ids is not None:
+                self.audit.add(progress.step + 1, batch.token_ids, batch.token_mask, output.routings)
         self.grad_norm = self.engine.step()
-        if config.balance.bias_update_rate > 0 and counts is not None and counts.numel():
-            if self.groups.data_size > 1:
-                dist.all_reduce(counts, group=self.groups.data)
-            update_balance_bias(self.engine.module.routers(), counts, config.balance.bias_update_rate)
+        if self.routers and stats is not None:
+            self.update_routers(stats, first_sample)
+        if progress.spike.update(self.grad_norm, snapshot, config.fail_safe):
+            log.info("gradient norm %.3g at step %d is a spike: experts are chosen by the snapshot for %d steps",
+                     self.grad_norm, progress.step + 1, config.fail_safe.freeze_steps)
         progress.step += 1
         progress.consumed_samples = self.loader.consumed_samples
         progress.consumed_tokens += num_tokens
@@ -233,6 +255,17 @@ class _Run:
                                  f"{first_sample}..{progress.consumed_samples - 1}); lower optim.lr or resume from a "
                                  "checkpoint")
         return stop
+
+    def update_routers(self, stats: torch.Tensor, first_sample: int) -> None:
+        """The one integer all-reduce of a step, and what follows from it: bias, budget, fallbacks, metrics, audit."""
+        config = self.config
+        if self.groups.data_size > 1:
+            dist.all_reduce(stats, group=self.groups.data)
+        layers: LayerStats = unpack_stats(stats, config.model.num_experts, self.routers[0].max_top_k)
+        update_routers(self.routers, layers, config.balance, config.budget, config.fail_safe, self.groups.expert_size)
+        self.metrics.add_stats(layers)
+        if self.audit is not None:
+            self.audit.end_step(self.progress.step + 1, first_sample * config.train.seq_len, layers.checksum)
 
     def _agree(self, batches: list[Batch]) -> tuple[int, int, bool]:
         """Targets and tokens of the whole step over all ranks, and whether any rank was told to stop."""
@@ -245,13 +278,16 @@ class _Run:
     def log_step(self, last_step: int) -> dict[str, Any]:
         """Reduce, write and print the metrics of the interval. Collective."""
         progress = self.progress
-        scalars, counts = self.metrics.reduce()
+        scalars, routing = self.metrics.reduce()
         scalars = {"train/loss": scalars.pop("train/loss"), "train/lr": self.schedule.learning_rate,
                    "train/grad_norm": self.grad_norm, **scalars}
         if self.tracker is not None:
             self.tracker.log(progress.step, progress.consumed_tokens, scalars)
-            if counts:
-                self.tracker.log_routing(progress.step, progress.consumed_tokens, counts)
+            if scalars.get("moe/layers_collapsed"):
+                log.warning("step %d: %d MoE layers have collapsed onto a few experts and are routed to one expert a token "
+                            "(fail_safe.collapse_share)", progress.step, scalars["moe/layers_collapsed"])
+            if routing:
+                self.tracker.log_routing(progress.step, progress.consumed_tokens, routing)
             eta = (last_step - progress.step) * scalars["perf/step_seconds"]
             log.info(console_line(progress.step, self.config.train.num_steps, scalars, eta))
         return scalars
@@ -266,7 +302,7 @@ class _Run:
         batches = validation_batches(rows, settings.micro_batch_size, self.store.end_of_document,
                                      self.groups.data_rank, self.groups.data_size, settings.eval_max_sequences)
         self.engine.module.eval()
-        result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device)
+        result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device, self.routers)
         self.engine.module.train()
         progress.val_loss, self.bits_per_byte = result["val_loss"], result["bits_per_byte"]
         log.info("eval step %d  val_loss %.4f  perplexity %.2f  bits_per_byte %.4f  unigram_entropy %.4f  "
@@ -274,7 +310,8 @@ class _Run:
                  self.store.unigram_entropy, result.get("moe/max_load", 1.0))
         if self.tracker is not None:
             self.tracker.log(progress.step, progress.consumed_tokens,
-                             {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte")})
+                             {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte",
+                                                               "experts_per_token") if k in result})
         if self.config.checkpoint.keep_best and result["val_loss"] < from_rank_zero(self.writer.best_loss):
             if saved_step != progress.step:
                 self.save()
@@ -283,7 +320,9 @@ class _Run:
         return saved_step
 
     def save(self) -> None:
-        log.info("saved %s", self.writer.save(self.engine, dict(vars(self.progress))))
+        if self.audit is not None:
+            self.audit.flush()
+        log.info("saved %s", self.writer.save(self.engine, asdict(self.progress)))
 
 
 def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir: Path, progress: Progress,
@@ -295,7 +334,7 @@ def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir
     micro_steps = config.gradient_accumulation_steps(groups.data_size)
     backend = select_backend(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32,
                              model.hidden_size, model.expert_intermediate_size)
-    shape = (f"{model.num_experts} experts top {config.experts_per_token:g} in {len(model.moe_layers)} of "
+    shape = (f"{model.num_experts} experts, {config.experts_per_token:g} per token, in {len(model.moe_layers)} of "
              if model.num_experts else "dense, ")
     return [
         f"model    {count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {shape}"
@@ -305,6 +344,6 @@ def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir
         f"batch    {settings.global_batch_size} sequences of {settings.seq_len} = {settings.micro_batch_size} x "
         f"{groups.data_size} ranks x {micro_steps} accumulation steps",
         f"data     {store.path} ({tokens:,} training tokens, vocabulary {store.vocab_size})",
-        f"kernels  {device.type}; experts by {backend}",
+        f"kernels  {device.type}; experts by {backend}, router {router_backend(device, torch.float32)}",
         f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
     ]

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.balance import balance_metrics
-from model.config import BalanceConfig
+from model.balance import LayerStats
+from model.config import BalanceConfig, ModelConfig
 from model.loss import ModelOutput
+from model.routers.base import Router
 from ops.device import peak_tflops
+from train.routing_metrics import routing_metrics, routing_tables
 
 HEAD = 6
 """Scalar sums in front of the packed vector."""
@@ -28,14 +30,14 @@ def memory_bytes(device: torch.device) -> int:
 class StepMetrics:
     """Sums over the steps since the last log line.
 
-    Everything is a sum until `reduce`: [loss, aux, z, targets, tokens, processed | counts of all experts | memory by rank].
+    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed | memory by rank]. The routers' statistics come
+    reduced over ranks, once per step.
     """
 
-    def __init__(self, moe_layers: tuple[int, ...], num_experts: int, device: torch.device, flops_per_token: float,
-                 balance: BalanceConfig):
-        self.moe_layers, self.num_moe_layers = moe_layers, len(moe_layers)
-        self.num_experts, self.device = num_experts, device
-        self.flops_per_token, self.balance = flops_per_token, balance
+    def __init__(self, model: ModelConfig, routers: list[Router], device: torch.device, flops_per_token: float,
+                 balance: BalanceConfig, expert_parallel_size: int):
+        self.model, self.routers, self.device = model, routers, device
+        self.flops_per_token, self.balance, self.expert_parallel_size = flops_per_token, balance, expert_parallel_size
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -43,8 +45,9 @@ class StepMetrics:
         self.reset()
 
     def reset(self) -> None:
-        size = HEAD + self.num_moe_layers * self.num_experts
-        self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(HEAD, dtype=torch.float64, device=self.device)
+        self.stats: LayerStats | None = None
+        self.max_vio_sum = torch.zeros(len(self.routers), dtype=torch.float64, device=self.device)
         self.steps = 0
         self.started = time.perf_counter()
 
@@ -56,11 +59,16 @@ class StepMetrics:
         self.sums[3] += num_targets
         self.sums[4] += num_tokens
         self.sums[5] += output.processed
-        if output.counts.numel():
-            self.sums[HEAD:] += output.counts.flatten()
 
-    def reduce(self) -> tuple[dict[str, Any], list[list[int]]]:
-        """Scalars of the interval and the global counts [layers][experts]; resets. Collective."""
+    def add_stats(self, stats: LayerStats) -> None:
+        """Add the routers' statistics of one step, over all ranks."""
+        kept = stats._replace(histogram=stats.histogram[..., :0])
+        self.stats = kept if self.stats is None else LayerStats(*(a + b for a, b in zip(self.stats, kept, strict=True)))
+        load = stats.counts.double()
+        self.max_vio_sum += load.max(1).values / load.mean(1).clamp_min(1e-9) - 1
+
+    def reduce(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Scalars of the interval and the routing tables of routing.jsonl; resets. Collective."""
         memory = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         memory[self.rank] = memory_bytes(self.device)
         packed = torch.cat((self.sums, memory))
@@ -69,25 +77,27 @@ class StepMetrics:
         values = packed.cpu()
         seconds = time.perf_counter() - self.started
         loss, aux, z, targets, tokens, processed = values[:HEAD].tolist()
-        counts = values[HEAD:len(self.sums)].round().to(torch.int64).view(self.num_moe_layers, self.num_experts)
         scalars: dict[str, Any] = {
             "train/loss": loss / max(targets, 1),
             "perf/tokens_per_second": tokens / seconds,
             "perf/step_seconds": seconds / max(self.steps, 1),
-            "perf/memory_gib": float(values[len(self.sums):].max()) / 2**30,
+            "perf/memory_gib": float(values[HEAD:].max()) / 2**30,
         }
         if self.peak_flops is not None:
             scalars["perf/mfu"] = self.flops_per_token * tokens / seconds / self.peak_flops
-        if self.num_moe_layers:
-            layers = self.num_moe_layers
+        tables: dict[str, Any] = {}
+        if self.stats is not None:
+            layers = len(self.routers)
+            stats = LayerStats(*(part.cpu() for part in self.stats))
             scalars["moe/z_loss"] = z / max(tokens, 1) / layers
             if self.balance.aux_loss_coeff > 0:
                 scalars["moe/aux_loss"] = aux / max(tokens, 1) / layers
-            scalars["moe/experts_per_token"] = float(counts.sum()) / max(tokens, 1) / layers
-            scalars["moe/dropped"] = 1.0 - processed / max(float(counts.sum()), 1.0)
-            scalars.update(balance_metrics(counts, self.moe_layers))
+            scalars["moe/dropped"] = 1.0 - processed / max(float(stats.counts.sum()), 1.0)
+            scalars["moe/max_vio_step"] = float(self.max_vio_sum.mean()) / max(self.steps, 1)
+            scalars.update(routing_metrics(stats, self.routers, self.model, self.expert_parallel_size))
+            tables = routing_tables(stats)
         self.reset()
-        return scalars, counts.tolist()
+        return scalars, tables
 
 
 def console_line(step: int, num_steps: int, scalars: dict[str, Any], eta_seconds: float) -> str:
@@ -97,6 +107,12 @@ def console_line(step: int, num_steps: int, scalars: dict[str, Any], eta_seconds
     if "moe/max_load" in scalars:
         parts += [f"balance {scalars['moe/max_load']:.2f}x (layer {scalars['moe/max_load_layer']})",
                   f"dropped {scalars['moe/dropped']:.1%}"]
+        if "moe/budget_error" in scalars:
+            parts.append(f"k {scalars['moe/experts_per_token']:.2f}")
+        parts += [f"{name.removeprefix('moe/fallback/')} {share:.1%}" for name, share in scalars.items()
+                  if name.startswith("moe/fallback/") and share > 1e-3 and not name.endswith(("overridden", "raised"))]
+        if scalars["moe/layers_in_fallback"]:
+            parts.append(f"plain top-k in {scalars['moe/layers_in_fallback']} layers")
     parts.append(f"{_human(scalars['perf/tokens_per_second'])} tok/s")
     if "perf/mfu" in scalars:
         parts.append(f"mfu {scalars['perf/mfu']:.1%}")

@@ -65,9 +65,9 @@ class Tracker:
         except Exception as error:
             self._give_up(error)
 
-    def log_routing(self, step: int, tokens: int, counts: list[list[int]]) -> None:
-        """Assignments per MoE layer and expert since the last record."""
-        self._routing.write(json.dumps({"step": step, "tokens": tokens, "counts": counts}) + "\n")
+    def log_routing(self, step: int, tokens: int, routing: dict[str, Any]) -> None:
+        """Tables per MoE layer since the last record: assignments by expert, tokens by number of experts, reasons."""
+        self._routing.write(json.dumps({"step": step, "tokens": tokens, **routing}) + "\n")
         self._routing.flush()
 
     def close(self, summary: dict[str, Any]) -> None:

@@ -1,36 +1,195 @@
-"""The contract between routers and everything behind them."""
+"""What every router is: a weight, the state its controllers move, and one call of the routing op."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import ModelConfig, experts_of_budget
+from ops.router import MAX_SLOTS, NUM_REASONS, Reason, RouterOutput, RouteSpec, route, spill
+
+ControlLaw = Literal["none", "quantile", "top_p", "relu", "null"]
+"""What a router's budget controller moves (model/budget.py)."""
+
+VALUE, SHARE, FALLBACK_K, LIMIT = range(4)
+"""Places in `control`: ops.router.route."""
+NUM_CONTROLLER_STATES = 7
+"""Length of `controller`: see model/budget.py."""
 
 
-class Routing(NamedTuple):
-    """Which experts each token visits. A NamedTuple so that ZeRO-3's hooks find the tensors inside.
+class RoutingRequest(NamedTuple):
+    """What a caller wants of a router besides the routing itself.
 
-    weights: [T, max_top_k] fp32 gates, 0 where unused.
-    expert_ids: [T, max_top_k] int64, -1 where unused: an adaptive router may pick fewer.
-    scores: [T, num_experts] fp32 in [0, 1], before selection bias and renormalisation; for balance and statistics.
-    log_z: [T] fp32, log-sum-exp of the router logits, for the z-loss.
+    token_mask: [T] bool, False for padding, which visits no expert; None when nothing is padded.
+    num_segments: sequences the T tokens are made of, for sums per sequence; num_bins: of the score histogram, 0: none.
+    token_ids: [T] int64 names of the tokens in checksum and audit; None: none.
+    given_ids: [T, K] experts to use instead of the router's own choice (replay).
+    frozen: choose experts with the snapshot of the weight; snapshot: take one.
     """
 
-    weights: torch.Tensor
-    expert_ids: torch.Tensor
-    scores: torch.Tensor
-    log_z: torch.Tensor
+    token_mask: torch.Tensor | None = None
+    num_segments: int = 1
+    num_bins: int = 0
+    token_ids: torch.Tensor | None = None
+    given_ids: torch.Tensor | None = None
+    frozen: bool = False
+    snapshot: bool = False
 
 
-class Router(Protocol):
-    """Called once per layer and micro-batch.
+class Router(nn.Module):
+    """Linear router in fp32 over the experts (and null experts), followed by ops.router.route.
 
-    hidden: [T, hidden_size]; token_mask: [T] bool, False for padding, which visits no expert; None when nothing is padded.
-    max_top_k: slots per token of the Routing it returns.
-    balance_bias: [num_experts] fp32 buffer added to the scores for selection only (loss-free balancing).
+    Buffers, all fp32 whatever the precision of the model, saved with checkpoints and equal on every rank:
+        balance_bias: [C], added to the scores for selection only.
+        control: [4], what the op reads (VALUE, SHARE, FALLBACK_K, LIMIT).
+        controller: [NUM_CONTROLLER_STATES], the state of the budget controller and of the fallbacks.
+        share_trim: [E], logarithm of each expert's share of the budget over an even one (quantile law).
+        histogram_range: [E, 2], lowest value and bins per unit of each expert's histogram.
+
+    Args:
+        spec: the rule; budget: target mean of experts per token, None where the rule fixes it.
+        capacity_factor: an expert takes at most ceil(capacity_factor * k * T / E) of T tokens, k the budget or top_k;
+            the rest goes to the next expert with room, then nowhere (F3). None: no limit (dropless).
     """
 
-    max_top_k: int
-    balance_bias: torch.Tensor
+    law: ControlLaw = "none"
 
-    def __call__(self, hidden: torch.Tensor, token_mask: torch.Tensor | None = None) -> Routing: ...
+    def __init__(self, config: ModelConfig, spec: RouteSpec, *, budget: float | None = None,
+                 capacity_factor: float | None = None, initial_value: float = 0.0):
+        super().__init__()
+        problems = spec.problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.spec, self.budget, self.capacity_factor = spec, budget, capacity_factor
+        self.initial_value = initial_value
+        self.max_top_k = spec.max_experts
+        self.weight = nn.Parameter(torch.empty(spec.num_columns, config.hidden_size))
+        self.balance_bias: torch.Tensor
+        self.control: torch.Tensor
+        self.controller: torch.Tensor
+        self.histogram_range: torch.Tensor
+        self.share_trim: torch.Tensor
+        self.snapshot_weight: torch.Tensor | None
+        self.register_buffer("balance_bias", torch.zeros(spec.num_columns))
+        fallback_k = float(min(spec.max_experts, max(1, round(self.target))))
+        self.register_buffer("control", torch.tensor([initial_value, 1.0, fallback_k, float(spec.max_experts)]))
+        self.register_buffer("controller", torch.zeros(NUM_CONTROLLER_STATES))
+        self.register_buffer("share_trim", torch.zeros(spec.num_experts))
+        self.register_buffer("histogram_range", torch.tensor([[-1.0, 1.0]]).repeat(spec.num_experts, 1))
+        self.register_buffer("snapshot_weight", None)
+
+    @property
+    def target(self) -> float:
+        """Mean experts per token this router aims at."""
+        return self.budget if self.budget is not None else float(self.spec.top_k)
+
+    @property
+    def has_quantile_bias(self) -> bool:
+        """The bias is this router's own: quantiles of the scores, whatever the balance settings say."""
+        return self.law == "quantile"
+
+    def prepare_histogram(self, num_bins: int) -> None:
+        """Spread the bins over scores between -1 and 1; later steps follow the scores (model.balance.quantile_cuts)."""
+        self.histogram_range[:, 1] = max(1, num_bins) / 2
+
+    def keep_snapshots(self) -> None:
+        """Hold a copy of the weight for F4."""
+        self.snapshot_weight = torch.zeros(self.weight.shape)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
+        """Move the state with the module, but never to another precision: a bf16 bias would lose its updates."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def mode_spec(self) -> RouteSpec:
+        """The rule in force (expert choice selects by thresholds outside of training)."""
+        return self.spec
+
+    def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, C] fp32; null experts get the controller's shift."""
+        shift = None
+        if self.law == "null":
+            shift = F.pad(self.control[VALUE].expand(self.spec.num_null_experts), (self.spec.num_experts, 0))
+        return F.linear(hidden.float(), weight.float(), shift)
+
+    def forward(self, hidden: torch.Tensor, request: RoutingRequest | None = None) -> RouterOutput:
+        """hidden [T, hidden_size] -> RouterOutput with max_top_k slots."""
+        request = request or RoutingRequest()
+        if request.snapshot and self.snapshot_weight is not None:
+            self.snapshot_weight.copy_(self.weight.detach())
+        logits = self._logits(hidden, self.weight)
+        spec = self.mode_spec()
+        options: dict[str, Any] = {"token_mask": request.token_mask, "token_ids": request.token_ids,
+                                   "num_segments": request.num_segments}
+        if request.given_ids is not None:
+            return route(logits, _given(spec), given_ids=request.given_ids, **options)
+        choice: dict[str, Any] = {"control": self.control, "histogram_range": self.histogram_range,
+                                  "num_bins": request.num_bins,
+                                  "bias": None if spec.mode == "expert_choice" else self.balance_bias}
+        if request.frozen and self.snapshot_weight is not None:
+            with torch.no_grad():
+                stale = route(self._logits(hidden, self.snapshot_weight), spec, **choice, **options)
+            return _marked(route(logits, _given(spec), given_ids=stale.expert_ids, **options), stale, Reason.FROZEN)
+        routing = route(logits, spec, **choice, **options)
+        if self.capacity_factor is None:
+            return routing
+        capacity = math.ceil(self.capacity_factor * self.target * len(hidden) / spec.num_experts)
+        with torch.no_grad():
+            ids, moved = spill(routing, logits, spec, self.balance_bias, capacity)
+        return _marked(route(logits, _given(spec), given_ids=ids, **options), routing, Reason.SPILLED, moved)
+
+
+def _given(spec: RouteSpec) -> RouteSpec:
+    return RouteSpec(**{**vars(spec), "mode": "given"})
+
+
+def _marked(routing: RouterOutput, choice: RouterOutput, reason: Reason,
+            tokens: torch.Tensor | None = None) -> RouterOutput:
+    """The routing of given ids with what the choice behind them counted, and `reason` on the tokens (None: on all)."""
+    bit = torch.full_like(routing.reasons, int(reason)) if tokens is None else tokens.to(torch.uint8) * int(reason)
+    visits = (routing.expert_ids >= 0).any(1) if tokens is None else tokens
+    reasons = torch.where(visits, choice.reasons | bit, choice.reasons)
+    bits = torch.arange(NUM_REASONS, device=reasons.device)
+    return routing._replace(reasons=reasons, reason_counts=(reasons.unsqueeze(1).long() >> bits & 1).sum(0),
+                            histogram=choice.histogram, null_count=choice.null_count, margin=choice.margin)
+
+
+def default_max_experts(num_columns: int, budget: float, max_experts: int | None) -> int:
+    """Slots per token: as configured, or four times the budget, which bounds memory while a router is still dense."""
+    return max_experts if max_experts is not None else min(num_columns, MAX_SLOTS, 4 * max(1, math.ceil(budget)))
+
+
+def least_experts(config: ModelConfig, min_experts: int | None) -> int:
+    """Fewest experts of a token: as configured, or none where a shared expert serves it anyway."""
+    return min_experts if min_experts is not None else int(config.num_shared_experts == 0)
+
+
+def budget_problems(config: ModelConfig, budget: float, unit: str, max_experts: int, most: int) -> list[str]:
+    """Contradictions of a budget, for the `problems` of the routers that have one."""
+    if unit not in ("experts", "flops"):
+        return [f"router.budget_unit is {unit!r}; choose experts or flops"]
+    experts = experts_of_budget(config, budget, unit)
+    if not 0 < experts <= most:
+        return [f"router.budget {budget:g} ({unit}) is {experts:.3g} experts per token; it must be above 0 and at most "
+                f"{most}"]
+    if experts > max_experts:
+        return [f"router.budget {budget:g} ({unit}) is {experts:.3g} experts per token, above router.max_experts "
+                f"{max_experts}"]
+    return []
+
+
+def capacity_problems(capacity_factor: float | None) -> list[str]:
+    if capacity_factor is not None and capacity_factor <= 0:
+        return [f"router.capacity_factor is {capacity_factor}; it must be positive, or null for dropless routing"]
+    return []

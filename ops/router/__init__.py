@@ -3,5 +3,7 @@
 from ops.router.interface import route, select_backend
 from ops.router.reference import RouterOutput, reference_route
 from ops.router.spec import MAX_SLOTS, NUM_REASONS, Reason, RouteSpec
+from ops.router.spill import spill
 
-__all__ = ["MAX_SLOTS", "NUM_REASONS", "Reason", "RouteSpec", "RouterOutput", "reference_route", "route", "select_backend"]
+__all__ = ["MAX_SLOTS", "NUM_REASONS", "Reason", "RouteSpec", "RouterOutput", "reference_route", "route", "select_backend",
+           "spill"]

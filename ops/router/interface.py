@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops.build import BuildError, build_cuda, build_ops, device_architecture
 from ops.router.reference import RouterOutput, expert_choice_cuts, reference_route
@@ -18,7 +19,6 @@ from ops.router.spec import NUM_REASONS, RouteSpec
 
 log = logging.getLogger("loadstone")
 SOURCES = Path(__file__).resolve().parent / "csrc"
-Tensor = torch.Tensor
 
 
 def route(logits: Tensor, spec: RouteSpec, *, bias: Tensor | None = None, control: Tensor | None = None,
@@ -198,4 +198,5 @@ def _check(logits: Tensor, spec: RouteSpec, bias: Tensor | None, control: Tensor
         raise ValueError(f"num_bins is {num_bins}; give 0, or at least 2 with histogram_range")
     if given_ids is not None and given_ids.device.type == "cpu" and given_ids.numel() and (
             int(given_ids.min()) < -1 or int(given_ids.max()) >= spec.num_experts):
-        raise ValueError(f"given_ids span {int(given_ids.min())}..{int(given_ids.max())}; expected -1..{spec.num_experts - 1}")
+        raise ValueError(f"given_ids span {int(given_ids.min())}..{int(given_ids.max())}; expected -1.."
+                         f"{spec.num_experts - 1}")

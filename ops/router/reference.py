@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ops.router.spec import NUM_REASONS, Reason, RouteSpec
-
-Tensor = torch.Tensor
 
 
 class RouterOutput(NamedTuple):
@@ -144,12 +143,11 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
         most = min(num_slots, candidates)
         n = by_mode.clamp(max=most)
         if portion < 1:
-            n = ((1 - portion) * plain_k + portion * n + 0.5).floor().long()
+            by_mode = n = ((1 - portion) * plain_k + portion * n + 0.5).floor().long()
         reasons = (by_mode == 0) * int(Reason.EMPTY) + (by_mode > limit) * int(Reason.CAPPED)
         reasons += ((n > 0) & (n < spec.min_experts)) * int(Reason.RAISED) + int(portion < 1) * int(Reason.OVERRIDDEN)
         n = n.clamp(min=spec.min_experts).clamp(max=int(min(limit, most)))
         if spec.mode == "given":
-            assert given_ids is not None
             reasons, n = torch.zeros_like(reasons), torch.zeros_like(n)
         reasons = torch.where(live, reasons, 0) + (unmasked & ~live) * int(Reason.NONFINITE)
         n = torch.where(live, n, 0)
@@ -163,7 +161,7 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
         in_histogram = live & alpha.isfinite()
 
         # Slots: the selected experts in rank order, null experts left out.
-        if spec.mode == "given":
+        if given_ids is not None:
             ids = torch.where(live.unsqueeze(1) & (given_ids < num_experts), given_ids.long(), -1)
         else:
             chosen = torch.where(torch.arange(num_columns, device=x.device) < n.unsqueeze(1), ranked.indices, -1)

@@ -91,10 +91,11 @@ class RouteSpec:
             found.append(f"{name}.top_k is {self.top_k}; it must be between 1 and model.num_experts {columns}"
                          + (" (null experts included)" if self.num_null_experts else ""))
         if not 1 <= self.max_experts <= min(columns, MAX_SLOTS):
-            found.append(f"{name}.max_experts is {self.max_experts}; it must be between 1 and {min(columns, MAX_SLOTS)}, the "
-                         f"number of experts or the {MAX_SLOTS} slots a token can have")
+            found.append(f"{name}.max_experts is {self.max_experts}; it must be between 1 and {min(columns, MAX_SLOTS)}, "
+                         f"the number of experts or the {MAX_SLOTS} slots a token can have")
         elif not 0 <= self.min_experts <= self.max_experts:
-            found.append(f"{name}.min_experts is {self.min_experts}; it must be between 0 and max_experts {self.max_experts}")
+            found.append(f"{name}.min_experts is {self.min_experts}; it must be between 0 and max_experts "
+                         f"{self.max_experts}")
         if self.mode == "top_k" and self.max_experts < self.top_k:
             found.append(f"{name}.max_experts {self.max_experts} is below top_k {self.top_k}")
         if self.normalize_weights and self.max_experts == 1:
@@ -116,9 +117,10 @@ class RouteSpec:
         if self.mode not in ("top_k", "top_p", "given"):
             return [f"{name}.num_groups belongs to mode top_k or top_p, not {self.mode}"]
         if not 1 <= self.top_groups <= self.num_groups <= 64 or self.num_experts % self.num_groups:
-            return [f"{name}.num_groups {self.num_groups} must divide model.num_experts {self.num_experts}, be at most 64, and "
-                    f"be at least {name}.top_groups {self.top_groups}"]
+            return [f"{name}.num_groups {self.num_groups} must divide model.num_experts {self.num_experts}, be at most 64, "
+                    f"and be at least {name}.top_groups {self.top_groups}"]
         size = self.num_experts // self.num_groups
         if self.top_k > size * self.top_groups or max(1, self.top_k // self.top_groups) > size:
-            return [f"{name}.top_k {self.top_k} does not fit {self.top_groups} of {self.num_groups} groups of {size} experts"]
+            return [f"{name}.top_k {self.top_k} does not fit {self.top_groups} of {self.num_groups} groups of {size} "
+                    "experts"]
         return []

@@ -17,9 +17,9 @@ from common import tiny_config
 
 from model.dispatch import AllToAllDispatcher, LocalDispatcher
 from model.parallel import ParallelGroups, destroy_parallel, initialize_parallel
-from model.routers.base import Routing
 from ops.all_to_all import all_to_all_rows, exchange_counts
 from ops.grouped_mlp import grouped_mlp
+from ops.router import RouterOutput, RouteSpec, reference_route
 from ops.testing import draw_expert_ids
 
 HIDDEN, WIDTH, NUM_EXPERTS = 16, 8, 8
@@ -74,6 +74,12 @@ def check_exchange(splits: list[list[int]], groups: ParallelGroups) -> dict[str,
                                  torch.stack((table[:, rank], -table[:, rank]), dim=1).double())}
 
 
+def routing_of(gates: torch.Tensor, expert_ids: torch.Tensor) -> RouterOutput:
+    """The routing that sends every token to its given experts, with these gates."""
+    spec = RouteSpec(NUM_EXPERTS, "given", max_experts=expert_ids.shape[1], normalize_weights=False)
+    return reference_route(torch.zeros(len(gates), NUM_EXPERTS), spec, given_ids=expert_ids)._replace(weights=gates)
+
+
 def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: ParallelGroups) -> dict[str, float]:
     """dispatch, experts, combine on this rank's tokens against LocalDispatcher on the tokens of the whole group."""
     config = tiny_config(hidden_size=HIDDEN, num_experts=NUM_EXPERTS, expert_intermediate_size=WIDTH)
@@ -91,7 +97,7 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
     def layer(dispatcher, tokens: slice, experts: slice) -> tuple:
         """Dispatched rows, output, gradients of all four leaves, rows per expert."""
         leaves = [t.clone().requires_grad_() for t in (hidden[tokens], gates[tokens], gate_up[experts], down[experts])]
-        routing = Routing(leaves[1], expert_ids[tokens], torch.empty(0), torch.empty(0))
+        routing = routing_of(leaves[1], expert_ids[tokens])
         rows, plan = dispatcher.dispatch(leaves[0], routing)
         out = dispatcher.combine(grouped_mlp(rows, leaves[2], leaves[3], plan.counts), plan)
         return rows, out, torch.autograd.grad(out, leaves, out_grad[tokens]), plan.counts
@@ -110,7 +116,7 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
     # Identity experts with gates of 1 in every used slot: each token comes home as often as it was sent.
     used = (expert_ids[mine] >= 0).double()
     dispatcher = AllToAllDispatcher(config, groups)
-    home = dispatcher.combine(*dispatcher.dispatch(hidden[mine], Routing(used, expert_ids[mine], used, used)))
+    home = dispatcher.combine(*dispatcher.dispatch(hidden[mine], routing_of(used, expert_ids[mine])))
     errors["token order"] = difference(home, hidden[mine] * used.sum(1, keepdim=True))
     return errors
 

@@ -11,6 +11,7 @@ from model.config import BalanceConfig, ModelConfig
 from model.dispatch import AllToAllDispatcher
 from model.moe import ModelParts
 from model.parallel import ParallelGroups
+from model.routers.base import Router
 from model.routers.top_k import TopKRouter
 from model.transformer import Transformer
 
@@ -25,9 +26,9 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def build(config: ModelConfig, balance: BalanceConfig, groups: ParallelGroups | None = None, seed: int = 7,
-          **router) -> Transformer:
-    parts = ModelParts(functools.partial(TopKRouter, **{"top_k": 2, **router}), DenseAttention, AllToAllDispatcher,
-                       balance)
+          router: type[Router] = TopKRouter, **options) -> Transformer:
+    options = {"top_k": 2, **options} if router is TopKRouter else options
+    parts = ModelParts(functools.partial(router, **options), DenseAttention, AllToAllDispatcher, balance)
     return Transformer(config, parts, groups, seed)
 
 

@@ -18,15 +18,27 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from common import batch, build, take, tiny_config
 
-from model.config import BalanceConfig
+from model.balance import unpack_stats
+from model.budget import start_routers, update_routers
+from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.experts import is_expert_parameter
 from model.loss import IGNORE_INDEX, training_loss
 from model.parallel import ParallelGroups, destroy_parallel, initialize_parallel
+from model.routers.relu import ReLURouter
+from model.routers.threshold import ThresholdRouter
+from model.routers.top_k import NullExpertsRouter, TopKRouter
+from model.routers.top_p import TopPRouter
 from train.config import OptimConfig, TrainConfig
 from train.engine import Engine, import_deepspeed
 from train.optim import build_optimizer
 
 ROWS, STEPS = 8, 4  # rows of one micro-batch over all ranks
+ROUTERS = {"top_k": (TopKRouter, {}), "top_p": (TopPRouter, {"budget": 2.0, "initial_top_p": 0.35}),
+           "threshold": (ThresholdRouter, {"budget": 2.0}), "relu": (ReLURouter, {"budget": 2.0, "initial_coeff": 0.01}),
+           "null_experts": (NullExpertsRouter, {"top_k": 4, "num_null_experts": 4, "budget": 2.0}),
+           "group_limited": (TopKRouter, {"num_groups": 4, "top_groups": 2}),
+           "capacity": (TopKRouter, {"capacity_factor": 8.0})}
+BUDGET, FAIL_SAFE = BudgetConfig(warm_start_steps=1, blend_steps=2), FailSafeConfig()
 
 
 def counts_of(step: int, num_micro: int) -> tuple[int, int]:
@@ -47,6 +59,21 @@ def local_part(reference: torch.Tensor, parameter: torch.nn.Parameter, groups) -
     return reference[experts.start:experts.stop]
 
 
+def move_controllers(own: list, reference: list, own_stats: torch.Tensor, reference_stats: torch.Tensor,
+                     balance: BalanceConfig) -> float:
+    """One controller step on both sides; the largest difference of their states. The ranks' statistics are summed here."""
+    if not own:
+        return 0.0
+    dist.all_reduce(own_stats)
+    for routers, stats in ((own, own_stats), (reference, reference_stats)):
+        layers = unpack_stats(stats, routers[0].spec.num_experts, routers[0].max_top_k)
+        update_routers(routers, layers, balance, BUDGET, FAIL_SAFE)
+    pairs = [(a, b) for mine, theirs in zip(own, reference, strict=True)
+             for (name, a), b in zip(mine.named_buffers(), theirs.buffers(), strict=True) if name != "histogram_range"]
+    assert all(a.dtype == torch.float32 for a, _ in pairs), "a controller lost its precision"
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
 @functools.cache
 def groups_for(expert_parallel_size: int) -> ParallelGroups:
     """Groups are made once per size: each set of gloo groups holds threads until the process ends."""
@@ -57,29 +84,36 @@ def groups_for(expert_parallel_size: int) -> ParallelGroups:
 def run_case(case: dict) -> dict:
     num_micro, clip, precision = case["accumulation"], case["clip"], case.get("precision", "fp32")
     config = tiny_config(**case.get("model", {}))
-    balance = BalanceConfig(aux_loss_coeff=0.05, aux_loss_scope=case["scope"], z_loss_coeff=0.01)
+    kind, options = ROUTERS[case.get("router", "top_k")]
+    balance = BalanceConfig(**{"aux_loss_coeff": 0.05, "aux_loss_scope": case["scope"], "z_loss_coeff": 0.01,
+                               **case.get("balance", {})})
     # A large eps makes the update nearly linear in the gradient, so that a wrong scale shows and rounding does not grow.
     optim = OptimConfig(lr=0.01, weight_decay=0.1, eps=0.1, decay_style="constant")
     world, rank = dist.get_world_size(), dist.get_rank()
     train = TrainConfig(num_steps=STEPS, seq_len=16, micro_batch_size=ROWS // world,
                         global_batch_size=ROWS * num_micro, clip_grad_norm=clip, precision=precision)
 
-    master = build(config, balance)
+    master = build(config, balance, router=kind, **options)
+    start_routers(master.routers(), BUDGET, FAIL_SAFE)
     reference_optimizer = build_optimizer(master, optim, "experts")
     # In bf16 the reference computes with a rounded copy of fp32 masters, as ZeRO does; in fp32 it is the master itself.
     reference = copy.deepcopy(master).to(torch.bfloat16) if precision == "bf16" else master
     groups = groups_for(case["ep"])
-    engine = Engine(build(config, balance, groups), groups, train, optim,
+    own_model = build(config, balance, groups, router=kind, **options)
+    start_routers(own_model.routers(), BUDGET, FAIL_SAFE)
+    engine = Engine(own_model, groups, train, optim,
                     {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}})
-    errors = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "moment": 0.0, "parameter": 0.0}
+    errors = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "moment": 0.0, "parameter": 0.0, "controller": 0.0}
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
     for step in range(STEPS):
         num_targets, num_tokens = counts_of(step, num_micro)
         reference.zero_grad()
         reference_loss, previous = 0.0, None
+        reference_stats, own_stats = [], []
         for micro in range(num_micro):
             output = reference(**take(batch(step, micro, ROWS), 0, ROWS), previous_counts=previous)
             previous = output.scope_counts
+            reference_stats.append(output.stats)
             loss = training_loss(output, num_targets, num_tokens, balance)
             loss.backward()
             reference_loss += float(loss)
@@ -90,6 +124,7 @@ def run_case(case: dict) -> dict:
             output = engine.forward(**take(batch(step, micro, ROWS), rank * share, (rank + 1) * share),
                                     previous_counts=previous)
             previous = output.scope_counts
+            own_stats.append(output.stats)
             loss = training_loss(output, num_targets, num_tokens, balance)
             engine.backward(loss, is_last=micro == num_micro - 1)
             own += loss.detach().double()
@@ -109,6 +144,8 @@ def run_case(case: dict) -> dict:
             for name in masters:
                 computed[name].copy_(masters[name])
         errors["norm"] = max(errors["norm"], abs(engine.step() - float(norm)) / float(norm))
+        errors["controller"] = max(errors["controller"], move_controllers(
+            engine.module.routers(), reference.routers(), sum(own_stats), sum(reference_stats), balance))
     engine.prepare_gather()
     floor = 1e-2 * float(torch.stack([s["exp_avg"].norm() for s in reference_optimizer.state.values()]).norm())
     for name, parameter in engine.named_parameters():

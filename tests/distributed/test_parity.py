@@ -11,9 +11,10 @@ import json
 import pytest
 
 SCOPES = ("sequence", "batch", "global_batch")
-FP32_TOLERANCE = {"loss": 2e-6, "gradient": 1e-5, "norm": 5e-6, "moment": 1e-5, "parameter": 1e-6}
+FP32_TOLERANCE = {"loss": 2e-6, "gradient": 1e-5, "norm": 5e-6, "moment": 1e-5, "parameter": 1e-6, "controller": 1e-5}
 # Rounding flips a few expert choices, which moves single router and expert gradients visibly but loss and norm hardly.
-BF16_TOLERANCE = {"loss": 1e-3, "gradient": 0.4, "norm": 2e-2, "moment": 0.3, "parameter": 1e-2}
+BF16_TOLERANCE = {"loss": 1e-3, "gradient": 0.4, "norm": 2e-2, "moment": 0.3, "parameter": 1e-2,
+                  "controller": 0.1}
 
 
 def matrix(expert_sizes: tuple[int, ...]) -> list[dict]:
@@ -36,6 +37,17 @@ VARIANTS = [
     {"ep": 2, "zero": 2, "accumulation": 2, "clip": 0.5, "scope": "batch", "precision": "bf16"},
     {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
 ]
+
+
+# Routers with controllers, whose state must be the same as in one process, step by step.
+ROUTERS = [{"ep": 2, "zero": zero, "accumulation": accumulation, "clip": 0.5, "scope": scope, "router": router,
+            "balance": balance}
+           for router, balance in (
+               ("top_p", {"bias_update": "quantile"}), ("threshold", {}), ("relu", {"aux_loss_coeff": 0.0}),
+               ("null_experts", {"bias_update": "quantile"}), ("group_limited", {}), ("capacity", {}),
+               ("top_k", {"bias_update": "sign", "bias_update_rate": 0.01}),
+               ("top_p", {"entropy_coeff": 0.02, "orthogonality_coeff": 0.02}))
+           for zero, accumulation, scope in ((1, 2, "global_batch"), (3, 1, "batch"))]
 
 
 # With 32 experts and 64 assignments a rank, some experts get no token on one of their two replicas: their gradient must
@@ -61,10 +73,15 @@ def test_two_ranks_train_as_one_process(run_ranks):
 
 @pytest.mark.slow
 def test_four_ranks_train_as_one_process(run_ranks):
-    cases = matrix((1, 2, 4)) + STARVED
+    cases = matrix((1, 2, 4)) + STARVED + [{**case, "ep": 4, "zero": 2} for case in ROUTERS[::4]]
     check(run_ranks("distributed/parity_worker.py", 4, json.dumps(cases)), cases)
 
 
 @pytest.mark.slow
 def test_variants_train_as_one_process(run_ranks):
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(VARIANTS)), VARIANTS)
+
+
+@pytest.mark.slow
+def test_routers_with_controllers_train_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(ROUTERS)), ROUTERS)

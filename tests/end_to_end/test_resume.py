@@ -13,7 +13,7 @@ from commandline import TINY, launch, losses, ranks, write_text
 
 pytestmark = [pytest.mark.slow]
 # A large eps keeps Adam from blowing rounding up into sign flips, so that other layouts can be compared tightly.
-SMOOTH = ("optim.eps=0.1", "optim.lr=0.05", "balance.bias_update_rate=0.01")
+SMOOTH = ("optim.eps=0.1", "optim.lr=0.05", "balance.bias_update=sign", "balance.bias_update_rate=0.01")
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,20 @@ import pytest
 import torch
 from common import batch, build, take, tiny_config
 
-from model.balance import auxiliary_loss_sum, balance_metrics, router_sums, update_balance_bias
+from model.balance import (
+    auxiliary_loss_sums,
+    balance_metrics,
+    histogram_quantile,
+    orthogonality_loss,
+    pack_stats,
+    quantile_cuts,
+    unpack_stats,
+    update_balance_bias,
+)
 from model.config import BalanceConfig
 from model.loss import training_loss
 from model.parallel import ParallelGroups
-from model.routers.base import Routing
+from ops.router import Reason, RouterOutput, RouteSpec, route
 
 SCOPES = ("sequence", "batch", "global_batch")
 every_scope = pytest.mark.parametrize("scope", SCOPES)
@@ -21,30 +30,29 @@ def balance_of(scope: str) -> BalanceConfig:
     return BalanceConfig(aux_loss_coeff=0.01, aux_loss_scope=scope)  # type: ignore[arg-type]
 
 
-def routing_of(logits: torch.Tensor, mask: torch.Tensor | None = None, score_function: str = "softmax") -> Routing:
-    """logits [T, E] -> the routing of a top-K router."""
-    scores = logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
-    weights, ids = scores.topk(K)
-    if mask is not None:
-        ids, weights = ids.masked_fill(~mask.unsqueeze(1), -1), weights.masked_fill(~mask.unsqueeze(1), 0.0)
-    return Routing(weights, ids, scores, logits.logsumexp(-1))
+def routing_of(logits: torch.Tensor, mask: torch.Tensor | None = None, score_function: str = "softmax",
+               scope: str = "batch", given_ids: torch.Tensor | None = None, **options) -> RouterOutput:
+    """logits [T, E] -> the routing of a top-K router, or of the ids given."""
+    spec = RouteSpec(E, "top_k" if given_ids is None else "given", score_function, K, max_experts=K)
+    return route(logits, spec, token_mask=mask, given_ids=given_ids, num_segments=B if scope == "sequence" else 1, **options)
+
+
+def scores_of(logits: torch.Tensor, score_function: str = "softmax") -> torch.Tensor:
+    return logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
 
 
 def random_logits(seed: int = 0) -> torch.Tensor:
     return torch.randn(B * S, E, generator=torch.Generator().manual_seed(seed))
 
 
-def aux_of(routing: Routing, mask: torch.Tensor | None, scope: str, previous_counts=None) -> torch.Tensor:
+def aux_of(routing: RouterOutput, scope: str, previous_counts=None) -> torch.Tensor:
     """Auxiliary loss of one layer, summed over its tokens, the way Transformer computes it."""
-    balance = balance_of(scope)
-    sums = router_sums(routing, mask, B, balance)
-    if scope == "sequence":
-        return sums.sequence_aux_sum
-    return auxiliary_loss_sum(sums.counts.unsqueeze(0), sums.score_sums.unsqueeze(0), balance,
-                              ParallelGroups.single(), previous_counts)[0]
+    return auxiliary_loss_sums(routing.counts.unsqueeze(0), routing.score_sums.unsqueeze(0), scope,
+                               ParallelGroups.single(), previous_counts)[0][0]
 
 
-def plain_aux(routing: Routing, tokens: list[int], other_counts: list[int] | None = None) -> float:
+def plain_aux(routing: RouterOutput, all_scores: torch.Tensor, tokens: list[int],
+              other_counts: list[int] | None = None) -> float:
     """Switch eq. 4 times the number of tokens: N * E * sum_e f_e * P_e over `tokens` (f may see `other_counts` too)."""
     counts = list(other_counts or [0] * E)
     for t in tokens:
@@ -52,7 +60,7 @@ def plain_aux(routing: Routing, tokens: list[int], other_counts: list[int] | Non
             counts[e] += 1
     mean_probability = [0.0] * E
     for t in tokens:
-        scores = routing.scores[t].tolist()
+        scores = all_scores[t].tolist()
         for e in range(E):
             mean_probability[e] += scores[e] / sum(scores) / len(tokens)
     return len(tokens) * E * sum(c / sum(counts) * p for c, p in zip(counts, mean_probability, strict=True))
@@ -73,18 +81,18 @@ def padded_mask() -> torch.Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 def test_auxiliary_loss_follows_its_definition(scope, score_function, masked):
     mask = padded_mask() if masked else torch.ones(B * S, dtype=torch.bool)
-    routing = routing_of(random_logits(), mask if masked else None, score_function)
+    logits = random_logits()
+    routing = routing_of(logits, mask if masked else None, score_function, scope)
     kept = [t for t in range(B * S) if mask[t]]
     spans = [kept] if scope != "sequence" else [[t for t in kept if t // S == row] for row in range(B)]
-    expected = sum(plain_aux(routing, span) for span in spans if span)
-    assert float(aux_of(routing, mask if masked else None, scope)) == pytest.approx(expected, rel=1e-5)
+    expected = sum(plain_aux(routing, scores_of(logits, score_function), span) for span in spans if span)
+    assert float(aux_of(routing, scope)) == pytest.approx(expected, rel=1e-5)
 
 
 @every_scope
 def test_uniform_scores_and_even_load_give_one_per_token_and_layer(scope):
     even = torch.arange(B * S * K).view(B * S, K) % E  # no row divides evenly by itself: uniform scores suffice
-    routing = Routing(torch.full((B * S, K), 0.5), even, torch.full((B * S, E), 1 / E), torch.zeros(B * S))
-    assert float(aux_of(routing, None, scope)) == pytest.approx(B * S)
+    assert float(aux_of(routing_of(torch.zeros(B * S, E), scope=scope, given_ids=even), scope)) == pytest.approx(B * S)
     model = build(tiny_config(), balance_of(scope))
     for router in model.routers():
         torch.nn.init.zeros_(router.weight)
@@ -95,26 +103,25 @@ def test_uniform_scores_and_even_load_give_one_per_token_and_layer(scope):
 
 @every_scope
 def test_everything_on_one_expert_gives_the_number_of_experts(scope):
-    """With top-1 and certain scores: the worst case of eq. 4."""
-    scores = torch.zeros(B * S, E)
-    scores[:, 4] = 1.0
-    routing = Routing(torch.ones(B * S, 1), torch.full((B * S, 1), 4), scores, torch.zeros(B * S))
-    assert float(aux_of(routing, None, scope)) == pytest.approx(E * B * S)
+    """With one expert a token and certain scores: the worst case of eq. 4."""
+    logits, only = torch.zeros(B * S, E), torch.tensor([[4, -1]]).repeat(B * S, 1)
+    logits[:, 4] = 100.0
+    assert float(aux_of(routing_of(logits, scope=scope, given_ids=only), scope)) == pytest.approx(E * B * S)
 
 
 @every_scope
 def test_masked_tokens_change_nothing(scope):
     mask = padded_mask()
     logits = random_logits()
-    before = router_sums(routing_of(logits, mask), mask, B, balance_of(scope))
+    before = routing_of(logits, mask, scope=scope)
     wild = torch.where(mask.unsqueeze(1), logits, 5 * random_logits(1))
-    after = router_sums(routing_of(wild, mask), mask, B, balance_of(scope))
-    for name in ("counts", "score_sums", "z_sum", "sequence_aux_sum"):
+    after = routing_of(wild, mask, scope=scope)
+    for name in ("counts", "score_sums", "z_sum", "entropy_sum", "k_histogram", "reason_counts"):
         assert torch.equal(getattr(after, name), getattr(before, name)), name
     kept = routing_of(logits)
-    assert before.counts.tolist() == [int((kept.expert_ids[mask] == e).sum()) for e in range(E)]
-    torch.testing.assert_close(before.score_sums, kept.scores[mask].sum(0))
-    torch.testing.assert_close(before.z_sum, kept.log_z[mask].square().sum())
+    assert before.counts.sum(0).tolist() == [int((kept.expert_ids[mask] == e).sum()) for e in range(E)]
+    torch.testing.assert_close(before.score_sums.sum(0), scores_of(logits)[mask].sum(0))
+    torch.testing.assert_close(before.z_sum, logits.logsumexp(-1)[mask].square().sum())
 
 
 @every_scope
@@ -122,35 +129,34 @@ def test_the_gradient_lowers_the_scores_of_overloaded_experts(scope):
     logits = (0.1 * random_logits()).requires_grad_()
     with torch.no_grad():
         logits[:, 3] += 1.0  # every token visits expert 3
-    aux_of(routing_of(logits), None, scope).backward()
+    routing = routing_of(logits, scope=scope)
+    aux_of(routing, scope).backward()
     assert (logits.grad[:, 3] > 0).all()  # descent lowers the logit
-    load = routing_of(logits).expert_ids.flatten().bincount(minlength=E)
     if scope != "sequence":
-        assert (logits.grad[:, int(load.argmin())] < 0).all()
+        assert (logits.grad[:, int(routing.counts.sum(0).argmin())] < 0).all()
 
 
 @every_scope
 def test_load_fractions_carry_no_gradient(scope):
-    """The gradient with respect to the scores is E * f_e / sum of scores: nothing comes through f."""
-    routing = routing_of(random_logits())
-    scores = routing.scores.clone().requires_grad_()
-    aux_of(routing._replace(scores=scores), None, scope).backward()
-    counts = torch.nn.functional.one_hot(routing.expert_ids.view(B, -1), E).sum(1).float()
+    """The gradient with respect to the scores is E * f_e, through the softmax: nothing comes through f."""
+    logits = random_logits().requires_grad_()
+    routing = routing_of(logits, scope=scope)
+    aux_of(routing, scope).backward()
+    counts = torch.nn.functional.one_hot(routing.expert_ids.long().view(B, -1), E).sum(1).float()
     counts = counts if scope == "sequence" else counts.sum(0, keepdim=True).expand(B, -1)
     fractions = (counts / counts.sum(-1, keepdim=True)).repeat_interleave(S, 0)
-    expected = E * (fractions - (fractions * scores.detach()).sum(-1, keepdim=True))
-    torch.testing.assert_close(scores.grad, expected, rtol=1e-4, atol=1e-5)
+    p = logits.detach().softmax(-1)
+    expected = E * p * (fractions - (fractions * p).sum(-1, keepdim=True))
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_global_batch_scope_counts_the_earlier_micro_batches():
-    logits = [random_logits(seed) for seed in range(3)]
     previous, seen = None, [0] * E
-    for micro in logits:
+    for micro in (random_logits(seed) for seed in range(3)):
         routing = routing_of(micro)
-        sums = router_sums(routing, None, B, balance_of("global_batch"))
-        aux, scope_counts = auxiliary_loss_sum(sums.counts.unsqueeze(0), sums.score_sums.unsqueeze(0),
-                                               balance_of("global_batch"), ParallelGroups.single(), previous)
-        assert float(aux) == pytest.approx(plain_aux(routing, list(range(B * S)), seen), rel=1e-5)
+        aux, scope_counts = auxiliary_loss_sums(routing.counts.unsqueeze(0), routing.score_sums.unsqueeze(0),
+                                                "global_batch", ParallelGroups.single(), previous)
+        assert float(aux) == pytest.approx(plain_aux(routing, scores_of(micro), list(range(B * S)), seen), rel=1e-5)
         seen = [n + int((routing.expert_ids == e).sum()) for e, n in enumerate(seen)]
         assert scope_counts.tolist() == [seen]
         previous = scope_counts
@@ -167,9 +173,9 @@ def test_other_scopes_ignore_the_earlier_micro_batches(scope):
 
 @pytest.mark.parametrize("scope", ["batch", "global_batch"])
 def test_layers_are_balanced_one_by_one(scope):
-    counts, score_sums = torch.tensor([[4, 0], [1, 3]]), torch.tensor([[1.5, 0.5], [0.5, 1.5]])
-    aux, _ = auxiliary_loss_sum(counts, score_sums, balance_of(scope), ParallelGroups.single(), None)
-    assert float(aux) == pytest.approx(2 * (1.0 * 1.5) + 2 * (0.25 * 0.5 + 0.75 * 1.5))
+    counts, score_sums = torch.tensor([[[4, 0]], [[1, 3]]]), torch.tensor([[[1.5, 0.5]], [[0.5, 1.5]]])
+    aux, _ = auxiliary_loss_sums(counts, score_sums, scope, ParallelGroups.single(), None)
+    assert aux.tolist() == pytest.approx([2 * (1.0 * 1.5), 2 * (0.25 * 0.5 + 0.75 * 1.5)])
 
 
 def test_sequence_scope_splits_over_micro_batches_without_a_difference():
@@ -182,7 +188,7 @@ def test_sequence_scope_splits_over_micro_batches_without_a_difference():
 def test_a_batch_without_tokens_costs_nothing():
     mask = torch.zeros(B * S, dtype=torch.bool)
     for scope in SCOPES:
-        assert float(aux_of(routing_of(random_logits(), mask), mask, scope)) == 0.0
+        assert float(aux_of(routing_of(random_logits(), mask, scope=scope), scope)) == 0.0
 
 
 def test_training_loss_adds_coefficients_times_per_token_means():
@@ -233,9 +239,84 @@ def test_balance_metrics_of_a_hand_made_table():
         "moe/max_load": pytest.approx(3.0), "moe/max_load_layer": 1, "moe/min_load": 0.0,
         "moe/load_cv": pytest.approx(sum(deviation.values()) / 3),
         "moe/load_entropy": pytest.approx(sum(entropy.values()) / 3), "moe/dead_experts": 4,
+        "moe/max_vio": pytest.approx((0 + 2 + 1) / 3), "moe/dead_fraction": pytest.approx(4 / 12),
+        "moe/hot_fraction": pytest.approx(0.75), "moe/load_gini": pytest.approx((0 + 0.625 + 0.5) / 3),
     }
 
 
 def test_an_untouched_layer_counts_as_dead_and_stays_finite():
     metrics = balance_metrics(torch.zeros(1, 4, dtype=torch.int64))
     assert metrics["moe/dead_experts"] == 4 and metrics["moe/max_load"] == 0 and metrics["moe/load_entropy"] == 0
+
+
+# --- packed statistics, histograms, penalties ------------------------------------------------------------------------
+
+def test_statistics_survive_packing_and_add_up():
+    ranges = torch.tensor([[-0.5, 16.0]]).repeat(E, 1)
+    options = {"histogram_range": ranges, "num_bins": 16, "token_ids": torch.arange(B * S)}
+    routings = [routing_of(random_logits(seed), padded_mask(), **options) for seed in (0, 1)]
+    packed = sum(pack_stats(r, torch.tensor(False)) for r in routings)
+    stats = unpack_stats(packed.unsqueeze(0), E, K)
+    assert torch.equal(stats.counts[0], sum(r.counts.sum(0) for r in routings))
+    assert torch.equal(stats.k_histogram[0], sum(r.k_histogram for r in routings))
+    assert torch.equal(stats.reasons[0], sum(r.reason_counts for r in routings))
+    assert torch.equal(stats.histogram[0], sum(r.histogram.long() for r in routings))
+    assert int(stats.checksum) == sum(int(r.checksum) for r in routings) % 2**64 - (
+        2**64 if sum(int(r.checksum) for r in routings) % 2**64 >= 2**63 else 0)
+    assert float(stats.entropy) == pytest.approx(sum(float(r.entropy_sum) for r in routings), rel=1e-5)
+    assert int(stats.tokens) == 2 * int(padded_mask().sum()) and float(stats.experts_per_token) == K
+
+
+def test_tokens_at_a_lowered_limit_are_counted_as_overloaded():
+    routing = routing_of(random_logits(), control=torch.tensor([0.0, 1.0, 2.0, 1.0]))
+    capped, overloaded = (int(r).bit_length() - 1 for r in (Reason.CAPPED, Reason.OVERLOADED))
+    for lowered, place in ((False, capped), (True, overloaded)):
+        reasons = unpack_stats(pack_stats(routing, torch.tensor(lowered)).unsqueeze(0), E, K).reasons[0]
+        assert reasons.tolist() == [B * S if bit == place else 0 for bit in range(8)]
+
+
+def test_quantiles_of_a_histogram_are_within_a_bin_of_the_exact_ones():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(4000, 3, generator=generator) * torch.tensor([1.0, 0.1, 0.5])
+    bins = (values.T * 100).long().clamp(0, 99)
+    histogram = torch.zeros(3, 100, dtype=torch.int64).scatter_add_(1, bins, torch.ones_like(bins))
+    for level in (0.05, 0.5, 0.9):
+        ranges = torch.tensor([[0.0, 100.0]]).repeat(3, 1)
+        found, under, over = histogram_quantile(histogram, ranges, torch.full((3,), level))
+        assert (found - values.quantile(level, dim=0)).abs().max() < 0.01
+        assert not over.any() and under.tolist() == [False, level < 0.1, False]
+
+
+def test_cuts_meet_the_share_and_the_range_follows_the_scores():
+    """From a range a hundred times too wide, three looks at the scores suffice."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(5000, E, generator=generator) * 0.02 + torch.arange(E) * 0.01
+    ranges, wanted = torch.tensor([[[-1.0, 128.0]]]).repeat(1, E, 1), torch.full((1, E), 1.5 / E)
+    spec = RouteSpec(E, "threshold", "relu", max_experts=E, normalize_weights=False)
+    for _ in range(8):
+        routing = route(scores, spec, histogram_range=ranges[0].contiguous(), num_bins=256)
+        stats = unpack_stats(pack_stats(routing, torch.tensor(False)).unsqueeze(0), E, E)
+        cuts, ranges = quantile_cuts(stats, ranges, wanted)
+    load = (scores > cuts[0]).double().mean(0)
+    assert (load / (1.5 / E) - 1).abs().max() < 0.02, load
+    width = 256 / ranges[0, :, 1]
+    assert (width < 0.1).all() and (ranges[0, :, 0] < cuts[0]).all() and (ranges[0, :, 0] + width > cuts[0]).all()
+
+
+def test_orthogonal_routers_cost_nothing_and_equal_ones_most():
+    assert float(orthogonality_loss(torch.eye(4, 8) * 3)) == pytest.approx(0.0, abs=1e-6)
+    assert float(orthogonality_loss(torch.ones(4, 8))) == pytest.approx(3.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_entropy_and_orthogonality_penalties_do_not_depend_on_the_split(parts):
+    balance = BalanceConfig(entropy_coeff=0.3, orthogonality_coeff=0.2)
+    model, full = build(tiny_config(), balance), batch(0, 0, 4)
+    num_tokens = int(full["token_mask"].sum())
+    size = 4 // parts
+    outputs = [model(**take(full, i * size, (i + 1) * size)) for i in range(parts)]
+    penalty = sum(float(o.penalty_sum.detach()) for o in outputs) / num_tokens
+    whole = model(**take(full, 0, 4), keep_routing=True)
+    expected = sum(0.3 * float(r.entropy_sum.detach()) / num_tokens for r in whole.routings)
+    expected += sum(0.2 * float(orthogonality_loss(r.weight.detach())) for r in model.routers())
+    assert penalty == pytest.approx(expected, rel=1e-5)

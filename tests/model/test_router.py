@@ -1,46 +1,75 @@
-"""Routers: what every router promises, and what top-k adds."""
+"""Routers: what every router promises, and what each mode adds."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from common import tiny_config
 
 from model.parallel import ParallelGroups
-from model.routers.top_k import TopKRouter
+from model.routers.base import LIMIT, SHARE, VALUE, Router, RoutingRequest
+from model.routers.expert_choice import ExpertChoiceRouter
+from model.routers.relu import ReLURouter
+from model.routers.threshold import ThresholdRouter
+from model.routers.top_k import NullExpertsRouter, TopKRouter
+from model.routers.top_p import TopPRouter
+from ops.router import Reason, RouterOutput
 
 NUM_EXPERTS, HIDDEN_SIZE = 8, 16
 BOTH = pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 
-# Arguments by name; every router runs through the tests that take `router`.
+# Class and arguments by name; every router runs through the tests that take `router`.
 ROUTERS = {
-    "softmax": dict(top_k=2),
-    "softmax_raw": dict(top_k=3, normalize_weights=False),
-    "sigmoid": dict(top_k=2, score_function="sigmoid", scaling_factor=2.5),
-    "switch": dict(top_k=1, normalize_weights=False),
-    "all_experts": dict(top_k=NUM_EXPERTS),
+    "softmax": (TopKRouter, dict(top_k=2)),
+    "softmax_raw": (TopKRouter, dict(top_k=3, normalize_weights=False)),
+    "sigmoid": (TopKRouter, dict(top_k=2, score_function="sigmoid", scaling_factor=2.5)),
+    "sqrt_softplus": (TopKRouter, dict(top_k=2, score_function="sqrt_softplus")),
+    "switch": (TopKRouter, dict(top_k=1, normalize_weights=False)),
+    "all_experts": (TopKRouter, dict(top_k=NUM_EXPERTS)),
+    "group_limited": (TopKRouter, dict(top_k=2, num_groups=4, top_groups=2)),
+    "top_p": (TopPRouter, dict(budget=2.0)),
+    "threshold": (ThresholdRouter, dict(budget=2.0)),
+    "relu": (ReLURouter, dict(budget=2.0)),
+    "expert_choice": (ExpertChoiceRouter, dict(top_k=2, min_experts=1)),
+    "null_experts": (NullExpertsRouter, dict(top_k=4, num_null_experts=4, budget=2.0)),
 }
 
 
-def top_k_router(**options) -> TopKRouter:
-    router = TopKRouter(tiny_config(), ParallelGroups.single(), 0, **options)
+def make(kind: type[Router], config=None, **options) -> Router:
+    router = kind(config or tiny_config(), ParallelGroups.single(), 0, **options)
     torch.nn.init.normal_(router.weight, 0.0, 0.5, generator=torch.Generator().manual_seed(0))
+    if kind is ThresholdRouter:
+        router.balance_bias.fill_(-0.8)
     return router
+
+
+def top_k_router(**options) -> TopKRouter:
+    return make(TopKRouter, **options)
 
 
 @pytest.fixture(params=ROUTERS)
 def router(request):
-    return top_k_router(**ROUTERS[request.param])
+    kind, options = ROUTERS[request.param]
+    return make(kind, **options)
 
 
 def tokens(count: int = 50, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_scores(router: TopKRouter, hidden: torch.Tensor) -> torch.Tensor:
+def masked(router: Router, hidden: torch.Tensor, mask: torch.Tensor) -> RouterOutput:
+    return router(hidden, RoutingRequest(token_mask=mask))
+
+
+def plain_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
     logits = hidden @ router.weight.T
-    return logits.exp() / logits.exp().sum(-1, keepdim=True) if router.score_function == "softmax" else \
-        1 / (1 + (-logits).exp())
+    if router.spec.score_function == "softmax":
+        return logits.exp() / logits.exp().sum(-1, keepdim=True)
+    if router.spec.score_function == "sqrt_softplus":
+        return (1 + logits.exp()).log().sqrt()
+    return logits.clamp_min(0) if router.spec.score_function == "relu" else 1 / (1 + (-logits).exp())
 
 
 # --- every router ----------------------------------------------------------------------------------------------------
@@ -50,63 +79,127 @@ def test_ids_are_in_range_and_differ_within_a_token(router):
     assert routing.expert_ids.shape == routing.weights.shape == (50, router.max_top_k)
     for ids in routing.expert_ids.tolist():
         used = [i for i in ids if i != -1]
-        assert used and len(set(used)) == len(used) and all(0 <= i < NUM_EXPERTS for i in used)
+        assert len(set(used)) == len(used) and all(0 <= i < NUM_EXPERTS for i in used)
+        assert used or router.spec.num_null_experts or router.spec.min_experts == 0
 
 
 def test_unused_slots_have_zero_weight_and_used_slots_a_positive_one(router):
     mask = torch.arange(50) % 3 != 0
-    routing = router(tokens(), mask)
+    routing = masked(router, tokens(), mask)
     assert (routing.weights[routing.expert_ids < 0] == 0).all()
-    assert (routing.weights[routing.expert_ids >= 0] > 0).all()
+    fallback = (routing.reasons & int(Reason.EMPTY) > 0).unsqueeze(1)  # ReLU's may be zero
+    assert (routing.weights[(routing.expert_ids >= 0) & ~fallback] > 0).all()
 
 
 def test_masked_tokens_visit_no_expert_and_leave_the_others_alone(router):
     mask = torch.arange(50) % 3 != 0
-    routing, unmasked = router(tokens(), mask), router(tokens())
+    routing, unmasked = masked(router, tokens(), mask), router(tokens())
     assert (routing.expert_ids[~mask] == -1).all() and (routing.weights[~mask] == 0).all()
-    assert torch.equal(routing.expert_ids[mask], unmasked.expert_ids[mask])
-    assert torch.equal(routing.weights[mask], unmasked.weights[mask])
+    if router.spec.mode != "expert_choice":  # where tokens compete
+        assert torch.equal(routing.expert_ids[mask], unmasked.expert_ids[mask])
+        assert torch.equal(routing.weights[mask], unmasked.weights[mask])
 
 
 def test_gradients_of_gates_reach_the_router_and_its_input(router):
-    if router.max_top_k == NUM_EXPERTS:  # all gates sum to 1: only their differences carry a gradient
-        probe = torch.randn(50, router.max_top_k, generator=torch.Generator().manual_seed(2))
-    else:
-        probe = torch.arange(1.0, router.max_top_k + 1).expand(50, -1)
+    probe = torch.randn(50, router.max_top_k, generator=torch.Generator().manual_seed(2))
     hidden = tokens().requires_grad_()
-    (router(hidden).weights * probe).sum().backward()
-    assert (router.weight.grad.norm(dim=1) > 0).all() and (hidden.grad.norm(dim=1) > 0).all()
+    routing = router(hidden)
+    (routing.weights * probe).sum().backward()
+    # A single normalised gate is 1 whatever the logits are, and a gate of zero has no slope.
+    alone = (routing.expert_ids >= 0).sum(1) <= (1 if router.spec.normalize_weights else 0)
+    reached = (hidden.grad.norm(dim=1) > 0) | alone | (routing.weights.sum(1) == 0)
+    assert (router.weight.grad.norm(dim=1) > 0).all() and reached.all() and (~alone).any()
 
 
 def test_masked_tokens_give_no_gradient(router):
     mask = torch.arange(50) % 2 == 0
     hidden = tokens().requires_grad_()
     probe = torch.randn(50, router.max_top_k, generator=torch.Generator().manual_seed(2))
-    (router(hidden, mask).weights * probe).sum().backward()
-    assert (hidden.grad[~mask] == 0).all() and (hidden.grad[mask].norm(dim=1) > 0).all()
+    routing = masked(router, hidden, mask)
+    ((routing.weights * probe).sum() + routing.score_sums.sum() + routing.z_sum + routing.entropy_sum).backward()
+    assert (hidden.grad[~mask] == 0).all() and (hidden.grad[mask].norm(dim=1) > 0).any()
 
 
-def test_scores_and_log_z_follow_their_definition(router):
+def test_gates_and_sums_follow_their_definition(router):
     hidden = tokens()
-    routing = router(hidden)
-    torch.testing.assert_close(routing.scores, plain_scores(router, hidden))
-    torch.testing.assert_close(routing.log_z, (hidden @ router.weight.T).exp().sum(-1).log())
+    routing, scores = router(hidden), plain_scores(router, hidden)
+    used = routing.expert_ids >= 0
+    gates = torch.where(used, scores.gather(1, routing.expert_ids.clamp_min(0).long()), 0.0)
+    if router.spec.normalize_weights:
+        gates = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
+    torch.testing.assert_close(routing.weights, router.spec.scaling_factor * gates)
+    log_z = (hidden @ router.weight.T).exp().sum(-1).log()
+    torch.testing.assert_close(routing.log_z, log_z)
+    torch.testing.assert_close(routing.z_sum, log_z.square().sum())
+    assert routing.counts.sum(0).tolist() == [int((routing.expert_ids == e).sum()) for e in range(NUM_EXPERTS)]
 
 
 def test_no_tokens_are_routed_to_nothing(router):
-    routing = router(tokens(0), torch.empty(0, dtype=torch.bool))
+    routing = masked(router, tokens(0), torch.empty(0, dtype=torch.bool))
     assert routing.expert_ids.shape == routing.weights.shape == (0, router.max_top_k)
-    assert routing.scores.shape == (0, NUM_EXPERTS) and routing.log_z.shape == (0,)
-    routing.weights.sum().backward()
+    assert routing.log_z.shape == (0,) and routing.counts.sum() == 0 and routing.z_sum == 0
+    (routing.weights.sum() + routing.score_sums.sum()).backward()
     assert (router.weight.grad == 0).all()
 
 
-def test_gates_are_computed_in_fp32_whatever_the_model_uses(router):
+def test_state_and_gates_stay_fp32_whatever_the_model_uses(router):
+    before = {name: buffer.clone() for name, buffer in router.named_buffers()}
     router, hidden = router.to(torch.bfloat16), tokens().to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    for name, buffer in router.named_buffers():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, before[name]), name
     routing = router(hidden)
-    assert {t.dtype for t in (routing.weights, routing.scores, routing.log_z)} == {torch.float32}
+    assert {t.dtype for t in (routing.weights, routing.score_sums, routing.log_z)} == {torch.float32}
+
+
+def test_given_ids_reproduce_the_routing_bit_for_bit(router):
+    hidden = tokens()
+    routing = router(hidden)
+    again = router(hidden, RoutingRequest(given_ids=routing.expert_ids))
+    for name in ("weights", "expert_ids", "counts", "score_sums", "slots", "inverse", "offsets", "k_histogram"):
+        assert torch.equal(getattr(again, name), getattr(routing, name)), name
+
+
+def test_a_lowered_limit_caps_the_experts_of_a_token(router):
+    router.control[LIMIT] = 1.0
+    routing = router(tokens())
+    assert int((routing.expert_ids >= 0).sum(1).max()) <= 1
+
+
+def test_the_frozen_router_chooses_by_its_snapshot_and_weighs_by_its_weight(router):
+    hidden = tokens()
+    router.keep_snapshots()
+    before = router(hidden, RoutingRequest(snapshot=True))
     with torch.no_grad():
-        torch.testing.assert_close(routing.scores, plain_scores(router.float(), hidden.float()))
+        router.weight.copy_(torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(5)))
+    frozen, moved = router(hidden, RoutingRequest(frozen=True)), router(hidden)
+    assert torch.equal(frozen.expert_ids, before.expert_ids) and not torch.equal(moved.expert_ids, before.expert_ids)
+    scores = plain_scores(router, hidden).gather(1, frozen.expert_ids.clamp_min(0).long())
+    gates = torch.where(frozen.expert_ids >= 0, scores, 0.0)
+    if router.spec.normalize_weights:
+        gates = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
+    torch.testing.assert_close(frozen.weights, router.spec.scaling_factor * gates)
+    visiting = int((frozen.expert_ids >= 0).any(1).sum())
+    assert int(frozen.reason_counts[int(Reason.FROZEN).bit_length() - 1]) == visiting
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "top_p", "threshold", "relu", "null_experts"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
+def test_no_expert_exceeds_its_capacity_and_the_rest_spills(name, factor):
+    kind, options = ROUTERS[name]
+    free, held = make(kind, **options), make(kind, **options, capacity_factor=factor)
+    hidden = tokens(64) + 1.0  # lopsided
+    routing, capacity = held(hidden), math.ceil(factor * held.target * 64 / NUM_EXPERTS)
+    loads = routing.counts.sum(0)
+    assert int(loads.max()) <= capacity
+    wanted = free(hidden).counts.sum(0)
+    spilled = int(routing.reason_counts[int(Reason.SPILLED).bit_length() - 1])
+    assert (spilled > 0) == (int(wanted.max()) > capacity)
+    if factor >= 1.5 and name == "softmax":  # room for all: nothing is dropped
+        assert int(loads.sum()) == int(wanted.sum())
+    for ids in routing.expert_ids.tolist():
+        used = [i for i in ids if i != -1]
+        assert len(set(used)) == len(used)
 
 
 # --- top-k -----------------------------------------------------------------------------------------------------------
@@ -156,8 +249,8 @@ def test_the_bias_changes_the_selection_but_never_the_gates(score_function):
     after = router(hidden)
     assert (after.expert_ids[:, 0] == 5).all() and not (after.expert_ids == 0).any()
     assert not torch.equal(after.expert_ids, before.expert_ids)
-    assert torch.equal(after.scores, before.scores) and torch.equal(after.log_z, before.log_z)
-    chosen = before.scores.gather(1, after.expert_ids)
+    assert torch.equal(after.score_sums, before.score_sums) and torch.equal(after.log_z, before.log_z)
+    chosen = plain_scores(router, hidden).gather(1, after.expert_ids.long())
     torch.testing.assert_close(after.weights, 2.0 * chosen / chosen.sum(-1, keepdim=True))
 
 
@@ -179,14 +272,92 @@ def test_the_bias_is_saved_but_not_trained():
     (dict(top_k=0, normalize_weights=False), "router.top_k is 0"),
     (dict(top_k=2, score_function="tanh"), "router.score_function is 'tanh'"),
     (dict(top_k=2, scaling_factor=0.0), "router.scaling_factor is 0.0"),
+    (dict(top_k=2, num_groups=3, top_groups=2), "router.num_groups 3 must divide model.num_experts 8"),
+    (dict(top_k=2, num_groups=2, top_groups=3), "router.top_groups 3"),
+    (dict(top_k=2, capacity_factor=0.0), "router.capacity_factor is 0.0"),
 ])
 def test_contradictory_settings_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        top_k_router(**options)
     (problem,) = TopKRouter.problems(tiny_config(), **options)
     assert message in problem
 
 
 def test_every_contradiction_is_named_at_once():
-    with pytest.raises(ValueError, match=r"top_k is 9.*score_function is 'x'.*scaling_factor is -1"):
-        top_k_router(top_k=9, score_function="x", scaling_factor=-1)
+    found = "; ".join(TopKRouter.problems(tiny_config(), top_k=9, score_function="x", scaling_factor=-1))
+    for part in ("top_k is 9", "score_function is 'x'", "scaling_factor is -1"):
+        assert part in found
+
+
+# --- routers with a budget -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "options", "message"), [
+    (TopPRouter, dict(budget=0.0), "router.budget 0"),
+    (TopPRouter, dict(budget=9.0), "router.budget 9"),
+    (TopPRouter, dict(budget=2.0, max_experts=1), "above router.max_experts 1"),
+    (TopPRouter, dict(budget=2.0, initial_top_p=1.5), "router.initial_top_p is 1.5"),
+    (TopPRouter, dict(budget=2.0, score_function="relu"), "mode top_p needs scores"),
+    (TopPRouter, dict(budget=2.0, budget_unit="watts"), "router.budget_unit is 'watts'"),
+    (TopPRouter, dict(budget=2.0, min_experts=9, max_experts=8), "router.min_experts is 9"),
+    (ThresholdRouter, dict(budget=2.0, score_function="relu"), "belongs to router=relu"),
+    (ReLURouter, dict(budget=2.0, initial_coeff=0.0), "router.initial_coeff is 0.0"),
+    (NullExpertsRouter, dict(top_k=4, num_null_experts=0, budget=2.0), "router.num_null_experts is 0"),
+    (NullExpertsRouter, dict(top_k=2, num_null_experts=4, budget=3.0), "must be above 0 and at most 2"),
+    (ExpertChoiceRouter, dict(top_k=9), "router.top_k is 9"),
+])
+def test_contradictory_budgets_are_refused(kind, options, message):
+    assert any(message in problem for problem in kind.problems(tiny_config(), **options))
+
+
+def test_no_expert_at_all_needs_a_shared_one():
+    for kind in (ThresholdRouter, ReLURouter):
+        assert not kind.problems(tiny_config(num_shared_experts=1), budget=2.0, min_experts=0)
+        assert "model.num_shared_experts" in kind.problems(tiny_config(num_shared_experts=0), budget=2.0, min_experts=0)[0]
+
+
+def test_a_budget_in_flops_is_the_same_budget_in_experts():
+    config = tiny_config()
+    one = 6 * config.hidden_size * config.expert_intermediate_size * len(config.moe_layers)
+    router = make(TopPRouter, config, budget=2.5 * one, budget_unit="flops")
+    assert router.budget == pytest.approx(2.5)
+    assert not TopPRouter.problems(config, budget=2.5 * one, budget_unit="flops")
+
+
+def test_top_p_grows_with_p():
+    router, means = make(TopPRouter, budget=2.0, max_experts=8), []
+    for p in (0.1, 0.4, 0.7, 0.99):
+        router.control[VALUE] = p
+        means.append(float((router(tokens(400)).expert_ids >= 0).sum()) / 400)
+    assert means == sorted(means) and means[0] < 1.2 and means[-1] > 5
+
+
+def test_warm_start_is_plain_top_k_whatever_the_mode():
+    plain = top_k_router(top_k=2, normalize_weights=False)
+    for kind in (TopPRouter, ReLURouter):
+        router = make(kind, budget=2.0)
+        router.control[SHARE] = 0.0
+        if kind is TopPRouter:
+            assert torch.equal(router(tokens()).expert_ids[:, :2], plain(tokens()).expert_ids)
+        assert ((router(tokens()).expert_ids >= 0).sum(1) == 2).all()
+
+
+def test_expert_choice_fills_every_expert_evenly_in_training_and_uses_its_cuts_outside():
+    router = make(ExpertChoiceRouter, top_k=2, max_experts=8)
+    assert router(tokens(64)).counts.sum(0).tolist() == [16] * NUM_EXPERTS
+    router.eval()
+    router.balance_bias.fill_(-0.3)
+    routing = router(tokens(64))
+    chosen = torch.zeros(64, NUM_EXPERTS + 1, dtype=torch.bool).scatter_(
+        1, torch.where(routing.expert_ids < 0, NUM_EXPERTS, routing.expert_ids).long(), True)[:, :NUM_EXPERTS]
+    assert torch.equal(chosen, plain_scores(router, tokens(64)) > 0.3)
+    # A token's experts do not depend on the tokens after it.
+    assert torch.equal(router(tokens(64)[:10]).expert_ids, routing.expert_ids[:10])
+
+
+def test_null_experts_take_ranks_and_leave_no_slot():
+    router = make(NullExpertsRouter, top_k=4, num_null_experts=4, budget=2.0)
+    routing = router(tokens(200))
+    used = (routing.expert_ids >= 0).sum(1)
+    assert int(used.sum()) + int(routing.null_count) == 4 * 200 and used.max() > used.min()
+    router.control[VALUE] = 50.0  # their logits: every rank goes to a null expert
+    assert int((router(tokens(200)).expert_ids >= 0).sum()) == 0
+    router.control[VALUE] = -50.0
+    assert ((router(tokens(200)).expert_ids >= 0).sum(1) == 4).all()

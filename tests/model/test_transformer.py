@@ -12,6 +12,7 @@ from model.flops import count_parameters, flops_per_token
 from model.loss import IGNORE_INDEX, training_loss
 from model.moe import MoELayer
 from model.parallel import ParallelGroups
+from model.routers.base import RoutingRequest
 
 NO_BALANCE = BalanceConfig()
 SHAPES = {
@@ -201,7 +202,7 @@ def test_all_routed_to_one_shared_weight_is_a_dense_mlp():
         for weight in (layer.experts.gate_up, layer.experts.down):
             weight.copy_(weight[0].expand_as(weight))
     hidden = torch.randn(2, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    out, _ = layer(hidden, None)
+    out, _, _ = layer(hidden, RoutingRequest())
     gate, up = (hidden @ layer.experts.gate_up[0].T).chunk(2, -1)
     torch.testing.assert_close(out, torch.nn.functional.silu(gate) * up @ layer.experts.down[0].T)
 

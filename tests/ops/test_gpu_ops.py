@@ -1,4 +1,4 @@
-"""What only a CUDA device runs: the grouped GEMM, permutations without atomics, variable-length attention."""
+"""What only a CUDA device runs: the grouped GEMM, permutations without atomics, variable-length attention, the router."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from model.layers import rotary_tables
 from ops.grouped_mlp import grouped_mlp, reference_grouped_mlp, select_backend
 from ops.permute import group_by_expert, permute, unpermute
 from ops.permute.reference import reference_permute, reference_unpermute
+from ops.router import RouterOutput, RouteSpec, route
+from ops.router import select_backend as select_router
+from ops.router.reference import score
 from ops.testing import (
     EDGE_CASES,
     MODEL_SHAPES,
@@ -159,3 +162,147 @@ def test_varlen_attention_matches_masked_attention_in_fp32(documents, num_kv_hea
     for name, value, reference in zip(names, results(ours, hidden, dataclasses.replace(masked, mask=None)),
                                       results(exact, *fp32((hidden,)), masked), strict=True):
         assert_close(name, value, reference, BF16)
+
+
+# The router: the same arithmetic as on the CPU, to the bit (ops/router/README.md), so equality is the only tolerance.
+
+ROUTERS = {
+    "top_k": {"top_k": 4},
+    "biased_groups": {"top_k": 4, "score_function": "sigmoid", "num_groups": 4, "top_groups": 2, "scaling_factor": 2.5},
+    "null_experts": {"top_k": 4, "num_null_experts": 3, "skip_nonfinite": True},
+    "top_p": {"mode": "top_p"},
+    "threshold": {"mode": "threshold", "score_function": "sigmoid", "normalize_weights": False},
+    "threshold_sqrt_softplus": {"mode": "threshold", "score_function": "sqrt_softplus", "min_experts": 0},
+    "relu": {"mode": "relu", "score_function": "relu", "normalize_weights": False},
+    "expert_choice": {"mode": "expert_choice", "top_k": 3},
+    "given": {"mode": "given", "score_function": "sqrt_softplus"},
+}
+ROUTER_EXPERTS = [8, 64, 128, 256, 300, 1024]
+"""Every width of the kernels, full and with a rest."""
+
+
+def router_spec(name: str, num_experts: int) -> RouteSpec:
+    return RouteSpec(num_experts - ROUTERS[name].get("num_null_experts", 0), **{"max_experts": 6, **ROUTERS[name]})
+
+
+def router_inputs(name: str, spec: RouteSpec, num_tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
+    """Logits with ties and rows that are not finite, and every optional argument, on the CPU."""
+    generator = torch.Generator().manual_seed(num_tokens + spec.num_experts)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    logits = draw(num_tokens, spec.num_columns).mul_(1.5).to(dtype)
+    logits[3:4] = 0.25
+    logits[5:6, -1], logits[7:8, 0], logits[11:12, 1] = torch.nan, torch.inf, -torch.inf
+    three_experts = 1.5 * torch.special.ndtri(torch.tensor([1 - 3 / spec.num_experts]))  # about so many are above
+    value = 0.4 if spec.mode == "top_p" else float(score(three_experts, spec.score_function))
+    num_segments = next(n for n in (241, 13, 1) if num_tokens % n == 0)
+    arguments = {
+        "token_mask": draw(num_tokens) > -1.0, "token_ids": torch.arange(num_tokens) * 7919 + 2**40, "num_bins": 24,
+        "histogram_range": torch.stack((-0.6 + 0.1 * draw(spec.num_experts), 20 + draw(spec.num_experts)), dim=1),
+        "control": torch.tensor([value, 1.0, 2.0, 5.0]), "num_segments": num_segments}
+    if spec.mode != "expert_choice":
+        arguments["bias"] = 0.05 * draw(spec.num_columns)
+    if spec.mode == "given":
+        ids = draw(num_tokens, spec.num_experts).argsort(dim=1)[:, :spec.max_experts]
+        arguments["given_ids"] = ids.masked_fill(draw(*ids.shape) < -0.5, -1)
+    return logits, arguments
+
+
+def on_cuda(arguments: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+def run_router(logits: torch.Tensor, spec: RouteSpec, arguments: dict) -> tuple[RouterOutput, torch.Tensor]:
+    """Output, and the gradient of the logits under fixed random gradients of all that has one."""
+    logits = logits.detach().requires_grad_()
+    out = route(logits, spec, backend="fused", **arguments)
+    outputs, generator = (out.weights, out.score_sums, out.z_sum, out.entropy_sum), torch.Generator().manual_seed(9)
+    grads = [torch.randn(t.shape, generator=generator).to(t.device) for t in outputs]
+    return out, torch.autograd.grad(outputs, logits, grads)[0]
+
+
+def assert_same_bits(ours: tuple[RouterOutput, torch.Tensor], expected: tuple[RouterOutput, torch.Tensor]) -> None:
+    names = (*RouterOutput._fields, "gradient")
+    for name, a, b in zip(names, (*ours[0], ours[1]), (*expected[0], expected[1]), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()), f"{name} differs"
+
+
+@pytest.fixture
+def fused_router():
+    for device in ("cpu", "cuda"):
+        if select_router(torch.device(device), torch.float32) != "fused":
+            pytest.skip(f"no compiler for the router on {device}")
+
+
+@pytest.mark.parametrize("num_experts", ROUTER_EXPERTS)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router_equals_the_cpu_router_bit_for_bit(name, num_experts, fused_router, poisoned):
+    spec = router_spec(name, num_experts)
+    for num_tokens in (1, 13, 4097):
+        for dtype in (torch.float32, BF16):
+            logits, arguments = router_inputs(name, spec, num_tokens, dtype)
+            for case in (arguments, {"control": arguments["control"], "given_ids": arguments.get("given_ids")}):
+                assert_same_bits(run_router(logits.cuda(), spec, on_cuda(case)), run_router(logits, spec, case))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router_between_its_mode_and_plain_top_k_equals_the_cpu_router(name, fused_router):
+    spec = router_spec(name, 64)
+    logits, arguments = router_inputs(name, spec, 1021, torch.float32)
+    for share in (0.0, 0.5):
+        arguments["control"][1] = share
+        assert_same_bits(run_router(logits.cuda(), spec, on_cuda(arguments)), run_router(logits, spec, arguments))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router_repeats_are_bit_identical_and_never_wait_for_the_host(name, fused_router):
+    spec = router_spec(name, 128)
+    logits, arguments = router_inputs(name, spec, 16388, torch.float32)  # more than one round of a block's tiles
+    expected = run_router(logits, spec, arguments)
+    logits, arguments = logits.cuda(), on_cuda(arguments)
+    first = run_router(logits, spec, arguments)
+    assert_same_bits(first, expected)
+    grads = [torch.ones_like(t) for t in (first[0].weights, first[0].score_sums, first[0].z_sum)]
+    for _ in range(3):
+        assert_same_bits(run_router(logits, spec, arguments), first)
+    logits.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = route(logits, spec, backend="fused", **arguments)
+        torch.autograd.grad((out.weights, out.score_sums, out.z_sum), logits, grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_router_runs_on_the_callers_stream_and_inside_a_graph(fused_router):
+    spec = router_spec("top_k", 64)
+    source, arguments = router_inputs("top_k", spec, 4097, torch.float32)
+    arguments = on_cuda(arguments)
+    expected = route(source.cuda(), spec, backend="fused", **arguments)
+    logits, stream = torch.zeros_like(source, device="cuda"), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        logits.copy_(source)
+        late = route(logits, spec, backend="fused", **arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    logits.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = route(logits, spec, backend="fused", **arguments)
+    logits.copy_(source)
+    graph.replay()
+    for name, a, b, c in zip(RouterOutput._fields, late, replayed, expected, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, c), f"{name} differs"
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router_takes_no_tokens(name, fused_router):
+    spec = router_spec(name, 64)
+    logits, arguments = router_inputs(name, spec, 0, torch.float32)
+    ours, expected = run_router(logits.cuda(), spec, on_cuda(arguments)), run_router(logits, spec, arguments)
+    assert_same_bits(ours, expected)
+    assert all(t.device.type == "cuda" for t in ours[0])

@@ -19,7 +19,7 @@ def records(run_dir, name="metrics.jsonl"):
 def test_every_record_is_on_disk_at_once(tmp_path):
     tracker = Tracker(tmp_path, QUIET, {}, "name")
     tracker.log(1, 10, {"train/loss": 2.0})
-    tracker.log_routing(1, 10, [[3, 4]])
+    tracker.log_routing(1, 10, {"counts": [[3, 4]]})
     assert records(tmp_path) == [{"step": 1, "tokens": 10, "train/loss": 2.0}]
     assert records(tmp_path, "routing.jsonl") == [{"step": 1, "tokens": 10, "counts": [[3, 4]]}]
     tracker.close({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Batch:
     document is nobody's target (IGNORE_INDEX), and padding is no target either.
     cu_seqlens: [documents + 1] int32 over the flattened tokens; max_seqlen: the longest document.
     token_mask: [B, S] bool, False for padding; None when nothing is padded.
+    token_ids: [B, S] int64, sample * S + position, the same under every layout; None outside of training.
     """
 
     input_ids: torch.Tensor
@@ -28,6 +30,7 @@ class Batch:
     cu_seqlens: torch.Tensor
     max_seqlen: int
     token_mask: torch.Tensor | None
+    token_ids: torch.Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -46,7 +49,8 @@ class Batch:
 
         return {"input_ids": move(self.input_ids), "targets": move(self.targets), "positions": move(self.positions),
                 "cu_seqlens": move(self.cu_seqlens), "max_seqlen": self.max_seqlen,
-                "token_mask": None if self.token_mask is None else move(self.token_mask)}
+                "token_mask": None if self.token_mask is None else move(self.token_mask),
+                "token_ids": None if self.token_ids is None else move(self.token_ids)}
 
 
 def pack(rows: list[np.ndarray], seq_len: int, end_of_document: int) -> Batch:
@@ -95,7 +99,9 @@ class TrainingLoader:
         for micro in range(num_micro_batches):
             first = start + micro * slice_size + self.data_rank * self.micro_batch_size
             rows = [self.samples.tokens(i) for i in range(first, first + self.micro_batch_size)]
-            batches.append(pack(rows, self.seq_len, self.end_of_document))
+            batch = pack(rows, self.seq_len, self.end_of_document)
+            ids = torch.arange(first * self.seq_len, (first + self.micro_batch_size) * self.seq_len)
+            batches.append(dataclasses.replace(batch, token_ids=ids.view(-1, self.seq_len)))
         self.consumed_samples = stop
         return batches
 

@@ -215,12 +215,13 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
       }
     }
     if (live) {
-      if (by_mode == 0) reason |= EMPTY;
       int n = by_mode < most ? by_mode : most;
       if (share < 1.0f) {
         reason |= OVERRIDDEN;
         n = (int)floorf((1.0f - share) * (float)override_k + share * (float)n + 0.5f);
+        by_mode = n;
       }
+      if (n == 0) reason |= EMPTY;
       if (n > 0 && n < spec.min_experts) reason |= RAISED;
       n = n < spec.min_experts ? spec.min_experts : n;
       if (by_mode > limit) reason |= CAPPED;

@@ -1,0 +1,198 @@
+"""Holding the mean number of experts per token to a budget, and falling back where that fails.
+
+Once per optimiser step, from the integer statistics of the whole step over all ranks: every rank computes the same bits.
+Per layer, with error e = (mean experts - budget) / budget and a state theta in fp32:
+
+    theta <- clip(theta + Kp (e - e_before) + Ki e)          velocity form of a PI controller: no wind-up
+
+law        what theta moves                                        feed-forward
+quantile   the share the cuts aim at: budget * exp(-theta) / E      cuts = quantiles of the score histogram
+           (and each expert's own by share_trim, from its real load)
+top_p      logit(P) = logit(P0) - theta
+relu       the L1 coefficient: c0 * exp(theta), |step| <= ln 1.2
+null       the shift of the null experts' logits: + theta
+
+A layer starts with plain top-k (warm start) and moves to its mode over blend_steps. Two fallbacks bring it back to plain
+top-k for hold_steps: the guard (the error or the share of capped tokens stays large after it once was small), with
+round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711,
+2603.11535; the gains are ours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from model.balance import LayerStats, quantile_cuts, update_balance_bias
+from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
+from model.routers.base import FALLBACK_K, LIMIT, SHARE, VALUE, Router
+from ops.router import Reason
+
+THETA, ERROR, ARMED, BAD, HOLD, OVERLOAD, COLLAPSED = range(7)
+"""Places in `Router.controller`."""
+STEP_LIMIT = {"quantile": 0.2, "top_p": 0.2, "relu": math.log(1.2), "null": 0.2}
+GAINS = {"quantile": (1.0, 1.0), "top_p": (1.0, 1.0), "relu": (20.0, 1.0), "null": (1.0, 1.0)}
+"""Factors on Kp and Ki by law. A penalty acts through the optimiser, an integrator, and needs damping instead of push."""
+THETA_LIMITS = {"quantile": (-0.7, 0.7), "top_p": (-8.0, 8.0), "relu": (-5.0, 25.0), "null": (-20.0, 20.0)}
+
+TRIM_RATE, TRIM_LIMIT = 0.05, 1.5
+
+
+def penalty_coeff(router: Router) -> torch.Tensor | None:
+    """[] fp32: weight of the load-weighted L1 penalty on ReLU gates, per layer; None for other routers."""
+    return router.initial_coeff * router.controller[THETA].exp() if router.law == "relu" else None
+
+
+@torch.no_grad()
+def start_routers(routers: list[Router], budget: BudgetConfig, fail_safe: FailSafeConfig) -> None:
+    """The state before the first step: plain top-k where there is a warm start, snapshots where F4 is on."""
+    for router in routers:
+        if router.budget is not None and budget.warm_start_steps > 0:
+            router.control[SHARE] = 0.0
+            router.controller[HOLD] = float(budget.warm_start_steps)
+        if fail_safe.spike_zscore > 0:
+            router.keep_snapshots()
+
+
+@torch.no_grad()
+def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceConfig, budget: BudgetConfig,
+                   fail_safe: FailSafeConfig, expert_parallel_size: int = 1) -> None:
+    """Move bias, cuts, controllers and fallbacks of all MoE layers by one optimiser step.
+
+    stats: of the step, over all micro-batches and ranks, one row per layer. The routers are of one kind.
+    """
+    first = routers[0]
+    control, state = (torch.stack([getattr(r, name) for r in routers]) for name in ("control", "controller"))
+    tokens = stats.tokens
+    has_tokens = tokens > 0
+    collapsed = _collapsed(stats, fail_safe) & has_tokens
+    frozen = (state[:, COLLAPSED] > 0) | collapsed
+    if first.budget is not None:
+        _control_budget(first, control, state, stats, budget, has_tokens)
+    _fall_back(first, control, state, budget, collapsed)
+    _limit_overload(first, control, state, stats, fail_safe, expert_parallel_size)
+    _apply_theta(first, control, state)
+    for i, router in enumerate(routers):
+        router.control.copy_(control[i])
+        router.controller.copy_(state[i])
+    _update_bias(routers, stats, balance, state, has_tokens & ~frozen)
+
+
+def _control_budget(first: Router, control: torch.Tensor, state: torch.Tensor, stats: LayerStats, budget: BudgetConfig,
+                    has_tokens: torch.Tensor) -> None:
+    """The PI step on theta."""
+    target, share = first.target, control[:, SHARE]
+    # Under a blend, the mode's own mean is what remains after the part of plain top-k.
+    mode_mean = (stats.experts_per_token - (1 - share) * control[:, FALLBACK_K]) / share.clamp_min(0.25)
+    error = (mode_mean - target) / target
+    if budget.scope == "model":
+        error = error.mean().expand_as(error)
+    active = (share >= 0.25) & has_tokens
+    before = torch.where(state[:, ERROR].isfinite(), state[:, ERROR], 0.0)
+    limit = STEP_LIMIT[first.law]
+    kp, ki = budget.kp * GAINS[first.law][0], budget.ki * GAINS[first.law][1]
+    step = (kp * (error - before) + ki * error).clamp(-limit, limit)
+    low, high = THETA_LIMITS[first.law]
+    theta = (state[:, THETA] + step).clamp(low, high)
+    state[:, THETA] = torch.where(active & theta.isfinite(), theta, state[:, THETA])
+    state[:, ERROR] = torch.where(active, error, 0.0)
+    steady = active & (share == 1)
+    state[:, ARMED] = torch.where(steady & (error.abs() < budget.guard_error / 2), 1.0, state[:, ARMED])
+    capped = stats.reasons[:, int(Reason.CAPPED).bit_length() - 1].float() / stats.tokens.clamp_min(1).float()
+    bad = (error.abs() > budget.guard_error) | (capped > budget.guard_capped) | ~theta.isfinite()
+    state[:, BAD] = torch.where(steady & bad & (state[:, ARMED] > 0), state[:, BAD] + 1, 0.0)
+
+
+def _fall_back(first: Router, control: torch.Tensor, state: torch.Tensor, budget: BudgetConfig,
+               collapsed: torch.Tensor) -> None:
+    """Warm start, guard, collapse: the share of the mode and the plain top-k beside it."""
+    plain_k = float(min(first.spec.max_experts, max(1, round(first.target))))
+    guard = state[:, BAD] >= budget.guard_steps
+    falls = guard | collapsed
+    state[:, HOLD] = torch.where(falls, float(budget.hold_steps), (state[:, HOLD] - 1).clamp_min(0))
+    state[:, BAD] = torch.where(falls, 0.0, state[:, BAD])
+    state[:, ARMED] = torch.where(falls, 0.0, state[:, ARMED])
+    held = state[:, HOLD] > 0
+    state[:, COLLAPSED] = torch.where(collapsed, 1.0, torch.where(held, state[:, COLLAPSED], 0.0))
+    control[:, FALLBACK_K] = torch.where(state[:, COLLAPSED] > 0, 1.0, plain_k)
+    blend = 1.0 / max(1, budget.blend_steps) if first.budget is not None else 1.0
+    control[:, SHARE] = torch.where(held, 0.0, (control[:, SHARE] + blend).clamp(max=1.0))
+
+
+def _collapsed(stats: LayerStats, fail_safe: FailSafeConfig) -> torch.Tensor:
+    """[L] bool: the busiest round(k) experts take nearly all assignments, and they are at most a quarter of all."""
+    num_experts = stats.counts.shape[1]
+    busiest = stats.experts_per_token.round().long().clamp(1, num_experts)
+    ranked = stats.counts.sort(dim=1, descending=True).values.cumsum(1)
+    share = ranked.gather(1, busiest.unsqueeze(1) - 1)[:, 0].float() / ranked[:, -1].clamp_min(1).float()
+    return (share >= fail_safe.collapse_share) & (4 * busiest <= num_experts) & (fail_safe.collapse_share < 1)
+
+
+def _limit_overload(first: Router, control: torch.Tensor, state: torch.Tensor, stats: LayerStats,
+                    fail_safe: FailSafeConfig, expert_parallel_size: int) -> None:
+    """F5: fewer experts per token while one rank of the expert group has far more to do than the others."""
+    if fail_safe.rank_overload == 0 or expert_parallel_size == 1:
+        return
+    load = stats.counts.unflatten(1, (expert_parallel_size, -1)).sum(2).float()
+    over = load.max(1).values > fail_safe.rank_overload * load.mean(1)
+    count = state[:, OVERLOAD] + torch.where(over, 1.0, -1.0)
+    lower, raise_ = count >= fail_safe.overload_steps, count <= -fail_safe.overload_steps
+    least = float(max(1, first.spec.min_experts, math.ceil(first.target / 2)))
+    limit = control[:, LIMIT] - lower.float() + raise_.float()
+    control[:, LIMIT] = limit.clamp(min=least, max=float(first.spec.max_experts))
+    state[:, OVERLOAD] = torch.where(lower | raise_, 0.0, count)
+
+
+def _apply_theta(first: Router, control: torch.Tensor, state: torch.Tensor) -> None:
+    theta = state[:, THETA]
+    if first.law == "top_p":
+        start = math.log(first.initial_value / (1 - first.initial_value))
+        control[:, VALUE] = (start - theta).sigmoid()
+    elif first.law == "null":
+        control[:, VALUE] = theta
+
+
+def _update_bias(routers: list[Router], stats: LayerStats, balance: BalanceConfig, state: torch.Tensor,
+                 allowed: torch.Tensor) -> None:
+    """Selection bias of all layers; `allowed` [L]: not of those that are frozen or saw no token."""
+    first = routers[0]
+    num_experts = first.spec.num_experts
+    before = torch.stack([r.balance_bias for r in routers])
+    if first.has_quantile_bias or balance.bias_update == "quantile":
+        share = (stats.experts_per_token / num_experts).unsqueeze(1).expand(-1, num_experts)
+        if first.has_quantile_bias:
+            share = _trimmed_shares(routers, stats, state, allowed)
+        ranges = torch.stack([r.histogram_range for r in routers])
+        cuts, ranges = quantile_cuts(stats, ranges, share)
+        if first.spec.score_function == "relu":
+            cuts = cuts.clamp_min(0)  # a score of zero is no choice
+        bias = -cuts
+        if not first.has_quantile_bias:  # a common shift ranks no expert; over null experts it would be a second budget
+            bias = bias - bias.mean(1, keepdim=True)
+        old = before[:, :num_experts]
+        fresh = (old == 0).all(1, keepdim=True)  # nothing to remember yet
+        kept = torch.where(fresh, 0.0, balance.quantile_momentum)
+        bias = torch.where(allowed.unsqueeze(1), kept * old + (1 - kept) * bias, old)
+        for i, router in enumerate(routers):
+            router.balance_bias[:num_experts] = bias[i]
+            router.histogram_range.copy_(torch.where(allowed[i], ranges[i], router.histogram_range))
+    elif balance.bias_update == "sign":
+        update_balance_bias(routers, stats.counts, balance.bias_update_rate)
+        for i, router in enumerate(routers):
+            router.balance_bias.copy_(torch.where(allowed[i], router.balance_bias, before[i]))
+
+
+def _trimmed_shares(routers: list[Router], stats: LayerStats, state: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """[L, E] assignments per token the cuts aim at. Cuts by quantiles alone miss what fallbacks and caps add or take, so
+    each expert's share follows its real load: trim <- clip(trim - rate * (load / mean - 1)), mean subtracted."""
+    first = routers[0]
+    trim = torch.stack([r.share_trim for r in routers])
+    load = stats.counts.float() / stats.counts.float().mean(1, keepdim=True).clamp_min(1e-9)
+    moved = (trim - TRIM_RATE * (load - 1)).clamp(-TRIM_LIMIT, TRIM_LIMIT)
+    moved = moved - moved.mean(1, keepdim=True)
+    trim = torch.where(allowed.unsqueeze(1), moved, trim)
+    for i, router in enumerate(routers):
+        router.share_trim.copy_(trim[i])
+    aimed = (first.target * (-state[:, THETA]).exp() / first.spec.num_experts).unsqueeze(1)
+    return aimed * trim.exp()

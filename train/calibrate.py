@@ -1,0 +1,80 @@
+"""Another budget for a trained model: the routers' cuts, P or shifts are found anew on text, the weights stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from model.balance import unpack_stats
+from model.budget import update_routers
+from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
+from model.moe import MoELayer
+from model.routers.base import FALLBACK_K, LIMIT, SHARE
+from model.transformer import Transformer
+from train.config import RunConfig
+from train.data.loader import Batch, pack
+from train.data.store import TokenStore, TrainingSamples
+
+log = logging.getLogger("loadstone")
+NUM_BATCHES, BATCH_SIZE = 48, 8
+TOLERANCE = 0.02
+"""Relative error of the mean that counts as met."""
+
+
+def calibration_batches(config: RunConfig, store: TokenStore) -> Iterator[Batch]:
+    """The first training samples of a run, in one process."""
+    seq_len = config.train.seq_len
+    samples = TrainingSamples(store, tuple(s.weight for s in config.data.sources), seq_len, config.seed)
+    samples.open(0, NUM_BATCHES * BATCH_SIZE)
+    for first in range(0, NUM_BATCHES * BATCH_SIZE, BATCH_SIZE):
+        yield pack([samples.tokens(i) for i in range(first, first + BATCH_SIZE)], seq_len, store.end_of_document)
+
+
+@torch.no_grad()
+def calibrate_budget(model: Transformer, batches: Iterable[Batch], budget: float, balance: BalanceConfig,
+                     settings: BudgetConfig, device: torch.device) -> float:
+    """Run the model over the batches, one controller step each, until its routers hold `budget` experts per token.
+
+    Changes the routers' state, not their weights. A ReLU router gets a cut per expert, like the threshold router: its
+    penalty only works in training. Returns the mean experts per token over the last half of the batches.
+
+    Raises:
+        ValueError: the router has no budget, or the new one does not fit it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    routers = model.routers()
+    if not routers or routers[0].budget is None:
+        raise ValueError("router.budget: this run was trained with a fixed number of experts per token; a budget needs "
+                         "router=top_p, threshold, relu or null_experts")
+    spec = routers[0].spec
+    if not max(1, spec.min_experts) <= budget <= spec.max_experts:
+        raise ValueError(f"router.budget is {budget:g}; this router can choose {max(1, spec.min_experts)} to "
+                         f"{spec.max_experts} experts per token (its min_experts and max_experts)")
+    for layer, router in zip(layers, routers, strict=True):
+        router.budget = budget
+        router.controller.zero_()
+        router.control[SHARE], router.control[LIMIT] = 1.0, float(spec.max_experts)
+        router.control[FALLBACK_K] = float(max(1, round(budget)))
+        if router.law == "relu":
+            router.law = "quantile"
+        if router.law == "quantile":
+            layer.num_bins = balance.histogram_bins
+            router.prepare_histogram(layer.num_bins)
+    model.eval()
+    # No fallbacks: there is no training to protect.
+    steady = dataclasses.replace(settings, scope="layer", guard_steps=10**9)
+    no_bias = dataclasses.replace(balance, bias_update="none", bias_update_rate=0.0)
+    means = []
+    for batch in batches:
+        stats = unpack_stats(model(**batch.inputs(device), with_histogram=True).stats, spec.num_experts, spec.max_experts)
+        means.append(stats.experts_per_token)
+        update_routers(routers, stats, no_bias, steady, FailSafeConfig(collapse_share=1.0))
+    settled = torch.stack(means[len(means) // 2:]).mean(0)
+    mean = float(settled.mean())
+    if float((settled / budget - 1).abs().max()) > TOLERANCE:
+        log.warning("router.budget %.3g is not met exactly: the layers' means are %s", budget,
+                    " ".join(f"{v:.3f}" for v in settled.tolist()))
+    return mean

@@ -1,0 +1,76 @@
+"""The numbers people watch about routing, from the integer statistics of an interval and the routers' own state.
+
+Names: moe/<metric> is the mean over MoE layers, moe/<metric>/max the largest, moe/<metric>/layer_<l> that of one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from model.balance import LayerStats, balance_metrics
+from model.budget import COLLAPSED, HOLD, THETA, penalty_coeff
+from model.config import ModelConfig
+from model.routers.base import SHARE, VALUE, Router
+from ops.router import Reason
+
+BY_LAYER = ("max_vio", "experts_per_token", "budget_error", "router_entropy")
+"""Metrics that are written for every layer; the others as mean and largest."""
+
+
+def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig,
+                    expert_parallel_size: int) -> dict[str, float]:
+    """Scalars of an interval. stats: on the host, over all ranks and steps of the interval, one row per MoE layer."""
+    num_experts, first = model.num_experts, routers[0]
+    tokens = stats.tokens.double().clamp_min(1)
+    counts = stats.counts.double()
+    mean = counts.mean(1).clamp_min(1e-9)
+    k = torch.arange(stats.k_histogram.shape[1], dtype=torch.float64)
+    experts = counts.sum(1) / tokens
+    by_layer: dict[str, torch.Tensor] = {
+        "max_vio": counts.max(1).values / mean - 1,
+        "min_vio": 1 - counts.min(1).values / mean,
+        "experts_per_token": experts,
+        "experts_per_token_std": ((stats.k_histogram * k.square()).sum(1) / tokens - experts.square()).clamp_min(0).sqrt(),
+        "router_entropy": stats.entropy / tokens / math.log(max(2, first.spec.num_columns)),
+    }
+    if expert_parallel_size > 1:
+        load = counts.unflatten(1, (expert_parallel_size, -1)).sum(2)
+        by_layer["rank_load"] = load.max(1).values / load.mean(1).clamp_min(1e-9)
+    if first.spec.num_null_experts:
+        by_layer["null_fraction"] = stats.null_count / (stats.null_count + counts.sum(1)).clamp_min(1)
+    control = torch.stack([r.control for r in routers]).double().cpu()
+    state = torch.stack([r.controller for r in routers]).double().cpu()
+    bias = torch.stack([r.balance_bias[:num_experts] for r in routers]).double().cpu()
+    if first.budget is not None:
+        by_layer["budget_error"] = experts / first.target - 1
+        by_layer["theta"] = state[:, THETA]
+        by_layer["mode_share"] = control[:, SHARE]
+        if first.law == "top_p":
+            by_layer["top_p"] = control[:, VALUE]
+        if first.law == "relu":
+            coeffs = [coeff for router in routers if (coeff := penalty_coeff(router)) is not None]
+            by_layer["penalty_coeff"] = torch.stack(coeffs).double().cpu()
+    if bool((bias != 0).any()):
+        by_layer["bias_range"] = bias.max(1).values - bias.min(1).values
+        by_layer["bias_rms"] = (bias - bias.mean(1, keepdim=True)).square().mean(1).sqrt()
+    found: dict[str, float] = balance_metrics(stats.counts, model.moe_layers)
+    for name, values in by_layer.items():
+        found[f"moe/{name}"] = float(values.mean())
+        found[f"moe/{name}/max"] = float(values.max())
+        if name in BY_LAYER:
+            found.update({f"moe/{name}/layer_{layer}": float(v) for layer, v in zip(model.moe_layers, values, strict=True)})
+    all_tokens = float(tokens.sum())
+    for bit, reason in enumerate(Reason):
+        found[f"moe/fallback/{str(reason.name).lower()}"] = float(stats.reasons[:, bit].sum()) / all_tokens
+    found["moe/layers_in_fallback"] = int((state[:, HOLD] > 0).sum())
+    found["moe/layers_collapsed"] = int((state[:, COLLAPSED] > 0).sum())
+    found["moe/expert_flops_per_token"] = 6.0 * model.hidden_size * model.expert_intermediate_size * float(experts.sum())
+    return found
+
+
+def routing_tables(stats: LayerStats) -> dict[str, Any]:
+    """What routing.jsonl keeps per MoE layer: assignments by expert, tokens by number of experts, tokens by reason."""
+    return {"counts": stats.counts.tolist(), "k_histogram": stats.k_histogram.tolist(), "reasons": stats.reasons.tolist()}
