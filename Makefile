@@ -9,10 +9,10 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check bench gpu clean
+.PHONY: help setup train test check compile-kernels bench gpu clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 setup: $(STAMP)  ## create .venv and install requirements.txt (no-op when nothing changed)
 
@@ -27,13 +27,16 @@ $(STAMP): requirements.txt Makefile
 train: setup  ## install, then train the quickstart on real text with two expert-parallel ranks (ARGS="key=value ...")
 	$(PY) -m launch.train experiment=quickstart launch=deepspeed launch.num_devices=2 $(ARGS)
 
-test: setup check  ## install, then run the checks and the whole test suite (ARGS="-k name")
+test: setup check compile-kernels  ## install, then run the checks and the whole test suite (ARGS="-k name")
 	$(PY) -m pytest $(ARGS)
 
 check: setup  ## ruff, mypy on our packages, the import rule
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q -n 0 tests/test_layout.py
+
+compile-kernels: setup  ## compile every CUDA kernel for all architectures; fails on register spills
+	$(PY) -m ops.build
 
 bench: setup  ## run the CPU benches
 	$(PY) -m bench.grouped_mlp --device cpu

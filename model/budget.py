@@ -12,9 +12,9 @@ top_p      logit(P) = logit(P0) - theta
 relu       the L1 coefficient: c0 * exp(theta), |step| <= ln 1.2
 null       the shift of the null experts' logits: + theta
 
-A layer starts with plain top-k (warm start) and moves to its mode over blend_steps. Two fallbacks bring it back to plain
-top-k for hold_steps: the guard (the error or the share of capped tokens stays large after it once was small), with
-round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711,
+A layer starts with plain top-k (warm start; not with relu) and moves to its mode over blend_steps. Two fallbacks bring it
+back to plain top-k for hold_steps: the guard (the error or the share of capped tokens stays large after it once was small),
+with round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711,
 2603.11535; the gains are ours.
 """
 
@@ -48,7 +48,8 @@ def penalty_coeff(router: Router) -> torch.Tensor | None:
 def start_routers(routers: list[Router], budget: BudgetConfig, fail_safe: FailSafeConfig) -> None:
     """The state before the first step: plain top-k where there is a warm start, snapshots where F4 is on."""
     for router in routers:
-        if router.budget is not None and budget.warm_start_steps > 0:
+        # ReLU routing starts dense and is thinned out by its penalty; plain top-k would train experts it never chooses.
+        if router.budget is not None and router.law != "relu" and budget.warm_start_steps > 0:
             router.control[SHARE] = 0.0
             router.controller[HOLD] = float(budget.warm_start_steps)
         if fail_safe.spike_zscore > 0:

@@ -24,6 +24,8 @@ class ModelConfig:
     num_experts: int
     expert_intermediate_size: int
     max_seq_len: int
+    top_k: int = 2
+    """Experts per token the model is meant for: the default of router.top_k and router.budget."""
     head_dim: int | None = None
     """None: hidden_size / num_heads."""
     num_shared_experts: int = 0
@@ -73,6 +75,8 @@ class ModelConfig:
         if self.num_experts < 0:
             found.append(f"model.num_experts is {self.num_experts}; use 0 for a dense model")
         if self.num_experts > 0:
+            if not 1 <= self.top_k <= self.num_experts:
+                found.append(f"model.top_k is {self.top_k}; it must be between 1 and model.num_experts {self.num_experts}")
             if self.expert_intermediate_size < 1:
                 found.append(f"model.expert_intermediate_size is {self.expert_intermediate_size}; it must be at least 1")
             if not self.moe_layers:
@@ -159,9 +163,9 @@ class BudgetConfig:
 class FailSafeConfig:
     """What happens when routing goes wrong; every fallback counts its tokens under moe/fallback (ops/router/README.md)."""
 
-    collapse_share: float = 0.95
-    """F2: a layer whose busiest round(k) experts take this share of all assignments falls back to its busiest-first top-1
-    (the shared expert still runs) for budget.hold_steps, its bias frozen. 1: off."""
+    collapse_share: float = 1.0
+    """F2: a layer whose busiest round(k) experts take this share of all assignments falls back to one expert a token (and
+    the shared one) for budget.hold_steps, its bias frozen. 1: off."""
     spike_zscore: float = 0.0
     """F4: a gradient norm this many standard deviations above its running mean makes the next freeze_steps steps select
     experts with the router weights of the last snapshot. 0: off."""

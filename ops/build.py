@@ -1,7 +1,9 @@
 """Compiling kernels: lazily, once per content, shared by all ranks of a machine.
 
 Libraries land in .cache/kernels (or $LOADSTONE_KERNELS) under a name that holds a hash of sources, flags and compiler,
-so a stale one is never loaded. Ranks that ask at the same time wait for the first.
+so a stale one is never loaded; what the compiler said lies beside it. Ranks that ask at the same time wait for the first.
+
+    python -m ops.build    # every CUDA kernel for all architectures: registers, stack, spills (make compile-kernels)
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -60,7 +66,7 @@ def compile_library(name: str, sources: list[Path], command: list[str]) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("w") as lock:
+    with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_file():
             return path
@@ -70,6 +76,7 @@ def compile_library(name: str, sources: list[Path], command: list[str]) -> Path:
         if result.returncode:
             scratch.unlink(missing_ok=True)
             raise BuildError(f"{command[0]} failed on {', '.join(s.name for s in sources)}:\n{result.stderr[-4000:]}")
+        path.with_suffix(".log").write_text(result.stderr)
         scratch.replace(path)
     return path
 
@@ -87,7 +94,7 @@ def build_ops(name: str, sources: list[Path]) -> Path:
 def nvcc_command(architectures: tuple[str, ...], *flags: str) -> list[str]:
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     return ["nvcc", "-std=c++17", "-O3", "-Xcompiler=-fPIC", "-shared", "-fmad=false", "-lineinfo", "--extended-lambda",
-            "--expt-relaxed-constexpr", "-cudart=static", "-t", "2", *codes, *flags]
+            "--expt-relaxed-constexpr", "-cudart=static", "-Xptxas=-v", "-t", "2", *codes, *flags]
 
 
 def build_cuda(name: str, sources: list[Path], architectures: tuple[str, ...]) -> Path:
@@ -108,13 +115,67 @@ def device_architecture() -> str:
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
-def spills(ptxas_output: str) -> dict[str, int]:
-    """Kernel name -> bytes spilled, of the output of nvcc -Xptxas -v."""
-    found: dict[str, int] = {}
-    kernel = ""
-    for line in ptxas_output.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
-            kernel = f"{match[1]} ({match[2]})"
-        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            found[kernel] = int(match[1]) + int(match[2])
+class Resources(NamedTuple):
+    registers: int  # of a thread
+    stack: int  # bytes of a thread, for arrays that are indexed at run time
+    spilled: int  # bytes of registers that were moved to memory
+
+
+def resources(ptxas_output: str) -> dict[str, Resources]:
+    """Mangled kernel name -> what it takes, of the output of nvcc -Xptxas=-v for one architecture."""
+    found = {}
+    for part in ptxas_output.split("Compiling entry function '")[1:]:
+        # A function that is not inlined has lines of its own below its kernel's.
+        def numbers(pattern: str, text: str = part) -> list[int]:
+            return [int(n) for n in re.findall(pattern, text)]
+
+        found[part[:part.index("'")]] = Resources(max(numbers(r"Used (\d+) registers")), max(numbers(r"(\d+) bytes stack")),
+                                                  sum(numbers(r"(\d+) bytes spill")))
     return found
+
+
+def _readable(names: list[str]) -> list[str]:
+    """C++ names without namespace and arguments, by c++filt where there is one."""
+    if shutil.which("c++filt"):
+        names = subprocess.run(["c++filt", "-p", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [re.sub(r"^void |\w+::", "", name) for name in names]
+
+
+def _compile(job: tuple[Path, str]) -> dict[str, Resources] | BuildError:
+    source, architecture = job
+    try:
+        found = resources(build_cuda(f"{source.stem}_cuda", [source], (architecture,)).with_suffix(".log").read_text())
+    except BuildError as error:
+        return error
+    return dict(zip(_readable(list(found)), found.values(), strict=True))
+
+
+def main() -> int:
+    """Compile every .cu file for all architectures, two at a time, and report; 1 if one fails or a kernel spills."""
+    if shutil.which("nvcc") is None:
+        print("nvcc is not installed: no CUDA kernel was compiled.")
+        return 0
+    sources = sorted({*ROOT.glob("**/csrc/*.cu"), *ROOT.glob("*/*.cu")})
+    jobs = list(product(sources, CUDA_ARCHITECTURES))
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(jobs, pool.map(_compile, jobs), strict=True))
+    failed = False
+    for source in sources:
+        print(f"{source.relative_to(ROOT.parent)}: registers + bytes of stack on sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+        rows: dict[str, str] = {}
+        for architecture in CUDA_ARCHITECTURES:
+            result = results[source, architecture]
+            if isinstance(result, BuildError):
+                failed = True
+                print(f"sm_{architecture}: {result}")
+                continue
+            for name, used in result.items():
+                failed |= used.spilled > 0
+                spilled = f" SPILLS {used.spilled} bytes on sm_{architecture}" if used.spilled else ""
+                rows[name] = rows.get(name, f"  {name:32}") + f"{used.registers:6} + {used.stack}{spilled}"
+        print("\n".join(rows[name] for name in sorted(rows)))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

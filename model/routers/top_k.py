@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from model.config import ModelConfig, experts_of_budget
@@ -47,32 +48,42 @@ class TopKRouter(Router):
         return spec.problems() + capacity_problems(capacity_factor)
 
 
+def _ranks(config: ModelConfig, top_k: int | None, experts: float) -> int:
+    return top_k if top_k is not None else min(config.num_experts, 2 * max(1, math.ceil(experts)))
+
+
 class NullExpertsRouter(Router):
     """Top-k over the experts and `num_null_experts` columns that cost nothing: a token that chooses those visits fewer
     experts (arXiv 2406.13233, 2509.01322). Gates are normalised over the real ones. The controller moves the logits of
-    the null experts until the mean number of real ones is `budget`."""
+    the null experts until the mean number of real ones is `budget`.
+
+    top_k: experts and null experts together; None: twice the budget.
+    """
 
     law = "null"
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, top_k: int, num_null_experts: int,
-                 budget: float, budget_unit: Literal["experts", "flops"] = "experts",
+    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, num_null_experts: int,
+                 budget: float, top_k: int | None = None, budget_unit: Literal["experts", "flops"] = "experts",
                  score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax",
                  normalize_weights: bool = True, scaling_factor: float = 1.0, capacity_factor: float | None = None):
-        spec = RouteSpec(config.num_experts, "top_k", score_function, top_k, num_null_experts, max_experts=top_k,
+        experts = experts_of_budget(config, budget, budget_unit)
+        ranks = _ranks(config, top_k, experts)
+        spec = RouteSpec(config.num_experts, "top_k", score_function, ranks, num_null_experts, max_experts=ranks,
                          normalize_weights=normalize_weights, scaling_factor=scaling_factor,
                          skip_nonfinite=config.num_shared_experts > 0)
-        super().__init__(config, spec, budget=experts_of_budget(config, budget, budget_unit),
-                         capacity_factor=capacity_factor)
+        super().__init__(config, spec, budget=experts, capacity_factor=capacity_factor)
 
     @staticmethod
-    def problems(config: ModelConfig, *, top_k: int, num_null_experts: int, budget: float, budget_unit: str = "experts",
+    def problems(config: ModelConfig, *, num_null_experts: int, budget: float, top_k: int | None = None,
+                 budget_unit: str = "experts",
                  score_function: str = "softmax", normalize_weights: bool = True, scaling_factor: float = 1.0,
                  capacity_factor: float | None = None) -> list[str]:
-        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, top_k, top_k)
+        ranks = _ranks(config, top_k, experts_of_budget(config, budget, budget_unit))
+        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, ranks, ranks)
         if num_null_experts < 1:
             found.append(f"router.num_null_experts is {num_null_experts}; router=null_experts needs at least 1")
         if score_function == "relu":
             found.append("router.score_function relu belongs to router=relu")
-        return found + RouteSpec(config.num_experts, "top_k", score_function, top_k,  # type: ignore[arg-type]
-                                 num_null_experts, max_experts=top_k, normalize_weights=normalize_weights,
+        return found + RouteSpec(config.num_experts, "top_k", score_function, ranks,  # type: ignore[arg-type]
+                                 num_null_experts, max_experts=ranks, normalize_weights=normalize_weights,
                                  scaling_factor=scaling_factor).problems()

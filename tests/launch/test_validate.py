@@ -146,3 +146,43 @@ def test_accepted_deepspeed_keys_exist_in_deepspeed():
     values = {v for v in vars(constants).values() if isinstance(v, str)}
     values.add("zero_optimization")  # named in a module of its own
     assert values >= DEEPSPEED_KEYS
+
+
+# --- routers ---------------------------------------------------------------------------------------------------------
+
+ROUTERS = sorted(p.stem for p in (Path(CONF) / "router").glob("*.yaml"))
+EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_any_router_goes_into_any_preset(router):
+    """With balance=none, since some routers balance by themselves; groups of experts need enough of them."""
+    for experiment in EXPERIMENTS:
+        config = composed(f"experiment={experiment}", "parallel=single", f"router={router}", "balance=none")
+        if router == "group_limited" and config["model"]["num_experts"] < 16:
+            assert any("router.top_k" in p or "router.num_groups" in p for p in problems(config))
+            continue
+        run = parse(config, 1)
+        assert run.experts_per_token == run.model.top_k
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (("router=relu",), "add balance=none"),
+    (("router=threshold", "balance=loss_free"), "sets itself, by quantiles; add balance=none"),
+    (("router=expert_choice", "balance=quantile"), "sets itself, by quantiles; add balance=none"),
+    (("router=relu", "balance=loss_free"), "does not have; add balance=none"),
+    (("router=threshold", "balance.entropy_coeff=0.1"), "router.score_function is sigmoid"),
+    (("router=top_p", "router.budget=20"), "router.budget 20"),
+    (("router=top_p", "router.budget=1e6", "router.budget_unit=flops"), "router.budget 1e+06 (flops)"),
+    (("balance.bias_update=sign",), "balance.bias_update_rate 0.0 belongs to balance.bias_update=sign"),
+    (("balance.bias_update=quantile", "balance.quantile_momentum=1"), "balance.quantile_momentum is 1"),
+    (("balance.histogram_bins=3",), "balance.histogram_bins is 3"),
+    (("budget.ki=3",), "budget.kp 0.5 and budget.ki 3"),
+    (("budget.hold_steps=0",), "budget.hold_steps is 0"),
+    (("fail_safe=full",), "parallel.expert_parallel_size is 1"),
+    (("fail_safe.collapse_share=2",), "fail_safe.collapse_share is 2"),
+    (("audit.sample_one_in=-1",), "audit.sample_one_in is -1"),
+    (("model.top_k=9",), "model.top_k is 9"),
+])
+def test_routing_contradictions_are_named(overrides, message):
+    assert any(message in problem for problem in problems(composed(*overrides))), problems(composed(*overrides))
