@@ -341,6 +341,7 @@ def test_control_share_goes_from_plain_top_k_to_the_mode(mode):
             between = choose(share, top_k)
             expected = ((1 - share) * top_k + share * by_mode + 0.5).floor().long()
             assert torch.equal((between.expert_ids >= 0).sum(1), expected)
+            assert torch.equal((between.reasons & Reason.EMPTY) > 0, expected == 0)
 
 
 def test_a_control_limit_lowers_the_cap():

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from ops.build import build_cuda_on_cpu
+from ops.build import Resources, build_cuda_on_cpu, resources
 from ops.router import RouterOutput, RouteSpec, interface, route
 from ops.router.spec import Mode, ScoreFunction
 from ops.testing import poisoned_memory
@@ -303,6 +303,25 @@ def test_a_missing_barrier_shows(verdicts, name):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_the_permutation_shows(verdicts, name):
     assert verdicts[name] != "same"
+
+
+# The other compiler
+
+def test_a_spill_is_read_from_the_report_of_ptxas():
+    """A function that is not inlined reports below its kernel, and its spill is the kernel's."""
+    report = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aPf' for 'sm_90a'
+ptxas info    : Function properties for _Z1aPf
+    256 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 256 bytes cumulative stack size
+ptxas info    : Compiling entry function '_Z1bPf' for 'sm_90a'
+ptxas info    : Function properties for _Z1bPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers, 16 bytes cumulative stack size
+ptxas info    : Function properties for _Z6helperPKfi
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+"""
+    assert resources(report) == {"_Z1aPf": Resources(64, 256, 0), "_Z1bPf": Resources(32, 16, 20)}
 
 
 if __name__ == "__main__":
