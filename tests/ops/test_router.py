@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -242,6 +243,17 @@ def test_a_bias_changes_the_selection_but_not_the_gates():
     assert_equal(plain, biased, "score_sums", "z_sum", "entropy_sum", "log_z", "entropy")
 
 
+@pytest.mark.parametrize("call", BACKENDS)
+def test_gates_of_vanishing_scores_are_zero_instead_of_noise(call):
+    """The bias selects experts 2 and 3, whose scores sum to e^-40 and e^-60: above and below 1e-20."""
+    spec = spec_of("top_k", 4, top_k=2, max_experts=2)
+    logits = torch.tensor([[0.0, -100.0, -40.0, -44.0], [0.0, -100.0, -60.0, -61.0]])
+    out, grad = with_gradient(call, logits, spec, bias=torch.tensor([0.0, 0.0, 5.0, 4.0]))
+    assert out.expert_ids.tolist() == [[2, 3], [2, 3]]
+    assert_close("gates", out.weights, torch.tensor([[1 / (1 + math.exp(-4)), 1 / (1 + math.exp(4))], [0.0, 0.0]]))
+    assert grad.isfinite().all()
+
+
 def test_top_p_takes_the_fewest_experts_that_reach_the_mass():
     for score_function in ("softmax", "sigmoid", "sqrt_softplus"):
         spec = spec_of("top_p", score_function=score_function, max_experts=16)
@@ -267,11 +279,12 @@ def test_threshold_takes_exactly_the_experts_above_the_cut():
     assert 2 not in chosen_sets(out)[4]
 
 
-def test_relu_takes_exactly_the_experts_with_a_positive_logit():
+@pytest.mark.parametrize("call", BACKENDS)
+def test_relu_takes_exactly_the_experts_with_a_positive_logit(call):
     spec = spec_of("relu", min_experts=0, max_experts=16)
     logits, _ = draw(spec, 30)
     logits[2, 3:7] = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
-    assert chosen_sets(fused(logits, spec)) == [set(row.nonzero()[:, 0].tolist()) for row in logits > 0]
+    assert chosen_sets(call(logits, spec)) == [set(row.nonzero()[:, 0].tolist()) for row in logits > 0]
 
 
 @pytest.mark.parametrize("num_tokens, top_k", [(48, 2), (13, 3), (1, 1), (5, 16)])

@@ -1,0 +1,1 @@
+"""What training runs say: quality experiments that take minutes to hours, each a command that can be repeated."""
