@@ -20,6 +20,9 @@ from ops.router import NUM_REASONS, Reason, RouterOutput
 ENTROPY_UNIT = 2.0**-20
 """Nats per unit of the entropy in the packed integers: sums of integers are the same in any order."""
 
+MIN_RANGE = 1e-5
+"""Narrowest range of a score histogram."""
+
 
 class RouterSums(NamedTuple):
     """One MoE layer, summed over the local tokens of a micro-batch.
@@ -173,20 +176,23 @@ def quantile_cuts(stats: LayerStats, ranges: torch.Tensor, share: torch.Tensor) 
     """The cut above which each expert meets its mean number of assignments per token, and the ranges for the next step.
 
     ranges: [L, E, 2]; share: [L, E], assignments per token. The next range reaches from twice the distance of the
-    quantile at four times the share below to that at a quarter of it above; where those lie outside, it grows. It shrinks
-    by no more than half at a time.
+    quantile at four times the share below to that at a quarter of it above. It shrinks by no more than half at a time,
+    doubles towards a side where one of those lies outside, and grows fivefold where the cut itself does: a range that has
+    lost its scores finds them again in a few steps, however narrow it was.
     Returns [L, E] and [L, E, 2] fp32.
     """
     num_bins = stats.histogram.shape[2]
     share = share.clamp(1e-4, 1 - 1e-4)
-    cut, _, _ = histogram_quantile(stats.histogram, ranges, 1 - share)
+    cut, lost_below, lost_above = histogram_quantile(stats.histogram, ranges, 1 - share)
     low, under, _ = histogram_quantile(stats.histogram, ranges, 1 - (4 * share).clamp(max=0.95))
     high, _, over = histogram_quantile(stats.histogram, ranges, 1 - share / 4)
     width = num_bins / ranges[..., 1]
     bottom, top = ranges[..., 0], ranges[..., 0] + width
-    bottom_next = torch.where(under, bottom - width / 2, cut - 2 * (cut - low))
-    top_next = torch.where(over, top + width / 2, cut + 2 * (high - cut))
-    width_next = torch.maximum(top_next - bottom_next, width / 2).clamp_min(1e-6)
+    bottom_next = torch.where(under, bottom - width, cut - 2 * (cut - low))
+    top_next = torch.where(over, top + width, cut + 2 * (high - cut))
+    bottom_next = torch.where(lost_below, bottom - 4 * width, torch.where(lost_above, bottom, bottom_next))
+    top_next = torch.where(lost_above, top + 4 * width, torch.where(lost_below, top, top_next))
+    width_next = torch.maximum(top_next - bottom_next, width / 2).clamp_min(MIN_RANGE)
     middle = (bottom_next + top_next) / 2
     return cut, torch.stack((middle - width_next / 2, num_bins / width_next), dim=-1)
 

@@ -13,9 +13,8 @@ relu       the L1 coefficient: c0 * exp(theta), |step| <= ln 1.2
 null       the shift of the null experts' logits: + theta
 
 A layer starts with plain top-k (warm start; not with relu) and moves to its mode over blend_steps. Two fallbacks bring it
-back to plain top-k for hold_steps: the guard (the error or the share of capped tokens stays large after it once was small),
-with round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711,
-2603.11535; the gains are ours.
+back to plain top-k for hold_steps: the guard (the error or the share of capped tokens stays large; not with relu), with round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv
+2512.13996, 2412.14711, 2603.11535; the gains are ours.
 """
 
 from __future__ import annotations
@@ -102,14 +101,17 @@ def _control_budget(first: Router, control: torch.Tensor, state: torch.Tensor, s
     state[:, ARMED] = torch.where(steady & (error.abs() < budget.guard_error / 2), 1.0, state[:, ARMED])
     capped = stats.reasons[:, int(Reason.CAPPED).bit_length() - 1].float() / stats.tokens.clamp_min(1).float()
     bad = (error.abs() > budget.guard_error) | (capped > budget.guard_capped) | ~theta.isfinite()
-    state[:, BAD] = torch.where(steady & bad & (state[:, ARMED] > 0), state[:, BAD] + 1, 0.0)
+    if first.law == "relu":  # its penalty works through training: plain top-k would only train other experts
+        bad = torch.zeros_like(bad)
+    state[:, BAD] = torch.where(steady & bad, state[:, BAD] + 1, 0.0)
 
 
 def _fall_back(first: Router, control: torch.Tensor, state: torch.Tensor, budget: BudgetConfig,
                collapsed: torch.Tensor) -> None:
     """Warm start, guard, collapse: the share of the mode and the plain top-k beside it."""
     plain_k = float(min(first.spec.max_experts, max(1, round(first.target))))
-    guard = state[:, BAD] >= budget.guard_steps
+    patience = torch.where(state[:, ARMED] > 0, 1.0, 5.0)  # longer for a layer that has yet to find its budget
+    guard = state[:, BAD] >= patience * budget.guard_steps
     falls = guard | collapsed
     state[:, HOLD] = torch.where(falls, float(budget.hold_steps), (state[:, HOLD] - 1).clamp_min(0))
     state[:, BAD] = torch.where(falls, 0.0, state[:, BAD])

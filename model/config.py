@@ -142,7 +142,8 @@ class BudgetConfig:
     blend_steps: int = 50
     """Steps over which the number of experts then moves from top-k to the mode's own."""
     guard_error: float = 0.25
-    """A layer whose relative error stays above this for guard_steps, once it was within, falls back to top-k."""
+    """A layer whose relative error stays above this for guard_steps (five times as long if it was never within half of it)
+    falls back to top-k."""
     guard_steps: int = 20
     guard_capped: float = 0.5
     """So does a layer with a larger share of tokens at router.max_experts."""

@@ -58,7 +58,7 @@ def route(logits: Tensor, spec: RouteSpec, *, bias: Tensor | None = None, contro
     if backend == "reference" or (logits.device.type == "cuda" and len(logits) == 0):
         return reference_route(logits, spec, bias, control, token_mask, given_ids, histogram_range, num_bins, token_ids,
                                num_segments)
-    load_library()
+    _require_fused(logits.device.type)
     logits = logits.contiguous()
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
     cuts: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -75,13 +75,27 @@ def route(logits: Tensor, spec: RouteSpec, *, bias: Tensor | None = None, contro
         spec.scaling_factor)
     num_slots = spec.max_experts
     k_histogram, reason_counts, rest = integers.split((num_slots + 1, NUM_REASONS, 3))
-    return RouterOutput(weights, expert_ids, counts, score_sums, float_sums[0], float_sums[1], log_z, margin, entropy,
-                        reasons, slots, inverse, offsets, histogram, k_histogram, reason_counts, rest[0], rest[2])
+    return RouterOutput(weights, expert_ids, counts, score_sums, float_sums[0], float_sums[1], log_z.detach(),
+                        margin.detach(), entropy.detach(), reasons, slots, inverse, offsets, histogram, k_histogram, reason_counts, rest[0], rest[2])
 
 
 def select_backend(device: torch.device, dtype: torch.dtype) -> str:
     """"fused" where the library can be built, else "reference", announced once with the reason."""
-    return "reference" if _unavailable(device.type) else "fused"
+    return "fused" if _is_available(device.type) else "reference"
+
+
+@torch.compiler.assume_constant_result
+def _is_available(device_type: str) -> bool:
+    return _unavailable(device_type) is None
+
+
+@torch.compiler.assume_constant_result
+def _require_fused(device_type: str) -> bool:
+    """Raises BuildError where there is no fused router."""
+    reason = _unavailable(device_type)
+    if reason is not None:
+        raise BuildError(reason)
+    return True
 
 
 @functools.cache
@@ -164,6 +178,8 @@ def _check(logits: Tensor, spec: RouteSpec, bias: Tensor | None, control: Tensor
     problems = spec.problems()
     if problems:
         raise ValueError("; ".join(problems))
+    if logits.dim() != 2:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [tokens, columns]")
     num_tokens, num_columns = logits.shape
     if num_columns != spec.num_columns:
         raise ValueError(f"logits have {num_columns} columns; the router has {spec.num_experts} experts and "

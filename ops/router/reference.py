@@ -56,11 +56,16 @@ class RouterOutput(NamedTuple):
 
 def score(logits: Tensor, function: str) -> Tensor:
     """[T, C] logits -> scores."""
+    if function == "relu":
+        return logits.relu()
+    x = logits.double()  # rounded at the end: torch's vector and scalar code differ in the last bit, which would break ties
     if function == "softmax":
-        return logits.softmax(-1)
-    if function == "sigmoid":
-        return logits.sigmoid()
-    return logits.relu() if function == "relu" else F.softplus(logits).sqrt()
+        scores = x.softmax(-1)
+    elif function == "sigmoid":
+        scores = x.sigmoid()
+    else:
+        scores = F.softplus(x.clamp_min(-700)).sqrt()  # the root has no slope at zero
+    return scores.to(logits.dtype)
 
 
 def expert_choice_cuts(scores: Tensor, live: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +83,7 @@ def expert_choice_cuts(scores: Tensor, live: Tensor, top_k: int) -> tuple[Tensor
 
 def limit_to_groups(keys: Tensor, spec: RouteSpec) -> Tensor:
     """Keys of experts outside the best groups become -inf (RouteSpec.num_groups)."""
-    experts = keys[:, :spec.num_experts].reshape(len(keys), spec.num_groups, -1)
+    experts = keys[:, :spec.num_experts].unflatten(1, (spec.num_groups, -1))
     best = experts.sort(dim=-1, descending=True).values[..., :max(1, spec.top_k // spec.top_groups)].sum(-1)
     kept = best.sort(dim=-1, descending=True, stable=True).indices[:, :spec.top_groups]
     lost = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
@@ -120,11 +125,13 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
     # Selection: the first n columns by (key desc, id asc).
     with torch.no_grad():
         value, portion, plain_k, limit = [0.0, 1.0, 0.0, num_slots] if control is None else control.tolist()
+        plain_k, limit = (min(int(v), num_slots) if v >= 0 else 0 for v in (plain_k, limit))  # NaN: 0
         keys = scores.detach() if bias is None else scores.detach() + bias
         if spec.mode == "expert_choice":
             cuts, last_tokens = expert_choice_cuts(scores.detach(), live, spec.top_k)
             late = (scores == cuts) & (torch.arange(num_tokens, device=x.device).unsqueeze(1) > last_tokens)
             keys = (scores.detach() - cuts).masked_fill(late, -1e-37)
+        keys = torch.where(keys.isfinite(), keys, -3.0e38)  # behind every other
         candidates = num_columns
         if spec.top_groups < spec.num_groups:
             keys = limit_to_groups(keys, spec)
@@ -141,12 +148,13 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
             total = 1.0 if spec.score_function == "softmax" else scores.detach().sum(1, keepdim=True)
             by_mode = (mass_before < value * total)[:, :candidates].sum(1)
         most = min(num_slots, candidates)
+        limit = min(limit, most)
         n = by_mode.clamp(max=most)
         if portion < 1:
             by_mode = n = ((1 - portion) * plain_k + portion * n + 0.5).floor().long()
         reasons = (by_mode == 0) * int(Reason.EMPTY) + (by_mode > limit) * int(Reason.CAPPED)
         reasons += ((n > 0) & (n < spec.min_experts)) * int(Reason.RAISED) + int(portion < 1) * int(Reason.OVERRIDDEN)
-        n = n.clamp(min=spec.min_experts).clamp(max=int(min(limit, most)))
+        n = n.clamp(min=spec.min_experts).clamp(max=limit)
         if spec.mode == "given":
             reasons, n = torch.zeros_like(reasons), torch.zeros_like(n)
         reasons = torch.where(live, reasons, 0) + (unmasked & ~live) * int(Reason.NONFINITE)

@@ -85,6 +85,8 @@ class RouteSpec:
             found.append(f"{name}.score_function is {self.score_function!r}; choose one of {', '.join(_SCORES)}")
         if self.num_null_experts < 0:
             found.append(f"{name}.num_null_experts is {self.num_null_experts}; it must not be negative")
+        if self.num_experts < 1:
+            found.append(f"{name}: num_experts is {self.num_experts}; it must be at least 1")
         if not 1 <= columns <= MAX_COLUMNS:
             found.append(f"{name}: {columns} experts (null experts included) must be between 1 and {MAX_COLUMNS}")
         if not 1 <= self.top_k <= columns:

@@ -303,6 +303,22 @@ def test_cuts_meet_the_share_and_the_range_follows_the_scores():
     assert (width < 0.1).all() and (ranges[0, :, 0] < cuts[0]).all() and (ranges[0, :, 0] + width > cuts[0]).all()
 
 
+@pytest.mark.parametrize("lost", ["below", "above"])
+def test_a_range_that_lost_its_scores_finds_them_again(lost):
+    """A collapsed range of the smallest width, far from where the scores went, is back within 12 steps."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2000, E, generator=generator)
+    start = 2.0 if lost == "below" else 0.0
+    ranges, share = torch.tensor([[[start, 256 / 1e-5]]]).repeat(1, E, 1), torch.full((1, E), 0.25)
+    scores = scores if lost == "below" else scores + 1.0
+    spec = RouteSpec(E, "threshold", "relu", max_experts=E, normalize_weights=False)
+    for _ in range(12):
+        routing = route(scores, spec, histogram_range=ranges[0].contiguous(), num_bins=256)
+        stats = unpack_stats(pack_stats(routing, torch.tensor(False)).unsqueeze(0), E, E)
+        cuts, ranges = quantile_cuts(stats, ranges, share)
+    assert ((scores > cuts[0]).double().mean(0) - 0.25).abs().max() < 0.02
+
+
 def test_orthogonal_routers_cost_nothing_and_equal_ones_most():
     assert float(orthogonality_loss(torch.eye(4, 8) * 3)) == pytest.approx(0.0, abs=1e-6)
     assert float(orthogonality_loss(torch.ones(4, 8))) == pytest.approx(3.0, rel=1e-5)

@@ -179,11 +179,8 @@ MISTAKES = {
     "the tail begins a row late": ("if (i >= total) a.slots[i] = -1;", "if (i > total) a.slots[i] = -1;"),
 }
 UNSEEN = {
-    "lanes.h sync 1": "nothing calls it",
     "lanes.h store_row 1": "the shuffles before it have made all lanes wait; that they do not order memory, as a GPU may "
                            "have it, cannot be shown where threads switch only when they wait",
-    "router.cu place_kernel 2": "redundant: what it separates is also separated by the two barriers of "
-                                "block_inclusive_sum, before which nobody reads the counts",
 }
 """Barriers whose absence cannot show here, and why."""
 

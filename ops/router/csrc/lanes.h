@@ -34,9 +34,10 @@ LS_BOTH To bit_cast(From from) {
   return to;
 }
 
-// exp in fp32 (Cephes' polynomial, about 1 ulp), clamped to [-87, 88]; no branch, so that it vectorises.
+// exp in fp32 (Cephes' polynomial, about 1 ulp), above 88 that of 88, below -105 zero, with gradual underflow between; no
+// branch, so that it vectorises.
 LS_BOTH float exp_(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  x = x < -105.0f ? -105.0f : (x > 88.0f ? 88.0f : x);
   const float shifted = fmaf(x, 1.44269504088896341f, 12582912.0f);  // rounds to the nearest integer
   const int32_t n = bit_cast<int32_t>(shifted) - 0x4B400000;
   const float nf = shifted - 12582912.0f;
@@ -49,7 +50,8 @@ LS_BOTH float exp_(float x) {
   p = fmaf(p, r, 1.6666665459e-1f);
   p = fmaf(p, r, 5.0000001201e-1f);
   p = fmaf(p, r * r, r) + 1.0f;
-  return p * bit_cast<float>((n + 127) << 23);
+  const int32_t half = n >> 1;  // in two steps, since 2^n alone may lie below the normal numbers
+  return p * bit_cast<float>((half + 127) << 23) * bit_cast<float>((n - half + 127) << 23);
 }
 LS_BOTH double exp_(double x) { return exp(x); }
 
@@ -131,7 +133,6 @@ struct DeviceTile {
   static __device__ __forceinline__ bool owns(int slot) { return lane() == (slot & (G - 1)); }
   static __device__ __forceinline__ bool leads() { return lane() == 0; }
   static __device__ __forceinline__ bool any(bool p) { return __any_sync(ALL, p) != 0; }
-  static __device__ __forceinline__ void sync() { __syncwarp(); }
 
   template <class Fn> static __device__ __forceinline__ void each(Fn fn) {
 #pragma unroll
@@ -247,7 +248,6 @@ struct HostTile {
   static bool owns(int) { return true; }
   static bool leads() { return true; }
   static bool any(bool p) { return p; }
-  static void sync() {}
 
   template <class Fn> static LS_BOTH void each(Fn fn) {
     for (int j = 0; j < L; ++j)

@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(THREADS, 1) place_kernel(ForwardArgs<float> a,
     const int id = a.expert_ids[i];
     if (id >= 0) atomicAdd(next + warp * experts + id, 1);
   }
-  __syncthreads();
 
-  // First row: all assignments of lower experts, then those of the same expert in earlier blocks and warps.
+  // First row: all assignments of lower experts, then those of the same expert in earlier blocks and warps. The barriers of
+  // the prefix sum stand between the counts above and their readers.
   int total = 0;  // of the experts handled so far
   for (int first = 0; first < experts; first += THREADS) {
     const int e = first + threadIdx.x;

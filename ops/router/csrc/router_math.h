@@ -26,7 +26,7 @@ LS_BOTH void score_token(const Spec& spec, typename M::F (&x)[M::L], typename M:
     const Real shifted = M::at(x, j, l) - top;
     const Real e = exp_(shifted);
     M::at(q, j, l) = id < columns ? e : (Real)0;
-    M::at(s, j, l) = id < columns ? e * shifted : (Real)0;
+    M::at(s, j, l) = id < columns && e > 0 ? e * shifted : (Real)0;
   });
   const Real sum = M::total(q), weighted = M::total(s);
   const Real log_sum = log_(sum);
@@ -112,6 +112,11 @@ struct Sinks {
   int32_t* histogram;       // [E, B]; bin 0 is left to the caller
 };
 
+constexpr float LEAST_KEY = -3.0e38f;
+
+// A number of experts out of the control: 0 where it is negative or NaN.
+LS_BOTH int whole_number(float value, int most) { return value >= 0.0f ? (value < (float)most ? (int)value : most) : 0; }
+
 // One token forward. `active` is false for tiles without a token, which only take part in exchanges.
 // `score_acc`, `float_acc`: running sums of this tile.
 template <class M, class In, class Counter, class Add, class AddHistogram>
@@ -163,16 +168,19 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
   } else {
     M::each([&](int j, int l, int id) { M::at(u, j, l) = id < columns ? M::at(s, j, l) : (Real)-INFINITY; });
   }
+  // A key that is no number, or beyond all numbers, ranks behind every other; -inf means taken already.
+  M::each([&](int j, int l, int id) {
+    if (id < columns && !finite_(M::at(u, j, l))) M::at(u, j, l) = LEAST_KEY;
+  });
   int candidates = columns;
   if (spec.num_groups > 1 && spec.top_groups < spec.num_groups) candidates = limit_groups<M>(spec, u);
   m.store_row(m.row_a, s);
 
   const float value = a.control ? a.control[CONTROL_VALUE] : 0.0f;
   const float share = a.control ? a.control[CONTROL_SHARE] : 1.0f;
-  int limit = a.control ? (int)a.control[CONTROL_LIMIT] : slots;
-  limit = limit < slots ? limit : slots;
+  int limit = a.control ? whole_number(a.control[CONTROL_LIMIT], slots) : slots;
   limit = limit < candidates ? limit : candidates;
-  const int override_k = a.control ? (int)a.control[CONTROL_TOP_K] : 0;
+  const int override_k = a.control ? whole_number(a.control[CONTROL_TOP_K], slots) : 0;
   int reason = live || masked || !active ? 0 : NONFINITE;
   int chosen = 0;        // selected columns, null experts included
   Real margin = (Real)0, alpha = (Real)0;
@@ -376,8 +384,10 @@ LS_BOTH void route_token_backward(M& m, const BackwardArgs<typename M::Real>& a,
     M::each([&](int j, int l, int) { M::at(t, j, l) = M::at(s, j, l) > 0 ? M::at(t, j, l) : (Real)0; });
   } else {
     M::each([&](int j, int l, int id) {
-      const Real slope = id < columns ? score_of<M>(SIGMOID, M::at(x, j, l)) / ((Real)2 * M::at(s, j, l)) : (Real)0;
-      M::at(t, j, l) = M::at(t, j, l) * slope;
+      // sigmoid(x) / (2 s); far below zero both vanish and the quotient is s / 2.
+      const Real score = M::at(s, j, l);
+      const Real slope = M::at(x, j, l) < (Real)-20 ? score / (Real)2 : score_of<M>(SIGMOID, M::at(x, j, l)) / ((Real)2 * score);
+      M::at(t, j, l) = id < columns ? M::at(t, j, l) * slope : (Real)0;
     });
   }
 
