@@ -13,8 +13,9 @@ relu       the L1 coefficient: c0 * exp(theta), |step| <= ln 1.2
 null       the shift of the null experts' logits: + theta
 
 A layer starts with plain top-k (warm start; not with relu) and moves to its mode over blend_steps. Two fallbacks bring it
-back to plain top-k for hold_steps: the guard (the error or the share of capped tokens stays large; not with relu), with round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv
-2512.13996, 2412.14711, 2603.11535; the gains are ours.
+back to plain top-k for hold_steps: the guard (the error or the share of capped tokens stays large; not with relu), with
+round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711,
+2603.11535; the gains are ours.
 """
 
 from __future__ import annotations

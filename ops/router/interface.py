@@ -76,7 +76,8 @@ def route(logits: Tensor, spec: RouteSpec, *, bias: Tensor | None = None, contro
     num_slots = spec.max_experts
     k_histogram, reason_counts, rest = integers.split((num_slots + 1, NUM_REASONS, 3))
     return RouterOutput(weights, expert_ids, counts, score_sums, float_sums[0], float_sums[1], log_z.detach(),
-                        margin.detach(), entropy.detach(), reasons, slots, inverse, offsets, histogram, k_histogram, reason_counts, rest[0], rest[2])
+                        margin.detach(), entropy.detach(), reasons, slots, inverse, offsets, histogram, k_histogram,
+                        reason_counts, rest[0], rest[2])
 
 
 def select_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -157,18 +158,18 @@ def _scores_fake(logits: Tensor, settings: list[int], scale: float) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, _, token_mask, *_, settings, scale = inputs
-    _, expert_ids, _, _, _, log_z, _, _, reasons, *_ = output
-    ctx.save_for_backward(logits, expert_ids, token_mask, reasons, log_z)
+    _, expert_ids, _, _, _, log_z, _, entropy, reasons, *_ = output
+    ctx.save_for_backward(logits, expert_ids, token_mask, reasons, log_z, entropy)
     ctx.settings, ctx.scale = settings, scale
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx: Any, grad_weights: Tensor, _ids: Any, _counts: Any, grad_score_sums: Tensor, grad_float_sums: Tensor,
               *_: Any) -> tuple[Tensor | None, ...]:
-    logits, expert_ids, token_mask, reasons, log_z = ctx.saved_tensors
-    grad = torch.ops.loadstone.router_backward(logits, expert_ids, token_mask, reasons, log_z, grad_weights.contiguous(),
-                                               grad_score_sums.contiguous(), grad_float_sums.contiguous(), ctx.settings,
-                                               ctx.scale)
+    logits, expert_ids, token_mask, reasons, log_z, entropy = ctx.saved_tensors
+    grad = torch.ops.loadstone.router_backward(logits, expert_ids, token_mask, reasons, log_z, entropy,
+                                               grad_weights.contiguous(), grad_score_sums.contiguous(),
+                                               grad_float_sums.contiguous(), ctx.settings, ctx.scale)
     return (grad, *[None] * 10)
 
 

@@ -821,7 +821,7 @@ def test_opcheck_passes():
         out = [t.detach() for t in ops.router_forward(*forward)]
         logits = logits.detach()
         torch.library.opcheck(ops.router_backward, (
-            logits, out[1], forward[3], out[8], out[5], torch.ones_like(out[0]), torch.ones_like(out[3]),
+            logits, out[1], forward[3], out[8], out[5], out[7], torch.ones_like(out[0]), torch.ones_like(out[3]),
             torch.ones_like(out[4]), settings, 1.5))
         torch.library.opcheck(ops.router_scores, (logits, settings, 1.5))
 

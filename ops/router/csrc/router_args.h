@@ -94,6 +94,7 @@ struct BackwardArgs {
   const uint8_t* token_mask;      // [T] or null
   const uint8_t* reasons;         // [T]
   const Real* log_z;              // [T]
+  const Real* entropy;            // [T]
   const Real* grad_weights;       // [T, K]
   const Real* grad_score_sums;    // [N, E]
   const Real* grad_float_sums;    // [2]

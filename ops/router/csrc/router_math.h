@@ -15,6 +15,24 @@ LS_BOTH typename M::Real score_of(int score, typename M::Real x) {
   return sqrt_((x > 0 ? x : (Real)0) + log1p_(tail));
 }
 
+// Scores s of the logits x, padding 0; q is the softmax.
+template <class M>
+LS_BOTH void scores_of(const Spec& spec, typename M::F (&x)[M::L], typename M::F (&s)[M::L], typename M::F (&q)[M::L]) {
+  using Real = typename M::Real;
+  const int columns = spec.num_columns;
+  if (spec.score == SOFTMAX) {
+    M::each([&](int j, int l, int) { M::at(s, j, l) = M::at(q, j, l); });
+  } else if (spec.score == SIGMOID) {
+    M::each([&](int j, int l, int id) { M::at(s, j, l) = id < columns ? score_of<M>(SIGMOID, M::at(x, j, l)) : (Real)0; });
+  } else if (spec.score == RELU) {
+    M::each([&](int j, int l, int id) { M::at(s, j, l) = id < columns ? score_of<M>(RELU, M::at(x, j, l)) : (Real)0; });
+  } else {
+    M::each([&](int j, int l, int id) {
+      M::at(s, j, l) = id < columns ? score_of<M>(SQRT_SOFTPLUS, M::at(x, j, l)) : (Real)0;
+    });
+  }
+}
+
 // logits x (finite; padding -inf) -> scores s (padding 0), softmax q, their log-sum-exp and entropy.
 template <class M>
 LS_BOTH void score_token(const Spec& spec, typename M::F (&x)[M::L], typename M::F (&s)[M::L], typename M::F (&q)[M::L],
@@ -34,17 +52,7 @@ LS_BOTH void score_token(const Spec& spec, typename M::F (&x)[M::L], typename M:
   entropy = log_sum - weighted / sum;
   const Real scale = (Real)1 / sum;
   M::each([&](int j, int l, int) { M::at(q, j, l) = M::at(q, j, l) * scale; });
-  if (spec.score == SOFTMAX) {
-    M::each([&](int j, int l, int) { M::at(s, j, l) = M::at(q, j, l); });
-  } else if (spec.score == SIGMOID) {
-    M::each([&](int j, int l, int id) { M::at(s, j, l) = id < columns ? score_of<M>(SIGMOID, M::at(x, j, l)) : (Real)0; });
-  } else if (spec.score == RELU) {
-    M::each([&](int j, int l, int id) { M::at(s, j, l) = id < columns ? score_of<M>(RELU, M::at(x, j, l)) : (Real)0; });
-  } else {
-    M::each([&](int j, int l, int id) {
-      M::at(s, j, l) = id < columns ? score_of<M>(SQRT_SOFTPLUS, M::at(x, j, l)) : (Real)0;
-    });
-  }
+  scores_of<M>(spec, x, s, q);
 }
 
 // True where every logit is finite; x of other rows is set to zero, so that nothing else needs to care.
@@ -333,8 +341,9 @@ LS_BOTH void route_token_backward(M& m, const BackwardArgs<typename M::Real>& a,
   F x[M::L], s[M::L], q[M::L], t[M::L];
   M::load(x, (const In*)a.logits + (size_t)(active ? token : 0) * columns, columns, live, (Real)-INFINITY);
   if (!live) M::each([&](int j, int l, int id) { M::at(x, j, l) = id < columns ? (Real)0 : (Real)-INFINITY; });
-  Real log_z, entropy;
-  score_token<M>(spec, x, s, q, log_z, entropy);
+  const Real log_z = live ? a.log_z[token] : (Real)0, entropy = live ? a.entropy[token] : (Real)0;
+  M::each([&](int j, int l, int id) { M::at(q, j, l) = id < columns ? exp_(M::at(x, j, l) - log_z) : (Real)0; });
+  scores_of<M>(spec, x, s, q);
   m.store_row(m.row_a, s);
 
   // Gates: dL/ds of the selected.

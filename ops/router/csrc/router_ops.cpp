@@ -158,7 +158,8 @@ ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor co
 }
 
 Tensor backward(bool on_cuda, Tensor logits, Tensor expert_ids, MaybeTensor token_mask, Tensor reasons, Tensor log_z,
-                Tensor grad_weights, Tensor grad_score_sums, Tensor grad_float_sums, const std::vector<int64_t>& settings, double scale) {
+                Tensor entropy, Tensor grad_weights, Tensor grad_score_sums, Tensor grad_float_sums,
+                const std::vector<int64_t>& settings, double scale) {
   const Spec s = read_spec(settings, scale, logits);
   Tensor grad_logits = torch::stable::new_empty(logits, {(int64_t)s.num_tokens, (int64_t)s.num_columns}, logits.scalar_type());
   by_type(s, [&](auto real_zero, auto in_zero) {
@@ -170,6 +171,7 @@ Tensor backward(bool on_cuda, Tensor logits, Tensor expert_ids, MaybeTensor toke
                                pointer<uint8_t>(token_mask),
                                (uint8_t*)reasons.data_ptr(),
                                (Real*)log_z.data_ptr(),
+                               (Real*)entropy.data_ptr(),
                                (Real*)grad_weights.data_ptr(),
                                (Real*)grad_score_sums.data_ptr(),
                                (Real*)grad_float_sums.data_ptr(),
@@ -219,10 +221,10 @@ Tensor scores(bool on_cuda, Tensor logits, const std::vector<int64_t>& settings,
 #define FORWARD_ARGUMENTS \
   logits, bias, control, token_mask, given_ids, cut_scores, cut_tokens, histogram_range, token_ids, settings, scale
 #define BACKWARD_PARAMETERS                                                                                           \
-  Tensor logits, Tensor expert_ids, MaybeTensor token_mask, Tensor reasons, Tensor log_z, Tensor grad_weights,        \
-      Tensor grad_score_sums, Tensor grad_float_sums, std::vector<int64_t> settings, double scale
+  Tensor logits, Tensor expert_ids, MaybeTensor token_mask, Tensor reasons, Tensor log_z, Tensor entropy,             \
+      Tensor grad_weights, Tensor grad_score_sums, Tensor grad_float_sums, std::vector<int64_t> settings, double scale
 #define BACKWARD_ARGUMENTS \
-  logits, expert_ids, token_mask, reasons, log_z, grad_weights, grad_score_sums, grad_float_sums, settings, scale
+  logits, expert_ids, token_mask, reasons, log_z, entropy, grad_weights, grad_score_sums, grad_float_sums, settings, scale
 
 ForwardOut forward_cpu(FORWARD_PARAMETERS) { return forward(false, FORWARD_ARGUMENTS); }
 Tensor backward_cpu(BACKWARD_PARAMETERS) { return backward(false, BACKWARD_ARGUMENTS); }
@@ -250,7 +252,7 @@ STABLE_TORCH_LIBRARY(loadstone, m) {
       "Tensor expert_ids, Tensor counts, Tensor score_sums, Tensor float_sums, Tensor log_z, Tensor margin, Tensor entropy, "
       "Tensor reasons, Tensor slots, Tensor inverse, Tensor offsets, Tensor histogram, Tensor integers)");
   m.def(
-      "router_backward(Tensor logits, Tensor expert_ids, Tensor? token_mask, Tensor reasons, Tensor log_z, Tensor grad_weights, "
+      "router_backward(Tensor logits, Tensor expert_ids, Tensor? token_mask, Tensor reasons, Tensor log_z, Tensor entropy, Tensor grad_weights, "
       "Tensor grad_score_sums, Tensor grad_float_sums, int[] settings, float scale) -> Tensor");
   m.def("router_scores(Tensor logits, int[] settings, float scale) -> Tensor");
   m.def("router_use_launchers(str path, bool on_cpu) -> ()");
