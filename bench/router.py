@@ -3,7 +3,7 @@
 Legend: T tokens, D hidden, E experts, K slots, B histogram bins. Least traffic in bytes, of fp32 logits:
     forward: read logits 4*T*E; write gates, ids, slots, inverse 16*T*K; log_z, margin, entropy, reasons 13*T;
         counts, score sums, offsets 16*E; the histogram 4*E*B.
-    backward: read logits 4*T*E, ids and gate gradients 8*T*K, log_z and reasons 5*T, gradients of the sums 4*E;
+    backward: read logits 4*T*E, ids and gate gradients 8*T*K, log_z, entropy, reasons 9*T, gradients of the sums 4*E;
         write the gradient 4*T*E.
 """
 
@@ -212,7 +212,7 @@ def bench_shape(device: torch.device, num_tokens: int, hidden_size: int, num_exp
     label: dict[str, int | str] = {"mode": mode, "T": num_tokens, "E": num_experts, "K": top_k, "B": num_bins}
     row_bytes = num_tokens * num_experts * 4
     read_write = row_bytes + 16 * num_tokens * top_k + 13 * num_tokens + 16 * num_experts + 4 * num_experts * num_bins
-    backward_bytes = 2 * row_bytes + 8 * num_tokens * top_k + 5 * num_tokens + 4 * num_experts
+    backward_bytes = 2 * row_bytes + 8 * num_tokens * top_k + 9 * num_tokens + 4 * num_experts
     found = []
     for name, call, num_bytes in (("forward", forward, read_write),
                                   ("forward_backward", forward_backward, read_write + backward_bytes)):
