@@ -365,7 +365,8 @@ def test_random_rows_pack_by_the_same_rules():
 
 def test_a_batch_moves_to_the_device_with_the_names_the_model_takes():
     inputs = pack([np.arange(1, 6)], 4, EOD).inputs(torch.device("cpu"))
-    assert set(inputs) == {"input_ids", "targets", "positions", "cu_seqlens", "max_seqlen", "token_mask"}
+    assert set(inputs) == {"input_ids", "targets", "positions", "cu_seqlens", "max_seqlen", "token_mask",
+                           "token_ids"}
     assert inputs["token_mask"] is None and inputs["max_seqlen"] == 4
 
 

@@ -280,9 +280,11 @@ struct HostTile {
     F best = x[0];
     for (int j = 1; j < L; ++j)
       for (int l = 0; l < 32; ++l) best.v[l] = best.v[l] > x[j].v[l] ? best.v[l] : x[j].v[l];
-    for (int o = 16; o; o >>= 1)
-      for (int l = 0; l < o; ++l) best.v[l] = best.v[l] > best.v[l + o] ? best.v[l] : best.v[l + o];
-    return best.v[0];
+    for (int l = 0; l < 16; ++l) best.v[l] = best.v[l] > best.v[l + 16] ? best.v[l] : best.v[l + 16];
+    for (int l = 0; l < 8; ++l) best.v[l] = best.v[l] > best.v[l + 8] ? best.v[l] : best.v[l + 8];
+    for (int l = 0; l < 4; ++l) best.v[l] = best.v[l] > best.v[l + 4] ? best.v[l] : best.v[l + 4];
+    const Real a = best.v[0] > best.v[1] ? best.v[0] : best.v[1], b = best.v[2] > best.v[3] ? best.v[2] : best.v[3];
+    return a > b ? a : b;
   }
   static int add(int v) { return v; }
 
@@ -300,6 +302,21 @@ struct HostTile {
   using Packed = std::conditional_t<sizeof(Real) == 4, uint64_t, unsigned __int128>;
   alignas(64) Packed packed[WIDTH];
   alignas(64) Packed best[GROUPS];
+  // Largest of COUNT elements, STEP apart, by scalar loads: a vector load of what was just stored would stall.
+  template <int STEP, int COUNT>
+  static LS_BOTH Packed largest(const Packed* at) {
+    Packed top = scalar(at[0]);
+#pragma GCC unroll 32
+    for (int i = 1; i < COUNT; ++i) {
+      const Packed other = scalar(at[i * STEP]);
+      top = top > other ? top : other;
+    }
+    return top;
+  }
+  static LS_BOTH Packed scalar(Packed x) {
+    if constexpr (sizeof(Packed) == 8) asm("" : "+r"(x));
+    return x;
+  }
   void begin_ranking(F (&keys)[L]) {
     using Bits = std::conditional_t<sizeof(Real) == 4, uint32_t, uint64_t>;
     constexpr Bits SIGN = (Bits)1 << (8 * sizeof(Bits) - 1);
@@ -314,15 +331,12 @@ struct HostTile {
   }
   void next_rank(F (&keys)[L], int, int rank, bool wanted) {
     if (!wanted) return;
-    Packed top = best[0];
-    for (int g = 1; g < GROUPS; ++g) top = top > best[g] ? top : best[g];
-    const int column = (int)~(uint32_t)top, group = column % GROUPS;
+    const Packed top = largest<1, GROUPS>(best);
+    const unsigned column = ~(uint32_t)top, group = column % GROUPS;
     rank_ids[rank] = column;
     rank_keys[rank] = reinterpret_cast<const Real*>(keys)[column];
     packed[column] = 0;
-    Packed next = packed[group];
-    for (int c = group + GROUPS; c < WIDTH; c += GROUPS) next = next > packed[c] ? next : packed[c];
-    best[group] = next;
+    best[group] = largest<GROUPS, WIDTH / GROUPS>(packed + group);
   }
   LS_BOTH void store_row(Real* row, const F (&x)[L]) { memcpy(row, x, sizeof(x)); }
   LS_BOTH void load_row(F (&x)[L], const Real* row) { memcpy(x, row, sizeof(x)); }

@@ -45,7 +45,8 @@ void forward_columns(const ForwardArgs<Real>& a, int num_workers, Parallel paral
         Real floats[2] = {(Real)0, (Real)0};
         for (int64_t token = begin + tile; token < end; token += p.tiles)
           route_token<M, In>(m, a, (int)token, true, sinks, checksums[worker], scores, floats, add, add_histogram);
-        for (int e = 0; e < experts; ++e) sums[e] = sums[e] + scores[e >> 5].v[e & 31];
+        const Real* const flat = reinterpret_cast<const Real*>(scores);
+        for (int e = 0; e < experts; ++e) sums[e] = sums[e] + flat[e];
         for (int i = 0; i < 2; ++i) sums[experts + i] = sums[experts + i] + floats[i];
       }
     }
@@ -95,7 +96,8 @@ void forward_columns(const ForwardArgs<Real>& a, int num_workers, Parallel paral
   parallel(p.num_blocks, [&](int, int64_t first, int64_t last) {
     for (int block = (int)first; block < last; ++block) {
       int32_t* const next = block_counts.data() + (size_t)block * experts;
-      for (int64_t i = block_begin(p, s, block) * slots; i < block_end(p, s, block) * slots; ++i) {
+      const int64_t stop = block_end(p, s, block) * slots;
+      for (int64_t i = block_begin(p, s, block) * slots; i < stop; ++i) {
         const int32_t id = a.expert_ids[i];
         const int32_t row = id >= 0 ? next[id]++ : -1;
         a.inverse[i] = row;
