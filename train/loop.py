@@ -19,6 +19,7 @@ from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
 from ops.grouped_mlp import select_backend
+from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
 from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
@@ -37,6 +38,7 @@ from train.data.store import TokenStore, TrainingSamples, ValidationRows
 from train.engine import Engine
 from train.evaluate import evaluate
 from train.metrics import StepMetrics, console_line
+from train.routing_metrics import routing_details
 from train.runtime import StopSignal, from_rank_zero, seed_everything
 from train.schedule import Schedule
 from train.spike import SpikeGuard
@@ -167,6 +169,8 @@ class _Run:
     progress: Progress
     stop: StopSignal
     bits_per_byte: float | None = None
+    routings: tuple[RouterOutput, ...] = ()
+    """Of the last micro-batch of the last logged step, on the rank that logs."""
 
     def train(self) -> dict[str, Any]:
         """All steps; returns the summary."""
@@ -230,14 +234,17 @@ class _Run:
         stats = scope_counts = None
         snapshot = progress.spike.takes_snapshot(progress.step, config.fail_safe)
         for i, batch in enumerate(batches):
+            detailed = self.tracker is not None and (progress.step + 1) % config.train.log_interval == 0
             output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts,
-                                         keep_routing=self.audit is not None, snapshot=snapshot,
+                                         keep_routing=self.audit is not None or detailed, snapshot=snapshot,
                                          frozen=progress.spike.frozen_steps > 0)
             loss = training_loss(output, num_targets, num_tokens, config.balance)
             self.engine.backward(loss, is_last=i == len(batches) - 1)
             stats = output.stats if stats is None else stats + output.stats
             scope_counts = output.scope_counts
             self.metrics.add(output, batch.num_targets, batch.num_tokens)
+            if detailed:
+                self.routings = tuple(RouterOutput(*(part.detach() for part in r)) for r in output.routings)
             if self.audit is not None and batch.token_ids is not None:
                 self.audit.add(progress.step + 1, batch.token_ids, batch.token_mask, output.routings)
         self.grad_norm = self.engine.step()
@@ -282,6 +289,7 @@ class _Run:
         scalars = {"train/loss": scalars.pop("train/loss"), "train/lr": self.schedule.learning_rate,
                    "train/grad_norm": self.grad_norm, **scalars}
         if self.tracker is not None:
+            scalars |= routing_details(self.routings)
             self.tracker.log(progress.step, progress.consumed_tokens, scalars)
             if scalars.get("moe/layers_collapsed"):
                 log.warning("step %d: %d MoE layers have collapsed onto a few experts and are routed to one expert a token "

@@ -14,7 +14,7 @@ from model.balance import LayerStats, balance_metrics
 from model.budget import COLLAPSED, HOLD, THETA, penalty_coeff
 from model.config import ModelConfig
 from model.routers.base import SHARE, VALUE, Router
-from ops.router import Reason
+from ops.router import Reason, RouterOutput
 
 BY_LAYER = ("max_vio", "experts_per_token", "budget_error", "router_entropy")
 """Metrics that are written for every layer; the others as mean and largest."""
@@ -74,3 +74,38 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
 def routing_tables(stats: LayerStats) -> dict[str, Any]:
     """What routing.jsonl keeps per MoE layer: assignments by expert, tokens by number of experts, tokens by reason."""
     return {"counts": stats.counts.tolist(), "k_histogram": stats.k_histogram.tolist(), "reasons": stats.reasons.tolist()}
+
+
+@torch.no_grad()
+def routing_details(routings: tuple[RouterOutput, ...]) -> dict[str, float]:
+    """What needs tokens instead of sums: of one rank's last micro-batch, so a sample, averaged over MoE layers.
+
+    margin_p05, margin_p50: quantiles over tokens of the key of the last selected minus that of the first not selected.
+    log_z_p99, log_z_max: of the log-sum-exp of the logits. gate_sum, gate_top1_share, gate_rms: of the gates of a token.
+    co_activation: mean over pairs of experts of |P(both) / (P(one) P(other)) - 1|: 0 where experts are chosen independently.
+    """
+    found: dict[str, list[float]] = {}
+    for routing in routings:
+        visiting = (routing.expert_ids >= 0).any(1)
+        if not bool(visiting.any()):
+            continue
+        weights, margin, log_z = routing.weights[visiting].float(), routing.margin[visiting], routing.log_z[visiting].float()
+        num_experts = routing.counts.shape[1]
+        chosen = torch.zeros(len(visiting), num_experts + 1, device=weights.device)
+        chosen.scatter_(1, torch.where(routing.expert_ids < 0, num_experts, routing.expert_ids).long(), 1.0)
+        chosen = chosen[visiting, :num_experts]
+        alone = chosen.mean(0)
+        together, expected = chosen.T @ chosen / len(chosen), torch.outer(alone, alone)
+        pairs = ~torch.eye(num_experts, dtype=torch.bool, device=weights.device) & (expected > 0)
+        sums = weights.sum(1)
+        quantiles = margin.float().quantile(torch.tensor([0.05, 0.5], device=margin.device)).tolist()
+        values = {"margin_p05": quantiles[0], "margin_p50": quantiles[1],
+                  "log_z_p99": float(log_z.quantile(0.99)), "log_z_max": float(log_z.max()), "gate_sum": float(sums.mean()),
+                  "gate_top1_share": float((weights.max(1).values / sums.clamp_min(1e-20)).mean()),
+                  "gate_rms": float(weights[routing.expert_ids[visiting] >= 0].square().mean().sqrt()),
+                  "co_activation": 0.0}
+        if bool(pairs.any()):
+            values["co_activation"] = float((together / expected.clamp_min(1e-20) - 1).abs()[pairs].mean())
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return {f"moe/{name}": sum(values) / len(values) for name, values in found.items()}

@@ -83,5 +83,11 @@ def test_variants_train_as_one_process(run_ranks):
 
 
 @pytest.mark.slow
+def test_eight_ranks_route_and_train_as_one_process(run_ranks):
+    cases = [{**ROUTERS[2], "ep": 8}]
+    check(run_ranks("distributed/parity_worker.py", 8, json.dumps(cases)), cases)
+
+
+@pytest.mark.slow
 def test_routers_with_controllers_train_as_one_process(run_ranks):
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(ROUTERS)), ROUTERS)

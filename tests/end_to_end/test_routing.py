@@ -49,7 +49,8 @@ def test_the_metrics_name_budget_balance_and_fallbacks(runs):
     last = metrics(runs / "full")[-1]
     for name in ("moe/experts_per_token", "moe/experts_per_token/layer_1", "moe/budget_error", "moe/budget_error/max",
                  "moe/max_vio", "moe/max_vio/layer_1", "moe/load_gini", "moe/router_entropy", "moe/rank_load",
-                 "moe/fallback/empty", "moe/fallback/nonfinite", "moe/expert_flops_per_token", "moe/mode_share"):
+                 "moe/fallback/empty", "moe/fallback/nonfinite", "moe/expert_flops_per_token", "moe/mode_share",
+                 "moe/margin_p50", "moe/log_z_p99", "moe/gate_sum", "moe/co_activation"):
         assert name in last, name
     assert last["moe/mode_share"] == 1.0 and last["moe/fallback/nonfinite"] == 0.0
     table = json.loads((runs / "full" / "routing.jsonl").read_text().splitlines()[-1])

@@ -1,0 +1,37 @@
+"""Metrics that need tokens: margins, gates, co-activation, of hand-made routings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ops.router import RouteSpec, route
+from train.routing_metrics import routing_details
+
+
+def routing_of(ids: list[list[int]], num_experts: int = 4, logits: torch.Tensor | None = None):
+    spec = RouteSpec(num_experts, "given", max_experts=len(ids[0]), normalize_weights=False)
+    logits = torch.zeros(len(ids), num_experts) if logits is None else logits
+    return route(logits, spec, given_ids=torch.tensor(ids))
+
+
+def test_experts_chosen_together_always_or_independently_show():
+    always = routing_details((routing_of([[0, 1], [2, 3]] * 8),))
+    assert always["moe/co_activation"] == pytest.approx((2 * 1 + 4 * 1) / 6)  # 0-1 and 2-3: twice; the others never
+    independent = routing_details((routing_of([[a, b] for a in (0, 1) for b in (2, 3)]),))
+    assert independent["moe/co_activation"] == pytest.approx((4 * 0 + 2 * 1) / 6)  # only 0-1 and 2-3 never meet
+
+
+def test_gates_margins_and_log_z_follow_their_definition():
+    logits = torch.randn(101, 4, generator=torch.Generator().manual_seed(0))
+    routing = route(logits, RouteSpec(4, "top_k", top_k=2, max_experts=2))
+    found = routing_details((routing,))
+    ranked = logits.softmax(-1).sort(descending=True).values
+    assert found["moe/gate_sum"] == pytest.approx(1.0)
+    assert found["moe/gate_top1_share"] == pytest.approx(float((ranked[:, 0] / ranked[:, :2].sum(1)).mean()), rel=1e-5)
+    assert found["moe/margin_p50"] == pytest.approx(float((ranked[:, 1] - ranked[:, 2]).median()), rel=1e-4)
+    assert found["moe/log_z_max"] == pytest.approx(float(logits.logsumexp(-1).max()), rel=1e-6)
+
+
+def test_layers_without_assignments_are_left_out():
+    assert routing_details((routing_of([[-1, -1], [-1, -1]]),)) == {} == routing_details(())
