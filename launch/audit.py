@@ -98,7 +98,7 @@ class Texts:
         return self.samples.tokens(sample)[:self.seq_len]
 
     def source(self, token: int) -> int:
-        return self.samples._locate(token // self.seq_len)[0]
+        return self.samples.source_of(token // self.seq_len)
 
     def vocabulary_ids(self, tokens: np.ndarray) -> np.ndarray:
         """[N] token ids -> [N] int64, what stands there; -1 in sequences that were not read (see MAX_SEQUENCES)."""

@@ -73,9 +73,9 @@ def pack_stats(routing: RouterOutput, lowered_limit: torch.Tensor) -> torch.Tens
     lowered_limit: [] bool, tokens at their limit are F5's, not the configuration's.
     """
     reasons = routing.reason_counts.clone()
-    moved = torch.where(lowered_limit, reasons[_CAPPED], 0)
-    reasons[_CAPPED] -= moved
-    reasons[_OVERLOADED] += moved
+    moved = torch.where(lowered_limit, reasons[Reason.CAPPED.bit], 0)
+    reasons[Reason.CAPPED.bit] -= moved
+    reasons[Reason.OVERLOADED.bit] += moved
     entropy = (routing.entropy_sum.detach().double() / ENTROPY_UNIT).round().long()
     return torch.cat((routing.counts.sum(0), routing.k_histogram, reasons, routing.null_count.view(1),
                       routing.checksum.view(1), entropy.view(1), routing.histogram.flatten().long()))
@@ -88,9 +88,6 @@ def unpack_stats(stats: torch.Tensor, num_experts: int, num_slots: int) -> Layer
         (*sizes, stats.shape[1] - sum(sizes)), dim=1)
     return LayerStats(counts, k_histogram, reasons, null_count[:, 0], checksum[:, 0], entropy[:, 0].double() * ENTROPY_UNIT,
                       histogram.reshape(len(stats), num_experts, -1))
-
-
-_CAPPED, _OVERLOADED = (int(r).bit_length() - 1 for r in (Reason.CAPPED, Reason.OVERLOADED))
 
 
 def histogram_bins(balance: BalanceConfig, router: Router) -> int:

@@ -100,7 +100,7 @@ def _control_budget(first: Router, control: torch.Tensor, state: torch.Tensor, s
     state[:, ERROR] = torch.where(active, error, 0.0)
     steady = active & (share == 1)
     state[:, ARMED] = torch.where(steady & (error.abs() < budget.guard_error / 2), 1.0, state[:, ARMED])
-    capped = stats.reasons[:, int(Reason.CAPPED).bit_length() - 1].float() / stats.tokens.clamp_min(1).float()
+    capped = stats.reasons[:, Reason.CAPPED.bit].float() / stats.tokens.clamp_min(1).float()
     bad = (error.abs() > budget.guard_error) | (capped > budget.guard_capped) | ~theta.isfinite()
     if first.law == "relu":  # its penalty works through training: plain top-k would only train other experts
         bad = torch.zeros_like(bad)

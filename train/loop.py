@@ -233,8 +233,8 @@ class _Run:
         num_targets, num_tokens, stop = self._agree(batches)
         stats = scope_counts = None
         snapshot = progress.spike.takes_snapshot(progress.step, config.fail_safe)
+        detailed = self.tracker is not None and (progress.step + 1) % config.train.log_interval == 0
         for i, batch in enumerate(batches):
-            detailed = self.tracker is not None and (progress.step + 1) % config.train.log_interval == 0
             output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts,
                                          keep_routing=self.audit is not None or detailed, snapshot=snapshot,
                                          frozen=progress.spike.frozen_steps > 0)

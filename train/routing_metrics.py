@@ -63,8 +63,8 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
         if name in BY_LAYER:
             found.update({f"moe/{name}/layer_{layer}": float(v) for layer, v in zip(model.moe_layers, values, strict=True)})
     all_tokens = float(tokens.sum())
-    for bit, reason in enumerate(Reason):
-        found[f"moe/fallback/{str(reason.name).lower()}"] = float(stats.reasons[:, bit].sum()) / all_tokens
+    for reason in Reason:
+        found[f"moe/fallback/{str(reason.name).lower()}"] = float(stats.reasons[:, reason.bit].sum()) / all_tokens
     found["moe/layers_in_fallback"] = int((state[:, HOLD] > 0).sum())
     found["moe/layers_collapsed"] = int((state[:, COLLAPSED] > 0).sum())
     found["moe/expert_flops_per_token"] = 6.0 * model.hidden_size * model.expert_intermediate_size * float(experts.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -151,7 +152,7 @@ class Router(nn.Module):
 
 
 def _given(spec: RouteSpec) -> RouteSpec:
-    return RouteSpec(**{**vars(spec), "mode": "given"})
+    return dataclasses.replace(spec, mode="given")
 
 
 def _marked(routing: RouterOutput, choice: RouterOutput, reason: Reason,

@@ -26,6 +26,11 @@ class Reason(IntFlag):
     FROZEN = 64  # F4: chosen by an earlier router
     OVERLOADED = 128  # F5: the limit is lowered because a rank has too much to do
 
+    @property
+    def bit(self) -> int:
+        """Place in RouterOutput.reason_counts."""
+        return self.value.bit_length() - 1
+
 
 NUM_REASONS = 8
 _MODES = {"top_k": 0, "top_p": 1, "threshold": 2, "relu": 2, "expert_choice": 3, "given": 4}  # csrc/router_args.h

@@ -125,6 +125,10 @@ class TrainingSamples:
         for source, epoch in sorted(needed):
             self.sources[source].open_epoch(epoch)
 
+    def source_of(self, index: int) -> int:
+        """The source that sample `index` comes from."""
+        return self._locate(index)[0]
+
     def tokens(self, index: int) -> np.ndarray:
         source, within = self._locate(index)
         return self.sources[source].tokens(within)
