@@ -73,7 +73,20 @@ void* current_stream(const Tensor& t) {
   return stream;
 }
 
-void check_launch(int code, const char* what) { STD_TORCH_CHECK(code == 0, what, ": CUDA error ", code); }
+// Hands the arguments to the library that holds the kernels; false where the CPU code of this file is to run.
+template <class Args, class Launch>
+bool launched(bool on_cuda, Launch Launchers::* which, const Args& args, const Tensor& logits) {
+  if constexpr (std::is_same_v<Launch, int (*)(const Args*, void*)>) {  // fp32 only
+    const Launch launch = (on_cuda ? cuda_launchers : cpu_launchers).*which;
+    if (launch) {
+      const int code = launch(&args, on_cuda ? current_stream(logits) : nullptr);
+      STD_TORCH_CHECK(code == 0, "router: CUDA error ", code);
+      return true;
+    }
+  }
+  STD_TORCH_CHECK(!on_cuda, "the router on CUDA takes fp32 or bf16 logits and its CUDA library");
+  return false;
+}
 
 // f(worker, begin, end) over [0, n) on torch's threads.
 constexpr int MAX_WORKERS = 64;
@@ -141,16 +154,12 @@ ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor co
                         (int32_t*)histogram.data_ptr(),
                         (int64_t*)integers.data_ptr(),
                         nullptr};
-    const Launchers& launchers = on_cuda ? cuda_launchers : cpu_launchers;
-    if constexpr (std::is_same_v<Real, float>) {
-      if (launchers.forward && T > 0) {
-        const Tensor scratch = torch::stable::new_empty(logits, {(int64_t)workspace(s, sizeof(float)).bytes}, ScalarType::Byte);
-        a.workspace = scratch.data_ptr();
-        check_launch(launchers.forward(&a, on_cuda ? current_stream(logits) : nullptr), "router forward");
-        return;
-      }
+    STD_TORCH_CHECK(!on_cuda || T > 0, "the router on CUDA takes at least one token");
+    if (T > 0 && (on_cuda || cpu_launchers.forward)) {
+      const Tensor scratch = torch::stable::new_empty(logits, {(int64_t)workspace(s, sizeof(Real)).bytes}, ScalarType::Byte);
+      a.workspace = scratch.data_ptr();
+      if (launched(on_cuda, &Launchers::forward, a, logits)) return;
     }
-    STD_TORCH_CHECK(!on_cuda, "the router on CUDA takes fp32 or bf16 logits, at least one token, and its CUDA library");
     const Parallel parallel{num_workers(s)};
     with_width<Real>(s.num_columns, [&](auto width) { forward_columns<Real, In, decltype(width)::value>(a, parallel.workers, parallel); });
   });
@@ -176,15 +185,7 @@ Tensor backward(bool on_cuda, Tensor logits, Tensor expert_ids, MaybeTensor toke
                                (Real*)grad_score_sums.data_ptr(),
                                (Real*)grad_float_sums.data_ptr(),
                                grad_logits.data_ptr()};
-    const Launchers& launchers = on_cuda ? cuda_launchers : cpu_launchers;
-    if (s.num_tokens == 0) return;
-    if constexpr (std::is_same_v<Real, float>) {
-      if (launchers.backward) {
-        check_launch(launchers.backward(&a, on_cuda ? current_stream(logits) : nullptr), "router backward");
-        return;
-      }
-    }
-    STD_TORCH_CHECK(!on_cuda, "the router on CUDA takes fp32 or bf16 logits and its CUDA library");
+    if (s.num_tokens == 0 || launched(on_cuda, &Launchers::backward, a, logits)) return;
     const Parallel parallel{num_workers(s)};
     with_width<Real>(s.num_columns, [&](auto width) { backward_columns<Real, In, decltype(width)::value>(a, parallel); });
   });
@@ -199,15 +200,7 @@ Tensor scores(bool on_cuda, Tensor logits, const std::vector<int64_t>& settings,
     using Real = decltype(real_zero);
     using In = decltype(in_zero);
     const ScoresArgs<Real> a{s, logits.data_ptr(), (Real*)out.data_ptr()};
-    const Launchers& launchers = on_cuda ? cuda_launchers : cpu_launchers;
-    if (s.num_tokens == 0) return;
-    if constexpr (std::is_same_v<Real, float>) {
-      if (launchers.scores) {
-        check_launch(launchers.scores(&a, on_cuda ? current_stream(logits) : nullptr), "router scores");
-        return;
-      }
-    }
-    STD_TORCH_CHECK(!on_cuda, "the router on CUDA takes fp32 or bf16 logits and its CUDA library");
+    if (s.num_tokens == 0 || launched(on_cuda, &Launchers::scores, a, logits)) return;
     const Parallel parallel{num_workers(s)};
     with_width<Real>(s.num_columns, [&](auto width) { scores_columns<Real, In, decltype(width)::value>(a, parallel); });
   });
