@@ -152,8 +152,9 @@ def record(config: DictConfig, cls: type, path: str = "") -> Any:
     return settings
 
 
-def load_run(run: str) -> Any:
-    """The RunConfig a run directory was trained with, for use in one process.
+def load_run(run: str, attention: Any = None) -> Any:
+    """The RunConfig a run directory was trained with, for use in one process; attention: a ComponentConfig to use instead
+    of its own.
 
     Raises:
         FileNotFoundError: the directory holds no config.
@@ -168,7 +169,10 @@ def load_run(run: str) -> Any:
     saved.launch, saved.parallel = {"kind": "inline"}, {}
     saved.train.micro_batch_size = saved.train.global_batch_size = 1
     saved.train.batch_size_rampup = None
-    return parse(plain(saved), world_size=1)
+    config = plain(saved)
+    if attention is not None:
+        config["attention"] = {"_target_": attention.target, **attention.arguments}
+    return parse(config, world_size=1)
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -1,10 +1,14 @@
-"""Evaluate a run on its held-out text: python -m launch.evaluate run=DIR [checkpoint=best|latest] [router.budget=K]."""
+"""Evaluate a run on its held-out text.
+
+python -m launch.evaluate run=DIR [checkpoint=best|latest] [router.budget=K] [attention=scc]
+"""
 
 from __future__ import annotations
 
 if not __package__:
     raise SystemExit("run from the repository root as: python -m launch.evaluate")
 
+import math
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -28,7 +32,7 @@ def main(config: DictConfig) -> float:
     if config.run is None:
         raise ValueError("give run=DIR")
     settings = record(config, EvaluateConfig)
-    run = load_run(settings.run)
+    run = load_run(settings.run, settings.attention)
     store = TokenStore(prepare(run.data))
     if store.manifest["content"] != TokenStore(Path(settings.run) / "data").manifest["content"]:
         raise ValueError(f"{store.path} holds other tokens than the run was trained on, so what was held out is not "
@@ -44,7 +48,8 @@ def main(config: DictConfig) -> float:
         print(f"routers calibrated to {settings.router.budget:g} experts per token on training text: {mean:.3f}")
     rows = ValidationRows(store, run.train.seq_len)
     batches = validation_batches(rows, settings.batch_size, store.end_of_document, 0, 1, settings.max_sequences)
-    result = evaluate(model, batches, store.token_bytes(), device, model.routers())
+    sparse = [attention.layer_idx for attention in model.sparse_attentions()]
+    result = evaluate(model, batches, store.token_bytes(), device, model.routers(), sparse)
     counts = result.pop("counts", [])
     for layer, row in zip(run.model.moe_layers, counts, strict=False):
         mean = sum(row) / len(row)
@@ -52,6 +57,9 @@ def main(config: DictConfig) -> float:
     if counts:
         print(f"experts per token {result['experts_per_token']:.3f} (layers "
               + " ".join(f"{k:.3f}" for k in result["experts_per_token_by_layer"]) + ")")
+    if "attention/tail_mass" in result:
+        print(f"attention  tail mass {result['attention/tail_mass']:.1%}  error {result.get('attention/error', math.nan):.1%} "
+              f"(mean over sampled rows, below {result.get('attention/error_bound', math.nan):.1%} with probability 0.999)")
     print(f"{checkpoint}: val_loss {result['val_loss']:.4f}  perplexity {result['perplexity']:.2f}  bits_per_byte "
           f"{result['bits_per_byte']:.4f}  unigram_entropy {store.unigram_entropy:.4f}")
     print_result({"run_dir": settings.run, "checkpoint": checkpoint.name, "step": read_state(checkpoint)["step"],

@@ -10,6 +10,7 @@ if not __package__:
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -17,7 +18,7 @@ from launch.common import load_run, print_result, record, run_main
 
 
 def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
-           checkpoint: str = "best", budget: float | None = None) -> Iterator[str]:
+           checkpoint: str = "best", budget: float | None = None, attention: Any = None) -> Iterator[str]:
     """Yield the prompt and then the text as it is generated, piece by piece, from one process."""
     import torch
 
@@ -26,7 +27,7 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
     from train.components import build_model
     from train.data.store import TokenStore
 
-    config = load_run(run_dir)
+    config = load_run(run_dir, attention)
     store = TokenStore(Path(run_dir) / "data")
     tokenizer = store.tokenizer()
     model = build_model(config)
@@ -60,7 +61,7 @@ def main(config: DictConfig) -> None:
     settings = record(config, GenerateConfig)
     pieces = []
     for piece in sample(settings.run, settings.prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
-                        settings.seed, settings.checkpoint, settings.router.budget):
+                        settings.seed, settings.checkpoint, settings.router.budget, settings.attention):
         pieces.append(piece)
         print(piece, end="", flush=True)
     print()

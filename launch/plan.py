@@ -46,7 +46,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
                            micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len)
     micro_steps = run.gradient_accumulation_steps(num_ranks)
     tokens = settings.global_batch_size * settings.seq_len
-    flops = flops_per_token(model, run.experts_per_token, settings.seq_len)
+    flops = flops_per_token(model, run.experts_per_token, settings.seq_len, run.attention.arguments)
 
     print("parameters")
     for label, value in (("embedding and head", count.embedding), ("attention", count.attention),

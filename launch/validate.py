@@ -99,7 +99,7 @@ def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     if origin is tuple:
         if isinstance(value, dict) and all(str(k).isdigit() for k in value):
             value = list(value.values())
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             problems.append(f"{path} is {value!r}; it must be a list")
             return None
         return tuple(_value(item, arguments[0], f"{path}[{i}]", problems) for i, item in enumerate(value))
@@ -154,9 +154,19 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     problems += _deepspeed(run)
     if any(p.startswith(("parallel.expert_parallel_size", "train.", "deepspeed.")) for p in problems):
         return problems
+    problems += _attention(run)
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _lengths(run) + _batch(run, world_size) + _parallel(run, world_size)
     return problems
+
+
+def _attention(run: RunConfig) -> list[str]:
+    from train.components import resolve
+
+    try:
+        return list(resolve(run.attention).problems(run.model, **run.attention.arguments))  # type: ignore[attr-defined]
+    except TypeError as error:
+        return [f"attention: {error}"]
 
 
 def _components(run: RunConfig) -> list[str]:

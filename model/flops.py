@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from model.config import ModelConfig
 
@@ -54,14 +56,50 @@ def count_parameters(config: ModelConfig, experts_per_token: float) -> Parameter
     )
 
 
-def flops_per_token(config: ModelConfig, experts_per_token: float, seq_len: int) -> float:
+def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
+    """Mean keys of a query in a sparse layer, over one document of seq_len tokens, as dense attention would cost the same.
+
+    attention: arguments of model.attention.sparse.SparseAttention. Of the six products of dense attention for a key
+    (scores and values, forward and twice backward) a coarse entry costs as many with order 0 and three more with order 2,
+    and ranking the entries of all past blocks one or two. Dense attention has seq_len / 2.
+    """
+    block = attention["block_size"]
+    local = max(1, -(-(attention["window_size"] + block - 1) // block))
+    second_order = attention["order"] == 2
+    per_block = block / attention["coarse_block_size"]
+    total = 0.0
+    for own in range(-(-seq_len // block)):
+        queries = min(block, seq_len - own * block)
+        forced = own if own * block < attention["min_sparse_length"] else min(own, local - 1 + attention["num_sink_blocks"])
+        selected = min(attention["top_k"], own - forced)
+        keys = (forced + selected) * block + (queries + 1) / 2
+        if attention["tail"] != "drop":
+            keys += (own - forced - selected) * per_block * (1.5 if second_order else 1.0)
+        if attention["top_k"] > 0 and own > forced:
+            keys += own * per_block * (2 if second_order else 1) / 6
+        total += keys * queries
+    return total / seq_len
+
+
+def flops_per_token(config: ModelConfig, experts_per_token: float, seq_len: int,
+                    attention: Mapping[str, Any] | None = None) -> float:
     """Training FLOPs of one token, forward and backward: 6 per active matrix parameter plus causal attention.
 
-    The embedding look-up is no multiplication; the output head is. Attention costs 2*2*H*head_dim*S/2 forward (scores
-    and values over the causal half), three times that with backward. Recomputation is not counted (model FLOPs).
+    The embedding look-up is no multiplication; the output head is. Attention costs 2*2*H*head_dim per key forward (scores
+    and values), three times that with backward, over S/2 keys in dense layers. Recomputation is not counted (model FLOPs).
+    attention: the arguments of sparse attention; None or empty: dense.
     """
     count = count_parameters(config, experts_per_token)
     head = config.vocab_size * config.hidden_size
     matrices = (count.attention + count.dense_mlp + count.router + count.shared_experts + count.active_experts + head)
-    attention = 6 * config.num_layers * config.num_heads * config.attention_head_dim * seq_len
-    return 6.0 * matrices + attention
+    num_sparse = 0 if not attention else len(sparse_layers(config.num_layers, attention))
+    keys = (config.num_layers - num_sparse) * seq_len / 2
+    if attention and num_sparse:
+        keys += num_sparse * keys_per_query(seq_len, attention)
+    return 6.0 * matrices + 12 * config.num_heads * config.attention_head_dim * keys
+
+
+def sparse_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
+    """Layers that sparse attention's `interval` and `dense_layers` leave sparse."""
+    dense = {i % num_layers for i in attention.get("dense_layers", ())}
+    return [i for i in range(num_layers) if (i + 1) % attention.get("interval", 1) == 0 and i not in dense]

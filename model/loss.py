@@ -19,12 +19,14 @@ class ModelOutput(NamedTuple):
 
     loss_sum: [] fp32, cross-entropy in nats over targets other than IGNORE_INDEX.
     aux_sum, z_sum: [] fp32, balance and z-loss per token, summed over tokens and MoE layers.
-    penalty_sum: [] fp32, further penalties on the routers, per token, already weighted: entropy, orthogonality, ReLU's L1.
+    penalty_sum: [] fp32, further penalties, per token, already weighted: the routers' entropy, orthogonality and ReLU's L1,
+        sparse attention's regularisers.
     counts: [moe_layers, num_experts] int64, local assignments; [0, 0] for a dense model.
     scope_counts: the counts over the auxiliary loss's scope so far (equal to `counts` when that loss is off).
     stats: [moe_layers, size] int64, all integer statistics of the routers (model.balance.pack_stats).
     processed: rows that this rank's experts computed, over all MoE layers.
     routings: one RouterOutput per MoE layer, where they were asked for.
+    attention_stats: [sparse layers, len(STATS)] fp32 (model.attention.base), zeros unless they were asked for.
     """
 
     loss_sum: torch.Tensor
@@ -36,6 +38,7 @@ class ModelOutput(NamedTuple):
     stats: torch.Tensor
     processed: int
     routings: tuple[RouterOutput, ...]
+    attention_stats: torch.Tensor
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention.base import KVCache, SequenceLayout, document_mask, has_varlen_kernel
+from model.attention.base import STATS, AttentionSums, KVCache, SequenceLayout, document_mask, has_varlen_kernel
+from model.attention.sparse import SparseAttention
 from model.balance import RouterSums, auxiliary_loss_sums
 from model.budget import penalty_coeff
 from model.config import ModelConfig
@@ -35,13 +36,15 @@ class Block(nn.Module):
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden: torch.Tensor, layout: SequenceLayout, request: RoutingRequest,
-                cache: KVCache | None = None) -> tuple[torch.Tensor, RouterSums | None, RouterOutput | None]:
-        hidden = hidden + self.attention(self.attention_norm(hidden), layout, cache)
+                cache: KVCache | None = None
+                ) -> tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]:
+        attended, attention_sums = self.attention(self.attention_norm(hidden), layout, cache)
+        hidden = hidden + attended
         normed = self.mlp_norm(hidden)
         if isinstance(self.mlp, MoELayer):
             out, sums, routing = self.mlp(normed, request)
-            return hidden + out, sums, routing
-        return hidden + self.mlp(normed), None, None
+            return hidden + out, attention_sums, sums, routing
+        return hidden + self.mlp(normed), attention_sums, None, None
 
 
 class Transformer(nn.Module):
@@ -67,31 +70,45 @@ class Transformer(nn.Module):
         """The routers of the MoE layers, in layer order."""
         return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoELayer)]
 
-    def _layout(self, positions: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
-                dtype: torch.dtype) -> SequenceLayout:
+    def sparse_attentions(self) -> list[SparseAttention]:
+        """The attention of the layers that are sparse, in layer order."""
+        return [block.attention for block in self.blocks
+                if isinstance(block.attention, SparseAttention) and block.attention.is_sparse]
+
+    def set_step(self, step: int) -> None:
+        """Optimisation steps done so far: sparse layers may be dense, or select with noise, early in training."""
+        for attention in self.sparse_attentions():
+            attention.step = step
+
+    def _layout(self, positions: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dtype: torch.dtype,
+                token_ids: torch.Tensor | None = None, token_mask: torch.Tensor | None = None,
+                measure: bool = False) -> SequenceLayout:
         cos, sin = rotary_tables(positions, self.config.attention_head_dim, self.config.rope_theta)
         mask = None
         if not has_varlen_kernel(positions.device, dtype) and cu_seqlens.numel() - 1 > positions.shape[0]:
             mask = document_mask(positions)
-        return SequenceLayout(cos, sin, cu_seqlens, max_seqlen, mask)
+        return SequenceLayout(cos, sin, cu_seqlens, max_seqlen, mask, token_ids, token_mask, measure)
 
     def _backbone(self, input_ids: torch.Tensor, layout: SequenceLayout, request: RoutingRequest,
                   given_ids: tuple[torch.Tensor, ...] | None = None, caches: list[KVCache] | None = None
-                  ) -> tuple[torch.Tensor, list[RouterSums], list[RouterOutput]]:
+                  ) -> tuple[torch.Tensor, list[AttentionSums], list[RouterSums], list[RouterOutput]]:
         hidden = self.embedding(input_ids)
+        attention_sums: list[AttentionSums] = []
         all_sums: list[RouterSums] = []
         routings: list[RouterOutput] = []
         for i, block in enumerate(self.blocks):
             own = request if given_ids is None else request._replace(
                 given_ids=given_ids[len(routings)] if len(routings) < len(given_ids) else None)
             if self.config.recompute == "block" and self.training and torch.is_grad_enabled():
-                hidden, sums, routing = checkpoint(block, hidden, layout, own, use_reentrant=False)
+                hidden, attended, sums, routing = checkpoint(block, hidden, layout, own, use_reentrant=False)
             else:
-                hidden, sums, routing = block(hidden, layout, own, caches[i] if caches is not None else None)
+                hidden, attended, sums, routing = block(hidden, layout, own, caches[i] if caches is not None else None)
+            if attended is not None:
+                attention_sums.append(attended)
             if sums is not None:
                 all_sums.append(sums)
                 routings.append(routing)
-        return self.norm(hidden), all_sums, routings
+        return self.norm(hidden), attention_sums, all_sums, routings
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
@@ -100,7 +117,8 @@ class Transformer(nn.Module):
                 cu_seqlens: torch.Tensor, max_seqlen: int, token_mask: torch.Tensor | None = None,
                 previous_counts: torch.Tensor | None = None, token_ids: torch.Tensor | None = None,
                 given_ids: tuple[torch.Tensor, ...] | None = None, keep_routing: bool = False,
-                with_histogram: bool | None = None, frozen: bool = False, snapshot: bool = False) -> ModelOutput:
+                with_histogram: bool | None = None, frozen: bool = False, snapshot: bool = False,
+                measure_attention: bool = False) -> ModelOutput:
         """Sums over the micro-batch.
 
         Args:
@@ -111,21 +129,26 @@ class Transformer(nn.Module):
             token_ids: [B, S] int64 names of the tokens, for checksum and audit.
             given_ids: [B * S, K] per MoE layer, experts to use instead of the routers' choice (replay).
             keep_routing: return every layer's routing; with_histogram: count the scores (None: in training).
-            frozen, snapshot: see RoutingRequest.
+            frozen, snapshot: see RoutingRequest. measure_attention: fill attention_stats.
         """
-        layout = self._layout(positions, cu_seqlens, max_seqlen, self.embedding.weight.dtype)
+        flat_mask = None if token_mask is None else token_mask.reshape(-1)
+        flat_ids = None if token_ids is None else token_ids.reshape(-1)
+        layout = self._layout(positions, cu_seqlens, max_seqlen, self.embedding.weight.dtype, flat_ids, flat_mask,
+                              measure_attention)
         counting = self.training if with_histogram is None else with_histogram
-        request = RoutingRequest(None if token_mask is None else token_mask.reshape(-1), 1, int(counting),
-                                 None if token_ids is None else token_ids.reshape(-1), None, frozen, snapshot)
-        hidden, sums, routings = self._backbone(input_ids, layout, request, given_ids)
+        request = RoutingRequest(flat_mask, 1, int(counting), flat_ids, None, frozen, snapshot)
+        hidden, attention_sums, sums, routings = self._backbone(input_ids, layout, request, given_ids)
         loss_sum = cross_entropy_sum(self._project(hidden), targets)
         zero = loss_sum.new_zeros(())
+        penalty_sum, attention_stats = zero, loss_sum.new_zeros((0, len(STATS)))
+        if attention_sums:
+            penalty_sum = torch.stack([s.penalty_sum for s in attention_sums]).sum()
+            attention_stats = torch.stack([s.stats for s in attention_sums])
         if not sums:
             empty = torch.zeros((0, 0), dtype=torch.int64, device=input_ids.device)
-            return ModelOutput(loss_sum, zero, zero, zero, empty, empty, empty, 0, ())
+            return ModelOutput(loss_sum, zero, zero, penalty_sum, empty, empty, empty, 0, (), attention_stats)
         counts = torch.stack([s.counts for s in sums])
         z_sum = torch.stack([s.z_sum for s in sums]).sum()
-        penalty_sum = zero
         if self.balance.entropy_coeff > 0:
             penalty_sum = penalty_sum + self.balance.entropy_coeff * torch.stack([s.entropy_sum for s in sums]).sum()
         if self.balance.orthogonality_coeff > 0:
@@ -142,7 +165,7 @@ class Transformer(nn.Module):
                 penalty_sum = penalty_sum + (torch.stack(coeffs) * aux_sums).sum() / len(coeffs)
         stats = torch.stack([s.stats for s in sums])
         return ModelOutput(loss_sum, aux_sum, z_sum, penalty_sum, counts.sum(1), scope_counts, stats,
-                           sum(s.processed for s in sums), tuple(routings) if keep_routing else ())
+                           sum(s.processed for s in sums), tuple(routings) if keep_routing else (), attention_stats)
 
     def logits(self, input_ids: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue what they hold."""
@@ -151,11 +174,10 @@ class Transformer(nn.Module):
         positions = torch.arange(start, start + length, device=input_ids.device).expand(batch, length)
         cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device)
         layout = self._layout(positions, cu_seqlens, length, self.embedding.weight.dtype)
-        hidden, _, _ = self._backbone(input_ids, layout, RoutingRequest(), None, caches)
+        hidden, *_ = self._backbone(input_ids, layout, RoutingRequest(), None, caches)
         return self._project(hidden)
 
     def new_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
         """Empty key/value caches, one per layer."""
         weight = self.embedding.weight
-        return [KVCache(batch_size, max_len, self.config.num_kv_heads, self.config.attention_head_dim,
-                        weight.dtype, weight.device) for _ in self.blocks]
+        return [block.attention.new_cache(batch_size, max_len, weight.dtype, weight.device) for block in self.blocks]

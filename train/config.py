@@ -254,8 +254,18 @@ class InferenceRouterConfig:
 
 
 @dataclass(frozen=True)
+class ComponentConfig:
+    """A class chosen by name with its own knobs: `_target_` and keyword arguments."""
+
+    target: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     run: str
+    attention: ComponentConfig | None = None
+    """Attention to use instead of the trained one; None: as trained."""
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: Literal["best", "latest"] = "best"
     batch_size: int = 8
@@ -272,6 +282,7 @@ class EvaluateConfig:
 class GenerateConfig:
     run: str
     prompt: str
+    attention: ComponentConfig | None = None
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: Literal["best", "latest"] = "best"
     max_new_tokens: int = 200
@@ -293,14 +304,6 @@ class GenerateConfig:
         if not 0 <= self.seed < 2**63:
             found.append(f"seed is {self.seed}; it must be between 0 and 2**63 - 1")
         return found
-
-
-@dataclass(frozen=True)
-class ComponentConfig:
-    """A class chosen by name with its own knobs: `_target_` and keyword arguments."""
-
-    target: str
-    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)

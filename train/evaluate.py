@@ -10,25 +10,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from model.attention.base import STATS
 from model.balance import balance_metrics, unpack_stats
 from model.loss import IGNORE_INDEX, ModelOutput
 from model.routers.base import Router
+from train.attention_metrics import attention_metrics
 from train.data.loader import Batch
 
 
 @torch.no_grad()
 def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], token_bytes: np.ndarray,
-             device: torch.device, routers: list[Router]) -> dict[str, Any]:
+             device: torch.device, routers: list[Router], sparse_layers: list[int] | None = None) -> dict[str, Any]:
     """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many batches.
 
     Returns:
         val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes they stand for), the
-        number of targets, balance metrics, mean experts per token, and the counts [layers][experts].
+        number of targets, balance metrics, mean experts per token, and the counts [layers][experts]; with sparse_layers
+        (their numbers), also what train/attention_metrics.py makes of these layers.
     """
+    measured = torch.zeros(len(sparse_layers or ()), len(STATS), dtype=torch.float64, device=device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     stats: torch.Tensor | None = None
     for batch in batches:
-        output = forward(**batch.inputs(device))
+        output = forward(**batch.inputs(device), measure_attention=bool(sparse_layers))
+        if sparse_layers:
+            measured += output.attention_stats
         targets = batch.targets[batch.targets != IGNORE_INDEX].numpy()
         sums[0] += output.loss_sum
         sums[1] += len(targets)
@@ -36,6 +42,7 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], toke
         stats = output.stats if stats is None else stats + output.stats
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
+        dist.all_reduce(measured)
         if stats is not None and routers:
             dist.all_reduce(stats)
     loss_sum, num_targets, num_bytes = sums.tolist()
@@ -48,6 +55,8 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], toke
         "bits_per_byte": loss_sum / math.log(2) / num_bytes if num_bytes else math.nan,
         "num_targets": int(num_targets),
     }
+    if sparse_layers:
+        result.update(attention_metrics(measured.cpu(), sparse_layers))
     if stats is not None and routers:
         layers = unpack_stats(stats.cpu(), routers[0].spec.num_experts, routers[0].max_top_k)
         result.update(balance_metrics(layers.counts))

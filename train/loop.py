@@ -179,8 +179,10 @@ class _Run:
         last_step = min(settings.num_steps, settings.stop_after_step or settings.num_steps)
         self.routers = self.engine.module.routers()
         self.metrics = StepMetrics(model, self.routers, self.engine.device,
-                                   flops_per_token(model, config.experts_per_token, settings.seq_len), config.balance,
-                                   self.groups.expert_size)
+                                   flops_per_token(model, config.experts_per_token, settings.seq_len,
+                                                   config.attention.arguments), config.balance,
+                                   self.groups.expert_size,
+                                   [a.layer_idx for a in self.engine.module.sparse_attentions()])
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}
         saved_step, stopped = progress.step, False
@@ -233,11 +235,13 @@ class _Run:
         num_targets, num_tokens, stop = self._agree(batches)
         stats = scope_counts = None
         snapshot = progress.spike.takes_snapshot(progress.step, config.fail_safe)
-        detailed = self.tracker is not None and (progress.step + 1) % config.train.log_interval == 0
+        at_log_step = (progress.step + 1) % config.train.log_interval == 0
+        detailed = self.tracker is not None and at_log_step
+        self.engine.module.set_step(progress.step)
         for i, batch in enumerate(batches):
             output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts,
                                          keep_routing=self.audit is not None or detailed, snapshot=snapshot,
-                                         frozen=progress.spike.frozen_steps > 0)
+                                         frozen=progress.spike.frozen_steps > 0, measure_attention=at_log_step)
             loss = training_loss(output, num_targets, num_tokens, config.balance)
             self.engine.backward(loss, is_last=i == len(batches) - 1)
             stats = output.stats if stats is None else stats + output.stats

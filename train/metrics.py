@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.attention.base import STATS
 from model.balance import LayerStats
 from model.config import BalanceConfig, ModelConfig
 from model.loss import ModelOutput
 from model.routers.base import Router
 from ops.device import peak_tflops
+from train.attention_metrics import attention_metrics
 from train.routing_metrics import routing_metrics, routing_tables
 
 HEAD = 6
@@ -30,14 +32,15 @@ def memory_bytes(device: torch.device) -> int:
 class StepMetrics:
     """Sums over the steps since the last log line.
 
-    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed | memory by rank]. The routers' statistics come
-    reduced over ranks, once per step.
+    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed | attention | memory by rank]. The routers'
+    statistics come reduced over ranks, once per step.
     """
 
     def __init__(self, model: ModelConfig, routers: list[Router], device: torch.device, flops_per_token: float,
-                 balance: BalanceConfig, expert_parallel_size: int):
+                 balance: BalanceConfig, expert_parallel_size: int, sparse_layers: list[int]):
         self.model, self.routers, self.device = model, routers, device
         self.flops_per_token, self.balance, self.expert_parallel_size = flops_per_token, balance, expert_parallel_size
+        self.sparse_layers = sparse_layers
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -46,6 +49,7 @@ class StepMetrics:
 
     def reset(self) -> None:
         self.sums = torch.zeros(HEAD, dtype=torch.float64, device=self.device)
+        self.attention = torch.zeros(len(self.sparse_layers), len(STATS), dtype=torch.float64, device=self.device)
         self.stats: LayerStats | None = None
         self.max_vio_sum = torch.zeros(len(self.routers), dtype=torch.float64, device=self.device)
         self.steps = 0
@@ -59,6 +63,7 @@ class StepMetrics:
         self.sums[3] += num_targets
         self.sums[4] += num_tokens
         self.sums[5] += output.processed
+        self.attention += output.attention_stats
 
     def add_stats(self, stats: LayerStats) -> None:
         """Add the routers' statistics of one step, over all ranks."""
@@ -71,20 +76,22 @@ class StepMetrics:
         """Scalars of the interval and the routing tables of routing.jsonl; resets. Collective."""
         memory = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         memory[self.rank] = memory_bytes(self.device)
-        packed = torch.cat((self.sums, memory))
+        packed = torch.cat((self.sums, self.attention.flatten(), memory))
         if self.world_size > 1:
             dist.all_reduce(packed)
         values = packed.cpu()
         seconds = time.perf_counter() - self.started
         loss, aux, z, targets, tokens, processed = values[:HEAD].tolist()
+        attention = values[HEAD:HEAD + self.attention.numel()].view_as(self.attention)
         scalars: dict[str, Any] = {
             "train/loss": loss / max(targets, 1),
             "perf/tokens_per_second": tokens / seconds,
             "perf/step_seconds": seconds / max(self.steps, 1),
-            "perf/memory_gib": float(values[HEAD:].max()) / 2**30,
+            "perf/memory_gib": float(values[HEAD + self.attention.numel():].max()) / 2**30,
         }
         if self.peak_flops is not None:
             scalars["perf/mfu"] = self.flops_per_token * tokens / seconds / self.peak_flops
+        scalars |= attention_metrics(attention, self.sparse_layers)
         tables: dict[str, Any] = {}
         if self.stats is not None:
             layers = len(self.routers)
@@ -113,6 +120,10 @@ def console_line(step: int, num_steps: int, scalars: dict[str, Any], eta_seconds
                   if name.startswith("moe/fallback/") and share > 1e-3 and not name.endswith(("overridden", "raised"))]
         if scalars["moe/layers_in_fallback"]:
             parts.append(f"plain top-k in {scalars['moe/layers_in_fallback']} layers")
+    if "attention/tail_mass" in scalars:
+        parts.append(f"tail {scalars['attention/tail_mass']:.1%}")
+    if "attention/error_bound" in scalars:
+        parts.append(f"attention error {scalars['attention/error']:.1%}")
     parts.append(f"{_human(scalars['perf/tokens_per_second'])} tok/s")
     if "perf/mfu" in scalars:
         parts.append(f"mfu {scalars['perf/mfu']:.1%}")

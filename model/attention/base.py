@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -17,6 +17,9 @@ class SequenceLayout:
     max_seqlen: longest document of the batch (host integer).
     mask: [B, 1, S, S] bool, True where attention is allowed; None when every row is one document (plain causal)
         or when the device has a variable-length kernel that reads cu_seqlens.
+    token_ids: [B * S] int64 names of the tokens, which random selection hangs on; None: positions in the batch.
+    token_mask: [B * S] bool, False for padding; None: nothing is padded.
+    measure: sparse layers fill AttentionSums.stats.
     """
 
     cos: torch.Tensor
@@ -24,6 +27,29 @@ class SequenceLayout:
     cu_seqlens: torch.Tensor
     max_seqlen: int
     mask: torch.Tensor | None
+    token_ids: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
+    measure: bool = False
+
+
+class AttentionSums(NamedTuple):
+    """What a sparse layer reports of a micro-batch; sums over its unpadded tokens, so that any split adds up.
+
+    penalty_sum: [] fp32, its regularisers per token, weighted by their coefficients; carries gradient.
+    stats: [len(STATS)] fp32, see STATS; zeros where nothing was measured.
+    """
+
+    penalty_sum: torch.Tensor
+    stats: torch.Tensor
+
+
+STATS = ("queries", "tail_mass", "selected_mass", "selected_blocks", "union_blocks", "tile_blocks", "audited", "error",
+         "error_squared", "certificate", "covered", "bound_violations", "mass_kl", "coherence")
+"""queries: tokens x heads measured; tail_mass, selected_mass: summed over them. selected_blocks: over tokens, mean of the
+key/value heads, times heads. union_blocks: distinct selected blocks of tiles of 16 queries; tile_blocks: selected blocks
+per query, averaged over a tile. audited: rows x heads compared with dense attention; the rest is summed over these:
+relative error (at most 1) and its square, sub-Gaussian certificate (at most 1), rows whose error it covers, rows whose
+error exceeds Theorem 1's bound (never), and the two quantities behind the regularisers."""
 
 
 class KVCache:
@@ -52,9 +78,13 @@ class KVCache:
 
 
 class Attention(Protocol):
-    """hidden [B, S, hidden_size] -> [B, S, hidden_size]; with a cache, S new tokens attend to all cached ones."""
+    """hidden [B, S, hidden_size] -> [B, S, hidden_size], and sums where the layer is sparse; with a cache, S new tokens
+    attend to all cached ones."""
 
-    def __call__(self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | None = None) -> torch.Tensor: ...
+    def __call__(self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | None = None
+                 ) -> tuple[torch.Tensor, AttentionSums | None]: ...
+
+    def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache: ...
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:

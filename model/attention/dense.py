@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention.base import KVCache, SequenceLayout, has_varlen_kernel
+from model.attention.base import AttentionSums, KVCache, SequenceLayout, has_varlen_kernel
 from model.config import ModelConfig
 from model.layers import RMSNorm, apply_rotary
 
@@ -50,17 +50,27 @@ class DenseAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rotary(q, layout.cos, layout.sin), apply_rotary(k, layout.cos, layout.sin), v
 
-    def forward(self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | None = None) -> torch.Tensor:
+    def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        return KVCache(batch_size, max_len, self.num_kv_heads, self.head_dim, dtype, device)
+
+    @staticmethod
+    def problems(config: ModelConfig, **arguments: Any) -> list[str]:
+        """Contradictions of the arguments with the model; the config itself has been checked."""
+        return []
+
+    def forward(self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | None = None
+                ) -> tuple[torch.Tensor, AttentionSums | None]:
         """hidden [B, S, D] -> [B, S, D]. See model/attention/base.py for the layout and the cache."""
         q, k, v = self._project(hidden, layout)
+        return self.o_proj(self._attend_densely(q, k, v, layout, cache).flatten(2)), None
+
+    def _attend_densely(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout,
+                        cache: KVCache | None) -> torch.Tensor:
         if cache is not None:
-            k, v = cache.append(k, v)
-            out = self._attend_cached(q, k, v)
-        elif has_varlen_kernel(q.device, q.dtype):
-            out = self._attend_varlen(q, k, v, layout)
-        else:
-            out = _sdpa(q, k, v, layout.mask)
-        return self.o_proj(out.flatten(2))
+            return self._attend_cached(q, *cache.append(k, v))
+        if has_varlen_kernel(q.device, q.dtype):
+            return self._attend_varlen(q, k, v, layout)
+        return _sdpa(q, k, v, layout.mask)
 
     def _attend_cached(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         new, total = q.shape[1], k.shape[1]

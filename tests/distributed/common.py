@@ -7,6 +7,7 @@ import functools
 import torch
 
 from model.attention.dense import DenseAttention
+from model.attention.sparse import SparseAttention
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch import AllToAllDispatcher
 from model.moe import ModelParts
@@ -26,9 +27,11 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def build(config: ModelConfig, balance: BalanceConfig, groups: ParallelGroups | None = None, seed: int = 7,
-          router: type[Router] = TopKRouter, **options) -> Transformer:
+          router: type[Router] = TopKRouter, attention: dict | None = None, **options) -> Transformer:
+    """attention: arguments of sparse attention; None: dense."""
     options = {"top_k": 2, **options} if router is TopKRouter else options
-    parts = ModelParts(functools.partial(router, **options), DenseAttention, AllToAllDispatcher, balance)
+    attend = DenseAttention if attention is None else functools.partial(SparseAttention, **attention)
+    parts = ModelParts(functools.partial(router, **options), attend, AllToAllDispatcher, balance)
     return Transformer(config, parts, groups, seed)
 
 
@@ -47,7 +50,8 @@ def batch(step: int, micro_step: int, rows: int, length: int = 16) -> dict:
             padded = int(torch.randint(1, 5, (1,), generator=gen))
             targets[row, -padded:] = -100
             mask[row, -padded:] = False
-    return {"input_ids": input_ids, "targets": targets, "positions": positions, "token_mask": mask}
+    token_ids = (step * 10 + micro_step) * rows * length + torch.arange(rows * length).view(rows, length)
+    return {"input_ids": input_ids, "targets": targets, "positions": positions, "token_mask": mask, "token_ids": token_ids}
 
 
 def take(full: dict, start: int, stop: int) -> dict:

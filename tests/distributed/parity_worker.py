@@ -18,6 +18,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from common import batch, build, take, tiny_config
 
+from model.attention.base import STATS
 from model.balance import unpack_stats
 from model.budget import start_routers, update_routers
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
@@ -74,6 +75,16 @@ def move_controllers(own: list, reference: list, own_stats: torch.Tensor, refere
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
+def compare_attention(own: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference of the sparse layers' statistics, relative to each; the ranks' own are summed here. Union factors
+    are left out: their tiles of queries follow the batch."""
+    if not own.numel():
+        return 0.0
+    dist.all_reduce(own)
+    kept = [i for i, name in enumerate(STATS) if name not in ("union_blocks", "tile_blocks")]
+    return float(((own - reference).abs() / reference.abs().clamp_min(1e-3))[:, kept].max())
+
+
 @functools.cache
 def groups_for(expert_parallel_size: int) -> ParallelGroups:
     """Groups are made once per size: each set of gloo groups holds threads until the process ends."""
@@ -85,6 +96,7 @@ def run_case(case: dict) -> dict:
     num_micro, clip, precision = case["accumulation"], case["clip"], case.get("precision", "fp32")
     config = tiny_config(**case.get("model", {}))
     kind, options = ROUTERS[case.get("router", "top_k")]
+    options = {**options, "attention": case.get("attention")}
     balance = BalanceConfig(**{"aux_loss_coeff": 0.05, "aux_loss_scope": case["scope"], "z_loss_coeff": 0.01,
                                **case.get("balance", {})})
     # A large eps makes the update nearly linear in the gradient, so that a wrong scale shows and rounding does not grow.
@@ -103,16 +115,21 @@ def run_case(case: dict) -> dict:
     start_routers(own_model.routers(), BUDGET, FAIL_SAFE)
     engine = Engine(own_model, groups, train, optim,
                     {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}})
-    errors = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "moment": 0.0, "parameter": 0.0, "controller": 0.0}
+    errors = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "moment": 0.0, "parameter": 0.0, "controller": 0.0,
+              "attention": 0.0}
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
     for step in range(STEPS):
         num_targets, num_tokens = counts_of(step, num_micro)
         reference.zero_grad()
         reference_loss, previous = 0.0, None
-        reference_stats, own_stats = [], []
+        reference_stats, own_stats, reference_attention, own_attention = [], [], [], []
+        for model in (reference, engine.module):
+            model.set_step(step)
         for micro in range(num_micro):
-            output = reference(**take(batch(step, micro, ROWS), 0, ROWS), previous_counts=previous)
+            output = reference(**take(batch(step, micro, ROWS), 0, ROWS), previous_counts=previous,
+                               measure_attention=True)
             previous = output.scope_counts
+            reference_attention.append(output.attention_stats)
             reference_stats.append(output.stats)
             loss = training_loss(output, num_targets, num_tokens, balance)
             loss.backward()
@@ -122,13 +139,15 @@ def run_case(case: dict) -> dict:
         for micro in range(num_micro):
             share = ROWS // world
             output = engine.forward(**take(batch(step, micro, ROWS), rank * share, (rank + 1) * share),
-                                    previous_counts=previous)
+                                    previous_counts=previous, measure_attention=True)
             previous = output.scope_counts
+            own_attention.append(output.attention_stats)
             own_stats.append(output.stats)
             loss = training_loss(output, num_targets, num_tokens, balance)
             engine.backward(loss, is_last=micro == num_micro - 1)
             own += loss.detach().double()
         dist.all_reduce(own)
+        errors["attention"] = max(errors["attention"], compare_attention(sum(own_attention), sum(reference_attention)))
         errors["loss"] = max(errors["loss"], abs(float(own) - reference_loss) / abs(reference_loss))
         floor = 1e-2 * float(torch.stack([p.grad.double().norm() for p in computed.values()]).norm())
         for name, parameter in engine.named_parameters():

@@ -11,10 +11,11 @@ import json
 import pytest
 
 SCOPES = ("sequence", "batch", "global_batch")
-FP32_TOLERANCE = {"loss": 2e-6, "gradient": 1e-5, "norm": 5e-6, "moment": 1e-5, "parameter": 1e-6, "controller": 1e-5}
+FP32_TOLERANCE = {"loss": 2e-6, "gradient": 1e-5, "norm": 5e-6, "moment": 1e-5, "parameter": 1e-6, "controller": 1e-5,
+                  "attention": 1e-4}
 # Rounding flips a few expert choices, which moves single router and expert gradients visibly but loss and norm hardly.
 BF16_TOLERANCE = {"loss": 1e-3, "gradient": 0.4, "norm": 2e-2, "moment": 0.3, "parameter": 1e-2,
-                  "controller": 0.1}
+                  "controller": 0.1, "attention": 0.1}
 
 
 def matrix(expert_sizes: tuple[int, ...]) -> list[dict]:
@@ -50,6 +51,17 @@ ROUTERS = [{"ep": 2, "zero": zero, "accumulation": accumulation, "clip": 0.5, "s
            for zero, accumulation, scope in ((1, 2, "global_batch"), (3, 1, "batch"))]
 
 
+# Sparse layers with noise in the selection, regularisers on audited rows and every learned correction; then the gated
+# form after a dense step.
+SPARSE = {"block_size": 2, "coarse_block_size": 2, "top_k": 2, "window_size": 1, "audit_rows": 0.5}
+ATTENTIONS = [{"ep": 2, "zero": zero, "accumulation": accumulation, "clip": 0.5, "scope": "batch", "attention": attention}
+              for attention in ({**SPARSE, "noise_steps": 3, "min_top_k": 1, "offset": True, "trust": True, "sink": True,
+                                 "mass_kl_coeff": 0.1, "coherence_coeff": 0.1, "alignment_coeff": 0.1},
+                                {**SPARSE, "merge": "gated", "dense_steps": 1, "dense_layers": [0]})
+              for zero, accumulation in ((1, 2), (3, 1))]
+ATTENTIONS.append({**ATTENTIONS[0], "ep": 1, "zero": 2, "model": {"recompute": "block"}})
+
+
 # With 32 experts and 64 assignments a rank, some experts get no token on one of their two replicas: their gradient must
 # still exist there, or the reduction over the replicas waits for ever.
 STARVED = [{"ep": 2, "zero": zero, "accumulation": 1, "clip": 0.5, "scope": "batch", "model": {"num_experts": 32}}
@@ -80,6 +92,11 @@ def test_four_ranks_train_as_one_process(run_ranks):
 @pytest.mark.slow
 def test_variants_train_as_one_process(run_ranks):
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(VARIANTS)), VARIANTS)
+
+
+@pytest.mark.slow
+def test_sparse_attention_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(ATTENTIONS)), ATTENTIONS)
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_attention_matches_the_definition(qk_norm, num_kv_heads):
     config = tiny_config(qk_norm=qk_norm, num_kv_heads=num_kv_heads, head_dim=6)
     module, positions, documents = attention_of(config), packed_positions(), document_ids()
     hidden = torch.randn(*positions.shape, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    out = module(hidden, layout_of(positions, config))
+    out, _ = module(hidden, layout_of(positions, config))
     for document in range(int(documents.max()) + 1):
         inside = documents == document
         expected = plain_attention(module, config, hidden[inside])
@@ -173,12 +173,12 @@ def test_qk_norm_removes_the_scale_of_queries_and_keys(qk_norm, projection):
     config = tiny_config(qk_norm=qk_norm, norm_eps=1e-12)
     module, positions = attention_of(config), packed_positions()
     hidden = torch.randn(*positions.shape, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    before = module(hidden, layout_of(positions, config))
+    before, _ = module(hidden, layout_of(positions, config))
 
     def change_after_scaling(rows: slice) -> float:
         weight = getattr(module, projection).weight.data
         weight[rows] *= 3.0
-        after = module(hidden, layout_of(positions, config))
+        after, _ = module(hidden, layout_of(positions, config))
         weight[rows] /= 3.0
         return float((after - before).detach().abs().max())
 

@@ -154,7 +154,7 @@ def test_varlen_attention_matches_masked_attention_in_fp32(documents, num_kv_hea
 
     def results(attention, hidden, layout):
         inputs = (hidden, *attention.parameters())
-        out = attention(hidden, layout)
+        out, _ = attention(hidden, layout)
         grad = normal(*out.shape, seed=2).detach().to(out.dtype)
         return out.detach(), *torch.autograd.grad(out, inputs, grad)
 

@@ -1,0 +1,77 @@
+"""Where blocks lie: tables from cu_seqlens, made on the device without asking it anything.
+
+Blocks start at document starts and never straddle documents. The number of blocks is only known on the device, so tables
+have `num_blocks(...)` rows, an upper bound; the rows beyond the real ones are empty (start = end = T).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.sparse_attention.spec import SparseAttentionSpec
+
+
+class BlockTable(NamedTuple):
+    """M blocks of T tokens; int32. Everything a query may do with a block follows from the query's own block.
+
+    start, end: [M] token range of a block. first: [M] first block of the block's document.
+    sink_end, local_start: [M] for queries in block b: blocks [first, sink_end) and [local_start, b] are exact for all of
+        them, blocks [sink_end, local_start) are the candidates; sink_end == local_start: there are none.
+    doc_end: [M] token at which the block's document ends.
+    block_of: [T] block of a token.
+    """
+
+    start: Tensor
+    end: Tensor
+    first: Tensor
+    sink_end: Tensor
+    local_start: Tensor
+    doc_end: Tensor
+    block_of: Tensor
+
+
+def num_blocks(num_tokens: int, num_documents: int, block_size: int) -> int:
+    """Upper bound on the number of blocks, known without the lengths: each document adds at most one partial block."""
+    return num_tokens // block_size + min(num_documents, num_tokens)
+
+
+def block_ranges(cu_seqlens: Tensor, num_tokens: int, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(start, end, first, document) of every block, each [M] int64; documents of empty rows are arbitrary."""
+    cu = cu_seqlens.long()
+    per_document = -(-(cu[1:] - cu[:-1]) // block_size)
+    last = per_document.cumsum(0)
+    block = torch.arange(num_blocks(num_tokens, len(cu) - 1, block_size), device=cu.device)
+    document = torch.searchsorted(last, block, right=True).clamp_max(len(cu) - 2)
+    real = block < last[-1]
+    first = torch.where(real, last[document] - per_document[document], block)
+    start = torch.where(real, cu[document] + (block - first) * block_size, num_tokens)
+    end = torch.where(real, torch.minimum(start + block_size, cu[document + 1]), num_tokens)
+    return start, end, first, document
+
+
+def block_table(cu_seqlens: Tensor, num_tokens: int, spec: SparseAttentionSpec) -> BlockTable:
+    """cu_seqlens: [documents + 1] integers from 0 to T, not falling; documents may be empty."""
+    cu = cu_seqlens.long()
+    start, end, first, document = block_ranges(cu, num_tokens, spec.block_size)
+    block = torch.arange(len(start), device=cu.device)
+    dense = (block - first) * spec.block_size < spec.min_sparse_length
+    local_start = torch.where(dense, first, torch.maximum(first, block - spec.num_local_blocks + 1))
+    sink_end = torch.minimum(first + spec.num_sink_blocks, local_start)
+    doc_end = torch.where(start < num_tokens, cu[document + 1], num_tokens)
+    token = torch.arange(num_tokens, device=cu.device)
+    block_of = torch.searchsorted(end.contiguous(), token, right=True)
+    return BlockTable(*(x.int() for x in (start, end, first, sink_end, local_start, doc_end, block_of)))
+
+
+def query_tiles(table: BlockTable, cu_seqlens: Tensor, num_tokens: int, tile_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(start, end, block) of query tiles that never cross a block, each [tiles] int32; empty tiles have start = end = T.
+
+    tile_size divides the block size.
+    """
+    start, end, _, _ = block_ranges(cu_seqlens, num_tokens, tile_size)
+    if not num_tokens:
+        return start.int(), end.int(), start.int()
+    return start.int(), end.int(), table.block_of[start.clamp_max(num_tokens - 1)]

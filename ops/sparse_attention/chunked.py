@@ -1,0 +1,519 @@
+"""The op on a CPU in plain torch: matrix products over chunks of queries, closed-form backward, memory O(T).
+
+Window, first blocks and coarse entries are contiguous for a chunk of queries, so they are dense products under masks.
+Selected blocks are walked key-side: the queries that chose a block are gathered, one product serves them all, and their
+running softmax is updated, which moves block_size / G times less memory than gathering blocks for every query.
+
+Rows of queries are [Hk, T, G, d] here, fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.sparse_attention.blocks import BlockTable
+from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.noise import gumbel, selection_counter
+from ops.sparse_attention.reference import SMALLEST
+from ops.sparse_attention.spec import TRUST, SparseAttentionSpec
+
+_NEVER = float("-inf")
+_ELEMENTS = 2**21
+"""Logits of one chunk: 8 MiB in fp32, near the size of a core's share of the last-level cache."""
+_MAX_QUERIES = 256
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> CoarseEntries:
+    """k, v: [T, Hk, d] -> entries of every complete block; zeros elsewhere."""
+    complete, r = complete_blocks(table, spec), spec.entries_per_block
+    spans = token_spans(table.start[complete], spec.block_size)
+
+    def place(x: Tensor) -> Tensor:
+        entries = k.new_zeros(k.shape[1], len(table.start), r, k.shape[2])
+        entries[:, complete] = x.unflatten(1, (-1, r)).to(k.dtype)
+        return entries.flatten(1, 2)
+
+    return CoarseEntries(*(place(x) for x in pool_spans(k, v, spans, spec.coarse_block_size)))
+
+
+def pool_spans(k: Tensor, v: Tensor, spans: Tensor, size: int) -> CoarseEntries:
+    """Means and variance over every `size` consecutive ones of the tokens `spans` [n]: [Hk, n / size, d] each."""
+    real = real_dtype(k.dtype)
+    keys, values = (x[spans].to(real).transpose(0, 1).unflatten(1, (-1, size)) for x in (k, v))
+    mean = keys.mean(2)
+    return CoarseEntries(mean, values.mean(2), (keys - mean.unsqueeze(2)).square().mean(2))
+
+
+def pool_spans_backward(k: Tensor, spans: Tensor, size: int, mean: Tensor, grads: CoarseEntries, dk: Tensor,
+                        dv: Tensor) -> None:
+    """Add to dk, dv [Hk, T, d] what reaches the tokens `spans` through their pooled entries; mean: [Hk, n / size, d]."""
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(size, 1)
+
+    centred = k[spans].to(dk.dtype).transpose(0, 1) - spread(mean.to(dk.dtype))
+    dk[:, spans] += (spread(grads.key_mean) + 2 * centred * spread(grads.key_var)) / size
+    dv[:, spans] += spread(grads.value_mean) / size
+
+
+def complete_blocks(table: BlockTable, spec: SparseAttentionSpec) -> Tensor:
+    return (table.end - table.start == spec.block_size).nonzero()[:, 0]
+
+
+def token_spans(start: Tensor, length: int) -> Tensor:
+    """[n] first tokens -> [n * length] tokens."""
+    return (start.long().unsqueeze(1) + torch.arange(length, device=start.device)).flatten()
+
+
+class Chunk(NamedTuple):
+    """Queries [begin, end) and what a contiguous product must cover for them: tokens [window, end), first blocks
+    [sink_begin, sink_end), blocks [low, high) whose entries may be in the tail."""
+
+    begin: int
+    end: int
+    window: int
+    sink_begin: int
+    sink_end: int
+    low: int
+    high: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.begin, self.end)
+
+
+class _Tokens(NamedTuple):
+    """Block limits of every query, [T] int64: tokens for the exact parts, blocks for the tail."""
+
+    window_start: Tensor
+    sink_start: Tensor
+    sink_stop: Tensor
+    tail_low: Tensor
+    tail_high: Tensor
+
+
+def _limits(table: BlockTable, exact: bool) -> _Tokens:
+    own = table.block_of.long()
+    first, sink_end, local = (x[own].long() for x in (table.first, table.sink_end, table.local_start))
+    start = table.start.long()
+    low, high = (sink_end, local) if exact else (first, own)
+    # where the first blocks reach the window, the window's own product covers them
+    sink_stop = torch.where(sink_end < local, start[sink_end.clamp_max(len(start) - 1)], start[first])
+    window = torch.where(sink_end < local, start[local], start[first])
+    return _Tokens(window, start[first], sink_stop, low, high)
+
+
+def _chunks(limits: _Tokens, num_tokens: int, num_heads: int, entries_per_block: int, max_queries: int
+            ) -> Iterator[Chunk]:
+    """Runs of consecutive queries. A document whose first blocks lie apart from its windows begins a run of its own, so
+    that a run has one range of such blocks."""
+    starts = limits.sink_start[limits.sink_stop > limits.sink_start].unique().tolist()
+    begin = 0
+    while begin < num_tokens:
+        width = begin - int(limits.window_start[begin]) + 64 + entries_per_block * max(
+            0, int(limits.tail_high[begin]) - int(limits.tail_low[begin]))
+        end = min(num_tokens, begin + max(16, min(max_queries, _ELEMENTS // (num_heads * width))))
+        following = bisect_right(starts, begin)
+        if following < len(starts):
+            end = min(end, starts[following])
+        yield _chunk(limits, begin, end)
+        begin = end
+
+
+def _chunk(limits: _Tokens, begin: int, end: int) -> Chunk:
+    rows = slice(begin, end)
+    window, sink_start, sink_stop, tail_low, tail_high = (x[rows] for x in limits)
+    tail, sinks = tail_high > tail_low, sink_stop > sink_start
+    low, high, sink_begin, sink_end = 0, 0, 0, 0
+    if tail.any():
+        low, high = int(tail_low[tail].min()), int(tail_high[tail].max())
+    if sinks.any():
+        sink_begin, sink_end = int(sink_start[sinks].min()), int(sink_stop[sinks].max())
+    return Chunk(begin, end, int(window.min()), sink_begin, sink_end, low, high)
+
+
+class _Part(NamedTuple):
+    """Entries of one softmax that a chunk of queries shares. keys, values: [Hk, L, d]; var [Hk, L, d] for coarse ones;
+    mask: [Hk or 1, n, 1, L], True where a query sees the entry; at: where keys and values came from (token range, or
+    entry range of coarse ones)."""
+
+    keys: Tensor
+    values: Tensor
+    var: Tensor | None
+    mask: Tensor
+    at: slice
+
+
+class Problem:
+    """Inputs as rows [Hk, T, G, d] in the dtype computed in, and what every pass needs."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
+                 spec: SparseAttentionSpec, bias: Tensor | None, exact: bool, coarse: bool):
+        self.spec, self.table, self.exact, self.coarse = spec, table, exact, coarse
+        self.num_tokens, self.num_heads, self.dim = q.shape
+        self.kv_heads = k.shape[1]
+        self.group = self.num_heads // self.kv_heads
+        self.scale = self.dim ** -0.5
+        real = real_dtype(q.dtype)
+        self.q, self.bias = self.rows(q.to(real)), None if bias is None else self.rows(bias.to(real)).unsqueeze(-1)
+        self.k, self.v = (x.to(real).transpose(0, 1).contiguous() for x in (k, v))
+        self.entries = None if entries is None else CoarseEntries(*(x.to(real) for x in entries))
+        self.selected = selected.long()
+        self.limits = _limits(table, exact)
+        self.start = table.start.tolist()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[T, H, ...] -> [Hk, T, G, ...] contiguous."""
+        return x.view(self.num_tokens, self.kv_heads, self.group, *x.shape[2:]).transpose(0, 1).contiguous()
+
+    def by_token(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).reshape(self.num_tokens, self.num_heads, *x.shape[3:])
+
+    def chunks(self, max_queries: int = _MAX_QUERIES) -> Iterator[Chunk]:
+        return _chunks(self.limits, self.num_tokens, self.num_heads, self.spec.entries_per_block, max_queries)
+
+    def last(self) -> Chunk:
+        """The last query alone."""
+        return _chunk(self.limits, self.num_tokens - 1, self.num_tokens)
+
+    def parts(self, chunk: Chunk) -> Iterator[_Part]:
+        limits, rows = self.limits, chunk.rows
+        if self.coarse and chunk.high > chunk.low:
+            yield self._tail(chunk)
+        if not self.exact:
+            return
+        query = torch.arange(chunk.begin, chunk.end, device=self.q.device).unsqueeze(1)
+        at = slice(chunk.window, chunk.end)
+        token = torch.arange(at.start, at.stop, device=self.q.device)
+        mask = (token >= limits.window_start[rows].unsqueeze(1)) & (token <= query)
+        yield _Part(self.k[:, at], self.v[:, at], None, mask[None, :, None], at)
+        if chunk.sink_end > chunk.sink_begin:
+            at = slice(chunk.sink_begin, chunk.sink_end)
+            mask = torch.arange(at.start, at.stop, device=self.q.device) < limits.sink_stop[rows].unsqueeze(1)
+            mask &= limits.sink_start[rows].unsqueeze(1) == chunk.sink_begin
+            yield _Part(self.k[:, at], self.v[:, at], None, mask[None, :, None], at)
+
+    def _tail(self, chunk: Chunk) -> _Part:
+        limits, rows, r = self.limits, chunk.rows, self.spec.entries_per_block
+        assert self.entries is not None
+        block = torch.arange(chunk.low, chunk.high, device=self.q.device)
+        mask = ((block >= limits.tail_low[rows].unsqueeze(1)) & (block < limits.tail_high[rows].unsqueeze(1)))[None]
+        if self.exact and self.selected.shape[2]:
+            taken = torch.zeros(self.kv_heads, chunk.end - chunk.begin, len(block) + 1, dtype=torch.bool,
+                                device=self.q.device)
+            column = self.selected[:, rows] - chunk.low
+            column = torch.where((column >= 0) & (column < len(block)), column, len(block))
+            mask = mask & ~taken.scatter_(2, column, True)[..., :-1]
+        at = slice(chunk.low * r, chunk.high * r)
+        keys, values, var = (x[:, at] for x in self.entries)
+        return _Part(keys, values, var, mask.repeat_interleave(r, -1).unsqueeze(2), at)
+
+    def logits(self, part: _Part, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """[Hk, n, G, L] logits, -inf where masked, and where the variance term is below its bound."""
+        q = self.q[:, rows]
+        z = _product(q, part.keys).mul_(self.scale)
+        free = None
+        if part.var is not None:
+            if self.spec.order == 2:
+                kappa = _product(q.square().mul_(0.5 * self.scale**2), part.var)
+                free = kappa < self.spec.max_variance
+                z += kappa.clamp_(max=self.spec.max_variance)
+            z += math.log(self.spec.coarse_block_size)
+            if self.bias is not None:
+                z += self.bias[:, rows]
+        return z.masked_fill_(~part.mask, _NEVER), free
+
+    def choices(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """(head, tokens of a block, the queries that selected it in rising order), blocks in rising order."""
+        if not self.exact or not self.selected.shape[2]:
+            return
+        for head in range(self.kv_heads):
+            block, order = self.selected[head].reshape(-1).sort(stable=True)
+            queries = order // self.selected.shape[2]
+            ids, counts = block.unique_consecutive(return_counts=True)
+            at = 0
+            for m, count in zip(ids.tolist(), counts.tolist(), strict=True):
+                if m >= 0:
+                    yield head, slice(self.start[m], int(self.table.end[m])), queries[at:at + count]
+                at += count
+
+
+def _product(rows: Tensor, keys: Tensor) -> Tensor:
+    """[Hk, n, G, d] x [Hk, L, d] -> [Hk, n, G, L]."""
+    return torch.matmul(rows.flatten(1, 2), keys.transpose(1, 2)).unflatten(1, rows.shape[1:3])
+
+
+def _gather(probs: Tensor, values: Tensor) -> Tensor:
+    """[Hk, n, G, L] x [Hk, L, d] -> [Hk, n, G, d]."""
+    return torch.matmul(probs.flatten(1, 2), values).unflatten(1, probs.shape[1:3])
+
+
+def _collect(probs: Tensor, rows: Tensor) -> Tensor:
+    """Sum over queries: [Hk, n, G, L] x [Hk, n, G, d] -> [Hk, L, d]."""
+    return torch.matmul(probs.flatten(1, 2).transpose(1, 2), rows.flatten(1, 2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
+           spec: SparseAttentionSpec, bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool
+           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See interface.Backend.attend."""
+    p = Problem(q, k, v, entries, selected, table, spec, bias, exact, coarse)
+    out = torch.zeros_like(p.q)
+    lse = p.q.new_full(p.q.shape[:3], _NEVER)
+    tail = lse.clone()
+    for chunk in p.chunks():
+        rows = chunk.rows
+        parts = [(part, p.logits(part, rows)[0]) for part in p.parts(chunk)]
+        if not parts:
+            continue
+        # rows without any entry have a maximum of -inf; any finite number does for them
+        top = torch.stack([z.amax(-1) for _, z in parts]).amax(0).clamp_min(torch.finfo(p.q.dtype).min)
+        total = torch.zeros_like(top)
+        for part, z in parts:
+            probs = z.sub_(top.unsqueeze(-1)).exp_()
+            mass = probs.sum(-1)
+            total += mass
+            if part.var is not None:
+                tail[:, rows] = mass.log() + top
+            out[:, rows] += _gather(probs, part.values)
+        lse[:, rows] = total.log() + top
+        out[:, rows] /= torch.where(total > 0, total, 1.0).unsqueeze(-1)
+    before = lse.clone()
+    for head, tokens, queries in p.choices():
+        z = torch.matmul(p.q[head, queries].flatten(0, 1), p.k[head, tokens].T).mul_(p.scale)
+        z = z.view(len(queries), p.group, -1)
+        old = lse[head, queries]
+        new = torch.logaddexp(old, torch.logsumexp(z, -1))
+        probs = z.sub_(new.unsqueeze(-1)).exp_()
+        update = torch.matmul(probs.flatten(0, 1), p.v[head, tokens]).view(len(queries), p.group, -1)
+        out[head].index_copy_(0, queries, update.add_(out[head, queries] * (old - new).exp_().unsqueeze(-1)))
+        lse[head].index_copy_(0, queries, new)
+    without_sink = lse
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.to(lse.dtype).view(p.kv_heads, 1, p.group))
+        out *= (without_sink - lse).exp().unsqueeze(-1)
+    some = without_sink > _NEVER
+    tail_mass = torch.where(some, (tail - lse).exp(), 0.0)
+    selected_mass = torch.where(some, (without_sink - lse).exp() - (before - lse).exp(), 0.0)
+    return p.by_token(out).to(q.dtype), p.by_token(lse), p.by_token(tail_mass), p.by_token(selected_mass)
+
+
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
+                    spec: SparseAttentionSpec, bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool,
+                    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See interface.Backend.attend_backward."""
+    p = Problem(q, k, v, entries, selected, table, spec, bias, exact, coarse)
+    real = p.q.dtype
+    do = p.rows(dout.to(real))
+    delta = (do * p.rows(out.to(real))).sum(-1)
+    if dlse is not None:
+        delta -= p.rows(dlse.to(real))
+    # a row without entries has lse = -inf; +inf makes all its probabilities zero
+    lse = p.rows(lse.to(real))
+    lse = lse.masked_fill(lse == _NEVER, float("inf"))
+    dq, dk, dv = torch.zeros_like(p.q), torch.zeros_like(p.k), torch.zeros_like(p.v)
+    dbias = None if bias is None else torch.zeros_like(p.bias)
+    grads = None if p.entries is None else CoarseEntries(*(torch.zeros_like(x) for x in p.entries))
+    for chunk in p.chunks():
+        rows = chunk.rows
+        for part in p.parts(chunk):
+            probs, free = p.logits(part, rows)
+            probs.sub_(lse[:, rows].unsqueeze(-1)).exp_()
+            dz = _product(do[:, rows], part.values).sub_(delta[:, rows].unsqueeze(-1)).mul_(probs)
+            dvalues = _collect(probs, do[:, rows])
+            dq[:, rows] += _gather(dz, part.keys).mul_(p.scale)
+            dkeys = _collect(dz, p.q[:, rows]).mul_(p.scale)
+            if part.var is None:
+                dk[:, part.at] += dkeys
+                dv[:, part.at] += dvalues
+                continue
+            assert grads is not None
+            grads.key_mean[:, part.at] += dkeys
+            grads.value_mean[:, part.at] += dvalues
+            if dbias is not None:
+                dbias[:, rows] += dz.sum(-1, keepdim=True)
+            if spec.order == 2:
+                dz *= free
+                dq[:, rows] += _gather(dz, part.var).mul_(p.scale**2).mul_(p.q[:, rows])
+                grads.key_var[:, part.at] += _collect(dz, p.q[:, rows].square()).mul_(0.5 * p.scale**2)
+    for head, tokens, queries in p.choices():
+        rows, d_rows = p.q[head, queries].flatten(0, 1), do[head, queries].flatten(0, 1)
+        keys, values = p.k[head, tokens], p.v[head, tokens]
+        probs = torch.matmul(rows, keys.T).mul_(p.scale).sub_(lse[head, queries].view(-1, 1)).exp_()
+        dz = torch.matmul(d_rows, values.T).sub_(delta[head, queries].view(-1, 1)).mul_(probs)
+        dv[head, tokens] += torch.matmul(probs.T, d_rows)
+        dk[head, tokens] += torch.matmul(dz.T, rows).mul_(p.scale)
+        dq[head].index_add_(0, queries, torch.matmul(dz, keys).mul_(p.scale).view(len(queries), p.group, -1))
+    if p.entries is not None and grads is not None:
+        complete, r = complete_blocks(table, spec), spec.entries_per_block
+        mean, *dentries = (x.unflatten(1, (-1, r))[:, complete].flatten(1, 2) for x in (p.entries.key_mean, *grads))
+        pool_spans_backward(k, token_spans(table.start[complete], spec.block_size), spec.coarse_block_size, mean,
+                            CoarseEntries(*dentries), dk, dv)
+    dsink = None
+    if sink is not None:
+        sinks = sink.to(real).view(p.kv_heads, 1, p.group)
+        dsink = -((sinks - lse).exp() * delta).sum(1).view(-1).to(sink.dtype)
+    return (p.by_token(dq).to(q.dtype), dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype),
+            None if dbias is None else p.by_token(dbias.squeeze(-1)), dsink)
+
+
+def rank_keys(values: Tensor, blocks: Tensor) -> Tensor:
+    """Order by rank value, then lower block, in one int64: README, Select. values: fp32; blocks: their ids, broadcast."""
+    bits = values.contiguous().view(torch.int32).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2**31
+    return (bits << 31) | (2**31 - 1 - blocks)
+
+
+def block_of_key(keys: Tensor) -> Tensor:
+    """[...] int64 keys -> block ids, -1 where there is none (key -1)."""
+    return torch.where(keys >= 0, 2**31 - 1 - (keys & (2**31 - 1)), -1)
+
+
+def value_of_key(keys: Tensor) -> Tensor:
+    """The fp32 rank value that a key packs; meaningless where the key is -1."""
+    bits = (keys.clamp_min(0) >> 31) - 2**31
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
+
+
+def rank(q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Tensor, spec: SparseAttentionSpec,
+         hashed: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """See interface.Backend.rank."""
+    num_tokens, num_heads, _ = q.shape
+    kv_heads = entries.key_mean.shape[0]
+    p = Problem(q, q[:, :kv_heads], q[:, :kv_heads], entries, q.new_empty(kv_heads, num_tokens, 0), table, spec, None,
+                 False, True)
+    keys = torch.full((kv_heads, num_tokens, spec.top_k), -1, dtype=torch.int64, device=q.device)
+    candidate_mass = torch.zeros(kv_heads, num_tokens, device=q.device)
+    low, high = (x[table.block_of.long()].long() for x in (table.sink_end, table.local_start))
+    head = torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
+    for chunk in p.chunks():
+        rows = chunk.rows
+        if not (high[rows] > low[rows]).any():
+            continue
+        part = p._tail(chunk)
+        z, _ = p.logits(part, rows)
+        block = torch.arange(chunk.low, chunk.high, device=q.device)
+        candidate = (block >= low[rows].unsqueeze(1)) & (block < high[rows].unsqueeze(1))
+        lse = torch.logsumexp(z, -1, keepdim=True)
+        probs = torch.where(part.mask, (z - lse).exp(), 0.0)
+
+        def by_block(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, spec.entries_per_block))
+
+        mass = by_block(probs.sum(2)).sum(-1).float()
+        candidate_mass[:, rows] = torch.where(candidate, mass, 0.0).sum(-1)
+        if spec.score == "max":
+            values = by_block(z).logsumexp(-1).amax(2).float()
+        elif spec.score == "error_gain":
+            kappa = _product(p.q[:, rows].square() * (0.5 * p.scale**2), part.var).clamp_(max=spec.max_variance)
+            values = by_block((probs * (1 - torch.exp(-kappa) + TRUST)).sum(2)).sum(-1).float().clamp_min_(SMALLEST).log_()
+        else:
+            values = mass.clamp_min_(SMALLEST).log_()
+        if temperature > 0:
+            assert hashed is not None
+            counter = selection_counter(block - table.first[table.block_of[rows].long()].long().unsqueeze(1), head, kv_heads)
+            values = values + temperature * gumbel(hashed[rows].unsqueeze(1), counter)
+        packed = torch.where(candidate, rank_keys(values, block), -1)
+        keys[:, rows, :min(spec.top_k, len(block))] = packed.topk(min(spec.top_k, len(block)), -1).values
+    return keys, candidate_mass
+
+
+def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, length: int, spec: SparseAttentionSpec,
+           bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool) -> tuple[Tensor, Tensor]:
+    """See interface.decode."""
+    num_rows, heads, dim = q.shape
+    kv_heads, size, r, real = keys.shape[2], spec.block_size, spec.entries_per_block, real_dtype(q.dtype)
+    rows = q.to(real).view(num_rows, kv_heads, heads // kv_heads, dim)
+    scale = dim**-0.5
+    own, sink_end, local = decode_limits(length, spec)
+    parts: list[tuple[Tensor, Tensor]] = []  # (logits [N, Hk, G, L], values [N, Hk, L, d])
+
+    def add(k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+        z = torch.matmul(rows, k.transpose(2, 3)) * scale
+        parts.append((z if mask is None else z.masked_fill_(~mask, _NEVER), v))
+
+    def add_tokens(begin: int, end: int) -> None:
+        add(*(x[:, begin:end].to(real).transpose(1, 2) for x in (keys, values)))
+
+    if exact:
+        add_tokens(local * size if sink_end < local else 0, length)  # else the first blocks reach the window
+        if sink_end < local:
+            add_tokens(0, sink_end * size)
+    low, high = (sink_end, local) if exact else (0, own)
+    wants_tail = coarse and (spec.tail != "drop" or not exact)
+    if low < high and (wants_tail or spec.top_k):
+        mean, value, var = (x[:, :, :own * r].to(real) for x in entries)
+        c = torch.matmul(rows, mean.transpose(2, 3)) * scale + math.log(spec.coarse_block_size)
+        kappa = torch.zeros_like(c)
+        if spec.order == 2:
+            kappa = torch.matmul(rows.square() * (0.5 * scale**2), var.transpose(2, 3)).clamp_(max=spec.max_variance)
+            c += kappa
+        block = torch.arange(own, device=q.device)
+        tail = ((block >= low) & (block < high)).expand(num_rows, kv_heads, -1)
+        if exact and spec.top_k:
+            chosen = _choose(c, kappa, block, sink_end, local, spec)  # [N, Hk, K]
+            taken = torch.zeros(num_rows, kv_heads, own + 1, dtype=torch.bool, device=q.device)
+            tail = tail & ~taken.scatter_(2, torch.where(chosen >= 0, chosen, own), True)[..., :-1]
+            at = (chosen.clamp_min(0).unsqueeze(-1) * size + torch.arange(size, device=q.device)).flatten(2)
+            row = torch.arange(num_rows, device=q.device).view(-1, 1, 1)
+            head = torch.arange(kv_heads, device=q.device).view(1, -1, 1)
+            add(keys[row, at, head].to(real), values[row, at, head].to(real),
+                (chosen >= 0).repeat_interleave(size, -1).unsqueeze(2))
+        if wants_tail:
+            if bias is not None:
+                c = c + bias.to(real).view(num_rows, kv_heads, -1, 1)
+            parts.append((c.masked_fill(~tail.repeat_interleave(r, -1).unsqueeze(2), _NEVER), value))
+    if not parts:  # the coarse branch alone, before the first complete block
+        return torch.zeros_like(q), rows.new_full((num_rows, heads), _NEVER)
+    logits = [z for z, _ in parts]
+    if sink is not None:
+        logits.append(sink.to(real).view(1, kv_heads, -1, 1).expand(num_rows, -1, -1, -1))
+    lse = torch.logsumexp(torch.cat(logits, -1), -1, keepdim=True)
+    out = torch.zeros_like(rows)
+    for z, v in parts:
+        out += torch.matmul((z - lse).exp(), v)
+    return out.reshape(num_rows, heads, dim).to(q.dtype), lse.reshape(num_rows, heads)
+
+
+def decode_limits(length: int, spec: SparseAttentionSpec) -> tuple[int, int, int]:
+    """(own block, sink_end, local_start) of the last of `length` tokens of a document; see BlockTable."""
+    own = (length - 1) // spec.block_size
+    dense = own * spec.block_size < spec.min_sparse_length
+    local = 0 if dense else max(0, own - spec.num_local_blocks + 1)
+    return own, min(spec.num_sink_blocks, local), local
+
+
+def _choose(c: Tensor, kappa: Tensor, block: Tensor, sink_end: int, local: int, spec: SparseAttentionSpec) -> Tensor:
+    """Selected blocks [N, Hk, K] of one query a row, from the logits [N, Hk, G, E] of all its complete past blocks."""
+    probs = c.softmax(-1)
+
+    def by_block(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, spec.entries_per_block))
+
+    mass = by_block(probs.sum(2)).sum(-1).float()
+    if spec.score == "max":
+        value = by_block(c).logsumexp(-1).amax(2).float()
+    elif spec.score == "error_gain":
+        value = by_block((probs * (1 - torch.exp(-kappa) + TRUST)).sum(2)).sum(-1).float().clamp_min(SMALLEST).log()
+    else:
+        value = mass.clamp_min(SMALLEST).log()
+    packed = torch.where((block >= sink_end) & (block < local), rank_keys(value, block), -1)
+    keys = packed.topk(min(spec.top_k, local - sink_end), -1).values
+    chosen = block_of_key(keys)
+    if spec.top_p is not None:
+        taken = mass.gather(-1, chosen.clamp_min(0))
+        candidates = mass[..., sink_end:local].sum(-1, keepdim=True)
+        group = c.shape[2]
+        before = group - candidates + taken.cumsum(-1) - taken
+        chosen = chosen.masked_fill(before >= spec.top_p * group, -1)
+    return chosen

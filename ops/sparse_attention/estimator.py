@@ -1,0 +1,128 @@
+"""Sampled tails: unbiased estimates of both sums of the softmax, with their variance (README, Sampling).
+
+For analysis: what inverse-probability weighting costs and what the coarse entries save. Plain torch, gathered per query;
+differentiable by autograd, which then keeps every gathered block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.sparse_attention import chunked
+from ops.sparse_attention.blocks import block_table
+from ops.sparse_attention.chunked import Chunk, Problem, rank_keys
+from ops.sparse_attention.noise import gumbel, selection_counter, token_hash
+from ops.sparse_attention.reference import rank_values
+from ops.sparse_attention.spec import SparseAttentionSpec
+
+_NEVER = float("-inf")
+
+
+class Estimate(NamedTuple):
+    """out: [T, H, d]; lse: [T, H], log of the estimated denominator; exp(lse) and exp(lse) * out are unbiased. variance:
+    [T, H], estimated expected squared distance of out from dense attention (first order in the sampling error)."""
+
+    out: Tensor
+    lse: Tensor
+    variance: Tensor
+
+
+def estimate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAttentionSpec, seed: int = 0,
+             token_ids: Tensor | None = None) -> Estimate:
+    """Attention whose tail is estimated from spec.num_samples blocks per query and group; spec.tail is "ht" or "ht_cv".
+
+    Selection is that of sparse_attention. Of the other candidates, blocks are drawn without replacement with
+    probabilities that grow with their estimated mass (Gumbel top-m; Kool et al., arXiv 1903.06059, section 4). Arguments
+    as sparse_attention.
+    """
+    if spec.tail not in ("ht", "ht_cv"):
+        raise ValueError(f"tail is {spec.tail!r}; an estimate needs tail=ht or tail=ht_cv")
+    table = block_table(cu_seqlens, len(q), spec)
+    kv_heads = k.shape[1]
+    with torch.no_grad():
+        entries = chunked.pool(k, v, table, spec)
+        selected = torch.full((kv_heads, len(q), 0), -1)
+        if spec.top_k:
+            keys, _ = chunked.rank(q, entries, table, cu_seqlens, spec, None, 0.0)
+            selected = chunked.block_of_key(keys)
+    hashed = token_hash(seed, torch.arange(len(q)) if token_ids is None else token_ids)
+    problem = Problem(q, k, v, entries, selected, table, spec, None, True, True)
+    parts = [_chunk(problem, chunk, hashed) for chunk in problem.chunks(64)]
+    joined = [torch.cat(x, 1) for x in zip(*parts, strict=True)]
+    return Estimate(*(problem.by_token(x) for x in joined))
+
+
+def _chunk(p: Problem, chunk: Chunk, hashed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    spec, rows, q = p.spec, chunk.rows, p.q[:, chunk.rows]
+    head = torch.arange(p.kv_heads).view(-1, 1, 1)
+    parts = list(p.parts(chunk))
+    tail = parts.pop(0) if parts[0].var is not None else None
+    exact = [(p.logits(part, rows)[0], part.values.unsqueeze(1)) for part in parts]
+    if p.selected.shape[2]:
+        exact.append(_blocks(p, q, p.selected[:, rows], head))
+    logits = [z for z, _ in exact]
+    if tail is None:
+        lse = torch.logsumexp(torch.cat(logits, -1), -1)
+        out = sum(torch.matmul((z - lse.unsqueeze(-1)).exp(), v) for z, v in exact)
+        assert isinstance(out, Tensor)
+        return out, lse, torch.zeros_like(lse)
+
+    c, _ = p.logits(tail, rows)  # masked: unselected candidates only
+    with torch.no_grad():
+        block = torch.arange(chunk.low, chunk.high)
+        open_blocks = tail.mask[:, :, 0].unflatten(-1, (-1, spec.entries_per_block)).any(-1)
+        values, _ = rank_values(c, torch.zeros_like(c), tail.mask, spec)
+        first = p.table.first[p.table.block_of[rows].long()].long().unsqueeze(1)
+        counter = selection_counter(block - first, head, p.kv_heads)
+        perturbed = (values + gumbel(hashed[rows].unsqueeze(1), counter)).masked_fill(~open_blocks, _NEVER)
+        keys = torch.where(open_blocks, rank_keys(perturbed, block), -1)
+        order = chunked.block_of_key(keys.topk(min(spec.num_samples + 1, len(block)), -1).values)
+        sampled = order[..., :spec.num_samples]
+        # the threshold is the best that was not drawn; where everything was drawn, inclusion is certain
+        threshold = torch.full(sampled.shape[:2], _NEVER)
+        if order.shape[2] > spec.num_samples:
+            beyond = order[..., spec.num_samples:]
+            threshold = perturbed.gather(2, (beyond - chunk.low).clamp_min(0)).squeeze(-1).masked_fill(
+                beyond.squeeze(-1) < 0, _NEVER)
+        rank = values.gather(2, (sampled - chunk.low).clamp_min(0))
+        inclusion = -torch.expm1(-torch.exp(rank - threshold.unsqueeze(-1)))
+        inclusion = torch.where(sampled >= 0, inclusion, 1.0).to(q.dtype).unsqueeze(2)  # [Hk, n, 1, m]
+    z, v = _blocks(p, q, sampled, head)
+    top = torch.cat([*logits, c, z], -1).amax(-1, keepdim=True).detach()
+    mass = sum((x - top).exp().sum(-1) for x, _ in exact)
+    numerator = sum(torch.matmul((x - top).exp(), values) for x, values in exact)
+    assert isinstance(mass, Tensor) and isinstance(numerator, Tensor)
+    at_least = mass.detach()
+    m = sampled.shape[2]
+    w = (z - top).exp().unflatten(-1, (m, -1))  # [Hk, n, G, m, B]
+    d_mass, d_numerator = w.sum(-1), torch.matmul(w.transpose(2, 3), v.unflatten(2, (m, -1))).transpose(2, 3)
+    if spec.tail == "ht_cv":  # the coarse entries as control variate: only the difference is sampled
+        coarse = (c - top).exp()
+        mass = mass + coarse.sum(-1)
+        numerator = numerator + torch.matmul(coarse, tail.values.unsqueeze(1))
+        r = spec.entries_per_block
+        entry = ((sampled - chunk.low).clamp_min(0).unsqueeze(-1) * r + torch.arange(r)).flatten(2)
+        there = (sampled >= 0).repeat_interleave(r, -1).unsqueeze(2)
+        own = torch.where(there, coarse.gather(3, entry.unsqueeze(2).expand(-1, -1, p.group, -1)), 0.0)
+        own = own.unflatten(-1, (m, r))
+        pooled = tail.values[head, entry].unflatten(2, (m, r))
+        d_mass = d_mass - own.sum(-1)
+        d_numerator = d_numerator - torch.matmul(own.transpose(2, 3), pooled).transpose(2, 3)
+    mass = (mass + (d_mass / inclusion).sum(-1)).clamp_min(at_least)  # order 2 can overestimate what it replaces
+    numerator = numerator + (d_numerator / inclusion.unsqueeze(-1)).sum(3)
+    out = numerator / mass.unsqueeze(-1)
+    residual = (d_numerator - out.unsqueeze(3) * d_mass.unsqueeze(-1)) / mass[..., None, None]
+    variance = ((1 - inclusion) / inclusion.square() * residual.square().sum(-1)).sum(-1)
+    return out, mass.log() + top.squeeze(-1), variance.detach()
+
+
+def _blocks(p: Problem, q: Tensor, blocks: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [Hk, n, G, K * B] and values [Hk, n, K * B, d] of the tokens of blocks [Hk, n, K], -1 for none."""
+    size = p.spec.block_size
+    start = p.table.start[blocks.clamp_min(0)].long().unsqueeze(-1)
+    at = (start + torch.arange(size)).flatten(2).clamp_max(p.num_tokens - 1)
+    z = p.scale * torch.matmul(q, p.k[head, at].transpose(2, 3))
+    return z.masked_fill((blocks < 0).repeat_interleave(size, -1).unsqueeze(2), _NEVER), p.v[head, at]
