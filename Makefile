@@ -37,6 +37,7 @@ check: setup  ## ruff, mypy on our packages, the import rule
 
 compile-kernels: setup  ## compile every CUDA kernel for all architectures; fails on register spills
 	$(PY) -m ops.build
+	$(PY) -m ops.triton_build
 
 bench: setup  ## run the CPU benches
 	$(PY) -m bench.grouped_mlp --device cpu

@@ -58,8 +58,9 @@ def main(config: DictConfig) -> float:
         print(f"experts per token {result['experts_per_token']:.3f} (layers "
               + " ".join(f"{k:.3f}" for k in result["experts_per_token_by_layer"]) + ")")
     if "attention/tail_mass" in result:
-        print(f"attention  tail mass {result['attention/tail_mass']:.1%}  error {result.get('attention/error', math.nan):.1%} "
-              f"(mean over sampled rows, below {result.get('attention/error_bound', math.nan):.1%} with probability 0.999)")
+        error, bound = (result.get(f"attention/{name}", math.nan) for name in ("error", "error_bound"))
+        print(f"attention  tail mass {result['attention/tail_mass']:.1%}  error {error:.1%} (mean over sampled rows, below "
+              f"{bound:.1%} with probability 0.999)")
     print(f"{checkpoint}: val_loss {result['val_loss']:.4f}  perplexity {result['perplexity']:.2f}  bits_per_byte "
           f"{result['bits_per_byte']:.4f}  unigram_entropy {store.unigram_entropy:.4f}")
     print_result({"run_dir": settings.run, "checkpoint": checkpoint.name, "step": read_state(checkpoint)["step"],

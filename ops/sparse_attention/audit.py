@@ -60,7 +60,8 @@ def mean_error_bound(mean: float, mean_square: float, count: int, failure: float
 
 def audit_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAttentionSpec, result: AttentionOutput,
                rows: Tensor, bias: Tensor | None = None, sink: Tensor | None = None) -> RowAudit:
-    """Compare `result` with dense attention on `rows` [m] int64. Other arguments as sparse_attention was given."""
+    """Compare `result` with dense attention on `rows` [m] int64. Other arguments as sparse_attention was given, which had
+    both branches."""
     table = block_table(cu_seqlens, len(q), spec)
     extents = _extents(k.detach().float(), v.detach().float(), table, spec)
     step = max(1, _ELEMENTS // max(1, q.shape[1] * len(k)))
@@ -147,12 +148,12 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
     lse = result.lse[rows].to(real).view(*shape, 1).transpose(0, 1)
     if spec.tail == "drop":
         tail = torch.zeros_like(tail)
-    entry_probs = torch.where(tail, (c + shift - lse).exp(), 0.0)
-    coherence = (entry_probs.detach() * kappa).sum(-1)
+    log_probs = torch.where(tail, c + shift - lse, _NEVER).detach()
+    coherence = (log_probs.exp() * kappa).sum(-1)
 
     with torch.no_grad():
         kappa_all = kappa + shift
-        bounds = [_bound(queries, ours, entry_probs, kappa_all, value_mean, *spread)
+        bounds = [_bound(ours, log_probs, kappa_all, value_mean, *spread)
                   for spread in (_worst_case(queries, extents, scale), _sub_gaussian(queries, var, extents, scale))]
         if spec.num_levels == 2:  # closed super-blocks are outside of these statistics
             bounds = [torch.full_like(norm, float("inf"))] * 2
@@ -182,12 +183,13 @@ def _sub_gaussian(queries: Tensor, var: Tensor, extents: _Extents, scale: float)
     return 0.5 * sigma2, extents.value_spread[:, None, None] * torch.expm1((2 * sigma2).clamp_max(60)).sqrt()
 
 
-def _bound(queries: Tensor, ours: Tensor, entry_probs: Tensor, kappa: Tensor, value_mean: Tensor, log_mass: Tensor,
-           shift: Tensor) -> Tensor:
+def _bound(ours: Tensor, log_probs: Tensor, kappa: Tensor, value_mean: Tensor, log_mass: Tensor, shift: Tensor) -> Tensor:
     """Theorem 1, [Hk, m, G]. kappa: what the op added to the logit of the mean; the true mass lies between e^-kappa and
-    e^(log_mass - kappa) times the estimated one."""
-    low, high = -kappa, (log_mass - kappa).clamp_max(60)
-    mass_low = 1 - entry_probs.sum(-1) + (entry_probs * low.exp()).sum(-1)
+    e^(log_mass - kappa) times the estimated one. Exponents beyond 60 are vacuous anyway."""
+    probs = log_probs.exp()
+    least = (log_probs - kappa).clamp_max(60).exp()
+    most = (log_probs - kappa + log_mass).clamp_max(60).exp()
+    mass_low = 1 - probs.sum(-1) + least.sum(-1)
     distance = torch.cdist(ours, value_mean.transpose(0, 1).unsqueeze(1))
-    worst = torch.maximum(torch.expm1(high).abs(), (1 - low.exp()).abs()) * distance + high.exp() * shift
-    return (entry_probs * worst).sum(-1) / mass_low
+    worst = torch.maximum((most - probs).abs(), (probs - least).abs()) * distance + most * shift
+    return worst.sum(-1) / mass_low

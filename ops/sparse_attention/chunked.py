@@ -1,8 +1,9 @@
 """The op on a CPU in plain torch: matrix products over chunks of queries, closed-form backward, memory O(T).
 
-Window, first blocks and coarse entries are contiguous for a chunk of queries, so they are dense products under masks.
-Selected blocks are walked key-side: the queries that chose a block are gathered, one product serves them all, and their
-running softmax is updated, which moves block_size / G times less memory than gathering blocks for every query.
+Window, first blocks and coarse entries are contiguous for a chunk of queries, so they are dense products under masks. So
+are the candidates of queries that have few of them. Other selected blocks are walked key-side: the queries that chose a
+block are gathered, one product serves them all, and their running softmax is updated, which moves block_size / G times
+less memory than gathering blocks for every query.
 
 Rows of queries are [Hk, T, G, d] here, fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs.
 """
@@ -27,6 +28,10 @@ _NEVER = float("-inf")
 _ELEMENTS = 2**21
 """Logits of one chunk: 8 MiB in fp32, near the size of a core's share of the last-level cache."""
 _MAX_QUERIES = 256
+_NEAR = 512
+"""Candidate tokens up to which a masked product over all of them beats walking the selected blocks."""
+_GATHERED = 64
+"""Queries that are gathered for a selected block at a time."""
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +81,8 @@ def token_spans(start: Tensor, length: int) -> Tensor:
 
 class Chunk(NamedTuple):
     """Queries [begin, end) and what a contiguous product must cover for them: tokens [window, end), first blocks
-    [sink_begin, sink_end), blocks [low, high) whose entries may be in the tail."""
+    [sink_begin, sink_end), blocks [low, high) whose entries may be in the tail, blocks [near_low, near_high) that its
+    near queries may have selected."""
 
     begin: int
     end: int
@@ -85,6 +91,8 @@ class Chunk(NamedTuple):
     sink_end: int
     low: int
     high: int
+    near_low: int
+    near_high: int
 
     @property
     def rows(self) -> slice:
@@ -99,9 +107,11 @@ class _Tokens(NamedTuple):
     sink_stop: Tensor
     tail_low: Tensor
     tail_high: Tensor
+    near: Tensor
+    """[T] bool: few candidates, whose selected ones are a masked product."""
 
 
-def _limits(table: BlockTable, exact: bool) -> _Tokens:
+def _limits(table: BlockTable, spec: SparseAttentionSpec, exact: bool) -> _Tokens:
     own = table.block_of.long()
     first, sink_end, local = (x[own].long() for x in (table.first, table.sink_end, table.local_start))
     start = table.start.long()
@@ -109,7 +119,8 @@ def _limits(table: BlockTable, exact: bool) -> _Tokens:
     # where the first blocks reach the window, the window's own product covers them
     sink_stop = torch.where(sink_end < local, start[sink_end.clamp_max(len(start) - 1)], start[first])
     window = torch.where(sink_end < local, start[local], start[first])
-    return _Tokens(window, start[first], sink_stop, low, high)
+    near = (high > low) & ((high - low) * spec.block_size <= max(_NEAR, 2 * spec.top_k * spec.block_size))
+    return _Tokens(window, start[first], sink_stop, low, high, near)
 
 
 def _chunks(limits: _Tokens, num_tokens: int, num_heads: int, entries_per_block: int, max_queries: int
@@ -131,26 +142,29 @@ def _chunks(limits: _Tokens, num_tokens: int, num_heads: int, entries_per_block:
 
 def _chunk(limits: _Tokens, begin: int, end: int) -> Chunk:
     rows = slice(begin, end)
-    window, sink_start, sink_stop, tail_low, tail_high = (x[rows] for x in limits)
+    window, sink_start, sink_stop, tail_low, tail_high, near = (x[rows] for x in limits)
     tail, sinks = tail_high > tail_low, sink_stop > sink_start
-    low, high, sink_begin, sink_end = 0, 0, 0, 0
+    low, high, sink_begin, sink_end, near_low, near_high = 0, 0, 0, 0, 0, 0
+    if near.any():
+        near_low, near_high = int(tail_low[near].min()), int(tail_high[near].max())
     if tail.any():
         low, high = int(tail_low[tail].min()), int(tail_high[tail].max())
     if sinks.any():
         sink_begin, sink_end = int(sink_start[sinks].min()), int(sink_stop[sinks].max())
-    return Chunk(begin, end, int(window.min()), sink_begin, sink_end, low, high)
+    return Chunk(begin, end, int(window.min()), sink_begin, sink_end, low, high, near_low, near_high)
 
 
 class _Part(NamedTuple):
     """Entries of one softmax that a chunk of queries shares. keys, values: [Hk, L, d]; var [Hk, L, d] for coarse ones;
     mask: [Hk or 1, n, 1, L], True where a query sees the entry; at: where keys and values came from (token range, or
-    entry range of coarse ones)."""
+    entry range of coarse ones). is_selected: tokens of selected blocks."""
 
     keys: Tensor
     values: Tensor
     var: Tensor | None
     mask: Tensor
     at: slice
+    is_selected: bool = False
 
 
 class Problem:
@@ -168,7 +182,7 @@ class Problem:
         self.k, self.v = (x.to(real).transpose(0, 1).contiguous() for x in (k, v))
         self.entries = None if entries is None else CoarseEntries(*(x.to(real) for x in entries))
         self.selected = selected.long()
-        self.limits = _limits(table, exact)
+        self.limits = _limits(table, spec, exact)
         self.start = table.start.tolist()
 
     def rows(self, x: Tensor) -> Tensor:
@@ -201,6 +215,20 @@ class Problem:
             mask = torch.arange(at.start, at.stop, device=self.q.device) < limits.sink_stop[rows].unsqueeze(1)
             mask &= limits.sink_start[rows].unsqueeze(1) == chunk.sink_begin
             yield _Part(self.k[:, at], self.v[:, at], None, mask[None, :, None], at)
+        if self.selected.shape[2] and chunk.near_high > chunk.near_low:
+            yield self._near(chunk)
+
+    def _taken(self, rows: slice, low: int, high: int) -> Tensor:
+        """[Hk, n, high - low] bool: blocks that a query selected."""
+        taken = torch.zeros(self.kv_heads, rows.stop - rows.start, high - low + 1, dtype=torch.bool, device=self.q.device)
+        column = self.selected[:, rows] - low
+        return taken.scatter_(2, torch.where((column >= 0) & (column < high - low), column, high - low), True)[..., :-1]
+
+    def _near(self, chunk: Chunk) -> _Part:
+        at = slice(self.start[chunk.near_low], int(self.table.end[chunk.near_high - 1]))
+        taken = self._taken(chunk.rows, chunk.near_low, chunk.near_high) & self.limits.near[chunk.rows].unsqueeze(1)
+        column = self.table.block_of[at].long() - chunk.near_low
+        return _Part(self.k[:, at], self.v[:, at], None, taken[..., column].unsqueeze(2), at, True)
 
     def _tail(self, chunk: Chunk) -> _Part:
         limits, rows, r = self.limits, chunk.rows, self.spec.entries_per_block
@@ -208,11 +236,7 @@ class Problem:
         block = torch.arange(chunk.low, chunk.high, device=self.q.device)
         mask = ((block >= limits.tail_low[rows].unsqueeze(1)) & (block < limits.tail_high[rows].unsqueeze(1)))[None]
         if self.exact and self.selected.shape[2]:
-            taken = torch.zeros(self.kv_heads, chunk.end - chunk.begin, len(block) + 1, dtype=torch.bool,
-                                device=self.q.device)
-            column = self.selected[:, rows] - chunk.low
-            column = torch.where((column >= 0) & (column < len(block)), column, len(block))
-            mask = mask & ~taken.scatter_(2, column, True)[..., :-1]
+            mask = mask & ~self._taken(rows, chunk.low, chunk.high)
         at = slice(chunk.low * r, chunk.high * r)
         keys, values, var = (x[:, at] for x in self.entries)
         return _Part(keys, values, var, mask.repeat_interleave(r, -1).unsqueeze(2), at)
@@ -233,11 +257,14 @@ class Problem:
         return z.masked_fill_(~part.mask, _NEVER), free
 
     def choices(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """(head, tokens of a block, the queries that selected it in rising order), blocks in rising order."""
+        """(head, tokens of a block, the far queries that selected it in rising order), blocks in rising order."""
         if not self.exact or not self.selected.shape[2]:
             return
+        if self.limits.near.all():
+            return
         for head in range(self.kv_heads):
-            block, order = self.selected[head].reshape(-1).sort(stable=True)
+            far = self.selected[head].masked_fill(self.limits.near.unsqueeze(1), -1)
+            block, order = far.reshape(-1).sort(stable=True)
             queries = order // self.selected.shape[2]
             ids, counts = block.unique_consecutive(return_counts=True)
             at = 0
@@ -269,7 +296,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selec
     p = Problem(q, k, v, entries, selected, table, spec, bias, exact, coarse)
     out = torch.zeros_like(p.q)
     lse = p.q.new_full(p.q.shape[:3], _NEVER)
-    tail = lse.clone()
+    tail, near = lse.clone(), lse.clone()
     for chunk in p.chunks():
         rows = chunk.rows
         parts = [(part, p.logits(part, rows)[0]) for part in p.parts(chunk)]
@@ -284,26 +311,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selec
             total += mass
             if part.var is not None:
                 tail[:, rows] = mass.log() + top
+            elif part.is_selected:
+                near[:, rows] = mass.log() + top
             out[:, rows] += _gather(probs, part.values)
         lse[:, rows] = total.log() + top
         out[:, rows] /= torch.where(total > 0, total, 1.0).unsqueeze(-1)
     before = lse.clone()
-    for head, tokens, queries in p.choices():
-        z = torch.matmul(p.q[head, queries].flatten(0, 1), p.k[head, tokens].T).mul_(p.scale)
-        z = z.view(len(queries), p.group, -1)
-        old = lse[head, queries]
-        new = torch.logaddexp(old, torch.logsumexp(z, -1))
-        probs = z.sub_(new.unsqueeze(-1)).exp_()
-        update = torch.matmul(probs.flatten(0, 1), p.v[head, tokens]).view(len(queries), p.group, -1)
-        out[head].index_copy_(0, queries, update.add_(out[head, queries] * (old - new).exp_().unsqueeze(-1)))
-        lse[head].index_copy_(0, queries, new)
+    for head, tokens, everyone in p.choices():
+        for some in everyone.split(_GATHERED):
+            # Products of one shape: how a BLAS sums depends on it, and later queries must not show in earlier outputs.
+            queries = torch.cat([some, some[-1:].expand(_GATHERED - len(some))])
+            z = torch.matmul(p.q[head, queries].flatten(0, 1), p.k[head, tokens].T).mul_(p.scale)
+            z = z.view(_GATHERED, p.group, -1)
+            old = lse[head, queries]
+            new = torch.logaddexp(old, torch.logsumexp(z, -1))
+            probs = z.sub_(new.unsqueeze(-1)).exp_()
+            update = torch.matmul(probs.flatten(0, 1), p.v[head, tokens]).view(_GATHERED, p.group, -1)
+            update.add_(out[head, queries] * (old - new).exp_().unsqueeze(-1))
+            out[head].index_copy_(0, some, update[:len(some)])
+            lse[head].index_copy_(0, some, new[:len(some)])
     without_sink = lse
     if sink is not None:
         lse = torch.logaddexp(lse, sink.to(lse.dtype).view(p.kv_heads, 1, p.group))
         out *= (without_sink - lse).exp().unsqueeze(-1)
     some = without_sink > _NEVER
     tail_mass = torch.where(some, (tail - lse).exp(), 0.0)
-    selected_mass = torch.where(some, (without_sink - lse).exp() - (before - lse).exp(), 0.0)
+    selected_mass = torch.where(some, (near - lse).exp() + (without_sink - lse).exp() - (before - lse).exp(), 0.0)
     return p.by_token(out).to(q.dtype), p.by_token(lse), p.by_token(tail_mass), p.by_token(selected_mass)
 
 
@@ -461,7 +494,7 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, leng
         block = torch.arange(own, device=q.device)
         tail = ((block >= low) & (block < high)).expand(num_rows, kv_heads, -1)
         if exact and spec.top_k:
-            chosen = _choose(c, kappa, block, sink_end, local, spec)  # [N, Hk, K]
+            chosen = choose_blocks(c, kappa, block, sink_end, local, spec)  # [N, Hk, K]
             taken = torch.zeros(num_rows, kv_heads, own + 1, dtype=torch.bool, device=q.device)
             tail = tail & ~taken.scatter_(2, torch.where(chosen >= 0, chosen, own), True)[..., :-1]
             at = (chosen.clamp_min(0).unsqueeze(-1) * size + torch.arange(size, device=q.device)).flatten(2)
@@ -473,9 +506,9 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, leng
             if bias is not None:
                 c = c + bias.to(real).view(num_rows, kv_heads, -1, 1)
             parts.append((c.masked_fill(~tail.repeat_interleave(r, -1).unsqueeze(2), _NEVER), value))
-    if not parts:  # the coarse branch alone, before the first complete block
-        return torch.zeros_like(q), rows.new_full((num_rows, heads), _NEVER)
     logits = [z for z, _ in parts]
+    if not logits and sink is None:  # the coarse branch alone, before the first complete block
+        return torch.zeros_like(q), rows.new_full((num_rows, heads), _NEVER)
     if sink is not None:
         logits.append(sink.to(real).view(1, kv_heads, -1, 1).expand(num_rows, -1, -1, -1))
     lse = torch.logsumexp(torch.cat(logits, -1), -1, keepdim=True)
@@ -493,7 +526,7 @@ def decode_limits(length: int, spec: SparseAttentionSpec) -> tuple[int, int, int
     return own, min(spec.num_sink_blocks, local), local
 
 
-def _choose(c: Tensor, kappa: Tensor, block: Tensor, sink_end: int, local: int, spec: SparseAttentionSpec) -> Tensor:
+def choose_blocks(c: Tensor, kappa: Tensor, block: Tensor, sink_end: int, local: int, spec: SparseAttentionSpec) -> Tensor:
     """Selected blocks [N, Hk, K] of one query a row, from the logits [N, Hk, G, E] of all its complete past blocks."""
     probs = c.softmax(-1)
 

@@ -1,7 +1,7 @@
 """Sampled tails: unbiased estimates of both sums of the softmax, with their variance (README, Sampling).
 
 For analysis: what inverse-probability weighting costs and what the coarse entries save. Plain torch, gathered per query;
-differentiable by autograd, which then keeps every gathered block.
+differentiable by autograd for given inclusion probabilities, which then keeps every gathered block.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def estimate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAt
 def _chunk(p: Problem, chunk: Chunk, hashed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     spec, rows, q = p.spec, chunk.rows, p.q[:, chunk.rows]
     head = torch.arange(p.kv_heads).view(-1, 1, 1)
-    parts = list(p.parts(chunk))
+    parts = [part for part in p.parts(chunk) if not part.is_selected]  # these are gathered below
     tail = parts.pop(0) if parts[0].var is not None else None
     exact = [(p.logits(part, rows)[0], part.values.unsqueeze(1)) for part in parts]
     if p.selected.shape[2]:

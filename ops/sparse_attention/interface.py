@@ -96,6 +96,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: 
         if selected is not None or not exact or not coarse:
             raise ValueError("num_levels=2 selects by itself and has no branches to leave out")
         return AttentionOutput._make(attend_in_two_levels(q, k, v, table, spec, bias, sink, noise, token_ids))
+    if selected is not None and selected.device.type == "cpu":
+        _check_candidates(selected, table)
     wants_tail = coarse and (spec.tail != "drop" or not exact)
     ranks = exact and selected is None and spec.top_k > 0
     with torch.no_grad():
@@ -238,6 +240,19 @@ def _backend(name: str) -> Backend:
     raise ValueError(f"unknown sparse attention backend {name!r}; choose triton or chunked")
 
 
+def _check_candidates(selected: Tensor, table: BlockTable) -> None:
+    """Forced blocks would count twice, and later ones are the future."""
+    own = table.block_of.long().unsqueeze(1)
+    low, high = table.sink_end[own], table.local_start[own]
+    wrong = (selected >= 0) & ((selected < low) | (selected >= high))
+    ordered = selected.sort(-1).values
+    wrong[..., 1:] |= (ordered[..., 1:] >= 0) & (ordered[..., 1:] == ordered[..., :-1])
+    if wrong.any():
+        head, token, _ = (int(x) for x in wrong.nonzero()[0])
+        raise ValueError(f"selected {selected[head, token].tolist()} of token {token} must be distinct blocks among its "
+                         f"candidates, {int(low[token])} to {int(high[token]) - 1}, or -1")
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAttentionSpec, bias: Tensor | None,
            sink: Tensor | None, token_ids: Tensor | None, selected: Tensor | None, exact: bool, coarse: bool) -> None:
     if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
@@ -246,7 +261,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAtte
     if v.shape != k.shape:
         raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}; latent (MLA) layouts, whose values "
                          "are narrower than their keys, are not supported: use attention=dense")
-    if q.shape[1] % k.shape[1] or k.shape[1] == 0:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} heads cannot be shared evenly by {k.shape[1]} key/value heads")
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one of fp32, bf16, fp16 (fp64)")

@@ -25,14 +25,14 @@ def mix(x: Tensor) -> Tensor:
 def token_hash(seed: int, token_ids: Tensor) -> Tensor:
     """[T] int64 ids -> [T] int64, 32 random bits per token."""
     ids = token_ids.long()
-    start = mix(torch.full_like(ids, (seed ^ 0x9E3779B9) & _MASK) ^ ((seed >> 32) & _MASK))
+    start = mix(mix(torch.full_like(ids, (seed ^ 0x9E3779B9) & _MASK)) ^ ((seed >> 32) & _MASK))
     return mix(mix(start ^ (ids & _MASK)) ^ ((ids >> 32) & _MASK))
 
 
 def uniform(hashed: Tensor, counter: Tensor | int) -> Tensor:
-    """fp32 in (0, 1): draw number `counter` of a token, broadcast; 24 bits."""
+    """fp32 in (0, 1): draw number `counter` of a token, broadcast; 23 bits, so that the half added is never rounded."""
     bits = mix((hashed + counter) & _MASK)
-    return ((bits >> 8).float() + 0.5) * 2.0**-24
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 def gumbel(hashed: Tensor, counter: Tensor | int) -> Tensor:

@@ -134,8 +134,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spe
     visible = exact_blocks[:, :, own] & (token <= token[:, None])[None] & exact
     tail = (open_candidates & ~selected).repeat_interleave(spec.entries_per_block, -1) if exact else per_entry[0][None]
     tail = tail & coarse & (spec.tail != "drop" or not exact)
-    c = c + (0 if bias is None else bias.to(real).view(length, kv_heads, -1, 1).transpose(0, 1))
-    c_super = c_super + (0 if bias is None else bias.to(real).view(length, kv_heads, -1, 1).transpose(0, 1))
+    c = c + (0 if bias is None else bias.to(real).view(length, kv_heads, heads // kv_heads, 1).transpose(0, 1))
+    c_super = c_super + (0 if bias is None else bias.to(real).view(length, kv_heads, heads // kv_heads, 1).transpose(0, 1))
     z = dim**-0.5 * torch.einsum("htgd,jhd->htgj", grouped, k)
     z = z.masked_fill(~visible[:, :, None], _NEVER)
     parts = [z, c.masked_fill(~tail[:, :, None], _NEVER), c_super.masked_fill(~(closed & exact)[:, :, None], _NEVER)]

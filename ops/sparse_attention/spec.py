@@ -15,8 +15,8 @@ class SparseAttentionSpec:
     """Settings of one attention layer. Formulas in README.md.
 
     block_size: tokens of a selectable block. top_k: blocks selected per query and key/value head, beside the forced ones.
-    window_size: tokens before a query that are always exact, rounded up to blocks. num_sink_blocks: first blocks of a
-        document that are always exact.
+    window_size: tokens up to and with the query that are always exact, rounded up to blocks. num_sink_blocks: first
+        blocks of a document that are always exact.
     coarse_block_size: tokens pooled into one coarse entry. order: 0 means, 2 adds the variance term, which
         max_variance bounds from above.
     score: rank of a block: "prob" (estimated mass, summed over the heads of the group), "max" (largest logit), or
@@ -101,7 +101,7 @@ class SelectionNoise:
     min_top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be a finite number, 0 or more")
         if self.min_top_k is not None and self.min_top_k < 0:
             raise ValueError(f"min_top_k is {self.min_top_k}; it must not be negative, or null")

@@ -1,0 +1,1 @@
+"""Triton kernels of sparse attention, one file per step; triton_backend.py launches them."""

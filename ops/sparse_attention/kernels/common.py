@@ -1,0 +1,101 @@
+"""What the kernels share: rows of a query tile, logits of coarse entries, one step of the running softmax.
+
+Logits are scaled by log2(e), so that exponentials are exp2; "log2" in a name says so. Matrix products are in the dtype of
+the inputs with fp32 accumulators; "ieee" keeps fp32 inputs from being rounded to tf32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+_recorded_for = 90
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start a kernel on the current stream; an empty grid starts nothing."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, options))
+    elif all(grid):
+        kernel[grid](*args, **options)
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability that tile sizes are chosen for: 80, 90, 100."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return _recorded_for
+
+
+@contextlib.contextmanager
+def record_launches(architecture: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of starting them, to compile exactly what would run (ops/triton_build.py)."""
+    global _recorded, _recorded_for
+    _recorded, _recorded_for = [], architecture
+    try:
+        yield _recorded
+    finally:
+        _recorded, _recorded_for = None, 90
+
+
+@triton.jit
+def tile_rows(start, end, kv_head, num_heads, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """Rows of a tile of queries [start, end): (query within the tile, row of [T * H] int64, whether it exists)."""
+    row = tl.arange(0, QUERIES * HEADS)
+    query = row // HEADS
+    head = row % HEADS
+    index = (start + query).to(tl.int64) * num_heads + kv_head * GROUP + head
+    return query, index, (start + query < end) & (head < GROUP)
+
+
+@triton.jit
+def load_rows(ptr, index, live, DIM: tl.constexpr):
+    """[rows, DIM] of a row-major matrix, zero where not live."""
+    return tl.load(ptr + index[:, None] * DIM + tl.arange(0, DIM)[None, :], mask=live[:, None], other=0.0)
+
+
+@triton.jit
+def entry_logits(q, q_squared, key_mean, key_var, scale, max_variance, log2_tokens, ORDER: tl.constexpr):
+    """[rows, entries]: log2 logits without bias, and their variance term in natural units (no meaning for order 0)."""
+    logits = tl.dot(q, tl.trans(key_mean), input_precision="ieee") * (scale * LOG2E) + log2_tokens
+    kappa = logits
+    if ORDER == 2:
+        kappa = tl.dot(q_squared, tl.trans(key_var), input_precision="ieee") * (0.5 * scale * scale)
+        logits += tl.minimum(kappa, max_variance) * LOG2E
+    return logits, kappa
+
+
+@triton.jit
+def softmax_step(logits, values, peak, mass, acc):
+    """Take [rows, n] log2 logits and [n, DIM] values into a running softmax; rows may be without any entry (-inf)."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    shrink = tl.exp2(peak - finite)
+    probs = tl.exp2(logits - finite[:, None])
+    mass = mass * shrink + tl.sum(probs, 1)
+    acc = acc * shrink[:, None] + tl.dot(probs.to(values.dtype), values, input_precision="ieee")
+    return new_peak, mass, acc
+
+
+@triton.jit
+def log2_denominator(lse_ptr, index, live):
+    """The softmax's denominator as log2; rows without entries get +inf, so that their probabilities are 0."""
+    lse = tl.load(lse_ptr + index, mask=live, other=float("-inf")) * LOG2E
+    return tl.where(lse == float("-inf"), float("inf"), lse)

@@ -1,0 +1,306 @@
+"""Worker of tests/ops/test_sparse_attention_triton.py, run by path with TRITON_INTERPRET=1: the kernels of sparse attention
+in Triton's interpreter against the definition. Arguments: names of groups of cases; prints one line per failure."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import shim  # noqa: F401
+import torch
+from torch import Tensor
+
+from ops.sparse_attention import reference, triton_backend
+from ops.sparse_attention.blocks import block_table
+from ops.sparse_attention.chunked import block_of_key, value_of_key
+from ops.sparse_attention.noise import gumbel, selection_counter, token_hash
+from ops.sparse_attention.spec import SparseAttentionSpec
+from ops.testing import assert_close, poisoned_memory
+
+torch.set_num_threads(1)
+SMALL = SparseAttentionSpec(block_size=16, top_k=2, window_size=17, num_sink_blocks=1, coarse_block_size=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...] = (131,)
+    heads: int = 2
+    kv_heads: int = 1
+    dim: int = 16
+    spec: SparseAttentionSpec = SMALL
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    sink: bool = False
+    dlse: bool = True
+    exact: bool = True
+    coarse: bool = True
+    selection: str = "ranked"  # or "shared": every query chooses the first candidate; "reversed": unordered, -1 in front
+    limits: dict[str, int] = field(default_factory=dict)  # of triton_backend, to cut small inputs into parts and runs
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(sum(self.lengths) + self.heads)
+        num_tokens = sum(self.lengths)
+        shapes = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = (torch.randn(num_tokens, h, self.dim, generator=generator).to(self.dtype) for h in shapes)
+        return 1.5 * q, k, v
+
+
+def spec(**settings: Any) -> SparseAttentionSpec:
+    return replace(SMALL, **settings)
+
+
+ATTEND = {
+    "prime": Case(heads=4, kv_heads=2),
+    "documents": Case((0, 53, 1, 97, 0), 3, 1, spec=spec(order=0, top_k=3), bias=True, sink=True),
+    "tiny documents": Case((3,) * 9 + (1,) * 4 + (16, 17), 2, 2),
+    "no tokens": Case((0, 0), bias=True, sink=True),
+    "one token": Case((1,), 4, 2, sink=True),
+    "nothing selected": Case(spec=spec(top_k=0), bias=True),
+    "no window, no first blocks": Case(spec=spec(window_size=0, num_sink_blocks=0, top_k=5)),
+    "first blocks": Case(spec=spec(num_sink_blocks=3), sink=True),
+    "all short": Case((90, 40), spec=spec(min_sparse_length=1000)),
+    "short at first": Case((131, 20), spec=spec(min_sparse_length=70), bias=True),
+    "drop": Case(coarse=False, spec=spec(tail="drop"), bias=True, sink=True, dlse=False),
+    "coarse alone": Case((100, 33), 2, 2, exact=False, bias=True),
+    "coarse alone with sink": Case(exact=False, sink=True, dlse=False),
+    "clamped": Case(spec=spec(max_variance=0.6), dlse=False),
+    "one entry a block": Case(spec=spec(coarse_block_size=16)),
+    "sixteen entries a block": Case(spec=spec(coarse_block_size=1, order=0)),
+    "shared block": Case((150,), 4, 1, selection="shared", limits={"PART_QUERIES": 24}),
+    "parts and runs": Case((131, 70), 4, 2, limits={"PART_QUERIES": 16, "SCRATCH": 2**9, "ENTRY_PROGRAMS": 1}, bias=True),
+    "more parts": Case((200,), 2, 2, spec=spec(num_sink_blocks=2), limits={"PART_QUERIES": 16, "SCRATCH": 1}),
+    "unordered selection": Case(selection="reversed", heads=8),
+    "group of 16": Case((90,), 16, 1),
+    "shipping shape": Case((270, 37), 4, 1, 64, spec(block_size=64, coarse_block_size=32, window_size=64, top_k=1)),
+}
+HALF = {
+    f"{name} {dtype}": replace(ATTEND[name], dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float16) for name in ("prime", "documents", "coarse alone", "clamped")
+}
+RANK = {
+    "prob": Case((131, 90), 4, 2),
+    "prob, order 0": Case(spec=spec(order=0, top_k=5), heads=3),
+    "max": Case((131, 5, 60), 4, 2, spec=spec(score="max", top_k=3)),
+    "error_gain": Case(spec=spec(score="error_gain", max_variance=0.5), heads=4),
+    "all of them": Case(spec=spec(top_k=64, window_size=0, num_sink_blocks=0)),
+    "many blocks": Case((700,), 1, 1, spec=spec(top_k=7, coarse_block_size=16)),
+    "one entry a token": Case(spec=spec(coarse_block_size=1, order=0)),
+    "tiny documents": Case((3,) * 30),
+    "no tokens": Case((0,)),
+    "shipping shape": Case((270, 37), 4, 1, 64, spec(block_size=64, coarse_block_size=32, window_size=64, top_k=1)),
+    "prob bf16": Case((131, 90), 4, 2, dtype=torch.bfloat16),
+}
+DECODE = {
+    "prime": Case((131, 131), 4, 2),
+    "group of 3": Case((97,), 3, 1, bias=True, sink=True, spec=spec(order=0)),
+    "error_gain": Case((150, 150), 2, 2, spec=spec(score="error_gain", top_k=3), bias=True),
+    "max, top 5": Case((200,), 2, 1, spec=spec(score="max", top_k=5)),
+    "top_p": Case((250,), 2, 1, spec=spec(top_p=0.6, top_k=6)),
+    "drop": Case((131,), 2, 1, spec=spec(tail="drop"), bias=True),
+    "short": Case((90,), 2, 1, spec=spec(min_sparse_length=1000), sink=True),
+    "first token": Case((1, 1), 2, 1),
+    "full block": Case((96,), 2, 1, spec=spec(top_k=0)),
+    "coarse alone": Case((90,), 2, 1, exact=False, bias=True),
+    "coarse alone, nothing there": Case((9,), 2, 1, exact=False),
+    "exact alone": Case((131,), 2, 1, coarse=False),
+    "bf16": Case((131,), 4, 2, dtype=torch.bfloat16, bias=True),
+}
+
+
+def selected_blocks(case: Case) -> Tensor:
+    """[Hk, T, K] int32."""
+    q, k, v = case.inputs
+    table = block_table(case.cu_seqlens, len(q), case.spec)
+    selected = torch.full((case.kv_heads, len(q), case.spec.top_k), -1, dtype=torch.int32)
+    if not case.spec.top_k or not len(q):
+        return selected
+    if case.selection == "shared":
+        own = table.block_of.long()
+        low, high = table.sink_end[own], table.local_start[own]
+        selected[..., 1] = torch.where(low < high, low, -1)
+        return selected
+    entries = triton_backend.pool(k, v, table, case.spec)
+    keys, _ = triton_backend.rank(q, entries, table, case.cu_seqlens, case.spec, None, 0.0)
+    return block_of_key(keys).int().flip(-1) if case.selection == "reversed" else block_of_key(keys).int().sort(-1).values
+
+
+def check_attend(case: Case) -> None:
+    q, k, v = case.inputs
+    cu_seqlens, num_tokens = case.cu_seqlens, len(q)
+    table = block_table(cu_seqlens, num_tokens, case.spec)
+    generator = torch.Generator().manual_seed(7)
+    bias = torch.randn(num_tokens, case.heads, generator=generator) if case.bias else None
+    sink = torch.randn(case.heads, generator=generator) if case.sink else None
+    dout = torch.randn(q.shape, generator=generator).to(case.dtype)
+    with poisoned_memory():
+        selected = selected_blocks(case)
+        entries = triton_backend.pool(k, v, table, case.spec) if case.coarse else None
+        given = (q, k, v, entries, selected, table, cu_seqlens, case.spec, bias, sink, case.exact, case.coarse)
+        out, lse, tail_mass, selected_mass = triton_backend.attend(*given)
+        dlse = torch.randn(lse.shape, generator=generator).masked_fill(lse.isinf(), 0.0) if case.dlse else None
+        grads = triton_backend.attend_backward(*given, out, lse, dout, dlse)
+        again = triton_backend.attend_backward(*given, out, lse, dout, dlse)
+    assert all(a is None or torch.equal(a, b) for a, b in zip(grads, again, strict=True)), "two runs differ"
+
+    exact_inputs = [None if x is None else x.double().requires_grad_() for x in (q, k, v, bias, sink)]
+    chosen = torch.zeros(case.kv_heads, num_tokens, len(table.start) + 1, dtype=torch.bool)
+    chosen.scatter_(2, torch.where(selected < 0, len(table.start), selected).long(), True)
+    num_blocks = len(reference.reference_blocks(cu_seqlens, case.spec.block_size).start)
+    theirs = reference.reference_attention(*exact_inputs[:3], cu_seqlens, case.spec, bias=exact_inputs[3],
+                                           sink=exact_inputs[4], selected=chosen[..., :num_blocks], exact=case.exact,
+                                           coarse=case.coarse)
+    nothing = theirs.lse.isinf()
+    assert torch.equal(nothing, lse.isinf()), "rows without entries differ"
+    close("out", out, theirs.out, case)
+    close("lse", lse.masked_fill(nothing, 0.0), theirs.lse.masked_fill(nothing, 0.0), case)
+    close("tail_mass", tail_mass, theirs.tail_mass, case)
+    close("selected_mass", selected_mass, theirs.selected_mass, case)
+    loss = (theirs.out * dout).sum()
+    if dlse is not None:
+        loss = loss + (theirs.lse.masked_fill(nothing, 0.0) * dlse).sum()
+    wanted = [x for x in exact_inputs if x is not None]
+    expected = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+    for name, grad, given_input in zip(("dq", "dk", "dv", "dbias", "dsink"), grads, exact_inputs, strict=True):
+        assert (grad is None) == (given_input is None), f"{name} is missing"
+        if grad is not None:
+            close(name, grad, next(expected), case)
+
+
+def close(name: str, ours: Tensor, theirs: Tensor, case: Case) -> None:
+    assert_close(name, ours, theirs, case.dtype)
+
+
+def check_rank(case: Case) -> None:
+    """Ties and near ties may fall either way: values are compared, and that no better block was left out."""
+    q, k, v = case.inputs
+    cu_seqlens, num_tokens = case.cu_seqlens, len(q)
+    table = block_table(cu_seqlens, num_tokens, case.spec)
+    hashed = token_hash(11, torch.arange(num_tokens) * 7)
+    with poisoned_memory():
+        entries = triton_backend.pool(k, v, table, case.spec)
+        cold = triton_backend.rank(q, entries, table, cu_seqlens, case.spec, None, 0.0)
+        warm = triton_backend.rank(q, entries, table, cu_seqlens, case.spec, hashed, 0.7)
+    if not num_tokens:
+        return
+    blocks = reference.reference_blocks(cu_seqlens, case.spec.block_size)
+    grouped = q.double().view(num_tokens, case.kv_heads, -1, case.dim).transpose(0, 1)
+    mean, var = reference.pooled(k.double(), blocks, case.spec, case.spec.coarse_block_size)
+    logits, kappa = reference.coarse_logits(grouped, mean, var, case.spec.coarse_block_size, case.spec)
+    own, block = table.block_of.long().unsqueeze(1), torch.arange(len(blocks.start))
+    past = (block >= table.first[own]) & (block < own)
+    seen = past.repeat_interleave(case.spec.entries_per_block, -1)
+    values, _ = reference.rank_values(logits, kappa, seen, case.spec)
+    _, mass = reference.rank_values(logits, kappa, seen, replace(case.spec, score="prob"))
+    candidate = ((block >= table.sink_end[own]) & (block < table.local_start[own])).expand_as(values)
+    counter = selection_counter(block - table.first[own], torch.arange(case.kv_heads)[:, None, None], case.kv_heads)
+    noise = 0.7 * gumbel(hashed[:, None], counter)
+    slack = 3e-5 if case.dtype == torch.float32 else 2e-2
+    for (keys, candidate_mass), expected in ((cold, values), (warm, values + noise)):
+        found, ours = block_of_key(keys), value_of_key(keys)
+        real = found >= 0
+        assert torch.equal(real.sum(-1), candidate.sum(-1).clamp_max(case.spec.top_k)), "number of blocks"
+        assert (keys.diff(dim=-1)[real[..., 1:]] < 0).all(), "keys do not fall"
+        at = found.clamp_min(0)
+        assert candidate.gather(-1, at)[real].all(), "not a candidate"
+        error = (expected.gather(-1, at) - ours)[real].abs().max() if real.any() else 0.0
+        assert error <= slack, f"values are off by {error}"
+        taken = torch.zeros(*found.shape[:2], len(block) + 1, dtype=torch.bool)
+        taken.scatter_(-1, torch.where(real, found, len(block)), True)
+        best_left = expected.masked_fill(~candidate | taken[..., :-1], float("-inf")).amax(-1)
+        assert (ours.masked_fill(~real, float("inf")).amin(-1) >= best_left - slack).all(), "a better block was left out"
+        close("mass", candidate_mass, torch.where(candidate, mass, 0.0).sum(-1), case)
+
+
+def check_ties(case: Case) -> None:
+    """Equal keys: every block has the same score, and the first candidates are taken."""
+    q, k, v = case.inputs
+    k = k[:1].expand_as(k).contiguous()
+    table = block_table(case.cu_seqlens, len(q), case.spec)
+    entries = triton_backend.pool(k, v, table, case.spec)
+    keys, _ = triton_backend.rank(q, entries, table, case.cu_seqlens, case.spec, None, 0.0)
+    assert block_of_key(keys)[0, -1].tolist() == [1, 2, 3, 4]
+
+
+def check_pool(case: Case) -> None:
+    _, k, v = case.inputs
+    table = block_table(case.cu_seqlens, len(k), case.spec)
+    with poisoned_memory():
+        entries = triton_backend.pool(k, v, table, case.spec)
+    assert all(x.isfinite().all() for x in entries), "entries of incomplete blocks must be finite"
+    blocks = reference.reference_blocks(case.cu_seqlens, case.spec.block_size)
+    size, r = case.spec.coarse_block_size, case.spec.entries_per_block
+    complete = (blocks.end - blocks.start == case.spec.block_size).repeat_interleave(r)
+    mean, var = reference.pooled(k.double(), blocks, case.spec, size)
+    value, _ = reference.pooled(v.double(), blocks, case.spec, size)
+    for name, ours, theirs in zip(entries._fields, entries, (mean, value, var), strict=True):
+        close(name, ours[:, :len(complete)][:, complete], theirs[:, complete], case)
+
+
+def check_decode(case: Case) -> None:
+    """The last token of each document by decode and by the definition; documents have one length."""
+    (length, *_), rows = case.lengths, len(case.lengths)
+    q, k, v = case.inputs
+    table = block_table(case.cu_seqlens, len(q), case.spec)
+    generator = torch.Generator().manual_seed(3)
+    bias = torch.randn(len(q), case.heads, generator=generator) if case.bias else None
+    sink = torch.randn(case.heads, generator=generator) if case.sink else None
+    room = length + 5
+    keys, values = (torch.full((rows, room, case.kv_heads, case.dim), float("nan"), dtype=case.dtype) for _ in range(2))
+    keys[:, :length], values[:, :length] = (x.view(rows, length, case.kv_heads, case.dim) for x in (k, v))
+    last = torch.arange(1, rows + 1) * length - 1
+    with poisoned_memory():
+        pooled = triton_backend.pool(k, v, table, case.spec)
+        per_row = -(-length // case.spec.block_size) * case.spec.entries_per_block
+        unused = torch.full((rows, case.kv_heads, 7, case.dim), 1e4, dtype=case.dtype)
+        stored = type(pooled)(*(torch.cat([x[:, :rows * per_row].unflatten(1, (rows, per_row)).transpose(0, 1), unused], 2)
+                                for x in pooled))
+        out, lse = triton_backend.decode(q[last], keys, values, stored, length, case.spec,
+                                         None if bias is None else bias[last], sink, case.exact, case.coarse)
+    theirs = reference.reference_attention(q.double(), k.double(), v.double(), case.cu_seqlens, case.spec, bias=bias,
+                                           sink=sink, exact=case.exact, coarse=case.coarse)
+    nothing = theirs.lse[last].isinf()
+    assert torch.equal(nothing, lse.isinf()), "rows without entries differ"
+    close("out", out, theirs.out[last], case)
+    close("lse", lse.masked_fill(nothing, 0.0), theirs.lse[last].masked_fill(nothing, 0.0), case)
+
+
+GROUPS: dict[str, tuple[Callable[[Case], None], dict[str, Case]]] = {
+    "attend": (check_attend, ATTEND),
+    "half": (check_attend, HALF),
+    "ties": (check_ties, {"equal keys": Case((300,), spec=spec(top_k=4))}),
+    "rank": (check_rank, RANK),
+    "pool": (check_pool, RANK),
+    "decode": (check_decode, DECODE),
+}
+
+
+def main(groups: list[str]) -> int:
+    failed = False
+    for group in groups:
+        check, cases = GROUPS[group]
+        for name, case in cases.items():
+            before = {limit: getattr(triton_backend, limit) for limit in case.limits}
+            start = time.process_time()
+            try:
+                vars(triton_backend).update(case.limits)
+                check(case)
+            except Exception as error:
+                failed = True
+                print(f"FAILED {group} / {name}: {error}\n{traceback.format_exc()}", flush=True)
+            finally:
+                vars(triton_backend).update(before)
+            print(f"{group} / {name}: {time.process_time() - start:.1f} s", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
