@@ -10,7 +10,7 @@ import torch
 from model.attention.base import STATS
 from ops.sparse_attention.audit import mean_error_bound
 
-BY_LAYER = ("tail_mass", "error")
+BY_LAYER = ("tail_mass", "selected_mass", "union_factor", "error", "certificate")
 """Written for every layer; of the others the mean."""
 
 
