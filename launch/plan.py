@@ -39,11 +39,12 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     from model.memory import device_memory
 
     model, settings = run.model, run.train
-    count = count_parameters(model, run.experts_per_token)
+    count = count_parameters(model, run.experts_per_token, run.attention.arguments)
     expert_size = run.parallel.expert_parallel_size
     memory = device_memory(model, run.experts_per_token, precision=settings.precision, zero_stage=run.zero_stage,
                            world_size=num_ranks, expert_parallel_size=expert_size,
-                           micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len)
+                           micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len,
+                           attention=run.attention.arguments)
     micro_steps = run.gradient_accumulation_steps(num_ranks)
     tokens = settings.global_batch_size * settings.seq_len
     flops = flops_per_token(model, run.experts_per_token, settings.seq_len, run.attention.arguments)

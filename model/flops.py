@@ -37,8 +37,10 @@ class ParameterCount:
         return self.dense + self.active_experts
 
 
-def count_parameters(config: ModelConfig, experts_per_token: float) -> ParameterCount:
-    """Count parameters; `experts_per_token` is the (mean) number of routed experts a token visits."""
+def count_parameters(config: ModelConfig, experts_per_token: float,
+                     attention: Mapping[str, Any] | None = None) -> ParameterCount:
+    """Count parameters; `experts_per_token` is the (mean) number of routed experts a token visits; attention: arguments of
+    sparse attention, None or empty: dense."""
     hidden, head_dim = config.hidden_size, config.attention_head_dim
     num_moe = len(config.moe_layers)
     q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
@@ -46,7 +48,7 @@ def count_parameters(config: ModelConfig, experts_per_token: float) -> Parameter
     one_expert = 3 * hidden * config.expert_intermediate_size
     return ParameterCount(
         embedding=config.vocab_size * hidden * (1 if config.tie_embeddings else 2),
-        attention=config.num_layers * hidden * (2 * q_width + 2 * kv_width),
+        attention=config.num_layers * hidden * (2 * q_width + 2 * kv_width) + _corrections(config, attention or {}),
         dense_mlp=(config.num_layers - num_moe) * 3 * hidden * config.intermediate_size,
         router=num_moe * hidden * config.num_experts,
         shared_experts=num_moe * config.num_shared_experts * one_expert,
@@ -54,6 +56,14 @@ def count_parameters(config: ModelConfig, experts_per_token: float) -> Parameter
         norms=config.num_layers * (2 * hidden + qk_norm) + hidden,
         active_experts=round(num_moe * experts_per_token * one_expert),
     )
+
+
+def _corrections(config: ModelConfig, attention: Mapping[str, Any]) -> int:
+    """Parameters that sparse layers learn beside dense attention's: offset, sink, trust, gates."""
+    projection = config.hidden_size + 1
+    per_head = (bool(attention.get("offset")) + bool(attention.get("sink")) + projection * bool(attention.get("trust"))
+                + 3 * projection * (attention.get("merge") == "gated"))
+    return per_head * config.num_heads * len(sparse_layers(config.num_layers, attention)) if per_head else 0
 
 
 def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
@@ -89,7 +99,7 @@ def flops_per_token(config: ModelConfig, experts_per_token: float, seq_len: int,
     and values), three times that with backward, over S/2 keys in dense layers. Recomputation is not counted (model FLOPs).
     attention: the arguments of sparse attention; None or empty: dense.
     """
-    count = count_parameters(config, experts_per_token)
+    count = count_parameters(config, experts_per_token, attention)
     head = config.vocab_size * config.hidden_size
     matrices = (count.attention + count.dense_mlp + count.router + count.shared_experts + count.active_experts + head)
     num_sparse = 0 if not attention else len(sparse_layers(config.num_layers, attention))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from model.config import ModelConfig
 from model.flops import count_parameters
@@ -30,14 +32,15 @@ class DeviceMemory:
 
 
 def device_memory(config: ModelConfig, experts_per_token: float, *, precision: str, zero_stage: int, world_size: int,
-                  expert_parallel_size: int, micro_batch_size: int, seq_len: int) -> DeviceMemory:
+                  expert_parallel_size: int, micro_batch_size: int, seq_len: int,
+                  attention: Mapping[str, Any] | None = None) -> DeviceMemory:
     """Memory under ZeRO and expert parallelism.
 
     Dense state is shared by all ranks, expert state by the world_size / expert_parallel_size ranks that hold the same
     experts. Optimiser state is 12 bytes a parameter (fp32 master weight and two moments), 8 at stage 0 in fp32, where
     the weights are the masters. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
     """
-    count = count_parameters(config, experts_per_token)
+    count = count_parameters(config, experts_per_token, attention)
     width = 4 if precision == "fp32" else 2
     expert_data_size = world_size // expert_parallel_size
     dense, experts = count.dense, -(-count.experts // expert_parallel_size)

@@ -341,7 +341,7 @@ def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir
            device: torch.device) -> list[str]:
     """What is about to run, in a few lines."""
     model, settings = config.model, config.train
-    count = count_parameters(model, config.experts_per_token)
+    count = count_parameters(model, config.experts_per_token, config.attention.arguments)
     tokens = sum(s["tokens"] for s in store.manifest["sources"])
     micro_steps = config.gradient_accumulation_steps(groups.data_size)
     backend = select_backend(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32,

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from launch.common import plain
 from launch.validate import DEEPSPEED_KEYS, ZERO_KEYS, ConfigError, parse
-from model.flops import count_parameters
+from model.flops import count_parameters, flops_per_token
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 
@@ -162,6 +162,13 @@ def test_any_router_goes_into_any_preset(router):
                           "balance.aux_loss_coeff=0")
         run = parse(config, 1)
         assert run.experts_per_token == run.model.top_k
+
+
+@pytest.mark.parametrize("attention", sorted(p.stem for p in (Path(CONF) / "attention").glob("*.yaml")))
+def test_any_attention_goes_into_any_preset(attention):
+    for experiment in EXPERIMENTS:
+        run = parse(composed(f"experiment={experiment}", "parallel=single", f"attention={attention}"), 1)
+        assert flops_per_token(run.model, run.experts_per_token, run.train.seq_len, run.attention.arguments) > 0
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

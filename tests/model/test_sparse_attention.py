@@ -9,8 +9,11 @@ from common import VOCAB_SIZE, batch, build, take, tiny_config
 from model.attention.base import STATS
 from model.attention.sparse import SparseAttention
 from model.config import BalanceConfig
+from model.flops import count_parameters, flops_per_token, keys_per_query
 from model.generate import generate
 from model.loss import training_loss
+from ops.sparse_attention import SparseAttentionSpec
+from ops.sparse_attention.reference import reference_attention, reference_blocks
 from train.attention_metrics import attention_metrics
 
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, "audit_rows": 0.5}
@@ -220,6 +223,38 @@ def test_a_dense_model_reports_no_sparse_layer():
     assert output.attention_stats.shape == (0, len(STATS))
 
 
+@pytest.mark.parametrize("changes", [{}, {"order": 0}, {"tail": "drop"}, {"top_k": 0}, {"min_sparse_length": 16},
+                                     {"num_sink_blocks": 3, "coarse_block_size": 4}], ids=str)
+def test_flops_count_the_keys_that_queries_see(changes):
+    spec = SparseAttentionSpec(**{"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, **changes})
+    length = 61
+    q, k = torch.zeros(length, 1, 8), torch.zeros(length, 1, 8)  # equal logits: probabilities count keys
+    found = reference_attention(q, k, k, torch.tensor([0, length]), spec)
+    exact = float((found.token_probs > 0).sum()) / length
+    entries = float((found.entry_probs > 0).sum()) / length
+    blocks = reference_blocks(torch.tensor([0, length]), 4)
+    ranked = sum(int(own) for own in blocks.of_token
+                 if spec.top_k and int(own) > min(int(own), spec.num_local_blocks - 1 + spec.num_sink_blocks)
+                 and int(own) * 4 >= spec.min_sparse_length) * spec.entries_per_block / length
+    order = 1 if spec.order == 2 else 0
+    expected = exact + entries * (1 + order / 2) + ranked * (1 + order) / 6
+    assert keys_per_query(length, vars(spec)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("attention", [SMALL, LEARNED, GATED, {**LEARNED, "interval": 2}])
+def test_learned_corrections_are_counted(attention):
+    model = model_of(attention)
+    assert count_parameters(model.config, 2, attention).total == sum(p.numel() for p in model.parameters())
+
+
+def test_flops_of_a_pattern_are_those_of_its_layers():
+    config, length = tiny_config(), 48
+    arguments = {**vars(SparseAttentionSpec(**{k: v for k, v in SMALL.items() if k != "audit_rows"})), "dense_layers": (1,)}
+    dense, sparse = flops_per_token(config, 2, length), flops_per_token(config, 2, length, arguments)
+    saved = 2 * (length / 2 - keys_per_query(length, arguments))
+    assert dense - sparse == pytest.approx(12 * config.num_heads * config.attention_head_dim * saved)
+
+
 WRONG = [
     ({"block_size": 6, "coarse_block_size": 4}, "block_size 6 is not divisible by coarse_block_size 4"),
     ({"top_k": -1}, "top_k is -1"), ({"order": 1}, "order is 1"), ({"score": "best"}, "score is 'best'"),
@@ -248,7 +283,7 @@ def test_sound_settings_pass(form):
 
 
 def test_values_narrower_than_keys_are_refused_with_the_way_out():
-    from ops.sparse_attention import SparseAttentionSpec, sparse_attention
+    from ops.sparse_attention import sparse_attention
 
     q, k = torch.randn(8, 4, 16), torch.randn(8, 2, 16)
     with pytest.raises(ValueError, match="attention=dense"):
