@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from model.attention.base import STATS
+from model.attention.sparse import SparseAttention
 from ops.sparse_attention.audit import mean_error_bound
 
 BY_LAYER = ("tail_mass", "selected_mass", "union_factor", "error", "certificate")
@@ -38,3 +39,17 @@ def attention_metrics(sums: torch.Tensor, layers: list[int]) -> dict[str, float]
         found |= {f"attention/{name}/layer_{layer}": float(value)
                   for layer, value in zip(layers, by_layer.get(name, ()), strict=False)}
     return found
+
+
+def short_rows_note(layers: list[SparseAttention], seq_len: int) -> str | None:
+    """What to tell who asked for sparse attention over rows so short that nothing is left out; None: they are longer."""
+    if not layers:
+        return None
+    spec = layers[0].spec
+    covered = max(spec.dense_length, spec.min_sparse_length)
+    if seq_len > covered:
+        return None
+    return (f"rows of {seq_len} tokens are within the {covered} that attention.top_k {spec.top_k}, window_size "
+            f"{spec.window_size}, num_sink_blocks {spec.num_sink_blocks} (in blocks of {spec.block_size}) and "
+            f"min_sparse_length {spec.min_sparse_length} cover: sparse layers attend densely, at a higher cost; use "
+            "attention=dense, attention=scc_short or longer rows")

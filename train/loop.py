@@ -21,6 +21,7 @@ from model.parallel import ParallelGroups, initialize_parallel
 from ops.grouped_mlp import select_backend
 from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
+from train.attention_metrics import short_rows_note
 from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
     CheckpointWriter,
@@ -122,6 +123,8 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
         progress.wandb_id = tracker.wandb_id
         for line in banner(config, groups, store, run_dir, progress, engine.device):
             log.info(line)
+        if (note := short_rows_note(engine.module.sparse_attentions(), settings.seq_len)) is not None:
+            log.warning(note)
     audit = None
     if config.audit.sample_one_in and config.model.num_experts:
         audit = AuditLog(run_dir / FOLDER, config.audit, config.model.moe_layers, rank,

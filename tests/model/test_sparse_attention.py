@@ -12,9 +12,9 @@ from model.config import BalanceConfig
 from model.flops import count_parameters, flops_per_token, keys_per_query
 from model.generate import generate
 from model.loss import training_loss
-from ops.sparse_attention import SparseAttentionSpec
+from ops.sparse_attention import SparseAttentionSpec, sparse_attention
 from ops.sparse_attention.reference import reference_attention, reference_blocks
-from train.attention_metrics import attention_metrics
+from train.attention_metrics import attention_metrics, short_rows_note
 
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, "audit_rows": 0.5}
 LEARNED = {**SMALL, "offset": True, "trust": True, "sink": True}
@@ -218,6 +218,17 @@ def test_metrics_say_what_the_sums_mean():
     assert attention_metrics(torch.zeros(0, len(STATS), dtype=torch.float64), []) == {}
 
 
+def test_rows_that_nothing_is_left_out_of_are_pointed_out():
+    layers = model_of(SMALL).sparse_attentions()
+    longest = layers[0].spec.dense_length
+    note = short_rows_note(layers, longest)
+    assert "attention=dense" in note and f"rows of {longest} tokens" in note
+    assert short_rows_note(layers, longest + 1) is None and short_rows_note([], 1) is None
+    q, k = torch.randn(longest + 8, 2, 8), torch.randn(longest + 8, 1, 8)
+    tail = sparse_attention(q, k, k, torch.tensor([0, longest + 8]), layers[0].spec).tail_mass
+    assert not tail[:longest].any() and tail[-1].all()
+
+
 def test_a_dense_model_reports_no_sparse_layer():
     output = model_of(None)(**inputs(), measure_attention=True)
     assert output.attention_stats.shape == (0, len(STATS))
@@ -283,8 +294,6 @@ def test_sound_settings_pass(form):
 
 
 def test_values_narrower_than_keys_are_refused_with_the_way_out():
-    from ops.sparse_attention import sparse_attention
-
     q, k = torch.randn(8, 4, 16), torch.randn(8, 2, 16)
     with pytest.raises(ValueError, match="attention=dense"):
         sparse_attention(q, k, k[..., :8], torch.tensor([0, 8]), SparseAttentionSpec())
