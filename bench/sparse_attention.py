@@ -46,6 +46,7 @@ from ops.sparse_attention import AttentionOutput, SparseAttentionSpec, decode, s
 from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.cache import EntryCache
 from ops.sparse_attention.kernels.configs import attend_config
+from ops.sparse_attention.ranking import union_counts
 from ops.testing import assert_close
 
 Call = Callable[[], object]
@@ -198,14 +199,6 @@ def count_work(selected: Tensor, table: BlockTable, shape: Shape) -> Work:
                 sum(n * (n + 1) // 2 for n in shape.lengths) * shape.num_heads)
 
 
-def union_factor(selected: Tensor, tile: int) -> float:
-    """Different blocks selected by `tile` queries in a row over those that one of them selects; selected: [Hk, T, K]."""
-    chosen = selected.long()
-    tiles = F.pad(chosen, (0, 0, 0, -chosen.shape[1] % tile), value=-1).unflatten(1, (-1, tile)).flatten(2).sort(-1).values
-    fresh = (tiles >= 0) & (F.pad(tiles, (1, 0), value=-1)[..., :-1] != tiles)
-    return float(fresh.sum() / ((chosen >= 0).sum() / tile).clamp_min(1e-9))
-
-
 def tile_queries(device: torch.device, shape: Shape) -> int:
     """Queries of a tile of the forward kernel."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -317,7 +310,8 @@ def bench_shape(device: torch.device, shape: Shape) -> list[Row]:
     torch.autograd.grad(found.out, (q, k, v), torch.ones_like(found.out))
     peak = (torch.cuda.max_memory_allocated(device) - resting) / 2**30
     selected, work = found.selected, count_work(found.selected, table, shape)
-    union = union_factor(selected, tile_queries(device, shape))
+    different, of_one = union_counts(selected, tile_queries(device, shape))
+    union = float(different / of_one.clamp_min(1e-9))
     tail_mass = float(found.tail_mass.mean())
     del found
 

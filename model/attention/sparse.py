@@ -18,6 +18,7 @@ from ops.sparse_attention import AttentionOutput, SelectionNoise, SparseAttentio
 from ops.sparse_attention.audit import audit_rows, sample_rows
 from ops.sparse_attention.cache import EntryCache
 from ops.sparse_attention.noise import token_hash
+from ops.sparse_attention.ranking import union_counts
 
 UNION_TILE = 16
 """Queries of a tile of the union factor: what a kernel's tile of 128 rows holds at eight heads a group."""
@@ -172,14 +173,18 @@ class SparseAttention(DenseAttention):
     def _gated(self, hidden: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                layout: SequenceLayout) -> tuple[torch.Tensor, AttentionSums]:
         """Three softmaxes: every complete past block's entries; own, first and selected blocks; the window."""
-        assert self.gates is not None
-        gates = torch.sigmoid(self.gates(hidden)).view(len(q), self.num_heads, 3, 1)
         coarse, selected, window = _branches(self.spec)
         attend = functools.partial(sparse_attention, q, k, v, layout.cu_seqlens)
         chosen = attend(selected, noise=self._noise(), token_ids=layout.token_ids, coarse=False)
         branches = attend(coarse, exact=False).out, chosen.out, attend(window, coarse=False).out
         sums = self._sums(q, k, v, chosen, None, layout, audit=False)
-        return sum(gates[:, :, i] * branch for i, branch in enumerate(branches)), sums
+        return self._merged(hidden, branches), sums
+
+    def _merged(self, hidden: torch.Tensor, branches: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Sum of branches [T, heads, head_dim] under gates of hidden [T, D]."""
+        assert self.gates is not None
+        gates = torch.sigmoid(self.gates(hidden)).view(len(hidden), self.num_heads, 3, 1)
+        return sum((gates[:, :, i] * branch for i, branch in enumerate(branches)), torch.zeros_like(branches[0]))
 
     def _attend_to_cache(self, hidden: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                          cache: KVCache) -> torch.Tensor:
@@ -193,10 +198,9 @@ class SparseAttention(DenseAttention):
             if self.gates is None:
                 outs.append(attend(self.spec, bias=self._bias(hidden[:, i]), sink=self._sink_logits())[0])
                 continue
-            gates = torch.sigmoid(self.gates(hidden[:, i])).view(len(q), self.num_heads, 3, 1)
             coarse, selected, window = _branches(self.spec)
             branches = attend(coarse, exact=False)[0], attend(selected, coarse=False)[0], attend(window, coarse=False)[0]
-            outs.append(sum(gates[:, :, j] * branch for j, branch in enumerate(branches)))
+            outs.append(self._merged(hidden[:, i], branches))
         return torch.stack(outs, 1)
 
     def _sums(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: AttentionOutput, bias: torch.Tensor | None,
@@ -256,15 +260,12 @@ def _no_stats(like: torch.Tensor) -> torch.Tensor:
 def _measure(attended: AttentionOutput, token_mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
     real = attended.tail_mass.new_ones(len(attended.tail_mass)) if token_mask is None else token_mask.float()
     heads = attended.tail_mass.shape[1]
-    chosen = attended.selected.long()  # [Hk, T, K]
-    per_query = (chosen >= 0).sum(-1).float() * real
-    tiles = F.pad(chosen, (0, 0, 0, -chosen.shape[1] % UNION_TILE), value=-1).unflatten(1, (-1, UNION_TILE)).flatten(2)
-    ordered = tiles.sort(-1).values
-    fresh = (ordered >= 0) & (F.pad(ordered, (1, 0), value=-1)[..., :-1] != ordered)
+    per_query = (attended.selected >= 0).sum(-1).float() * real
+    union_blocks, tile_blocks = union_counts(attended.selected, UNION_TILE)
     return {"queries": real.sum() * heads, "tail_mass": (attended.tail_mass * real.unsqueeze(1)).sum(),
             "selected_mass": (attended.selected_mass * real.unsqueeze(1)).sum(),
-            "selected_blocks": per_query.mean(0).sum() * heads, "union_blocks": fresh.sum(),
-            "tile_blocks": (chosen >= 0).sum() / UNION_TILE}
+            "selected_blocks": per_query.mean(0).sum() * heads, "union_blocks": union_blocks,
+            "tile_blocks": tile_blocks}
 
 
 @functools.cache

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ops.sparse_attention.blocks import BlockTable, block_table
+from ops.sparse_attention.chunked import real_dtype
+from ops.sparse_attention.entries import CoarseEntries, pool_groups
 from ops.sparse_attention.interface import AttentionOutput
 from ops.sparse_attention.noise import mix
 from ops.sparse_attention.spec import SparseAttentionSpec
@@ -63,41 +65,41 @@ def audit_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: Sparse
     """Compare `result` with dense attention on `rows` [m] int64. Other arguments as sparse_attention was given, which had
     both branches."""
     table = block_table(cu_seqlens, len(q), spec)
-    extents = _extents(k.detach().float(), v.detach().float(), table, spec)
+    pooled = _pool(k, v, table, spec)
     step = max(1, _ELEMENTS // max(1, q.shape[1] * len(k)))
-    parts = [_audit(q, k, v, table, spec, result, chunk, bias, sink, extents) for chunk in rows.split(step)]
+    parts = [_audit(q, k, v, table, spec, result, chunk, bias, sink, pooled) for chunk in rows.split(step)]
     return RowAudit(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-class _Extents(NamedTuple):
-    """Of every coarse entry, [Hk, E]: largest distance of a key and of a value from their mean, and root mean square
-    distance of the values."""
+class _Pooled(NamedTuple):
+    """complete: [M]. entries: [Hk, E, d], which carry gradient. Of each entry [Hk, E], which do not: largest distance of
+    a key and of a value from their mean, and root mean square distance of the values."""
 
+    complete: Tensor
+    entries: CoarseEntries
     key_radius: Tensor
     value_radius: Tensor
     value_spread: Tensor
 
 
-def _pooled(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of every block by coarse entry, [M * r, C, Hk, d] each, and which blocks are complete [M].
-    Tokens beyond an incomplete block are its last one again."""
+def _pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> _Pooled:
+    """Of every block; tokens beyond an incomplete one are its last one again."""
     at = table.start.long().unsqueeze(1) + torch.arange(spec.block_size, device=k.device)
     at = torch.minimum(at, (table.end.long() - 1).clamp_min(0).unsqueeze(1)).view(-1)
-    shape = (-1, spec.coarse_block_size, *k.shape[1:])
-    return k[at].view(shape), v[at].view(shape), table.end - table.start == spec.block_size
-
-
-def _extents(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> _Extents:
-    keys, values, _ = _pooled(k, v, table, spec)
-    key_distance = (keys - keys.mean(1, keepdim=True)).norm(dim=-1)
-    value_distance = (values - values.mean(1, keepdim=True)).norm(dim=-1)
-    return _Extents(key_distance.amax(1).T, value_distance.amax(1).T, value_distance.square().mean(1).sqrt().T)
+    real = real_dtype(k.dtype)
+    keys, values = (x[at].to(real).transpose(0, 1).unflatten(1, (-1, spec.coarse_block_size)) for x in (k, v))
+    entries = pool_groups(keys, values)
+    with torch.no_grad():
+        key_distance = (keys - entries.key_mean.unsqueeze(2)).norm(dim=-1)
+        value_distance = (values - entries.value_mean.unsqueeze(2)).norm(dim=-1)
+        return _Pooled(table.end - table.start == spec.block_size, entries, key_distance.amax(2), value_distance.amax(2),
+                       value_distance.square().mean(2).sqrt())
 
 
 def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec, result: AttentionOutput,
-           rows: Tensor, bias: Tensor | None, sink: Tensor | None, extents: _Extents) -> RowAudit:
+           rows: Tensor, bias: Tensor | None, sink: Tensor | None, pooled: _Pooled) -> RowAudit:
     num_rows, heads, kv_heads, dim, r = len(rows), q.shape[1], k.shape[1], q.shape[2], spec.entries_per_block
-    real = torch.float64 if q.dtype == torch.float64 else torch.float32
+    real = real_dtype(q.dtype)
     scale, shape = dim**-0.5, (num_rows, kv_heads, heads // kv_heads)
     queries = q[rows].to(real).view(*shape, dim).transpose(0, 1)  # [Hk, m, G, d]
     k, v = k.to(real), v.to(real)
@@ -124,13 +126,11 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
     difference, norm = ours - dense, dense.norm(dim=-1).clamp_min(torch.finfo(real).tiny)
 
     # the coarse entries as the op sees them
-    keys, values, complete = _pooled(k, v, table, spec)
-    mean, value_mean = keys.mean(1), values.mean(1)
-    var = (keys - mean.unsqueeze(1)).square().mean(1)
-    kappa = torch.zeros(*z.shape[:3], len(mean), dtype=real, device=q.device)
+    mean, value_mean, var = pooled.entries
+    kappa = torch.zeros(*z.shape[:3], mean.shape[1], dtype=real, device=q.device)
     if spec.order == 2:
-        kappa = (0.5 * scale**2 * torch.einsum("hmgd,ehd->hmge", queries.square(), var)).clamp_max(spec.max_variance)
-    c = scale * torch.einsum("hmgd,ehd->hmge", queries, mean) + math.log(spec.coarse_block_size) + kappa
+        kappa = (0.5 * scale**2 * torch.einsum("hmgd,hed->hmge", queries.square(), var)).clamp_max(spec.max_variance)
+    c = scale * torch.einsum("hmgd,hed->hmge", queries, mean) + math.log(spec.coarse_block_size) + kappa
     block_logits = c.unflatten(-1, (-1, r)).logsumexp(-1).masked_fill(~past[None, :, None], _NEVER)
     some = past.any(1)[None, :, None]
     estimated = block_logits.masked_fill(~past[None, :, None], -1e30).log_softmax(-1)
@@ -141,7 +141,7 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
     chosen = result.selected[:, rows].long()
     taken = torch.zeros(kv_heads, num_rows, len(block) + 1, dtype=torch.bool, device=q.device)
     taken.scatter_(2, torch.where(chosen < 0, len(block), chosen), True)
-    tail = ((block >= sink_end) & (block < local) & complete & ~taken[..., :-1]).repeat_interleave(r, -1).unsqueeze(2)
+    tail = ((block >= sink_end) & (block < local) & pooled.complete & ~taken[..., :-1]).repeat_interleave(r, -1).unsqueeze(2)
     shift = torch.zeros(*z.shape[:3], 1, dtype=real, device=q.device)
     if bias is not None:
         shift = bias[rows].to(real).view(*shape, 1).transpose(0, 1)
@@ -154,7 +154,7 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
     with torch.no_grad():
         kappa_all = kappa + shift
         bounds = [_bound(ours, log_probs, kappa_all, value_mean, *spread)
-                  for spread in (_worst_case(queries, extents, scale), _sub_gaussian(queries, var, extents, scale))]
+                  for spread in (_worst_case(queries, pooled, scale), _sub_gaussian(queries, pooled, scale))]
         if spec.num_levels == 2:  # closed super-blocks are outside of these statistics
             bounds = [torch.full_like(norm, float("inf"))] * 2
         if spec.tail == "drop":  # the error of dropping is the dropped mass times a distance: exact, so a bound
@@ -168,19 +168,19 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
                     by_row(difference.square().sum(-1) / norm.square()))
 
 
-def _worst_case(queries: Tensor, extents: _Extents, scale: float) -> tuple[Tensor, Tensor]:
+def _worst_case(queries: Tensor, pooled: _Pooled, scale: float) -> tuple[Tensor, Tensor]:
     """Lemmas 1 and 2: largest log mass of an entry over its mean's, and largest shift of its mean value; [Hk, m, G, E]."""
-    delta = scale * queries.norm(dim=-1, keepdim=True) * extents.key_radius[:, None, None]
+    delta = scale * queries.norm(dim=-1, keepdim=True) * pooled.key_radius[:, None, None]
     log_cosh = delta + torch.log1p(torch.exp(-2 * delta)) - math.log(2.0)
-    shift = torch.minimum(2 * extents.value_radius[:, None, None] * torch.tanh(delta / 2),
-                          2 * extents.value_spread[:, None, None] * torch.sinh(delta.clamp_max(30) / 2))
+    shift = torch.minimum(2 * pooled.value_radius[:, None, None] * torch.tanh(delta / 2),
+                          2 * pooled.value_spread[:, None, None] * torch.sinh(delta.clamp_max(30) / 2))
     return log_cosh, shift
 
 
-def _sub_gaussian(queries: Tensor, var: Tensor, extents: _Extents, scale: float) -> tuple[Tensor, Tensor]:
+def _sub_gaussian(queries: Tensor, pooled: _Pooled, scale: float) -> tuple[Tensor, Tensor]:
     """The same where logits within an entry are sub-Gaussian with the variance that the diagonal gives."""
-    sigma2 = scale**2 * torch.einsum("hmgd,ehd->hmge", queries.square(), var)
-    return 0.5 * sigma2, extents.value_spread[:, None, None] * torch.expm1((2 * sigma2).clamp_max(60)).sqrt()
+    sigma2 = scale**2 * torch.einsum("hmgd,hed->hmge", queries.square(), pooled.entries.key_var)
+    return 0.5 * sigma2, pooled.value_spread[:, None, None] * torch.expm1((2 * sigma2).clamp_max(60)).sqrt()
 
 
 def _bound(ours: Tensor, log_probs: Tensor, kappa: Tensor, value_mean: Tensor, log_mass: Tensor, shift: Tensor) -> Tensor:
@@ -190,6 +190,6 @@ def _bound(ours: Tensor, log_probs: Tensor, kappa: Tensor, value_mean: Tensor, l
     least = (log_probs - kappa).clamp_max(60).exp()
     most = (log_probs - kappa + log_mass).clamp_max(60).exp()
     mass_low = 1 - probs.sum(-1) + least.sum(-1)
-    distance = torch.cdist(ours, value_mean.transpose(0, 1).unsqueeze(1))
+    distance = torch.cdist(ours, value_mean.unsqueeze(1))
     worst = torch.maximum((most - probs).abs(), (probs - least).abs()) * distance + most * shift
     return worst.sum(-1) / mass_low

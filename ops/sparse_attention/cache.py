@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.entries import CoarseEntries, pool_groups
 from ops.sparse_attention.spec import SparseAttentionSpec
 
 
@@ -27,8 +27,6 @@ class EntryCache:
             return
         at = slice(begin // size, end // size)
         real = torch.promote_types(keys.dtype, torch.float32)
-        pooled = [x[:, begin:end].to(real).unflatten(1, (-1, size)) for x in (keys, values)]
-        mean, value = (x.mean(2) for x in pooled)
-        var = (pooled[0] - mean.unsqueeze(2)).square().mean(2)
-        for entries, found in zip(self.entries, (mean, value, var), strict=True):
+        pooled = pool_groups(*(x[:, begin:end].to(real).unflatten(1, (-1, size)) for x in (keys, values)))
+        for entries, found in zip(self.entries, pooled, strict=True):
             entries[:, :, at] = found.transpose(1, 2).to(entries.dtype)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ops.sparse_attention.blocks import BlockTable
-from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.entries import CoarseEntries, pool_groups
 from ops.sparse_attention.noise import gumbel, selection_counter
-from ops.sparse_attention.reference import SMALLEST
-from ops.sparse_attention.spec import TRUST, SparseAttentionSpec
+from ops.sparse_attention.ranking import choose_blocks, rank_keys, rank_values
+from ops.sparse_attention.spec import SparseAttentionSpec
 
 _NEVER = float("-inf")
 _ELEMENTS = 2**21
@@ -55,8 +55,7 @@ def pool_spans(k: Tensor, v: Tensor, spans: Tensor, size: int) -> CoarseEntries:
     """Means and variance over every `size` consecutive ones of the tokens `spans` [n]: [Hk, n / size, d] each."""
     real = real_dtype(k.dtype)
     keys, values = (x[spans].to(real).transpose(0, 1).unflatten(1, (-1, size)) for x in (k, v))
-    mean = keys.mean(2)
-    return CoarseEntries(mean, values.mean(2), (keys - mean.unsqueeze(2)).square().mean(2))
+    return pool_groups(keys, values)
 
 
 def pool_spans_backward(k: Tensor, spans: Tensor, size: int, mean: Tensor, grads: CoarseEntries, dk: Tensor,
@@ -242,25 +241,22 @@ class Problem:
         return _Part(keys, values, var, mask.repeat_interleave(r, -1).unsqueeze(2), at)
 
     def logits(self, part: _Part, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """[Hk, n, G, L] logits, -inf where masked, and where the variance term is below its bound."""
+        """[Hk, n, G, L] logits, -inf where masked, and their variance terms (None: there are none)."""
         q = self.q[:, rows]
         z = _product(q, part.keys).mul_(self.scale)
-        free = None
+        kappa = None
         if part.var is not None:
             if self.spec.order == 2:
-                kappa = _product(q.square().mul_(0.5 * self.scale**2), part.var)
-                free = kappa < self.spec.max_variance
-                z += kappa.clamp_(max=self.spec.max_variance)
+                kappa = _product(q.square().mul_(0.5 * self.scale**2), part.var).clamp_(max=self.spec.max_variance)
+                z += kappa
             z += math.log(self.spec.coarse_block_size)
             if self.bias is not None:
                 z += self.bias[:, rows]
-        return z.masked_fill_(~part.mask, _NEVER), free
+        return z.masked_fill_(~part.mask, _NEVER), kappa
 
     def choices(self) -> Iterator[tuple[int, slice, Tensor]]:
         """(head, tokens of a block, the far queries that selected it in rising order), blocks in rising order."""
-        if not self.exact or not self.selected.shape[2]:
-            return
-        if self.limits.near.all():
+        if not self.exact or not self.selected.shape[2] or self.limits.near.all():
             return
         for head in range(self.kv_heads):
             far = self.selected[head].masked_fill(self.limits.near.unsqueeze(1), -1)
@@ -360,7 +356,7 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | No
     for chunk in p.chunks():
         rows = chunk.rows
         for part in p.parts(chunk):
-            probs, free = p.logits(part, rows)
+            probs, kappa = p.logits(part, rows)
             probs.sub_(lse[:, rows].unsqueeze(-1)).exp_()
             dz = _product(do[:, rows], part.values).sub_(delta[:, rows].unsqueeze(-1)).mul_(probs)
             dvalues = _collect(probs, do[:, rows])
@@ -375,8 +371,8 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | No
             grads.value_mean[:, part.at] += dvalues
             if dbias is not None:
                 dbias[:, rows] += dz.sum(-1, keepdim=True)
-            if spec.order == 2:
-                dz *= free
+            if kappa is not None:
+                dz *= kappa < spec.max_variance
                 dq[:, rows] += _gather(dz, part.var).mul_(p.scale**2).mul_(p.q[:, rows])
                 grads.key_var[:, part.at] += _collect(dz, p.q[:, rows].square()).mul_(0.5 * p.scale**2)
     for head, tokens, queries in p.choices():
@@ -400,24 +396,6 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | No
             None if dbias is None else p.by_token(dbias.squeeze(-1)), dsink)
 
 
-def rank_keys(values: Tensor, blocks: Tensor) -> Tensor:
-    """Order by rank value, then lower block, in one int64: README, Select. values: fp32; blocks: their ids, broadcast."""
-    bits = values.contiguous().view(torch.int32).long()
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2**31
-    return (bits << 31) | (2**31 - 1 - blocks)
-
-
-def block_of_key(keys: Tensor) -> Tensor:
-    """[...] int64 keys -> block ids, -1 where there is none (key -1)."""
-    return torch.where(keys >= 0, 2**31 - 1 - (keys & (2**31 - 1)), -1)
-
-
-def value_of_key(keys: Tensor) -> Tensor:
-    """The fp32 rank value that a key packs; meaningless where the key is -1."""
-    bits = (keys.clamp_min(0) >> 31) - 2**31
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
-
-
 def rank(q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Tensor, spec: SparseAttentionSpec,
          hashed: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """See interface.Backend.rank."""
@@ -434,24 +412,13 @@ def rank(q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Tenso
         if not (high[rows] > low[rows]).any():
             continue
         part = p._tail(chunk)
-        z, _ = p.logits(part, rows)
+        z, kappa = p.logits(part, rows)
         block = torch.arange(chunk.low, chunk.high, device=q.device)
         candidate = (block >= low[rows].unsqueeze(1)) & (block < high[rows].unsqueeze(1))
         lse = torch.logsumexp(z, -1, keepdim=True)
         probs = torch.where(part.mask, (z - lse).exp(), 0.0)
-
-        def by_block(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, spec.entries_per_block))
-
-        mass = by_block(probs.sum(2)).sum(-1).float()
+        values, mass = rank_values(z, kappa, probs, spec)
         candidate_mass[:, rows] = torch.where(candidate, mass, 0.0).sum(-1)
-        if spec.score == "max":
-            values = by_block(z).logsumexp(-1).amax(2).float()
-        elif spec.score == "error_gain":
-            kappa = _product(p.q[:, rows].square() * (0.5 * p.scale**2), part.var).clamp_(max=spec.max_variance)
-            values = by_block((probs * (1 - torch.exp(-kappa) + TRUST)).sum(2)).sum(-1).float().clamp_min_(SMALLEST).log_()
-        else:
-            values = mass.clamp_min_(SMALLEST).log_()
         if temperature > 0:
             assert hashed is not None
             counter = selection_counter(block - table.first[table.block_of[rows].long()].long().unsqueeze(1), head, kv_heads)
@@ -483,11 +450,11 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, leng
         if sink_end < local:
             add_tokens(0, sink_end * size)
     low, high = (sink_end, local) if exact else (0, own)
-    wants_tail = coarse and (spec.tail != "drop" or not exact)
+    wants_tail = spec.has_tail(exact, coarse)
     if low < high and (wants_tail or spec.top_k):
         mean, value, var = (x[:, :, :own * r].to(real) for x in entries)
         c = torch.matmul(rows, mean.transpose(2, 3)) * scale + math.log(spec.coarse_block_size)
-        kappa = torch.zeros_like(c)
+        kappa = None
         if spec.order == 2:
             kappa = torch.matmul(rows.square() * (0.5 * scale**2), var.transpose(2, 3)).clamp_(max=spec.max_variance)
             c += kappa
@@ -524,29 +491,3 @@ def decode_limits(length: int, spec: SparseAttentionSpec) -> tuple[int, int, int
     dense = own * spec.block_size < spec.min_sparse_length
     local = 0 if dense else max(0, own - spec.num_local_blocks + 1)
     return own, min(spec.num_sink_blocks, local), local
-
-
-def choose_blocks(c: Tensor, kappa: Tensor, block: Tensor, sink_end: int, local: int, spec: SparseAttentionSpec) -> Tensor:
-    """Selected blocks [N, Hk, K] of one query a row, from the logits [N, Hk, G, E] of all its complete past blocks."""
-    probs = c.softmax(-1)
-
-    def by_block(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, spec.entries_per_block))
-
-    mass = by_block(probs.sum(2)).sum(-1).float()
-    if spec.score == "max":
-        value = by_block(c).logsumexp(-1).amax(2).float()
-    elif spec.score == "error_gain":
-        value = by_block((probs * (1 - torch.exp(-kappa) + TRUST)).sum(2)).sum(-1).float().clamp_min(SMALLEST).log()
-    else:
-        value = mass.clamp_min(SMALLEST).log()
-    packed = torch.where((block >= sink_end) & (block < local), rank_keys(value, block), -1)
-    keys = packed.topk(min(spec.top_k, local - sink_end), -1).values
-    chosen = block_of_key(keys)
-    if spec.top_p is not None:
-        taken = mass.gather(-1, chosen.clamp_min(0))
-        candidates = mass[..., sink_end:local].sum(-1, keepdim=True)
-        group = c.shape[2]
-        before = group - candidates + taken.cumsum(-1) - taken
-        chosen = chosen.masked_fill(before >= spec.top_p * group, -1)
-    return chosen

@@ -18,3 +18,9 @@ class CoarseEntries(NamedTuple):
     key_mean: Tensor
     value_mean: Tensor
     key_var: Tensor
+
+
+def pool_groups(keys: Tensor, values: Tensor) -> CoarseEntries:
+    """Means and variance over the third dimension of keys and values, in their dtype."""
+    mean = keys.mean(2)
+    return CoarseEntries(mean, values.mean(2), (keys - mean.unsqueeze(2)).square().mean(2))

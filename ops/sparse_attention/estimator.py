@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ops.sparse_attention import chunked
 from ops.sparse_attention.blocks import block_table
-from ops.sparse_attention.chunked import Chunk, Problem, rank_keys
+from ops.sparse_attention.chunked import Chunk, Problem
 from ops.sparse_attention.noise import gumbel, selection_counter, token_hash
-from ops.sparse_attention.reference import rank_values
+from ops.sparse_attention.ranking import block_of_key, rank_keys, rank_values
 from ops.sparse_attention.spec import SparseAttentionSpec
 
 _NEVER = float("-inf")
@@ -47,7 +47,7 @@ def estimate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAt
         selected = torch.full((kv_heads, len(q), 0), -1)
         if spec.top_k:
             keys, _ = chunked.rank(q, entries, table, cu_seqlens, spec, None, 0.0)
-            selected = chunked.block_of_key(keys)
+            selected = block_of_key(keys)
     hashed = token_hash(seed, torch.arange(len(q)) if token_ids is None else token_ids)
     problem = Problem(q, k, v, entries, selected, table, spec, None, True, True)
     parts = [_chunk(problem, chunk, hashed) for chunk in problem.chunks(64)]
@@ -70,16 +70,17 @@ def _chunk(p: Problem, chunk: Chunk, hashed: Tensor) -> tuple[Tensor, Tensor, Te
         assert isinstance(out, Tensor)
         return out, lse, torch.zeros_like(lse)
 
-    c, _ = p.logits(tail, rows)  # masked: unselected candidates only
+    c, kappa = p.logits(tail, rows)  # masked: unselected candidates only
     with torch.no_grad():
         block = torch.arange(chunk.low, chunk.high)
         open_blocks = tail.mask[:, :, 0].unflatten(-1, (-1, spec.entries_per_block)).any(-1)
-        values, _ = rank_values(c, torch.zeros_like(c), tail.mask, spec)
+        probs = torch.where(tail.mask, (c - torch.logsumexp(c, -1, keepdim=True)).exp(), 0.0)
+        values, _ = rank_values(c, kappa, probs, spec)
         first = p.table.first[p.table.block_of[rows].long()].long().unsqueeze(1)
         counter = selection_counter(block - first, head, p.kv_heads)
         perturbed = (values + gumbel(hashed[rows].unsqueeze(1), counter)).masked_fill(~open_blocks, _NEVER)
         keys = torch.where(open_blocks, rank_keys(perturbed, block), -1)
-        order = chunked.block_of_key(keys.topk(min(spec.num_samples + 1, len(block)), -1).values)
+        order = block_of_key(keys.topk(min(spec.num_samples + 1, len(block)), -1).values)
         sampled = order[..., :spec.num_samples]
         # the threshold is the best that was not drawn; where everything was drawn, inclusion is certain
         threshold = torch.full(sampled.shape[:2], _NEVER)

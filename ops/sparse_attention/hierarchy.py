@@ -21,19 +21,17 @@ from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.chunked import (
     Chunk,
     Problem,
-    block_of_key,
     complete_blocks,
     pool,
     pool_spans,
     pool_spans_backward,
-    rank_keys,
     real_dtype,
     token_spans,
 )
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.noise import draw_top_k, gumbel, selection_counter, token_hash
-from ops.sparse_attention.reference import SMALLEST, rank_values
-from ops.sparse_attention.spec import SelectionNoise, SparseAttentionSpec
+from ops.sparse_attention.ranking import block_of_key, rank_keys, rank_values
+from ops.sparse_attention.spec import SMALLEST, SelectionNoise, SparseAttentionSpec
 
 _NEVER = float("-inf")
 _MAX_QUERIES = 64
@@ -195,7 +193,7 @@ class _State:
         c, kappa = self._logits(q, part)
         super_logits = super_logits.masked_fill(~closed.unsqueeze(2), _NEVER)
         normaliser = torch.logsumexp(torch.cat([c, super_logits], -1), -1, keepdim=True)
-        values, _ = rank_values(c, kappa, part.mask, spec, normaliser)
+        values, _ = rank_values(c, kappa, torch.where(part.mask, (c - normaliser).exp(), 0.0), spec)
         values = values[..., :blocks.shape[2]]
         if self.hashed is not None and self.noise is not None and self.noise.temperature > 0:
             head = torch.arange(p.kv_heads, device=device).view(-1, 1, 1)

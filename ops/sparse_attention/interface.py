@@ -17,6 +17,7 @@ from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.hierarchy import attend_in_two_levels, decode_in_two_levels
 from ops.sparse_attention.noise import draw_top_k, gumbel, selection_counter, token_hash
+from ops.sparse_attention.ranking import block_of_key, until_covered, value_of_key
 from ops.sparse_attention.spec import SelectionNoise, SparseAttentionSpec
 
 log = logging.getLogger("loadstone")
@@ -98,7 +99,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: 
         return AttentionOutput._make(attend_in_two_levels(q, k, v, table, spec, bias, sink, noise, token_ids))
     if selected is not None and selected.device.type == "cpu":
         _check_candidates(selected, table)
-    wants_tail = coarse and (spec.tail != "drop" or not exact)
+    wants_tail = spec.has_tail(exact, coarse)
     ranks = exact and selected is None and spec.top_k > 0
     with torch.no_grad():
         entries = chosen.pool(k, v, table, spec) if wants_tail or ranks else None
@@ -142,22 +143,20 @@ def select(q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Ten
         ids = torch.arange(num_tokens, device=q.device) if token_ids is None else token_ids
         hashed, temperature = token_hash(noise.seed, ids), noise.temperature
     keys, candidate_mass = backend.rank(q, entries, table, cu_seqlens, spec, hashed, temperature)
-    block = chunked.block_of_key(keys)
+    block = block_of_key(keys)
     if hashed is not None:
         counts = draw_top_k(hashed, kv_heads, spec.top_k, noise)
         if counts is not None:
             block = block.masked_fill(torch.arange(spec.top_k, device=q.device) >= counts.unsqueeze(-1), -1)
     if spec.top_p is not None:
-        values = chunked.value_of_key(keys)
+        values = value_of_key(keys)
         if temperature > 0:
             assert hashed is not None
             head = torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
             in_document = block - table.first[table.block_of.long()].long().unsqueeze(-1)
             values = values - temperature * gumbel(hashed.view(1, -1, 1), selection_counter(in_document, head, kv_heads))
         mass = torch.where(block >= 0, values.exp(), 0.0)
-        group = q.shape[1] // kv_heads  # the softmax of every head sums to one over all past blocks
-        before = group - candidate_mass.unsqueeze(-1) + mass.cumsum(-1) - mass
-        block = block.masked_fill(before >= spec.top_p * group, -1)
+        block = until_covered(block, mass, candidate_mass.unsqueeze(-1), q.shape[1] // kv_heads, spec.top_p)
     far = torch.iinfo(torch.int32).max
     rising = torch.where(block < 0, far, block).int().sort(-1).values
     return torch.where(rising == far, -1, rising)
@@ -209,13 +208,12 @@ class _Chunked:
 
 def select_backend(q: Tensor, k: Tensor, spec: SparseAttentionSpec) -> str:
     """"triton" on CUDA for the shapes the kernels are built for, else "chunked"; said once."""
-    reason = _not_triton(q.device.type, q.shape[-1], q.shape[1] // k.shape[1], spec.block_size, spec.coarse_block_size,
-                         str(q.dtype))
+    reason = _not_triton(q.device.type, q.shape[-1], q.shape[1] // k.shape[1], spec.block_size, str(q.dtype))
     _announce(reason or "Triton kernels")
     return "triton" if reason is None else "chunked"
 
 
-def _not_triton(device: str, head_dim: int, group: int, block_size: int, coarse_block_size: int, dtype: str) -> str | None:
+def _not_triton(device: str, head_dim: int, group: int, block_size: int, dtype: str) -> str | None:
     """Why the kernels cannot take this call; None: they can."""
     if device != "cuda":
         return f"chunked torch ({device})"

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ops.sparse_attention.noise import draw_top_k, gumbel, selection_counter, token_hash
-from ops.sparse_attention.spec import TRUST, SelectionNoise, SparseAttentionSpec
+from ops.sparse_attention.spec import SMALLEST, TRUST, SelectionNoise, SparseAttentionSpec
 
-SMALLEST = torch.finfo(torch.float32).tiny
-"""Masses are raised to this before their logarithm, so that blocks of no mass keep the order of their ids."""
 _NEVER = float("-inf")
 
 

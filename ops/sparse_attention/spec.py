@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+SMALLEST = 2.0**-126
+"""Masses are raised to this, the smallest normal fp32, before their logarithm, so that blocks of no mass keep the order of
+their ids."""
 TRUST = 1e-3
 """Floor of the share of a coarse entry's mass that score=error_gain ranks by (README, Select)."""
 
@@ -81,6 +84,10 @@ class SparseAttentionSpec:
     @property
     def entries_per_block(self) -> int:
         return self.block_size // self.coarse_block_size
+
+    def has_tail(self, exact: bool, coarse: bool) -> bool:
+        """Whether coarse entries take part in a call with these branches."""
+        return coarse and (self.tail != "drop" or not exact)
 
     @property
     def dense_length(self) -> int:

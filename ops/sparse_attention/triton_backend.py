@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.sparse_attention.blocks import BlockTable, query_tiles
-from ops.sparse_attention.chunked import choose_blocks, decode_limits
+from ops.sparse_attention.chunked import decode_limits
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.kernels import configs
 from ops.sparse_attention.kernels.backward import (
@@ -32,6 +32,7 @@ from ops.sparse_attention.kernels.forward import attend_kernel
 from ops.sparse_attention.kernels.lists import list_kernel, mark_kernel
 from ops.sparse_attention.kernels.pool import pool_kernel
 from ops.sparse_attention.kernels.rank import rank_kernel
+from ops.sparse_attention.ranking import choose_blocks
 from ops.sparse_attention.spec import TRUST, SparseAttentionSpec
 
 __all__ = ["CoarseEntries", "attend", "attend_backward", "decode", "pool", "rank"]
@@ -309,11 +310,11 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, leng
                num_warps=config.num_warps)
         if exact and spec.top_k:
             heads = (kv_heads, group)
-            chosen = choose_blocks(logits.unflatten(1, heads), logits if kappa is None else kappa.unflatten(1, heads),
+            chosen = choose_blocks(logits.unflatten(1, heads), None if kappa is None else kappa.unflatten(1, heads),
                              torch.arange(own, device=q.device), low, high, spec)
             exact_blocks = torch.cat([exact_blocks, chosen.int()], -1)
             excluded.scatter_(2, torch.where(chosen < 0, own, chosen), 1)
-        if coarse and (spec.tail != "drop" or not exact):
+        if spec.has_tail(exact, coarse):
             run_size = -(-(high - low) * r // TAIL_RUNS // 64) * 64
             num_runs = -(-(high - low) * r // run_size)
     exact_blocks = exact_blocks.contiguous()

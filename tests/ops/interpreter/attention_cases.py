@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ops.sparse_attention import reference, triton_backend
 from ops.sparse_attention.blocks import block_table
-from ops.sparse_attention.chunked import block_of_key, value_of_key
 from ops.sparse_attention.noise import gumbel, selection_counter, token_hash
+from ops.sparse_attention.ranking import block_of_key, value_of_key
 from ops.sparse_attention.spec import SparseAttentionSpec
 from ops.testing import assert_close, poisoned_memory
 
