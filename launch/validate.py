@@ -7,8 +7,10 @@ import difflib
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from model.placement import Placement
 from train.config import ComponentConfig, RunConfig
 
 # DeepSpeed settings that users may give. Everything else is refused: DeepSpeed itself ignores unknown keys silently.
@@ -179,7 +181,7 @@ def _components(run: RunConfig) -> list[str]:
         return [f"router: {error}"]
     problems += _routing(run, router)
     return problems + list(resolve(run.dispatcher).problems(  # type: ignore[attr-defined]
-        run.model, expert_parallel_size=run.parallel.expert_parallel_size))
+        run.model, run.parallel.expert_parallel_size, **run.dispatcher.arguments))
 
 
 def _routing(run: RunConfig, router: Any) -> list[str]:
@@ -245,6 +247,12 @@ def _parallel(run: RunConfig, world_size: int) -> list[str]:
     if world_size % size:
         problems.append(f"parallel.expert_parallel_size {size} does not divide the {world_size} ranks; start a multiple "
                         f"of {size} (launch.num_devices x launch.num_nodes)")
+    if run.parallel.placement is not None:
+        try:
+            placement = Placement.load(Path(run.parallel.placement))
+            problems += placement.problems(run.model.num_experts, len(run.model.moe_layers), size)
+        except ValueError as error:
+            problems.append(f"parallel.placement: {error}")
     if size > 1 and run.model.num_experts == 0:
         problems.append(f"parallel.expert_parallel_size {size} with model.num_experts 0: there are no experts to spread")
     if run.zero_stage == 0 and run.train.precision != "fp32":

@@ -32,7 +32,8 @@ class RouterSums(NamedTuple):
     score_sums: [N, E] fp32 with gradient, sums of each token's normalised scores.
     z_sum, entropy_sum: [] fp32 with gradient, sums of squared log-sum-exp and of the entropy of the router's softmax.
     orthogonality_sum: [] fp32 with gradient, the layer's orthogonality loss times its tokens; 0 where it is off.
-    processed: rows this rank's experts computed (of any rank's tokens); over all ranks, counts minus these were dropped.
+    processed: [] int64, rows this rank's experts computed, of any rank's tokens; over all ranks, counts minus these were
+        dropped on the way.
     """
 
     stats: torch.Tensor
@@ -41,7 +42,7 @@ class RouterSums(NamedTuple):
     z_sum: torch.Tensor
     entropy_sum: torch.Tensor
     orthogonality_sum: torch.Tensor
-    processed: int = 0
+    processed: torch.Tensor
 
 
 class LayerStats(NamedTuple):
@@ -95,13 +96,14 @@ def histogram_bins(balance: BalanceConfig, router: Router) -> int:
     return balance.histogram_bins if balance.bias_update == "quantile" or router.has_quantile_bias else 0
 
 
-def router_sums(routing: RouterOutput, router: Router, balance: BalanceConfig) -> RouterSums:
+def router_sums(routing: RouterOutput, router: Router, balance: BalanceConfig, processed: torch.Tensor) -> RouterSums:
     """The sums of one layer from its routing."""
     stats = pack_stats(routing, router.control[LIMIT] < router.max_top_k)
     orthogonality = routing.z_sum.new_zeros(())
     if balance.orthogonality_coeff > 0:
         orthogonality = orthogonality_loss(router.weight[:router.spec.num_experts]) * routing.k_histogram.sum()
-    return RouterSums(stats, routing.counts, routing.score_sums, routing.z_sum, routing.entropy_sum, orthogonality)
+    return RouterSums(stats, routing.counts, routing.score_sums, routing.z_sum, routing.entropy_sum, orthogonality,
+                      processed)
 
 
 def orthogonality_loss(weight: torch.Tensor) -> torch.Tensor:

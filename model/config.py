@@ -91,6 +91,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """How the experts compute (ops/grouped_mlp)."""
+
+    backend: Literal["auto", "triton", "grouped_mm", "torch", "reference"] = "auto"
+    """auto: the fastest that the device has; the run says which."""
+    recompute: bool = False
+    """Compute the up-projection again in backward, instead of keeping 2 * expert_intermediate_size values per assignment."""
+
+
+@dataclass(frozen=True)
 class BalanceConfig:
     """What keeps the experts evenly loaded. All coefficients act on per-token means (docs/numerics.md)."""
 

@@ -24,7 +24,7 @@ class ModelOutput(NamedTuple):
     counts: [moe_layers, num_experts] int64, local assignments; [0, 0] for a dense model.
     scope_counts: the counts over the auxiliary loss's scope so far (equal to `counts` when that loss is off).
     stats: [moe_layers, size] int64, all integer statistics of the routers (model.balance.pack_stats).
-    processed: rows that this rank's experts computed, over all MoE layers.
+    processed: [] int64, rows that this rank's experts computed, over all MoE layers.
     routings: one RouterOutput per MoE layer, where they were asked for.
     attention_stats: [sparse layers, len(STATS)] fp32 (model.attention.base), zeros unless they were asked for.
     """
@@ -36,7 +36,7 @@ class ModelOutput(NamedTuple):
     counts: torch.Tensor
     scope_counts: torch.Tensor
     stats: torch.Tensor
-    processed: int
+    processed: torch.Tensor
     routings: tuple[RouterOutput, ...]
     attention_stats: torch.Tensor
 

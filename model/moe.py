@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from model.balance import RouterSums, histogram_bins, router_sums
-from model.config import BalanceConfig, ModelConfig
+from model.config import BalanceConfig, ExpertsConfig, ModelConfig
 from model.experts import Experts
 from model.layers import GatedMLP
 from model.parallel import ParallelGroups
+from model.placement import Placement
 from model.routers.base import RoutingRequest
 from ops.router import RouterOutput
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Builders of the exchangeable parts; each is called once per layer with the shared ModelConfig."""
+    """Builders of the exchangeable parts; each is called once per layer with the shared ModelConfig.
+
+    placement: which rank serves which expert; None: consecutive blocks.
+    """
 
     router: Callable[..., Any]
     attention: Callable[..., Any]
     dispatcher: Callable[..., Any]
     balance: BalanceConfig
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    placement: Placement | None = None
 
 
 class MoELayer(nn.Module):
@@ -37,8 +43,11 @@ class MoELayer(nn.Module):
         self.router = parts.router(config, groups=groups, layer_idx=layer_idx)
         self.num_bins = histogram_bins(parts.balance, self.router)
         self.router.prepare_histogram(self.num_bins)
-        self.dispatcher = parts.dispatcher(config, groups=groups)
-        self.experts = Experts(config, groups)
+        placement = None
+        if parts.placement is not None and groups.expert_size > 1:
+            placement = parts.placement.layers[config.moe_layers.index(layer_idx)]
+        self.dispatcher = parts.dispatcher(config, groups=groups, placement=placement)
+        self.experts = Experts(config, groups, parts.experts, placement)
         self.shared = None
         if config.num_shared_experts:
             self.shared = GatedMLP(config.hidden_size, config.num_shared_experts * config.expert_intermediate_size)
@@ -50,9 +59,11 @@ class MoELayer(nn.Module):
         # Quantiles are learnt in training only, and in the steps that calibrate another budget.
         request = request._replace(num_segments=segments, num_bins=self.num_bins if request.num_bins else 0)
         routing = self.router(tokens, request)
-        rows, plan = self.dispatcher.dispatch(tokens, routing)
-        out = self.dispatcher.combine(self.experts(rows, plan.counts), plan)
-        if self.shared is not None:
-            out = out + self.shared(tokens)
-        sums = router_sums(routing, self.router, self.balance)
-        return out.view_as(hidden), sums._replace(processed=rows.shape[0]), routing
+        loan = self.experts.lend()
+        dispatched = self.dispatcher.start(tokens, routing)
+        shared = None if self.shared is None else self.shared(tokens)  # while the tokens travel
+        stacks = self.experts.stacks(self.dispatcher.chunk_sizes, loan)
+        out, processed = dispatched.finish(lambda chunk, rows: self.experts(stacks[chunk], rows))
+        if shared is not None:
+            out = out + shared
+        return out.view_as(hidden), router_sums(routing, self.router, self.balance, processed), routing

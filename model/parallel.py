@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+
+from ops.all_to_all import NodeGroups
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,13 @@ class ParallelGroups:
     data: all ranks that hold different tokens (the whole world while tensor, pipeline and context sizes are 1).
     expert: ranks that share one copy of the experts; megatron-core makes them neighbours, e.g. [0,1][2,3].
     expert_data: ranks that hold the same experts and average their gradients, e.g. [0,2][1,3].
+    nodes: the expert group by nodes, where it spans several and rows are to travel within nodes first.
     """
 
     data: Any = None
     expert: Any = None
     expert_data: Any = None
+    nodes: NodeGroups | None = None
     data_size: int = 1
     data_rank: int = 0
     expert_size: int = 1
@@ -37,11 +42,14 @@ class ParallelGroups:
         return range(self.expert_rank * per_rank, (self.expert_rank + 1) * per_rank)
 
 
-def initialize_parallel(expert_parallel_size: int = 1, timeout_seconds: float = 1800) -> ParallelGroups:
+def initialize_parallel(expert_parallel_size: int = 1, timeout_seconds: float = 1800,
+                        ranks_per_node: int | None = None) -> ParallelGroups:
     """Create the groups on an initialised torch.distributed world.
 
+    ranks_per_node: an expert group of more ranks gets groups within and between its nodes; None: it does not.
+
     Raises:
-        ValueError: the world size is not divisible by `expert_parallel_size`.
+        ValueError: the world size is not divisible by `expert_parallel_size`, or that not by `ranks_per_node`.
     """
     from megatron.core import parallel_state
 
@@ -54,11 +62,31 @@ def initialize_parallel(expert_parallel_size: int = 1, timeout_seconds: float = 
     expert = parallel_state.get_expert_model_parallel_group()
     expert_data = parallel_state.get_expert_data_parallel_group()
     return ParallelGroups(
-        data=data, expert=expert, expert_data=expert_data,
+        data=data, expert=expert, expert_data=expert_data, nodes=_node_groups(expert, ranks_per_node, timeout_seconds),
         data_size=dist.get_world_size(data), data_rank=dist.get_rank(data),
         expert_size=dist.get_world_size(expert), expert_rank=dist.get_rank(expert),
         expert_data_size=dist.get_world_size(expert_data), expert_data_rank=dist.get_rank(expert_data),
     )
+
+
+def _node_groups(expert: Any, ranks_per_node: int | None, timeout_seconds: float) -> NodeGroups | None:
+    """Groups of this rank along both axes of its expert group. Collective over the world, as making a group is."""
+    size = dist.get_world_size(expert)
+    if ranks_per_node is None or size <= ranks_per_node:
+        return None
+    if size % ranks_per_node:
+        raise ValueError(f"expert_parallel_size {size} is not a multiple of ranks_per_node {ranks_per_node}")
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    mine: dict[str, Any] = {}
+    for start in range(0, dist.get_world_size(), size):  # expert groups are runs of neighbours
+        ranks = list(range(start, start + size))
+        axes = [("within", ranks[i:i + ranks_per_node]) for i in range(0, size, ranks_per_node)]
+        axes += [("between", ranks[i::ranks_per_node]) for i in range(ranks_per_node)]
+        for axis, members in axes:
+            group = dist.new_group(members, timeout=timeout)
+            if dist.get_rank() in members:
+                mine[axis] = group
+    return NodeGroups(mine["within"], mine["between"], ranks_per_node, size // ranks_per_node)
 
 
 def destroy_parallel() -> None:

@@ -18,6 +18,7 @@ from model.loss import ModelOutput, cross_entropy_sum
 from model.moe import ModelParts, MoELayer
 from model.parallel import ParallelGroups
 from model.routers.base import Router, RoutingRequest
+from ops.all_to_all import Meter
 from ops.router import RouterOutput
 
 
@@ -74,6 +75,10 @@ class Transformer(nn.Module):
         """The attention of the layers that are sparse, in layer order."""
         return [block.attention for block in self.blocks
                 if isinstance(block.attention, SparseAttention) and block.attention.is_sparse]
+
+    def meters(self) -> list[Meter]:
+        """What counts the communication of each MoE layer, in layer order."""
+        return [block.mlp.dispatcher.meter for block in self.blocks if isinstance(block.mlp, MoELayer)]
 
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early in training."""
@@ -146,7 +151,7 @@ class Transformer(nn.Module):
             attention_stats = torch.stack([s.stats for s in attention_sums])
         if not sums:
             empty = torch.zeros((0, 0), dtype=torch.int64, device=input_ids.device)
-            return ModelOutput(loss_sum, zero, zero, penalty_sum, empty, empty, empty, 0, (), attention_stats)
+            return ModelOutput(loss_sum, zero, zero, penalty_sum, empty, empty, empty, empty.sum(), (), attention_stats)
         counts = torch.stack([s.counts for s in sums])
         z_sum = torch.stack([s.z_sum for s in sums]).sum()
         if self.balance.entropy_coeff > 0:
@@ -165,7 +170,7 @@ class Transformer(nn.Module):
                 penalty_sum = penalty_sum + (torch.stack(coeffs) * aux_sums).sum() / len(coeffs)
         stats = torch.stack([s.stats for s in sums])
         return ModelOutput(loss_sum, aux_sum, z_sum, penalty_sum, counts.sum(1), scope_counts, stats,
-                           sum(s.processed for s in sums), tuple(routings) if keep_routing else (), attention_stats)
+                           torch.stack([s.processed for s in sums]).sum(), tuple(routings) if keep_routing else (), attention_stats)
 
     def logits(self, input_ids: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue what they hold."""

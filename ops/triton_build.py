@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ops.build import cache_folder
+from ops.triton_launch import record_launches
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Largest dynamic shared memory of a block in bytes, by architecture (CUDA programming guide, compute capabilities)."""
@@ -95,7 +96,6 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
     """The shapes of the table: every kernel for each head_dim, then groups, block sizes and dtypes at the extremes."""
     from ops.sparse_attention import triton_backend
     from ops.sparse_attention.blocks import block_table
-    from ops.sparse_attention.kernels.common import record_launches
     from ops.sparse_attention.spec import SparseAttentionSpec
 
     def record(title: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16, extras: bool = True,
@@ -134,11 +134,41 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
                       top_k=64)
 
 
+def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table, tensors without memory: every kernel for the first, the products for the others."""
+    from ops.grouped_mlp import triton_backend
+
+    def record(title: str, num_tokens: int, hidden_size: int, width: int, num_experts: int, top_k: int,
+               dtype: torch.dtype = torch.bfloat16, products: bool = True) -> Iterator[Job]:
+        def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        indices = [tensor(*shape, dtype=torch.int32) for shape in ((num_tokens * top_k,), (num_tokens, top_k),
+                                                                   (num_experts + 1,))]
+        hidden = tensor(num_tokens, hidden_size)
+        given = (hidden, tensor(num_tokens, top_k, dtype=torch.float32), tensor(num_experts, 2 * width, hidden_size),
+                 tensor(num_experts, hidden_size, width), *indices)
+        with record_launches(architecture) as launches:
+            _, pre = triton_backend.forward(*given, keep=True)
+            triton_backend.backward(hidden, *given, pre)
+        for launch in launches:
+            if "STEP" in launch.options or not products:
+                yield job_of(launch, title)
+
+    yield from record("D4096 F1024 E64 K4", 32768, 4096, 1024, 64, 4, products=False)
+    yield from record("D2048 F768 E128 K8", 32768, 2048, 768, 128, 8)
+    yield from record("D1536 F256 E128 K8", 32768, 1536, 256, 128, 8)
+    yield from record("D2048 F768 few rows", 1024, 2048, 768, 128, 8)
+    yield from record("D2880 F2880 K1", 8192, 2880, 2880, 8, 1)
+    yield from record("D2048 F768 fp16", 32768, 2048, 768, 128, 8, torch.float16)
+    yield from record("D2048 F768 fp32", 1024, 2048, 768, 128, 8, torch.float32)
+
+
 @functools.cache
 def jobs_of(architecture: int) -> dict[str, Job]:
     """Jobs by title; a kernel that one call launches several times counts once."""
     jobs: dict[str, Job] = {}
-    for job in sparse_attention_jobs(architecture):
+    for job in itertools.chain(sparse_attention_jobs(architecture), grouped_mlp_jobs(architecture)):
         jobs.setdefault(job.title, job)
     return jobs
 

@@ -6,16 +6,18 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from model.budget import start_routers
 from model.config import ModelConfig
 from model.moe import ModelParts
 from model.parallel import ParallelGroups
+from model.placement import Placement
 from model.transformer import Transformer
 from train.config import ComponentConfig, RunConfig
 
-GIVEN = frozenset({"config", "groups", "layer_idx"})
+GIVEN = frozenset({"config", "groups", "layer_idx", "placement"})
 """Arguments that the model itself passes to a component's constructor."""
 ALLOWED_PREFIX = "model."
 """A config may name our own classes only: instantiating arbitrary dotted paths would execute anything."""
@@ -51,7 +53,11 @@ def bind(component: ComponentConfig) -> Callable[..., Any]:
 def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Transformer:
     """The transformer of a run, with this rank's share of the experts and its initial weights."""
     model: ModelConfig = config.model
-    parts = ModelParts(bind(config.router), bind(config.attention), bind(config.dispatcher), config.balance)
+    placement = None
+    if config.parallel.placement is not None and groups is not None and groups.expert_size > 1:
+        placement = Placement.load(Path(config.parallel.placement))
+    parts = ModelParts(bind(config.router), bind(config.attention), bind(config.dispatcher), config.balance, config.experts,
+                       placement)
     transformer = Transformer(model, parts, groups, config.seed)
     start_routers(transformer.routers(), config.budget, config.fail_safe)
     return transformer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.config import BalanceConfig, BudgetConfig, FailSafeConfig, ModelConfig, experts_of_budget
+from model.config import BalanceConfig, BudgetConfig, ExpertsConfig, FailSafeConfig, ModelConfig, experts_of_budget
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     context_parallel_size: int = 1
+    ranks_per_node: int | None = None
+    """Expert groups of more ranks exchange rows within nodes first, then between them; None: in one exchange."""
+    placement: str | None = None
+    """File of python -m launch.place: which rank serves which expert. None: consecutive blocks."""
     timeout_seconds: int = 1800
     """A collective that waits longer ends the job."""
 
@@ -96,6 +100,10 @@ class ParallelConfig:
             if getattr(self, name) != 1:
                 found.append(f"parallel.{name} is {getattr(self, name)}; this version supports 1 (use ZeRO and expert "
                              "parallelism to spread the model)")
+        if self.ranks_per_node is not None and (self.ranks_per_node < 1 or (
+                self.expert_parallel_size > self.ranks_per_node and self.expert_parallel_size % self.ranks_per_node)):
+            found.append(f"parallel.ranks_per_node is {self.ranks_per_node}; it must be positive and divide "
+                         f"parallel.expert_parallel_size {self.expert_parallel_size}, or be null")
         if self.timeout_seconds < 1:
             found.append(f"parallel.timeout_seconds is {self.timeout_seconds}; it must be at least 1")
         return found
@@ -327,6 +335,7 @@ class RunConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     fail_safe: FailSafeConfig = field(default_factory=FailSafeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     experiment_name: str = "default"
     seed: int = 1234
     run_dir: str | None = None

@@ -106,7 +106,8 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
     rank, settings = dist.get_rank(), config.train
     seed_everything(config.seed, rank, settings.deterministic)
     store = open_store(config, run_dir)
-    groups = initialize_parallel(config.parallel.expert_parallel_size, config.parallel.timeout_seconds)
+    groups = initialize_parallel(config.parallel.expert_parallel_size, config.parallel.timeout_seconds,
+                                 config.parallel.ranks_per_node)
     engine = Engine(build_model(config, groups), groups, settings, config.optim, config.deepspeed)
     schedule = Schedule(engine.param_groups, config.optim, settings, groups.data_size)
     samples = TrainingSamples(store, tuple(s.weight for s in config.data.sources), settings.seq_len, config.seed)
@@ -347,7 +348,7 @@ def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir
     count = count_parameters(model, config.experts_per_token, config.attention.arguments)
     tokens = sum(s["tokens"] for s in store.manifest["sources"])
     micro_steps = config.gradient_accumulation_steps(groups.data_size)
-    backend = select_backend(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+    backend = select_backend(config.experts.backend, device, torch.bfloat16 if settings.precision == "bf16" else torch.float32,
                              model.hidden_size, model.expert_intermediate_size)
     shape = (f"{model.num_experts} experts, {config.experts_per_token:g} per token, in {len(model.moe_layers)} of "
              if model.num_experts else "dense, ")

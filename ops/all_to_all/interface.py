@@ -1,4 +1,4 @@
-"""Variable-size all-to-all of token rows, with its transpose as gradient. See README.md."""
+"""Variable-size all-to-all of rows that overlaps with other work, in both directions of autograd. See README.md."""
 
 from __future__ import annotations
 
@@ -6,50 +6,130 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from ops.all_to_all.meter import Meter
+from ops.all_to_all.path import Hop, Path
+from ops.all_to_all.payload import PAYLOADS, decode, encode
 
 
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, input_splits: list[int], output_splits: list[int],
-                group: Any) -> torch.Tensor:
-        ctx.group, ctx.input_splits, ctx.output_splits = group, input_splits, output_splits
-        received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), output_splits, input_splits, group=group)
+class Flight:
+    """Rows on their way, from `begin_rows` to `finish`."""
+
+    def __init__(self, path: Path, homeward: bool, payload: str, meter: Meter | None):
+        self.path, self.homeward, self.payload, self.meter = path, homeward, payload, meter
+        self.token: Tensor | None = None
+
+    def begin(self, rows: Tensor, payload: str, back: bool) -> None:
+        """Up to the start of the slow hop, in the direction of the path or against it."""
+        self.width, self.dtype = rows.shape[1], rows.dtype
+        sent = encode(rows.contiguous(), payload)
+        if payload != "native" and not back and self.meter is not None:
+            self.meter.add_error(rows, decode(sent, self.width, torch.float32, payload))
+        if self.homeward == back:  # along the path
+            for hop in self.path[:-1]:
+                sent = self._wait(*self._send(_ordered(sent, hop.order), hop.group, hop.send, hop.receive))
+            last = self.path[-1]
+            self.pending = self._send(_ordered(sent, last.order), last.group, last.send, last.receive)
+        else:
+            last = self.path[-1]
+            self.pending = self._send(sent, last.group, last.receive, last.send)
+
+    def end(self, payload: str, back: bool) -> Tensor:
+        """Wait for the slow hop, and do what is left."""
+        rows = self._wait(*self.pending)
+        del self.pending
+        if self.homeward != back:
+            rows = _unordered(rows, self.path[-1])
+            for hop in reversed(self.path[:-1]):
+                rows = _unordered(self._wait(*self._send(rows, hop.group, hop.receive, hop.send)), hop)
+        return decode(rows, self.width, self.dtype, payload)
+
+    def _send(self, rows: Tensor, group: Any, send: list[int], receive: list[int]) -> tuple[Tensor, Any, Tensor]:
+        received = rows.new_empty((sum(receive), rows.shape[1]))
+        if self.meter is not None:
+            away = rows.shape[0] - send[dist.get_rank(group)]
+            self.meter.add_bytes(away * rows.shape[1] * rows.element_size())
+        # `rows` must live until the exchange is over
+        return received, dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True), rows
+
+    def _wait(self, received: Tensor, work: Any, _: Tensor) -> Tensor:
+        if self.meter is None:
+            work.wait()
+        else:
+            with self.meter.waiting(received.device):
+                work.wait()
         return received
 
+
+def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
+    return rows if order is None else rows.index_select(0, order)
+
+
+def _unordered(rows: Tensor, hop: Hop) -> Tensor:
+    return rows if hop.order is None else torch.empty_like(rows).index_copy_(0, hop.order, rows)
+
+
+class _Begin(torch.autograd.Function):
+    """Rows leave. In backward their gradient arrives, and is waited for here."""
+
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (grad,) = grads
-        grad_rows = grad.new_empty((sum(ctx.input_splits), *grad.shape[1:]))
-        dist.all_to_all_single(grad_rows, grad.contiguous(), ctx.input_splits, ctx.output_splits, group=ctx.group)
-        return grad_rows, None, None, None
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.begin(rows, flight.payload, back=False)
+        return rows.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.end(_gradient_payload(ctx.flight), back=True), None
 
 
-def all_to_all_rows(rows: torch.Tensor, input_splits: list[int], output_splits: list[int], group: Any) -> torch.Tensor:
-    """Send `input_splits[r]` consecutive rows to every rank r of the group and receive `output_splits[r]` from it.
+class _End(torch.autograd.Function):
+    """Rows arrive. In backward their gradient leaves, and is not waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.end(flight.payload, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.begin(grads[0], _gradient_payload(ctx.flight), back=True)
+        return grads[0].new_empty(0), None
+
+
+def _gradient_payload(flight: Flight) -> str:
+    """Gradients are never cut to 8 bits."""
+    return "native" if flight.payload == "native" else "bf16"
+
+
+def begin_rows(rows: Tensor, path: Path, *, homeward: bool = False, payload: str = "native",
+               meter: Meter | None = None) -> Flight:
+    """Send rows along the path (homeward: against it, from where `path` ends to where it begins).
+
+    Work done between this call and `end_rows` overlaps with the slow hop; so does, in backward, the backward of that work
+    with the gradient's: autograd runs nodes in the reverse order of their making, and the two ends of an exchange are
+    nodes of their own.
 
     Args:
-        rows: [sum(input_splits), ...], any floating dtype; rows are ordered by destination rank.
-        input_splits, output_splits: rows per rank, host integers; zero is allowed on both sides.
-        group: process group, or None for a single process (rows are returned as they are).
-
-    Returns:
-        [sum(output_splits), ...] ordered by source rank. The gradient travels the opposite way.
+        rows: [R, D] floating, sorted by destination rank, as many as the splits of the first hop add up to.
+        payload: "native", "bf16", or "fp8" (e4m3 with a scale per 128 values; the gradient then travels in bf16).
+        meter: counts bytes and waiting.
 
     Raises:
-        ValueError: the splits do not add up to the number of rows.
+        ValueError: the splits do not add up to the number of rows, or the payload is unknown.
     """
-    if rows.shape[0] != sum(input_splits):
-        raise ValueError(f"{rows.shape[0]} rows but input_splits {input_splits} sum to {sum(input_splits)}")
-    if group is None:
-        return rows
-    return _AllToAllRows.apply(rows, input_splits, output_splits, group)
+    splits = path[-1].receive if homeward else path[0].send
+    if rows.shape[0] != sum(splits):
+        raise ValueError(f"{rows.shape[0]} rows but the splits {splits} sum to {sum(splits)}")
+    if payload not in PAYLOADS:
+        raise ValueError(f"unknown payload {payload!r}; choose {', '.join(PAYLOADS)}")
+    flight = Flight(path, homeward, payload, meter)
+    flight.token = _Begin.apply(rows, flight)
+    return flight
 
 
-def exchange_counts(counts: torch.Tensor, group: Any) -> torch.Tensor:
-    """Transpose a [ranks, ...] integer table over the group: row r of the result is what rank r holds for this rank."""
-    if group is None:
-        return counts
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=group)
-    return received
+def end_rows(flight: Flight) -> Tensor:
+    """The rows of a flight: [R', D] in the dtype they were sent in, sorted by source rank."""
+    token, flight.token = flight.token, None
+    return _End.apply(token, flight)

@@ -1,56 +1,175 @@
-"""SwiGLU over stacked experts: checks, then the backend the device has. See README.md."""
+"""SwiGLU over stacked experts: checks, then the backend the device has. See README.md.
+
+Shape letters: T tokens, K slots per token, A assignments in use (A <= T*K), D hidden, F expert width, L local experts.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from ops.grouped_mlp.reference import reference_grouped_mlp
 
-
-def select_backend(device: torch.device, dtype: torch.dtype, *widths: int) -> str:
-    """"grouped_mm" where torch has a grouped GEMM for it, else "reference".
-
-    It needs CUDA, bf16, compute capability 8.0 or more, and matrix widths that are multiples of 8 (16-byte rows).
-    """
-    if device.type != "cuda" or dtype != torch.bfloat16 or any(width % 8 for width in widths):
-        return "reference"
-    return "grouped_mm" if torch.cuda.get_device_capability(device) >= (8, 0) else "reference"
+log = logging.getLogger("loadstone")
+BACKENDS = ("auto", "triton", "grouped_mm", "torch", "reference")
 
 
-def grouped_mlp(rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, counts: torch.Tensor,
-                backend: str | None = None) -> torch.Tensor:
-    """Apply each expert's SwiGLU to its consecutive rows.
+def grouped_mlp(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor, inverse: Tensor,
+                offsets: Tensor, *, backend: str = "auto", recompute: bool = False) -> Tensor:
+    """Every token through its experts: out[t] = sum_k weights[t, k] * SwiGLU_expert(t, k)(hidden[t]).
 
     Args:
-        rows: [R, D] floating, sorted by local expert.
-        gate_up: [L, 2F, D], gate projection first; down: [L, D, F]; both in the dtype of `rows`.
-        counts: [L] int64, rows per expert (zero allowed), sum R.
-        backend: "reference" | "grouped_mm"; None chooses by device and dtype.
+        hidden: [T, D] fp32, bf16, fp16 (or fp64 on CPU).
+        weights: [T, K] gates, fp32 (fp64 for fp64), 0 where unused.
+        gate_up: [L, 2F, D], gate projection first; down: [L, D, F]; both in the dtype of `hidden`.
+        slots: [T * K] int32, flat indices t * K + k sorted by (expert, token, slot), -1 behind the last assignment.
+        inverse: [T, K] int32, where in `slots` an assignment stands; -1 where unused.
+        offsets: [L + 1] int32, first row of each expert in `slots`; the last is A. It stays on the device.
+        backend: see select_backend.
+        recompute: compute the up-projection again in backward. It keeps 2F values per slot otherwise.
 
     Returns:
-        [R, D]. Every weight gets a gradient on every call, also from experts without rows and when R is 0: ranks
-        that skip a parameter would leave their peers waiting in the gradient reduction.
+        [T, D] in the dtype of `hidden`; a token without experts gets zeros. Every weight gets a gradient on every call, also
+        from experts without rows and when A is 0: ranks that skip a parameter would leave their peers waiting in the
+        gradient reduction. Equal inputs give equal bits.
 
     Raises:
-        ValueError: shapes or backend do not fit, or counts do not sum to R (checked on CPU tensors only).
+        ValueError: shapes, dtypes or backend do not fit; on CPU tensors also indices that do not fit each other.
+
+    Source: SwiGLU arXiv 2002.05202; gate gradient <grad_out W_down, act> from arXiv 2512.14080, whose index arrays these are.
     """
+    _check(hidden, weights, gate_up, down, slots, inverse, offsets)
+    chosen = select_backend(backend, hidden.device, hidden.dtype, hidden.shape[1], down.shape[2])
+    if chosen == "reference":
+        return reference_grouped_mlp(hidden, weights, gate_up, down, slots, inverse, offsets)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weights, gate_up, down))
+    return _forward(hidden.contiguous(), weights.contiguous(), gate_up.contiguous(), down.contiguous(), slots.contiguous(),
+                    inverse.contiguous(), offsets, chosen, trains and not recompute)[0]
+
+
+def select_backend(requested: str, device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str:
+    """The backend of `requested`, announced once where it is "auto".
+
+    triton: our kernels, on CUDA; fp32, bf16 or fp16. grouped_mm: torch's grouped GEMM, on CUDA in bf16 with compute
+    capability 8.0 or more and widths that are multiples of 8 (slow but right on CPU). torch: one expert at a time, any
+    device; on CUDA it waits for the sizes. reference: the definition. auto: the first of them that the device has.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot serve these tensors.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"unknown experts backend {requested!r}; choose {', '.join(BACKENDS)}")
+    if requested == "auto":
+        return _best_backend(device, dtype, hidden_size, width)
+    reason = _unsuited(requested, device, dtype, hidden_size, width)
+    if reason is not None:
+        raise ValueError(f"experts.backend={requested} cannot be used: {reason}")
+    return requested
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _best_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str:
+    reasons = {}
+    for name in ("triton", "grouped_mm", "torch") if device.type == "cuda" else ("torch",):
+        reasons[name] = _unsuited(name, device, dtype, hidden_size, width)
+        if reasons[name] is None:
+            break
+    lost = "".join(f"; not {other}: {reason}" for other, reason in reasons.items() if reason is not None)
+    log.info("experts run on %s with backend %s%s", device.type, name, lost)
+    return name
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _unsuited(name: str, device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str | None:
+    """Why a backend cannot serve; None where it can."""
+    if name == "triton":
+        if device.type != "cuda":
+            return f"Triton kernels need a GPU, and the tensors are on {device.type}"
+        try:
+            return importlib.import_module("ops.grouped_mlp.triton_backend").problem(dtype, hidden_size, width)
+        except ImportError as error:
+            return f"triton is not installed ({error})"
+    if name == "grouped_mm":
+        if hidden_size % 8 or width % 8:
+            return f"its rows must be multiples of 8 values, not {hidden_size} and {width}"
+        if device.type == "cuda" and dtype != torch.bfloat16:
+            return f"on CUDA it takes bfloat16, not {dtype}"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0"
+    return None
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"ops.grouped_mlp.{name}_backend")
+
+
+@torch.library.custom_op("loadstone::grouped_mlp_forward", mutates_args=())
+def _forward(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor, inverse: Tensor,
+             offsets: Tensor, backend: str, keep: bool) -> tuple[Tensor, Tensor]:
+    """Output [T, D] and pre-activations [T * K, 2F], or an empty tensor without `keep`."""
+    out, pre = _backend(backend).forward(hidden, weights, gate_up, down, slots, inverse, offsets, keep)
+    return out, hidden.new_empty((0, gate_up.shape[1])) if pre is None else pre
+
+
+@_forward.register_fake
+def _(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor, inverse: Tensor, offsets: Tensor,
+      backend: str, keep: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), hidden.new_empty((slots.shape[0] if keep else 0, gate_up.shape[1]))
+
+
+@torch.library.custom_op("loadstone::grouped_mlp_backward", mutates_args=())
+def _backward(grad: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor, inverse: Tensor,
+              offsets: Tensor, pre: Tensor, backend: str, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _backend(backend).backward(grad, hidden, weights, gate_up, down, slots, inverse, offsets, pre if keep else None)
+
+
+@_backward.register_fake
+def _(grad: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(hidden), torch.empty_like(weights), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # or the pre-activations would get a gradient of zeros
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    grads = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.backend, ctx.keep)
+    return (*grads, *[None] * 5)
+
+
+torch.library.register_autograd("loadstone::grouped_mlp_forward", _gradients, setup_context=_setup_context)
+
+
+def _check(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor, inverse: Tensor,
+           offsets: Tensor) -> None:
     num_experts, double_width, hidden_size = gate_up.shape
-    if rows.shape[1] != hidden_size or down.shape != (num_experts, hidden_size, double_width // 2):
-        raise ValueError(f"rows {tuple(rows.shape)}, gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} "
-                         "do not fit [R, D], [L, 2F, D], [L, D, F]")
-    if counts.shape != (num_experts,):
-        raise ValueError(f"counts has shape {tuple(counts.shape)}, expected ({num_experts},)")
-    if counts.device.type == "cpu" and int(counts.sum()) != rows.shape[0]:
-        raise ValueError(f"counts sum to {int(counts.sum())}, but there are {rows.shape[0]} rows")
-    backend = backend or select_backend(rows.device, rows.dtype, hidden_size, double_width // 2)
-    if backend not in ("reference", "grouped_mm"):
-        raise ValueError(f"unknown grouped_mlp backend {backend!r}; choose reference or grouped_mm")
-    if backend == "reference" or rows.shape[0] == 0:
-        return reference_grouped_mlp(rows, gate_up, down, counts)
-    ends = counts.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(rows, gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-    out = F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)
-    if out.requires_grad:  # torch 2.13: the backward of grouped_mm refuses a broadcast gradient, as of out.sum()
-        out.register_hook(torch.Tensor.contiguous)
-    return out
+    if hidden.dim() != 2 or hidden.shape[1] != hidden_size or double_width % 2 or (
+            down.shape != (num_experts, hidden_size, double_width // 2)):
+        raise ValueError(f"hidden {tuple(hidden.shape)}, gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} "
+                         "do not fit [T, D], [L, 2F, D], [L, D, F]")
+    if not hidden.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; they must be the same")
+    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if weights.dim() != 2 or len(weights) != len(hidden) or weights.dtype != real or inverse.shape != weights.shape or (
+            slots.shape != (weights.numel(),)) or offsets.shape != (num_experts + 1,):
+        raise ValueError(f"weights {tuple(weights.shape)} {weights.dtype}, slots {tuple(slots.shape)}, inverse "
+                         f"{tuple(inverse.shape)} and offsets {tuple(offsets.shape)} do not fit {len(hidden)} tokens and "
+                         f"{num_experts} experts: [T, K] {real}, [T * K], [T, K], [L + 1]")
+    if any(index.dtype != torch.int32 for index in (slots, inverse, offsets)):
+        raise ValueError(f"slots, inverse and offsets are {slots.dtype}, {inverse.dtype}, {offsets.dtype}; expected int32")
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        used = int((inverse >= 0).sum())
+        if int(offsets[-1]) != used or int(offsets[0]) or bool((offsets.diff() < 0).any()):
+            raise ValueError(f"offsets run from {int(offsets[0])} to {int(offsets[-1])}; expected 0 to the {used} "
+                             "assignments in use, never falling")

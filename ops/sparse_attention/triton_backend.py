@@ -25,7 +25,6 @@ from ops.sparse_attention.kernels.backward import (
     key_grad_sum_kernel,
     query_grad_kernel,
 )
-from ops.sparse_attention.kernels.common import architecture, launch
 from ops.sparse_attention.kernels.configs import next_power_of_two
 from ops.sparse_attention.kernels.decode import decode_attend_kernel, decode_combine_kernel, decode_score_kernel
 from ops.sparse_attention.kernels.forward import attend_kernel
@@ -34,6 +33,7 @@ from ops.sparse_attention.kernels.pool import pool_kernel
 from ops.sparse_attention.kernels.rank import rank_kernel
 from ops.sparse_attention.ranking import choose_blocks
 from ops.sparse_attention.spec import TRUST, SparseAttentionSpec
+from ops.triton_launch import architecture, launch
 
 __all__ = ["CoarseEntries", "attend", "attend_backward", "decode", "pool", "rank"]
 

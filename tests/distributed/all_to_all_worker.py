@@ -5,6 +5,7 @@ Every case prints one JSON line {"check", "case", "errors"}: the maximum over ra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from common import tiny_config
 
+from model.config import ExpertsConfig
 from model.dispatch import AllToAllDispatcher, LocalDispatcher
+from model.experts import Experts
 from model.parallel import ParallelGroups, destroy_parallel, initialize_parallel
-from ops.all_to_all import all_to_all_rows, exchange_counts
-from ops.grouped_mlp import grouped_mlp
+from model.placement import LayerPlacement
+from ops.all_to_all import Hop, begin_rows, end_rows, exchange_counts
 from ops.router import RouterOutput, RouteSpec, reference_route
 from ops.testing import draw_expert_ids
 
@@ -35,7 +38,8 @@ SPLITS = {
 # Tokens per rank, slots per token, load of ops.testing.draw_expert_ids.
 ROUTINGS = {
     "even": ([5, 3, 7, 4], 2, "even"),
-    "one_expert_gets_everything": ([5, 3, 7, 4], 2, "one"),
+    "as_many_everywhere": ([6, 6, 6, 6], 3, "unused"),
+    "one_expert_gets_everything": ([5, 5, 5, 5], 2, "one"),
     "experts_with_none": ([5, 3, 7, 4], 3, "half"),
     "a_rank_without_tokens": ([5, 0, 0, 4], 2, "even"),
     "no_tokens_anywhere": ([0, 0, 0, 0], 2, "even"),
@@ -65,10 +69,12 @@ def check_exchange(splits: list[list[int]], groups: ParallelGroups) -> dict[str,
     sent = [normal(int(n), 3, seed=10 + r) for r, n in enumerate(table.sum(1))]
     grads = [normal(int(n), 3, seed=20 + r) for r, n in enumerate(table.sum(0))]
     rows = sent[rank].clone().requires_grad_()
-    received = all_to_all_rows(rows, table[rank].tolist(), table[:, rank].tolist(), groups.expert)
+    path = (Hop(groups.expert, table[rank].tolist(), table[:, rank].tolist()),)
+    received = end_rows(begin_rows(rows, path))
     received.backward(grads[rank])
+    home = end_rows(begin_rows(received.detach(), path, homeward=True))
     counts = torch.stack((table[rank], -table[rank]), dim=1)
-    return {"rows": difference(received, definition(sent, table)),
+    return {"rows": difference(received, definition(sent, table)), "homeward": difference(home, rows),
             "gradient": difference(rows.grad, definition(grads, table.T)),
             "counts": difference(exchange_counts(counts, groups.expert).double(),
                                  torch.stack((table[:, rank], -table[:, rank]), dim=1).double())}
@@ -80,44 +86,85 @@ def routing_of(gates: torch.Tensor, expert_ids: torch.Tensor) -> RouterOutput:
     return reference_route(torch.zeros(len(gates), NUM_EXPERTS), spec, given_ids=expert_ids)._replace(weights=gates)
 
 
+def placed(num_ranks: int, lent: int) -> LayerPlacement:
+    """Experts in reverse order; the ranks behind the owner's of experts 0, 1, ... borrow them."""
+    own = NUM_EXPERTS // num_ranks
+    experts = tuple(reversed(range(NUM_EXPERTS)))
+    owner = {e: i // own for i, e in enumerate(experts)}
+    foreign = [[e for e in range(NUM_EXPERTS) if owner[e] != r] for r in range(num_ranks)]
+    return LayerPlacement(experts, tuple(tuple(e[:lent]) for e in foreign))
+
+
+def variants(size: int) -> dict[str, dict]:
+    """Arguments of AllToAllDispatcher, "lent" experts of a placement, and whether rows travel by nodes."""
+    own = NUM_EXPERTS // size
+    found: dict[str, dict] = {
+        "plain": {}, "chunks": {"num_chunks": own}, "fixed": {"buffer_factor": float(size)},
+        "fixed_chunks": {"buffer_factor": float(NUM_EXPERTS), "num_chunks": own}, "placed": {"lent": 0}, "lent": {"lent": 2},
+        "lent_fixed_chunks": {"lent": 1, "buffer_factor": float(NUM_EXPERTS), "num_chunks": own}}
+    if size == 4:
+        found |= {"nodes": {"nodes": True}, "nodes_chunks": {"nodes": True, "num_chunks": 2},
+                  "nodes_fixed_lent": {"nodes": True, "buffer_factor": 4.0, "lent": 1}}
+    return found
+
+
 def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: ParallelGroups) -> dict[str, float]:
-    """dispatch, experts, combine on this rank's tokens against LocalDispatcher on the tokens of the whole group."""
+    """Every variant on this rank's tokens against LocalDispatcher on the tokens of the whole group."""
     config = tiny_config(hidden_size=HIDDEN, num_experts=NUM_EXPERTS, expert_intermediate_size=WIDTH)
     sizes = [tokens_per_rank[r] for r in dist.get_process_group_ranks(groups.expert)]
     start = sum(sizes[:groups.expert_rank])
     mine = slice(start, start + sizes[groups.expert_rank])
-    held = groups.local_experts(NUM_EXPERTS)
-    held = slice(held.start, held.stop)
     total = sum(sizes)
     expert_ids = draw_expert_ids(total, NUM_EXPERTS, top_k, load, seed=groups.data_rank // groups.expert_size)
     gates = normal(total, top_k, seed=1).masked_fill(expert_ids < 0, 0.0)
     hidden, out_grad = normal(total, HIDDEN, seed=2), normal(total, HIDDEN, seed=3)
     gate_up, down = normal(NUM_EXPERTS, 2 * WIDTH, HIDDEN, seed=4), normal(NUM_EXPERTS, HIDDEN, WIDTH, seed=5)
 
-    def layer(dispatcher, tokens: slice, experts: slice) -> tuple:
-        """Dispatched rows, output, gradients of all four leaves, rows per expert."""
-        leaves = [t.clone().requires_grad_() for t in (hidden[tokens], gates[tokens], gate_up[experts], down[experts])]
-        routing = routing_of(leaves[1], expert_ids[tokens])
-        rows, plan = dispatcher.dispatch(leaves[0], routing)
-        out = dispatcher.combine(grouped_mlp(rows, leaves[2], leaves[3], plan.counts), plan)
-        return rows, out, torch.autograd.grad(out, leaves, out_grad[tokens]), plan.counts
+    def layer(dispatcher, experts: Experts, tokens: slice, identity: bool = False) -> list[torch.Tensor]:
+        """Output, gradients of hidden and gates, of the weights by global expert; assignments computed here."""
+        leaves = [hidden[tokens].clone().requires_grad_(), gates[tokens].clone().requires_grad_()]
+        ids = list(experts.global_ids)
+        with torch.no_grad():
+            experts.gate_up.copy_(gate_up[ids])
+            experts.down.copy_(down[ids])
+        used = (expert_ids[tokens] >= 0).double() if identity else leaves[1]
+        loan = experts.lend()
+        dispatched = dispatcher.start(leaves[0], routing_of(used, expert_ids[tokens]))
+        stacks = experts.stacks(dispatcher.chunk_sizes, loan)
+        if identity:
+            return [dispatched.finish(lambda chunk, rows: rows.hidden)[0]]
+        out, processed = dispatched.finish(lambda chunk, rows: experts(stacks[chunk], rows))
+        grads = torch.autograd.grad(out, [*leaves, experts.gate_up, experts.down], out_grad[tokens])
+        order = torch.tensor(ids).argsort()
+        return [out.detach(), *grads[:2], grads[2][order], grads[3][order], torch.tensor(ids)[order], processed]
 
-    every = slice(None)
-    rows, out, grads, counts = layer(AllToAllDispatcher(config, groups), mine, held)
-    all_rows, all_out, all_grads, all_counts = layer(LocalDispatcher(config, ParallelGroups.single()), every, every)
-    ends = [0, *all_counts.cumsum(0).tolist()]
-    errors = {"rows": difference(rows, all_rows[ends[held.start]:ends[held.stop]]),
-              "counts": difference(counts.double(), all_counts[held].double()),
-              "out": difference(out, all_out[mine])}
-    for name, ours, expected, part in zip(("hidden", "gates", "gate_up", "down"), grads, all_grads,
-                                          (mine, mine, held, held), strict=True):
-        errors[f"grad {name}"] = difference(ours, expected[part])
-
-    # Identity experts with gates of 1 in every used slot: each token comes home as often as it was sent.
-    used = (expert_ids[mine] >= 0).double()
-    dispatcher = AllToAllDispatcher(config, groups)
-    home = dispatcher.combine(*dispatcher.dispatch(hidden[mine], routing_of(used, expert_ids[mine])))
-    errors["token order"] = difference(home, hidden[mine] * used.sum(1, keepdim=True))
+    single = ParallelGroups.single()
+    expected = layer(LocalDispatcher(config, single), Experts(config, single, ExpertsConfig("reference")).double(),
+                     slice(None))
+    errors: dict[str, float] = {}
+    plain: list[torch.Tensor] = []
+    for name, options in variants(groups.expert_size).items():
+        options = dict(options)
+        if "buffer_factor" in options and len(set(sizes)) > 1:
+            continue  # fixed buffers need as many tokens on every rank
+        own_groups = groups if options.pop("nodes", False) else dataclasses.replace(groups, nodes=None)
+        placement = placed(groups.expert_size, options.pop("lent")) if "lent" in options else None
+        dispatcher = AllToAllDispatcher(config, own_groups, placement, **options)
+        experts = Experts(config, own_groups, ExpertsConfig(), placement).double()
+        found = layer(dispatcher, experts, mine)
+        held = found[5]
+        pairs = zip(found[:5], (expected[0][mine], expected[1][mine], expected[2][mine], expected[3][held],
+                                expected[4][held]), strict=True)
+        errors[name] = max(difference(a, b) for a, b in pairs)
+        processed = found[6].clone()
+        dist.all_reduce(processed, group=groups.expert)
+        errors[f"{name} processed"] = abs(int(processed) - int((expert_ids >= 0).sum()))
+        plain = plain or found
+        if placement is None:  # every expert sees the same rows in the same order: the same bits
+            errors[f"{name} bits"] = max(difference(a, b) for a, b in zip(found[:5], plain[:5], strict=True))
+        # Identity experts with gates of 1 in every used slot: each token comes home as often as it was sent.
+        home = layer(dispatcher, experts, mine, identity=True)[0]
+        errors[f"{name} token order"] = difference(home, hidden[mine] * (expert_ids[mine] >= 0).sum(1, keepdim=True))
     return errors
 
 
@@ -127,7 +174,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     dist.init_process_group("gloo")
     for expert_parallel_size in (2, 4):
-        groups = initialize_parallel(expert_parallel_size)
+        groups = initialize_parallel(expert_parallel_size, ranks_per_node=2)
         results = [("exchange", case, check_exchange(splits, groups)) for case, splits in SPLITS.items()]
         results += [("dispatcher", case, check_dispatcher(*routing, groups)) for case, routing in ROUTINGS.items()]
         everyone: list = [None] * dist.get_world_size()

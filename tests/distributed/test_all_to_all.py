@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops.all_to_all import all_to_all_rows, exchange_counts
+from ops.all_to_all import Hop, begin_rows, exchange_counts
 
 EXPERT_SIZES = (2, 4)
 SPLITS = ("variable", "zeros", "a_rank_sends_nothing", "a_rank_receives_nothing", "all_to_one", "nobody_sends")
-ROUTINGS = ("even", "one_expert_gets_everything", "experts_with_none", "a_rank_without_tokens", "no_tokens_anywhere",
+ROUTINGS = ("even", "as_many_everywhere", "one_expert_gets_everything", "experts_with_none", "a_rank_without_tokens", "no_tokens_anywhere",
             "unused_slots", "no_slot_used")
-four_ranks = [pytest.mark.slow]
+EVEN = ("as_many_everywhere", "one_expert_gets_everything", "no_tokens_anywhere")
+"""Routings with as many tokens on every rank, as fixed buffers need."""
+VARIANTS = ("plain", "chunks", "fixed", "fixed_chunks", "placed", "lent", "lent_fixed_chunks")
+NODE_VARIANTS = ("nodes", "nodes_chunks", "nodes_fixed_lent")
+"""Names of tests/distributed/all_to_all_worker.py; by nodes where there are two of two ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -22,33 +26,37 @@ def errors(run_ranks) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def cases(names: tuple[str, ...]) -> list:
-    return [pytest.param(f"{name}-ep{size}", marks=four_ranks) for size in EXPERT_SIZES for name in names]
+    return [pytest.param(name, size, marks=[pytest.mark.slow], id=f"{name}-ep{size}") for size in EXPERT_SIZES
+            for name in names]
 
 
-@pytest.mark.parametrize("case", cases(SPLITS))
-def test_rows_arrive_by_source_rank_and_the_gradient_is_the_transposed_exchange(errors, case):
-    assert errors["exchange", case] == {"rows": 0.0, "gradient": 0.0, "counts": 0.0}
+@pytest.mark.parametrize(("case", "size"), cases(SPLITS))
+def test_rows_arrive_by_source_rank_and_the_gradient_is_the_transposed_exchange(errors, case, size):
+    assert errors["exchange", f"{case}-ep{size}"] == {"rows": 0.0, "homeward": 0.0, "gradient": 0.0, "counts": 0.0}
 
 
-@pytest.mark.parametrize("case", cases(ROUTINGS))
-def test_spread_experts_compute_what_one_process_computes(errors, case):
-    found = dict(errors["dispatcher", case])
-    assert (found.pop("rows"), found.pop("counts")) == (0.0, 0.0)  # the same rows in the same order
-    found.pop("token order")
-    assert set(found) == {"out", "grad hidden", "grad gates", "grad gate_up", "grad down"}
-    assert all(error < 1e-11 for error in found.values()), found
+@pytest.mark.parametrize(("case", "size"), cases(ROUTINGS))
+def test_spread_experts_compute_what_one_process_computes(errors, case, size):
+    found = errors["dispatcher", f"{case}-ep{size}"]
+    names = [name for name in VARIANTS + (NODE_VARIANTS if size == 4 else ()) if "fixed" not in name or case in EVEN]
+    assert all(found[name] < 1e-11 for name in names), found
+    assert all(found[f"{name} token order"] < 1e-13 for name in names), found
+    assert all(found[f"{name} processed"] == 0 for name in names), found
 
 
-@pytest.mark.parametrize("case", cases(ROUTINGS))
-def test_combine_restores_token_order(errors, case):
-    assert errors["dispatcher", case]["token order"] < 1e-13
+@pytest.mark.parametrize(("case", "size"), cases(ROUTINGS))
+def test_chunks_nodes_and_fixed_buffers_change_no_bit(errors, case, size):
+    bits = {name: error for name, error in errors["dispatcher", f"{case}-ep{size}"].items() if name.endswith("bits")}
+    assert len(bits) == 2 + 2 * (size == 4) + 2 * (case in EVEN) and set(bits.values()) == {0.0}, bits
 
 
-def test_splits_that_do_not_add_up_to_the_rows_are_refused():
-    with pytest.raises(ValueError, match=r"5 rows but input_splits \[2, 2\] sum to 4"):
-        all_to_all_rows(torch.zeros(5, 3), [2, 2], [1, 1], None)
+@pytest.mark.parametrize("homeward", [False, True])
+def test_splits_that_do_not_add_up_to_the_rows_are_refused(homeward):
+    path = (Hop(None, [2, 2], [2, 2]),)
+    with pytest.raises(ValueError, match=r"5 rows but the splits \[2, 2\] sum to 4"):
+        begin_rows(torch.zeros(5, 3), path, homeward=homeward)
 
 
-def test_without_a_group_rows_and_counts_stay_where_they_are():
-    rows, counts = torch.randn(5, 3), torch.tensor([[2, 3]])
-    assert all_to_all_rows(rows, [5], [5], None) is rows and exchange_counts(counts, None) is counts
+def test_without_a_group_counts_stay_where_they_are():
+    counts = torch.tensor([[2, 3]])
+    assert exchange_counts(counts, None) is counts

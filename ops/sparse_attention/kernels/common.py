@@ -6,53 +6,11 @@ the inputs with fp32 accumulators; "ieee" keeps fp32 inputs from being rounded t
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-class Launch(NamedTuple):
-    kernel: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-_recorded: list[Launch] | None = None
-_recorded_for = 90
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Start a kernel on the current stream; an empty grid starts nothing."""
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, args, options))
-    elif all(grid):
-        kernel[grid](*args, **options)
-
-
-def architecture(device: torch.device) -> int:
-    """The compute capability that tile sizes are chosen for: 80, 90, 100."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-    return _recorded_for
-
-
-@contextlib.contextmanager
-def record_launches(architecture: int) -> Iterator[list[Launch]]:
-    """Collect launches instead of starting them, to compile exactly what would run (ops/triton_build.py)."""
-    global _recorded, _recorded_for
-    _recorded, _recorded_for = [], architecture
-    try:
-        yield _recorded
-    finally:
-        _recorded, _recorded_for = None, 90
 
 
 @triton.jit

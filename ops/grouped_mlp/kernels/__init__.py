@@ -1,0 +1,1 @@
+"""Triton kernels of the grouped MLP; triton_backend.py launches them."""

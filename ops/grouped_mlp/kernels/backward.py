@@ -1,0 +1,113 @@
+"""Gradients, without atomics. Formulas: arXiv 2512.14080; the weights' gradient is <grad_out W_down, act>, so that the
+output rows are neither kept nor computed again."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ops.grouped_mlp.kernels.common import expert_product, row_product, row_tile
+
+
+@triton.jit
+def _act_grad_columns(grad_act, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
+                      WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+    """Store what follows from grad_act [ROWS, COLUMNS] before the weight, and return its part <grad_act, act> [ROWS].
+
+    Halves of the columns come one after the other, SPLITS times over: what they need at once must fit the registers.
+    """
+    if SPLITS > 0:
+        first, second = tl.split(grad_act.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+        part = _act_grad_columns(first, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr, WIDTH,
+                                 ROWS, COLUMNS // 2, SPLITS - 1)
+        part += _act_grad_columns(second, first_column + COLUMNS // 2, weight, row, read_row, live, pre_ptr, grad_pre_ptr,
+                                  act_ptr, WIDTH, ROWS, COLUMNS // 2, SPLITS - 1)
+    else:
+        column = first_column + tl.arange(0, COLUMNS)
+        inside = (column < WIDTH)[None, :]
+        pre = pre_ptr + read_row[:, None] * 2 * WIDTH + column[None, :]
+        gate = tl.load(pre, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(pre + WIDTH, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        part = tl.sum(grad_act * silu * up, 1)
+        grad_act *= weight[:, None]
+        store = live[:, None] & inside
+        act = weight[:, None] * silu * up
+        tl.store(act_ptr + row[:, None] * WIDTH + column[None, :], act.to(act_ptr.dtype.element_ty), mask=store)
+        grad_gate = grad_act * up * (sigmoid + silu * (1.0 - sigmoid))
+        grad_pre = grad_pre_ptr + row[:, None] * 2 * WIDTH + column[None, :]
+        tl.store(grad_pre, grad_gate.to(grad_pre_ptr.dtype.element_ty), mask=store)
+        tl.store(grad_pre + WIDTH, (grad_act * silu).to(grad_pre_ptr.dtype.element_ty), mask=store)
+    return part
+
+
+@triton.jit
+def act_grad_kernel(grad_ptr, down_ptr, pre_ptr, weights_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr,
+                    grad_pre_ptr, act_ptr, partial_ptr, num_rows, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+                    TOP_K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    STEP: tl.constexpr, GROUP: tl.constexpr):
+    """Grid (row tiles * cdiv(WIDTH, COLUMNS)). grad: [T, HIDDEN]; pre, grad_pre: [R, 2 * WIDTH]; act: [R, WIDTH], times the
+    weight; partial: [column tiles, R] fp32, this tile's part of the weights' gradient."""
+    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                        tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS)
+    if expert < 0:
+        return
+    slot = tl.load(slots_ptr + read_row)
+    weight = tl.load(weights_ptr + slot)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    grad_act = row_product(grad_ptr + (slot // TOP_K).to(tl.int64) * HIDDEN,
+                           down_ptr + expert.to(tl.int64) * HIDDEN * WIDTH, WIDTH, column.to(tl.int64), column < WIDTH,
+                           HIDDEN, WIDTH % COLUMNS == 0, STEP, ROWS, COLUMNS)
+    part = _act_grad_columns(grad_act, column_tile * COLUMNS, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
+                             WIDTH, ROWS, COLUMNS, SPLITS)
+    tl.store(partial_ptr + column_tile.to(tl.int64) * num_rows + row, part, mask=live)
+
+
+@triton.jit
+def weights_grad_kernel(partial_ptr, inverse_ptr, out_ptr, num_rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (cdiv(T * K, BLOCK)). out [T * K] fp32: the parts of a row in order, 0 where a slot is unused."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(inverse_ptr + index, mask=index < num_rows, other=-1)
+    part = partial_ptr + row
+    acc = tl.zeros([BLOCK], tl.float32)
+    for _ in range(PARTS):
+        acc += tl.load(part, mask=row >= 0, other=0.0)
+        part += num_rows
+    tl.store(out_ptr + index, acc, mask=index < num_rows)
+
+
+@triton.jit
+def row_grad_kernel(grad_pre_ptr, gate_up_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, out_ptr,
+                    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SCATTER: tl.constexpr, ROWS: tl.constexpr,
+                    COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
+    """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one slot a token, by tokens."""
+    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                        tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS)
+    if expert < 0:
+        return
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    acc = row_product(grad_pre_ptr + read_row * 2 * WIDTH, gate_up_ptr + expert.to(tl.int64) * 2 * WIDTH * HIDDEN, HIDDEN,
+                      column.to(tl.int64), column < HIDDEN, 2 * WIDTH, HIDDEN % COLUMNS == 0, STEP, ROWS, COLUMNS)
+    if SCATTER:
+        row = tl.load(slots_ptr + read_row).to(tl.int64)
+    tl.store(out_ptr + row[:, None] * HIDDEN + column[None, :], acc.to(out_ptr.dtype.element_ty),
+             mask=live[:, None] & (column < HIDDEN)[None, :])
+
+
+@triton.jit
+def gate_up_grad_kernel(grad_pre_ptr, hidden_ptr, slots_ptr, offsets_ptr, out_ptr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+                        TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+                        GROUP: tl.constexpr):
+    """Grid (experts * tiles of [2 * WIDTH, HIDDEN]). out[e] = sum over the expert's rows of grad_pre^T hidden."""
+    expert_product(grad_pre_ptr, hidden_ptr, out_ptr, slots_ptr, offsets_ptr, False, TOP_K, 2 * WIDTH, HIDDEN, GROUP, ROWS,
+                   COLUMNS, STEP)
+
+
+@triton.jit
+def down_grad_kernel(grad_ptr, act_ptr, slots_ptr, offsets_ptr, out_ptr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+                     TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+                     GROUP: tl.constexpr):
+    """Grid (experts * tiles of [HIDDEN, WIDTH]). out[e] = sum over the expert's rows of grad^T act, act times the weight."""
+    expert_product(grad_ptr, act_ptr, out_ptr, slots_ptr, offsets_ptr, True, TOP_K, HIDDEN, WIDTH, GROUP, ROWS, COLUMNS,
+                   STEP)

@@ -1,0 +1,75 @@
+"""Tile sizes of the kernels, pinned: what is compiled ahead of time (ops/triton_build.py) is what ships.
+
+Sizes are the largest that spill no registers on sm_80, sm_90 and sm_100 with bf16 and fp16; no GPU has timed them yet. fp32
+is for checks: its products are exact, so they run without tensor cores, in small tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+FEW_ROWS = 256
+"""Rows of an average expert below which tiles have 64 rows: of 128, a quarter or more would be empty. Tiles of 64 already
+wait for the weights to arrive, so that smaller ones would save nothing; they are also the smallest for wgmma."""
+
+
+class Config(NamedTuple):
+    """rows x columns: the tile of the output. step: of the inner loop."""
+
+    rows: int
+    columns: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """maxnreg: all registers, else ptxas spills a few to let more programs share a multiprocessor."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step, "GROUP": 8, "num_warps": self.num_warps,
+                "num_stages": self.num_stages, "maxnreg": 255}
+
+
+_EXACT = Config(32, 32, 16, 4, 1)
+
+
+def tile_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Of all kernels over rows, which share one tile map. num_rows: an upper bound, what the host knows."""
+    if dtype == torch.float32:
+        return _EXACT.rows
+    return 64 if num_rows < FEW_ROWS * num_experts else 128
+
+
+def up_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
+    """columns of gate and as many of up."""
+    if dtype == torch.float32:
+        return _EXACT
+    if architecture < 90:
+        return Config(rows, 64, 64, rows // 16, 3)
+    return Config(rows, 128, 64, rows // 16, 3)
+
+
+def row_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
+    """down and row_grad."""
+    if dtype == torch.float32:
+        return _EXACT
+    if architecture < 90:
+        return Config(rows, 128, 64, rows // 16, 3)
+    return Config(rows, 256, 64, rows // 16, 3)
+
+
+def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
+    """Its epilogue holds gate and up beside the product."""
+    if dtype == torch.float32:
+        return _EXACT
+    return Config(rows, 128 if architecture < 90 else 256, 64, rows // 16, 3)
+
+
+def expert_config(dtype: torch.dtype, architecture: int) -> Config:
+    """gate_up_grad and down_grad; step: rows of an expert."""
+    if dtype == torch.float32:
+        return _EXACT
+    if architecture < 90:
+        return Config(128, 128, 64, 8, 3)
+    return Config(128, 256, 64, 8, 3)

@@ -1,0 +1,75 @@
+"""Up-projection with SwiGLU, down-projection, and the sum over a token's experts. Letters: README."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ops.grouped_mlp.kernels.common import row_product, row_tile
+
+
+@triton.jit
+def up_kernel(hidden_ptr, gate_up_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, act_ptr, pre_ptr,
+              HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              STEP: tl.constexpr, GROUP: tl.constexpr):
+    """Grid (row tiles * cdiv(WIDTH, COLUMNS)). act [R, WIDTH] and pre [R, 2 * WIDTH], either may be None.
+
+    One product of 2 * COLUMNS columns, gate and up alternating, is split in registers: neighbours are in one thread.
+    """
+    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                        tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS)
+    if expert < 0:
+        return
+    token = tl.load(slots_ptr + read_row) // TOP_K
+    pair = tl.arange(0, 2 * COLUMNS)
+    pair_column = column_tile * COLUMNS + pair // 2
+    pair_offset = (pair_column + pair % 2 * WIDTH).to(tl.int64) * HIDDEN
+    acc = row_product(hidden_ptr + token.to(tl.int64) * HIDDEN, gate_up_ptr + expert.to(tl.int64) * 2 * WIDTH * HIDDEN, 1,
+                      pair_offset, pair_column < WIDTH, HIDDEN, WIDTH % COLUMNS == 0, STEP, ROWS, 2 * COLUMNS)
+    gate, up = tl.split(acc.reshape(ROWS, COLUMNS, 2))
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    store = live[:, None] & (column < WIDTH)[None, :]
+    if pre_ptr is not None:
+        pre = pre_ptr + row[:, None] * 2 * WIDTH + column[None, :]
+        tl.store(pre, gate.to(pre_ptr.dtype.element_ty), mask=store)
+        tl.store(pre + WIDTH, up.to(pre_ptr.dtype.element_ty), mask=store)
+    if act_ptr is not None:
+        act = gate * tl.sigmoid(gate) * up
+        tl.store(act_ptr + row[:, None] * WIDTH + column[None, :], act.to(act_ptr.dtype.element_ty), mask=store)
+
+
+@triton.jit
+def down_kernel(act_ptr, down_ptr, weights_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, out_ptr,
+                HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SCATTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                STEP: tl.constexpr, GROUP: tl.constexpr):
+    """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one slot a token, by tokens and
+    times the weight."""
+    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                        tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS)
+    if expert < 0:
+        return
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    acc = row_product(act_ptr + read_row * WIDTH, down_ptr + expert.to(tl.int64) * HIDDEN * WIDTH, 1,
+                      column.to(tl.int64) * WIDTH, column < HIDDEN, WIDTH, HIDDEN % COLUMNS == 0, STEP, ROWS, COLUMNS)
+    if SCATTER:
+        row = tl.load(slots_ptr + read_row).to(tl.int64)
+        acc *= tl.load(weights_ptr + row)[:, None]
+    tl.store(out_ptr + row[:, None] * HIDDEN + column[None, :], acc.to(out_ptr.dtype.element_ty),
+             mask=live[:, None] & (column < HIDDEN)[None, :])
+
+
+@triton.jit
+def combine_kernel(rows_ptr, inverse_ptr, weights_ptr, out_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
+                   COLUMNS: tl.constexpr):
+    """Grid (T, cdiv(HIDDEN, COLUMNS)). out[t] = sum over slots, in order, of rows [R, HIDDEN] at inverse [T, TOP_K], times
+    weights [T, TOP_K] unless None."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([COLUMNS], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        row = tl.load(inverse_ptr + token * TOP_K + slot).to(tl.int64)
+        values = tl.load(rows_ptr + row * HIDDEN + column, mask=(row >= 0) & (column < HIDDEN), other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            values *= tl.load(weights_ptr + token * TOP_K + slot)
+        acc += values
+    tl.store(out_ptr + token * HIDDEN + column, acc.to(out_ptr.dtype.element_ty), mask=column < HIDDEN)

@@ -1,0 +1,125 @@
+"""The Triton backend: gathered rows, SwiGLU in the products' epilogues, sums over a token's experts without atomics.
+
+Nothing here waits for the device. Shape letters: interface.py, and R = T * K, the most rows there can be; row buffers have R
+rows, of which those behind the last assignment are neither written nor read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.grouped_mlp.kernels import configs
+from ops.grouped_mlp.kernels.backward import (
+    act_grad_kernel,
+    down_grad_kernel,
+    gate_up_grad_kernel,
+    row_grad_kernel,
+    weights_grad_kernel,
+)
+from ops.grouped_mlp.kernels.common import tile_map_kernel
+from ops.grouped_mlp.kernels.configs import Config
+from ops.grouped_mlp.kernels.forward import combine_kernel, down_kernel, up_kernel
+from ops.triton_launch import architecture, launch
+
+__all__ = ["backward", "forward", "problem"]
+
+
+def problem(dtype: torch.dtype, hidden_size: int, width: int) -> str | None:
+    """Why these kernels cannot serve; None where they can. Any sizes will do, multiples of 64 without masks."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 or float16, not {dtype}"
+    return None
+
+
+def forward(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor, inverse: Tensor, offsets: Tensor,
+            keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Output [T, D], and the pre-activations [R, 2F] in row order where `keep`. Arguments: interface.grouped_mlp."""
+    (num_experts, hidden_size, width), top_k = down.shape, weights.shape[1]
+    rows = configs.tile_rows(len(slots), num_experts, hidden.dtype)
+    tiles = _tile_map(slots, offsets, rows)
+    pre = hidden.new_empty(len(slots), 2 * width) if keep else None
+    act = hidden.new_empty(len(slots), width)
+    _up(hidden, gate_up, slots, offsets, tiles, act, pre, top_k, rows)
+    config = configs.row_config(rows, hidden.dtype, architecture(hidden.device))
+    scatter = top_k == 1
+    out = torch.zeros_like(hidden) if scatter else hidden.new_empty(len(slots), hidden_size)
+    launch(down_kernel, _row_grid(tiles, hidden_size, config), act, down, weights, slots, offsets, *tiles, out,
+           HIDDEN=hidden_size, WIDTH=width, SCATTER=scatter, **config.sizes)
+    return out if scatter else _combine(out, inverse, weights), pre
+
+
+def backward(grad_out: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor,
+             inverse: Tensor, offsets: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weights (fp32), gate_up and down. pre: of forward; None computes it again."""
+    (num_tokens, top_k), (num_experts, hidden_size, width), num_rows = weights.shape, down.shape, len(slots)
+    sizes = {"HIDDEN": hidden_size, "WIDTH": width}
+    target = architecture(hidden.device)
+    grad_out = grad_out.contiguous()
+    rows = configs.tile_rows(num_rows, num_experts, hidden.dtype)
+    tiles = _tile_map(slots, offsets, rows)
+    if pre is None:
+        pre = hidden.new_empty(num_rows, 2 * width)
+        _up(hidden, gate_up, slots, offsets, tiles, None, pre, top_k, rows)
+
+    config = configs.act_grad_config(rows, hidden.dtype, target)
+    num_parts = -(-width // config.columns)
+    grad_pre, act = torch.empty_like(pre), hidden.new_empty(num_rows, width)
+    partial = torch.empty(num_parts, num_rows, dtype=torch.float32, device=hidden.device)
+    grad_weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=hidden.device)
+    launch(act_grad_kernel, _row_grid(tiles, width, config), grad_out, down, pre, weights, slots, offsets, *tiles, grad_pre,
+           act, partial, num_rows, **sizes, TOP_K=top_k, SPLITS=3, **config.sizes)
+    launch(weights_grad_kernel, (-(-num_rows // 1024),), partial, inverse, grad_weights, num_rows, PARTS=num_parts,
+           BLOCK=1024, num_warps=4)
+
+    config = configs.expert_config(hidden.dtype, target)
+    grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+    launch(down_grad_kernel, _expert_grid(grad_down, config), grad_out, act, slots, offsets, grad_down, **sizes, TOP_K=top_k,
+           **config.sizes)
+    launch(gate_up_grad_kernel, _expert_grid(grad_gate_up, config), grad_pre, hidden, slots, offsets, grad_gate_up, **sizes,
+           TOP_K=top_k, **config.sizes)
+
+    config = configs.row_config(rows, hidden.dtype, target)
+    scatter = top_k == 1
+    row_grads = torch.zeros_like(hidden) if scatter else hidden.new_empty(num_rows, hidden_size)
+    launch(row_grad_kernel, _row_grid(tiles, hidden_size, config), grad_pre, gate_up, slots, offsets, *tiles, row_grads,
+           **sizes, SCATTER=scatter, **config.sizes)
+    grad_hidden = row_grads if scatter else _combine(row_grads, inverse, None)
+    return grad_hidden, grad_weights, grad_gate_up, grad_down
+
+
+def _tile_map(slots: Tensor, offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Expert (-1: superfluous) and first row of each row tile, int32. An expert has at most one tile that is not full."""
+    num_rows, num_experts = len(slots), len(offsets) - 1
+    num_tiles = num_rows // rows + min(num_experts, num_rows)
+    expert, start = (torch.empty(num_tiles, dtype=torch.int32, device=slots.device) for _ in range(2))
+    launch(tile_map_kernel, (num_experts + 1,), offsets, expert, start, num_tiles, EXPERTS=num_experts,
+           SIZE=1 << (num_experts - 1).bit_length(), ROWS=rows, CHUNK=128, num_warps=1)
+    return expert, start
+
+
+def _row_grid(tiles: tuple[Tensor, Tensor], columns: int, config: Config) -> tuple[int]:
+    return (len(tiles[0]) * -(-columns // config.columns),)
+
+
+def _expert_grid(grad: Tensor, config: Config) -> tuple[int]:
+    num_experts, left, right = grad.shape
+    return (num_experts * -(-left // config.rows) * -(-right // config.columns),)
+
+
+def _up(hidden: Tensor, gate_up: Tensor, slots: Tensor, offsets: Tensor, tiles: tuple[Tensor, Tensor], act: Tensor | None,
+        pre: Tensor | None, top_k: int, rows: int) -> None:
+    _, double_width, hidden_size = gate_up.shape
+    config = configs.up_config(rows, hidden.dtype, architecture(hidden.device))
+    launch(up_kernel, _row_grid(tiles, double_width // 2, config), hidden, gate_up, slots, offsets, *tiles, act, pre,
+           HIDDEN=hidden_size, WIDTH=double_width // 2, TOP_K=top_k, **config.sizes)
+
+
+def _combine(rows: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
+    """[R, D] -> [T, D]."""
+    (num_tokens, top_k), hidden_size = inverse.shape, rows.shape[1]
+    columns = min(1024, 1 << (hidden_size - 1).bit_length())
+    out = rows.new_empty(num_tokens, hidden_size)
+    launch(combine_kernel, (num_tokens, -(-hidden_size // columns)), rows, inverse, weights, out, HIDDEN=hidden_size,
+           TOP_K=top_k, COLUMNS=columns, num_warps=4)
+    return out

@@ -1,0 +1,126 @@
+"""Worker of tests/ops/test_grouped_mlp_triton.py, run by path with TRITON_INTERPRET=1: the kernels of the grouped MLP in
+Triton's interpreter against the definition. Arguments: names of groups of cases; prints one line per case and failure."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from dataclasses import dataclass, replace
+
+import shim  # noqa: F401
+import torch
+from torch import Tensor
+
+from ops.grouped_mlp import triton_backend
+from ops.grouped_mlp.kernels import configs
+from ops.grouped_mlp.reference import reference_grouped_mlp
+from ops.testing import EDGE_CASES, assert_close, draw_expert_ids, poisoned_memory
+
+torch.set_num_threads(1)
+NAMES = ("grad_hidden", "grad_weights", "grad_gate_up", "grad_down")
+
+
+@dataclass(frozen=True)
+class Case:
+    """routing: arguments of draw_expert_ids. few_rows: of configs, to choose the row tiles of 128 (0) or 64."""
+
+    routing: tuple[int, int, int, str] = (67, 5, 3, "even")
+    hidden_size: int = 48
+    width: int = 40
+    dtype: torch.dtype = torch.float32
+    few_rows: int = configs.FEW_ROWS
+
+
+FLOAT32 = {name: Case(routing) for name, routing in EDGE_CASES.items()} | {
+    "several tiles": Case((150, 4, 2, "skewed")),
+    "widths of whole tiles": Case(hidden_size=64, width=32),
+    "odd widths": Case((23, 3, 2, "skewed"), 37, 19),
+    "one slot": Case((61, 4, 1, "skewed")),
+    "one slot, half unused": Case((61, 4, 1, "unused")),
+    "many column tiles": Case((20, 3, 2, "even"), 300, 270),
+    "many experts": Case((9, 150, 2, "even"), 16, 16),
+}
+HALF = {
+    f"{name} {dtype}": replace(case, dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float16) for name, case in {
+        "edges": Case((131, 5, 3, "unused"), 80, 72),
+        "whole tiles": Case((290, 3, 2, "skewed"), 256, 128, few_rows=0),
+        "several column tiles": Case((70, 3, 2, "half"), 320, 144, few_rows=0),
+        "one slot": Case((150, 2, 1, "even"), 64, 64),
+        "no tokens": Case(EDGE_CASES["no_tokens"]),
+    }.items()
+}
+
+
+def index_arrays(routing: tuple[int, int, int, str]) -> tuple[Tensor, Tensor, Tensor]:
+    """slots, inverse, offsets of interface.grouped_mlp."""
+    num_experts = routing[1]
+    expert_ids = draw_expert_ids(*routing)
+    flat = expert_ids.flatten()
+    order = torch.where(flat < 0, num_experts, flat).sort(stable=True).indices
+    used = int((flat >= 0).sum())
+    inverse = torch.empty_like(flat).scatter_(0, order, torch.arange(len(flat)))
+    counts = torch.bincount(flat[flat >= 0], minlength=num_experts)
+    slots = torch.where(torch.arange(len(flat)) < used, order, -1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return slots.int(), torch.where(flat < 0, -1, inverse).view_as(expert_ids).int(), offsets.int()
+
+
+def check(case: Case) -> str:
+    """Outputs and gradients against the definition in fp64; the largest errors over the largest values."""
+    (num_tokens, num_experts, top_k, _), dim, width = case.routing, case.hidden_size, case.width
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    slots, inverse, offsets = index_arrays(case.routing)
+    weights = torch.rand(num_tokens, top_k, generator=generator).masked_fill(inverse < 0, 0.0)
+    hidden, gate_up, down, grad_out = (x.to(case.dtype) for x in (
+        normal(num_tokens, dim), normal(num_experts, 2 * width, dim) * 1.5 * dim**-0.5,
+        normal(num_experts, dim, width) * width**-0.5, normal(num_tokens, dim)))
+    given = (hidden, weights, gate_up, down, slots, inverse, offsets)
+    with poisoned_memory():
+        out, pre = triton_backend.forward(*given, keep=True)
+        again, nothing = triton_backend.forward(*given, keep=False)
+        grads = triton_backend.backward(grad_out, *given, pre)
+        recomputed = triton_backend.backward(grad_out, *given, None)
+    assert nothing is None and pre is not None and pre[int(offsets[-1]):].isnan().all(), "rows behind the last were written"
+    assert torch.equal(out, again), "two runs differ"
+    for name, grad, second in zip(NAMES, grads, recomputed, strict=True):
+        assert torch.equal(grad, second), f"{name} differs when pre-activations are recomputed"
+
+    exact = [x.double().requires_grad_() for x in given[:4]]
+    expected = reference_grouped_mlp(*exact, slots, inverse, offsets)
+    theirs = torch.autograd.grad(expected, exact, grad_out.double())
+    assert not grads[1][inverse < 0].any(), "unused slots have gradients"
+    idle = offsets.diff() == 0
+    assert not grads[2][idle].any() and not grads[3][idle].any(), "experts without rows have gradients"
+    found = []
+    for name, ours, reference in zip(("out", *NAMES), (out, *grads), (expected, *theirs), strict=True):
+        assert ours.dtype == (torch.float32 if name == "grad_weights" else case.dtype), name
+        assert_close(name, ours, reference, case.dtype)
+        if reference.count_nonzero():
+            found.append(f"{name} {float((ours - reference.detach()).abs().max() / reference.detach().abs().max()):.1e}")
+    return ", ".join(found)
+
+
+GROUPS = {"float32": FLOAT32, "half": HALF}
+
+
+def main(groups: list[str]) -> int:
+    failed = False
+    for group in groups:
+        for name, case in GROUPS[group].items():
+            start, configs.FEW_ROWS = time.process_time(), case.few_rows
+            try:
+                print(f"{group} / {name}: {check(case)}; {time.process_time() - start:.1f} s", flush=True)
+            except Exception as error:
+                failed = True
+                print(f"FAILED {group} / {name}: {error}\n{traceback.format_exc()}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
