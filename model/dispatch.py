@@ -176,12 +176,10 @@ class AllToAllDispatcher:
             tables.append(exchange_node_counts(sends, self.nodes).flatten())
         host = torch.cat(tables).tolist()  # the one host copy
         num_chunks, size = len(self.chunk_sizes), self.size
-        paths = []
-        for c in range(num_chunks):
-            send, receive = host[c:size * num_chunks:num_chunks], host[size * num_chunks + c:2 * size * num_chunks:num_chunks]
-            node_counts = host[2 * size * num_chunks + c::num_chunks]
-            paths.append(self._path(send, receive, node_counts, counts.device))
-        num_rows = sum(host[:size * num_chunks])
+        cells = size * num_chunks
+        paths = [self._path(host[c:cells:num_chunks], host[cells + c:2 * cells:num_chunks], host[2 * cells + c::num_chunks],
+                            counts.device) for c in range(num_chunks)]
+        num_rows = sum(host[:cells])
         places = None
         if num_chunks > 1:
             starts = _exclusive_sum(sends.T.flatten()).view(num_chunks, size).T
@@ -302,7 +300,7 @@ def _move(slots: Tensor, inverse: Tensor, places: Tensor | None, num_rows: int) 
 
 
 def copy_positions(placement: LayerPlacement) -> tuple[Tensor, Tensor]:
-    """Where the copies of each expert stand, as rank * L + place: [E, most copies] (the owner's first), and [E], how many."""
+    """Where the copies of each expert stand, rank * L + place: [E, most copies] (the owner's first); and how many, [E]."""
     num_ranks, num_experts = len(placement.replicas), len(placement.experts)
     own = num_experts // num_ranks
     per_rank = own + len(placement.replicas[0])

@@ -46,8 +46,8 @@ class Experts(nn.Module):
             lent = [lent_experts(placement, rank) for rank in range(groups.expert_size)]
             to_ranks = [[e for e in experts if placement.owner(e) == groups.expert_rank] for experts in lent]
             owners = [placement.owner(e) for e in lent[groups.expert_rank]]
-            self.loan = ([self.global_ids.index(e) for experts in to_ranks for e in experts],
-                         Hop(groups.expert, [len(e) for e in to_ranks], [owners.count(r) for r in range(groups.expert_size)]))
+            hop = Hop(groups.expert, [len(e) for e in to_ranks], [owners.count(r) for r in range(groups.expert_size)])
+            self.loan = ([self.global_ids.index(e) for experts in to_ranks for e in experts], hop)
 
     def lend(self) -> tuple[Flight, Flight] | None:
         """Send the weights that other ranks borrow, and expect those borrowed here. Collective over the expert group."""

@@ -18,7 +18,7 @@ from model.loss import ModelOutput, cross_entropy_sum
 from model.moe import ModelParts, MoELayer
 from model.parallel import ParallelGroups
 from model.routers.base import Router, RoutingRequest
-from ops.all_to_all import Meter
+from ops.all_to_all import Communication, total_communication
 from ops.router import RouterOutput
 
 
@@ -76,9 +76,12 @@ class Transformer(nn.Module):
         return [block.attention for block in self.blocks
                 if isinstance(block.attention, SparseAttention) and block.attention.is_sparse]
 
-    def meters(self) -> list[Meter]:
-        """What counts the communication of each MoE layer, in layer order."""
-        return [block.mlp.dispatcher.meter for block in self.blocks if isinstance(block.mlp, MoELayer)]
+    def measure_communication(self, measuring: bool) -> Communication:
+        """Count from now on, or no longer, what the MoE layers exchange; returns what was counted so far."""
+        meters = [block.mlp.dispatcher.meter for block in self.blocks if isinstance(block.mlp, MoELayer)]
+        for meter in meters:
+            meter.measuring = measuring
+        return total_communication([meter.take() for meter in meters])
 
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early in training."""
@@ -170,7 +173,8 @@ class Transformer(nn.Module):
                 penalty_sum = penalty_sum + (torch.stack(coeffs) * aux_sums).sum() / len(coeffs)
         stats = torch.stack([s.stats for s in sums])
         return ModelOutput(loss_sum, aux_sum, z_sum, penalty_sum, counts.sum(1), scope_counts, stats,
-                           torch.stack([s.processed for s in sums]).sum(), tuple(routings) if keep_routing else (), attention_stats)
+                           torch.stack([s.processed for s in sums]).sum(), tuple(routings) if keep_routing else (),
+                           attention_stats)
 
     def logits(self, input_ids: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue what they hold."""

@@ -55,7 +55,7 @@ class CheckpointError(ValueError):
 
 # --- keys ------------------------------------------------------------------------------------------------------------
 
-def _expert_ids(model: nn.Module) -> dict[str, range]:
+def _expert_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameter name -> global ids of the local experts stacked in it."""
     return {f"{name}.{key}": module.global_ids for name, module in model.named_modules() if isinstance(module, Experts)
             for key, _ in module.named_parameters(recurse=False)}
@@ -65,7 +65,7 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _keys(name: str, expert_ids: dict[str, range]) -> list[str]:
+def _keys(name: str, expert_ids: dict[str, tuple[int, ...]]) -> list[str]:
     """Checkpoint names of a parameter: itself, or one per global expert it stacks."""
     return [f"{name}.{expert}" for expert in expert_ids[name]] if name in expert_ids else [name]
 
@@ -267,7 +267,8 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     _load_buffers(model, reader)
 
 
-def _assemble(values: dict[str, torch.Tensor], name: str, expert_ids: dict[str, range], state: str) -> torch.Tensor:
+def _assemble(values: dict[str, torch.Tensor], name: str, expert_ids: dict[str, tuple[int, ...]],
+              state: str) -> torch.Tensor:
     parts = [values[f"{key}/{state}"] for key in _keys(name, expert_ids)]
     return torch.stack(parts) if name in expert_ids else parts[0]
 

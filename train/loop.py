@@ -242,6 +242,10 @@ class _Run:
         at_log_step = (progress.step + 1) % config.train.log_interval == 0
         detailed = self.tracker is not None and at_log_step
         self.engine.module.set_step(progress.step)
+        measures_communication = at_log_step and self.groups.expert_size > 1
+        if measures_communication:
+            self.engine.module.measure_communication(True)
+            started = time.perf_counter()
         for i, batch in enumerate(batches):
             output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts,
                                          keep_routing=self.audit is not None or detailed, snapshot=snapshot,
@@ -256,6 +260,8 @@ class _Run:
             if self.audit is not None and batch.token_ids is not None:
                 self.audit.add(progress.step + 1, batch.token_ids, batch.token_mask, output.routings)
         self.grad_norm = self.engine.step()
+        if measures_communication:
+            self.metrics.add_communication(self.engine.module.measure_communication(False), time.perf_counter() - started)
         if self.routers and stats is not None:
             self.update_routers(stats, first_sample)
         if progress.spike.update(self.grad_norm, snapshot, config.fail_safe):
@@ -348,8 +354,8 @@ def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir
     count = count_parameters(model, config.experts_per_token, config.attention.arguments)
     tokens = sum(s["tokens"] for s in store.manifest["sources"])
     micro_steps = config.gradient_accumulation_steps(groups.data_size)
-    backend = select_backend(config.experts.backend, device, torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-                             model.hidden_size, model.expert_intermediate_size)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    backend = select_backend(config.experts.backend, device, dtype, model.hidden_size, model.expert_intermediate_size)
     shape = (f"{model.num_experts} experts, {config.experts_per_token:g} per token, in {len(model.moe_layers)} of "
              if model.num_experts else "dense, ")
     return [

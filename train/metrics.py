@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from typing import Any
@@ -14,11 +15,12 @@ from model.balance import LayerStats
 from model.config import BalanceConfig, ModelConfig
 from model.loss import ModelOutput
 from model.routers.base import Router
+from ops.all_to_all import Communication
 from ops.device import peak_tflops
 from train.attention_metrics import attention_metrics
 from train.routing_metrics import routing_metrics, routing_tables
 
-HEAD = 6
+HEAD = 11
 """Scalar sums in front of the packed vector."""
 
 
@@ -32,8 +34,8 @@ def memory_bytes(device: torch.device) -> int:
 class StepMetrics:
     """Sums over the steps since the last log line.
 
-    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed | attention | memory by rank]. The routers'
-    statistics come reduced over ranks, once per step.
+    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed, bytes, exposed seconds, seconds, squared rounding,
+    squared values | attention | memory by rank]. The routers' statistics come reduced over ranks, once per step.
     """
 
     def __init__(self, model: ModelConfig, routers: list[Router], device: torch.device, flops_per_token: float,
@@ -65,6 +67,11 @@ class StepMetrics:
         self.sums[5] += output.processed
         self.attention += output.attention_stats
 
+    def add_communication(self, found: Communication, seconds: float) -> None:
+        """Add what one optimisation step of this rank sent and waited for, and how long the step took."""
+        self.sums[6:] += torch.tensor([found.num_bytes, found.exposed_seconds, seconds, *found.payload_error],
+                                      dtype=torch.float64, device=self.device)
+
     def add_stats(self, stats: LayerStats) -> None:
         """Add the routers' statistics of one step, over all ranks."""
         kept = stats._replace(histogram=stats.histogram[..., :0])
@@ -81,7 +88,7 @@ class StepMetrics:
             dist.all_reduce(packed)
         values = packed.cpu()
         seconds = time.perf_counter() - self.started
-        loss, aux, z, targets, tokens, processed = values[:HEAD].tolist()
+        loss, aux, z, targets, tokens, processed, num_bytes, exposed, measured, error, square = values[:HEAD].tolist()
         attention = values[HEAD:HEAD + self.attention.numel()].view_as(self.attention)
         scalars: dict[str, Any] = {
             "train/loss": loss / max(targets, 1),
@@ -91,6 +98,11 @@ class StepMetrics:
         }
         if self.peak_flops is not None:
             scalars["perf/mfu"] = self.flops_per_token * tokens / seconds / self.peak_flops
+        if measured > 0:
+            scalars |= {"comm/bytes": num_bytes / self.world_size, "comm/exposed_seconds": exposed / self.world_size,
+                        "comm/exposed_fraction": exposed / measured}
+        if square > 0:
+            scalars["comm/payload_error"] = math.sqrt(error / square)
         scalars |= attention_metrics(attention, self.sparse_layers)
         tables: dict[str, Any] = {}
         if self.stats is not None:
@@ -127,6 +139,8 @@ def console_line(step: int, num_steps: int, scalars: dict[str, Any], eta_seconds
     parts.append(f"{_human(scalars['perf/tokens_per_second'])} tok/s")
     if "perf/mfu" in scalars:
         parts.append(f"mfu {scalars['perf/mfu']:.1%}")
+    if "comm/exposed_fraction" in scalars:
+        parts.append(f"waiting {scalars['comm/exposed_fraction']:.1%}")
     parts += [f"mem {scalars['perf/memory_gib']:.2f}GiB", f"eta {_duration(eta_seconds)}"]
     return "  ".join(parts)
 

@@ -19,6 +19,11 @@ class Communication(NamedTuple):
     payload_error: tuple[float, float]
 
 
+def total_communication(parts: list[Communication]) -> Communication:
+    return Communication(sum(p.num_bytes for p in parts), sum(p.exposed_seconds for p in parts),
+                         (sum(p.payload_error[0] for p in parts), sum(p.payload_error[1] for p in parts)))
+
+
 class Meter:
     """Counts while `measuring`; of one layer or of many."""
 

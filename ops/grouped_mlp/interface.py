@@ -25,7 +25,7 @@ def grouped_mlp(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, 
 
     Args:
         hidden: [T, D] fp32, bf16, fp16 (or fp64 on CPU).
-        weights: [T, K] gates, fp32 (fp64 for fp64), 0 where unused.
+        weights: [T, K] gates, fp32 (or fp64 with fp64), 0 where unused.
         gate_up: [L, 2F, D], gate projection first; down: [L, D, F]; both in the dtype of `hidden`.
         slots: [T * K] int32, flat indices t * K + k sorted by (expert, token, slot), -1 behind the last assignment.
         inverse: [T, K] int32, where in `slots` an assignment stands; -1 where unused.
@@ -41,8 +41,10 @@ def grouped_mlp(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, 
     Raises:
         ValueError: shapes, dtypes or backend do not fit; on CPU tensors also indices that do not fit each other.
 
-    Source: SwiGLU arXiv 2002.05202; gate gradient <grad_out W_down, act> from arXiv 2512.14080, whose index arrays these are.
+    Source: SwiGLU arXiv 2002.05202; index arrays and the gates' gradient <grad_out W_down, act> arXiv 2512.14080.
     """
+    if hidden.dtype == torch.float64:
+        weights = weights.double()
     _check(hidden, weights, gate_up, down, slots, inverse, offsets)
     chosen = select_backend(backend, hidden.device, hidden.dtype, hidden.shape[1], down.shape[2])
     if chosen == "reference":
@@ -52,6 +54,7 @@ def grouped_mlp(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, 
                     inverse.contiguous(), offsets, chosen, trains and not recompute)[0]
 
 
+@torch.compiler.assume_constant_result
 def select_backend(requested: str, device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str:
     """The backend of `requested`, announced once where it is "auto".
 
@@ -72,7 +75,6 @@ def select_backend(requested: str, device: torch.device, dtype: torch.dtype, hid
     return requested
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _best_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str:
     reasons = {}
@@ -85,7 +87,6 @@ def _best_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, wi
     return name
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _unsuited(name: str, device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str | None:
     """Why a backend cannot serve; None where it can."""
@@ -107,6 +108,7 @@ def _unsuited(name: str, device: torch.device, dtype: torch.dtype, hidden_size: 
 
 
 def _backend(name: str) -> Any:
+    """The module with `forward` and `backward`; imported when first used, as triton may be missing."""
     return importlib.import_module(f"ops.grouped_mlp.{name}_backend")
 
 

@@ -6,6 +6,7 @@ gather to the sum, and neither activations nor the down-projection's output are 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ def _experts(slots: torch.Tensor, num_slots: int, offsets: torch.Tensor
              ) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
     """Experts that have rows: (expert, rows, flat assignments [n], tokens [n])."""
     ends = offsets.tolist()
-    for expert, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(ends)):
         if end > start:
             assigned = slots[start:end].long()
             yield expert, slice(start, end), assigned, assigned // num_slots if num_slots > 1 else assigned

@@ -41,7 +41,7 @@ def forward(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slot
     pre = hidden.new_empty(len(slots), 2 * width) if keep else None
     act = hidden.new_empty(len(slots), width)
     _up(hidden, gate_up, slots, offsets, tiles, act, pre, top_k, rows)
-    config = configs.row_config(rows, hidden.dtype, architecture(hidden.device))
+    config = configs.row_config(rows, width, hidden.dtype, architecture(hidden.device))
     scatter = top_k == 1
     out = torch.zeros_like(hidden) if scatter else hidden.new_empty(len(slots), hidden_size)
     launch(down_kernel, _row_grid(tiles, hidden_size, config), act, down, weights, slots, offsets, *tiles, out,
@@ -68,7 +68,7 @@ def backward(grad_out: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor,
     partial = torch.empty(num_parts, num_rows, dtype=torch.float32, device=hidden.device)
     grad_weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=hidden.device)
     launch(act_grad_kernel, _row_grid(tiles, width, config), grad_out, down, pre, weights, slots, offsets, *tiles, grad_pre,
-           act, partial, num_rows, **sizes, TOP_K=top_k, SPLITS=3, **config.sizes)
+           act, partial, num_rows, **sizes, TOP_K=top_k, SPLITS=config.splits, **config.sizes)
     launch(weights_grad_kernel, (-(-num_rows // 1024),), partial, inverse, grad_weights, num_rows, PARTS=num_parts,
            BLOCK=1024, num_warps=4)
 
@@ -79,7 +79,7 @@ def backward(grad_out: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor,
     launch(gate_up_grad_kernel, _expert_grid(grad_gate_up, config), grad_pre, hidden, slots, offsets, grad_gate_up, **sizes,
            TOP_K=top_k, **config.sizes)
 
-    config = configs.row_config(rows, hidden.dtype, target)
+    config = configs.row_config(rows, 2 * width, hidden.dtype, target)
     scatter = top_k == 1
     row_grads = torch.zeros_like(hidden) if scatter else hidden.new_empty(num_rows, hidden_size)
     launch(row_grad_kernel, _row_grid(tiles, hidden_size, config), grad_pre, gate_up, slots, offsets, *tiles, row_grads,

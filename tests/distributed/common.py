@@ -8,10 +8,11 @@ import torch
 
 from model.attention.dense import DenseAttention
 from model.attention.sparse import SparseAttention
-from model.config import BalanceConfig, ModelConfig
+from model.config import BalanceConfig, ExpertsConfig, ModelConfig
 from model.dispatch import AllToAllDispatcher
 from model.moe import ModelParts
 from model.parallel import ParallelGroups
+from model.placement import Placement
 from model.routers.base import Router
 from model.routers.top_k import TopKRouter
 from model.transformer import Transformer
@@ -27,11 +28,14 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def build(config: ModelConfig, balance: BalanceConfig, groups: ParallelGroups | None = None, seed: int = 7,
-          router: type[Router] = TopKRouter, attention: dict | None = None, **options) -> Transformer:
-    """attention: arguments of sparse attention; None: dense."""
+          router: type[Router] = TopKRouter, attention: dict | None = None, dispatcher: dict | None = None,
+          experts: ExpertsConfig | None = None, placement: Placement | None = None, **options) -> Transformer:
+    """attention: arguments of sparse attention; None: dense. dispatcher: arguments of AllToAllDispatcher."""
     options = {"top_k": 2, **options} if router is TopKRouter else options
     attend = DenseAttention if attention is None else functools.partial(SparseAttention, **attention)
-    parts = ModelParts(functools.partial(router, **options), attend, AllToAllDispatcher, balance)
+    parts = ModelParts(functools.partial(router, **options), attend,
+                       functools.partial(AllToAllDispatcher, **(dispatcher or {})), balance, experts or ExpertsConfig(),
+                       placement)
     return Transformer(config, parts, groups, seed)
 
 

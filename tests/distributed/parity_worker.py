@@ -21,10 +21,11 @@ from common import batch, build, take, tiny_config
 from model.attention.base import STATS
 from model.balance import unpack_stats
 from model.budget import start_routers, update_routers
-from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
-from model.experts import is_expert_parameter
+from model.config import BalanceConfig, BudgetConfig, ExpertsConfig, FailSafeConfig
+from model.experts import Experts
 from model.loss import IGNORE_INDEX, training_loss
 from model.parallel import ParallelGroups, destroy_parallel, initialize_parallel
+from model.placement import LayerPlacement, Placement
 from model.routers.relu import ReLURouter
 from model.routers.threshold import ThresholdRouter
 from model.routers.top_k import NullExpertsRouter, TopKRouter
@@ -53,11 +54,21 @@ def relative(ours: torch.Tensor, reference: torch.Tensor, floor: float = 1e-12) 
     return float((ours.double() - reference.double()).norm() / reference.double().norm().clamp_min(floor))
 
 
-def local_part(reference: torch.Tensor, parameter: torch.nn.Parameter, groups) -> torch.Tensor:
-    if not is_expert_parameter(parameter):
-        return reference
-    experts = groups.local_experts(reference.shape[0])
-    return reference[experts.start:experts.stop]
+def local_parts(model: torch.nn.Module) -> dict[str, list[int]]:
+    """Global ids of the experts stacked in each expert parameter, by its name."""
+    return {f"{name}.{key}": list(module.global_ids) for name, module in model.named_modules() if isinstance(module, Experts)
+            for key, _ in module.named_parameters(recurse=False)}
+
+
+def shuffled_placement(num_experts: int, num_layers: int, num_ranks: int, lent: int) -> Placement:
+    """Another order of the experts in every layer, and the first foreign experts lent to every rank."""
+    layers = []
+    for layer in range(num_layers):
+        order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(layer)).tolist()
+        bare = LayerPlacement(tuple(order), tuple(() for _ in range(num_ranks)))
+        replicas = tuple(tuple([e for e in order if bare.owner(e) != rank][:lent]) for rank in range(num_ranks))
+        layers.append(LayerPlacement(tuple(order), replicas))
+    return Placement(num_ranks, tuple(layers))
 
 
 def move_controllers(own: list, reference: list, own_stats: torch.Tensor, reference_stats: torch.Tensor,
@@ -86,10 +97,10 @@ def compare_attention(own: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @functools.cache
-def groups_for(expert_parallel_size: int) -> ParallelGroups:
+def groups_for(expert_parallel_size: int, ranks_per_node: int | None) -> ParallelGroups:
     """Groups are made once per size: each set of gloo groups holds threads until the process ends."""
     destroy_parallel()
-    return initialize_parallel(expert_parallel_size)
+    return initialize_parallel(expert_parallel_size, ranks_per_node=ranks_per_node)
 
 
 def run_case(case: dict) -> dict:
@@ -105,13 +116,19 @@ def run_case(case: dict) -> dict:
     train = TrainConfig(num_steps=STEPS, seq_len=16, micro_batch_size=ROWS // world,
                         global_batch_size=ROWS * num_micro, clip_grad_norm=clip, precision=precision)
 
-    master = build(config, balance, router=kind, **options)
+    # The reference computes with the definition, so that the experts' backend is compared as well.
+    master = build(config, balance, router=kind, experts=ExpertsConfig(backend="reference"), **options)
     start_routers(master.routers(), BUDGET, FAIL_SAFE)
     reference_optimizer = build_optimizer(master, optim, "experts")
     # In bf16 the reference computes with a rounded copy of fp32 masters, as ZeRO does; in fp32 it is the master itself.
     reference = copy.deepcopy(master).to(torch.bfloat16) if precision == "bf16" else master
-    groups = groups_for(case["ep"])
-    own_model = build(config, balance, groups, router=kind, **options)
+    groups = groups_for(case["ep"], case.get("ranks_per_node"))
+    placement = None
+    if "lent" in case:
+        placement = shuffled_placement(config.num_experts, len(config.moe_layers), case["ep"], case["lent"])
+    own_model = build(config, balance, groups, router=kind, dispatcher=case.get("dispatcher"), placement=placement,
+                      experts=ExpertsConfig(**case.get("experts", {})), **options)
+    parts = local_parts(own_model)
     start_routers(own_model.routers(), BUDGET, FAIL_SAFE)
     engine = Engine(own_model, groups, train, optim,
                     {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}})
@@ -153,7 +170,7 @@ def run_case(case: dict) -> dict:
         for name, parameter in engine.named_parameters():
             gradient = engine.full_gradient(parameter)
             assert gradient is not None, f"{name} has no gradient"
-            expected = local_part(computed[name].grad, parameter, groups)
+            expected = computed[name].grad[parts.get(name, slice(None))]
             errors["gradient"] = max(errors["gradient"], relative(gradient, expected, floor))
         for name in masters:
             masters[name].grad = computed[name].grad.to(masters[name].dtype)
@@ -171,9 +188,9 @@ def run_case(case: dict) -> dict:
         expected = masters[name]
         moment = reference_optimizer.state[expected]["exp_avg"]
         errors["parameter"] = max(errors["parameter"], relative(engine.gather_state(parameter, "fp32"),
-                                                                local_part(expected, parameter, groups)))
+                                                                expected[parts.get(name, slice(None))]))
         errors["moment"] = max(errors["moment"], relative(engine.gather_state(parameter, "exp_avg"),
-                                                          local_part(moment, parameter, groups), floor))
+                                                          moment[parts.get(name, slice(None))], floor))
     engine.close()
     everyone = [None] * world
     dist.all_gather_object(everyone, errors)

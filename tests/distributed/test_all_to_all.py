@@ -9,8 +9,8 @@ from ops.all_to_all import Hop, begin_rows, exchange_counts
 
 EXPERT_SIZES = (2, 4)
 SPLITS = ("variable", "zeros", "a_rank_sends_nothing", "a_rank_receives_nothing", "all_to_one", "nobody_sends")
-ROUTINGS = ("even", "as_many_everywhere", "one_expert_gets_everything", "experts_with_none", "a_rank_without_tokens", "no_tokens_anywhere",
-            "unused_slots", "no_slot_used")
+ROUTINGS = ("even", "as_many_everywhere", "one_expert_gets_everything", "experts_with_none", "a_rank_without_tokens",
+            "no_tokens_anywhere", "unused_slots", "no_slot_used")
 EVEN = ("as_many_everywhere", "one_expert_gets_everything", "no_tokens_anywhere")
 """Routings with as many tokens on every rank, as fixed buffers need."""
 VARIANTS = ("plain", "chunks", "fixed", "fixed_chunks", "placed", "lent", "lent_fixed_chunks")

@@ -62,6 +62,19 @@ ATTENTIONS = [{"ep": 2, "zero": zero, "accumulation": accumulation, "clip": 0.5,
 ATTENTIONS.append({**ATTENTIONS[0], "ep": 1, "zero": 2, "model": {"recompute": "block"}})
 
 
+# How rows travel, who serves which expert, and what is kept for backward.
+DISPATCHES = [{"ep": ep, "zero": zero, "accumulation": accumulation, "clip": 0.5, "scope": "batch", "router": router,
+               "dispatcher": dispatcher, **more}
+              for zero, accumulation in ((1, 2), (3, 1))
+              for ep, router, dispatcher, more in (
+                  (2, "top_p", {"num_chunks": 2}, {"lent": 1}),
+                  (2, "capacity", {"num_chunks": 3, "buffer_factor": 8.0}, {"experts": {"recompute": True}}),
+                  (2, "threshold", {"buffer_factor": 2.0}, {"lent": 0, "model": {"recompute": "block"}}),
+                  (2, "top_k", {}, {"lent": 2, "experts": {"backend": "grouped_mm"}}))]
+NODES = [{"ep": 4, "zero": 2, "accumulation": 1, "clip": 0.5, "scope": "batch", "router": "top_p", "ranks_per_node": 2,
+          "dispatcher": dispatcher, "lent": 1} for dispatcher in ({"num_chunks": 2}, {"buffer_factor": 4.0})]
+
+
 # With 32 experts and 64 assignments a rank, some experts get no token on one of their two replicas: their gradient must
 # still exist there, or the reduction over the replicas waits for ever.
 STARVED = [{"ep": 2, "zero": zero, "accumulation": 1, "clip": 0.5, "scope": "batch", "model": {"num_experts": 32}}
@@ -85,13 +98,18 @@ def test_two_ranks_train_as_one_process(run_ranks):
 
 @pytest.mark.slow
 def test_four_ranks_train_as_one_process(run_ranks):
-    cases = matrix((1, 2, 4)) + STARVED + [{**case, "ep": 4, "zero": 2} for case in ROUTERS[::4]]
+    cases = matrix((1, 2, 4)) + STARVED + NODES + [{**case, "ep": 4, "zero": 2} for case in ROUTERS[::4]]
     check(run_ranks("distributed/parity_worker.py", 4, json.dumps(cases)), cases)
 
 
 @pytest.mark.slow
 def test_variants_train_as_one_process(run_ranks):
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(VARIANTS)), VARIANTS)
+
+
+@pytest.mark.slow
+def test_every_dispatch_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(DISPATCHES)), DISPATCHES)
 
 
 @pytest.mark.slow

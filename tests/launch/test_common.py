@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launch.common import _is_ours, first_host, quoted
 from launch.spawn import _handles_sigterm, command
-from ops.all_to_all import all_to_all_rows
+from ops.all_to_all import Hop, begin_rows
 from train.config import LaunchConfig
 
 
@@ -31,7 +31,7 @@ def test_quoted_values_survive_hydras_grammar(path):
 
 def test_our_checks_are_told_from_errors_inside_libraries():
     with pytest.raises(ValueError) as ours:
-        all_to_all_rows(torch.zeros(3, 1), [1], [1], None)
+        begin_rows(torch.zeros(3, 1), (Hop(None, [1], [1]),))
     assert _is_ours(ours.value)
     with pytest.raises(ValueError) as theirs:
         torch.distributed.init_process_group("no such backend")

@@ -104,7 +104,13 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
     ({"router___target_": "model.routers.top_k.Nothing"}, "does not exist"),
     ({"data__sources": []}, "data.sources is empty"),
     ({"checkpoint__keep_last": 0}, "at least the last one"),
-    ({"dispatcher___target_": "model.dispatch.LocalDispatcher"}, "use dispatcher=all_to_all"),
+    ({"dispatcher": {"_target_": "model.dispatch.LocalDispatcher"}}, "use dispatcher=all_to_all"),
+    ({"dispatcher__num_chunks": 9}, "dispatcher.num_chunks is 9; a rank has"),
+    ({"dispatcher__payload": "fp4"}, "dispatcher.payload is 'fp4'; choose native, bf16, fp8"),
+    ({"dispatcher__buffer_factor": 0}, "dispatcher.buffer_factor is 0"),
+    ({"parallel__ranks_per_node": 0}, "parallel.ranks_per_node is 0"),
+    ({"parallel__placement": "/nowhere/placement.json"}, "parallel.placement"),
+    ({"experts__backend": "fastest"}, "choose one of auto, triton, grouped_mm, torch, reference"),
     ({"balance__aux_loss_scope": "world"}, "choose one of sequence, batch, global_batch"),
 ])
 def test_contradictions_are_named(base, change, words):

@@ -10,7 +10,7 @@ from ops.grouped_mlp.kernels.common import expert_product, row_product, row_tile
 
 
 @triton.jit
-def _act_grad_columns(grad_act, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
+def act_grad_columns(grad_act, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
                       WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     """Store what follows from grad_act [ROWS, COLUMNS] before the weight, and return its part <grad_act, act> [ROWS].
 
@@ -18,9 +18,9 @@ def _act_grad_columns(grad_act, first_column, weight, row, read_row, live, pre_p
     """
     if SPLITS > 0:
         first, second = tl.split(grad_act.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
-        part = _act_grad_columns(first, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr, WIDTH,
+        part = act_grad_columns(first, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr, WIDTH,
                                  ROWS, COLUMNS // 2, SPLITS - 1)
-        part += _act_grad_columns(second, first_column + COLUMNS // 2, weight, row, read_row, live, pre_ptr, grad_pre_ptr,
+        part += act_grad_columns(second, first_column + COLUMNS // 2, weight, row, read_row, live, pre_ptr, grad_pre_ptr,
                                   act_ptr, WIDTH, ROWS, COLUMNS // 2, SPLITS - 1)
     else:
         column = first_column + tl.arange(0, COLUMNS)
@@ -59,7 +59,7 @@ def act_grad_kernel(grad_ptr, down_ptr, pre_ptr, weights_ptr, slots_ptr, offsets
     grad_act = row_product(grad_ptr + (slot // TOP_K).to(tl.int64) * HIDDEN,
                            down_ptr + expert.to(tl.int64) * HIDDEN * WIDTH, WIDTH, column.to(tl.int64), column < WIDTH,
                            HIDDEN, WIDTH % COLUMNS == 0, STEP, ROWS, COLUMNS)
-    part = _act_grad_columns(grad_act, column_tile * COLUMNS, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
+    part = act_grad_columns(grad_act, column_tile * COLUMNS, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
                              WIDTH, ROWS, COLUMNS, SPLITS)
     tl.store(partial_ptr + column_tile.to(tl.int64) * num_rows + row, part, mask=live)
 

@@ -98,15 +98,15 @@ def expert_product(left_ptr, right_ptr, out_ptr, slots_ptr, offsets_ptr, GATHER_
         token = tl.load(slots_ptr + row, mask=live, other=0) // TOP_K
         left_row = (token if GATHER_LEFT else row).to(tl.int64)
         right_row = (row if GATHER_LEFT else token).to(tl.int64)
-        left_live = live[:, None]
+        left_live = live[None, :]
         right_live = live[:, None]
         if LEFT % ROWS:
-            left_live = left_live & (left_column < LEFT)[None, :]
+            left_live = left_live & (left_column < LEFT)[:, None]
         if RIGHT % COLUMNS:
             right_live = right_live & (right_column < RIGHT)[None, :]
-        left = tl.load(left_ptr + left_row[:, None] * LEFT + left_column[None, :], mask=left_live, other=0.0)
+        left = tl.load(left_ptr + left_row[None, :] * LEFT + left_column[:, None], mask=left_live, other=0.0)
         right = tl.load(right_ptr + right_row[:, None] * RIGHT + right_column[None, :], mask=right_live, other=0.0)
-        acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     out = out_ptr + expert.to(tl.int64) * LEFT * RIGHT + left_column.to(tl.int64)[:, None] * RIGHT + right_column[None, :]
     live = (left_column < LEFT)[:, None] & (right_column < RIGHT)[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live)

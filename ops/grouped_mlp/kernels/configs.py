@@ -16,19 +16,22 @@ wait for the weights to arrive, so that smaller ones would save nothing; they ar
 
 
 class Config(NamedTuple):
-    """rows x columns: the tile of the output. step: of the inner loop."""
+    """rows x columns: the tile of the output. step: of the inner loop. registers: the most of a thread. splits: see
+    backward.act_grad_columns."""
 
     rows: int
     columns: int
     step: int
     num_warps: int
     num_stages: int
+    registers: int = 255
+    splits: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
-        """maxnreg: all registers, else ptxas spills a few to let more programs share a multiprocessor."""
+        """maxnreg: where it is 255, ptxas would spill a few to let more programs share a multiprocessor."""
         return {"ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step, "GROUP": 8, "num_warps": self.num_warps,
-                "num_stages": self.num_stages, "maxnreg": 255}
+                "num_stages": self.num_stages, "maxnreg": self.registers}
 
 
 _EXACT = Config(32, 32, 16, 4, 1)
@@ -45,31 +48,29 @@ def up_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
     """columns of gate and as many of up."""
     if dtype == torch.float32:
         return _EXACT
-    if architecture < 90:
-        return Config(rows, 64, 64, rows // 16, 3)
-    return Config(rows, 128, 64, rows // 16, 3)
+    return Config(rows, 128 if architecture >= 90 else 64, 64, rows // 16, 4)
 
 
-def row_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
-    """down and row_grad."""
+def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> Config:
+    """down and row_grad. Short sums end often: two programs to a multiprocessor, one computes while the other stores."""
     if dtype == torch.float32:
         return _EXACT
-    if architecture < 90:
-        return Config(rows, 128, 64, rows // 16, 3)
-    return Config(rows, 256, 64, rows // 16, 3)
+    if architecture >= 90 and depth >= 1024:
+        return Config(rows, 256, 64, rows // 16, 4)
+    return Config(rows, 128, 64, rows // 16, 3 if architecture >= 90 else 4)
 
 
 def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
-    """Its epilogue holds gate and up beside the product."""
+    """The most work at the end of a tile; on sm_90 two programs share a multiprocessor."""
     if dtype == torch.float32:
         return _EXACT
-    return Config(rows, 128 if architecture < 90 else 256, 64, rows // 16, 3)
+    if architecture == 90:
+        return Config(rows, 128, 64, rows // 16, 3, registers=128, splits=3)
+    return Config(rows, 128, 64, rows // 16, 4)
 
 
 def expert_config(dtype: torch.dtype, architecture: int) -> Config:
-    """gate_up_grad and down_grad; step: rows of an expert."""
+    """gate_up_grad and down_grad; step: rows of an expert. Two stages more, as their addresses are loaded first."""
     if dtype == torch.float32:
         return _EXACT
-    if architecture < 90:
-        return Config(128, 128, 64, 8, 3)
-    return Config(128, 256, 64, 8, 3)
+    return Config(128, 256 if architecture >= 90 else 128, 64, 8, 5)

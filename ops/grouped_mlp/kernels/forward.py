@@ -29,13 +29,13 @@ def up_kernel(hidden_ptr, gate_up_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, 
     gate, up = tl.split(acc.reshape(ROWS, COLUMNS, 2))
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     store = live[:, None] & (column < WIDTH)[None, :]
+    if act_ptr is not None:
+        act = gate * tl.sigmoid(gate) * up
+        tl.store(act_ptr + row[:, None] * WIDTH + column[None, :], act.to(act_ptr.dtype.element_ty), mask=store)
     if pre_ptr is not None:
         pre = pre_ptr + row[:, None] * 2 * WIDTH + column[None, :]
         tl.store(pre, gate.to(pre_ptr.dtype.element_ty), mask=store)
         tl.store(pre + WIDTH, up.to(pre_ptr.dtype.element_ty), mask=store)
-    if act_ptr is not None:
-        act = gate * tl.sigmoid(gate) * up
-        tl.store(act_ptr + row[:, None] * WIDTH + column[None, :], act.to(act_ptr.dtype.element_ty), mask=store)
 
 
 @triton.jit
