@@ -47,7 +47,8 @@ class RouterSums(NamedTuple):
 
 class LayerStats(NamedTuple):
     """What was counted, per layer: counts [L, E], k_histogram [L, K + 1] (tokens by number of experts), reasons [L, 8],
-    null_count, checksum, entropy (nats, float64) [L], histogram [L, E, B]. int64 unless said otherwise."""
+    null_count, checksum, entropy (nats, float64) [L], overflow [L, 2] (assignments moved to another expert, and dropped),
+    histogram [L, E, B]. int64 unless said otherwise."""
 
     counts: torch.Tensor
     k_histogram: torch.Tensor
@@ -55,6 +56,7 @@ class LayerStats(NamedTuple):
     null_count: torch.Tensor
     checksum: torch.Tensor
     entropy: torch.Tensor
+    overflow: torch.Tensor
     histogram: torch.Tensor
 
     @property
@@ -78,17 +80,18 @@ def pack_stats(routing: RouterOutput, lowered_limit: torch.Tensor) -> torch.Tens
     reasons[Reason.CAPPED.bit] -= moved
     reasons[Reason.OVERLOADED.bit] += moved
     entropy = (routing.entropy_sum.detach().double() / ENTROPY_UNIT).round().long()
+    overflow = reasons.new_zeros(2) if routing.overflow is None else routing.overflow
     return torch.cat((routing.counts.sum(0), routing.k_histogram, reasons, routing.null_count.view(1),
-                      routing.checksum.view(1), entropy.view(1), routing.histogram.flatten().long()))
+                      routing.checksum.view(1), entropy.view(1), overflow, routing.histogram.flatten().long()))
 
 
 def unpack_stats(stats: torch.Tensor, num_experts: int, num_slots: int) -> LayerStats:
     """[L, size] of pack_stats -> the parts; what is left over at the end is the histogram."""
-    sizes = (num_experts, num_slots + 1, NUM_REASONS, 1, 1, 1)
-    counts, k_histogram, reasons, null_count, checksum, entropy, histogram = stats.split(
+    sizes = (num_experts, num_slots + 1, NUM_REASONS, 1, 1, 1, 2)
+    counts, k_histogram, reasons, null_count, checksum, entropy, overflow, histogram = stats.split(
         (*sizes, stats.shape[1] - sum(sizes)), dim=1)
     return LayerStats(counts, k_histogram, reasons, null_count[:, 0], checksum[:, 0], entropy[:, 0].double() * ENTROPY_UNIT,
-                      histogram.reshape(len(stats), num_experts, -1))
+                      overflow, histogram.reshape(len(stats), num_experts, -1))
 
 
 def histogram_bins(balance: BalanceConfig, router: Router) -> int:

@@ -98,6 +98,13 @@ class ExpertsConfig:
     """auto: the fastest that the device has; the run says which."""
     recompute: bool = False
     """Compute the up-projection again in backward, instead of keeping 2 * expert_intermediate_size values per assignment."""
+    token_rounding: int = 0
+    """In training, round each expert's assignments of a micro-batch to a multiple of this (ops/router/spill.py); 0: off."""
+
+    def problems(self) -> list[str]:
+        if self.token_rounding < 0:
+            return [f"experts.token_rounding is {self.token_rounding}; give a tile size such as 128, or 0 to switch it off"]
+        return []
 
 
 @dataclass(frozen=True)

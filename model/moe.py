@@ -41,6 +41,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.balance = parts.balance
         self.router = parts.router(config, groups=groups, layer_idx=layer_idx)
+        self.router.token_rounding = parts.experts.token_rounding
         self.num_bins = histogram_bins(parts.balance, self.router)
         self.router.prepare_histogram(self.num_bins)
         placement = None

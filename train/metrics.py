@@ -111,7 +111,10 @@ class StepMetrics:
             scalars["moe/z_loss"] = z / max(tokens, 1) / layers
             if self.balance.aux_loss_coeff > 0:
                 scalars["moe/aux_loss"] = aux / max(tokens, 1) / layers
-            scalars["moe/dropped"] = 1.0 - processed / max(float(stats.counts.sum()), 1.0)
+            spilled, dropped = stats.overflow.sum(0).double().tolist()
+            wanted = max(float(stats.counts.sum()) + dropped, 1.0)
+            scalars["moe/dropped"] = 1.0 - processed / wanted
+            scalars["moe/spilled"] = spilled / wanted
             scalars["moe/max_vio_step"] = float(self.max_vio_sum.mean()) / max(self.steps, 1)
             scalars.update(routing_metrics(stats, self.routers, self.model, self.expert_parallel_size))
             tables = routing_tables(stats)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import ModelConfig, experts_of_budget
-from ops.router import MAX_SLOTS, NUM_REASONS, Reason, RouterOutput, RouteSpec, route, spill
+from ops.router import MAX_SLOTS, NUM_REASONS, Reason, RouterOutput, RouteSpec, Spilled, round_to_tiles, route, spill
 
 ControlLaw = Literal["none", "quantile", "top_p", "relu", "null"]
 """What a router's budget controller moves (model/budget.py)."""
@@ -68,6 +68,7 @@ class Router(nn.Module):
             raise ValueError("; ".join(problems))
         self.spec, self.budget, self.capacity_factor = spec, budget, capacity_factor
         self.initial_value = initial_value
+        self.token_rounding = 0  # set by the layer: ExpertsConfig
         self.max_top_k = spec.max_experts
         self.weight = nn.Parameter(torch.empty(spec.num_columns, config.hidden_size))
         self.balance_bias: torch.Tensor
@@ -143,16 +144,27 @@ class Router(nn.Module):
                 stale = route(self._logits(hidden, self.snapshot_weight), spec, **choice, **options)
             return _marked(route(logits, _given(spec), given_ids=stale.expert_ids, **options), stale, Reason.FROZEN)
         routing = route(logits, spec, **choice, **options)
-        if self.capacity_factor is None:
-            return routing
-        capacity = math.ceil(self.capacity_factor * self.target * len(hidden) / spec.num_experts)
-        with torch.no_grad():
-            ids, moved = spill(routing, logits, spec, self.balance_bias, capacity)
-        return _marked(route(logits, _given(spec), given_ids=ids, **options), routing, Reason.SPILLED, moved)
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * self.target * len(hidden) / spec.num_experts)
+            limits = torch.full((spec.num_experts,), capacity, device=hidden.device)
+            with torch.no_grad():
+                spilled = spill(routing, logits, spec, self.balance_bias, limits)
+            routing = _spilled(route(logits, _given(spec), given_ids=spilled.expert_ids, **options), routing, spilled)
+        if self.token_rounding and self.training:
+            with torch.no_grad():
+                spilled = round_to_tiles(routing, logits, spec, self.balance_bias, self.token_rounding)
+            routing = _spilled(route(logits, _given(spec), given_ids=spilled.expert_ids, **options), routing, spilled)
+        return routing
 
 
 def _given(spec: RouteSpec) -> RouteSpec:
     return dataclasses.replace(spec, mode="given")
+
+
+def _spilled(routing: RouterOutput, choice: RouterOutput, spilled: Spilled) -> RouterOutput:
+    """The routing after a spill, with what it did to the assignments so far."""
+    overflow = spilled.overflow if choice.overflow is None else choice.overflow + spilled.overflow
+    return _marked(routing, choice, Reason.SPILLED, spilled.moved)._replace(overflow=overflow)
 
 
 def _marked(routing: RouterOutput, choice: RouterOutput, reason: Reason,

@@ -32,6 +32,7 @@ class RouterOutput(NamedTuple):
         b holds [lowest + b / per_unit, lowest + (b + 1) / per_unit), the first and last bin what lies outside.
     k_histogram: [K + 1] int64, unmasked tokens by number of experts. reason_counts: [8] int64, tokens by bit of Reason.
     null_count: [] int64, null experts chosen. checksum: [] int64, sum modulo 2^64 of a mix of (token id, expert).
+    overflow: [2] int64, assignments that moved to another expert and that were dropped (spill.py); None: there was no limit.
     """
 
     weights: Tensor
@@ -52,6 +53,7 @@ class RouterOutput(NamedTuple):
     reason_counts: Tensor
     null_count: Tensor
     checksum: Tensor
+    overflow: Tensor | None = None
 
 
 def score(logits: Tensor, function: str) -> Tensor:

@@ -5,7 +5,10 @@ Shape letters: T tokens, E experts, K slots.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ops.router.reference import RouterOutput, score
 from ops.router.spec import RouteSpec
@@ -14,32 +17,37 @@ ROUNDS = 4
 """Times an assignment without a place asks the next expert with room before it is dropped."""
 
 
-def spill(routing: RouterOutput, logits: torch.Tensor, spec: RouteSpec, bias: torch.Tensor | None,
-          capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold every expert to `capacity` assignments.
+class Spilled(NamedTuple):
+    """expert_ids: [T, K] int32, -1 where unused or dropped. moved: [T] bool, tokens with an assignment that moved or was
+    dropped. overflow: [2] int64, assignments that moved, and that were dropped."""
+
+    expert_ids: Tensor
+    moved: Tensor
+    overflow: Tensor
+
+
+def spill(routing: RouterOutput, logits: Tensor, spec: RouteSpec, bias: Tensor | None, capacity: Tensor) -> Spilled:
+    """Hold every expert to its capacity [E] int64.
 
     An expert keeps those with the highest gates (lower token first among equals). Each of the others moves to the expert
-    with the highest key, among those that have room and that its token does not visit; after ROUNDS tries it is dropped.
-
-    Returns:
-        expert_ids [T, K] int32 with -1 where dropped, and [T] bool, tokens with an assignment that moved or was dropped.
+    with the highest key, among those that have room and that its token does not visit; after ROUNDS tries it is dropped
+    (a shared expert serves its token all the same).
     """
     num_tokens, num_slots = routing.expert_ids.shape
     num_experts = spec.num_experts
     ids = routing.expert_ids.long()
     if num_tokens == 0:
-        return routing.expert_ids, torch.zeros(0, dtype=torch.bool, device=ids.device)
+        return Spilled(routing.expert_ids, ids.new_zeros(0, dtype=torch.bool), ids.new_zeros(2))
     keys = score(logits.float().nan_to_num(), spec.score_function)
     keys = (keys if bias is None else keys + bias)[:, :num_experts]
     priority = torch.where(ids >= 0, routing.weights.detach(), -1.0)
-    placed = _first_by_priority(ids, priority, torch.full((num_experts,), capacity, device=ids.device)) & (ids >= 0)
+    placed = _first_by_priority(ids, priority, capacity) & (ids >= 0)
     homeless = (ids >= 0) & ~placed
-    moved = homeless.any(1)
+    moved, num_moved = homeless.any(1), homeless.sum()
     for _ in range(ROUNDS):
         for slot in range(num_slots):
             taken = _visited(ids, placed, num_experts)
-            load = _count(torch.where(placed, ids, num_experts).flatten(), num_experts + 1)[:num_experts]
-            room = (capacity - load).clamp_min(0)
+            room = (capacity - _loads(ids, placed, num_experts)).clamp_min(0)
             open_keys = keys.masked_fill(taken | (room == 0), -torch.inf)
             best = open_keys.max(1)
             asks = homeless[:, slot] & best.values.isfinite()
@@ -48,16 +56,43 @@ def spill(routing: RouterOutput, logits: torch.Tensor, spec: RouteSpec, bias: to
             ids[:, slot] = torch.where(accepted, best.indices, ids[:, slot])
             placed[:, slot] |= accepted
             homeless[:, slot] &= ~accepted
-    return torch.where(placed, ids, -1).int(), moved
+    dropped = homeless.sum()
+    return Spilled(torch.where(placed, ids, -1).int(), moved, torch.stack((num_moved - dropped, dropped)))
 
 
-def _visited(ids: torch.Tensor, placed: torch.Tensor, num_experts: int) -> torch.Tensor:
+def round_to_tiles(routing: RouterOutput, logits: Tensor, spec: RouteSpec, bias: Tensor | None, tile: int) -> Spilled:
+    """Make every expert's assignments a multiple of `tile`, so that no tile of a grouped GEMM is padded (token rounding,
+    arXiv 2512.14080).
+
+    Counts are rounded to the nearest multiple. What an expert has too many of spills, lowest gates first, to experts that
+    lack some; where that does not fill the last tile of one, the tile is dropped. No count changes by more than a tile.
+    """
+    counts = routing.counts.sum(0)
+    first = spill(routing, logits, spec, bias, (2 * counts + tile) // (2 * tile) * tile)
+    ids = first.expert_ids.long()
+    if len(ids) == 0:
+        return first
+    whole = _loads(ids, ids >= 0, spec.num_experts) // tile * tile
+    weights = torch.where(first.expert_ids == routing.expert_ids, routing.weights.detach(), 0.0)  # moved ones go first
+    kept = _first_by_priority(ids, torch.where(ids >= 0, weights, -1.0), whole) & (ids >= 0)
+    lost = (ids >= 0) & ~kept
+    came = (lost & (first.expert_ids != routing.expert_ids)).sum()  # counted as moved so far
+    overflow = first.overflow + torch.stack((-came, lost.sum()))
+    return Spilled(torch.where(kept, ids, -1).int(), first.moved | lost.any(1), overflow)
+
+
+def _loads(ids: Tensor, placed: Tensor, num_experts: int) -> Tensor:
+    """[E] int64: placed assignments."""
+    return _count(torch.where(placed, ids, num_experts).flatten(), num_experts + 1)[:num_experts]
+
+
+def _visited(ids: Tensor, placed: Tensor, num_experts: int) -> Tensor:
     """[T, E] bool: experts a token visits."""
     table = torch.zeros(len(ids), num_experts + 1, dtype=torch.bool, device=ids.device)
     return table.scatter_(1, torch.where(placed, ids, num_experts), True)[:, :num_experts]
 
 
-def _first_by_priority(ids: torch.Tensor, priority: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+def _first_by_priority(ids: Tensor, priority: Tensor, room: Tensor) -> Tensor:
     """[T, K] bool: among the assignments of its expert, one is in the first room[expert] by (priority desc, token asc)."""
     flat = torch.where(ids < 0, len(room), ids).flatten()
     by_priority = priority.flatten().sort(descending=True, stable=True).indices
@@ -69,6 +104,6 @@ def _first_by_priority(ids: torch.Tensor, priority: torch.Tensor, room: torch.Te
     return (rank < limits[flat]).view(ids.shape)
 
 
-def _count(values: torch.Tensor, size: int) -> torch.Tensor:
+def _count(values: Tensor, size: int) -> Tensor:
     """[size] int64: how often each of 0 .. size-1 occurs (bincount would ask the device for the largest value)."""
     return torch.zeros(size, dtype=torch.int64, device=values.device).scatter_add_(0, values, torch.ones_like(values))

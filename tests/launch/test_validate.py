@@ -110,6 +110,8 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
     ({"dispatcher__buffer_factor": 0}, "dispatcher.buffer_factor is 0"),
     ({"parallel__ranks_per_node": 0}, "parallel.ranks_per_node is 0"),
     ({"parallel__placement": "/nowhere/placement.json"}, "parallel.placement"),
+    ({"experts__token_rounding": -1}, "experts.token_rounding is -1"),
+    ({"experts__token_rounding": 4096}, "experts.token_rounding 4096 is more than the"),
     ({"experts__backend": "fastest"}, "choose one of auto, triton, grouped_mm, torch, reference"),
     ({"balance__aux_loss_scope": "world"}, "choose one of sequence, batch, global_batch"),
 ])

@@ -197,9 +197,34 @@ def test_no_expert_exceeds_its_capacity_and_the_rest_spills(name, factor):
     assert (spilled > 0) == (int(wanted.max()) > capacity)
     if factor >= 1.5 and name == "softmax":  # room for all: nothing is dropped
         assert int(loads.sum()) == int(wanted.sum())
+    moved, dropped = routing.overflow.tolist()
+    assert dropped == int(wanted.sum()) - int(loads.sum())
+    assert moved == int((routing.expert_ids != free(hidden).expert_ids).sum()) - dropped
     for ids in routing.expert_ids.tolist():
         used = [i for i in ids if i != -1]
         assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 16, 1000])
+@pytest.mark.parametrize("name", ["softmax", "top_p", "threshold", "null_experts"])
+def test_token_rounding_makes_counts_multiples_of_the_tile(name, tile):
+    kind, options = ROUTERS[name]
+    free, rounded = make(kind, **options), make(kind, **options)
+    rounded.token_rounding = tile
+    hidden = tokens(64) + 1.0
+    plain, routing = free(hidden), rounded(hidden)
+    before, after = plain.counts.sum(0), routing.counts.sum(0)
+    assert bool((after % tile == 0).all()) and int((after - before).abs().max()) <= tile
+    moved, dropped = routing.overflow.tolist()
+    assert dropped == int(before.sum() - after.sum()) and moved >= 0
+    assert moved + dropped == int((routing.expert_ids != plain.expert_ids).sum())
+    touched = (routing.expert_ids != plain.expert_ids).any(1)
+    assert int(routing.reason_counts[Reason.SPILLED.bit]) == int(touched.sum())
+    for ids in routing.expert_ids.tolist():
+        used = [i for i in ids if i != -1]
+        assert len(set(used)) == len(used)
+    rounded.eval()
+    assert torch.equal(rounded(hidden).expert_ids, plain.expert_ids)
 
 
 # --- top-k -----------------------------------------------------------------------------------------------------------

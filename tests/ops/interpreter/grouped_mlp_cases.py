@@ -15,6 +15,7 @@ from torch import Tensor
 from ops.grouped_mlp import triton_backend
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.reference import reference_grouped_mlp
+from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, assert_close, draw_expert_ids, poisoned_memory
 
 torch.set_num_threads(1)
@@ -23,13 +24,14 @@ NAMES = ("grad_hidden", "grad_weights", "grad_gate_up", "grad_down")
 
 @dataclass(frozen=True)
 class Case:
-    """routing: arguments of draw_expert_ids. few_rows: of configs, to choose the row tiles of 128 (0) or 64."""
+    """routing: arguments of draw_expert_ids. few_rows: of configs; 0 chooses row tiles of 128. architecture: of tile sizes."""
 
     routing: tuple[int, int, int, str] = (67, 5, 3, "even")
     hidden_size: int = 48
     width: int = 40
     dtype: torch.dtype = torch.float32
     few_rows: int = configs.FEW_ROWS
+    architecture: int = 90
 
 
 FLOAT32 = {name: Case(routing) for name, routing in EDGE_CASES.items()} | {
@@ -47,24 +49,12 @@ HALF = {
         "edges": Case((131, 5, 3, "unused"), 80, 72),
         "whole tiles": Case((290, 3, 2, "skewed"), 256, 128, few_rows=0),
         "several column tiles": Case((70, 3, 2, "half"), 320, 144, few_rows=0),
+        "sizes of sm_80": Case((140, 2, 2, "unused"), 144, 136, few_rows=0, architecture=80),
+        "short and long sums": Case((70, 1, 1, "even"), 264, 520),
         "one slot": Case((150, 2, 1, "even"), 64, 64),
         "no tokens": Case(EDGE_CASES["no_tokens"]),
     }.items()
 }
-
-
-def index_arrays(routing: tuple[int, int, int, str]) -> tuple[Tensor, Tensor, Tensor]:
-    """slots, inverse, offsets of interface.grouped_mlp."""
-    num_experts = routing[1]
-    expert_ids = draw_expert_ids(*routing)
-    flat = expert_ids.flatten()
-    order = torch.where(flat < 0, num_experts, flat).sort(stable=True).indices
-    used = int((flat >= 0).sum())
-    inverse = torch.empty_like(flat).scatter_(0, order, torch.arange(len(flat)))
-    counts = torch.bincount(flat[flat >= 0], minlength=num_experts)
-    slots = torch.where(torch.arange(len(flat)) < used, order, -1)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return slots.int(), torch.where(flat < 0, -1, inverse).view_as(expert_ids).int(), offsets.int()
 
 
 def check(case: Case) -> str:
@@ -75,7 +65,7 @@ def check(case: Case) -> str:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    slots, inverse, offsets = index_arrays(case.routing)
+    slots, inverse, offsets = group_by_expert(draw_expert_ids(*case.routing), num_experts)
     weights = torch.rand(num_tokens, top_k, generator=generator).masked_fill(inverse < 0, 0.0)
     hidden, gate_up, down, grad_out = (x.to(case.dtype) for x in (
         normal(num_tokens, dim), normal(num_experts, 2 * width, dim) * 1.5 * dim**-0.5,
@@ -114,6 +104,7 @@ def main(groups: list[str]) -> int:
     for group in groups:
         for name, case in GROUPS[group].items():
             start, configs.FEW_ROWS = time.process_time(), case.few_rows
+            triton_backend.architecture = lambda device, case=case: case.architecture
             try:
                 print(f"{group} / {name}: {check(case)}; {time.process_time() - start:.1f} s", flush=True)
             except Exception as error:
