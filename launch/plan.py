@@ -44,7 +44,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     memory = device_memory(model, run.experts_per_token, precision=settings.precision, zero_stage=run.zero_stage,
                            world_size=num_ranks, expert_parallel_size=expert_size,
                            micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len,
-                           attention=run.attention.arguments)
+                           attention=run.attention.arguments, recompute_experts=run.experts.recompute)
     micro_steps = run.gradient_accumulation_steps(num_ranks)
     tokens = settings.global_batch_size * settings.seq_len
     flops = flops_per_token(model, run.experts_per_token, settings.seq_len, run.attention.arguments)

@@ -148,8 +148,8 @@ def _component(value: Any, path: str, problems: list[str]) -> Any:
 
 def contradictions(run: RunConfig, world_size: int) -> list[str]:
     """Every problem that one look at the values shows, before any process starts."""
-    sections = (run.model, run.balance, run.budget, run.fail_safe, run.audit, run.experts, run.train, run.optim, run.parallel, run.launch,
-                run.data, run.checkpoint)
+    sections = (run.model, run.balance, run.budget, run.fail_safe, run.audit, run.experts, run.train, run.optim,
+                run.parallel, run.launch, run.data, run.checkpoint)
     problems = [problem for section in sections for problem in section.problems()]
     if not 0 <= run.seed < 2**31:
         problems.append(f"seed is {run.seed}; it must be between 0 and 2**31 - 1")
@@ -180,9 +180,9 @@ def _components(run: RunConfig) -> list[str]:
     except TypeError as error:
         return [f"router: {error}"]
     problems += _routing(run, router)
-    tile, mean = run.experts.token_rounding, run.experts_per_token * run.train.micro_batch_size * run.train.seq_len
-    if tile > mean / run.model.num_experts:
-        problems.append(f"experts.token_rounding {tile} is more than the {mean / run.model.num_experts:.3g} tokens an expert "
+    tokens = run.experts_per_token * run.train.micro_batch_size * run.train.seq_len / run.model.num_experts
+    if run.experts.token_rounding > tokens:
+        problems.append(f"experts.token_rounding {run.experts.token_rounding} is more than the {tokens:.3g} tokens an expert "
                         "gets of a micro-batch, so most would get none; lower it, or raise train.micro_batch_size")
     return problems + list(resolve(run.dispatcher).problems(  # type: ignore[attr-defined]
         run.model, run.parallel.expert_parallel_size, **run.dispatcher.arguments))

@@ -6,10 +6,11 @@ L experts a rank serves (its own, then those lent to it), C chunks of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class AllToAllDispatcher:
         if self.local is None:
             lent = len(placement.replicas[0]) if placement is not None else 0
             bounds = [own * i // num_chunks for i in range(num_chunks + 1)]
-            self.chunk_sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)] + ([lent] if lent else [])
+            self.chunk_sizes = [b - a for a, b in itertools.pairwise(bounds)] + ([lent] if lent else [])
             if placement is not None:
                 self.copies, self.num_copies = copy_positions(placement)
                 self.rank = groups.expert_rank

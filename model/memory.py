@@ -33,7 +33,7 @@ class DeviceMemory:
 
 def device_memory(config: ModelConfig, experts_per_token: float, *, precision: str, zero_stage: int, world_size: int,
                   expert_parallel_size: int, micro_batch_size: int, seq_len: int,
-                  attention: Mapping[str, Any] | None = None) -> DeviceMemory:
+                  attention: Mapping[str, Any] | None = None, recompute_experts: bool = False) -> DeviceMemory:
     """Memory under ZeRO and expert parallelism.
 
     Dense state is shared by all ranks, expert state by the world_size / expert_parallel_size ranks that hold the same
@@ -48,19 +48,24 @@ def device_memory(config: ModelConfig, experts_per_token: float, *, precision: s
     def share(parameters: int, over: int, from_stage: int) -> int:
         return -(-parameters // over) if zero_stage >= from_stage else parameters
 
+    row_values = 0 if recompute_experts else 2 * config.expert_intermediate_size  # of an assignment: pre-activations
+    row_values += config.hidden_size if expert_parallel_size > 1 else 0  # and the row itself, where it travelled
     per_state = 8 if zero_stage == 0 else 12
     return DeviceMemory(
         dense_weights=width * share(dense, world_size, 3),
         expert_weights=width * share(experts, expert_data_size, 3),
         gradients=width * (share(dense, world_size, 2) + share(experts, expert_data_size, 2)),
         optimizer=per_state * (share(dense, world_size, 1) + share(experts, expert_data_size, 1)),
-        activations=_activation_bytes(config, experts_per_token, micro_batch_size * seq_len, width),
+        activations=_activation_bytes(config, micro_batch_size * seq_len, width, width * experts_per_token * row_values),
         logits=micro_batch_size * seq_len * config.vocab_size * LOGIT_BYTES,
     )
 
 
-def _activation_bytes(config: ModelConfig, experts_per_token: float, tokens: int, width: int) -> int:
-    """Bytes kept for backward, assuming balanced experts. Norms keep an fp32 copy when the model is bf16."""
+def _activation_bytes(config: ModelConfig, tokens: int, width: int, routed: float) -> int:
+    """Bytes kept for backward, assuming balanced experts. Norms keep an fp32 copy when the model is bf16.
+
+    routed: bytes per token that the routed experts keep.
+    """
     hidden = config.hidden_size
     q_width = config.num_heads * config.attention_head_dim
     kv_width = config.num_kv_heads * config.attention_head_dim
@@ -68,7 +73,6 @@ def _activation_bytes(config: ModelConfig, experts_per_token: float, tokens: int
     rotary = 4 * (q_width + kv_width)
     attention = norm + rotary + width * (2 * q_width + 2 * kv_width + hidden)
     dense_mlp = norm + width * 4 * config.intermediate_size
-    routed = width * experts_per_token * (3 * hidden + 4 * config.expert_intermediate_size)
     shared = width * 4 * config.num_shared_experts * config.expert_intermediate_size
     moe = norm + 4 * hidden + routed + shared + 4 * 4 * config.num_experts
     num_moe = len(config.moe_layers)

@@ -26,7 +26,7 @@ def decode(sent: Tensor, width: int, dtype: torch.dtype, payload: str) -> Tensor
     if payload != "fp8":
         return sent.to(dtype)
     values = _blocks(sent[:, :width].contiguous().view(_FP8).float())
-    scale = sent[:, width:].contiguous().view(torch.float32).unsqueeze(-1)
+    scale = sent[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32).unsqueeze(-1)
     return (values * scale).flatten(1)[:, :width].to(dtype)
 
 

@@ -45,6 +45,15 @@ def test_spread_experts_compute_what_one_process_computes(errors, case, size):
 
 
 @pytest.mark.parametrize(("case", "size"), cases(ROUTINGS))
+@pytest.mark.parametrize(("payload", "tolerance"), [("bf16", 0.02), ("fp8", 0.15)])
+def test_rounded_rows_give_rounded_results(errors, case, size, payload, tolerance):
+    found = errors["dispatcher", f"{case}-ep{size}"]
+    assert found[payload] < tolerance, found
+    if case in ("even", "unused_slots"):
+        assert found[payload] > 1e-4, "rows were not rounded"
+
+
+@pytest.mark.parametrize(("case", "size"), cases(ROUTINGS))
 def test_chunks_nodes_and_fixed_buffers_change_no_bit(errors, case, size):
     bits = {name: error for name, error in errors["dispatcher", f"{case}-ep{size}"].items() if name.endswith("bits")}
     assert len(bits) == 2 + 2 * (size == 4) + 2 * (case in EVEN) and set(bits.values()) == {0.0}, bits

@@ -59,39 +59,53 @@ def fp32(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(t.detach().float().requires_grad_() for t in tensors)
 
 
-def expert_inputs(shape: MoEShape, load: str) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def expert_case(shape: MoEShape, load: str) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """hidden, weights, gate_up, down with gradient; slots, inverse, offsets."""
     ids = draw_expert_ids(shape.num_tokens, shape.num_experts, shape.top_k, load)
-    counts = count_rows(ids, shape.num_experts).cuda()
     width, hidden_size = shape.expert_intermediate_size, shape.hidden_size
     with torch.no_grad():
         gate_up = normal(shape.num_experts, 2 * width, hidden_size, seed=1) * hidden_size**-0.5
         down = normal(shape.num_experts, hidden_size, width, seed=2) * width**-0.5
-    return (normal(int(counts.sum()), hidden_size, seed=0), gate_up.requires_grad_(), down.requires_grad_()), counts
+    inputs = (normal(shape.num_tokens, hidden_size, seed=0), normal(*ids.shape, seed=3, dtype=torch.float32),
+              gate_up.requires_grad_(), down.requires_grad_())
+    return inputs, group_by_expert(ids.cuda(), shape.num_experts)
 
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_grouped_mm_and_its_gradients_match_the_reference(case, poisoned):
-    inputs, counts = expert_inputs(*SHAPES[case])
-    expected = run(reference_grouped_mlp, fp32(inputs), counts)
-    ours = run(grouped_mlp, inputs, counts, backend="grouped_mm")
-    for name, value, reference in zip(("out", "grad rows", "grad gate_up", "grad down"), ours, expected, strict=True):
-        assert value.dtype == BF16
-        assert_close(name, value, reference)
-    for name, grad in zip(("gate_up", "down"), ours[2:], strict=True):
-        assert grad[counts == 0].count_nonzero() == 0, f"experts without rows have a gradient in {name}"
+    inputs, places = expert_case(*SHAPES[case])
+    expected = run(reference_grouped_mlp, fp32(inputs), *places)
+    ours = run(grouped_mlp, inputs, *places, backend="grouped_mm")
+    for name, value, reference in zip(("out", "grad hidden", "grad weights", "grad gate_up", "grad down"), ours, expected,
+                                      strict=True):
+        assert_close(name, value, reference, BF16)
+    idle = places[2].diff() == 0
+    for name, grad in zip(("gate_up", "down"), ours[3:], strict=True):
+        assert grad[idle].count_nonzero() == 0, f"experts without rows have a gradient in {name}"
 
 
-def test_bf16_takes_the_grouped_gemm_where_the_device_has_one():
-    expected = "grouped_mm" if torch.cuda.get_device_capability() >= (8, 0) else "reference"
-    assert select_backend(torch.device("cuda"), BF16) == expected
-    assert select_backend(torch.device("cuda"), torch.float32) == "reference"
+def test_auto_takes_our_kernels_where_the_device_runs_them():
+    assert select_backend("auto", torch.device("cuda"), BF16, 2048, 1024) == "triton"
 
 
-def test_a_broadcast_gradient_is_as_good_as_a_dense_one():
-    inputs, counts = expert_inputs(*SHAPES["primes"])
-    out = grouped_mlp(*inputs, counts, backend="grouped_mm")
-    dense = torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.sum(), inputs), dense, strict=True))
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_experts_never_wait_for_the_host_and_run_inside_a_graph(backend):
+    inputs, places = expert_case(*SHAPES["olmoe_skewed"])
+    inputs = tuple(t.detach() for t in inputs)
+    expected = grouped_mlp(*inputs, *places, backend=backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grouped_mlp(*inputs, *places, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = grouped_mlp(*inputs, *places, backend=backend)
+    other = group_by_expert(draw_expert_ids(1021, 64, 8, "even", seed=5).cuda(), 64)
+    for kept, new in zip(places, other, strict=True):
+        kept.copy_(new)
+    graph.replay()
+    assert torch.equal(out, grouped_mlp(*inputs, *other, backend=backend)) and not torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -99,39 +113,32 @@ def test_a_broadcast_gradient_is_as_good_as_a_dense_one():
 def test_permutations_and_their_gradients_match_the_reference(case, dtype, poisoned):
     num_tokens, num_experts, top_k, load = EDGE_CASES[case]
     ids = draw_expert_ids(num_tokens, num_experts, top_k, load).cuda()
-    slots, counts = group_by_expert(ids, num_experts)
-    assert torch.equal(counts, count_rows(ids, num_experts))
-    tokens, rows = normal(num_tokens, 8, seed=0, dtype=dtype), normal(len(slots), 8, seed=1, dtype=dtype)
-    weights = normal(num_tokens, top_k, seed=2, dtype=torch.float32)
-    if len(slots) == 0:  # the reference then depends on nothing
-        assert permute(tokens, slots, top_k).shape == (0, 8)
-        assert unpermute(rows, slots, weights).count_nonzero() == 0
+    slots, inverse, offsets = group_by_expert(ids, num_experts)
+    used = int(offsets[-1])
+    assert torch.equal(offsets.diff(), count_rows(ids, num_experts))
+    tokens, rows = normal(num_tokens, 8, seed=0, dtype=dtype), normal(used, 8, seed=1, dtype=dtype)
+    if used == 0:  # the reference then depends on nothing
+        assert unpermute(rows, slots[:0], inverse).count_nonzero() == 0
         return
-    pairs = [(run(lambda t: permute(t, slots, top_k), (tokens,)),
+    ones = torch.ones(ids.shape, device="cuda")
+    pairs = [(run(lambda t: permute(t, slots[:used], inverse), (tokens,)),
               run(lambda t: reference_permute(t, ids, num_experts), fp32((tokens,)))),
-             (run(lambda r, w: unpermute(r, slots, w), (rows, weights)),
-              run(lambda r, w: reference_unpermute(r, ids, w), fp32((rows, weights))))]
+             (run(lambda r: unpermute(r, slots[:used], inverse), (rows,)),
+              run(lambda r: reference_unpermute(r, ids, ones), fp32((rows,))))]
     for op, (ours, expected) in zip(("permute", "unpermute"), pairs, strict=True):
-        for i, (value, reference) in enumerate(zip(ours, expected, strict=True)):
-            assert_close(f"{op} {'out' if i == 0 else f'grad of input {i - 1}'}", value, reference, dtype)
+        for name, value, reference in zip(("out", "grad"), ours, expected, strict=True):
+            assert_close(f"{op} {name}", value, reference, dtype)
 
 
-def test_repeats_of_a_routed_layer_are_bit_identical():
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_repeats_of_a_routed_layer_are_bit_identical(backend):
     """Without torch's deterministic mode: the ops themselves must not use float atomics."""
     shape = dataclasses.replace(MODEL_SHAPES["olmoe-1b-7b"], num_tokens=4096)
-    ids = draw_expert_ids(shape.num_tokens, shape.num_experts, shape.top_k, "skewed").cuda()
-    _, gate_up, down = expert_inputs(dataclasses.replace(shape, num_tokens=1), "even")[0]
-    inputs = (normal(shape.num_tokens, shape.hidden_size, seed=3),
-              normal(shape.num_tokens, shape.top_k, seed=4, dtype=torch.float32), gate_up, down)
-
-    def layer(hidden, weights, gate_up, down):
-        slots, counts = group_by_expert(ids, shape.num_experts)
-        rows = grouped_mlp(permute(hidden, slots, shape.top_k), gate_up, down, counts)
-        return unpermute(rows, slots, weights)
-
-    first = run(layer, inputs)
+    inputs, places = expert_case(shape, "skewed")
+    first = run(grouped_mlp, inputs, *places, backend=backend)
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(layer, inputs), strict=True))
+        again = run(grouped_mlp, inputs, *places, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(8, 64), (2, 64), (1, 128)])
