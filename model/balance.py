@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from model.config import BalanceConfig
 from model.parallel import ParallelGroups
+from model.placement import LayerPlacement, Placement
+from model.placement_plan import copy_shares
 from model.routers.base import LIMIT, Router
 from ops.router import NUM_REASONS, Reason, RouterOutput
 
@@ -113,6 +115,20 @@ def orthogonality_loss(weight: torch.Tensor) -> torch.Tensor:
     """[E, D] -> [] fp32: |R R^T - I|_1 / E over the normalised rows R (SimBal, arXiv 2506.14038)."""
     rows = torch.nn.functional.normalize(weight.float(), dim=1)
     return (rows @ rows.T - torch.eye(len(rows), device=rows.device)).abs().sum() / len(rows)
+
+
+def rank_shares(num_experts: int, num_layers: int, num_ranks: int, placement: Placement | None) -> torch.Tensor | None:
+    """[L, E, R] float64: the share of an expert's assignments that each rank of its expert group computes; None for one
+    rank."""
+    if num_ranks == 1:
+        return None
+    layers = placement.layers if placement else (LayerPlacement.identity(num_experts, num_ranks),) * num_layers
+    return torch.stack([torch.from_numpy(copy_shares(layer)) for layer in layers])
+
+
+def rank_loads(counts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """[L, E] assignments by expert -> [L, R] float64 by rank."""
+    return torch.einsum("le,ler->lr", counts.double(), shares.to(counts.device))
 
 
 def load_fractions(counts: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ import math
 
 import torch
 
-from model.balance import LayerStats, quantile_cuts, update_balance_bias
+from model.balance import LayerStats, quantile_cuts, rank_loads, update_balance_bias
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.routers.base import FALLBACK_K, LIMIT, SHARE, VALUE, Router
 from ops.router import Reason
@@ -58,10 +58,11 @@ def start_routers(routers: list[Router], budget: BudgetConfig, fail_safe: FailSa
 
 @torch.no_grad()
 def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceConfig, budget: BudgetConfig,
-                   fail_safe: FailSafeConfig, expert_parallel_size: int = 1) -> None:
+                   fail_safe: FailSafeConfig, shares: torch.Tensor | None = None) -> None:
     """Move bias, cuts, controllers and fallbacks of all MoE layers by one optimiser step.
 
     stats: of the step, over all micro-batches and ranks, one row per layer. The routers are of one kind.
+    shares: of model.balance.rank_shares; None where no ranks share the experts.
     """
     first = routers[0]
     control, state = (torch.stack([getattr(r, name) for r in routers]) for name in ("control", "controller"))
@@ -72,7 +73,7 @@ def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceCon
     if first.budget is not None:
         _control_budget(first, control, state, stats, budget, has_tokens)
     _fall_back(first, control, state, budget, collapsed)
-    _limit_overload(first, control, state, stats, fail_safe, expert_parallel_size)
+    _limit_overload(first, control, state, stats, fail_safe, shares)
     _apply_theta(first, control, state)
     for i, router in enumerate(routers):
         router.control.copy_(control[i])
@@ -134,11 +135,11 @@ def _collapsed(stats: LayerStats, fail_safe: FailSafeConfig) -> torch.Tensor:
 
 
 def _limit_overload(first: Router, control: torch.Tensor, state: torch.Tensor, stats: LayerStats,
-                    fail_safe: FailSafeConfig, expert_parallel_size: int) -> None:
+                    fail_safe: FailSafeConfig, shares: torch.Tensor | None) -> None:
     """F5: fewer experts per token while one rank of the expert group has far more to do than the others."""
-    if fail_safe.rank_overload == 0 or expert_parallel_size == 1:
+    if fail_safe.rank_overload == 0 or shares is None:
         return
-    load = stats.counts.unflatten(1, (expert_parallel_size, -1)).sum(2).float()
+    load = rank_loads(stats.counts, shares)
     over = load.max(1).values > fail_safe.rank_overload * load.mean(1)
     count = state[:, OVERLOAD] + torch.where(over, 1.0, -1.0)
     lower, raise_ = count >= fail_safe.overload_steps, count <= -fail_safe.overload_steps

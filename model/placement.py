@@ -51,7 +51,8 @@ class LayerPlacement:
         own = num_experts // ranks
         for rank, lent in enumerate(self.replicas):
             if len(lent) != len(self.replicas[0]):
-                return f"lends {len(lent)} experts to rank {rank} but {len(self.replicas[0])} to rank 0; ranks get equally many"
+                return (f"lends {len(lent)} experts to rank {rank} but {len(self.replicas[0])} to rank 0; ranks get equally "
+                        "many")
             strange = next((e for e in lent if not 0 <= e < num_experts), None)
             if strange is not None:
                 return f"lends expert {strange} to rank {rank}; its experts are 0 to {num_experts - 1}"
@@ -77,8 +78,8 @@ class Placement:
             found.append(f"parallel.placement is for expert_parallel_size {self.expert_parallel_size}, but "
                          f"parallel.expert_parallel_size is {expert_parallel_size}; {again}")
         if len(self.layers) != num_moe_layers:
-            found.append(f"parallel.placement has {len(self.layers)} layers, but the model has {num_moe_layers} with experts; "
-                         f"{again}")
+            found.append(f"parallel.placement has {len(self.layers)} layers, but the model has {num_moe_layers} with "
+                         f"experts; {again}")
         sizes = sorted({len(layer.experts) for layer in self.layers} - {num_experts})
         if sizes:
             found.append(f"parallel.placement places {sizes[0]} experts, but model.num_experts is {num_experts}; {again}")
@@ -101,7 +102,8 @@ class Placement:
         Raises:
             OSError: it cannot be written.
         """
-        layers = ",\n".join("  " + json.dumps({"experts": layer.experts, "replicas": layer.replicas}) for layer in self.layers)
+        layers = ",\n".join("  " + json.dumps({"experts": layer.experts, "replicas": layer.replicas})
+                            for layer in self.layers)
         scratch = path.with_name(path.name + ".tmp")
         scratch.write_text(f'{{"format": {FORMAT}, "expert_parallel_size": {self.expert_parallel_size}, "layers": [\n'
                            f"{layers}\n]}}\n")
@@ -114,18 +116,20 @@ class Placement:
         Raises:
             ValueError: there is no such file, or it holds something else.
         """
+        hint = "python -m launch.place run=DIR writes one"
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}); python -m launch.place run=DIR writes one") from None
+            raise ValueError(f"{path} cannot be read ({error.strerror}); {hint}") from None
         except (ValueError, RecursionError):
-            raise ValueError(f"{path} is no placement: it holds no JSON; python -m launch.place run=DIR writes one") from None
+            raise ValueError(f"{path} is no placement: it holds no JSON; {hint}") from None
         if not isinstance(data, dict) or "format" not in data:
-            raise ValueError(f"{path} is no placement; python -m launch.place run=DIR writes one")
+            raise ValueError(f"{path} is no placement; {hint}")
         if data["format"] != FORMAT or isinstance(data["format"], bool):
             raise ValueError(f"{path} has format {str(data['format'])[:20]!r}; this version reads format {FORMAT}")
         size, layers = data.get("expert_parallel_size"), data.get("layers")
-        if not _is_int(size) or not isinstance(layers, list) or not all(map(_is_layer, layers)):
+        if (not isinstance(size, int) or isinstance(size, bool) or not isinstance(layers, list)
+                or not all(map(_is_layer, layers))):
             raise ValueError(f"{path} is damaged: expert_parallel_size must be a number and layers a list of experts and "
                              "replicas, lists of numbers; plan anew with python -m launch.place run=DIR")
         placement = Placement(size, tuple(LayerPlacement(tuple(layer["experts"]), tuple(map(tuple, layer["replicas"])))

@@ -6,6 +6,7 @@ A copy of an expert with n copies has 1 / n of its load, as the dispatcher lets 
 
 from __future__ import annotations
 
+import copy
 import heapq
 from collections.abc import Sequence
 
@@ -102,7 +103,7 @@ def plan_layer(loads: Numbers, num_ranks: int, *, ranks_per_node: int | None = N
         limit = busiest * (1 + TOLERANCE)
         if replicas_per_rank == 0:
             limit = max(busiest, min(limit, in_order_load))
-        best.gather(_pairs(together), ranks_per_node, limit)
+        best = _gathered(best, _pairs(together), ranks_per_node, limit)
     plan = best.placement()
     if replicas_per_rank == 0 and rank_loads(load, plan).max() > in_order_load:  # by rounding
         return in_order
@@ -135,6 +136,22 @@ def _num_copies(load: np.ndarray, num_ranks: int, replicas_per_rank: int) -> np.
         copies[expert] = number + 1
         heapq.heapreplace(heap, (-float(load[expert]) / (number + 1), number + 1, expert))
     return copies
+
+
+def _gathered(draft: _Draft, pairs: np.ndarray, ranks_per_node: int, limit: float) -> _Draft:
+    """Of two ways to bring co-activated experts onto one node with no rank above `limit`, the one that brings more: swaps
+    that keep every rank below it; or first swaps that only keep every node below it, then levelling, then the former."""
+    careful, bold = draft, copy.deepcopy(draft)
+    careful.gather(pairs, ranks_per_node, limit)
+    bold.gather(pairs, ranks_per_node, limit, whole_nodes=True)
+    bold.level(ranks_per_node)
+    if bold.load.max() > limit:
+        bold.level()
+    if bold.load.max() > limit:
+        return careful
+    bold.gather(pairs, ranks_per_node, limit)
+    crossings = [node_crossings(pairs, found.placement(), ranks_per_node) for found in (careful, bold)]
+    return bold if crossings[1] < crossings[0] else careful
 
 
 class _Draft:
@@ -204,14 +221,17 @@ class _Draft:
             self._swap(int(here[i]), int(j))
         return self
 
-    def gather(self, pairs: np.ndarray, ranks_per_node: int, limit: float) -> None:
-        """Swap between nodes what raises the co-activation within nodes most, slot by slot, with no rank above `limit`.
+    def gather(self, pairs: np.ndarray, ranks_per_node: int, limit: float, whole_nodes: bool = False) -> None:
+        """Swap between nodes what raises the co-activation within nodes most, slot by slot, with no rank above `limit`;
+        whole_nodes: no node's mean rank above it.
 
         With n[e] the shares of expert e by node, the pairs on one node are sum pairs[a, b] n[a] . n[b]; moving 1 / copies
         of a there and of b here changes that by twice `gain` below.
         """
         flat, share = self.slots.ravel(), 1 / self.copies
         node = self.rank_of // ranks_per_node  # [C]
+        size = ranks_per_node if whole_nodes else 1
+        bounded = self.rank_of // size  # [C], the rank or node that is held below the limit
         least = ROUNDING * pairs.sum()
         for _ in range(MAX_PASSES):
             by_node = (self.has * share[:, None]).reshape(len(share), -1, ranks_per_node).sum(2)  # [E, M]
@@ -221,10 +241,10 @@ class _Draft:
                 a, rank, here = flat[i], self.rank_of[i], node[i]
                 gain = (share[a] * (pull[a, node] - pull[a, here]) + share[flat] * (pull[flat, here] - pull[flat, node])
                         - 2 * share[a] * share[flat] * pairs[a, flat])
-                change = self.weight[a] - self.weight[flat]
+                load, change = self.load.reshape(-1, size).sum(1), self.weight[a] - self.weight[flat]
                 allowed = ((self.is_lent == self.is_lent[i]) & (node != here) & ~self.has[a, self.rank_of]
-                           & ~self.has[flat, rank] & (self.load[rank] - change <= limit)
-                           & (self.load[self.rank_of] + change <= limit))
+                           & ~self.has[flat, rank] & (load[bounded[i]] - change <= limit * size)
+                           & (load[bounded] + change <= limit * size))
                 gain[~allowed] = -np.inf
                 j = int(gain.argmax())
                 if gain[j] > least:
@@ -236,4 +256,5 @@ class _Draft:
                     swapped = True
             if not swapped:
                 break
-            self.level(ranks_per_node)  # makes room below the limit
+            if not whole_nodes:
+                self.level(ranks_per_node)  # makes room below the limit

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention.base import STATS, AttentionSums, KVCache, SequenceLayout, document_mask, has_varlen_kernel
 from model.attention.sparse import SparseAttention
-from model.balance import RouterSums, auxiliary_loss_sums
+from model.balance import RouterSums, auxiliary_loss_sums, rank_shares
 from model.budget import penalty_coeff
 from model.config import ModelConfig
 from model.init import initialize_parameters
@@ -61,6 +61,7 @@ class Transformer(nn.Module):
         super().__init__()
         groups = groups or ParallelGroups.single()
         self.config, self.balance, self.groups = config, parts.balance, groups
+        self.rank_shares = rank_shares(config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, groups, parts, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -143,11 +143,10 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
         def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        indices = [tensor(*shape, dtype=torch.int32) for shape in ((num_tokens * top_k,), (num_tokens, top_k),
-                                                                   (num_experts + 1,))]
         hidden = tensor(num_tokens, hidden_size)
         given = (hidden, tensor(num_tokens, top_k, dtype=torch.float32), tensor(num_experts, 2 * width, hidden_size),
-                 tensor(num_experts, hidden_size, width), *indices)
+                 tensor(num_experts, hidden_size, width), tensor(num_tokens * top_k, dtype=torch.int32),
+                 tensor(num_tokens, top_k, dtype=torch.int32), tensor(num_experts + 1, dtype=torch.int32))
         with record_launches(architecture) as launches:
             for keep in (True, False):
                 _, pre = triton_backend.forward(*given, keep)

@@ -185,7 +185,7 @@ class _Run:
         self.metrics = StepMetrics(model, self.routers, self.engine.device,
                                    flops_per_token(model, config.experts_per_token, settings.seq_len,
                                                    config.attention.arguments), config.balance,
-                                   self.groups.expert_size,
+                                   self.engine.module.rank_shares,
                                    [a.layer_idx for a in self.engine.module.sparse_attentions()])
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}
@@ -284,7 +284,7 @@ class _Run:
         if self.groups.data_size > 1:
             dist.all_reduce(stats, group=self.groups.data)
         layers: LayerStats = unpack_stats(stats, config.model.num_experts, self.routers[0].max_top_k)
-        update_routers(self.routers, layers, config.balance, config.budget, config.fail_safe, self.groups.expert_size)
+        update_routers(self.routers, layers, config.balance, config.budget, config.fail_safe, self.engine.module.rank_shares)
         self.metrics.add_stats(layers)
         if self.audit is not None:
             self.audit.end_step(self.progress.step + 1, first_sample * config.train.seq_len, layers.checksum)

@@ -39,9 +39,9 @@ class StepMetrics:
     """
 
     def __init__(self, model: ModelConfig, routers: list[Router], device: torch.device, flops_per_token: float,
-                 balance: BalanceConfig, expert_parallel_size: int, sparse_layers: list[int]):
+                 balance: BalanceConfig, rank_shares: torch.Tensor | None, sparse_layers: list[int]):
         self.model, self.routers, self.device = model, routers, device
-        self.flops_per_token, self.balance, self.expert_parallel_size = flops_per_token, balance, expert_parallel_size
+        self.flops_per_token, self.balance, self.rank_shares = flops_per_token, balance, rank_shares
         self.sparse_layers = sparse_layers
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -116,7 +116,7 @@ class StepMetrics:
             scalars["moe/dropped"] = 1.0 - processed / wanted
             scalars["moe/spilled"] = spilled / wanted
             scalars["moe/max_vio_step"] = float(self.max_vio_sum.mean()) / max(self.steps, 1)
-            scalars.update(routing_metrics(stats, self.routers, self.model, self.expert_parallel_size))
+            scalars.update(routing_metrics(stats, self.routers, self.model, self.rank_shares))
             tables = routing_tables(stats)
         self.reset()
         return scalars, tables

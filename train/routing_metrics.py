@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.balance import LayerStats, balance_metrics
+from model.balance import LayerStats, balance_metrics, rank_loads
 from model.budget import COLLAPSED, HOLD, THETA, penalty_coeff
 from model.config import ModelConfig
 from model.routers.base import SHARE, VALUE, Router
@@ -21,7 +21,7 @@ BY_LAYER = ("max_vio", "experts_per_token", "budget_error", "router_entropy")
 
 
 def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig,
-                    expert_parallel_size: int) -> dict[str, float]:
+                    shares: torch.Tensor | None) -> dict[str, float]:
     """Scalars of an interval. stats: on the host, over all ranks and steps of the interval, one row per MoE layer."""
     num_experts, first = model.num_experts, routers[0]
     tokens = stats.tokens.double().clamp_min(1)
@@ -36,8 +36,8 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
         "experts_per_token_std": ((stats.k_histogram * k.square()).sum(1) / tokens - experts.square()).clamp_min(0).sqrt(),
         "router_entropy": stats.entropy / tokens / math.log(max(2, first.spec.num_columns)),
     }
-    if expert_parallel_size > 1:
-        load = counts.unflatten(1, (expert_parallel_size, -1)).sum(2)
+    if shares is not None:
+        load = rank_loads(counts, shares)
         by_layer["rank_load"] = load.max(1).values / load.mean(1).clamp_min(1e-9)
     if first.spec.num_null_experts:
         by_layer["null_fraction"] = stats.null_count / (stats.null_count + counts.sum(1)).clamp_min(1)

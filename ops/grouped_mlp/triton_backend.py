@@ -26,7 +26,8 @@ __all__ = ["backward", "forward", "problem"]
 
 
 def problem(dtype: torch.dtype, hidden_size: int, width: int) -> str | None:
-    """Why these kernels cannot serve; None where they can. Any sizes will do, multiples of 64 without masks."""
+    """Why these kernels cannot serve; None where they can. Any sizes will do: multiples of 64 need no masks, and
+    rows of 16 bytes are loaded at once."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 or float16, not {dtype}"
     return None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from common import batch, build, take, tiny_config
 
-from model.balance import LayerStats, pack_stats, unpack_stats
+from model.balance import LayerStats, pack_stats, rank_shares, unpack_stats
 from model.budget import (
     COLLAPSED,
     HOLD,
@@ -241,16 +241,16 @@ def test_an_overloaded_rank_lowers_the_limit_and_counts_its_tokens():
     x = logits(router, 0)
     x[:, :E // 2] += 3.0  # the first of two ranks
     for _ in range(3):
-        update_routers([router], stats_of(router, x), NONE, AT_ONCE, fail_safe, expert_parallel_size=2)
+        update_routers([router], stats_of(router, x), NONE, AT_ONCE, fail_safe, rank_shares(E, 1, 2, None))
     assert float(router.control[LIMIT]) == 3.0
     stats = stats_of(router, x)
     overloaded, capped = (int(r).bit_length() - 1 for r in (Reason.OVERLOADED, Reason.CAPPED))
     assert float(stats.experts_per_token) == 3.0 and int(stats.reasons[0, overloaded]) == T
     assert int(stats.reasons[0, capped]) == 0
     for _ in range(20):
-        update_routers([router], stats_of(router, logits(router, 1)), NONE, AT_ONCE, fail_safe, expert_parallel_size=2)
+        update_routers([router], stats_of(router, logits(router, 1)), NONE, AT_ONCE, fail_safe, rank_shares(E, 1, 2, None))
     assert float(router.control[LIMIT]) == 4.0
-    update_routers([router], stats, NONE, AT_ONCE, fail_safe, expert_parallel_size=1)
+    update_routers([router], stats, NONE, AT_ONCE, fail_safe)
     assert float(router.control[LIMIT]) == 4.0
 
 

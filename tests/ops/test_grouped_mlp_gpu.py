@@ -35,8 +35,9 @@ def inputs(routing: tuple[int, int, int, str], hidden_size: int, width: int, dty
         return (torch.randn(shape, device="cuda", generator=generator) * scale).to(dtype)
 
     places = group_by_expert(draw_expert_ids(*routing).cuda(), num_experts)
-    weights = torch.rand(num_tokens, top_k, device="cuda", generator=generator).masked_fill(places[1] < 0, 0.0)
-    tensors = (normal(num_tokens, hidden_size), weights, normal(num_experts, 2 * width, hidden_size, scale=hidden_size**-0.5),
+    weights = torch.rand(num_tokens, top_k, device="cuda", generator=generator)
+    tensors = (normal(num_tokens, hidden_size), weights,
+               normal(num_experts, 2 * width, hidden_size, scale=hidden_size**-0.5),
                normal(num_experts, hidden_size, width, scale=width**-0.5))
     return tensors, places, normal(num_tokens, hidden_size)
 

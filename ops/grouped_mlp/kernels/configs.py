@@ -37,6 +37,11 @@ class Config(NamedTuple):
 _EXACT = Config(32, 32, 16, 4, 1)
 
 
+def _large(architecture: int) -> bool:
+    """Whether a multiprocessor has the 227 KB of shared memory of sm_90 and sm_100; sm_120 has 99, as sm_89."""
+    return 90 <= architecture < 120
+
+
 def tile_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
     """Of all kernels over rows, which share one tile map. num_rows: an upper bound, what the host knows."""
     if dtype == torch.float32:
@@ -48,16 +53,16 @@ def up_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
     """columns of gate and as many of up."""
     if dtype == torch.float32:
         return _EXACT
-    return Config(rows, 128 if architecture >= 90 else 64, 64, rows // 16, 4)
+    return Config(rows, 128 if _large(architecture) else 64, 64, rows // 16, 4)
 
 
 def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> Config:
     """down and row_grad. Short sums end often: two programs to a multiprocessor, one computes while the other stores."""
     if dtype == torch.float32:
         return _EXACT
-    if architecture >= 90 and depth >= 1024:
+    if _large(architecture) and depth >= 1024:
         return Config(rows, 256, 64, rows // 16, 4)
-    return Config(rows, 128, 64, rows // 16, 3 if architecture >= 90 else 4)
+    return Config(rows, 128, 64, rows // 16, 3 if _large(architecture) else 4)
 
 
 def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
@@ -73,4 +78,4 @@ def expert_config(dtype: torch.dtype, architecture: int) -> Config:
     """gate_up_grad and down_grad; step: rows of an expert. Two stages more, as their addresses are loaded first."""
     if dtype == torch.float32:
         return _EXACT
-    return Config(128, 256 if architecture >= 90 else 128, 64, 8, 5)
+    return Config(128, 256 if _large(architecture) else 128, 64, 8, 5)

@@ -24,7 +24,7 @@ NAMES = ("grad_hidden", "grad_weights", "grad_gate_up", "grad_down")
 
 @dataclass(frozen=True)
 class Case:
-    """routing: arguments of draw_expert_ids. few_rows: of configs; 0 chooses row tiles of 128. architecture: of tile sizes."""
+    """routing: arguments of draw_expert_ids. few_rows: of configs; 0: row tiles of 128. architecture: of tile sizes."""
 
     routing: tuple[int, int, int, str] = (67, 5, 3, "even")
     hidden_size: int = 48
@@ -66,7 +66,7 @@ def check(case: Case) -> str:
         return torch.randn(shape, generator=generator)
 
     slots, inverse, offsets = group_by_expert(draw_expert_ids(*case.routing), num_experts)
-    weights = torch.rand(num_tokens, top_k, generator=generator).masked_fill(inverse < 0, 0.0)
+    weights = torch.rand(num_tokens, top_k, generator=generator)  # of unused slots too: they must reach nothing
     hidden, gate_up, down, grad_out = (x.to(case.dtype) for x in (
         normal(num_tokens, dim), normal(num_experts, 2 * width, dim) * 1.5 * dim**-0.5,
         normal(num_experts, dim, width) * width**-0.5, normal(num_tokens, dim)))
