@@ -54,25 +54,39 @@ class Weights:
 
 @dataclass(frozen=True)
 class MoE:
-    """A layer: [B, S, D] -> [B, S, D], and its parameters by our names; experts stacked or one by one, local ones only."""
+    """A layer: [B, S, D] -> [B, S, D], and its parameters by our names; experts stacked or one by one, local ones only.
 
-    forward: Callable[[Tensor], Tensor]
+    context: what forward and backward must run in.
+    """
+
+    layer: Callable[[Tensor], Tensor]
     router: nn.Parameter
     gate_up: list[nn.Parameter]
     down: list[nn.Parameter]
+    context: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [self.router, *self.gate_up, *self.down]
 
-    def run(self, hidden: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """Output and every gradient, those of the experts stacked, for a gradient of the output."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Without gradients."""
+        with self.context(), torch.no_grad():
+            return self.layer(hidden)
+
+    def forward_backward(self, hidden: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """Output, and the gradients of hidden and `parameters` for a gradient of the output."""
         hidden = hidden.detach().requires_grad_()
-        out = self.forward(hidden)
-        into_hidden, router, *experts = torch.autograd.grad(out, [hidden, *self.parameters], grad)
+        with self.context():
+            out = self.layer(hidden)
+            return out.detach(), *torch.autograd.grad(out, [hidden, *self.parameters], grad)
+
+    def named(self, results: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Those results by name, the experts' stacked."""
+        out, hidden, router, *experts = results
         parts = experts[:len(self.gate_up)], experts[len(self.gate_up):]
         gate_up, down = (grads[0] if grads[0].dim() == 3 else torch.stack(grads) for grads in parts)
-        return {"out": out.detach(), "hidden": into_hidden, "router": router, "gate_up": gate_up, "down": down}
+        return {"out": out, "hidden": hidden, "router": router, "gate_up": gate_up, "down": down}
 
 
 def _load(parameters: list[nn.Parameter], stacked: Tensor) -> None:
@@ -132,10 +146,10 @@ def hugging_face(weights: Weights, top_k: int, model: str, implementation: str =
     return _filled(MoE(block, block.gate.weight, [block.experts.gate_up_proj], [block.experts.down_proj]), weights)
 
 
-def deepspeed(weights: Weights, top_k: int, expert_parallel_size: int = 1, capacity_factor: float | None = None) -> MoE:
+def deepspeed(weights: Weights, top_k: int, expert_parallel_size: int = 1, capacity: int | None = None) -> MoE:
     """deepspeed.moe.layer.MoE around our SwiGLU. Gates are normalised for every top_k above 1.
 
-    capacity_factor: None: as DeepSpeed does without dropping, room for the busiest expert in every expert's buffer.
+    capacity: rows of every expert for the tokens of a rank; None: as many as the busiest expert needs (drop_tokens=False).
     Needs a process group where expert_parallel_size is above 1; then it makes its own, of neighbours as ours are.
     """
     from train.engine import import_deepspeed
@@ -144,7 +158,7 @@ def deepspeed(weights: Weights, top_k: int, expert_parallel_size: int = 1, capac
     from deepspeed.moe.layer import MoE as Layer
 
     num_experts, hidden_size, width = weights.sizes
-    room = {"drop_tokens": False} if capacity_factor is None else {"capacity_factor": capacity_factor}
+    room = {"drop_tokens": False} if capacity is None else {"capacity_factor": 0.0, "min_capacity": capacity}
     layer = Layer(hidden_size, GatedMLP(hidden_size, width), num_experts, expert_parallel_size, top_k, use_rts=False,
                   top2_2nd_expert_sampling=False, **room).to(weights.down.dtype)
     rank = 0
@@ -179,32 +193,31 @@ def megatron(weights: Weights, top_k: int, groups: ParallelGroups, score_functio
             moe_router_dtype="fp32", moe_router_score_function=score_function,
             moe_router_pre_softmax=score_function == "softmax" and not normalize_weights,
             moe_router_topk_scaling_factor=scaling_factor)
-        layer = build_module(get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False), config=config)
+        spec = get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False)
+        layer = build_module(spec, config=config)
         layer.set_layer_number(1)
-
-    def forward(hidden: Tensor) -> Tensor:
-        with megatron_on_cpu():
-            return layer(hidden.transpose(0, 1).contiguous())[0].transpose(0, 1)  # [S, B, D] there
 
     experts = layer.experts.local_experts
     local = groups.local_experts(num_experts)
-    moe = MoE(forward, layer.router.weight, [e.linear_fc1.weight for e in experts], [e.linear_fc2.weight for e in experts])
+    moe = MoE(lambda hidden: layer(hidden.transpose(0, 1).contiguous())[0].transpose(0, 1),  # [S, B, D] there
+              layer.router.weight, [e.linear_fc1.weight for e in experts], [e.linear_fc2.weight for e in experts],
+              megatron_on_cpu)
     return _filled(moe, weights, slice(local.start, local.stop))
 
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
-    """What Megatron-core 0.16 takes for granted: a current CUDA device and streams, and tensors on CUDA whose sizes come to
-    the host. Undone at the end, so that nobody else sees the stand-ins."""
+    """What Megatron-core 0.16 takes for granted: a current CUDA device and streams, Transformer Engine (whose GEMM it looks
+    for by a name that is not defined without), and split sizes on CUDA, to be made numbers. Undone at the end, so that
+    nobody else sees the stand-ins."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # a name it forgets to define without Transformer Engine; backward reads it, too
     stream = mock.MagicMock()
     with (mock.patch.multiple(torch.cuda, current_device=lambda: torch.device("cpu"), Stream=lambda: stream,
                               current_stream=lambda: stream, stream=lambda _: contextlib.nullcontext()),
+          mock.patch.object(moe_utils, "te_general_gemm", None, create=True),
           mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)):
         yield

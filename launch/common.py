@@ -166,7 +166,11 @@ def load_run(run: str, attention: Any = None) -> Any:
         raise FileNotFoundError(f"{path} does not exist; give a run directory of launch.train, e.g. run=runs/.../...")
     saved = OmegaConf.load(path)
     assert isinstance(saved, DictConfig)
-    saved.launch, saved.parallel = {"kind": "inline"}, {}
+    # One process, any device: what spreads the experts, and what was chosen for the device of the training, is left out.
+    saved.launch, saved.parallel, saved.experts = {"kind": "inline"}, {}, {}
+    saved.dispatcher = {"_target_": "model.dispatch.LocalDispatcher"}
+    if "fail_safe" in saved:
+        saved.fail_safe.rank_overload = 0.0
     saved.train.micro_batch_size = saved.train.global_batch_size = 1
     saved.train.batch_size_rampup = None
     config = plain(saved)

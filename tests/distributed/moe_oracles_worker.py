@@ -1,13 +1,12 @@
 """Run our MoE layer and those of other libraries on the same weights and tokens, and print the largest errors.
 
-Every oracle, case and expert parallel size prints one JSON line {"oracle", "case", "ep", "errors", "idle"}: the errors of the
-output and every gradient over the oracle's largest value, maximum over ranks, and how many experts got no token.
+Every oracle, case and expert parallel size prints one JSON line {"oracle", "case", "ep", "errors", "idle"}: the errors of
+the output and every gradient over the oracle's largest value, and how many experts of the ranks got no token.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 
@@ -34,7 +33,7 @@ ORACLES: dict[str, tuple[dict, Callable[[Weights, int, ParallelGroups], MoE]]] =
     "megatron_sigmoid": ({"score_function": "sigmoid", "scaling_factor": 2.5},
                          lambda w, k, g: megatron(w, k, g, "sigmoid", scaling_factor=2.5)),
     "deepspeed": ({}, lambda w, k, g: deepspeed(w, k, g.expert_size)),
-    "deepspeed_capacity": ({}, lambda w, k, g: deepspeed(w, k, g.expert_size, len(w.router) / k)),
+    "deepspeed_capacity": ({}, lambda w, k, g: deepspeed(w, k, g.expert_size, 2 * max(LENGTHS))),
 }
 
 
@@ -52,7 +51,7 @@ def whole_group(oracle: MoE, groups: ParallelGroups, num_experts: int) -> dict[s
     ranks = dist.get_process_group_ranks(groups.expert)
     parts = [draw_tokens(rank, oracle.router.shape[1]) for rank in ranks]
     hidden, grad = (torch.cat([part[i].flatten(0, 1) for part in parts]).unsqueeze(0) for i in range(2))
-    found = oracle.run(hidden, grad)
+    found = oracle.named(oracle.forward_backward(hidden, grad))
     mine = slice(start := sum(part[0][..., 0].numel() for part in parts[:groups.expert_rank]),
                  start + parts[groups.expert_rank][0][..., 0].numel())
     local = groups.local_experts(num_experts)
@@ -62,23 +61,28 @@ def whole_group(oracle: MoE, groups: ParallelGroups, num_experts: int) -> dict[s
 
 
 def compare(oracle: str, case: str, groups: ParallelGroups) -> tuple[dict[str, float], int]:
-    """Errors on this rank, and its experts without tokens."""
+    """Errors, and how many experts of the ranks got no token."""
     num_experts, top_k, hidden_size, width, skew = CASES[case]
     weights = Weights.draw(num_experts, hidden_size, width, skew=skew)
     settings, build = ORACLES[oracle]
     hidden, grad = draw_tokens(dist.get_rank(), hidden_size)
-    found = ours(weights, top_k, groups, **settings).run(hidden, grad)
+    layer = ours(weights, top_k, groups, **settings)
+    found = layer.named(layer.forward_backward(hidden, grad))
     peer = build(weights, top_k, groups)
     if len(peer.down) == 1 and len(peer.down[0]) == num_experts:
         expected = whole_group(peer, groups, num_experts)
         dist.all_reduce(found["router"], group=groups.expert)
     else:
-        expected = peer.run(hidden, grad)
+        expected = peer.named(peer.forward_backward(hidden, grad))
     errors = {}
     for name, theirs in expected.items():
-        error = float((found[name].reshape(theirs.shape) - theirs).abs().max() / theirs.abs().max())
-        errors[name] = error if math.isfinite(error) else 1e30  # NaN would win no comparison
-    return errors, int((found["down"].flatten(1).abs().amax(1) == 0).sum())
+        # Over the largest value of all ranks: one without work has only zeros.
+        worst = torch.stack(((found[name].reshape(theirs.shape) - theirs).abs().max(), theirs.abs().max()))
+        dist.all_reduce(worst.nan_to_num_(torch.inf), op=dist.ReduceOp.MAX)
+        errors[name] = float(worst[0] / worst[1])
+    idle = (found["down"].flatten(1).abs().amax(1) == 0).sum()
+    dist.all_reduce(idle)
+    return errors, int(idle)
 
 
 def main() -> None:
@@ -88,12 +92,10 @@ def main() -> None:
         groups = initialize_parallel(expert_parallel_size)
         for oracle in ORACLES:
             for case in CASES:
-                everyone: list = [None] * dist.get_world_size()
-                dist.all_gather_object(everyone, compare(oracle, case, groups))
-                worst = {name: max(errors[name] for errors, _ in everyone) for name in everyone[0][0]}
+                errors, idle = compare(oracle, case, groups)
                 if dist.get_rank() == 0:
-                    print(json.dumps({"oracle": oracle, "case": case, "ep": expert_parallel_size, "errors": worst,
-                                      "idle": sum(idle for _, idle in everyone)}), flush=True)
+                    print(json.dumps({"oracle": oracle, "case": case, "ep": expert_parallel_size, "errors": errors,
+                                      "idle": idle}), flush=True)
         destroy_parallel()
     dist.destroy_process_group()
 
