@@ -1,7 +1,9 @@
 """The experts, from token order to token order, against other ways to write them: forward, and forward with backward.
 
-On CUDA the shapes, inputs and FLOPs of SonicMoE's own bench (arXiv 2512.14080, figure 14): 6 T K D F forward and 12 backward;
-what sorts, gathers and sums is timed and not counted. Legend: T tokens, D hidden, F expert width, E experts, K top-k.
+On CUDA the shapes, inputs and FLOPs of SonicMoE's own bench (arXiv 2512.14080, figure 14): 6 T K D F forward and 12
+backward; what sorts, gathers and sums is timed and not counted.
+
+Legend: T tokens, D hidden, F expert width, E experts, K top-k.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ SWEEP = {
     "deepseek-v3": [(4096, 7168, 2048, 256, 8)],
 }
 SKEWED = (("30b", 2), ("1.4b", 0))
-"""Rows of the sweep that are also run with experts of popularity 1 / rank, and with a quarter of the tokens to one expert."""
+"""Rows of the sweep also run with experts of popularity 1 / rank, and with a quarter of the tokens to one expert."""
 
 Inputs = tuple[torch.Tensor, ...]
 

@@ -182,8 +182,8 @@ def _components(run: RunConfig) -> list[str]:
     problems += _routing(run, router)
     tokens = run.experts_per_token * run.train.micro_batch_size * run.train.seq_len / run.model.num_experts
     if run.experts.token_rounding > tokens:
-        problems.append(f"experts.token_rounding {run.experts.token_rounding} is more than the {tokens:.3g} tokens an expert "
-                        "gets of a micro-batch, so most would get none; lower it, or raise train.micro_batch_size")
+        problems.append(f"experts.token_rounding {run.experts.token_rounding} is more than the {tokens:.3g} tokens an "
+                        "expert gets of a micro-batch, so most would get none; lower it, or raise train.micro_batch_size")
     return problems + list(resolve(run.dispatcher).problems(  # type: ignore[attr-defined]
         run.model, run.parallel.expert_parallel_size, **run.dispatcher.arguments))
 

@@ -168,7 +168,10 @@ class _Draft:
         room = np.repeat([[self.own], [replicas_per_rank]], num_ranks, axis=1)  # [own or lent, R]
         for expert in np.argsort(-total / copies, kind="stable").tolist():
             order = np.argsort(self.load, kind="stable")
-            owner = int(owners[expert]) if owners is not None else int(order[room[0, order] > 0][0])
+            free, lending = order[room[0, order] > 0], room[1, order] > 0
+            if lending.sum() < copies[expert] and (room[1, free] == 0).any():
+                free = free[room[1, free] == 0]  # or the owner would take up a rank that can borrow
+            owner = int(owners[expert]) if owners is not None else int(free[0])
             lent = order[(room[1, order] > 0) & (order != owner)][:copies[expert] - 1]
             self.slots[owner, self.own - room[0, owner]] = expert
             self.slots[lent, width - room[1, lent]] = expert

@@ -105,7 +105,8 @@ def variants(size: int) -> dict[str, dict]:
     found: dict[str, dict] = {
         "plain": {}, "chunks": {"num_chunks": own}, "fixed": {"buffer_factor": float(size)},
         "fixed_chunks": {"buffer_factor": float(NUM_EXPERTS), "num_chunks": own}, "placed": {"lent": 0}, "lent": {"lent": 2},
-        "bf16": {"payload": "bf16", "num_chunks": own}, "fp8": {"payload": "fp8"}, "lent_fixed_chunks": {"lent": 1, "buffer_factor": float(NUM_EXPERTS), "num_chunks": own}}
+        "bf16": {"payload": "bf16", "num_chunks": own}, "fp8": {"payload": "fp8"},
+        "lent_fixed_chunks": {"lent": 1, "buffer_factor": float(NUM_EXPERTS), "num_chunks": own}}
     if size == 4:
         found |= {"nodes": {"nodes": True}, "nodes_chunks": {"nodes": True, "num_chunks": 2},
                   "nodes_fixed_lent": {"nodes": True, "buffer_factor": 4.0, "lent": 1}}

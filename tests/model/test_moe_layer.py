@@ -11,7 +11,7 @@ from common import tiny_config
 from model.attention.dense import DenseAttention
 from model.config import BalanceConfig, ExpertsConfig
 from model.dispatch import AllToAllDispatcher, LocalDispatcher, by_expert
-from model.moe import MoELayer, ModelParts
+from model.moe import ModelParts, MoELayer
 from model.parallel import ParallelGroups
 from model.routers.base import Router, RoutingRequest
 from model.routers.relu import ReLURouter

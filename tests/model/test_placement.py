@@ -80,8 +80,9 @@ def test_contradictions_within_a_layer_have_a_sentence_and_do_not_load(tmp_path,
 
 @pytest.mark.parametrize(("text", "words"), [
     (None, "cannot be read"), ("", "holds no JSON"), ("\x00\xff", "holds no JSON"), ("[1, 2]", "no placement"),
-    ("{}", "no placement"), ("[" * 100_000, "no JSON"), ('{"format": 2}', "format '2'"), ('{"format": true}', "format 'True'"),
-    ('{"format": 1}', "damaged"), ('{"format": 1, "expert_parallel_size": 2, "layers": [{}]}', "damaged"),
+    ("{}", "no placement"), ("[" * 100_000, "no JSON"), ('{"format": 2}', "format '2'"),
+    ('{"format": true}', "format 'True'"), ('{"format": 1}', "damaged"),
+    ('{"format": 1, "expert_parallel_size": 2, "layers": [{}]}', "damaged"),
     ('{"format": 1, "expert_parallel_size": true, "layers": []}', "damaged"),
     ('{"format": 1, "expert_parallel_size": 1, "layers": [{"experts": [0.0], "replicas": [[]]}]}', "damaged"),
     ('{"format": 1, "expert_parallel_size": 1, "layers": [{"experts": [false], "replicas": [[]]}]}', "damaged"),
@@ -110,7 +111,7 @@ def test_damaged_files_either_load_whole_or_raise_one_line(tmp_path):
         return [mutate_tree(v) for v in node] if isinstance(node, list) else node
 
     loaded = 0
-    for attempt in range(1500):
+    for attempt in range(800):
         data = bytearray(good)
         if attempt % 2:
             data = bytearray(json.dumps(mutate_tree(json.loads(good))).encode())
@@ -126,7 +127,7 @@ def test_damaged_files_either_load_whole_or_raise_one_line(tmp_path):
             loaded += 1
             assert all(layer.problem() is None for layer in placement.layers)
             placement.problems(4, 2, 2)
-    assert 10 < loaded < 700
+    assert 10 < loaded < 400
 
 
 def test_the_record_needs_no_torch():
@@ -168,16 +169,16 @@ def case(seed: int) -> tuple[np.ndarray, int, int, int, np.ndarray]:
     experts = ranks * own
     replicas = int(g.integers(0, min(4, experts - own) + 1))
     kind = seed % 5
-    loads = [g.integers(0, 100, experts), np.zeros(experts), np.ones(experts), g.permutation(1000 // np.arange(1, experts + 1)),
-             g.lognormal(0, 2, experts)][kind]
+    loads = [g.integers(0, 100, experts), np.zeros(experts), np.ones(experts), g.lognormal(0, 2, experts),
+             g.permutation(1000 // np.arange(1, experts + 1))][kind]
     pairs = g.poisson(3, (experts, experts)) * g.integers(0, 2, (experts, experts))
     return loads, ranks, per_node, replicas, pairs
 
 
-@pytest.mark.parametrize("start", range(0, 500, 100))
+@pytest.mark.parametrize("start", range(0, 240, 60))
 def test_any_plan_is_a_placement(start):
     """A permutation, L experts and the same number of replicas on every rank, none of them owned or twice there."""
-    for seed in range(start, start + 100):
+    for seed in range(start, start + 60):
         loads, ranks, per_node, replicas, pairs = case(seed)
         for options in ({}, {"ranks_per_node": per_node, "together": pairs}):
             layer = plan_layer(loads, ranks, replicas_per_rank=replicas, **options)
@@ -189,9 +190,9 @@ def test_any_plan_is_a_placement(start):
             assert layer == plan_layer(loads.tolist(), ranks, replicas_per_rank=replicas, **options), seed
 
 
-@pytest.mark.parametrize("start", range(0, 500, 100))
+@pytest.mark.parametrize("start", range(0, 240, 60))
 def test_without_replicas_no_rank_is_busier_than_with_experts_in_order(start):
-    for seed in range(start, start + 100):
+    for seed in range(start, start + 60):
         loads, ranks, per_node, _, pairs = case(seed)
         in_order = rank_loads(loads, LayerPlacement.identity(len(loads), ranks)).max()
         for options in ({}, {"ranks_per_node": per_node, "together": pairs}):
@@ -274,7 +275,7 @@ def planted(experts: int, nodes: int, spread: float, seed: int = 0) -> tuple[np.
 @pytest.mark.parametrize(("experts", "ranks", "per_node", "replicas"), [(64, 8, 2, 0), (64, 16, 4, 0), (64, 8, 4, 1),
                                                                         (128, 8, 2, 2)])
 def test_experts_that_meet_come_onto_one_node(experts, ranks, per_node, replicas):
-    loads, pairs, block = planted(experts, ranks // per_node, 0.3)
+    loads, pairs, block = planted(experts, ranks // per_node, 0.1)  # the planted nodes are uneven by 1 to 3%
     alone = plan_layer(loads, ranks, replicas_per_rank=replicas)
     both = plan_layer(loads, ranks, replicas_per_rank=replicas, ranks_per_node=per_node, together=pairs)
     assert imbalance(loads, both) <= imbalance(loads, alone) * (1 + TOLERANCE)
@@ -301,8 +302,9 @@ def test_no_swap_for_pairs_that_say_nothing():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (dict(loads=[1] * 6, num_ranks=4), "num_experts 6 is not divisible"), (dict(loads=[1] * 6, num_ranks=0), "not divisible"),
-    (dict(loads=[1, -1], num_ranks=2), "none negative"), (dict(loads=[1, float("nan")], num_ranks=2), "finite"),
+    (dict(loads=[1] * 6, num_ranks=4), "num_experts 6 is not divisible"),
+    (dict(loads=[1] * 6, num_ranks=0), "not divisible"), (dict(loads=[1, -1], num_ranks=2), "none negative"),
+    (dict(loads=[1, float("nan")], num_ranks=2), "finite"),
     (dict(loads=[1] * 8, num_ranks=4, ranks_per_node=3), "ranks_per_node 3 does not divide expert_parallel_size 4"),
     (dict(loads=[1] * 8, num_ranks=4, replicas_per_rank=7), "from 0 to 6"),
     (dict(loads=[1] * 8, num_ranks=4, replicas_per_rank=-1), "from 0 to 6"),
