@@ -309,7 +309,7 @@ def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
 def _change(ratio: float) -> str:
     if abs(ratio - 1) < 0.005:
         return "as long as before"
-    return f"up to {1 - ratio:.0%} less time" if ratio < 1 else f"{ratio - 1:.0%} more time: keep what you have"
+    return f"up to {1 - ratio:.0%} less time" if ratio < 1 else f"{ratio - 1:.0%} more time"
 
 
 def write(placement: Any, path: Path) -> Path:
