@@ -51,7 +51,7 @@ def chain_top_k(logits: Tensor, spec: RouteSpec, histogram_range: Tensor, num_bi
     constant = log_z.new_empty(0)
     return RouterOutput(weights, ids, offsets.diff().unsqueeze(0), scores.sum(0, keepdim=True), torch.dot(log_z, log_z),
                         entropy.sum(), log_z, margin, entropy, constant, slots, inverse, offsets, histogram, constant,
-                        constant, constant, constant)
+                        constant, constant, constant, constant)
 
 
 def chain_threshold(logits: Tensor, spec: RouteSpec, histogram_range: Tensor, num_bins: int,
@@ -83,7 +83,7 @@ def chain_threshold(logits: Tensor, spec: RouteSpec, histogram_range: Tensor, nu
     constant = log_z.new_empty(0)
     return RouterOutput(weights, ids, offsets.diff().unsqueeze(0), score_sums, torch.dot(log_z, log_z), entropy.sum(),
                         log_z, margin, entropy, reasons, slots, inverse, offsets, histogram, k_histogram, reason_counts,
-                        constant, constant)
+                        constant, constant, constant)
 
 
 def chain_place(ids: Tensor, num_experts: int, tuned: bool) -> tuple[Tensor, Tensor, Tensor]:

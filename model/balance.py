@@ -82,9 +82,8 @@ def pack_stats(routing: RouterOutput, lowered_limit: torch.Tensor) -> torch.Tens
     reasons[Reason.CAPPED.bit] -= moved
     reasons[Reason.OVERLOADED.bit] += moved
     entropy = (routing.entropy_sum.detach().double() / ENTROPY_UNIT).round().long()
-    overflow = reasons.new_zeros(2) if routing.overflow is None else routing.overflow
     return torch.cat((routing.counts.sum(0), routing.k_histogram, reasons, routing.null_count.view(1),
-                      routing.checksum.view(1), entropy.view(1), overflow, routing.histogram.flatten().long()))
+                      routing.checksum.view(1), entropy.view(1), routing.overflow, routing.histogram.flatten().long()))
 
 
 def unpack_stats(stats: torch.Tensor, num_experts: int, num_slots: int) -> LayerStats:

@@ -256,8 +256,7 @@ class _Run:
             scope_counts = output.scope_counts
             self.metrics.add(output, batch.num_targets, batch.num_tokens)
             if detailed:
-                self.routings = tuple(RouterOutput(*(None if part is None else part.detach() for part in routing))
-                                      for routing in output.routings)
+                self.routings = tuple(RouterOutput(*(part.detach() for part in r)) for r in output.routings)
             if self.audit is not None and batch.token_ids is not None:
                 self.audit.add(progress.step + 1, batch.token_ids, batch.token_mask, output.routings)
         self.grad_norm = self.engine.step()

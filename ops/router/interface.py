@@ -77,7 +77,7 @@ def route(logits: Tensor, spec: RouteSpec, *, bias: Tensor | None = None, contro
     k_histogram, reason_counts, rest = integers.split((num_slots + 1, NUM_REASONS, 3))
     return RouterOutput(weights, expert_ids, counts, score_sums, float_sums[0], float_sums[1], log_z.detach(),
                         margin.detach(), entropy.detach(), reasons, slots, inverse, offsets, histogram, k_histogram,
-                        reason_counts, rest[0], rest[2])
+                        reason_counts, rest[0], rest[2], counts.new_zeros(2))
 
 
 def select_backend(device: torch.device, dtype: torch.dtype) -> str:

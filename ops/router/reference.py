@@ -32,7 +32,7 @@ class RouterOutput(NamedTuple):
         b holds [lowest + b / per_unit, lowest + (b + 1) / per_unit), the first and last bin what lies outside.
     k_histogram: [K + 1] int64, unmasked tokens by number of experts. reason_counts: [8] int64, tokens by bit of Reason.
     null_count: [] int64, null experts chosen. checksum: [] int64, sum modulo 2^64 of a mix of (token id, expert).
-    overflow: [2] int64, assignments that moved to another expert and that were dropped (spill.py); None: there was no limit.
+    overflow: [2] int64, assignments that moved to another expert and that were dropped (spill.py); zeros of the op itself.
     """
 
     weights: Tensor
@@ -53,7 +53,7 @@ class RouterOutput(NamedTuple):
     reason_counts: Tensor
     null_count: Tensor
     checksum: Tensor
-    overflow: Tensor | None = None
+    overflow: Tensor
 
 
 def score(logits: Tensor, function: str) -> Tensor:
@@ -220,4 +220,4 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
             checksum = torch.where(ids >= 0, mixed, 0).sum()
     return RouterOutput(weights, ids.int(), counts, score_sums, log_z.square().sum(), entropy.sum(), log_z.detach(), margin,
                         entropy.detach(), reasons.to(torch.uint8), slots, inverse, offsets, histogram, k_histogram,
-                        reason_counts, null_count, checksum)
+                        reason_counts, null_count, checksum, counts.new_zeros(2))
