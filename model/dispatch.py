@@ -29,6 +29,7 @@ from ops.all_to_all import (
     exchange_counts,
     exchange_node_counts,
     node_path,
+    return_payload,
 )
 from ops.permute import group_by_expert, permute, unpermute
 from ops.router import RouterOutput
@@ -246,7 +247,7 @@ class _Sent:
             per_source = None if self.plan.limits is None else self.plan.limits[chunk]
             out = compute(chunk, by_expert(hidden, gates, received, per_source))
             home.append(begin_rows(out, self.plan.paths[chunk], homeward=True, meter=meter,
-                                   payload="native" if payload == "native" else "bf16"))
+                                   payload=return_payload(payload)))
         rows = torch.cat([end_rows(flight) for flight in home]) if len(home) > 1 else end_rows(home[0])
         return unpermute(rows, self.slots, self.inverse), self.plan.received.sum()
 

@@ -45,7 +45,7 @@ class MoELayer(nn.Module):
         self.num_bins = histogram_bins(parts.balance, self.router)
         self.router.prepare_histogram(self.num_bins)
         placement = None
-        if parts.placement is not None and groups.expert_size > 1:
+        if parts.placement is not None:
             placement = parts.placement.layers[config.moe_layers.index(layer_idx)]
         self.dispatcher = parts.dispatcher(config, groups=groups, placement=placement)
         self.experts = Experts(config, groups, parts.experts, placement)

@@ -44,6 +44,22 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@contextlib.contextmanager
+def kept_for_backward(*owned: torch.Tensor) -> Iterator[dict[int, int]]:
+    """Bytes by storage of what autograd saves inside the block, those of `owned` left out."""
+    apart = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield kept
+
+
 def draw_expert_ids(num_tokens: int, num_experts: int, top_k: int, load: str, seed: int = 0) -> torch.Tensor:
     """[T, K] int64 on the CPU, distinct within a token, -1 unused.
 

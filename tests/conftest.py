@@ -18,6 +18,23 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
+def interpret():
+    """interpret(script, *args) -> stdout of a script of tests/ops/interpreter in Triton's interpreter.
+
+    TRITON_INTERPRET is read when a kernel is decorated and would spoil compilation in the same process, and a wild pointer
+    would take the test run with it: cases run in processes of their own, many in each.
+    """
+    def run(script: str, *arguments: str) -> str:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                                    "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "tests/ops/interpreter" / script), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    return run
+
+
+@pytest.fixture(scope="session")
 def run_ranks():
     """run_ranks(script, world_size, *args) -> list of JSON objects that rank 0 printed, one a line.
 

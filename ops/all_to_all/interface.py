@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ops.all_to_all.meter import Meter
 from ops.all_to_all.path import Hop, Path
-from ops.all_to_all.payload import PAYLOADS, decode, encode
+from ops.all_to_all.payload import PAYLOADS, decode, encode, return_payload
 
 
 class Flight:
@@ -24,7 +24,7 @@ class Flight:
         """Up to the start of the slow hop, in the direction of the path or against it."""
         self.width, self.dtype = rows.shape[1], rows.dtype
         sent = encode(rows.contiguous(), payload)
-        if payload != "native" and not back and self.meter is not None:
+        if payload != "native" and not back and self.meter is not None and self.meter.measuring:
             self.meter.add_error(rows, decode(sent, self.width, torch.float32, payload))
         if self.homeward == back:  # along the path
             for hop in self.path[:-1]:
@@ -81,7 +81,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.end(_gradient_payload(ctx.flight), back=True), None
+        return ctx.flight.end(return_payload(ctx.flight.payload), back=True), None
 
 
 class _End(torch.autograd.Function):
@@ -94,13 +94,8 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.begin(grads[0], _gradient_payload(ctx.flight), back=True)
+        ctx.flight.begin(grads[0], return_payload(ctx.flight.payload), back=True)
         return grads[0].new_empty(0), None
-
-
-def _gradient_payload(flight: Flight) -> str:
-    """Gradients are never cut to 8 bits."""
-    return "native" if flight.payload == "native" else "bf16"
 
 
 def begin_rows(rows: Tensor, path: Path, *, homeward: bool = False, payload: str = "native",

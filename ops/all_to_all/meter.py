@@ -12,7 +12,7 @@ import torch
 
 class Communication(NamedTuple):
     """num_bytes: sent to other ranks. exposed_seconds: the device (CPU: the process) waited. payload_error: sums of the
-    squared rounding error and of the squared values of dispatched rows."""
+    squared rounding error and of the squared values of the rows sent."""
 
     num_bytes: float
     exposed_seconds: float

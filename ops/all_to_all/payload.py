@@ -11,6 +11,11 @@ FP8_BLOCK = 128
 _FP8 = torch.float8_e4m3fn
 
 
+def return_payload(payload: str) -> str:
+    """How results and gradients of such rows travel: never in 8 bits."""
+    return "native" if payload == "native" else "bf16"
+
+
 def encode(rows: Tensor, payload: str) -> Tensor:
     """[R, D] -> what is sent: [R, D] in the dtype of the payload, or [R, D + 4 * blocks] bytes for fp8."""
     if payload == "fp8":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ops.grouped_mlp.swiglu import swiglu_backward
 from ops.permute import gather_rows, sum_rows
 
 
@@ -39,16 +40,9 @@ def backward(grad_out: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor
     x, grad_rows = gather_rows(hidden, slots, num_slots), gather_rows(grad_out, slots, num_slots)
     if pre is None:
         pre = _project(x, gate_up.transpose(1, 2), offsets)
-    gates = gather_rows(weights.reshape(-1, 1), slots, 1).to(pre.dtype)
-    gate, up = pre.chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    act = silu * up
-    grad_act = _project(grad_rows, down, offsets)
-    row_grads = (grad_act * act).sum(1, dtype=weights.dtype)
+    gates = gather_rows(weights.reshape(-1, 1), slots, 1)
+    row_grads, act, grad_pre = swiglu_backward(pre, _project(grad_rows, down, offsets), gates)
     grad_weights = torch.where(inverse < 0, 0, row_grads[inverse.clamp_min(0).long()])
-    grad_down = _weight_grad(grad_rows, act * gates, offsets)
-    grad_act = grad_act * gates
-    grad_pre = torch.cat((grad_act * up * sigmoid.addcmul(silu, 1 - sigmoid), grad_act * silu), dim=-1)
+    grad_down = _weight_grad(grad_rows, act, offsets)
     grad_hidden = sum_rows(_project(grad_pre, gate_up, offsets), inverse, None)
     return grad_hidden, grad_weights, _weight_grad(grad_pre, x, offsets), grad_down

@@ -56,7 +56,7 @@ def grouped_mlp(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, 
 
 @torch.compiler.assume_constant_result
 def select_backend(requested: str, device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str:
-    """The backend of `requested`, announced once where it is "auto".
+    """The backend of `requested`; a faster one that "auto" has to pass over is named once, with the reason.
 
     triton: our kernels, on CUDA; fp32, bf16 or fp16. grouped_mm: torch's grouped GEMM, on CUDA in bf16 with compute
     capability 8.0 or more and widths that are multiples of 8 (slow but right on CPU). torch: one expert at a time, any
@@ -82,8 +82,9 @@ def _best_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, wi
         reasons[name] = _unsuited(name, device, dtype, hidden_size, width)
         if reasons[name] is None:
             break
-    lost = "".join(f"; not {other}: {reason}" for other, reason in reasons.items() if reason is not None)
-    log.info("experts run on %s with backend %s%s", device.type, name, lost)
+    for other, reason in reasons.items():
+        if reason is not None:
+            log.warning("experts run by %s on %s, which is slower than %s: %s", name, device.type, other, reason)
     return name
 
 

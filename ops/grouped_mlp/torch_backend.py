@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from ops.grouped_mlp.swiglu import swiglu_backward
+
 
 def _experts(slots: torch.Tensor, num_slots: int, offsets: torch.Tensor
              ) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
@@ -52,20 +54,9 @@ def backward(grad_out: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor
     for expert, rows, assigned, tokens in _experts(slots, num_slots, offsets):
         x, grad_rows = hidden.index_select(0, tokens), grad_out.index_select(0, tokens)
         gates = flat_weights[assigned].unsqueeze(-1)
-        gate, up = (x @ gate_up[expert].t() if pre is None else pre[rows]).chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        act = silu * up
-        grad_act = grad_rows @ down[expert]
-        grad_weights[assigned] = (grad_act * act).sum(1, dtype=weights.dtype)
-        gates = gates.to(act.dtype)
-        torch.mm(grad_rows.t(), act.mul_(gates), out=grad_down[expert])
-        grad_act.mul_(gates)
-        grad_pre = torch.empty((len(tokens), gate_up.shape[1]), dtype=hidden.dtype, device=hidden.device)
-        grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
-        torch.mul(grad_act, silu, out=grad_up)
-        slope = sigmoid.addcmul(silu, 1 - sigmoid)  # d silu / d gate = sigmoid + silu (1 - sigmoid)
-        torch.mul(grad_act.mul_(up), slope, out=grad_gate)
+        projected = x @ gate_up[expert].t() if pre is None else pre[rows]
+        grad_weights[assigned], act, grad_pre = swiglu_backward(projected, grad_rows @ down[expert], gates)
+        torch.mm(grad_rows.t(), act, out=grad_down[expert])
         torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
         grad_hidden.index_add_(0, tokens, (grad_pre @ gate_up[expert]).to(weights.dtype))
     return grad_hidden.to(hidden.dtype), grad_weights.view_as(weights), grad_gate_up, grad_down

@@ -50,3 +50,10 @@ def losses(run_dir: Path | str) -> dict[int, float]:
 def ranks(number: int, expert_parallel_size: int, kind: str = "deepspeed") -> list[str]:
     kind = "inline" if number == 1 else kind
     return [f"launch={kind}", f"launch.num_devices={number}", f"parallel.expert_parallel_size={expert_parallel_size}"]
+
+
+def full_and_half(folder: Path, *settings: str) -> None:
+    """FOLDER/full, an uninterrupted run, and FOLDER/half, one that stopped after 10 steps, on two expert-parallel ranks."""
+    common = [*TINY, *settings, *write_text(folder), *ranks(2, 2)]
+    launch("train", *common, f"run_dir={folder / 'full'}")
+    launch("train", *common, f"run_dir={folder / 'half'}", "train.stop_after_step=10")

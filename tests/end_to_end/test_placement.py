@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import TINY, last_json, launch, losses, ranks, write_text
+from commandline import full_and_half, last_json, launch, losses
 
 from model.placement import Placement
 
@@ -22,9 +22,7 @@ SMOOTH = ("optim.eps=0.1", "optim.lr=0.05", "model.num_experts=8")
 def runs(tmp_path_factory):
     """Two ranks for 20 steps, and stopped after 10."""
     folder = tmp_path_factory.mktemp("runs")
-    common = [*TINY, *SMOOTH, *write_text(folder), *ranks(2, 2)]
-    launch("train", *common, f"run_dir={folder / 'full'}")
-    launch("train", *common, f"run_dir={folder / 'half'}", "train.stop_after_step=10")
+    full_and_half(folder, *SMOOTH)
     return folder
 
 

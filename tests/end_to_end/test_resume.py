@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import TINY, launch, losses, ranks, write_text
+from commandline import TINY, full_and_half, launch, losses, ranks
 
 pytestmark = [pytest.mark.slow]
 # A large eps keeps Adam from blowing rounding up into sign flips, so that other layouts can be compared tightly.
@@ -20,9 +20,7 @@ SMOOTH = ("optim.eps=0.1", "optim.lr=0.05", "balance.bias_update=sign", "balance
 def runs(tmp_path_factory):
     """An uninterrupted run of 20 steps and one that stopped after 10, both with two expert-parallel ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    common = [*TINY, *SMOOTH, *write_text(folder), *ranks(2, 2)]
-    launch("train", *common, f"run_dir={folder / 'full'}")
-    launch("train", *common, f"run_dir={folder / 'half'}", "train.stop_after_step=10")
+    full_and_half(folder, *SMOOTH)
     return folder
 
 

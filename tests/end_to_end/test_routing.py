@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import TINY, last_json, launch, losses, ranks, write_text
+from commandline import full_and_half, last_json, launch, losses
 
 pytestmark = [pytest.mark.slow]
 ROUTER = ("router=threshold", "router.max_experts=4", "budget.warm_start_steps=4", "budget.blend_steps=4",
@@ -22,9 +22,7 @@ ROUTER = ("router=threshold", "router.max_experts=4", "budget.warm_start_steps=4
 def runs(tmp_path_factory):
     """An uninterrupted run of 20 steps and one that stopped after 10, both with two expert-parallel ranks."""
     folder = tmp_path_factory.mktemp("routing")
-    common = [*TINY, *ROUTER, *write_text(folder), *ranks(2, 2)]
-    launch("train", *common, f"run_dir={folder / 'full'}")
-    launch("train", *common, f"run_dir={folder / 'half'}", "train.stop_after_step=10")
+    full_and_half(folder, *ROUTER)
     return folder
 
 

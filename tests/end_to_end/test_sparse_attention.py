@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import TINY, last_json, launch, losses, ranks, write_text
+from commandline import TINY, full_and_half, last_json, launch, losses, write_text
 
 pytestmark = [pytest.mark.slow]
 SMALL = ("attention.block_size=4", "attention.coarse_block_size=2", "attention.top_k=1", "attention.window_size=4",
@@ -23,10 +23,9 @@ SPARSE = ("attention=scc", *SMALL, "attention.dense_steps=4", "attention.noise_s
 def runs(tmp_path_factory):
     """Sparse runs on two expert-parallel ranks, one uninterrupted, one that stopped after 10 steps; and a dense run."""
     folder = tmp_path_factory.mktemp("sparse")
-    common = [*TINY, *write_text(folder), "train.num_steps=16"]
-    launch("train", *common, *SPARSE, *ranks(2, 2), f"run_dir={folder / 'full'}")
-    launch("train", *common, *SPARSE, *ranks(2, 2), f"run_dir={folder / 'half'}", "train.stop_after_step=10")
-    launch("train", *common, f"run_dir={folder / 'dense'}", "train.stop_after_step=8")
+    full_and_half(folder, *SPARSE, "train.num_steps=16")
+    launch("train", *TINY, *write_text(folder), "train.num_steps=16", f"run_dir={folder / 'dense'}",
+           "train.stop_after_step=8")
     return folder
 
 

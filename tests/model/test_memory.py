@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from common import batch, build, take, tiny_config
 
 from model.config import BalanceConfig
 from model.flops import count_parameters
 from model.memory import device_memory
+from ops.testing import kept_for_backward
 
 SETTINGS = dict(precision="fp32", zero_stage=0, world_size=1, expert_parallel_size=1, micro_batch_size=8, seq_len=16)
 
@@ -18,18 +18,9 @@ SETTINGS = dict(precision="fp32", zero_stage=0, world_size=1, expert_parallel_si
 def test_activation_estimate_is_near_what_backward_keeps(recompute, hidden_size):
     config = tiny_config(hidden_size=hidden_size, recompute=recompute, num_layers=4)
     model = build(config, BalanceConfig(aux_loss_coeff=0.01, z_loss_coeff=0.01))
-    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     full = take(batch(0, 0, 8), 0, 8)
     full["token_mask"] = None
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kept_for_backward(*model.parameters()) as kept:
         output = model(**full)
     measured = sum(kept.values())
     memory = device_memory(config, 2.0, **SETTINGS)

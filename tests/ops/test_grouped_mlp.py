@@ -8,7 +8,15 @@ import torch.nn.functional as F
 
 from ops.grouped_mlp import grouped_mlp, reference_grouped_mlp, select_backend
 from ops.permute import group_by_expert
-from ops.testing import CORRECTNESS_SHAPES, EDGE_CASES, MoEShape, assert_close, draw_expert_ids, poisoned_memory
+from ops.testing import (
+    CORRECTNESS_SHAPES,
+    EDGE_CASES,
+    MoEShape,
+    assert_close,
+    draw_expert_ids,
+    kept_for_backward,
+    poisoned_memory,
+)
 
 HIDDEN, WIDTH = 16, 24
 BACKENDS = [("torch", torch.float32), ("torch", torch.float64), ("torch", torch.bfloat16), ("grouped_mm", torch.float32),
@@ -141,16 +149,7 @@ def test_backward_keeps_inputs_and_pre_activations_only(backend, dtype, recomput
     recomputed, gates and indices. Neither activations nor the down-projection's output."""
     num_tokens, top_k, num_experts = 64, 4, 8
     inputs, places = make_case(draw_expert_ids(num_tokens, num_experts, top_k, "even"), num_experts, dtype)
-    weights = {t.untyped_storage().data_ptr() for t in inputs[2:]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kept_for_backward(*inputs[2:]) as kept:
         grouped_mlp(*inputs, *places, backend=backend, recompute=recompute)
     slots = num_tokens * top_k
     indices = 4 * (2 * slots + num_experts + 1)
