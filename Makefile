@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check compile-kernels bench gpu clean
+.PHONY: help setup train test test-faults check compile-kernels bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -29,6 +29,9 @@ train: setup  ## install, then train the quickstart on real text with two expert
 
 test: setup check compile-kernels  ## install, then run the checks and the whole test suite (ARGS="-k name")
 	$(PY) -m pytest $(ARGS)
+
+test-faults: setup  ## break jobs on two and three nodes, in network namespaces (root, sshd and pdsh needed; slow)
+	$(PY) -m pytest -n 0 -m faults tests/faults $(ARGS)
 
 check: setup  ## ruff, mypy on our packages, the import rule
 	$(PY) -m ruff check .

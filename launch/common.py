@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import re
 import secrets
 import sys
 import time
@@ -19,24 +19,12 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.environment import adopt_rank
+from launch.exits import BAD_CONFIG, FAILURES
+
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """Hydra keeps no directory or log of its own: the run directory is ours."""
-
-
-def adopt_slurm() -> None:
-    """Under srun, give torch the names it looks for."""
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
-        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
-
-
-def first_host(node_list: str) -> str:
-    """First host of a Slurm list: "gpu[003-007,9],other" -> "gpu003"."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", node_list)
-    return match[1] + (match[2] or "") if match else node_list
 
 
 def is_worker() -> bool:
@@ -52,7 +40,7 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     """Compose conf/<name>.yaml with the command line and call `function`; user errors end with one message, code 2."""
     if Path.cwd() != ROOT:
         raise SystemExit(f"run from the repository root: cd {ROOT} && python -m launch.{name}")
-    adopt_slurm()
+    adopt_rank()
     # Libraries' remarks about optional packages and their own deprecations, once per rank and import.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -81,7 +69,7 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
 
 
 def _explained(function: Callable[[DictConfig], Any], config: DictConfig) -> Any:
-    """Call the function; a user's mistake ends with its message and code 2."""
+    """Call the function; a user's mistake ends with its message and its exit code."""
     from launch.validate import ConfigError
 
     try:
@@ -90,10 +78,35 @@ def _explained(function: Callable[[DictConfig], Any], config: DictConfig) -> Any
         fail(error.problems)
     except OmegaConfBaseException as error:
         fail([f"the config cannot be read: {str(error).splitlines()[0]}"])
-    except (ValueError, FileNotFoundError) as error:
-        if not _is_ours(error):
+    except Exception as error:
+        kind = failure_of(error)
+        if kind in ("failed", "communication"):
             raise
-        fail([str(error)], every_rank=True)
+        fail([str(error)], every_rank=kind == "config", code=FAILURES[kind].code)
+
+
+def failure_of(error: BaseException) -> str:
+    """Which kind of failure (launch/exits.py) an exception means for the job."""
+    import torch.distributed as dist
+
+    from train.checkpoint import CheckpointError, CheckpointWriteError
+    from train.lock import RunLocked
+    from train.nonfinite import NonFiniteError
+
+    if isinstance(error, NonFiniteError):
+        return "non_finite"
+    if isinstance(error, CheckpointWriteError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return "disk_full"
+    if isinstance(error, CheckpointError):
+        return "checkpoint"
+    if isinstance(error, RunLocked):
+        return "in_use"
+    if isinstance(error, (ValueError, FileNotFoundError)) and _is_ours(error):
+        return "config"
+    lost = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in lost)):
+        return "communication"
+    return "failed"
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -102,13 +115,13 @@ def _is_ours(error: BaseException) -> bool:
     return any(where.is_relative_to(ROOT / package) for package in ("launch", "train", "model", "ops"))
 
 
-def fail(problems: list[str], every_rank: bool = False) -> NoReturn:
-    """Print the problems and end with exit code 2. Those that all ranks see are printed by rank 0 only."""
+def fail(problems: list[str], every_rank: bool = False, code: int = BAD_CONFIG) -> NoReturn:
+    """Print the problems and end with the exit code. Those that all ranks see are printed by rank 0 only."""
     if rank() == 0 or every_rank:
         for problem in problems:
             print(f"error: {problem}" if rank() == 0 else f"error (rank {rank()}): {problem}", file=sys.stderr,
                   flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

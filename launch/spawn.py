@@ -1,4 +1,4 @@
-"""Start the ranks of a job with DeepSpeed's or torch's launcher, pass signals on, return the exit code."""
+"""Command lines of the launchers that start one agent per rank, and the end of a process with all its children."""
 
 from __future__ import annotations
 
@@ -6,105 +6,91 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from launch.common import ROOT
 from train.config import LaunchConfig
-from train.runtime import free_port
+
+AGENT = "launch.agent"
 
 
-def command(launch: LaunchConfig, module: str, overrides: list[str]) -> list[str]:
-    """The command line that starts `launch.num_devices` ranks per node of `python -m <module> <overrides>`."""
-    port = launch.master_port or free_port()
-    if launch.kind == "deepspeed":
-        # The launcher appends --local_rank unless told not to; LOCAL_RANK is set either way.
-        line = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet",
-                f"--num_gpus={launch.num_devices}", f"--master_port={port}"]
-        if launch.hostfile:
-            line += [f"--hostfile={launch.hostfile}", f"--num_nodes={launch.num_nodes}"]
-        if launch.master_addr:
-            line.append(f"--master_addr={launch.master_addr}")
-        return [*line, "--module", module, *overrides]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={launch.num_devices}",
-            "--master-addr=127.0.0.1", f"--master-port={port}", "-m", module, *overrides]
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where rank 0 of one attempt listens for the others."""
+
+    address: str | None
+    port: int
+
+
+def command(launch: LaunchConfig, num_nodes: int, rendezvous: Rendezvous, agent: list[str],
+            hostfile: str | None = None) -> list[str]:
+    """The command that starts `launch.num_devices` agents on each of `num_nodes` nodes.
+
+    Args:
+        agent: arguments of every agent, RUN/supervisor.json and the number of the attempt.
+        hostfile: the hosts of this attempt, for launch=deepspeed over ssh or with launch.node_rank.
+    """
+    if launch.kind == "slurm":
+        return ["srun", f"--nodes={num_nodes}", f"--ntasks-per-node={launch.num_devices}", "--kill-on-bad-exit=0",
+                sys.executable, "-m", AGENT, *agent]
+    if launch.kind == "torchrun":
+        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={launch.num_devices}",
+                f"--master-addr={rendezvous.address or '127.0.0.1'}", f"--master-port={rendezvous.port}"]
+        if launch.node_rank is not None:
+            line += [f"--nnodes={num_nodes}", f"--node-rank={launch.node_rank}"]
+        return [*line, "-m", AGENT, *agent]
+    # The launcher appends --local_rank unless told not to; LOCAL_RANK is set either way.
+    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet",
+            f"--num_gpus={launch.num_devices}", f"--master_port={rendezvous.port}"]
+    if rendezvous.address:
+        line.append(f"--master_addr={rendezvous.address}")
+    if hostfile is not None:
+        line += [f"--hostfile={hostfile}", f"--num_nodes={num_nodes}"]
+    else:
+        line.append("--hostfile=/dev/null")  # never the machine-wide one that DeepSpeed looks for
+    if launch.node_rank is not None:
+        line += ["--no_ssh", f"--node_rank={launch.node_rank}"]
+    elif hostfile is not None:
+        line += ["--force_multi", "--no_ssh_check", f"--launcher={launch.launcher}"]
+        line += [f"--ssh_port={launch.ssh_port}"] if launch.ssh_port else []
+    return [*line, "--module", AGENT, *agent]
 
 
 def environment() -> dict[str, str]:
+    """Of the launcher on this node; agents and ranks inherit it here, and get it from the supervisor elsewhere."""
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", "1")
     env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    env["LOADSTONE_PARENT"] = str(os.getpid())  # ranks save and end when this process is gone
+    env.setdefault("PDSH_RCMD_TYPE", "ssh")
     if not any(os.path.exists(p) for p in ("/dev/nvidiactl", "/dev/nvidia0")):
         env.setdefault("DS_ACCELERATOR", "cpu")
     return env
 
 
-def run(line: list[str], grace_seconds: int) -> int:
-    """Run the launcher and return its exit code. SIGTERM and SIGINT go to the ranks, which save and end with 0.
+def start(line: list[str]) -> subprocess.Popen[bytes]:
+    """Start a launcher, out of reach of the terminal's signals: the supervisor alone ends it."""
+    return subprocess.Popen(line, env=environment(), cwd=ROOT, start_new_session=True, stdin=subprocess.DEVNULL)
 
-    DeepSpeed's launcher would kill its ranks on SIGTERM, so the signal is sent past it. Ranks that outlive
-    `grace_seconds` are killed with everything else.
-    """
-    process = subprocess.Popen(line, env=environment(), cwd=ROOT, start_new_session=True)
-    deadline: list[float] = []
-    told: set[int] = set()
 
-    def forward(number: int, frame: Any) -> None:
-        deadline.append(time.monotonic() + grace_seconds)
+def write_hostfile(path: Path, hosts: list[tuple[str, int]]) -> str:
+    path.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts))
+    return str(path)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a process and all its descendants on this machine; returns when it is gone."""
     try:
-        while True:
-            try:
-                return process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                for worker in _workers(process.pid) if deadline else []:
-                    if worker.pid not in told and _handles_sigterm(worker.pid):
-                        told.add(worker.pid)
-                        worker.send_signal(signal.SIGTERM)
-                if deadline and time.monotonic() > deadline[0]:
-                    _kill_tree(process.pid)
-                    return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if process.poll() is None:
-            _kill_tree(process.pid)
-
-
-def _workers(pid: int) -> list[psutil.Process]:
-    """Descendants that are ranks of ours: they carry LOCAL_RANK and run one of our modules."""
-    ranks = []
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            if "LOCAL_RANK" in child.environ() and "launch." in " ".join(child.cmdline()):
-                ranks.append(child)
-        except psutil.Error:
-            continue
-    return ranks
-
-
-def _handles_sigterm(pid: int) -> bool:
-    """A rank that is still starting would die of the signal; it is told once its handler is installed."""
-    try:
-        with open(f"/proc/{pid}/status") as status:
-            caught = next(line for line in status if line.startswith("SigCgt:"))
-    except (OSError, StopIteration):
-        return True
-    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
-def _kill_tree(pid: int) -> None:
-    try:
-        processes = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+        root = psutil.Process(process.pid)
+        family = [*root.children(recursive=True), root]
     except psutil.NoSuchProcess:
-        return
-    for process in processes:
+        family = []
+    for member in family:
         try:
-            process.kill()
+            member.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
+    process.wait()

@@ -8,14 +8,18 @@ if not __package__:
 import json
 import os
 import shlex
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from launch import hosts
 from launch.common import (
     fail,
+    failure_of,
     is_worker,
     new_run_dir,
     plain,
@@ -25,6 +29,7 @@ from launch.common import (
     run_main,
     world_size,
 )
+from launch.exits import IN_USE
 
 
 def train(config: DictConfig) -> float | None:
@@ -34,20 +39,61 @@ def train(config: DictConfig) -> float | None:
     config = with_saved_config(config)
     if is_worker():
         return work(config)
+    if "saved_config" in config:  # the batch script of launch=slurm
+        config = load_config(config.saved_config)
+        return supervise(config, parse(plain(config), world_size(config)))
     run = parse(plain(config), world_size(config))
+    if run.launch.hostfile:
+        hosts.check(run.launch)
+    node = run.launch.node_rank or 0
+    if run.launch.node_rank is not None and run.launch.num_nodes > 1 and not (config.run_dir or config.resume):
+        raise ValueError("launch.node_rank needs run_dir=DIR (or resume=DIR), the same on every node and on a file system "
+                         "they share")
     if run.launch.dry_run:
-        dry_run(run)
+        dry_run(run, config)
         return None
+    if node > 0:
+        from launch.follower import follow
+
+        raise SystemExit(follow(run, Path(config.resume or config.run_dir)))
     refuse_used_run_dir(config)
     with open_dict(config):
         config.run_dir = str(Path(config.resume) if config.resume else
                              Path(config.run_dir or new_run_dir(run.experiment_name)))
     save_config(config)
-    if run.launch.kind == "inline":
-        work(config)
-    else:
-        start_ranks(config, run)
+    return supervise(config, run)
+
+
+def supervise(config: DictConfig, run: Any) -> float | None:
+    """Own the run directory and see the job through: in this process, by a supervisor, or through Slurm's queue."""
+    from launch import slurm
+    from train.lock import RunLock
+
+    run_dir = Path(config.run_dir)
+    if run.launch.kind == "slurm" and not slurm.in_allocation():
+        print_result({"run_dir": str(run_dir), "submitted": slurm.submit(run, run_dir)})
+        return None
+    with RunLock(run_dir, give_way):
+        if run.launch.kind == "inline":
+            work(config)
+        else:
+            start_ranks(config, run)
+    if run.launch.kind == "slurm" and run.launch.slurm.requeue and json.loads(
+            (run_dir / "result.json").read_text())["stopped"]:
+        slurm.requeue()
     return finish(config, run)
+
+
+def give_way(reason: str) -> None:
+    """Another job owns the run directory now: end before anything else is written."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(IN_USE)
+
+
+def load_config(path: str) -> DictConfig:
+    saved = OmegaConf.load(path)
+    assert isinstance(saved, DictConfig)
+    return saved
 
 
 def with_saved_config(config: DictConfig) -> DictConfig:
@@ -57,8 +103,7 @@ def with_saved_config(config: DictConfig) -> DictConfig:
     path = Path(config.resume) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"resume: {path} does not exist; give a run directory, e.g. resume=runs/.../...")
-    saved = OmegaConf.load(path)
-    assert isinstance(saved, DictConfig)
+    saved = load_config(str(path))
     before = _fixed_for_life(saved)
     saved.train.stop_after_step = None
     for override in HydraConfig.get().overrides.task:
@@ -105,45 +150,74 @@ def save_config(config: DictConfig) -> None:
 
 def start_ranks(config: DictConfig, run: Any) -> None:
     from launch import spawn
+    from launch.secrets import forwarded_environment
+    from launch.supervisor import Supervisor
+    from launch.validate import ConfigError, parse
     from train.data.prepare import prepare
 
     prepare(run.data)  # here, so that no rank waits for it
-    line = spawn.command(run.launch, "launch.train", [f"+saved_config={quoted(Path(config.run_dir) / 'config.yaml')}"])
-    code = spawn.run(line, run.launch.grace_seconds)
+
+    def against(size: int) -> list[str]:
+        try:
+            parse(plain(config), size)
+        except ConfigError as error:
+            return error.problems
+        return []
+
+    env = {**forwarded_environment(spawn.environment(), run.launch.forward_env), **run.launch.env}
+    arguments = [f"+saved_config={quoted((Path(config.run_dir) / 'config.yaml').resolve())}"]
+    code = Supervisor(run, Path(config.run_dir), arguments, against, env).run()
     if code:
-        fail([f"the job ended with exit code {code}; the cause stands above, the run is in {config.run_dir}"])
+        fail([f"the job ended with exit code {code}; the cause stands above and in {config.run_dir}/supervisor.jsonl, "
+              f"stacks and batches in {config.run_dir}/failures"], code=code)
 
 
 def work(config: DictConfig) -> float | None:
     """One rank: train, and let rank 0 write result.json."""
+    from train import heartbeat
+
+    heartbeat.start()
+    heartbeat.beat(0, "start")
+    try:
+        result = _work(config)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            heartbeat.failed(failure_of(error), " ".join(str(error).split())[:500] or type(error).__name__)
+        raise
+    heartbeat.beat(0 if result is None else result["step"], "done")
+    return None if result is None else result["val_loss"]
+
+
+def _work(config: DictConfig) -> dict[str, Any] | None:
     from launch.validate import parse
 
     started_directly = is_worker() and "saved_config" not in config
+    attempt = config.get("attempt", 0)
     if "saved_config" in config:
-        saved = OmegaConf.load(config.saved_config)
-        assert isinstance(saved, DictConfig)
-        config = saved
+        config = load_config(config.saved_config)
+    restarted = attempt > 0 or config.launch.kind == "slurm"
+    if restarted:
+        config.resume = config.run_dir
     from train.runtime import StopSignal, process_group
 
     stop = StopSignal()  # early, so that a signal during the slow imports below is remembered
     run = parse(plain(config), int(os.environ.get("WORLD_SIZE", "1")))
     if started_directly:
         refuse_used_run_dir(config)  # before any rank can have written it
-    from train.loop import NonFiniteError, fit
+    from train.lock import RunLock
+    from train.loop import fit
 
     with process_group(run.parallel.timeout_seconds):
         run_dir = agree_on_run_dir(config, run, started_directly)
-        try:
-            result = fit(run, run_dir, stop, OmegaConf.to_yaml(config, resolve=True), plain(config))
-        except NonFiniteError as error:
-            fail([str(error)])
+        with RunLock(run_dir, give_way) if started_directly and rank() == 0 else nullcontext():
+            result = fit(run, run_dir, stop, OmegaConf.to_yaml(config, resolve=True), plain(config), restarted)
     stop.close()
     if result is None:
         return None
     (run_dir / "result.json").write_text(json.dumps(result) + "\n")
     if started_directly:
         print_result(result)
-    return result["val_loss"]
+    return result
 
 
 def agree_on_run_dir(config: DictConfig, run: Any, started_directly: bool) -> Path:
@@ -186,15 +260,19 @@ def finish(config: DictConfig, run: Any) -> float | None:
     return result["val_loss"]
 
 
-def dry_run(run: Any) -> None:
+def dry_run(run: Any, config: DictConfig) -> None:
     """Print what would run: the checks have passed."""
-    from launch import spawn
+    from launch import slurm, spawn
 
+    run_dir = Path(config.resume or config.run_dir or f"runs/{run.experiment_name}/TIME-ID")
     if run.launch.kind == "inline":
         print("would train in this process")
+    elif run.launch.kind == "slurm":
+        print(slurm.batch_script(run, run_dir), end="")
     else:
-        overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("launch")]
-        print(shlex.join(spawn.command(run.launch, "launch.train", overrides)))
+        rendezvous = spawn.Rendezvous(run.launch.master_addr, run.launch.master_port or 29500)
+        print(shlex.join(spawn.command(run.launch, run.launch.num_nodes, rendezvous,
+                                       [str(run_dir / "supervisor.json"), "0"], run.launch.hostfile)))
     print_result({"dry_run": True, "problems": []})
 
 

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from launch.secrets import problems_of_env, redact_text
 from model.placement import Placement
 from train.config import ComponentConfig, RunConfig
 
@@ -36,12 +37,23 @@ REMOVED_KEYS = frozenset({"elasticity", "sparse_attention", "compression_trainin
                           "eigenvalue", "curriculum_learning", "nebula", "zero_force_ds_cpu_optimizer"})
 
 
+LARGEST = {"model.num_layers": 10_000}
+"""Above these, the checks themselves would take for ever."""
+MAX_LINE = 600
+"""Characters of a problem: a config may hold anything, and messages repeat its values."""
+
+
 class ConfigError(ValueError):
-    """All problems of a config, one a line."""
+    """All problems of a config, each one printable line without secrets."""
 
     def __init__(self, problems: list[str]):
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = [_line(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
+
+
+def _line(text: str) -> str:
+    text = redact_text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    return text if len(text) <= MAX_LINE else f"{text[:MAX_LINE // 2]} ... {text[-(MAX_LINE // 3):]}"
 
 
 def parse(config: dict[str, Any], world_size: int) -> RunConfig:
@@ -65,8 +77,9 @@ def parse(config: dict[str, Any], world_size: int) -> RunConfig:
 
 # --- keys and types --------------------------------------------------------------------------------------------------
 
-def _suggest(name: str, path: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
+def _suggest(name: Any, path: str, known: set[str]) -> str:
+    name = name if isinstance(name, str) else repr(name)
+    near = difflib.get_close_matches(name[:100], sorted(known), 1, 0.5)
     hint = f"did you mean {path}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"unknown key {path}{name}: {hint}"
 
@@ -78,7 +91,7 @@ def build_record(node: Any, cls: type, path: str, problems: list[str]) -> Any:
         return None
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    problems += [_suggest(str(key), path, set(fields)) for key in node if key not in fields]
+    problems += [_suggest(key, path, set(fields)) for key in node if key not in fields]
     values = {}
     for name, field in fields.items():
         if name in node:
@@ -110,35 +123,51 @@ def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
             problems.append(f"{path} is {value!r}; choose one of {', '.join(map(str, arguments))}")
         return value
     if origin is dict:
-        if not isinstance(value, dict):
-            problems.append(f"{path} is {value!r}; it must be a group of settings")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{path} is {value}; it must be a finite number")
+        return _table(value, arguments[1], path, problems)
     if value == "???":
         problems.append(f"{path} is missing; set it")
         return value
-    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+    largest = LARGEST.get(path, 2**63 - 1)
+    if type(value) is int and abs(value) > largest:
+        problems.append(f"{path} is a number of {value.bit_length()} bits; it must be at most {largest}")
+        return value
+    if hint is float and type(value) is int:
+        value = float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{path} is {value}; it must be a finite number")
+    if hint in (int, float, str, bool) and type(value) is not hint:
         problems.append(f"{path} is {value!r}; it must be {hint.__name__}")
     return value
+
+
+def _table(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    """A group of settings with names of its own. Numbers become text where text is wanted: launch.env.OMP_NUM_THREADS=4."""
+    if not isinstance(value, dict):
+        problems.append(f"{path} is {value!r}; it must be a group of settings")
+        return value
+    problems += [f"{path} has the key {key!r}; it must be text" for key in value if not isinstance(key, str)]
+    if hint is Any:
+        return value
+    numbers = {key: str(v) for key, v in value.items() if hint is str and type(v) in (int, float)}
+    return {key: _value(v, hint, f"{path}.{key}", problems) for key, v in (value | numbers).items()}
 
 
 def _component(value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
         problems.append(f"{path} needs a _target_ naming its class")
         return None
-    from train.components import known_arguments, resolve
+    from train.components import parameters, resolve
 
     component = ComponentConfig(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
+    kind = path.rpartition(".")[2]
     try:
-        known = known_arguments(component)
+        known = parameters(component, kind)
     except ValueError as error:
         problems.append(f"{path}: {error}")
         return None
-    problems += [_suggest(key, f"{path}.", known) for key in component.arguments if key not in known]
-    hints = typing.get_type_hints(resolve(component).__init__)
+    problems += [_suggest(key, f"{path}.", set(known)) for key in component.arguments if key not in known]
+    problems += [f"{path}.{key} is missing" for key, needed in known.items() if needed and key not in component.arguments]
+    hints = typing.get_type_hints(resolve(component, kind).__init__)
     arguments = {key: _value(argument, hints[key], f"{path}.{key}", problems)
                  for key, argument in component.arguments.items() if key in hints}
     return ComponentConfig(component.target, arguments)
@@ -149,10 +178,11 @@ def _component(value: Any, path: str, problems: list[str]) -> Any:
 def contradictions(run: RunConfig, world_size: int) -> list[str]:
     """Every problem that one look at the values shows, before any process starts."""
     sections = (run.model, run.balance, run.budget, run.fail_safe, run.audit, run.experts, run.train, run.optim,
-                run.parallel, run.launch, run.data, run.checkpoint)
+                run.parallel, run.launch, run.watchdog, run.data, run.checkpoint)
     problems = [problem for section in sections for problem in section.problems()]
     if not 0 <= run.seed < 2**31:
         problems.append(f"seed is {run.seed}; it must be between 0 and 2**31 - 1")
+    problems += problems_of_env(run.launch.env)
     problems += _deepspeed(run)
     if any(p.startswith(("parallel.expert_parallel_size", "train.", "deepspeed.")) for p in problems):
         return problems
@@ -165,26 +195,19 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
 def _attention(run: RunConfig) -> list[str]:
     from train.components import resolve
 
-    try:
-        return list(resolve(run.attention).problems(run.model, **run.attention.arguments))  # type: ignore[attr-defined]
-    except TypeError as error:
-        return [f"attention: {error}"]
+    return list(resolve(run.attention, "attention").problems(run.model, **run.attention.arguments))
 
 
 def _components(run: RunConfig) -> list[str]:
     from train.components import resolve
 
-    router = resolve(run.router)
-    try:
-        problems = list(router.problems(run.model, **run.router.arguments))  # type: ignore[attr-defined]
-    except TypeError as error:
-        return [f"router: {error}"]
-    problems += _routing(run, router)
+    router = resolve(run.router, "router")
+    problems = list(router.problems(run.model, **run.router.arguments)) + _routing(run, router)
     tokens = run.experts_per_token * run.train.micro_batch_size * run.train.seq_len / run.model.num_experts
     if run.experts.token_rounding > tokens:
         problems.append(f"experts.token_rounding {run.experts.token_rounding} is more than the {tokens:.3g} tokens an "
                         "expert gets of a micro-batch, so most would get none; lower it, or raise train.micro_batch_size")
-    return problems + list(resolve(run.dispatcher).problems(  # type: ignore[attr-defined]
+    return problems + list(resolve(run.dispatcher, "dispatcher").problems(
         run.model, run.parallel.expert_parallel_size, **run.dispatcher.arguments))
 
 

@@ -9,109 +9,166 @@
         manifest.json     size and SHA-256 of every file above; written last
     checkpoints/latest    name of the newest complete checkpoint
 
-A checkpoint is written into a hidden folder and renamed when whole. Each parameter is gathered on its own and kept by
-one rank only, so no rank ever holds the full model. Nothing read from a checkpoint is executed: tensors are loaded
-as tensors, and the one pickled index file through an unpickler that knows a handful of classes.
+This file writes them. A checkpoint is written into a hidden folder, put on disk and renamed when whole; a rank that
+cannot write takes the others with it, and the last complete checkpoint stays. Each parameter is gathered on its own and
+kept by one rank only, so no rank ever holds the full model. Which checkpoint is read: checkpoint_folder.py; how:
+checkpoint_reader.py; what makes one whole: manifest.py.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
+import copy
+import datetime
+import errno
 import logging
 import os
-import pickle
 import platform
-import random
-import shutil
-import warnings
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from model.experts import Experts
 from model.parallel import ParallelGroups
+from train.agreement import CheckpointWriteError, chain, describe, everyone
+from train.background import Background
+from train.checkpoint_folder import (
+    damage,
+    find_checkpoint,
+    is_complete,
+    name_of,
+    point_best,
+    point_latest,
+    put_in_place,
+    read_best,
+    read_state,
+    remove_leftovers,
+    remove_old,
+    set_newer_aside,
+)
+from train.checkpoint_reader import expert_ids_of, load_engine, load_weights
 from train.config import CheckpointConfig
 from train.engine import STATE_KEYS, Engine
+from train.manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    file_facts,
+    remove,
+    sync_folder,
+    write_json,
+    write_text,
+)
+from train.random_state import restore_rng, rng_file, rng_state
 
+__all__ = ["CheckpointError", "CheckpointWriteError", "CheckpointWriter", "damage", "find_checkpoint", "load_engine",
+           "load_weights", "read_state", "restore_rng", "rng_state", "set_newer_aside"]
 log = logging.getLogger("loadstone")
-FORMAT = 1
-LOAD_CHUNK_BYTES = 2**29
+SPACE_FACTOR = 1.02
+"""Free space that is asked for, over the bytes to write."""
+BYTES_PER_TENSOR, BYTES_PER_RANK = 2048, 40 * 1024
+"""What a tensor's header with its line in the index, and a rank's random state (25 kB of JSON), take at most."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, incomplete or does not belong to this model; the message says which and why."""
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything this rank writes, on the host: what a checkpoint holds is what was true when it was made."""
 
+    step: int
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+    rng: dict[str, Any]
 
-# --- keys ------------------------------------------------------------------------------------------------------------
+    @property
+    def num_bytes(self) -> int:
+        """Estimate from above of what this rank writes."""
+        return BYTES_PER_RANK + sum(t.numel() * t.element_size() + BYTES_PER_TENSOR for t in self.tensors.values())
 
-def _expert_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> global ids of the local experts stacked in it."""
-    return {f"{name}.{key}": module.global_ids for name, module in model.named_modules() if isinstance(module, Experts)
-            for key, _ in module.named_parameters(recurse=False)}
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _keys(name: str, expert_ids: dict[str, tuple[int, ...]]) -> list[str]:
-    """Checkpoint names of a parameter: itself, or one per global expert it stacks."""
-    return [f"{name}.{expert}" for expert in expert_ids[name]] if name in expert_ids else [name]
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 class CheckpointWriter:
-    """Saves, keeps the newest `keep_last` and the best, and never deletes before the new one is complete."""
+    """Saves, keeps the newest `keep_last` and the best, and never deletes before the new one is complete.
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, groups: ParallelGroups, resolved_config: str):
+    With `config.asynchronous`, save() copies to the host and returns; one thread writes while training goes on. The ranks
+    agree through a process group of their own, so a save and the training never wait in each other's collectives.
+
+    Construct on every rank (collective). Every public method but best_loss is collective.
+
+    Attributes:
+        saved_step: step of the last checkpoint this writer has completed; None before there is one.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, groups: ParallelGroups, resolved_config: str,
+                 timeout_seconds: float = 1800.0):
         self.folder = run_dir / "checkpoints"
         self.config, self.groups, self.resolved_config = config, groups, resolved_config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+        self.saved_step: int | None = None
+        self._background = Background("checkpoint")
 
-    def save(self, engine: Engine, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of state["step"]. Collective; returns its folder on every rank."""
-        name = _name(state["step"])
-        scratch, final = self.folder / f".{name}.partial", self.folder / name
-        if self.rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-            (scratch / "weights").mkdir(parents=True)
-        dist.barrier()
-        dcp.save(self._owned_tensors(engine),
-                 storage_writer=FileSystemWriter(scratch / "weights", sync_files=True))
-        _write_json(scratch / f"rng-{self.rank:05d}.json", rng_state())
-        if self.rank == 0:
-            facts = {"format": FORMAT, **state, "world_size": self.world_size, "zero_stage": engine.stage,
-                     "expert_parallel_size": self.groups.expert_size, "versions": versions()}
-            _write_json(scratch / "state.json", facts)
-            (scratch / "config.yaml").write_text(self.resolved_config)
-        dist.barrier()
-        self._write_manifest(scratch)
-        if self.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            scratch.rename(final)
-            _sync(self.folder)
-            _write_text(self.folder / "latest", name)
-            self._remove_old(name)
-        dist.barrier()
-        return final
+    def save(self, engine: Engine, state: dict[str, Any]) -> Path | None:
+        """Write the checkpoint of state["step"], after the one that may still be written; returns its folder.
+
+        With `asynchronous` the folder is not there yet: the checkpoint is complete once wait(), or the next save,
+        returns. None: it could not be written and `on_error` is "continue".
+
+        Raises:
+            CheckpointWriteError: on every rank, when this checkpoint, or the one before, could not be written on some.
+        """
+        self.wait()
+        snapshot = self._snapshot(engine, state)
+        if self.config.asynchronous:
+            self._background.start(lambda: self._write(snapshot))
+        elif not self._tolerated(lambda: self._write(snapshot)):
+            return None
+        return self.folder / name_of(snapshot.step)
+
+    def wait(self) -> bool:
+        """Return once no checkpoint is being written; False: the last one could not be, and `on_error` is "continue".
+
+        Call it before the process group is left.
+
+        Raises:
+            CheckpointWriteError: on every rank, when it could not be written.
+        """
+        return self._tolerated(self._background.wait)
+
+    def mark_best(self, step: int, val_loss: float) -> None:
+        """Remember the saved checkpoint of this step as the one with the lowest held-out loss.
+
+        Raises:
+            CheckpointWriteError: on every rank, when the record, or the checkpoint still being written, could not be.
+        """
+        if self.config.keep_best:
+            self.wait()
+            self._tolerated(lambda: self._on_rank_zero(self.folder / "best.json",
+                                                       lambda: self._mark_best(name_of(step), val_loss)))
+
+    def best_loss(self) -> float:
+        """Held-out loss of the best checkpoint, in nats; infinite before there is one."""
+        best = read_best(self.folder)
+        return float(best["val_loss"]) if best else float("inf")
+
+    # --- on the thread that trains -----------------------------------------------------------------------------------
+
+    def _snapshot(self, engine: Engine, state: dict[str, Any]) -> Snapshot:
+        facts = {"format": FORMAT, **copy.deepcopy(state), "world_size": self.world_size, "zero_stage": engine.stage,
+                 "expert_parallel_size": self.groups.expert_size, "versions": versions()}
+        return Snapshot(state["step"], self._owned_tensors(engine), facts, rng_state())
 
     def _owned_tensors(self, engine: Engine) -> dict[str, torch.Tensor]:
         """The share of the state this rank writes. Every parameter is gathered by its group, then dropped by all but
         one rank: dense parameters go to the rank with the least so far, experts round-robin over their replicas."""
         engine.prepare_gather()
-        expert_ids = _expert_ids(engine.module)
+        expert_ids = expert_ids_of(engine.module)
         load = [0] * self.world_size
         owned: dict[str, torch.Tensor] = {}
         for name, parameter in engine.named_parameters():
@@ -131,287 +188,144 @@ class CheckpointWriter:
             owned.update({f"buffer/{name}": b.detach().to("cpu", copy=True) for name, b in engine.module.named_buffers()})
         return owned
 
+    def _tolerated(self, action: Callable[[], object]) -> bool:
+        """Whether the action went well; its failure is raised unless `on_error` is "continue"."""
+        try:
+            action()
+        except CheckpointWriteError as error:
+            if self.config.on_error == "stop":
+                raise
+            log.warning("no checkpoint was saved: %s; training goes on (checkpoint.on_error=continue)", error)
+            return False
+        return True
+
+    # --- on the thread that writes -----------------------------------------------------------------------------------
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """From the snapshot to a complete checkpoint; what is left of one that failed is removed."""
+        name = name_of(snapshot.step)
+        scratch, final = self.folder / f".{name}.partial", self.folder / name
+        try:
+            needed = sum(everyone(self.group, scratch, lambda: snapshot.num_bytes))
+            self._on_rank_zero(scratch, lambda: self._make_room(scratch, needed))
+            everyone(self.group, scratch, lambda: wait_for_folder(scratch / "weights"))
+            self._write_tensors(scratch / "weights", snapshot.tensors)
+            everyone(self.group, scratch, lambda: self._write_records(scratch, snapshot))
+            self._write_manifest(scratch)
+            self._on_rank_zero(final, lambda: self._commit(scratch, final))
+        except CheckpointWriteError:
+            if self.rank == 0:
+                remove(scratch)
+            raise
+        self.saved_step = snapshot.step
+        log.info("saved %s", final)
+
+    def _on_rank_zero(self, path: Path, action: Callable[[], None]) -> None:
+        everyone(self.group, path, lambda: action() if self.rank == 0 else None)
+
+    def _make_room(self, scratch: Path, needed: int) -> None:
+        """An empty folder for the checkpoint, on a disk that has the space (bytes) for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
+        remove_leftovers(self.folder)
+        disk = os.statvfs(self.folder)
+        needed, free = int(needed * SPACE_FACTOR), disk.f_bavail * disk.f_frsize
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free; make room, or lower "
+                                        "checkpoint.keep_last", str(self.folder))
+        (scratch / "weights").mkdir(parents=True)
+
+    def _write_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        try:
+            dcp.save(tensors, storage_writer=_Writer(folder), process_group=self.group)
+        except CheckpointException as error:  # the same one on every rank
+            rank, (cause, _) = min(error.failures.items())
+            raise CheckpointWriteError(folder, describe(rank, cause)) from cause
+
+    def _write_records(self, folder: Path, snapshot: Snapshot) -> None:
+        write_json(folder / rng_file(self.rank), snapshot.rng)
+        if self.rank == 0:
+            write_json(folder / "state.json", snapshot.facts)
+            write_text(folder / "config.yaml", self.resolved_config)
+
     def _write_manifest(self, folder: Path) -> None:
-        """Each rank hashes a share of the files; rank 0 writes the list, which makes the checkpoint complete.
+        """Each rank hashes what it wrote; rank 0 writes the list, which makes the checkpoint complete.
 
-        Rank 0's listing counts for all: on a network file system others may not see every new file at once.
+        No rank lists the folder: on a network file system it may not see every new file of others at once.
         """
-        files: list[Any] = [None]
-        if self.rank == 0:
-            files = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())]
-        dist.broadcast_object_list(files, src=0)
-        own = {name: _facts(folder / name) for name in files[0][self.rank::self.world_size]}
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, own)
-        if self.rank == 0:
-            _write_json(folder / "manifest.json", {"files": {k: v for part in everyone for k, v in part.items()}})
+        shares = everyone(self.group, folder, lambda: {
+            str(path.relative_to(folder)): file_facts(path) for path in self._own_files(folder)})
+        files = {name: facts for share in shares for name, facts in share.items()}
+        self._on_rank_zero(folder, lambda: write_json(folder / MANIFEST, {"format": FORMAT, "files": files}))
 
-    def mark_best(self, step: int, val_loss: float) -> None:
-        """Remember the saved checkpoint of this step as the one with the lowest held-out loss."""
-        if self.rank == 0 and self.config.keep_best:
-            _write_json(self.folder / "best.json", {"checkpoint": _name(step), "val_loss": val_loss})
-            self._remove_old(_name(step))
+    def _own_files(self, folder: Path) -> list[Path]:
+        own = [folder / rng_file(self.rank), *sorted((folder / "weights").glob(f"__{self.rank}_*"))]
+        return own if self.rank else [folder / "state.json", folder / "config.yaml", folder / "weights" / ".metadata", *own]
 
-    def best_loss(self) -> float:
-        best = _read_best(self.folder)
-        return float(best["val_loss"]) if best else float("inf")
+    def _commit(self, scratch: Path, final: Path) -> None:
+        """Everything on disk, then the name, then `latest`, then the old ones go."""
+        sync_folder(scratch / "weights")
+        sync_folder(scratch)
+        put_in_place(scratch, final)
+        try:
+            point_latest(self.folder, final.name)
+            sync_folder(self.folder)
+            remove_old(self.folder, self.config.keep_last, self.config.keep_best)
+        except OSError as error:  # the checkpoint itself is complete and found without them
+            log.warning("%s is saved, but tidying up after it failed: %s", final, error)
 
-    def _remove_old(self, newest: str) -> None:
-        names = sorted(p.name for p in self.folder.glob("step-*") if (p / "manifest.json").is_file())
-        keep = {newest, *names[-self.config.keep_last:]}
-        best = _read_best(self.folder)
-        if self.config.keep_best and best:
-            keep.add(best["checkpoint"])
-        for name in names:
-            if name not in keep:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-
-
-# --- finding and verifying -------------------------------------------------------------------------------------------
-
-def _read_best(folder: Path) -> dict[str, Any] | None:
-    """{"checkpoint": name, "val_loss": loss} of the best checkpoint, or None before there is one."""
-    path = folder / "best.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    def _mark_best(self, name: str, val_loss: float) -> None:
+        if not is_complete(self.folder / name):
+            log.warning("%s was not saved, so it is not kept as the best", self.folder / name)
+            return
+        point_best(self.folder, name, val_loss)
+        sync_folder(self.folder)
+        remove_old(self.folder, self.config.keep_last, self.config.keep_best)
 
 
-def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
-    """The newest complete and undamaged checkpoint of a run; damaged ones are named in the log and passed over.
+class _Writer(FileSystemWriter):
+    """Puts every file on disk, and reports the operating system's error that torch's serialiser hides behind its own.
 
-    prefer: "latest" or "best".
-
-    Raises:
-        CheckpointError: there is none.
+    Copies nothing ahead: the tensors are on the host, and torch would open a CUDA context on device 0 from the thread.
     """
-    folder = run_dir / "checkpoints"
-    names = sorted((p.name for p in folder.glob("step-*") if p.is_dir()), reverse=True)
-    best = _read_best(folder)
-    if prefer == "best" and best:
-        names = [best["checkpoint"], *(n for n in names if n != best["checkpoint"])]
-    for name in names:
-        found = damage(folder / name)
-        if found is None:
-            return folder / name
-        log.warning("checkpoint %s is damaged (%s); trying the one before", folder / name, found)
-    raise CheckpointError(f"no usable checkpoint under {folder}; is {run_dir} a run directory of launch.train?")
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        with _system_errors():
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        with _system_errors():
+            super().finish(metadata, results)
 
 
-def set_newer_aside(checkpoint: Path) -> None:
-    """Hide the checkpoints after the one a run goes on from (damaged ones), so that retention does not count them."""
-    for path in sorted(checkpoint.parent.glob("step-*")):
-        if path.name > checkpoint.name:
-            hidden = path.with_name(f".passed-over-{path.name}")
-            shutil.rmtree(hidden, ignore_errors=True)
-            path.rename(hidden)
-            log.warning("%s was passed over and is now %s", path.name, hidden)
-    best = _read_best(checkpoint.parent)
-    if best and not (checkpoint.parent / best["checkpoint"]).is_dir():
-        (checkpoint.parent / "best.json").unlink()
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file matches the manifest."""
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Errors travel between ranks without what caused them, so the cause is what must be raised."""
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"manifest.json: {type(error).__name__}"
-    for name, facts in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-        if _facts(path)["sha256"] != facts["sha256"]:
-            return f"{name} has another checksum"
-    return None
+        yield
+    except Exception as error:
+        cause = next((link for link in chain(error) if isinstance(link, OSError)), None)
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, cause.filename) from error
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    state = json.loads((checkpoint / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{checkpoint} has format {state.get('format')}; this version reads format {FORMAT}")
-    return state
+def wait_for_folder(folder: Path) -> None:
+    """
+    Raises:
+        RuntimeError: rank 0 has made the folder and this rank does not see it.
+    """
+    for _ in range(10):
+        if folder.is_dir():
+            return
+        time.sleep(0.5)  # a network file system may take a moment
+    raise RuntimeError("rank 0 has made it, but this rank does not see it: run_dir must be on a file system that all ranks "
+                       "share")
 
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-def load_engine(engine: Engine, checkpoint: Path, step: int) -> None:
-    """Restore master weights, optimiser moments and buffers under the engine's own layout."""
-    expert_ids = _expert_ids(engine.module)
-    engine.prepare_scatter(step)
-    reader = _Reader(checkpoint)
-    for chunk in _chunks(list(engine.named_parameters()), engine):
-        want: dict[str, torch.Tensor] = {}
-        for name, parameter in chunk:
-            shape = engine.parameter_shape(parameter)
-            shape = shape[1:] if name in expert_ids else shape
-            want.update({f"{key}/{state}": torch.empty(shape) for key in _keys(name, expert_ids) for state in STATE_KEYS})
-        reader.read(want)
-        for name, parameter in chunk:
-            for state in STATE_KEYS:
-                engine.scatter_state(parameter, state, _assemble(want, name, expert_ids, state))
-    engine.finish_scatter()
-    _load_buffers(engine.module, reader)
-
-
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Restore a plain model, outside any engine, from the fp32 master weights."""
-    expert_ids = _expert_ids(model)
-    reader = _Reader(checkpoint)
-    for name, parameter in model.named_parameters():
-        shape = parameter.shape[1:] if name in expert_ids else parameter.shape
-        want = {f"{key}/fp32": torch.empty(shape) for key in _keys(name, expert_ids)}
-        reader.read(want)
-        with torch.no_grad():
-            parameter.copy_(_assemble(want, name, expert_ids, "fp32"))
-    _load_buffers(model, reader)
-
-
-def _assemble(values: dict[str, torch.Tensor], name: str, expert_ids: dict[str, tuple[int, ...]],
-              state: str) -> torch.Tensor:
-    parts = [values[f"{key}/{state}"] for key in _keys(name, expert_ids)]
-    return torch.stack(parts) if name in expert_ids else parts[0]
-
-
-def _load_buffers(model: nn.Module, reader: _Reader) -> None:
-    buffers = dict(model.named_buffers())
-    want = {f"buffer/{name}": torch.empty(b.shape, dtype=b.dtype) for name, b in buffers.items()}
-    reader.read(want)
-    for name, buffer in buffers.items():
-        buffer.copy_(want[f"buffer/{name}"])
-
-
-def _chunks(parameters: list[tuple[str, nn.Parameter]], engine: Engine) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Parameters in groups whose state stays under LOAD_CHUNK_BYTES on the host."""
-    chunk: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in parameters:
-        chunk.append((name, parameter))
-        size += 4 * len(STATE_KEYS) * engine.parameter_shape(parameter).numel()
-        if size >= LOAD_CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the plain records of torch's checkpoint index and nothing else."""
-
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset({("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-                        ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("builtins", "set"),
-                        ("torch.storage", "TypedStorage")})
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self._MODULES or (module, name) in self._NAMES or is_dtype:
-            return super().find_class(module, name)
-        raise CheckpointError(f"the checkpoint's index names {module}.{name}, which no checkpoint of ours contains; "
-                              "refusing to load it")
-
-
-class _SafeFileSystemReader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Unpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Reader:
-    """Reads named tensors of one checkpoint; each rank on its own."""
-
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
-        self.known = _SafeFileSystemReader(checkpoint / "weights").read_metadata().state_dict_metadata
-
-    def read(self, want: dict[str, torch.Tensor]) -> None:
-        """Fill the tensors in place.
-
-        Raises:
-            CheckpointError: a key is missing or has another shape: the checkpoint belongs to another model.
-        """
-        for key, tensor in want.items():
-            if key not in self.known:
-                raise CheckpointError(f"{self.checkpoint} has no {key}: it belongs to a model of another shape")
-            size = tuple(self.known[key].size)
-            if size != tuple(tensor.shape):
-                raise CheckpointError(f"{self.checkpoint}: {key} has shape {size}, the model needs {tuple(tensor.shape)}")
-        with warnings.catch_warnings():  # "assuming the intent is to load in a single process": it is
-            warnings.filterwarnings("ignore", category=UserWarning)
-            dcp.load(want, storage_reader=_SafeFileSystemReader(self.checkpoint / "weights"), no_dist=True)
-
-
-# --- random states ---------------------------------------------------------------------------------------------------
-
-def rng_state() -> dict[str, Any]:
-    """Python's, numpy's and torch's generators of this process as plain data."""
-    python = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=True)
-    state = {"python": [python[0], list(python[1]), python[2]],
-             "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
-             "torch": _encode(torch.get_rng_state())}
-    if torch.cuda.is_available():
-        state["cuda"] = _encode(torch.cuda.get_rng_state())
-    return state
-
-
-def restore_rng(checkpoint: Path, rank: int, world_size: int, saved_world_size: int) -> bool:
-    """Continue this rank's random streams; False (streams stay as seeded) when the number of ranks changed."""
-    path = checkpoint / f"rng-{rank:05d}.json"
-    if world_size != saved_world_size or not path.is_file():
-        return False
-    state = json.loads(path.read_text())
-    version_, internal, gauss = state["python"]
-    random.setstate((version_, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_decode(state["torch"]))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-    return True
-
-
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(),
             **{name: version(name) for name in ("torch", "deepspeed", "megatron-core")}}
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_json(path: Path, data: Any) -> None:
-    _write_text(path, json.dumps(data, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file atomically and durably."""
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,35 +20,44 @@ from train.config import ComponentConfig, RunConfig
 
 GIVEN = frozenset({"config", "groups", "layer_idx", "placement"})
 """Arguments that the model itself passes to a component's constructor."""
-ALLOWED_PREFIX = "model."
-"""A config may name our own classes only: instantiating arbitrary dotted paths would execute anything."""
+KINDS = {"router": "model.routers", "attention": "model.attention", "dispatcher": "model.dispatch"}
+"""Setting -> the package or module that holds its classes."""
 
 
-def resolve(component: ComponentConfig) -> Callable[..., Any]:
-    """The class behind `_target_`.
+@functools.cache
+def classes(kind: str) -> dict[str, type[Any]]:
+    """What may stand in `_target_` of a setting: the classes of its package that have `problems`.
+
+    Names in a config are only compared with these, never imported: a dotted path could execute anything.
+    """
+    home = importlib.import_module(KINDS[kind])
+    names = [home.__name__, *(f"{home.__name__}.{m.name}" for m in pkgutil.iter_modules(getattr(home, "__path__", [])))]
+    modules = [importlib.import_module(name) for name in names]
+    return {f"{module.__name__}.{name}": value for module in modules for name, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "problems")}
+
+
+def resolve(component: ComponentConfig, kind: str) -> Any:
+    """The class behind `_target_` of router, attention or dispatcher.
 
     Raises:
-        ValueError: the name is not one of our classes.
+        ValueError: the name is not one of our classes of that kind.
     """
-    module_name, _, class_name = component.target.rpartition(".")
-    if not component.target.startswith(ALLOWED_PREFIX):
-        raise ValueError(f"_target_ {component.target!r} is outside the model package; only our own classes may be named")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"_target_ {component.target!r} does not exist: {error}") from error
-    if not isinstance(found, type):
-        raise ValueError(f"_target_ {component.target!r} is not a class")
-    return found
+    known = classes(kind)
+    if component.target not in known:
+        why = f"does not exist as {kind}" if component.target.startswith("model.") else "is outside the model package"
+        raise ValueError(f"_target_ {component.target!r} {why}; choose one of {', '.join(known)}")
+    return known[component.target]
 
 
-def known_arguments(component: ComponentConfig) -> set[str]:
-    """The knobs a component's class accepts."""
-    return set(inspect.signature(resolve(component)).parameters) - GIVEN
+def parameters(component: ComponentConfig, kind: str) -> dict[str, bool]:
+    """Name of every knob of a component's class -> whether it must be given."""
+    return {name: parameter.default is inspect.Parameter.empty
+            for name, parameter in inspect.signature(resolve(component, kind)).parameters.items() if name not in GIVEN}
 
 
-def bind(component: ComponentConfig) -> Callable[..., Any]:
-    return functools.partial(resolve(component), **component.arguments)
+def bind(component: ComponentConfig, kind: str) -> Callable[..., Any]:
+    return functools.partial(resolve(component, kind), **component.arguments)
 
 
 def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Transformer:
@@ -56,8 +66,8 @@ def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Tran
     placement = None
     if config.parallel.placement is not None and groups is not None and groups.expert_size > 1:
         placement = Placement.load(Path(config.parallel.placement))
-    parts = ModelParts(bind(config.router), bind(config.attention), bind(config.dispatcher), config.balance, config.experts,
-                       placement)
+    parts = ModelParts(bind(config.router, "router"), bind(config.attention, "attention"),
+                       bind(config.dispatcher, "dispatcher"), config.balance, config.experts, placement)
     transformer = Transformer(model, parts, groups, config.seed)
     start_routers(transformer.routers(), config.budget, config.fail_safe)
     return transformer

@@ -145,13 +145,19 @@ class Engine:
             self.deepspeed.step()  # only advances DeepSpeed's micro-step counters
 
     def step(self) -> float:
-        """Clip, update, zero the gradients; returns the global gradient norm before clipping."""
+        """Clip, update, zero the gradients; returns the global gradient norm before clipping.
+
+        When the norm is not finite, on any rank and so on all, weights and moments stay as they are.
+        """
         if self.stage == 0:
             self.grad_norm = self._clip_stage0()
+            if not math.isfinite(self.grad_norm):
+                for parameter in self.module.parameters():
+                    parameter.grad = None
             self.deepspeed.step()
         else:
             self.deepspeed.step()
-            # On a non-finite gradient ZeRO may skip the update without a word and keep the previous norm.
+            # On a non-finite gradient ZeRO skips the update without a word and keeps the previous norm.
             overflow = getattr(self.deepspeed.optimizer, "overflow", False)
             self.grad_norm = math.nan if overflow else float(self.deepspeed.get_global_grad_norm())
         return self.grad_norm

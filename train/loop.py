@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import shutil
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,12 +20,16 @@ from model.budget import update_routers
 from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
+from ops.all_to_all import total_communication
 from ops.grouped_mlp import select_backend
 from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
+from train import heartbeat
+from train.agreement import Failure
 from train.attention_metrics import short_rows_note
 from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
+    CheckpointWriteError,
     CheckpointWriter,
     find_checkpoint,
     load_engine,
@@ -39,10 +45,12 @@ from train.data.store import TokenStore, TrainingSamples, ValidationRows
 from train.engine import Engine
 from train.evaluate import evaluate
 from train.metrics import StepMetrics, console_line
+from train.nonfinite import NonFiniteError, describe
 from train.routing_metrics import routing_details
 from train.runtime import StopSignal, from_rank_zero, seed_everything
 from train.schedule import Schedule
 from train.spike import SpikeGuard
+from train.straggler import StragglerWatch
 from train.tracker import Tracker
 
 log = logging.getLogger("loadstone")
@@ -58,10 +66,8 @@ class Progress:
     wandb_id: str | None = None
     val_loss: float | None = None
     spike: SpikeGuard = field(default_factory=SpikeGuard)
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient became NaN or infinite; the last checkpoint is the way back."""
+    skipped_steps: int = 0
+    """Steps without an update, because their gradient was not finite."""
 
 
 def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
@@ -95,13 +101,14 @@ def _record_data(store: Path, folder: Path) -> None:
         shutil.copyfile(store / name, folder / name)
 
 
-def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str,
-        plain_config: dict[str, Any]) -> dict[str, Any] | None:
+def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str, plain_config: dict[str, Any],
+        restarted: bool = False) -> dict[str, Any] | None:
     """Train, evaluate and save, inside train.runtime.process_group. Rank 0 returns the summary, others None.
 
     Args:
         run_dir: on a file system that all ranks share; stop: set when the process was asked to save and end.
         resolved_config: YAML text saved with checkpoints; plain_config: the same as data, for W&B.
+        restarted: an attempt before may have ended without any checkpoint: then begin anew instead of refusing.
     """
     rank, settings = dist.get_rank(), config.train
     seed_everything(config.seed, rank, settings.deterministic)
@@ -115,8 +122,9 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
                             groups.data_rank, groups.data_size)
     progress = Progress()
     if config.resume is not None:
-        progress = _resume(engine, run_dir, loader)
-    writer = CheckpointWriter(run_dir, config.checkpoint, groups, resolved_config)
+        progress = _resume(engine, run_dir, loader, restarted)
+    writer = CheckpointWriter(run_dir, config.checkpoint, groups, resolved_config,
+                              config.parallel.timeout_seconds)
     tracker = None
     if rank == 0:
         tracker = Tracker(run_dir, config.tracker, plain_config, f"{config.experiment_name}/{run_dir.name}",
@@ -130,7 +138,7 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
     if config.audit.sample_one_in and config.model.num_experts:
         audit = AuditLog(run_dir / FOLDER, config.audit, config.model.moe_layers, rank,
                          progress.step if config.resume is not None else None)
-    run = _Run(config, groups, engine, schedule, loader, store, writer, tracker, audit, progress, stop)
+    run = _Run(config, groups, engine, schedule, loader, store, writer, tracker, audit, progress, stop, run_dir)
     try:
         summary = run.train()
     finally:
@@ -143,10 +151,12 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
     return None
 
 
-def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader) -> Progress:
+def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader, restarted: bool) -> Progress:
+    if restarted and not from_rank_zero(lambda: any((run_dir / "checkpoints").glob("step-*"))):
+        return Progress()
     checkpoint = from_rank_zero(lambda: find_checkpoint(run_dir))
     state = read_state(checkpoint)
-    load_engine(engine, checkpoint, state["step"])
+    load_engine(engine, checkpoint, state["step"] - state["skipped_steps"])
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
     progress.spike = SpikeGuard(**state["spike"])
     loader.consumed_samples = progress.consumed_samples
@@ -172,6 +182,7 @@ class _Run:
     audit: AuditLog | None
     progress: Progress
     stop: StopSignal
+    run_dir: Path
     bits_per_byte: float | None = None
     routings: tuple[RouterOutput, ...] = ()
     """Of the last micro-batch of the last logged step, on the rank that logs."""
@@ -187,6 +198,7 @@ class _Run:
                                                    config.attention.arguments), config.balance,
                                    self.engine.module.rank_shares,
                                    [a.layer_idx for a in self.engine.module.sparse_attentions()])
+        self.stragglers = StragglerWatch(config.watchdog.straggler_ratio, self.engine.device)
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}
         saved_step, stopped = progress.step, False
@@ -211,14 +223,18 @@ class _Run:
                 self.save()
                 saved_step = step
             self.metrics.started += time.perf_counter() - paused  # evaluating and saving do not count as training time
+        saved = True
         if saved_step != progress.step:
-            self.save()  # before the evaluation, which must not cost the run its weights
+            saved = self.save()  # before the evaluation, which must not cost the run its weights
             saved_step = progress.step
         if not stopped and progress.step > 0:
             self.evaluate_and_keep_best(saved_step)
+        heartbeat.beat(progress.step, "save")
+        if not (self.writer.wait() and saved):
+            raise CheckpointWriteError(self.writer.folder, Failure(
+                0, errno.EIO, "the last checkpoint is missing, the reason stands above"))
         if stopped:
-            log.info("stopped by a signal after step %d; continue with resume=%s", progress.step,
-                     self.writer.folder.parent)
+            log.info("stopped by a signal after step %d; continue with resume=%s", progress.step, self.run_dir)
         return {
             "val_loss": progress.val_loss, "unigram_entropy": self.store.unigram_entropy,
             "best_val_loss": None if math.isinf(best := self.writer.best_loss()) else best,
@@ -233,25 +249,36 @@ class _Run:
     def optimisation_step(self) -> bool:
         """One optimiser step over all micro-batches of the global batch; True when some rank was asked to stop."""
         config, progress = self.config, self.progress
-        first_sample = self.loader.consumed_samples
+        step, first_sample = progress.step + 1, self.loader.consumed_samples
+        heartbeat.beat(step, "data")
         self.schedule.set_step(progress.step)
-        batches = self.loader.next_step(self.schedule.num_micro_batches(first_sample))
+        at_log_step = step % config.train.log_interval == 0
+        with self.stragglers.own_work(at_log_step):
+            batches = self.loader.next_step(self.schedule.num_micro_batches(first_sample))
         num_targets, num_tokens, stop = self._agree(batches)
         stats = scope_counts = None
+        losses, mark = [], self.metrics.mark()
         snapshot = progress.spike.takes_snapshot(progress.step, config.fail_safe)
-        at_log_step = (progress.step + 1) % config.train.log_interval == 0
         detailed = self.tracker is not None and at_log_step
         self.engine.module.set_step(progress.step)
         measures_communication = at_log_step and self.groups.expert_size > 1
+        communication = []
         if measures_communication:
             self.engine.module.measure_communication(True)
             started = time.perf_counter()
         for i, batch in enumerate(batches):
-            output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts,
-                                         keep_routing=self.audit is not None or detailed, snapshot=snapshot,
-                                         frozen=progress.spike.frozen_steps > 0, measure_attention=at_log_step)
+            heartbeat.beat(step, "forward")
+            with self.stragglers.own_work(at_log_step):
+                output = self.engine.forward(**batch.inputs(self.engine.device), previous_counts=scope_counts,
+                                             keep_routing=self.audit is not None or detailed, snapshot=snapshot,
+                                             frozen=progress.spike.frozen_steps > 0, measure_attention=at_log_step)
+            if measures_communication:
+                communication.append(self.engine.module.measure_communication(True))
+                self.stragglers.waited(communication[-1].exposed_seconds)
             loss = training_loss(output, num_targets, num_tokens, config.balance)
+            heartbeat.beat(step, "backward")
             self.engine.backward(loss, is_last=i == len(batches) - 1)
+            losses.append(output.loss_sum.detach())
             stats = output.stats if stats is None else stats + output.stats
             scope_counts = output.scope_counts
             self.metrics.add(output, batch.num_targets, batch.num_tokens)
@@ -259,32 +286,48 @@ class _Run:
                 self.routings = tuple(RouterOutput(*(part.detach() for part in r)) for r in output.routings)
             if self.audit is not None and batch.token_ids is not None:
                 self.audit.add(progress.step + 1, batch.token_ids, batch.token_mask, output.routings)
+        heartbeat.beat(step, "step")
         self.grad_norm = self.engine.step()
+        finite = math.isfinite(self.grad_norm)
         if measures_communication:
-            self.metrics.add_communication(self.engine.module.measure_communication(False), time.perf_counter() - started)
+            communication.append(self.engine.module.measure_communication(False))
+            self.metrics.add_communication(total_communication(communication), time.perf_counter() - started)
         if self.routers and stats is not None:
-            self.update_routers(stats, first_sample)
-        if progress.spike.update(self.grad_norm, snapshot, config.fail_safe):
+            self.update_routers(stats, first_sample, finite)
+        if finite and progress.spike.update(self.grad_norm, snapshot, config.fail_safe):
             log.info("gradient norm %.3g at step %d is a spike: experts are chosen by the snapshot for %d steps",
-                     self.grad_norm, progress.step + 1, config.fail_safe.freeze_steps)
-        progress.step += 1
+                     self.grad_norm, step, config.fail_safe.freeze_steps)
+        if not finite:
+            self.not_finite(step, [float(loss) for loss in losses], batches, first_sample)
+            self.metrics.revert(mark)
+        progress.step = step
         progress.consumed_samples = self.loader.consumed_samples
         progress.consumed_tokens += num_tokens
         self.metrics.steps += 1
-        if not math.isfinite(self.grad_norm):
-            raise NonFiniteError(f"the gradient norm is {self.grad_norm} at step {progress.step} (samples "
-                                 f"{first_sample}..{progress.consumed_samples - 1}); lower optim.lr or resume from a "
-                                 "checkpoint")
         return stop
 
-    def update_routers(self, stats: torch.Tensor, first_sample: int) -> None:
-        """The one integer all-reduce of a step, and what follows from it: bias, budget, fallbacks, metrics, audit."""
+    def not_finite(self, step: int, losses: list[float], batches: list[Batch], first_sample: int) -> None:
+        """Keep the batch, and end the run or go on without the step. Collective."""
+        samples = (first_sample, self.loader.consumed_samples - 1)
+        found = describe(step, self.grad_norm, losses, batches, samples, self.run_dir)
+        if self.config.train.on_nonfinite == "stop":
+            raise NonFiniteError(f"{found}; lower optim.lr and resume, or set train.on_nonfinite=skip")
+        self.progress.skipped_steps += 1
+        log.warning("%s: skipped (train.on_nonfinite=skip; %d so far)", found, self.progress.skipped_steps)
+
+    def update_routers(self, stats: torch.Tensor, first_sample: int, finite: bool) -> None:
+        """The one integer all-reduce of a step, and what follows from it: bias, budget, fallbacks, metrics, audit.
+
+        A step that is not finite moves nothing and counts in no metric.
+        """
         config = self.config
         if self.groups.data_size > 1:
             dist.all_reduce(stats, group=self.groups.data)
         layers: LayerStats = unpack_stats(stats, config.model.num_experts, self.routers[0].max_top_k)
-        update_routers(self.routers, layers, config.balance, config.budget, config.fail_safe, self.engine.module.rank_shares)
-        self.metrics.add_stats(layers)
+        if finite:
+            update_routers(self.routers, layers, config.balance, config.budget, config.fail_safe,
+                           self.engine.module.rank_shares)
+            self.metrics.add_stats(layers)
         if self.audit is not None:
             self.audit.end_step(self.progress.step + 1, first_sample * config.train.seq_len, layers.checksum)
 
@@ -299,9 +342,17 @@ class _Run:
     def log_step(self, last_step: int) -> dict[str, Any]:
         """Reduce, write and print the metrics of the interval. Collective."""
         progress = self.progress
+        heartbeat.beat(progress.step, "log")
         scalars, routing = self.metrics.reduce()
+        skew, straggler = self.stragglers.compare()
+        if straggler is not None:
+            log.warning("step %d: rank %d is a straggler, its own work takes %.1f times the median", progress.step,
+                        straggler, skew)
+            if dist.get_rank() == straggler:
+                heartbeat.event("straggler", step=progress.step, ratio=round(skew, 2), host=socket.gethostname())
         scalars = {"train/loss": scalars.pop("train/loss"), "train/lr": self.schedule.learning_rate,
-                   "train/grad_norm": self.grad_norm, **scalars}
+                   "train/grad_norm": self.grad_norm, "train/skipped_steps": progress.skipped_steps,
+                   "perf/rank_skew": skew, **scalars}
         if self.tracker is not None:
             scalars |= routing_details(self.routings)
             self.tracker.log(progress.step, progress.consumed_tokens, scalars)
@@ -324,6 +375,7 @@ class _Run:
         batches = validation_batches(rows, settings.micro_batch_size, self.store.end_of_document,
                                      self.groups.data_rank, self.groups.data_size, settings.eval_max_sequences)
         self.engine.module.eval()
+        heartbeat.beat(progress.step, "evaluate")
         result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device, self.routers)
         self.engine.module.train()
         progress.val_loss, self.bits_per_byte = result["val_loss"], result["bits_per_byte"]
@@ -335,16 +387,19 @@ class _Run:
                              {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte",
                                                                "experts_per_token") if k in result})
         if self.config.checkpoint.keep_best and result["val_loss"] < from_rank_zero(self.writer.best_loss):
-            if saved_step != progress.step:
-                self.save()
-                saved_step = progress.step
-            self.writer.mark_best(progress.step, result["val_loss"])
+            if saved_step != progress.step and not self.save():
+                return progress.step
+            saved_step = progress.step
+            if self.writer.wait():
+                self.writer.mark_best(progress.step, result["val_loss"])
         return saved_step
 
-    def save(self) -> None:
+    def save(self) -> bool:
+        """False: it could not be written, and checkpoint.on_error says to go on. Collective."""
+        heartbeat.beat(self.progress.step, "save")
         if self.audit is not None:
             self.audit.flush()
-        log.info("saved %s", self.writer.save(self.engine, asdict(self.progress)))
+        return self.writer.save(self.engine, asdict(self.progress)) is not None
 
 
 def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir: Path, progress: Progress,

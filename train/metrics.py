@@ -67,6 +67,13 @@ class StepMetrics:
         self.sums[5] += output.processed
         self.attention += output.attention_stats
 
+    def mark(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums so far, to go back to with `revert` when a step does not count."""
+        return self.sums.clone(), self.attention.clone()
+
+    def revert(self, mark: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.sums, self.attention = mark
+
     def add_communication(self, found: Communication, seconds: float) -> None:
         """Add what one optimisation step of this rank sent and waited for, and how long the step took."""
         self.sums[6:] += torch.tensor([found.num_bytes, found.exposed_seconds, seconds, *found.payload_error],

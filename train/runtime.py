@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import logging
 import os
 import random
@@ -13,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from model.parallel import destroy_parallel
 
@@ -43,17 +44,43 @@ def process_group(timeout_seconds: int) -> Iterator[torch.device]:
         backend = "cuda:nccl,cpu:gloo"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # DeepSpeed makes groups that take no timeout; they would wait for torch's default instead of the job's.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    if (store := _own_store(timeout)) is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]),
+                                world_size=int(os.environ["WORLD_SIZE"]))
     logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
     for noisy in ("megatron", "httpx", "datasets", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         yield device
-    except SystemExit:  # raised by all ranks alike
-        _leave(added)
+    except BaseException as error:
+        if isinstance(error, SystemExit) or getattr(error, "on_all_ranks", False):
+            _leave(added)
         raise
     # After any other exception there is no clean-up: peers may be inside a collective, and it would wait for them.
     _leave(added)
+
+
+def _own_store(timeout: datetime.timedelta) -> dist.TCPStore | None:
+    """Rendezvous whose server listens on MASTER_ADDR alone; torch's own listens on every interface.
+
+    None where torchrun keeps the store, or MASTER_ADDR is a name, which may mean loopback on its own host.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    is_server = os.environ["RANK"] == "0"
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = {"master_listen_fd": socket.create_server((address, port), family=family).detach()} if is_server else {}
+    return dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_server, timeout, **listening)
 
 
 def _leave(added: dict[str, str]) -> None:
@@ -77,40 +104,34 @@ def from_rank_zero(function: Callable[[], T]) -> T:
     """Call the function on rank 0 and return its result on every rank. Collective.
 
     Raises:
-        ValueError: on every rank, with rank 0's message, when the call failed there; no rank is left waiting.
+        ValueError: on every rank, with rank 0's message (and class, where it is one of ours), when the call failed there; no
+            rank is left waiting.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer = [function(), None]
         except Exception as error:
-            answer = [None, str(error) or type(error).__name__]
+            ours = isinstance(error, ValueError) and type(error).__module__.startswith("train.")
+            kind = type(error) if ours else ValueError
+            answer = [None, (kind, str(error) or type(error).__name__)]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise ValueError(answer[1])
+        kind, message = answer[1]
+        raise kind(message)
     return answer[0]
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which ask to save and end; the loop agrees on the step with all ranks.
-
-    A rank whose launching process (LOADSTONE_PARENT) is gone is asked to end as well, so that no job runs on unowned.
-    """
+    """Remembers SIGTERM and SIGUSR1, which ask to save and end; the loop agrees on the step with all ranks."""
 
     def __init__(self) -> None:
-        self._signalled = False
-        self._parent = int(os.environ.get("LOADSTONE_PARENT", "0"))
+        self.received = False
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    @property
-    def received(self) -> bool:
-        if self._parent and not psutil.pid_exists(self._parent):
-            self._signalled = True
-        return self._signalled
 
     def close(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        self._signalled = True
+        self.received = True

@@ -1,7 +1,8 @@
 """From text to a token store: train or load the tokenizer, tokenise, hold out documents, count.
 
 A store is a folder named by the fingerprint of what it was made from:
-    manifest.json        counts, fingerprint of the settings and files, hash of the tokens, tokenizer facts
+    manifest.json        counts, fingerprint of the settings and files, hash of the tokens, tokenizer facts; size and
+                         SHA-256 of the files below
     tokenizer.json       Hugging Face tokenizers format
     token_bytes.npy      bytes of text each token stands for, for bits per byte
     train_<i>.bin/.idx   one per source, megatron-core's indexed format; every document ends with end_of_document
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from train.config import DataConfig, TokenizerConfig
+from train.data.damage import seal
 from train.data.sources import documents, files_of
 
 FORMAT = 1
@@ -74,7 +76,7 @@ def prepare(config: DataConfig, report: Callable[[str], None] = print) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
-        manifest = _write_store(config, scratch, report)
+        manifest = seal(_write_store(config, scratch, report), scratch)
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         if final.exists():  # an incomplete folder of the same name
             shutil.rmtree(final)

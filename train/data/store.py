@@ -7,20 +7,27 @@ whose beginning does not depend on its length. So a run can be continued, extend
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from train.data.damage import MANIFEST, cached_folder, check_file, check_split, damaged, read_manifest
+
 
 class TokenStore:
-    """A prepared folder (train/data/prepare.py)."""
+    """A prepared folder (train/data/prepare.py), or the part of it that a run keeps in RUN/data.
+
+    Opening reads the manifest; every other file is verified where it is opened for reading.
+
+    Raises:
+        ValueError: from every method, when a file is damaged; names the file, what is wrong and the fix.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+        self.manifest = read_manifest(path)
         self.vocab_size: int = self.manifest["vocab_size"]
         self.end_of_document: int = self.manifest["end_of_document"]
         self.unigram_entropy: float = self.manifest["unigram_entropy"]
@@ -28,14 +35,22 @@ class TokenStore:
     def tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 
-        path = self.path / "tokenizer.json"
+        path = check_file(self.path, "tokenizer.json", self.manifest)
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{path} cannot be read ({error}); resuming the run restores it") from error
+            raise damaged(path, f"cannot be read ({error})") from error
 
     def token_bytes(self) -> np.ndarray:
-        return np.load(self.path / "token_bytes.npy", allow_pickle=False)
+        """[vocab_size] int32: bytes of text each token stands for."""
+        path = check_file(self.path, "token_bytes.npy", self.manifest)
+        try:
+            lengths = np.load(path, allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise damaged(path, f"cannot be read ({error})") from error
+        if lengths.shape != (self.vocab_size,) or lengths.dtype != np.int32:
+            raise damaged(path, f"holds {lengths.dtype} of shape {lengths.shape} instead of int32 of ({self.vocab_size},)")
+        return lengths
 
 
 class _SourceSamples:
@@ -45,6 +60,7 @@ class _SourceSamples:
         self.store, self.prefix = store, str(store.path / f"train_{source}")
         self.seq_len, self.seed, self.source = seq_len, seed, source
         tokens = store.manifest["sources"][source]["tokens"]
+        check_split(store.path, f"train_{source}", tokens, store.manifest)
         self.per_epoch = (tokens - 1) // seq_len
         if self.per_epoch < 1:
             raise ValueError(f"data source {source} has {tokens} training tokens, fewer than train.seq_len {seq_len} + 1; "
@@ -55,17 +71,20 @@ class _SourceSamples:
         """Collective: rank 0 writes the epoch's index, the others map it."""
         if epoch in self._epochs:
             return
+        seed = (self.seed + 7919 * epoch + 104729 * self.source) % 2**32
+        cache = self.store.path / "index_cache" / f"{seed}-{self.seq_len}-{self.source}-{epoch}"
         distributed = dist.is_initialized() and dist.get_world_size() > 1
-        if distributed and dist.get_rank() != 0:
+        if not distributed or dist.get_rank() == 0:
+            cached_folder(cache, lambda folder: self._build(seed, folder))
+        if distributed:
             dist.barrier()
-        self._epochs[epoch] = self._build(epoch)
-        if distributed and dist.get_rank() == 0:
-            dist.barrier()
+        self._epochs[epoch] = self._build(seed, cache)
 
     def close_epochs_before(self, epoch: int) -> None:
         self._epochs = {e: d for e, d in self._epochs.items() if e >= epoch}
 
-    def _build(self, epoch: int) -> Any:
+    def _build(self, seed: int, cache: Path) -> Any:
+        """The epoch that the seed shuffles; its index is read from the folder, or written there."""
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.datasets.utils import Split
@@ -78,10 +97,9 @@ class _SourceSamples:
 
         # Megatron blends and splits inside its builder, which is bypassed: one store, one split, one epoch.
         config = GPTDatasetConfig(
-            random_seed=(self.seed + 7919 * epoch + 104729 * self.source) % 2**32, sequence_length=self.seq_len,
-            blend=([self.prefix], None), split="1,0,0", path_to_cache=str(store.path / "index_cache"),
-            tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-            create_attention_mask=False)
+            random_seed=seed, sequence_length=self.seq_len, blend=([self.prefix], None), split="1,0,0",
+            path_to_cache=str(cache), tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False,
+            eod_mask_loss=False, create_attention_mask=False)
         indexed = IndexedDataset(self.prefix)
         return GPTDataset(indexed, self.prefix, np.arange(len(indexed), dtype=np.int32), None, Split.train, config)
 
@@ -96,6 +114,11 @@ class TrainingSamples:
     """All sources, blended by weight. Sample i is [seq_len + 1] token ids."""
 
     def __init__(self, store: TokenStore, weights: tuple[float, ...], seq_len: int, seed: int):
+        found = len(store.manifest["sources"])
+        if found != len(weights):
+            raise damaged(store.path / MANIFEST, f"lists {found} sources instead of {len(weights)}")
+        for name in store.manifest.get("files", ()):
+            check_file(store.path, name, store.manifest)
         self.sources = [_SourceSamples(store, i, seq_len, seed) for i in range(len(weights))]
         self.weights = np.array(weights, dtype=np.float64) / sum(weights)
         self._source_of = np.empty(0, dtype=np.int16)
@@ -142,9 +165,13 @@ class ValidationRows:
 
     def __init__(self, store: TokenStore, seq_len: int):
         self.tokens_path = store.path / "validation.bin"
-        self.num_tokens: int = store.manifest["validation"]["tokens"]
+        held_out = store.manifest.get("validation")
+        if held_out is None:
+            raise damaged(store.path / MANIFEST, "says nothing of held-out documents")
+        self.num_tokens: int = held_out["tokens"]
         self.seq_len = seq_len
-        self._tokens = (np.memmap(self.tokens_path, dtype=store.manifest["token_dtype"], mode="r")
+        dtype = check_split(store.path, "validation", self.num_tokens, store.manifest)
+        self._tokens = (np.memmap(self.tokens_path, dtype=dtype, mode="r")
                         if self.num_tokens else np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:

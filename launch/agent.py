@@ -1,0 +1,369 @@
+"""One per rank, started by the launcher: python -m launch.agent RUN/supervisor.json ATTEMPT.
+
+It runs the training process as its child.
+
+It tells the supervisor how its rank is, and ends the rank when the supervisor says so or can no longer be reached, so
+that nothing outlives its job. It imports neither torch nor deepspeed: it must not share the fate of what it watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.environment import adopt_rank, interface_of
+from launch.secrets import read_secrets_file
+from launch.wire import Address, Closed, Line, proof
+from train.heartbeat import PIPE, STACK_SIGNAL, STACKS
+
+PR_SET_PDEATHSIG = 1
+CONNECT_SECONDS = 30.0
+STACK_SECONDS = 0.4
+REFUSED_SECONDS = SILENT_SECONDS = 3.0
+BURST_SECONDS = 0.1
+"""Beats come in bursts; waking up for every one would cost the ranks their cores."""
+
+
+class Agent:
+    """The child process, the connection, and what is known of both."""
+
+    def __init__(self, path: Path, attempt: int):
+        self.path, self.attempt = path, attempt
+        self.rank, self.host = int(os.environ["RANK"]), socket.gethostname()
+        self.parent = os.getppid()
+        self.address = _load_address(path)
+        self.line: Line | None = None
+        self.welcome: dict[str, Any] = {}
+        self.child: subprocess.Popen[bytes] | None = None
+        self.pipe = -1
+        self.buffer = b""
+        self.facts: dict[str, Any] = {"step": 0, "phase": "spawn", "beats": 0}
+        self.spans: dict[str, list[float]] = {}
+        """Phase -> how often it took place, then the two longest times it took, in seconds."""
+        self.alive = self.progressed = self.heard = time.monotonic()
+        self.refused: float | None = None
+        self.stopping: float | None = None
+        """When the child must be gone after it was asked to save and end."""
+        self.told = False
+        self.leave = False
+        self.orders: list[dict[str, Any]] = []
+
+    # --- connection ----------------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Join the supervisor: it sends a nonce, the agent proves that it knows the token, the supervisor welcomes it."""
+        try:
+            connection = socket.create_connection((self.address.host, self.address.port), timeout=2)
+        except ConnectionRefusedError:
+            self.refused = self.refused or time.monotonic()
+            return
+        except OSError:
+            return
+        try:
+            line = Line(connection, self.welcome.get("timeout", CONNECT_SECONDS))
+            nonce = wait_for(line, "nonce")
+            line.send({"proof": proof(self.address.token, nonce), "rank": self.rank, "host": self.host,
+                       "attempt": self.attempt})
+            self.welcome = wait_for(line, "welcome")
+        except Closed:
+            connection.close()
+            return
+        self.line, self.heard, self.refused = line, time.monotonic(), None
+
+    def drop(self) -> None:
+        if self.line is not None:
+            self.line.close()
+        self.line = None
+
+    def send(self, **message: Any) -> None:
+        if self.line is None:
+            return
+        try:
+            self.line.send(message)
+        except Closed:
+            self.drop()
+
+    def superseded(self) -> bool:
+        """Whether another supervisor has taken over the run, which must not be written by two jobs."""
+        try:
+            return Address.load(self.path).token != self.address.token
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def receive(self) -> None:
+        if self.line is None:
+            return
+        try:
+            self.line.flush()
+            messages = self.line.receive()
+        except Closed:
+            self.drop()
+            return
+        if messages:
+            self.heard = time.monotonic()
+        self.orders += [m for m in messages if "order" in m]
+
+    # --- child ---------------------------------------------------------------------------------------------------------
+
+    def start_child(self) -> None:
+        assert self.line is not None
+        read, write = os.pipe()
+        env = {**os.environ, **self.welcome["env"], PIPE: str(write),
+               STACKS: str(Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt")}
+        if self.welcome["secrets_file"] is not None:
+            env |= read_secrets_file(os.path.expanduser(self.welcome["secrets_file"]))
+        for name, value in self.welcome["rendezvous"].items():
+            env.setdefault(name, value)
+        # gloo would listen on whatever the host's name resolves to, often an address that others cannot reach.
+        interface = interface_of(self.line.socket.getsockname()[0])
+        if interface is not None:
+            env.setdefault("GLOO_SOCKET_IFNAME", interface)
+        agent = os.getpid()
+
+        def tie_to_agent() -> None:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != agent:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        self.memory_kills = _out_of_memory_kills()
+        self.child = subprocess.Popen([sys.executable, "-u", "-m", *self.welcome["command"]], env=env, pass_fds=[write],
+                                      preexec_fn=tie_to_agent, process_group=0)
+        os.close(write)
+        os.set_blocking(read, False)
+        self.pipe = read
+        self.alive = self.progressed = time.monotonic()
+
+    def read_heartbeat(self) -> None:
+        try:
+            while received := os.read(self.pipe, 65536):
+                self.buffer += received
+        except BlockingIOError:
+            pass
+        *lines, self.buffer = self.buffer.split(b"\n")
+        now = time.monotonic()
+        for text in lines:
+            message = json.loads(text)
+            self.alive = now
+            if "event" in message:
+                self.send(**message)
+                continue
+            if "beats" in message:
+                times, *longest = self.spans.get(self.facts["phase"], [0])
+                self.spans[self.facts["phase"]] = [times + 1, *sorted([*longest, now - self.progressed])[-2:]]
+                self.progressed = now
+            self.facts |= message
+
+    def report(self) -> None:
+        """Tell the supervisor how the rank is."""
+        assert self.child is not None
+        now = time.monotonic()
+        self.send(**self.facts, silent=round(now - self.alive, 2), idle=round(now - self.progressed, 2),
+                  usual=self.usual(), state=_state(self.child.pid),
+                  orphaned=os.getppid() != self.parent)
+
+    def usual(self) -> float | None:
+        times, *longest = self.spans.get(self.facts["phase"], [0])
+        return None if times == 0 else longest[0] if times >= 3 else longest[-1]
+
+    def ask_to_stop(self) -> None:
+        """Have the rank save and end; it is killed when it has not done so in time."""
+        if self.stopping is None:
+            self.stopping = time.monotonic() + float(self.welcome.get("grace", 0.0))
+        if (self.child is not None and self.child.poll() is None and not self.told
+                and _catches(self.child.pid, signal.SIGTERM)):
+            self.told = True
+            self.child.send_signal(signal.SIGTERM)
+
+    def dump_stacks(self) -> bool | None:
+        """Have the child write its stacks; True when its main thread stands in a collective, None when it does not say."""
+        assert self.child is not None
+        path = Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt"
+        size = path.stat().st_size if path.is_file() else 0
+        if self.child.poll() is not None or not _catches(self.child.pid, STACK_SIGNAL):
+            return None
+        self.child.send_signal(STACK_SIGNAL)
+        time.sleep(STACK_SECONDS)
+        try:
+            with path.open() as file:
+                file.seek(size)
+                return in_collective(file.read())
+        except OSError:
+            return None
+
+    def kill_child(self) -> None:
+        assert self.child is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+
+    # --- life ----------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Returns the exit code of the agent: the child's, or 70 when it was ended from outside."""
+        until = time.monotonic() + CONNECT_SECONDS
+        while self.line is None:
+            self.connect()
+            if self.line is None and time.monotonic() > until:
+                print(f"agent of rank {self.rank}: no supervisor at {self.address.host}:{self.address.port}",
+                      file=sys.stderr)
+                return 69
+            time.sleep(0.0 if self.line else 0.2)
+        self.start_child()
+        assert self.child is not None
+        signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop())
+        interval, next_report = min(1.0, self.welcome["timeout"] / 8), 0.0
+        while self.child.poll() is None:
+            self._wait(interval / 2)
+            self.read_heartbeat()
+            self.receive()
+            if self.line is None:
+                self.connect()
+            now = time.monotonic()
+            if now >= next_report:
+                next_report = now + interval
+                self.report()
+            if self.stopping is not None:
+                self.ask_to_stop()  # again: a rank that is still starting cannot be told yet
+            if self._must_end(now):
+                self.kill_child()
+                return 70
+        self.read_heartbeat()
+        return self._after_exit()
+
+    def _wait(self, seconds: float) -> None:
+        watched = [self.pipe, *([self.line.fileno()] if self.line is not None else [])]
+        select.select(watched, [], [], seconds)
+        time.sleep(BURST_SECONDS)
+
+    def _must_end(self, now: float) -> bool:
+        """Follow orders, and end a rank that has lost its supervisor."""
+        orders, self.orders = self.orders, []
+        for order in orders:
+            if order["order"] == "abort":
+                self.dump_stacks()
+                return True
+            if order["order"] == "stacks":
+                self.send(waiting=self.dump_stacks())
+            if order["order"] == "stop":
+                self.ask_to_stop()
+        if now - self.heard > SILENT_SECONDS and self.superseded():
+            print(f"agent of rank {self.rank} on {self.host}: another job has taken over the run, ending", file=sys.stderr)
+            return True
+        if self.refused is not None and now - self.refused > REFUSED_SECONDS and self.stopping is None:
+            print(f"agent of rank {self.rank} on {self.host}: the supervisor is gone, saving and ending", file=sys.stderr)
+            self.ask_to_stop()
+        if now - self.heard > self.welcome["timeout"] and self.refused is None:
+            print(f"agent of rank {self.rank} on {self.host}: no word from the supervisor for "
+                  f"{self.welcome['timeout']:g} s, ending", file=sys.stderr)
+            return True
+        return self.stopping is not None and now > self.stopping
+
+    def _after_exit(self) -> int:
+        """Report the exit and stay until the supervisor has judged: a launcher ends all ranks when one agent leaves."""
+        assert self.child is not None
+        code = self.child.returncode
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.child.pid, signal.SIGKILL)  # what the rank has left behind
+        message = {**self.facts, "exit_code": code, "told": self.told,
+                   "out_of_memory": _out_of_memory_kills() > self.memory_kills}
+        self.send(**message)
+        stacks = Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt"
+        with contextlib.suppress(OSError):
+            if stacks.stat().st_size == 0:
+                stacks.unlink()
+                stacks.parent.rmdir()
+                stacks.parent.parent.rmdir()
+        ended = time.monotonic()
+        self.leave = False
+        while not self.leave and time.monotonic() - self.heard < self.welcome["timeout"]:
+            time.sleep(0.1)
+            self.receive()
+            if self.line is None:
+                if self.refused is not None or time.monotonic() - ended > self.welcome["timeout"]:
+                    break
+                self.connect()
+                self.send(**message)
+            self.leave = any(o["order"] in ("leave", "abort") for o in self.orders)
+        return code if code >= 0 else 128 - code
+
+
+def in_collective(stacks: str) -> bool | None:
+    """Whether the thread that runs the training loop waits for other ranks, from faulthandler's dump of all threads."""
+    for thread in stacks.split("\n\n"):
+        frames = [line for line in thread.splitlines() if line.lstrip().startswith("File ")]
+        if any("/launch/train.py" in frame for frame in frames):
+            return any(part in frame for frame in frames[:3]
+                       for part in ("/torch/distributed/", "/deepspeed/comm/", "/ops/all_to_all/"))
+    return None
+
+
+def wait_for(line: Line, key: str) -> Any:
+    """The next message with this key; short blocking wait while joining."""
+    until = time.monotonic() + CONNECT_SECONDS
+    while time.monotonic() < until:
+        for message in line.receive():
+            if key in message:
+                return message[key]
+        select.select([line], [], [], 0.2)
+    raise Closed(f"no {key} from the supervisor")
+
+
+def _load_address(path: Path) -> Address:
+    """On a network file system the file may appear a little late."""
+    until = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            return Address.load(path)
+        except (OSError, ValueError, TypeError) as error:
+            if time.monotonic() > until:
+                raise SystemExit(f"agent: {path} cannot be read ({error}); the run directory must be on a file system that "
+                                 "all nodes share") from error
+            time.sleep(0.2)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return "?"
+
+
+def _catches(pid: int, number: int) -> bool:
+    """A process that is still starting would die of the signal."""
+    try:
+        caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def _out_of_memory_kills() -> int:
+    try:
+        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
+        return int(dict(line.split() for line in lines)["oom_kill"])
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def main() -> int:
+    adopt_rank()
+    try:
+        return Agent(Path(sys.argv[1]), int(sys.argv[2])).run()
+    except OSError as error:
+        print(f"agent: {errno.errorcode.get(error.errno or 0, '')} {error}", file=sys.stderr)
+        return 70
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

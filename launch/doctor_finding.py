@@ -1,0 +1,100 @@
+"""What a check of launch.doctor says, and how it asks a program without waiting for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from launch.secrets import redact_text
+
+T = TypeVar("T")
+R = TypeVar("R")
+MAX_THREADS = 64
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Literal["ok", "warn", "FAIL"]
+    name: str
+    found: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.level:4}  {self.name:14}  {self.found}" + (f"  -> {self.fix}" if self.fix else "")
+        return redact_text(" ".join(line.splitlines()))
+
+
+def ok(name: str, found: str) -> Finding:
+    return Finding("ok", name, found)
+
+
+def warn(name: str, found: str, fix: str) -> Finding:
+    return Finding("warn", name, found, fix)
+
+
+def failed(name: str, found: str, fix: str) -> Finding:
+    return Finding("FAIL", name, found, fix)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program said. code None: it is not installed, or did not end in time (then `errors` says so)."""
+
+    code: int | None
+    output: str
+    errors: str
+    ended: float
+    """Wall clock, seconds since the epoch."""
+
+    @property
+    def reason(self) -> str:
+        """Why it failed: its last words, or its code."""
+        lines = [line for line in self.errors.splitlines() if line.strip()]
+        return lines[-1].strip() if lines else f"it ended with code {self.code}"
+
+
+def ask(command: list[str], seconds: float, environ: Mapping[str, str] | None = None) -> Answer:
+    """Run a program; it and its children are killed after `seconds`."""
+    try:
+        process = subprocess.Popen(command, env=None if environ is None else dict(environ), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+                                   start_new_session=True)
+    except OSError as error:
+        return Answer(None, "", f"{command[0]}: {error.strerror}", time.time())
+    try:
+        output, errors = process.communicate(timeout=seconds)
+        return Answer(process.returncode, output, errors, time.time())
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return Answer(None, "", f"no answer within {seconds:g} s", time.time())
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T], seconds: float) -> dict[T, R]:
+    """Item -> result, of those that are there after `seconds`. Threads that hang in the system are left behind."""
+    todo, results = list(items), {}
+    until = time.monotonic() + seconds
+    places = threading.Semaphore(MAX_THREADS)
+
+    def work(item: T) -> None:
+        try:
+            results[item] = function(item)
+        finally:
+            places.release()
+
+    threads = []
+    for item in todo:
+        if not places.acquire(timeout=max(0.0, until - time.monotonic())):
+            break
+        threads.append(threading.Thread(target=work, args=(item,), daemon=True))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return dict(results)

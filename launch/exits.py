@@ -1,0 +1,38 @@
+"""Exit codes of a job, after sysexits.h, and what each kind of failure means for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DONE = 0
+BAD_CONFIG = 2
+BAD_DATA = 65
+NO_HOSTS = 69
+FAILED = 70
+IN_USE = 73
+CANNOT_WRITE = 74
+
+
+@dataclass(frozen=True)
+class Failure:
+    code: int
+    restart: bool
+    """Whether another attempt may go better."""
+
+
+FAILURES = {
+    "killed": Failure(FAILED, True),         # ended by a signal
+    "exited": Failure(FAILED, True),         # left with code 0 before the end of training
+    "failed": Failure(FAILED, True),         # an exception
+    "communication": Failure(FAILED, True),  # ranks lost each other and nobody knows why
+    "frozen": Failure(FAILED, True),         # stopped, or no sign of life
+    "hung": Failure(FAILED, True),           # alive without progress
+    "lost": Failure(FAILED, True),           # no word from the rank's host
+    "launcher": Failure(FAILED, True),       # the launcher ended on its own
+    "startup": Failure(FAILED, True),        # ranks did not appear
+    "non_finite": Failure(BAD_DATA, False),  # NaN or infinite loss or gradient
+    "checkpoint": Failure(BAD_DATA, False),  # none usable, or of another model
+    "disk_full": Failure(CANNOT_WRITE, False),
+    "in_use": Failure(IN_USE, False),        # another job holds the run directory
+    "config": Failure(BAD_CONFIG, False),    # a setting or an input the user must mend
+}

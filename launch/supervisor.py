@@ -1,0 +1,399 @@
+"""The parent of a job: starts a launcher, hears every rank through its agent, ends the whole job on the first fault, and
+starts it again from the last complete checkpoint.
+
+    supervisor --starts--> launcher (deepspeed, torchrun, srun) --starts--> one agent per rank --starts--> training process
+         ^                                                                      |
+         +---------------- TCP: state of the rank, orders ----------------------+
+
+What happened is in RUN/supervisor.jsonl, one JSON object a line: attempt, verdict, stopped, straggler, end.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch import exits, hosts, spawn
+from launch.judge import Judge, Limits, Verdict
+from launch.wire import Address, Closed, Line, new_token, proof
+from train.config import RunConfig
+from train.runtime import free_port
+
+LEAVE_SECONDS = 30.0
+ABORT_SECONDS = 10.0
+STACKS_SECONDS = 2.0
+HANDSHAKE_SECONDS = 10.0
+UNGAINED_LIMIT = 2
+"""Attempts in a row without a new step, after which another restart is not worth it."""
+MAX_DELAY_SECONDS = 300.0
+
+
+class NoHosts(RuntimeError):
+    """Too few hosts can be reached."""
+
+
+@dataclass
+class Peer:
+    """A connection: first unknown, then the agent of a rank or another node's parent."""
+
+    line: Line
+    nonce: str
+    since: float
+    rank: int | None = None
+    node: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: with a verdict, or well."""
+
+    verdict: Verdict | None
+    step: int
+    """The last step that every rank finished."""
+    stopped: bool = False
+
+
+@dataclass
+class Supervisor:
+    """Runs a job to its end; `run` returns the exit code.
+
+    Args:
+        arguments: of `python -m launch.train` in every rank.
+        fits: world size -> what in the config speaks against it, for launch.elastic.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    arguments: list[str]
+    fits: Callable[[int], list[str]]
+    env: dict[str, str]
+    """Variables handed to every rank."""
+    token: str = field(default_factory=new_token)
+    peers: list[Peer] = field(default_factory=list)
+    stop_asked: int = 0
+
+    def __post_init__(self) -> None:
+        self.launch, self.watchdog = self.config.launch, self.config.watchdog
+        self.limits = Limits(self.watchdog.timeout_seconds, self.watchdog.startup_seconds)
+        self.address_file = self.run_dir.resolve() / "supervisor.json"
+        self.hosts = hosts.parse_hostfile(self.launch.hostfile) if self.launch.hostfile else ()
+        self.by_node = self.launch.node_rank is not None and self.launch.num_nodes > 1
+        self.selector = selectors.DefaultSelector()
+        self.attempt = 0
+
+    # --- the job -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        server = socket.create_server((self.listen_address(), 0), backlog=128)
+        server.setblocking(False)
+        self.selector.register(server, selectors.EVENT_READ)
+        previous = {n: signal.signal(n, self._asked_to_stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            host, port = server.getsockname()[:2]
+            Address(host, port, self.token).save(self.address_file)
+            code = self._attempts()
+            self.event("end", code=code, restarts=self.attempt)
+            for peer in self.peers:
+                self.order(peer, "end", code=code)
+            return code
+        finally:
+            self.address_file.unlink(missing_ok=True)
+            for peer in list(self.peers):
+                self.forget(peer)
+            self.selector.unregister(server)
+            server.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _attempts(self) -> int:
+        best_step, ungained, delay = -1, 0, self.launch.restart_delay_seconds
+        while True:
+            try:
+                chosen = self.choose_hosts()
+            except NoHosts as error:
+                say(str(error))
+                return exits.NO_HOSTS
+            outcome = self.one_attempt(chosen)
+            if outcome.verdict is None:
+                return exits.DONE
+            failure = exits.FAILURES[outcome.verdict.kind]
+            if outcome.step > best_step:
+                best_step, ungained, delay = outcome.step, 0, self.launch.restart_delay_seconds
+            else:
+                ungained += 1
+            reason = self._why_not_again(failure, ungained, outcome.stopped)
+            if reason is not None:
+                if reason:
+                    say(reason)
+                return failure.code
+            say(f"restart {self.attempt + 1} of {self.launch.max_restarts} from the last complete checkpoint in {delay:g} s")
+            until = time.monotonic() + delay
+            while time.monotonic() < until and not self.stop_asked:
+                time.sleep(0.1)
+            if self.stop_asked:
+                say("asked to stop before the restart")
+                return failure.code
+            delay = min(2 * delay, MAX_DELAY_SECONDS)
+            self.attempt += 1
+
+    def _why_not_again(self, failure: exits.Failure, ungained: int, stopped: bool) -> str | None:
+        """None to restart, else what to say ("" when the verdict has said it all)."""
+        if stopped or not failure.restart or self.launch.max_restarts == 0:
+            return ""
+        if self.attempt >= self.launch.max_restarts:
+            return f"launch.max_restarts={self.launch.max_restarts} restarts are used up"
+        if ungained >= UNGAINED_LIMIT:
+            return f"no restart: {ungained} attempts in a row gained no step, another would not either"
+        return None
+
+    def choose_hosts(self) -> tuple[hosts.Host, ...]:
+        """Hosts of the next attempt: the first that can be reached; fewer than asked for when launch.elastic allows it.
+
+        Raises:
+            NoHosts: there are too few.
+        """
+        if not self.hosts:
+            return ()
+        wanted = self.launch.num_nodes
+        silent = hosts.unreachable(self.hosts, self.launch.ssh_port)
+        for name, reason in silent.items():
+            say(f"host {name} cannot be reached: {reason}")
+        usable = [h for h in self.hosts if h.name not in silent][:wanted]
+        if self.attempt == 0 and (broken := [h.name for h in self.hosts[:wanted] if h.name in silent]):
+            raise NoHosts(f"before the start every host of launch.hostfile must answer to ssh; mend or remove "
+                          f"{', '.join(broken)}, then see: python -m launch.doctor launch.hostfile={self.launch.hostfile}")
+        if len(usable) == wanted:
+            return tuple(usable)
+        for number in range(len(usable), 0, -1) if self.launch.elastic else ():
+            if not self.fits(number * self.launch.num_devices):
+                say(f"going on with {number} of {wanted} nodes (launch.elastic)")
+                return tuple(usable[:number])
+        raise NoHosts(f"{len(usable)} of the {wanted} hosts needed can be reached"
+                      + (", and the config fits no smaller number" if self.launch.elastic and usable else ""))
+
+    # --- one attempt ---------------------------------------------------------------------------------------------------
+
+    def one_attempt(self, chosen: tuple[hosts.Host, ...]) -> Outcome:
+        num_nodes = len(chosen) or self.launch.num_nodes
+        self.judge = Judge(num_nodes * self.launch.num_devices, self.limits, time.monotonic())
+        self.rendezvous = self._rendezvous(chosen)
+        self.event("attempt", attempt=self.attempt, hosts=[h.name for h in chosen] or [socket.gethostname()],
+                   world_size=self.judge.world_size)
+        if self.by_node and not self._nodes_present():
+            return Outcome(Verdict("startup", (), (), 0, "", "not every node's command has reported: start it with each "
+                                   f"launch.node_rank below {num_nodes}, all with the same run_dir"), -1)
+        for peer in self.peers:
+            if peer.node is not None:
+                self.order(peer, "start", attempt=self.attempt, port=self.rendezvous.port)
+        launcher = spawn.start(spawn.command(self.launch, num_nodes, self.rendezvous,
+                                             [str(self.address_file), str(self.attempt)], self._hostfile(chosen)))
+        try:
+            verdict, stopped = self._watch(launcher)
+            step = self.judge.step
+            if verdict is not None:
+                self._announce(verdict, stopped)
+            self._end(launcher, verdict)
+        finally:
+            spawn.kill_tree(launcher)
+        return Outcome(verdict, step, stopped)
+
+    def _rendezvous(self, chosen: tuple[hosts.Host, ...]) -> spawn.Rendezvous:
+        address = self.launch.master_addr
+        if address is None:
+            if chosen:
+                address = hosts.address_of(chosen[0].name)  # None: DeepSpeed asks the host itself
+            elif self.launch.kind != "slurm":
+                address = "127.0.0.1"
+        return spawn.Rendezvous(address, self.launch.master_port or free_port())
+
+    def _hostfile(self, chosen: tuple[hosts.Host, ...]) -> str | None:
+        path = self.run_dir / "hostfile"
+        if chosen:
+            return spawn.write_hostfile(path, [(h.name, h.slots) for h in chosen])
+        if self.by_node and self.launch.kind == "deepspeed":
+            names = [f"node-{i}" for i in range(self.launch.num_nodes)]  # names only: nobody is reached by them
+            return spawn.write_hostfile(path, [(name, self.launch.num_devices) for name in names])
+        return None
+
+    def _nodes_present(self) -> bool:
+        until = time.monotonic() + self.limits.startup
+        while {p.node for p in self.peers if p.node is not None} != set(range(1, self.launch.num_nodes)):
+            if time.monotonic() > until or self.stop_asked:
+                return False
+            self.listen(0.2)
+        return True
+
+    def _watch(self, launcher: subprocess.Popen[bytes]) -> tuple[Verdict | None, bool]:
+        """Until all ranks are done (None) or a fault is certain; also whether the job was asked to stop."""
+        interval = min(1.0, self.limits.timeout / 8)
+        next_ping, stop_until, stacks_until = 0.0, None, None
+        while not self.judge.complete():
+            self.listen(interval / 2)
+            now = time.monotonic()
+            if now >= next_ping:
+                next_ping = now + interval
+                self.everyone("stop" if self.stop_asked else "ping")
+            if launcher.poll() is not None:
+                self.judge.launcher_exit(launcher.returncode, now)
+            if self.stop_asked and stop_until is None:
+                stop_until = now + self.config.checkpoint.grace_seconds + 2
+                say("asked to stop: the ranks save and end")
+            if stop_until is not None and (now > stop_until or self.stop_asked > 1):
+                return Verdict("communication", (), (), self.judge.step, "", "the ranks did not save and end within "
+                               f"checkpoint.grace_seconds={self.config.checkpoint.grace_seconds:g}"), True
+            verdict = self.judge.verdict(now)
+            if verdict is None:
+                stacks_until = None
+            elif verdict.kind == "hung" and stacks_until is None:
+                self.everyone("stacks")  # who waits for whom
+                stacks_until = now + STACKS_SECONDS
+            elif verdict.kind != "hung" or now > (stacks_until or 0.0):
+                return verdict, self.stop_asked > 0
+        return None, self.stop_asked > 0
+
+    def _announce(self, verdict: Verdict, stopped: bool) -> None:
+        failure = exits.FAILURES[verdict.kind]
+        self.event("verdict", attempt=self.attempt, **asdict(verdict),
+                   restart=failure.restart and not stopped and self.attempt < self.launch.max_restarts)
+        say(verdict.message)
+
+    def _end(self, launcher: subprocess.Popen[bytes], verdict: Verdict | None) -> None:
+        """All ranks go, then the launcher; hosts that are not heard have ended theirs by the time this returns."""
+        started = time.monotonic()
+        silent = [r.heard for r in self.judge.ranks.values() if r.exit_code is None and (
+            not r.connected or started - r.heard > max(2.0, self.limits.timeout / 3))]
+        self.everyone("leave" if verdict is None else "abort")
+        until = started + (LEAVE_SECONDS if verdict is None else ABORT_SECONDS)
+        while time.monotonic() < until and any(p.rank is not None for p in self.peers):
+            self.listen(0.1)
+        while verdict is None and time.monotonic() < until and launcher.poll() is None:
+            time.sleep(0.05)
+        spawn.kill_tree(launcher)
+        for peer in [p for p in self.peers if p.rank is not None]:
+            self.forget(peer)
+        if verdict is not None and silent:
+            fenced = max(silent) + self.limits.timeout + 2
+            while time.monotonic() < fenced and self.stop_asked < 2:
+                self.listen(0.2)
+        if verdict is not None:
+            self.event("stopped", attempt=self.attempt, seconds=round(time.monotonic() - started, 1))
+
+    # --- connections ---------------------------------------------------------------------------------------------------
+
+    def listen_address(self) -> str:
+        if self.launch.listen_addr is not None:
+            return self.launch.listen_addr
+        if self.hosts:
+            return hosts.facing_address(next((h.name for h in self.hosts), ""))
+        if self.by_node:
+            return str(self.launch.master_addr)
+        if self.launch.kind == "slurm" and self.launch.num_nodes > 1:
+            return hosts.address_of(socket.gethostname()) or "0.0.0.0"
+        return "127.0.0.1"
+
+    def listen(self, seconds: float) -> None:
+        """Take in connections and messages for about this long."""
+        for key, _ in self.selector.select(seconds):
+            if key.data is None:
+                self._accept(key.fileobj)  # type: ignore[arg-type]
+            else:
+                self._receive(key.data)
+        now = time.monotonic()
+        for peer in [p for p in self.peers if p.rank is None and p.node is None and now - p.since > HANDSHAKE_SECONDS]:
+            self.forget(peer)
+
+    def _accept(self, server: socket.socket) -> None:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        peer = Peer(Line(connection, self.limits.timeout), secrets.token_hex(16), time.monotonic())
+        self.peers.append(peer)
+        self.selector.register(peer.line, selectors.EVENT_READ, peer)
+        self._send(peer, {"nonce": peer.nonce})
+
+    def _receive(self, peer: Peer) -> None:
+        try:
+            messages = peer.line.receive()
+        except Closed:
+            self.forget(peer)
+            return
+        for message in messages:
+            if peer.rank is None and peer.node is None:
+                self._welcome(peer, message)
+            elif peer.rank is not None and "event" in message:
+                self.event(message.pop("event"), rank=peer.rank, **message)
+            elif peer.rank is not None:
+                self.judge.report(peer.rank, self.judge.ranks[peer.rank].host, time.monotonic(), message)
+
+    def _welcome(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Let in who knows the token and belongs to this attempt."""
+        if not hmac.compare_digest(str(message.get("proof")), proof(self.token, peer.nonce)):
+            self.forget(peer)
+            return
+        if "node" in message:
+            peer.node = int(message["node"])
+            self._send(peer, {"welcome": {"timeout": self.limits.timeout}})
+            return
+        rank = int(message["rank"])
+        if message["attempt"] != self.attempt or not 0 <= rank < self.judge.world_size:
+            self.forget(peer)
+            return
+        for other in [p for p in self.peers if p.rank == rank]:
+            self.forget(other)  # the same agent, on a new connection
+        peer.rank = rank
+        self.judge.report(rank, str(message["host"]), time.monotonic(), {})
+        self._send(peer, {"welcome": {
+            "command": ["launch.train", *self.arguments, f"+attempt={self.attempt}"],
+            "env": self.env, "secrets_file": self.launch.secrets_file, "timeout": self.limits.timeout,
+            "grace": self.config.checkpoint.grace_seconds,
+            "failures": str(self.run_dir.resolve() / "failures" / str(self.attempt)),
+            "rendezvous": {"MASTER_ADDR": self.rendezvous.address, "MASTER_PORT": str(self.rendezvous.port)}
+            if self.rendezvous.address else {}}})
+
+    def order(self, peer: Peer, order: str, **facts: Any) -> None:
+        self._send(peer, {"order": order, **facts})
+
+    def everyone(self, order: str) -> None:
+        for peer in list(self.peers):
+            if peer.rank is not None or peer.node is not None:
+                self.order(peer, order)
+
+    def _send(self, peer: Peer, message: dict[str, Any]) -> None:
+        try:
+            peer.line.send(message)
+        except Closed:
+            self.forget(peer)
+
+    def forget(self, peer: Peer) -> None:
+        if peer not in self.peers:
+            return
+        self.peers.remove(peer)
+        self.selector.unregister(peer.line)
+        peer.line.close()
+        if peer.rank is not None:
+            self.judge.disconnected(peer.rank, time.monotonic())
+
+    # --- words ---------------------------------------------------------------------------------------------------------
+
+    def event(self, event: str, **facts: Any) -> None:
+        with (self.run_dir / "supervisor.jsonl").open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
+
+    def _asked_to_stop(self, number: int, frame: object) -> None:
+        self.stop_asked += 1
+
+
+def say(text: str) -> None:
+    print(f"supervisor: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,23 @@
+"""A NaN or infinity on one rank is seen by all, and changes neither weights nor moments."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+CASES = [{"zero": zero, "precision": precision, "where": where}
+         for zero, precision in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+         for where in ("loss", "dense", "expert")]
+
+
+@pytest.fixture(scope="module")
+def results(run_ranks):
+    return run_ranks("distributed/nonfinite_worker.py", 2, json.dumps(CASES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES])
+def test_a_poisoned_step_is_seen_by_all_ranks_and_changes_nothing(results, case):
+    assert results[case]["finite"] == [[True, False, True]] * 2
+    assert results[case]["changed"] == [[], []]

@@ -1,0 +1,156 @@
+"""Command lines of the launchers, hostfiles, batch scripts, and what an agent makes of its environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch import hosts, slurm
+from launch.agent import _catches, in_collective
+from launch.environment import adopt_rank, interface_of
+from launch.spawn import Rendezvous, command
+from train.config import CheckpointConfig, LaunchConfig, SlurmConfig
+
+AGENT = ["RUN/supervisor.json", "0"]
+HERE = Rendezvous("10.0.0.1", 29500)
+
+
+def test_deepspeed_on_this_machine_looks_for_no_hostfile():
+    line = command(LaunchConfig("deepspeed", 4), 1, HERE, AGENT)
+    assert {"--num_gpus=4", "--hostfile=/dev/null", "--no_local_rank"} <= set(line)
+    assert line[-4:] == ["--module", "launch.agent", *AGENT] and "--force_multi" not in line
+
+
+def test_deepspeed_over_ssh_carries_the_hosts():
+    launch = LaunchConfig("deepspeed", 4, 2, hostfile="H", launcher="openmpi", ssh_port=2222)
+    line = set(command(launch, 2, HERE, AGENT, "RUN/hostfile"))
+    assert {"--hostfile=RUN/hostfile", "--num_nodes=2", "--master_addr=10.0.0.1", "--master_port=29500", "--force_multi",
+            "--launcher=openmpi", "--ssh_port=2222", "--no_ssh_check"} <= line
+
+
+def test_one_command_per_node():
+    launch = LaunchConfig("deepspeed", 4, 2, node_rank=1, master_addr="10.0.0.1", master_port=29500)
+    line = set(command(launch, 2, HERE, AGENT, "RUN/hostfile"))
+    assert {"--no_ssh", "--node_rank=1", "--hostfile=RUN/hostfile"} <= line and "--force_multi" not in line
+    launch = LaunchConfig("torchrun", 4, 2, node_rank=1, master_addr="10.0.0.1", master_port=29500)
+    assert {"--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1"} <= set(command(launch, 2, HERE, AGENT))
+
+
+def test_srun_starts_the_agents():
+    line = command(LaunchConfig("slurm", 8, 4), 4, Rendezvous(None, 1), AGENT)
+    assert line[:3] == ["srun", "--nodes=4", "--ntasks-per-node=8"] and line[-3:] == ["launch.agent", *AGENT]
+
+
+class Run:
+    launch = LaunchConfig("slurm", 8, 4, slurm=SlurmConfig("gpu", time="1-00:00:00", extra=("--exclusive",)))
+    checkpoint = CheckpointConfig(grace_seconds=90)
+    experiment_name = "big"
+
+
+def test_the_batch_script_signals_the_supervisor_before_the_time_limit(tmp_path):
+    script = slurm.batch_script(Run(), tmp_path / "a run")
+    for option in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu", "--time=1-00:00:00",
+                   "--signal=B:USR1@120", "--requeue", "--exclusive"):
+        assert f"#SBATCH {option}\n" in script
+    assert "account" not in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    command_line = script.splitlines()[-1]
+    words = subprocess.run(["bash", "-c", command_line.replace("exec ", "printf '%s\\n' ", 1)], text=True,
+                           capture_output=True, check=True).stdout.splitlines()
+    assert words[-1] == f"+saved_config='{tmp_path / 'a run' / 'config.yaml'}'"
+
+
+def test_submitting_without_slurm_says_where_the_script_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"needs sbatch.*slurm\.sh"):
+        slurm.submit(Run(), tmp_path)
+
+
+def test_submitting_passes_on_what_sbatch_says(tmp_path, monkeypatch):
+    fake = tmp_path / "sbatch"
+    fake.write_text("#!/bin/sh\ngrep -q SBATCH $1 && echo Submitted batch job 7\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert slurm.submit(Run(), tmp_path) == "Submitted batch job 7"
+    fake.write_text("#!/bin/sh\necho invalid partition >&2; exit 1\n")
+    with pytest.raises(ValueError, match="invalid partition"):
+        slurm.submit(Run(), tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a slots=2\nb 2\n", "line 2 is 'b 2'"), ("a slots=0\n", "line 1"), ("a slots=2\na slots=2\n", "a second time"),
+    ("# nothing\n", "names no host"), ("-oProxyCommand=x slots=1\n", "no host name")])
+def test_a_broken_hostfile_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "hostfile").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        hosts.parse_hostfile(tmp_path / "hostfile")
+
+
+def test_a_hostfile_may_have_comments_and_spares(tmp_path):
+    (tmp_path / "hostfile").write_text("a slots=4 # first\n\n#b slots=4\nc slots=2\n")
+    found = hosts.parse_hostfile(tmp_path / "hostfile")
+    assert found == (hosts.Host("a", 4), hosts.Host("c", 2))
+    assert "host c has 2 slots" in hosts.hosts_problems(found, 2, 4)[0]
+    assert "names 2 hosts" in hosts.hosts_problems(found, 3, 2)[0]
+
+
+def test_hosts_that_do_not_answer_are_named(tmp_path, monkeypatch):
+    fake = tmp_path / "ssh"
+    fake.write_text('#!/bin/sh\nfor a; do last=$host; host=$prev; prev=$a; done\n'
+                    '[ "$host" = good ] || { echo "no route to $host" >&2; exit 255; }\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = hosts.unreachable([hosts.Host("good", 1), hosts.Host("bad", 1)], None)
+    assert found == {"bad": "no route to bad"}
+
+
+@pytest.mark.parametrize("names", [
+    {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+    {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1,5]",
+     "SLURM_JOB_ID": "30001"}])
+def test_ranks_of_other_launchers_get_torchs_names(monkeypatch, names):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    adopt_rank()
+    assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == ("3", "1", "4")
+    if "SLURM_PROCID" in names:
+        assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n1", "30001")
+
+
+def test_the_loopback_interface_is_found_by_its_address():
+    assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.7") is None
+
+
+def test_a_process_is_told_to_stop_once_it_listens():
+    listening = "import signal; signal.signal(signal.SIGTERM, lambda *a: None); print('on', flush=True); signal.pause()"
+    deaf = "print('on', flush=True); import time; time.sleep(60)"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+                 for code in (listening, deaf)]
+    try:
+        assert all(p.stdout.readline() == "on\n" for p in processes)
+        assert [_catches(p.pid, 15) for p in processes] == [True, False]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+STACKS = '''Thread 0x1 (most recent call first):
+  File "/x/train/heartbeat.py", line 9 in _alive
+
+Current thread 0x2 (most recent call first):
+  File "{top}", line 1 in f
+  File "/x/train/loop.py", line 2 in optimisation_step
+  File "/x/launch/train.py", line 3 in work
+'''
+
+
+@pytest.mark.parametrize(("top", "waiting"), [("/s/torch/distributed/distributed_c10d.py", True), ("/s/time.py", False)])
+def test_stacks_tell_who_waits_for_others(top, waiting):
+    assert in_collective(STACKS.format(top=top)) is waiting
+    assert in_collective("") is None

@@ -1,0 +1,35 @@
+"""A rank is called slow when it is so three times in a row, and only then."""
+
+from __future__ import annotations
+
+import torch
+
+from train.straggler import StragglerWatch
+
+
+def test_a_rank_slow_three_times_in_a_row_is_a_straggler():
+    watch = StragglerWatch(1.5, torch.device("cpu"))
+    assert watch.judge([1.0, 1.0, 2.0, 1.1]) == (2.0, None)
+    assert watch.judge([1.0, 1.0, 1.6, 1.0]) == (1.6, None)
+    assert watch.judge([1.0, 1.0, 1.6, 1.0]) == (1.6, 2)
+
+
+def test_one_slow_step_or_another_rank_is_no_straggler():
+    watch = StragglerWatch(1.5, torch.device("cpu"))
+    assert watch.judge([1.0, 3.0])[1] is None
+    assert watch.judge([3.0, 1.0])[1] is None
+    assert watch.judge([1.0, 1.2])[1] is None
+    assert watch.judge([3.0, 1.0])[1] is None
+    for _ in range(5):
+        assert watch.judge([0.003, 0.001])[1] is None  # noise of steps that take no time
+
+
+def test_waiting_is_not_own_work():
+    watch = StragglerWatch(1.5, torch.device("cpu"))
+    with watch.own_work(True):
+        pass
+    with watch.own_work(False):
+        watch.seconds += 0
+    watch.seconds += 5.0
+    watch.waited(4.0)
+    assert 1.0 <= watch.seconds < 1.5

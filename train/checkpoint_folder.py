@@ -1,0 +1,245 @@
+"""The folder of a run's checkpoints: which are there, which are whole, which one is read, which may go.
+
+    checkpoints/step-00000100/     a whole checkpoint; written as .step-00000100.partial and renamed
+    checkpoints/latest             name of the newest; for people and scripts: reading goes by what is there and whole
+    checkpoints/best.json          {"checkpoint": name, "val_loss": nats} of the lowest held-out loss
+
+Everything here works on one rank. `latest` and `best.json` are hints: damaged ones are logged and ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from train.manifest import (
+    MANIFEST,
+    CheckpointError,
+    NewerFormatError,
+    check_format,
+    content_damage,
+    owned,
+    read_json,
+    read_manifest,
+    remove,
+    require_owned,
+    size_damage,
+    sync_folder,
+    write_json,
+    write_text,
+)
+from train.random_state import rng_file
+
+log = logging.getLogger("loadstone")
+STEP = re.compile(r"step-(\d{8,18})")
+REPLACED = ".replaced-{}"
+NEEDED = ("state.json", "weights/.metadata")
+READ = ("state.json", "config.yaml", "weights/**/*", "rng-*.json")
+"""Patterns of what loading reads: the manifest must list every such file that is there."""
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[str]:
+    """Names of the checkpoint folders, oldest first, whole or not."""
+    found = [path.name for path in folder.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda name: (len(name), name))
+
+
+# --- what is whole ---------------------------------------------------------------------------------------------------
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file is there with its size; a look at the names only, so cheap."""
+    try:
+        files = read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return all(name in files for name in NEEDED) and size_damage(checkpoint, files) is None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every file is listed and has its size and checksum.
+
+    Raises:
+        NewerFormatError: a later version wrote it.
+    """
+    try:
+        files = read_manifest(checkpoint)
+        missing = next((name for name in NEEDED if name not in files), None)
+        if missing is not None:
+            return f"{MANIFEST} does not list {missing}"
+        found = size_damage(checkpoint, files) or content_damage(checkpoint, files) or _unlisted(checkpoint, files)
+        if found is not None:
+            return found
+        state = read_state(checkpoint)
+        missing = next((rng_file(rank) for rank in range(state["world_size"]) if rng_file(rank) not in files), None)
+        if missing is not None:
+            return f"{MANIFEST} does not list {missing}"
+    except NewerFormatError:
+        raise
+    except CheckpointError as error:
+        return str(error)
+    return None if checkpoint.name == name_of(state["step"]) else f"it holds the state of step {state['step']}"
+
+
+def _unlisted(checkpoint: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    for pattern in READ:
+        for path in sorted(checkpoint.glob(pattern)):
+            name = str(path.relative_to(checkpoint))
+            if name not in files and not path.is_dir():
+                return f"{name} is not listed in {MANIFEST}"
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: "step", "world_size" and what the run saved with it.
+
+    Raises:
+        CheckpointError: it is damaged, or a later version wrote it.
+    """
+    state = read_json(checkpoint / "state.json")
+    check_format(state, checkpoint)
+    for key in ("format", "step", "world_size"):
+        if type(state.get(key)) is not int:
+            raise CheckpointError(f"{checkpoint}: state.json has no whole number {key!r}; use another checkpoint")
+    return state
+
+
+# --- which one is read -----------------------------------------------------------------------------------------------
+
+def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
+    """The newest complete and undamaged checkpoint of a run; damaged ones are named in the log and passed over.
+
+    prefer: "latest" or "best".
+
+    Raises:
+        CheckpointError: there is none, the folders belong to another user, or a later version wrote the newest.
+    """
+    folder = run_dir / "checkpoints"
+    names = steps(folder)[::-1]
+    if names:
+        require_owned(run_dir)
+        require_owned(folder)
+    _check_latest(folder)
+    best = read_best(folder)
+    if prefer == "best" and best:
+        names = [best["checkpoint"], *(n for n in names if n != best["checkpoint"])]
+    reasons = []
+    for name in names:
+        require_owned(folder / name)
+        found = damage(folder / name)
+        if found is None:
+            return folder / name
+        reasons.append(f"{name}: {found}")
+        log.warning("checkpoint %s is damaged (%s); trying the one before", folder / name, found)
+    why = f" ({'; '.join(reasons[:3])})" if reasons else f"; is {run_dir} a run directory of launch.train?"
+    raise CheckpointError(f"no usable checkpoint under {folder}{why}")
+
+
+def _check_latest(folder: Path) -> None:
+    path = folder / "latest"
+    try:
+        name = path.read_bytes()[:100].decode(errors="replace").strip()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s is ignored: it cannot be read (%s)", path, error.strerror)
+        return
+    if not STEP.fullmatch(name) or not (folder / name).is_dir():
+        log.warning("%s is ignored: it names %r, which is no checkpoint here", path, name)
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """{"checkpoint": name, "val_loss": nats} of the best checkpoint; None before there is one, or if the record is bad."""
+    path = folder / "best.json"
+    if not path.exists():
+        return None
+    try:
+        best = read_json(path)
+    except CheckpointError as error:
+        log.warning("%s is ignored: %s", path, error)
+        return None
+    name, loss = best.get("checkpoint"), best.get("val_loss")
+    if not isinstance(name, str) or not STEP.fullmatch(name) or type(loss) not in (int, float) or loss != loss:
+        log.warning("%s is ignored: it names no checkpoint and loss", path)
+        return None
+    if not (folder / name).is_dir():
+        log.warning("%s is ignored: %s is not there", path, name)
+        return None
+    return best
+
+
+def set_newer_aside(checkpoint: Path) -> None:
+    """Hide the checkpoints after the one a run goes on from (damaged ones), so that retention does not count them."""
+    folder = checkpoint.parent
+    for name in steps(folder):
+        if (len(name), name) > (len(checkpoint.name), checkpoint.name):
+            hidden = folder / f".passed-over-{name}"
+            remove(hidden)
+            (folder / name).rename(hidden)
+            log.warning("%s was passed over and is now %s", name, hidden)
+    if (folder / "best.json").exists() and read_best(folder) is None:
+        remove(folder / "best.json")
+
+
+# --- what is pointed at and what may go ------------------------------------------------------------------------------
+
+def point_latest(folder: Path, name: str) -> None:
+    _make_way(folder / "latest")
+    write_text(folder / "latest", name)
+
+
+def point_best(folder: Path, name: str, val_loss: float) -> None:
+    _make_way(folder / "best.json")
+    write_json(folder / "best.json", {"checkpoint": name, "val_loss": val_loss})
+
+
+def _make_way(pointer: Path) -> None:
+    if pointer.is_dir() and not pointer.is_symlink():
+        log.warning("%s is a folder; it is replaced", pointer)
+        remove(pointer)
+
+
+def remove_old(folder: Path, keep_last: int, keep_best: bool) -> None:
+    """Remove complete checkpoints but for the newest `keep_last` (at least one) and the best.
+
+    Incomplete ones count for nothing and are left alone: what cannot be read now may be readable again later.
+    """
+    complete = [name for name in steps(folder) if is_complete(folder / name)]
+    keep = set(complete[-max(1, keep_last):])
+    best = read_best(folder) if keep_best else None
+    if best:
+        keep.add(best["checkpoint"])
+    for name in complete:
+        if name not in keep:
+            doomed = folder / f".{name}.partial"  # a removal that is cut short leaves no half checkpoint
+            (folder / name).rename(doomed)
+            remove(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what saves and removals that died have left; nobody else writes here, as the run directory is locked."""
+    for path in folder.glob(".step-*.partial"):
+        if not path.is_symlink() and owned(path):
+            remove(path)
+    for path in folder.glob(REPLACED.format("*")):
+        final = folder / path.name.removeprefix(REPLACED.format(""))
+        if final.exists():
+            remove(path)
+        else:
+            path.rename(final)
+
+
+def put_in_place(scratch: Path, final: Path) -> None:
+    """Give a whole checkpoint its name, durably. One of that name is removed once the new one stands in its place."""
+    folder = final.parent
+    replaced = folder / REPLACED.format(final.name)
+    if final.exists():
+        final.rename(replaced)
+    scratch.rename(final)
+    sync_folder(folder)
+    remove(replaced)

@@ -1,0 +1,192 @@
+"""Whether the files of a token store are what prepare.py wrote, as far as that can be told without reading all tokens.
+
+The manifest carries a checksum of itself, the size of every file, and the SHA-256 of those up to SMALL_BYTES. Stores made
+before it did have neither: their files are compared with their counts only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train import manifest as folders
+
+SMALL_BYTES = 2**24
+"""Files up to this size are hashed whenever they are opened."""
+MANIFEST = "manifest.json"
+FORMAT = 1
+_INDEX = struct.Struct("<9sQBQQ")
+"""Head of a .idx file: magic, version, code of the token type, sequences, documents."""
+_TOKEN_TYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+"""Megatron-core's codes of the types that prepare.py uses."""
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error to raise about a file of a store."""
+    return ValueError(f"{path} {' '.join(what.split())}; delete the folder {path.parent}: it is made again when the data "
+                      "are prepared, and a run's data folder when the run is resumed")
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+def seal(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The manifest with facts about the files in the folder and its own checksum."""
+    files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    sealed = {**manifest, "files": files}
+    return {**sealed, "checksum": _checksum(sealed)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it cannot be read, is damaged, or a later version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        checksum = _checksum(manifest) if isinstance(manifest, dict) else None
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, "is no JSON") from error
+    if not isinstance(manifest, dict):
+        raise damaged(path, f"holds a {type(manifest).__name__} instead of an object")
+    if ("checksum" in manifest) != ("files" in manifest) or manifest.get("checksum", checksum) != checksum:
+        raise damaged(path, "has another checksum")
+    wrong = _wrong_key(manifest)
+    if wrong is not None:
+        raise damaged(path, f"has no valid {wrong!r}")
+    return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _wrong_key(manifest: dict[str, Any]) -> str | None:
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**62
+
+    def has_tokens(value: Any) -> bool:
+        return isinstance(value, dict) and is_count(value.get("tokens")) and is_count(value.get("documents", 0))
+
+    sources, files = manifest.get("sources"), manifest.get("files", {})
+    valid = {
+        "format": manifest.get("format", FORMAT) == FORMAT,
+        "fingerprint": isinstance(manifest.get("fingerprint"), str),
+        "content": isinstance(manifest.get("content"), str),
+        "vocab_size": is_count(manifest.get("vocab_size")),
+        "end_of_document": is_count(manifest.get("end_of_document")),
+        "unigram_entropy": type(manifest.get("unigram_entropy")) in (int, float),
+        "sources": isinstance(sources, list) and bool(sources) and all(map(has_tokens, sources)),
+        "validation": "validation" not in manifest or has_tokens(manifest["validation"]),
+        "files": isinstance(files, dict) and all(isinstance(f, dict) and is_count(f.get("size")) for f in files.values()),
+    }
+    found = next((key for key, is_valid in valid.items() if not is_valid), None)
+    if found is None and manifest["end_of_document"] >= manifest["vocab_size"]:
+        return "end_of_document"
+    return found
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Size in bytes, and SHA-256 unless the file is large."""
+    facts: dict[str, Any] = {"size": path.stat().st_size}
+    if facts["size"] <= SMALL_BYTES:
+        facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return facts
+
+
+def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """The path of a file of the store.
+
+    Raises:
+        ValueError: it is missing, or is not the file that the manifest lists.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise damaged(path, "is missing")
+    listed = manifest.get("files", {}).get(name)
+    if listed is None:
+        if "files" in manifest:
+            raise damaged(path, f"is not listed in {MANIFEST}")
+        return path
+    try:
+        found = _facts(path)
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror})") from error
+    if found["size"] != listed["size"]:
+        raise damaged(path, f"has {found['size']} bytes instead of {listed['size']}")
+    if "sha256" in found and found != listed:
+        raise damaged(path, "has another checksum")
+    return path
+
+
+def check_split(folder: Path, name: str, num_tokens: int, manifest: dict[str, Any]) -> np.dtype[Any]:
+    """Type of the tokens in NAME.bin, which NAME.idx divides into documents.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the two do not hold `num_tokens` tokens.
+    """
+    index, tokens = (check_file(folder, f"{name}.{kind}", manifest) for kind in ("idx", "bin"))
+    try:
+        with index.open("rb") as file:
+            head = file.read(_INDEX.size)
+        sizes = index.stat().st_size, tokens.stat().st_size
+    except OSError as error:
+        raise damaged(index, f"cannot be read ({error.strerror})") from error
+    if len(head) < _INDEX.size:
+        raise damaged(index, f"has {len(head)} bytes, fewer than its head of {_INDEX.size}")
+    magic, version, code, num_sequences, num_documents = _INDEX.unpack(head)
+    if magic != b"MMIDIDX\0\0" or version != 1 or code not in _TOKEN_TYPES:
+        raise damaged(index, "is no index of tokens")
+    needed = _INDEX.size + 12 * num_sequences + 8 * num_documents  # length, place; first sequence of each document
+    if sizes[0] != needed:
+        raise damaged(index, f"has {sizes[0]} bytes instead of {needed}")
+    dtype = _TOKEN_TYPES[code]
+    if manifest.get("token_dtype", dtype.name) != dtype.name:
+        raise damaged(index, f"is of {dtype.name} tokens instead of {manifest['token_dtype']}")
+    if sizes[1] != num_tokens * dtype.itemsize:
+        raise damaged(tokens, f"has {sizes[1]} bytes instead of {num_tokens * dtype.itemsize} for {num_tokens} tokens")
+    return dtype
+
+
+# --- what is made again by itself --------------------------------------------------------------------------------------
+
+def cached_folder(folder: Path, build: Callable[[Path], object]) -> None:
+    """Make a folder by `build` unless it is there and every file in it is what was built; whole or absent at any time.
+
+    The checksums matter: what megatron-core caches it reads back as pickles.
+    """
+    try:
+        files = folders.read_manifest(folder)
+        is_whole = {p.name for p in folder.iterdir()} == {*files, folders.MANIFEST} and not (
+            folders.size_damage(folder, files) or folders.content_damage(folder, files))
+    except (OSError, folders.CheckpointError):
+        is_whole = False
+    if is_whole:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        build(scratch)
+        files = {path.name: folders.file_facts(path) for path in sorted(scratch.iterdir())}
+        folders.write_json(scratch / folders.MANIFEST, {"files": files})
+        folders.remove(folder)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process finished first
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

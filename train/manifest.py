@@ -1,0 +1,169 @@
+"""Folders whose files are written durably, listed with size and checksum, and read only when they are ours and whole.
+
+    manifest.json    {"format": FORMAT, "files": {"<path inside the folder>": {"size": bytes, "sha256": hex}}}
+
+Knows nothing about tensors or ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, incomplete, not ours or of another model; the message says which and why."""
+
+
+class NewerFormatError(CheckpointError):
+    """A later version wrote it: not damage, so no older checkpoint takes its place."""
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically; its content is on disk when this returns, its name once the folder is synced."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder as far as possible; what is left is not an error."""
+    try:
+        path.unlink()
+    except IsADirectoryError:
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:
+        pass
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """{"size": bytes, "sha256": hex} of a file."""
+    with path.open("rb") as file:
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+def owned(path: Path) -> bool:
+    """Whether the effective user owns what the path leads to; nothing of others is read, root's included."""
+    return path.stat().st_uid == os.geteuid()
+
+
+def require_owned(path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: the path does not exist or belongs to another user.
+    """
+    try:
+        ours, owner = owned(path), path.stat().st_uid
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    if not ours:
+        raise CheckpointError(f"{path} belongs to user {owner}, this is user {os.geteuid()}: nothing is loaded from folders "
+                              f"of others; if you trust it, copy it (cp -r) or chown -R {os.geteuid()} it")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds something else.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path.name} is missing")
+        data = json.loads(path.read_bytes())
+    except (OSError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read ({type(error).__name__})") from error
+    except CheckpointError:
+        raise
+    except ValueError as error:  # no JSON, or no text at all
+        raise CheckpointError(f"{path.name} is no JSON") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} holds a {type(data).__name__} instead of an object")
+    return data
+
+
+def check_format(record: dict[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        NewerFormatError: a later version wrote the record.
+        CheckpointError: its "format" is no format of ours.
+    """
+    number = record.get("format", FORMAT)
+    if type(number) is not int or number < 1:
+        raise CheckpointError(f"{folder}: the format is {str(number)[:40]!r}, which no version has written")
+    if number > FORMAT:
+        raise NewerFormatError(f"{folder} has format {number}, this version reads up to format {FORMAT}: use a version of "
+                               f"Loadstone that reads format {number}, or resume from a copy without this checkpoint")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Path inside the folder -> size and checksum.
+
+    Raises:
+        CheckpointError: there is no manifest, it does not look like one of ours, or a later version wrote it.
+    """
+    manifest = read_json(folder / MANIFEST)
+    check_format(manifest, folder)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{MANIFEST} lists no files")
+    for name, facts in files.items():
+        inside = PurePosixPath(name)
+        is_record = isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
+        if not is_record or inside.is_absolute() or ".." in inside.parts or not name.isprintable():
+            raise CheckpointError(f"{MANIFEST} has a damaged entry {name[:80]!r}")
+    return files
+
+
+def size_damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """The first listed file that is missing or has another size; None: there is none."""
+    for name, facts in files.items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if size != facts["size"]:
+            return f"{name} has {size} bytes instead of {facts['size']}"
+    return None
+
+
+def content_damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """The first listed file whose content is not what was written; None: all are whole."""
+    for name, facts in files.items():
+        try:
+            checksum = file_facts(folder / name)["sha256"]
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if checksum != facts["sha256"]:
+            return f"{name} has another checksum"
+    return None
