@@ -306,7 +306,7 @@ def _deepspeed(run: RunConfig) -> list[str]:
             problems.append(f"deepspeed.zero_optimization.{key} is {value!r}; it must be a whole number")
         elif key in ZERO_SWITCHES and not isinstance(value, bool):
             problems.append(f"deepspeed.zero_optimization.{key} is {value!r}; it must be true or false")
-        elif key.startswith("offload_") and not (isinstance(value, dict) and set(value) <= {"device", "pin_memory"}):
+        elif str(key).startswith("offload_") and not (isinstance(value, dict) and set(value) <= {"device", "pin_memory"}):
             problems.append(f"deepspeed.zero_optimization.{key} is {value!r}; give {{device: cpu, pin_memory: true|false}}")
             return problems
     if run.deepspeed.get("communication_data_type") not in (None, "fp32", "bf16", "fp16"):

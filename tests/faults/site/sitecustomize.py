@@ -45,13 +45,12 @@ class Fault:
     def record(self, step, phase):
         """Write down that the fault happens now; False: it has happened in an earlier attempt."""
         self.struck = True
-        name = "".join(c if c.isalnum() else "-" for c in self.text)
+        name = "".join(c if c.isalnum() else "-" for c in self.text) + (f"-{real_time():.3f}" if self.again else "")
         path = os.path.join(os.environ["LOADSTONE_FAULT_DIR"], f"{name}.json")
         fact = {"fault": self.text, "kind": self.kind, "rank": self.rank, "host": socket.gethostname(), "step": step,
                 "phase": phase, "time": real_time(), "pid": os.getpid()}
-        flags = os.O_CREAT | os.O_WRONLY | (os.O_TRUNC if self.again else os.O_EXCL)
         try:
-            with os.fdopen(os.open(path, flags), "w") as file:
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL), "w") as file:
                 file.write(json.dumps(fact))
                 file.flush()
                 os.fsync(file.fileno())
