@@ -184,6 +184,8 @@ class _Run:
     stop: StopSignal
     run_dir: Path
     bits_per_byte: float | None = None
+    save_seconds: float = 0.0
+    """How long training has stood still for checkpoints since the last logged step."""
     routings: tuple[RouterOutput, ...] = ()
     """Of the last micro-batch of the last logged step, on the rank that logs."""
 
@@ -352,7 +354,8 @@ class _Run:
                 heartbeat.event("straggler", step=progress.step, ratio=round(skew, 2), host=socket.gethostname())
         scalars = {"train/loss": scalars.pop("train/loss"), "train/lr": self.schedule.learning_rate,
                    "train/grad_norm": self.grad_norm, "train/skipped_steps": progress.skipped_steps,
-                   "perf/rank_skew": skew, **scalars}
+                   "perf/rank_skew": skew, "perf/save_seconds": self.save_seconds, **scalars}
+        self.save_seconds = 0.0
         if self.tracker is not None:
             scalars |= routing_details(self.routings)
             self.tracker.log(progress.step, progress.consumed_tokens, scalars)
@@ -397,9 +400,12 @@ class _Run:
     def save(self) -> bool:
         """False: it could not be written, and checkpoint.on_error says to go on. Collective."""
         heartbeat.beat(self.progress.step, "save")
+        started = time.perf_counter()
         if self.audit is not None:
             self.audit.flush()
-        return self.writer.save(self.engine, asdict(self.progress)) is not None
+        saved = self.writer.save(self.engine, asdict(self.progress)) is not None
+        self.save_seconds += time.perf_counter() - started
+        return saved
 
 
 def banner(config: RunConfig, groups: ParallelGroups, store: TokenStore, run_dir: Path, progress: Progress,

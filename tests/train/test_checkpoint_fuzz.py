@@ -28,6 +28,7 @@ from model.parallel import initialize_parallel
 from model.routers.top_k import TopKRouter
 from model.transformer import Transformer
 from train.checkpoint import CheckpointWriter, find_checkpoint, load_weights, read_state, restore_rng
+from train.checkpoint_reader import _Reader
 from train.config import CheckpointConfig, DataConfig, OptimConfig, SourceConfig, TokenizerConfig, TrainConfig
 from train.data.prepare import prepare
 from train.data.store import TokenStore, TrainingSamples, ValidationRows
@@ -35,7 +36,7 @@ from train.engine import Engine
 from train.manifest import file_facts
 from train.runtime import process_group
 
-CONFIG = ModelConfig(vocab_size=32, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=16,
+CONFIG = ModelConfig(vocab_size=1024, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=16,
                      num_experts=4, expert_intermediate_size=8, max_seq_len=16)
 PARTS = ModelParts(functools.partial(TopKRouter, top_k=2), DenseAttention, AllToAllDispatcher, BalanceConfig())
 RUNS = settings(max_examples=100, deadline=None, derandomize=True, database=None,
@@ -120,7 +121,8 @@ DAMAGES: dict[str, Callable[[Path, float, int, Path], None]] = {
     "stranger": lambda path, place, number, other: (path.parent / f"__{number}_0.distcp").write_bytes(BOMB),
 }
 PLACE = st.integers(0, 999).map(lambda n: n / 1000)
-DAMAGE = st.tuples(st.sampled_from(sorted(DAMAGES)), PLACE, PLACE, st.integers(0, 255), PLACE)
+KINDS = [*sorted(DAMAGES), *["flip"] * 8]  # in most files most bits are not looked at
+DAMAGE = st.tuples(st.sampled_from(KINDS), PLACE, PLACE, st.integers(0, 255), PLACE)
 
 
 def spoil(folder: Path, damages: list[tuple[str, float, float, int, float]]) -> None:
@@ -172,24 +174,33 @@ def trained(tmp_path_factory):
             writer.save(engine, {"step": step, "tokens": 8 * step})
             writer.mark_best(step, 1.0)
             weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
-            known[step] = weights, torch.rand(3)
+            known[step] = weights, torch.rand(3), everything_in(folder / "run" / "checkpoints" / f"step-0000000{step}")
         engine.close()
     model = Transformer(CONFIG, PARTS)
     return folder, known, model
 
 
+def everything_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, moments and buffers included."""
+    reader = _Reader(checkpoint)
+    tensors = {key: torch.empty(shape) for key, shape in reader.shapes.items()}
+    reader.read(tensors)
+    return tensors
+
+
 def load(run: Path, prefer: str, model: Transformer, known: dict) -> int:
-    """Load as a resume does; the step, after comparing every weight and the random stream with what was saved."""
+    """Load as a resume does; the step, after comparing every tensor and the random stream with what was saved."""
     checkpoint = find_checkpoint(run, prefer)
     state = read_state(checkpoint)
     for parameter in model.parameters():
         parameter.data.fill_(9.0)
     load_weights(model, checkpoint)
     assert restore_rng(checkpoint, 0, 1, state["world_size"])
-    weights, numbers = known[state["step"]]
+    weights, numbers, tensors = known[state["step"]]
     assert state["tokens"] == 8 * state["step"]
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     assert torch.equal(torch.rand(3), numbers)
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in everything_in(checkpoint).items())
     return state["step"]
 
 
