@@ -80,7 +80,7 @@ def parse(config: dict[str, Any], world_size: int) -> RunConfig:
 def _suggest(name: Any, path: str, known: set[str]) -> str:
     name = name if isinstance(name, str) else repr(name)
     near = difflib.get_close_matches(name[:100], sorted(known), 1, 0.5)
-    hint = f"did you mean {path}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    hint = f"did you mean {path}{near[0]}?" if near else f"known keys: {', '.join(sorted(known)) or 'none'}"
     return f"unknown key {path}{name}: {hint}"
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from launch.common import plain
 from launch.validate import ConfigError, parse
+from train.components import KINDS, classes
 from train.config import RunConfig
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
@@ -39,16 +43,21 @@ VALUES = (None, True, False, 0, -1, 1, 2**31,
           "nan", "-1", "true", [],
           [1, "a", None], {}, {"_target_": "os.system", "command": "true"}, {"deep": {"er": [1]}}, [[[]]], {"0": 1}, {1: 2},
           [{}], 1 + 2j, b"bytes", *EXECUTING, *NOT_COMPONENTS)
+SECTIONS = "|".join(sorted(f.name for f in dataclasses.fields(RunConfig)))
 KEYS = ("unknown", "num_step", "", "a.b", "a\nb", "\ud800", "x" * 10_000, "_target_", "_args_", "_partial_", 1, None, (1, 2),
         1.5)
 
 
 @pytest.fixture(scope="module")
-def configs() -> list[tuple[int, dict]]:
+def configs() -> Iterator[list[tuple[int, dict]]]:
+    """(ranks, composed config as plain data); os.system is a trap meanwhile."""
     with initialize_config_dir(CONF, version_base="1.3"):
-        return [(size, plain(compose("train", overrides=list(overrides)))) for size, overrides in CONFIGS]
-
-
+        found = [(size, plain(compose("train", overrides=list(overrides)))) for size, overrides in CONFIGS]
+    for size, config in found:
+        assert check(config, size) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "system", lambda command: pytest.fail(f"executed {command!r}"))
+        yield found
 
 
 def places(node: dict | list, path: tuple = ()) -> list[tuple]:
@@ -75,45 +84,90 @@ def mutations(draw) -> tuple[int, list[tuple]]:
     return draw(st.integers(0, len(CONFIGS) - 1)), draw(st.lists(steps, min_size=1, max_size=3))
 
 
-def mutate(config: dict, steps: list[tuple]) -> tuple[dict, list[tuple]]:
-    """A changed copy, and the paths that were changed."""
-    config, changed = copy.deepcopy(config), []
+def mutate(config: dict, steps: list[tuple]) -> dict:
+    """A changed copy."""
+    config = copy.deepcopy(config)
     for kind, share, value, key in steps:
         found = places(config)
         path = found[int(share * len(found))]
-        parent = at(config, path[:-1])
-        if kind == "add" and isinstance(parent, dict):
+        parent, last = at(config, path[:-1]), path[-1]
+        if kind == "remove":
+            del parent[last]
+        elif kind == "add" and isinstance(parent, dict):
             parent[key] = copy.deepcopy(value)
-            changed.append((*path[:-1], key))
-        elif kind == "remove":
-            del parent[path[-1]]
-            changed.append(path)
         else:
-            parent[path[-1]] = copy.deepcopy(value)
-            changed.append(path)
-    return config, changed
+            parent[last] = copy.deepcopy(value)
+    return config
 
 
-SECTIONS = "|".join(sorted(f.name for f in dataclasses.fields(RunConfig)))
-
-
-def check(config: dict, world_size: int) -> ConfigError | None:
+def check(config: dict, world_size: int) -> list[str]:
+    """Parse; the problems found. Nothing may be imported for it."""
+    for kind in KINDS:
+        classes(kind)
+    before = set(sys.modules)
     try:
         assert isinstance(parse(config, world_size), RunConfig)
-        return None
+        problems = []
     except ConfigError as error:
         assert error.problems
-        for line in error.problems:
-            assert line.isprintable(), f"not one printable line: {line!r}"
-            assert len(line) < 1000, f"{len(line)} characters: {line[:200]!r}"
-            assert re.search(rf"\b({SECTIONS})\b", line) or line.startswith("unknown key "), f"names no key: {line!r}"
-        return error
+        problems = error.problems
+    assert set(sys.modules) == before
+    for line in problems:
+        assert line.isprintable() and len(line) <= 600, f"not one printable line: {line!r}"
+        assert re.search(rf"\b({SECTIONS})\b", line) or line.startswith("unknown key "), f"names no key: {line!r}"
+    return problems
 
 
 @settings(max_examples=200, derandomize=True, deadline=None, database=None)
 @given(mutation=mutations())
 def test_any_config_is_accepted_or_refused_with_lines_that_name_keys(configs, mutation):
     index, steps = mutation
-    world_size, config = configs[index]
-    config, changed = mutate(config, steps)
-    check(config, world_size)
+    size, config = configs[index]
+    check(mutate(config, steps), size)
+
+
+def test_every_place_takes_every_kind_of_value_or_says_so(configs):
+    size, config = configs[0]
+    for path in places(config):
+        for value in (None, True, -1, 2**31, 0.5, math.nan, "", "???", [], [{}], {}, {1: 2}):
+            changed = copy.deepcopy(config)
+            at(changed, path[:-1])[path[-1]] = value
+            check(changed, size)
+
+
+# --- what the fuzz found ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("path", "value", "words"), [
+    ("model.num_layers", 2**31, "model.num_layers is a number of 32 bits; it must be at most 10000"),
+    ("optim.lr", 10**30, "optim.lr is a number of 100 bits"),
+    ("train.num_steps", True, "train.num_steps is True; it must be int"),
+    ("deepspeed.zero_optimization", {1: 2}, "unknown key deepspeed.zero_optimization.1"),
+    ("deepspeed", {1: 2}, "deepspeed has the key 1; it must be text"),
+    ("router.1", 2, "unknown key router.1"),
+    ("seed\nevil", 1, "unknown key seed\\nevil: did you mean seed?"),
+    ("launch.env", {"A": {"B": "c"}}, "launch.env.A is {'B': 'c'}; it must be str"),
+    ("launch.env", {"HF_TOKEN": "hf_" + "aB3" * 12}, "launch.env.HF_TOKEN is a secret"),
+    ("train.num_steps", "hf_" + "aB3" * 12, "train.num_steps is '<redacted>'; it must be int"),
+    ("router._target_", "model.transformer.Transformer", "does not exist as router; choose one of model.routers."),
+    ("router._target_", "model.attention.dense.DenseAttention", "does not exist as router"),
+    ("attention._target_", "model.attention.base.Attention", "does not exist as attention; choose one of model."),
+    ("dispatcher._target_", "model.dispatch._Plan", "choose one of model.dispatch.LocalDispatcher"),
+])
+def test_bad_values_are_named(configs, path, value, words):
+    size, config = configs[0]
+    config = copy.deepcopy(config)
+    *parents, last = path.split(".")
+    at(config, tuple(parents))[int(last) if last.isdigit() else last] = value
+    assert any(words in line for line in check(config, size)), check(config, size)
+
+
+def test_a_missing_knob_is_named(configs):
+    size, config = configs[0]
+    assert check(config | {"router": {"_target_": config["router"]["_target_"]}}, size) == ["router.top_k is missing"]
+
+
+def test_numbers_become_the_text_of_variables(configs):
+    size, config = configs[0]
+    env = {"OMP_NUM_THREADS": 4, "RATIO": 0.5, "NAME": "x"}
+    assert parse(config | {"launch": config["launch"] | {"env": env}}, size).launch.env == {
+        "OMP_NUM_THREADS": "4", "RATIO": "0.5", "NAME": "x"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,13 @@ def test_redact_hides_what_secret_keys_hold_and_keeps_the_rest():
         "api_key": REDACTED, "credentials": {"user": REDACTED, "retries": REDACTED, "on": True, "none": None},
         "password": REDACTED, "tokens": 5, "token": None, "secrets_file": "/home/me/.secrets",
         "urls": [f"https://{REDACTED}@c/d"], "lr": 0.1}
+
+
+def test_redacting_takes_time_proportional_to_the_text():
+    began = time.monotonic()
+    for piece in ("x", "a.", "sk-", "eyJ-", "a='", "x://", "x://a:", "-----BEGIN KEY", "A_KEY=", "Bearer ", "ab12cdef"):
+        redact_text(piece * (100_000 // len(piece)))
+    assert time.monotonic() - began < 10
 
 
 # --- what ranks are given --------------------------------------------------------------------------------------------
