@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.environment import adopt_rank
 from launch.exits import BAD_CONFIG, FAILURES
+from launch.secrets import redact_text
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -119,7 +121,7 @@ def fail(problems: list[str], every_rank: bool = False, code: int = BAD_CONFIG) 
     """Print the problems and end with the exit code. Those that all ranks see are printed by rank 0 only."""
     if rank() == 0 or every_rank:
         for problem in problems:
-            print(f"error: {problem}" if rank() == 0 else f"error (rank {rank()}): {problem}", file=sys.stderr,
+            print("error: " if rank() == 0 else f"error (rank {rank()}): ", redact_text(problem), sep="", file=sys.stderr,
                   flush=True)
     raise SystemExit(code)
 
@@ -165,6 +167,21 @@ def record(config: DictConfig, cls: type, path: str = "") -> Any:
     return settings
 
 
+def load_config(path: str) -> DictConfig:
+    """A config that a run has saved, interpolations kept.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        saved = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(saved, DictConfig):
+        raise ValueError(f"{path} is no config: it holds no group of settings")
+    return saved
+
+
 def load_run(run: str, attention: Any = None) -> Any:
     """The RunConfig a run directory was trained with, for use in one process; attention: a ComponentConfig to use instead
     of its own.
@@ -177,8 +194,7 @@ def load_run(run: str, attention: Any = None) -> Any:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a run directory of launch.train, e.g. run=runs/.../...")
-    saved = OmegaConf.load(path)
-    assert isinstance(saved, DictConfig)
+    saved = load_config(str(path))
     # One process, any device: what spreads the experts, and what was chosen for the device of the training, is left out.
     saved.launch, saved.parallel, saved.experts = {"kind": "inline"}, {}, {}
     saved.dispatcher = {"_target_": "model.dispatch.LocalDispatcher"}

@@ -21,6 +21,7 @@ from launch.common import (
     fail,
     failure_of,
     is_worker,
+    load_config,
     new_run_dir,
     plain,
     print_result,
@@ -30,6 +31,7 @@ from launch.common import (
     world_size,
 )
 from launch.exits import IN_USE
+from launch.secrets import forwarded_environment, redact, redact_text
 
 
 def train(config: DictConfig) -> float | None:
@@ -45,6 +47,7 @@ def train(config: DictConfig) -> float | None:
     run = parse(plain(config), world_size(config))
     if run.launch.hostfile:
         hosts.check(run.launch)
+    forwarded_environment(os.environ, run.launch.forward_env)  # refuses secrets, before anything is written
     node = run.launch.node_rank or 0
     if run.launch.node_rank is not None and run.launch.num_nodes > 1 and not (config.run_dir or config.resume):
         raise ValueError("launch.node_rank needs run_dir=DIR (or resume=DIR), the same on every node and on a file system "
@@ -88,12 +91,6 @@ def give_way(reason: str) -> None:
     """Another job owns the run directory now: end before anything else is written."""
     print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(IN_USE)
-
-
-def load_config(path: str) -> DictConfig:
-    saved = OmegaConf.load(path)
-    assert isinstance(saved, DictConfig)
-    return saved
 
 
 def with_saved_config(config: DictConfig) -> DictConfig:
@@ -150,7 +147,6 @@ def save_config(config: DictConfig) -> None:
 
 def start_ranks(config: DictConfig, run: Any) -> None:
     from launch import spawn
-    from launch.secrets import forwarded_environment
     from launch.supervisor import Supervisor
     from launch.validate import ConfigError, parse
     from train.data.prepare import prepare
@@ -182,7 +178,7 @@ def work(config: DictConfig) -> float | None:
         result = _work(config)
     except BaseException as error:
         if not isinstance(error, SystemExit):
-            heartbeat.failed(failure_of(error), " ".join(str(error).split())[:500] or type(error).__name__)
+            heartbeat.failed(failure_of(error), redact_text(" ".join(str(error).split())[:500]) or type(error).__name__)
         raise
     heartbeat.beat(0 if result is None else result["step"], "done")
     return None if result is None else result["val_loss"]
@@ -210,7 +206,8 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
     with process_group(run.parallel.timeout_seconds):
         run_dir = agree_on_run_dir(config, run, started_directly)
         with RunLock(run_dir, give_way) if started_directly and rank() == 0 else nullcontext():
-            result = fit(run, run_dir, stop, OmegaConf.to_yaml(config, resolve=True), plain(config), restarted)
+            shown = redact(plain(config))  # resolved, so a secret named by ${oc.env:...} would stand in it
+            result = fit(run, run_dir, stop, OmegaConf.to_yaml(OmegaConf.create(shown)), shown, restarted)
     stop.close()
     if result is None:
         return None

@@ -33,7 +33,7 @@ SOURCES = [p for package in ("launch", "train", "model", "ops") for p in sorted(
 FORBIDDEN = (
     "eval", "exec", "compile", "__import__", "builtins", "os.system", "os.popen", "os.exec", "os.spawn", "os.posix_spawn",
     "subprocess.getoutput", "subprocess.getstatusoutput", "pickle.load", "pickle.loads", "marshal", "shelve", "dill",
-    "cloudpickle", "joblib", "runpy", "code", "torch.hub", "torch.package", "torch.jit.load", "torch.utils.cpp_extension",
+    "cloudpickle", "joblib", "runpy", "torch.hub", "torch.package", "torch.jit.load", "torch.utils.cpp_extension",
     "yaml.load", "yaml.unsafe_load", "yaml.full_load", "hydra.utils", "transformers", "numpy.lib.npyio",
 )
 """Names that execute what they read, with all that is below them."""
@@ -150,7 +150,7 @@ def test_a_data_set_brings_no_code(tmp_path):
     marker, data = tmp_path / "executed", tmp_path / "evil"
     data.mkdir()
     (data / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    with pytest.raises(ValueError, match="evil"):
+    with pytest.raises((ValueError, RuntimeError), match=r"evil\.py"):
         list(documents(SourceConfig(str(data))))
     assert not marker.exists()
 
@@ -184,7 +184,7 @@ def test_secrets_are_neither_written_nor_printed_nor_on_a_command_line(tmp_path)
     assert json.loads(result.stdout.splitlines()[-1])["step"] == 3
     written = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
     assert len(written) > 5 and any(p.suffix == ".wandb" for p in written)
-    assert any("launch.agent" in line for line in lines) and any("seen" in p.read_text() for p in written if p.suffix == ".yaml")
+    assert any("launch.agent" in line for line in lines) and "seen" in (tmp_path / "run" / "config.yaml").read_text()
     for secret in (*secrets.values(), in_file):
         assert secret not in output
         assert not [p for p in written if secret.encode() in p.read_bytes()]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from model.attention.dense import DenseAttention
@@ -39,8 +39,9 @@ from train.runtime import process_group
 CONFIG = ModelConfig(vocab_size=1024, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=16,
                      num_experts=4, expert_intermediate_size=8, max_seq_len=16)
 PARTS = ModelParts(functools.partial(TopKRouter, top_k=2), DenseAttention, AllToAllDispatcher, BalanceConfig())
-RUNS = settings(max_examples=100, deadline=None, derandomize=True, database=None,
+RUNS = settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
                 suppress_health_check=[HealthCheck.too_slow])
+"""No shrinking: three damages are few, and a failure should take no longer than a pass."""
 
 
 # --- damages ---------------------------------------------------------------------------------------------------------
@@ -320,6 +321,39 @@ def test_every_damage_to_a_token_store_is_named(prepared, nothing_explodes):
 
     check()
     assert seen == {"whole", "named"}
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("manifest.json", "is no JSON"), ("tokenizer.json", r"has \d+ bytes instead of \d+"),
+    ("token_bytes.npy", r"has \d+ bytes instead of \d+"), ("train_0.bin", r"has \d+ bytes instead of \d+"),
+    ("train_0.idx", r"has \d+ bytes instead of \d+"), ("validation.bin", r"has \d+ bytes instead of \d+")])
+def test_a_damaged_file_is_named_with_what_is_wrong_and_the_fix(prepared, name, what):
+    store = fresh_copy(prepared[0], "store")
+    os.truncate(store / name, 20)
+    with pytest.raises(ValueError, match=rf"{name} {what}.*; delete the folder {store}: it is made again"):
+        read_everything(store)
+
+
+def test_a_store_of_before_the_checksums_is_read_and_its_sizes_are_checked(prepared):
+    folder, expected = prepared
+    store = fresh_copy(folder, "store")
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["files"], manifest["checksum"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    assert read_everything(store) == expected
+    os.truncate(store / "train_0.bin", 20)
+    with pytest.raises(ValueError, match=r"train_0\.bin has 20 bytes instead of \d+ for \d+ tokens; delete the folder"):
+        read_everything(store)
+
+
+def test_a_damaged_order_of_samples_is_made_again(prepared):
+    folder, expected = prepared
+    store = fresh_copy(folder, "store")
+    [shuffle] = store.glob("index_cache/*/*shuffle_index.npy")
+    flip(shuffle, 0.99, 1)
+    assert read_everything(store) == expected
+    [again] = store.glob("index_cache/*/*shuffle_index.npy")
+    assert again.name == shuffle.name and len(list((store / "index_cache").iterdir())) == 1
 
 
 def test_the_fuzz_reads_what_was_prepared(prepared):

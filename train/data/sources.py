@@ -76,6 +76,6 @@ def _load(source: SourceConfig) -> Any:
         raise ValueError(f"cannot reach {source.path!r} on the Hugging Face Hub ({type(error).__name__}). Offline, use "
                          "data=sample, or data=files with data.sources.0.path=json|parquet|text and data_files=FILE"
                          ) from error
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"source {source.path!r} cannot be read: {str(cause).splitlines()[0]}") from error
