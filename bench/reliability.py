@@ -1,141 +1,88 @@
-"""What saving costs a run: the share of the training time in which the training thread waits for checkpoints.
+"""What watching and saving cost: a run of two ranks under the supervisor, its own processes' CPU time and waits.
 
-One process trains a small MoE model under DeepSpeed for 200 steps in each way, a checkpoint every 20: without, in the
-training thread, in the background. The ways take turns every 20 steps, so drift hits all alike. Rows, in milliseconds a
-step; the rival is the same step without:
-
-    checkpoint_sync, checkpoint_async    time with saving; extra.blocked_share: waiting for save() over the rival's time
-    checkpoint_manifest                  the rival's time and that of hashing every file of one checkpoint
+`python -m bench.reliability [--steps 200] [--save-interval 20] [--json FILE]`. Three runs of the same steps: saving while
+training waits, saving asynchronously, not saving. The share of watching is the CPU time of the supervisor and the agents,
+as the kernel counts it, over that of the ranks; the share of saving is the time training stood still (perf/save_seconds)
+over the time of the steps.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import statistics
+import argparse
+import json
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
+import psutil
 
-from bench.common import Row, main, make_row
-from bench.train_step import QUICKSTART, random_batch
-from model.attention.dense import DenseAttention
-from model.config import BalanceConfig
-from model.dispatch import LocalDispatcher
-from model.loss import training_loss
-from model.moe import ModelParts
-from model.parallel import initialize_parallel
-from model.routers.top_k import TopKRouter
-from model.transformer import Transformer
-from train.checkpoint import CheckpointWriter
-from train.config import CheckpointConfig, OptimConfig, TrainConfig
-from train.engine import Engine
-from train.manifest import file_facts
-from train.runtime import process_group
+from bench.common import ROOT, find_commit
 
-ROWS, LENGTH, TOP_K = 2, 128, 2
-ROUNDS, STEPS = 10, 20
-BALANCE = BalanceConfig(aux_loss_coeff=0.01)
+RANKS = 2
 
 
-@dataclass
-class Measured:
-    """Seconds of each round of STEPS steps: in all, and of those the time the training thread waited for a save."""
-
-    total: list[float] = field(default_factory=list)
-    blocked: list[float] = field(default_factory=list)
-
-
-def build(device: torch.device) -> tuple[Engine, Callable[[], None]]:
-    """An engine and a function that takes one optimisation step."""
-    parts = ModelParts(functools.partial(TopKRouter, top_k=TOP_K), DenseAttention, LocalDispatcher, BALANCE)
-    groups = initialize_parallel(1)
-    settings = TrainConfig(num_steps=ROUNDS * STEPS, seq_len=LENGTH, micro_batch_size=ROWS, global_batch_size=ROWS)
-    engine = Engine(Transformer(QUICKSTART, parts, groups), groups, settings, OptimConfig(lr=1e-4),
-                    {"zero_optimization": {"stage": 1}})
-    batch = random_batch(ROWS, LENGTH, QUICKSTART.vocab_size, device)
-
-    def step() -> None:
-        engine.backward(training_loss(engine.forward(**batch), ROWS * LENGTH, ROWS * LENGTH, BALANCE), is_last=True)
-        engine.step()
-
-    return engine, step
+def cpu_seconds(root: psutil.Process) -> dict[str, dict[int, float]]:
+    """CPU seconds so far of every process of the job, by what it is."""
+    found: dict[str, dict[int, float]] = {"supervisor": {}, "agents": {}, "ranks": {}}
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            line = " ".join(process.cmdline())
+            kind = ("supervisor" if process.pid == root.pid else "ranks" if "saved_config=" in line else
+                    "agents" if "launch.agent" in line and "deepspeed" not in line else None)
+            if kind is not None:
+                times = process.cpu_times()
+                found[kind][process.pid] = times.user + times.system
+        except psutil.Error:
+            continue
+    return found
 
 
-def take_turns(engine: Engine, step: Callable[[], None], writers: dict[str, CheckpointWriter | None]) -> dict[str, Measured]:
-    """ROUNDS rounds of STEPS steps in each way. A save stands at the beginning of its round, so that what is written in the
-    background slows down the steps it is charged to; the wait for it at the end is charged too."""
-    measured = {name: Measured() for name in writers}
-    names, count = list(writers), 0
-    for round_ in range(ROUNDS):
-        for name in names[round_ % len(names):] + names[:round_ % len(names)]:
-            writer, begin, blocked = writers[name], time.perf_counter(), 0.0
-            if writer is not None:
-                count += 1
-                writer.save(engine, {"step": count})
-                blocked += time.perf_counter() - begin
-            for _ in range(STEPS):
-                step()
-            waiting = time.perf_counter()
-            if writer is not None:
-                writer.wait()
-                blocked += time.perf_counter() - waiting
-            measured[name].total.append(time.perf_counter() - begin)
-            measured[name].blocked.append(blocked)
-    return measured
+def measure(folder: Path, steps: int, *overrides: str) -> dict[str, Any]:
+    """One run; CPU seconds are counted between its first and its last logged step."""
+    run_dir = folder / "run"
+    line = [sys.executable, "-W", "ignore", "-m", "launch.train", "experiment=quickstart", "launch=deepspeed",
+            f"launch.num_devices={RANKS}", f"train.num_steps={steps}", "optim.warmup_steps=10", "train.sample_prompt=null",
+            "train.eval_max_sequences=8", "tracker.wandb.mode=disabled", f"run_dir={run_dir}", *overrides]
+    job = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL)
+    metrics, first, last = run_dir / "metrics.jsonl", None, None
+    while job.poll() is None:
+        time.sleep(0.5)
+        if metrics.is_file() and metrics.stat().st_size:
+            now = cpu_seconds(psutil.Process(job.pid))
+            first = first or now
+            last = now if len(now["ranks"]) == RANKS else last
+    if job.returncode or first is None or last is None:
+        raise SystemExit(f"the run failed with code {job.returncode}")
+    spent = {kind: sum(last[kind].get(pid, before) - before for pid, before in first[kind].items()) for kind in first}
+    records = [json.loads(text) for text in metrics.read_text().splitlines()]
+    records = [record for record in records if "perf/step_seconds" in record][1:]
+    interval = records[1]["step"] - records[0]["step"]
+    return {"step_seconds": sum(r["perf/step_seconds"] for r in records) / len(records),
+            "watching": (spent["supervisor"] + spent["agents"]) / spent["ranks"],
+            "saving": sum(r["perf/save_seconds"] for r in records) / sum(r["perf/step_seconds"] * interval for r in records)}
 
 
-def hash_seconds(checkpoint: Path) -> float:
-    """Median time of hashing every file of a checkpoint."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for path in files:
-            file_facts(path)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def checkpoint_rows(device: torch.device) -> list[Row]:
-    engine, step = build(device)
-    for _ in range(3):
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        writers: dict[str, CheckpointWriter | None] = {"none": None}
-        for name in ("sync", "async"):
-            config = CheckpointConfig(keep_last=2, asynchronous=name == "async")
-            writers[name] = CheckpointWriter(Path(folder) / name, config, engine.groups, "config: {}\n")
-        measured = take_turns(engine, step, writers)
-        newest = max((Path(folder) / "sync" / "checkpoints").glob("step-*"))
-        num_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-        hashing = hash_seconds(newest)
-    engine.close()
-    without = statistics.median(measured["none"].total)
-    shape: dict[str, int | str] = {"steps": ROUNDS * STEPS, "save_interval": STEPS, "B": ROWS, "S": LENGTH,
-                                   "D": QUICKSTART.hidden_size, "layers": QUICKSTART.num_layers, "E": QUICKSTART.num_experts,
-                                   "checkpoint_bytes": num_bytes}
-
-    def row(op: str, seconds: float, blocked: float) -> Row:
-        times = {"ours": 1e3 * seconds / STEPS, "without": 1e3 * without / STEPS}
-        return make_row(op, shape, torch.float32, device, times, None, blocked_share=round(blocked / without, 5),
-                        blocked_ms_per_save=round(1e3 * blocked, 3))
-
-    rows = [row(f"checkpoint_{name}", statistics.median(measured[name].total), statistics.median(measured[name].blocked))
-            for name in ("sync", "async")]
-    return [*rows, row("checkpoint_manifest", without + hashing, hashing)]
-
-
-def run(device: torch.device) -> list[Row]:
-    """Every row of this bench. The watchdog's share is one more function here, inside the same process group."""
-    with process_group(60):
-        logging.getLogger("loadstone").setLevel(logging.WARNING)
-        return checkpoint_rows(device)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--save-interval", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"bench": "reliability", "commit": find_commit(), "device": "cpu", "ranks": RANKS,
+                              "steps": options.steps, "save_interval": options.save_interval}
+    saving = f"checkpoint.save_interval={options.save_interval}"
+    for name, overrides in (("synchronous", (saving,)), ("asynchronous", (saving, "checkpoint.asynchronous=true")),
+                            ("none", ())):
+        with tempfile.TemporaryDirectory() as folder:
+            result[name] = measure(Path(folder), options.steps, *overrides)
+            print(name, result[name], flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main("reliability", run)
+    main()

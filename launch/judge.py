@@ -21,6 +21,8 @@ SETTLE_SECONDS = 1.5
 RECONNECT_SECONDS = 2.0
 SLACK = 4.0
 """Work may take this many times as long as the longest before it counts as hung."""
+AGREED = ("non_finite", "disk_full", "checkpoint", "in_use", "config")
+"""Failures that all ranks raise together; their message names the rank where it began."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,11 @@ class Judge:
             return Verdict(kind, (), (), self.step, "", f"{what} (after step {self.step})")
         first = min(same, key=lambda r: r.rank)
         ranks, hosts = tuple(sorted(r.rank for r in same)), tuple(sorted({r.host for r in same}))
+        where = f"(step {first.step}, {first.phase})"
+        if kind in AGREED:
+            return Verdict(kind, ranks, hosts, first.step, first.phase, f"{what} {where}")
         who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} on {', '.join(hosts)}"
-        return Verdict(kind, ranks, hosts, first.step, first.phase, f"{who}: {what} (step {first.step}, {first.phase})")
+        return Verdict(kind, ranks, hosts, first.step, first.phase, f"{who}: {what} {where}")
 
 
 def _culprits(hung: list[Rank]) -> list[Rank]:

@@ -95,7 +95,12 @@ class Supervisor:
     # --- the job -------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        server = socket.create_server((self.listen_address(), 0), backlog=128)
+        address = self.listen_address()
+        try:
+            server = socket.create_server((address, 0), backlog=128)
+        except OSError as error:
+            raise ValueError(f"the supervisor cannot listen on {address} ({error.strerror}); set launch.listen_addr to an "
+                             "address of this machine that the hosts reach") from error
         server.setblocking(False)
         self.selector.register(server, selectors.EVENT_READ)
         previous = {n: signal.signal(n, self._asked_to_stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
