@@ -28,6 +28,8 @@ from typing import Any
 
 REFRESH_SECONDS = 5.0
 STALE_SECONDS = 30.0
+SETTLE_SECONDS = 0.2
+"""After a take-over: time for contenders that judged the same lock to move away, or put back, what they took for it."""
 NAME = "lock"
 _NO_FLOCK = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -45,6 +47,11 @@ class _Found:
     refreshed: int
     """Time of the last refresh, ns, by the file system's clock."""
     owner: dict[str, Any] | None
+
+    def is_still(self, path: Path) -> bool:
+        """Whether this very file, not refreshed since, is at the path."""
+        facts = path.lstat()
+        return (facts.st_dev, facts.st_ino, facts.st_mtime_ns) == (*self.file, self.refreshed)
 
 
 class RunLock:
@@ -127,21 +134,26 @@ class RunLock:
                 if not self._move_away(found):
                     continue
             if self._create():
-                return
+                time.sleep(SETTLE_SECONDS)
+                found = _look(self.path)
+                if found is not None and self._is_ours(found):
+                    return
 
     def _move_away(self, judged: _Found) -> bool:
-        """False when the lock that was there was another by then; it is put back."""
+        """False when the lock that is there is another by now; it stays, or is put back."""
         aside = self.path.with_name(f"{NAME}.stale-{self.token}")
         try:
+            if not judged.is_still(self.path):
+                return False
             self.path.rename(aside)
+            is_judged = judged.is_still(aside)
         except FileNotFoundError:
             return False
-        moved = _look(aside)
-        if moved != judged:
+        if not is_judged:
             with suppress(FileExistsError):
                 os.link(aside, self.path)  # fails rather than replace a third one
         _remove(aside)
-        return moved == judged
+        return is_judged
 
     def _age(self, found: _Found) -> float:
         """Seconds since the last refresh. The time of a file made now is the file system's idea of now."""
@@ -199,21 +211,27 @@ class RunLock:
 # --- looking ---------------------------------------------------------------------------------------------------------
 
 def _look(path: Path) -> _Found | None:
-    """The lock file, or None when there is none."""
-    try:
-        facts = path.lstat()
-    except FileNotFoundError:
-        return None
-    owner = None
-    if stat.S_ISREG(facts.st_mode):
+    """The lock file, or None when there is none. One that is still empty gets a second to be written by its owner."""
+    for _ in range(20):
         try:
-            with path.open("rb") as file:
-                owner = _parse(file.read(2**16))
+            facts = path.lstat()
+            content = _content(path) if stat.S_ISREG(facts.st_mode) else None
         except FileNotFoundError:
             return None
-        except OSError:
-            pass
-    return _Found((facts.st_dev, facts.st_ino), facts.st_mtime_ns, owner)
+        if content != b"":
+            break
+        time.sleep(0.05)
+    return _Found((facts.st_dev, facts.st_ino), facts.st_mtime_ns, _parse(content or b""))
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(2**16)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return None
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:
@@ -275,7 +293,7 @@ def _remove(path: Path) -> None:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keeps others on this machine from judging a lock at the same time, where the file system can.
 
-    Elsewhere three contenders for one abandoned lock could, within microseconds, move away the winner's.
+    Elsewhere one of them could move away, for some microseconds, what the winner has made; hence SETTLE_SECONDS.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

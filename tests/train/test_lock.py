@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from train.lock import RunLock, RunLocked, _alone_in, _process_start
+from train.lock import RunLock, RunLocked, _alone_in, _Found, _process_start
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEAD_PID = 2**22 + 1  # above what Linux gives out
@@ -187,25 +187,41 @@ def test_an_owner_whose_lock_was_deleted_is_told(tmp_path):
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_lock_that_changes_hands_while_it_is_judged_is_put_back(tmp_path, monkeypatch):
-    """As on file systems without flock: the lock that was judged is not the one that is moved away."""
+def win_in_between(run: Path) -> RunLock:
+    """Another contender has taken the abandoned lock over."""
+    (run / "lock").unlink()
+    return RunLock(run).acquire()
+
+
+@pytest.mark.parametrize("late", ["before it looks again", "before it moves it away"])
+def test_a_lock_that_changes_hands_while_it_is_judged_is_left_or_put_back(tmp_path, monkeypatch, late):
+    """As on file systems without flock."""
     write_lock(tmp_path)
-    late, winner, moves = RunLock(tmp_path), [], []
-    move_away = late._move_away
+    loser, winner, is_still = RunLock(tmp_path), [], _Found.is_still
 
-    def after_another_has_won(judged):
+    def slow(found, path):
+        first = is_still(found, path) if late == "before it moves it away" else None
         if not winner:
-            (tmp_path / "lock").unlink()
-            winner.append(RunLock(tmp_path).acquire())
-        moves.append(move_away(judged))
-        return moves[-1]
+            winner.append(win_in_between(tmp_path))
+        return is_still(found, path) if first is None else first
 
-    monkeypatch.setattr(late, "_move_away", after_another_has_won)
+    monkeypatch.setattr(_Found, "is_still", slow)
     with pytest.raises(RunLocked, match=f"process {os.getpid()}"):
-        late.acquire()
-    assert moves == [False] and owner(tmp_path)["token"] == winner[0].token
+        loser.acquire()
+    assert owner(tmp_path)["token"] == winner[0].token
     winner[0].release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_winner_that_is_replaced_at_once_gives_way(tmp_path, monkeypatch):
+    """Two others on a file system without flock: one has moved the new lock away, another has made its own."""
+    write_lock(tmp_path)
+    winner = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: winner or winner.append(win_in_between(tmp_path)))
+    with pytest.raises(RunLocked, match=f"process {os.getpid()}"):
+        RunLock(tmp_path).acquire()
+    assert owner(tmp_path)["token"] == winner[0].token
+    winner[0].release()
 
 
 def test_starting_side_by_side_is_refused_rather_than_waited_for(tmp_path, monkeypatch):
