@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,6 @@ from model.placement_plan import imbalance, plan_layer
 from ops.router import RouterOutput
 from train.audit import FOLDER, AuditLog
 from train.config import AuditConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "end_to_end"))
-from commandline import TINY, last_json, launch, losses, ranks, write_text
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 NUM_EXPERTS, LAYERS, TOKENS = 8, (1, 2), 64
@@ -235,22 +231,3 @@ def test_a_dense_model_has_nothing_to_place(tmp_path, capsys):
 
 
 # --- a real run ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_a_run_is_measured_placed_and_continued(tmp_path):
-    """Where experts live changes no number: the same steps with and without the placement."""
-    data, run, plain = write_text(tmp_path), tmp_path / "run", tmp_path / "plain"
-    options = [*TINY, *data, "model.num_experts=8", "audit.sample_one_in=1", "train.eval_max_sequences=4"]
-    for folder, last in ((run, 8), (plain, 12)):
-        launch("train", *options, *ranks(2, 2), f"run_dir={folder}", f"train.stop_after_step={last}")
-    result = launch("place", f"run={run}", "replicas_per_rank=1")
-    summary = last_json(result)
-    assert summary["lines"] == 8 and summary["expert_parallel_size"] == 2
-    placement = Placement.load(run / "placement.json")
-    assert placement.problems(8, len(summary["layers"]), 2) == []
-    line = next(line for line in result.stdout.splitlines() if line.startswith("next: "))
-    launch("train", *line.split()[4:], "train.stop_after_step=12")
-    assert losses(run).keys() == losses(plain).keys() and len(losses(run)) == 12
-    assert list(losses(run).values()) == pytest.approx(list(losses(plain).values()), abs=1e-4)
-    failed = launch("place", f"run={tmp_path / 'none'}", check=False)
-    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
