@@ -124,6 +124,7 @@ def _fixed_for_life(config: DictConfig) -> dict[str, Any]:
     """What a run cannot change: the shape behind its tensors and everything that orders its data."""
     data = plain(config)
     data["model"].pop("recompute", None)  # changes memory, not numbers
+    data["data"].pop("cache_dir", None)  # the tokens themselves are compared when the store is opened
     return {"model": data["model"], "data": data["data"], "seed": data["seed"], "train.seq_len": data["train"]["seq_len"]}
 
 

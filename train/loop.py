@@ -156,8 +156,8 @@ def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader, restarted: bo
         return Progress()
     checkpoint = from_rank_zero(lambda: find_checkpoint(run_dir))
     state = read_state(checkpoint)
-    load_engine(engine, checkpoint, state["step"] - state["skipped_steps"])
-    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    load_engine(engine, checkpoint, state["step"] - state.get("skipped_steps", 0))
+    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
     progress.spike = SpikeGuard(**state["spike"])
     loader.consumed_samples = progress.consumed_samples
     if not restore_rng(checkpoint, dist.get_rank(), dist.get_world_size(), state["world_size"]):
@@ -203,7 +203,8 @@ class _Run:
         self.stragglers = StragglerWatch(config.watchdog.straggler_ratio, self.engine.device)
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}
-        saved_step, stopped = progress.step, False
+        first_step = saved_step = progress.step
+        stopped = False
         tokens_before, seconds = progress.consumed_tokens, 0.0
         first_tokens = tokens_before  # the first log interval warms up and does not count towards the speed
         if progress.step >= last_step:
@@ -225,14 +226,14 @@ class _Run:
                 self.save()
                 saved_step = step
             self.metrics.started += time.perf_counter() - paused  # evaluating and saving do not count as training time
-        saved = True
         if saved_step != progress.step:
-            saved = self.save()  # before the evaluation, which must not cost the run its weights
+            self.save()  # before the evaluation, which must not cost the run its weights
             saved_step = progress.step
         if not stopped and progress.step > 0:
             self.evaluate_and_keep_best(saved_step)
         heartbeat.beat(progress.step, "save")
-        if not (self.writer.wait() and saved):
+        self.writer.wait()
+        if progress.step != first_step and self.writer.saved_step != progress.step:
             raise CheckpointWriteError(self.writer.folder, Failure(
                 0, errno.EIO, "the last checkpoint is missing, the reason stands above"))
         if stopped:
@@ -313,6 +314,7 @@ class _Run:
         samples = (first_sample, self.loader.consumed_samples - 1)
         found = describe(step, self.grad_norm, losses, batches, samples, self.run_dir)
         if self.config.train.on_nonfinite == "stop":
+            self.writer.wait()  # a checkpoint of before may still be on its way
             raise NonFiniteError(f"{found}; lower optim.lr and resume, or set train.on_nonfinite=skip")
         self.progress.skipped_steps += 1
         log.warning("%s: skipped (train.on_nonfinite=skip; %d so far)", found, self.progress.skipped_steps)
