@@ -129,7 +129,8 @@ def test_a_run_directory_that_turns_read_only_on_one_node_ends_the_job(lab, tmp_
     assert outcome.code == 74 and "rank 1" in outcome.verdict["message"], outcome.report()
     assert names(outcome.run_dir / "checkpoints") == ["step-00000004"] and not outcome.leftovers, outcome.report()
     assert "EROFS" in outcome.verdict["message"] or "Read-only" in outcome.verdict["message"], outcome.report()
-    tabulate(outcome, "run directory read-only on one node (found when it saves)", None, "exit 74, the last checkpoint intact")
+    tabulate(outcome, "run directory read-only on one node (found when it saves)", None,
+             "exit 74, the last checkpoint intact")
 
 
 def test_a_read_only_run_directory_is_refused_before_the_start(lab, tmp_path, data):
