@@ -304,7 +304,7 @@ def in_collective(stacks: str) -> bool | None:
         frames = [line for line in thread.splitlines() if line.lstrip().startswith("File ")]
         if any("/launch/train.py" in frame for frame in frames):
             return any(part in frame for frame in frames[:3]
-                       for part in ("/torch/distributed/", "/deepspeed/comm/", "/ops/all_to_all/"))
+                       for part in ("/torch/distributed/", "/deepspeed/comm/", "/ops/all_to_all/", "in _own_store"))
     return None
 
 

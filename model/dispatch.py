@@ -171,11 +171,13 @@ class AllToAllDispatcher:
 
     def _exact_plan(self, counts: Tensor) -> _Plan:
         """Sizes as they are: they visit the host once."""
-        received = exchange_counts(counts, self.group)
+        with self.meter.waiting(counts.device):  # the layer's first meeting: a late rank keeps the others here
+            received = exchange_counts(counts, self.group)
         sends, receives = self._by_chunk(counts), self._by_chunk(received)  # [ranks, C]
         tables = [sends.flatten(), receives.flatten()]
         if self.nodes is not None:
-            tables.append(exchange_node_counts(sends, self.nodes).flatten())
+            with self.meter.waiting(counts.device):
+                tables.append(exchange_node_counts(sends, self.nodes).flatten())
         host = torch.cat(tables).tolist()  # the one host copy
         num_chunks, size = len(self.chunk_sizes), self.size
         cells = size * num_chunks
@@ -196,7 +198,8 @@ class AllToAllDispatcher:
         limits = [min(limit, num_slots) for limit in limits]
         parts = [torch.cat((c.new_zeros(size, 1), c.cumsum(1).clamp(max=limit)), dim=1).diff(dim=1)
                  for c, limit in zip(counts.split(self.chunk_sizes, dim=1), limits, strict=True)]
-        received = exchange_counts(torch.cat(parts, dim=1), self.group)
+        with self.meter.waiting(counts.device):
+            received = exchange_counts(torch.cat(parts, dim=1), self.group)
         if self.fixed_paths is None or self.fixed_paths[0] != limits:
             paths = [self._path([n] * size, [n] * size, [n] * size, counts.device) for n in limits]
             self.fixed_paths = (limits, paths)

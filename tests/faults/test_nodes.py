@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from lab import wait_for
 from scenario import NUM_STEPS, SETTINGS, TIMEOUT, Outcome, injected, injection, losses, read_events, run, tail
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(400)]
@@ -41,12 +42,17 @@ def test_the_supervisor_finds_the_address_that_faces_the_hosts(lab, tmp_path, da
     assert_well(run(lab(2), tmp_path, data, "launch.listen_addr=null"), reference())
 
 
-def run_by_node(cluster, folder: Path, data, kind: str, *overrides: str, fault: str = "", max_restarts: int = 0,
+def by_node(cluster, folder: Path, data, kind: str, fault: str, max_restarts: int, pace: float = 0.0) -> list[str]:
+    """What is typed on every node, but for launch.node_rank."""
+    return ["-m", "launch.train", *SETTINGS, *data, f"launch={kind}", "launch.num_nodes=2", "launch.num_devices=1",
+            f"launch.master_addr={cluster.nodes[0].address}", "launch.master_port=29511", f"run_dir={folder / 'run'}",
+            f"launch.max_restarts={max_restarts}", *injection(folder, fault, pace)]
+
+
+def run_by_node(cluster, folder: Path, data, kind: str, fault: str = "", max_restarts: int = 0,
                 limit: float = 150) -> tuple[list[int | None], dict[int, float], list[dict]]:
     """The same command on every node with its launch.node_rank; exit codes, losses and events."""
-    line = ["-m", "launch.train", *SETTINGS, *data, f"launch={kind}", "launch.num_nodes=2", "launch.num_devices=1",
-            f"launch.master_addr={cluster.nodes[0].address}", "launch.master_port=29511", f"run_dir={folder / 'run'}",
-            f"launch.max_restarts={max_restarts}", *injection(folder, fault, 0.0), *overrides]
+    line = by_node(cluster, folder, data, kind, fault, max_restarts)
     started = [cluster.start(node, [*line, f"launch.node_rank={rank}"], folder / f"log-{node.name}")
                for rank, node in enumerate(cluster.nodes)]
     codes: list[int | None] = []
@@ -84,11 +90,32 @@ def test_one_command_per_node_restarts_after_a_fault(lab, tmp_path, data, refere
     assert not cluster.job(), cluster.job()
 
 
+def test_a_node_that_comes_back_joins_again(lab, tmp_path, data, reference):
+    """What Kubernetes does with a pod: node1 loses power, boots, and starts the same command."""
+    cluster = lab(2)
+    line = by_node(cluster, tmp_path, data, "torchrun", "", 2, pace=0.4)
+
+    def start(rank: int):
+        return cluster.start(cluster.nodes[rank], [*line, f"launch.node_rank={rank}"], tmp_path / f"log-node{rank}")
+
+    first, lost = start(0), start(1)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and max(losses(metrics.parent), default=0) >= 6, 90, "step 6")
+    cluster.power_cut(cluster.nodes[1])
+    lost.wait(10)
+    wait_for(lambda: any(e["event"] == "verdict" for e in read_events(metrics.parent)), TIMEOUT + 10, "a verdict")
+    cluster.boot(cluster.nodes[1])
+    again = start(1)
+    assert [first.wait(120), again.wait(30)] == [0, 0], logs(tmp_path)
+    [verdict] = [e for e in read_events(metrics.parent) if e["event"] == "verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["hosts"]) == ("lost", [1], ["node1"]), logs(tmp_path)
+    assert losses(metrics.parent) == reference(), logs(tmp_path)
+    assert not cluster.job(), cluster.job()
+
+
 def test_a_node_that_is_never_started_ends_the_job(lab, tmp_path, data):
     cluster = lab(2)
-    line = ["-m", "launch.train", *SETTINGS, *data, "launch=torchrun", "launch.num_nodes=2", "launch.node_rank=0",
-            f"launch.master_addr={cluster.nodes[0].address}", "launch.master_port=29511", f"run_dir={tmp_path / 'run'}",
-            "watchdog.startup_seconds=10"]
+    line = [*by_node(cluster, tmp_path, data, "torchrun", "", 0), "launch.node_rank=0", "watchdog.startup_seconds=10"]
     code = cluster.start(cluster.nodes[0], line, tmp_path / "log-node0").wait(90)
     assert code == 70 and "node_rank" in tail(tmp_path / "log-node0"), logs(tmp_path)
     assert not cluster.job(), cluster.job()

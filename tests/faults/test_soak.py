@@ -17,6 +17,7 @@ from scenario import TIMEOUT, Job, run, tabulate
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(900)]
 NUM_FAULTS, SPACING = 6, 6
 NUM_STEPS = SPACING * (NUM_FAULTS + 1)
+SEEDS = [int(seed) for seed in os.environ.get("LOADSTONE_SOAK_SEEDS", "1,2").split(",")]
 INSIDE = {"kill": "killed", "segv": "killed", "stop": "frozen", "hang": "hung", "spin": "hung", "exit0": "exited",
           "raise": "failed"}
 """Kinds of tests/faults/site, and the verdict on each."""
@@ -31,7 +32,7 @@ def plan(seed: int) -> list[tuple[str, int, int]]:
     return [(kind, chance.randrange(2), SPACING * (i + 1) + chance.randrange(3)) for i, kind in enumerate(kinds)]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_six_faults_in_a_row_change_nothing(lab, tmp_path, data, reference, seed):
     faults = plan(seed)
 

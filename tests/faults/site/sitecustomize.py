@@ -8,7 +8,8 @@
     LOADSTONE_PACE=0.3                     every rank rests so long before each step, so that faults from outside can hit it
 
 Kinds: the functions of ACTIONS below happen at a heartbeat; nan_loss spoils the loss of its step, nan_grad and nan_expert
-one gradient; slow makes a straggler from its step on; clock sets time.time() of one rank an hour ahead.
+one gradient; slow and slow_data make a straggler, whose forward passes or reading take longer from its step on; clock sets
+one rank's wall clock an hour ahead.
 """
 
 import importlib.abc
@@ -22,8 +23,8 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SLOW_SECONDS = 0.5
-PASSIVE = ("nan_loss", "nan_grad", "nan_expert", "slow")
+SLOW_SECONDS = 0.25
+PASSIVE = ("nan_loss", "nan_grad", "nan_expert", "slow", "slow_data")
 real_time = time.time
 step_now = 0
 
@@ -102,11 +103,7 @@ def patch_heartbeat(module, faults, pace):
             step_now = step
             time.sleep(pace)
         for fault in faults:
-            if fault.kind == "slow" and phase == "data" and step >= fault.step:
-                if not fault.struck:
-                    fault.record(step, phase)
-                time.sleep(SLOW_SECONDS)
-            elif fault.kind not in PASSIVE and fault.due(step, phase) and fault.record(step, phase):
+            if fault.kind not in PASSIVE and fault.due(step, phase) and fault.record(step, phase):
                 ACTIONS[fault.kind]()
 
     module.beat = beat_and_break
@@ -119,6 +116,7 @@ def patch_engine(module, faults):
         return any(f.kind in kinds and f.due(step_now, None) and f.record(step_now, f.kind) for f in faults)
 
     def spoiled_forward(self, **inputs):
+        drag(faults, "slow", "forward")
         output = forward(self, **inputs)
         return output._replace(loss_sum=output.loss_sum * float("nan")) if due("nan_loss") else output
 
@@ -130,6 +128,24 @@ def patch_engine(module, faults):
         return backward(self, loss, is_last)
 
     module.Engine.forward, module.Engine.backward = spoiled_forward, spoiled_backward
+
+
+def patch_loader(module, faults):
+    next_step = module.TrainingLoader.next_step
+
+    def slow_next_step(self, *arguments):
+        drag(faults, "slow_data", "data")
+        return next_step(self, *arguments)
+
+    module.TrainingLoader.next_step = slow_next_step
+
+
+def drag(faults, kind, phase):
+    for fault in faults:
+        if fault.kind == kind and step_now >= fault.step:
+            if not fault.struck:
+                fault.record(step_now, phase)
+            time.sleep(SLOW_SECONDS)
 
 
 def poison_gradient(model, expert):
@@ -174,7 +190,8 @@ def install():
     pace = float(os.environ.get("LOADSTONE_PACE", "0"))
     if faults or pace:
         sys.meta_path.insert(0, Patcher({"train.heartbeat": lambda module: patch_heartbeat(module, faults, pace),
-                                         "train.engine": lambda module: patch_engine(module, faults)}))
+                                         "train.engine": lambda module: patch_engine(module, faults),
+                                         "train.data.loader": lambda module: patch_loader(module, faults)}))
 
 
 def run_the_other_sitecustomize():
