@@ -195,9 +195,11 @@ class Supervisor:
         self.rendezvous = self._rendezvous(chosen)
         self.event("attempt", attempt=self.attempt, hosts=[h.name for h in chosen] or [socket.gethostname()],
                    world_size=self.judge.world_size)
-        if self.by_node and not self._nodes_present():
-            return Outcome(Verdict("startup", (), (), 0, "", "not every node's command has reported: start it with each "
-                                   f"launch.node_rank below {num_nodes}, all with the same run_dir"), -1)
+        if self.by_node and (missing := self._missing_nodes()):
+            absent = Verdict("startup", (), (), 0, "", "no word from the command with launch.node_rank="
+                             f"{', '.join(map(str, missing))}: start it on every node, all with the same run_dir")
+            self._announce(absent, self.stop_asked > 0)
+            return Outcome(absent, -1, self.stop_asked > 0)
         for peer in self.peers:
             if peer.node is not None:
                 self.order(peer, "start", attempt=self.attempt, port=self.rendezvous.port)
@@ -231,13 +233,14 @@ class Supervisor:
             return spawn.write_hostfile(path, [(name, self.launch.num_devices) for name in names])
         return None
 
-    def _nodes_present(self) -> bool:
+    def _missing_nodes(self) -> list[int]:
+        """Nodes whose command has not reported within watchdog.startup_seconds."""
         until = time.monotonic() + self.limits.startup
-        while {p.node for p in self.peers if p.node is not None} != set(range(1, self.launch.num_nodes)):
+        while missing := sorted(set(range(1, self.launch.num_nodes)) - {p.node for p in self.peers if p.node is not None}):
             if time.monotonic() > until or self.stop_asked:
-                return False
+                break
             self.listen(0.2)
-        return True
+        return missing
 
     def _watch(self, launcher: subprocess.Popen[bytes]) -> tuple[Verdict | None, bool]:
         """Until all ranks are done (None) or a fault is certain; also whether the job was asked to stop."""
