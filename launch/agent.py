@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import adopt_rank, interface_of
+from launch.exits import FAILED, NO_HOSTS
 from launch.secrets import read_secrets_file
-from launch.wire import Address, Closed, Line, proof
+from launch.wire import Address, Closed, Line, join
 from train.heartbeat import PIPE, STACK_SIGNAL, STACKS
 
 PR_SET_PDEATHSIG = 1
@@ -56,30 +57,21 @@ class Agent:
         self.stopping: float | None = None
         """When the child must be gone after it was asked to save and end."""
         self.told = False
-        self.leave = False
         self.orders: list[dict[str, Any]] = []
 
     # --- connection ----------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Join the supervisor: it sends a nonce, the agent proves that it knows the token, the supervisor welcomes it."""
+        """Join the supervisor, or come back without a connection."""
         try:
-            connection = socket.create_connection((self.address.host, self.address.port), timeout=2)
+            self.line, self.welcome = join(self.address, self.welcome.get("timeout", CONNECT_SECONDS), rank=self.rank,
+                                           host=self.host, attempt=self.attempt)
         except ConnectionRefusedError:
             self.refused = self.refused or time.monotonic()
             return
         except OSError:
             return
-        try:
-            line = Line(connection, self.welcome.get("timeout", CONNECT_SECONDS))
-            nonce = wait_for(line, "nonce")
-            line.send({"proof": proof(self.address.token, nonce), "rank": self.rank, "host": self.host,
-                       "attempt": self.attempt})
-            self.welcome = wait_for(line, "welcome")
-        except Closed:
-            connection.close()
-            return
-        self.line, self.heard, self.refused = line, time.monotonic(), None
+        self.heard, self.refused = time.monotonic(), None
 
     def drop(self) -> None:
         if self.line is not None:
@@ -114,13 +106,18 @@ class Agent:
             self.heard = time.monotonic()
         self.orders += [m for m in messages if "order" in m]
 
+    @property
+    def stacks(self) -> Path:
+        """Where the child writes its stacks."""
+        return Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt"
+
     # --- child ---------------------------------------------------------------------------------------------------------
 
     def start_child(self) -> None:
         assert self.line is not None
         read, write = os.pipe()
         env = {**os.environ, **self.welcome["env"], PIPE: str(write),
-               STACKS: str(Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt")}
+               STACKS: str(self.stacks)}
         if self.welcome["secrets_file"] is not None:
             env |= read_secrets_file(os.path.expanduser(self.welcome["secrets_file"]))
         for name, value in self.welcome["rendezvous"].items():
@@ -188,7 +185,7 @@ class Agent:
     def dump_stacks(self) -> bool | None:
         """Have the child write its stacks; True when its main thread stands in a collective, None when it does not say."""
         assert self.child is not None
-        path = Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt"
+        path = self.stacks
         size = path.stat().st_size if path.is_file() else 0
         if self.child.poll() is not None or not _catches(self.child.pid, STACK_SIGNAL):
             return None
@@ -217,7 +214,7 @@ class Agent:
             if self.line is None and time.monotonic() > until:
                 print(f"agent of rank {self.rank}: no supervisor at {self.address.host}:{self.address.port}",
                       file=sys.stderr)
-                return 69
+                return NO_HOSTS
             time.sleep(0.0 if self.line else 0.2)
         self.start_child()
         assert self.child is not None
@@ -237,7 +234,7 @@ class Agent:
                 self.ask_to_stop()  # again: a rank that is still starting cannot be told yet
             if self._must_end(now):
                 self.kill_child()
-                return 70
+                return FAILED
         self.read_heartbeat()
         return self._after_exit()
 
@@ -278,15 +275,14 @@ class Agent:
         message = {**self.facts, "exit_code": code, "told": self.told,
                    "out_of_memory": _out_of_memory_kills() > self.memory_kills}
         self.send(**message)
-        stacks = Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt"
         with contextlib.suppress(OSError):
-            if stacks.stat().st_size == 0:
-                stacks.unlink()
-                stacks.parent.rmdir()
-                stacks.parent.parent.rmdir()
+            if self.stacks.stat().st_size == 0:
+                self.stacks.unlink()
+                self.stacks.parent.rmdir()
+                self.stacks.parent.parent.rmdir()
         ended = time.monotonic()
-        self.leave = False
-        while not self.leave and time.monotonic() - self.heard < self.welcome["timeout"]:
+        leave = False
+        while not leave and time.monotonic() - self.heard < self.welcome["timeout"]:
             time.sleep(0.1)
             self.receive()
             if self.line is None:
@@ -294,7 +290,7 @@ class Agent:
                     break
                 self.connect()
                 self.send(**message)
-            self.leave = any(o["order"] in ("leave", "abort") for o in self.orders)
+            leave = any(o["order"] in ("leave", "abort") for o in self.orders)
         return code if code >= 0 else 128 - code
 
 
@@ -306,17 +302,6 @@ def in_collective(stacks: str) -> bool | None:
             return any(part in frame for frame in frames[:3]
                        for part in ("/torch/distributed/", "/deepspeed/comm/", "/ops/all_to_all/", "in _own_store"))
     return None
-
-
-def wait_for(line: Line, key: str) -> Any:
-    """The next message with this key; short blocking wait while joining."""
-    until = time.monotonic() + CONNECT_SECONDS
-    while time.monotonic() < until:
-        for message in line.receive():
-            if key in message:
-                return message[key]
-        select.select([line], [], [], 0.2)
-    raise Closed(f"no {key} from the supervisor")
 
 
 def _load_address(path: Path) -> Address:
@@ -362,7 +347,7 @@ def main() -> int:
         return Agent(Path(sys.argv[1]), int(sys.argv[2])).run()
     except OSError as error:
         print(f"agent: {errno.errorcode.get(error.errno or 0, '')} {error}", file=sys.stderr)
-        return 70
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ supervisor on node 0 says so."""
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from launch import exits, spawn
-from launch.agent import CONNECT_SECONDS, wait_for
-from launch.wire import Address, Closed, Line, proof
+from launch.agent import CONNECT_SECONDS
+from launch.wire import Address, Closed, Line, join
 from train.config import RunConfig
 
 
@@ -55,11 +54,7 @@ def follow(config: RunConfig, run_dir: Path) -> int:
 
 def _join(path: Path, node: int) -> Line | None:
     try:
-        address = Address.load(path)
-        line = Line(socket.create_connection((address.host, address.port), timeout=2), CONNECT_SECONDS)
-        line.send({"proof": proof(address.token, wait_for(line, "nonce")), "node": node})
-        wait_for(line, "welcome")
-        return line
+        return join(Address.load(path), CONNECT_SECONDS, node=node)[0]
     except (OSError, ValueError, TypeError):
         return None
 

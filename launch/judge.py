@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launch.exits import FAILURES
+from train.config import WatchdogConfig
 
 SETTLE_SECONDS = 1.5
 RECONNECT_SECONDS = 2.0
@@ -26,12 +27,6 @@ AGREED = ("non_finite", "disk_full", "checkpoint", "in_use", "config")
 
 
 @dataclass(frozen=True)
-class Limits:
-    timeout: float
-    startup: float
-
-
-@dataclass(frozen=True)
 class Rank:
     """What is known of one rank; times in seconds on the supervisor's clock, spans on the agent's."""
 
@@ -39,8 +34,8 @@ class Rank:
     host: str
     heard: float
     """When its agent was last heard."""
-    connected: bool = True
-    disconnected: float = 0.0
+    disconnected: float | None = None
+    """When its agent's connection ended; None: it stands."""
     step: int = 0
     phase: str = "start"
     beats: int = 0
@@ -87,7 +82,7 @@ class Judge:
     """Collects reports of one attempt and gives the verdict, or None while all is well."""
 
     world_size: int
-    limits: Limits
+    limits: WatchdogConfig
     started: float
     ranks: dict[int, Rank] = field(default_factory=dict)
     _suspected: float | None = None
@@ -99,11 +94,11 @@ class Judge:
         before = self.ranks.get(rank, Rank(rank, host, now))
         if "exit_code" in known and before.exit_code is None:
             known["exited"] = now
-        self.ranks[rank] = replace(before, heard=now, connected=True, **known)
+        self.ranks[rank] = replace(before, heard=now, disconnected=None, **known)
 
     def disconnected(self, rank: int, now: float) -> None:
         if rank in self.ranks:
-            self.ranks[rank] = replace(self.ranks[rank], connected=False, disconnected=now)
+            self.ranks[rank] = replace(self.ranks[rank], disconnected=now)
 
     def launcher_exit(self, code: int, now: float) -> None:
         self.launcher_ended = self.launcher_ended or (now, code)
@@ -124,7 +119,7 @@ class Judge:
         if self._suspected is None:
             self._suspected = now
         strength = min(suspects)
-        wait = SETTLE_SECONDS if strength < 4 else self.limits.timeout + SETTLE_SECONDS
+        wait = SETTLE_SECONDS if strength < 4 else self.limits.timeout_seconds + SETTLE_SECONDS
         if now - self._suspected < wait:
             return None
         return self._of(suspects[strength])
@@ -141,26 +136,22 @@ class Judge:
                 continue
             if rank.exit_code is not None:
                 add(*_of_exit(rank))
-            elif not rank.connected and now - rank.disconnected > RECONNECT_SECONDS:
-                if now - rank.heard > self.limits.timeout:
-                    add(2, "lost", rank, f"not heard of for {now - rank.heard:.0f} s")
-                elif rank.disconnected:
-                    add(2, "lost", rank, "its agent is gone (killed, or its connection broke)")
-            elif now - rank.heard > self.limits.timeout:
+            elif now - rank.heard > self.limits.timeout_seconds:
                 add(2, "lost", rank, f"not heard of for {now - rank.heard:.0f} s")
+            elif rank.disconnected is not None and now - rank.disconnected > RECONNECT_SECONDS:
+                add(2, "lost", rank, "its agent is gone (killed, or its connection broke)")
             elif rank.orphaned:
                 add(2, "launcher", rank, "the launcher that started it is gone")
-            elif rank.state in "Tt" and rank.silent > self.limits.timeout:
+            elif rank.state in "Tt" and rank.silent > self.limits.timeout_seconds:
                 add(1, "frozen", rank, f"stopped (process state {rank.state})")
-            elif rank.beats and rank.phase != "done" and rank.silent > self.limits.timeout:
+            elif rank.beats and rank.phase != "done" and rank.silent > self.limits.timeout_seconds:
                 add(2, "frozen", rank, f"no sign of life (process state {rank.state})")
             elif rank.idle > self._patience(rank):
                 add(3, "hung", rank, f"no progress for {rank.idle:.0f} s")
-        if len(self.ranks) < self.world_size and now - self.started > self.limits.startup:
+        if len(self.ranks) < self.world_size and now - self.started > self.limits.startup_seconds:
             missing = ", ".join(str(r) for r in range(self.world_size) if r not in self.ranks)
-            add(2, "startup", None, f"ranks {missing} did not report within {self.limits.startup:g} s")
-        if self.launcher_ended is not None and not self.complete() and not all(
-                r.exit_code is not None for r in self.ranks.values()):
+            add(2, "startup", None, f"ranks {missing} did not report within {self.limits.startup_seconds:g} s")
+        if self.launcher_ended is not None and any(r.exit_code is None for r in self.ranks.values()):
             add(2, "launcher", None, f"the launcher ended with code {self.launcher_ended[1]}")
         if self.launcher_ended is not None and len(self.ranks) < self.world_size and not found:
             add(2, "launcher", None, f"the launcher ended with code {self.launcher_ended[1]} before all ranks reported")
@@ -169,8 +160,8 @@ class Judge:
     def _patience(self, rank: Rank) -> float:
         """Seconds a rank may stay in its phase."""
         if rank.usual is None:
-            return self.limits.startup
-        return max(self.limits.timeout, SLACK * rank.usual)
+            return self.limits.startup_seconds
+        return max(self.limits.timeout_seconds, SLACK * rank.usual)
 
     def _of(self, suspects: list[tuple[str, Rank | None, str]]) -> Verdict:
         """The earliest cause; ranks that share it are named together."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import exits, hosts, spawn
-from launch.judge import Judge, Limits, Verdict
+from launch.judge import Judge, Verdict
 from launch.wire import Address, Closed, Line, new_token, proof
 from train.config import RunConfig
 from train.runtime import free_port
@@ -61,7 +61,6 @@ class Outcome:
     verdict: Verdict | None
     step: int
     """The last step that every rank finished."""
-    stopped: bool = False
 
 
 @dataclass
@@ -84,11 +83,9 @@ class Supervisor:
     stop_asked: int = 0
 
     def __post_init__(self) -> None:
-        self.launch, self.watchdog = self.config.launch, self.config.watchdog
-        self.limits = Limits(self.watchdog.timeout_seconds, self.watchdog.startup_seconds)
+        self.launch, self.limits = self.config.launch, self.config.watchdog
         self.address_file = self.run_dir.resolve() / "supervisor.json"
         self.hosts = hosts.parse_hostfile(self.launch.hostfile) if self.launch.hostfile else ()
-        self.by_node = self.launch.node_rank is not None and self.launch.num_nodes > 1
         self.selector = selectors.DefaultSelector()
         self.attempt = 0
 
@@ -137,7 +134,7 @@ class Supervisor:
                 best_step, ungained, delay = outcome.step, 0, self.launch.restart_delay_seconds
             else:
                 ungained += 1
-            reason = self._why_not_again(failure, ungained, outcome.stopped)
+            reason = self._why_not_again(failure, ungained)
             if reason is not None:
                 if reason:
                     say(reason)
@@ -152,9 +149,9 @@ class Supervisor:
             delay = min(2 * delay, MAX_DELAY_SECONDS)
             self.attempt += 1
 
-    def _why_not_again(self, failure: exits.Failure, ungained: int, stopped: bool) -> str | None:
+    def _why_not_again(self, failure: exits.Failure, ungained: int) -> str | None:
         """None to restart, else what to say ("" when the verdict has said it all)."""
-        if stopped or not failure.restart or self.launch.max_restarts == 0:
+        if self.stop_asked or not failure.restart or self.launch.max_restarts == 0:
             return ""
         if self.attempt >= self.launch.max_restarts:
             return f"launch.max_restarts={self.launch.max_restarts} restarts are used up"
@@ -195,25 +192,25 @@ class Supervisor:
         self.rendezvous = self._rendezvous(chosen)
         self.event("attempt", attempt=self.attempt, hosts=[h.name for h in chosen] or [socket.gethostname()],
                    world_size=self.judge.world_size)
-        if self.by_node and (missing := self._missing_nodes()):
+        if self.launch.by_node and (missing := self._missing_nodes()):
             absent = Verdict("startup", (), (), 0, "", "no word from the command with launch.node_rank="
                              f"{', '.join(map(str, missing))}: start it on every node, all with the same run_dir")
-            self._announce(absent, self.stop_asked > 0)
-            return Outcome(absent, -1, self.stop_asked > 0)
+            self._announce(absent)
+            return Outcome(absent, -1)
         for peer in self.peers:
             if peer.node is not None:
                 self.order(peer, "start", attempt=self.attempt, port=self.rendezvous.port)
         launcher = spawn.start(spawn.command(self.launch, num_nodes, self.rendezvous,
                                              [str(self.address_file), str(self.attempt)], self._hostfile(chosen)))
         try:
-            verdict, stopped = self._watch(launcher)
+            verdict = self._watch(launcher)
             step = self.judge.step
             if verdict is not None:
-                self._announce(verdict, stopped)
+                self._announce(verdict)
             self._end(launcher, verdict)
         finally:
             spawn.kill_tree(launcher)
-        return Outcome(verdict, step, stopped)
+        return Outcome(verdict, step)
 
     def _rendezvous(self, chosen: tuple[hosts.Host, ...]) -> spawn.Rendezvous:
         address = self.launch.master_addr
@@ -228,23 +225,23 @@ class Supervisor:
         path = self.run_dir / "hostfile"
         if chosen:
             return spawn.write_hostfile(path, [(h.name, h.slots) for h in chosen])
-        if self.by_node and self.launch.kind == "deepspeed":
+        if self.launch.by_node and self.launch.kind == "deepspeed":
             names = [f"node-{i}" for i in range(self.launch.num_nodes)]  # names only: nobody is reached by them
             return spawn.write_hostfile(path, [(name, self.launch.num_devices) for name in names])
         return None
 
     def _missing_nodes(self) -> list[int]:
         """Nodes whose command has not reported within watchdog.startup_seconds."""
-        until = time.monotonic() + self.limits.startup
+        until = time.monotonic() + self.limits.startup_seconds
         while missing := sorted(set(range(1, self.launch.num_nodes)) - {p.node for p in self.peers if p.node is not None}):
             if time.monotonic() > until or self.stop_asked:
                 break
             self.listen(0.2)
         return missing
 
-    def _watch(self, launcher: subprocess.Popen[bytes]) -> tuple[Verdict | None, bool]:
-        """Until all ranks are done (None) or a fault is certain; also whether the job was asked to stop."""
-        interval = min(1.0, self.limits.timeout / 8)
+    def _watch(self, launcher: subprocess.Popen[bytes]) -> Verdict | None:
+        """Until all ranks are done (None) or a fault is certain."""
+        interval = min(1.0, self.limits.timeout_seconds / 8)
         next_ping, stop_until, stacks_until = 0.0, None, None
         while not self.judge.complete():
             self.listen(interval / 2)
@@ -259,7 +256,7 @@ class Supervisor:
                 say("asked to stop: the ranks save and end")
             if stop_until is not None and (now > stop_until or self.stop_asked > 1):
                 return Verdict("communication", (), (), self.judge.step, "", "the ranks did not save and end within "
-                               f"checkpoint.grace_seconds={self.config.checkpoint.grace_seconds:g}"), True
+                               f"checkpoint.grace_seconds={self.config.checkpoint.grace_seconds:g}")
             verdict = self.judge.verdict(now)
             if verdict is None:
                 stacks_until = None
@@ -267,20 +264,20 @@ class Supervisor:
                 self.everyone("stacks")  # who waits for whom
                 stacks_until = now + STACKS_SECONDS
             elif verdict.kind != "hung" or now > (stacks_until or 0.0):
-                return verdict, self.stop_asked > 0
-        return None, self.stop_asked > 0
+                return verdict
+        return None
 
-    def _announce(self, verdict: Verdict, stopped: bool) -> None:
+    def _announce(self, verdict: Verdict) -> None:
         failure = exits.FAILURES[verdict.kind]
         self.event("verdict", attempt=self.attempt, **asdict(verdict),
-                   restart=failure.restart and not stopped and self.attempt < self.launch.max_restarts)
+                   restart=failure.restart and not self.stop_asked and self.attempt < self.launch.max_restarts)
         say(verdict.message)
 
     def _end(self, launcher: subprocess.Popen[bytes], verdict: Verdict | None) -> None:
         """All ranks go, then the launcher; hosts that are not heard have ended theirs by the time this returns."""
         started = time.monotonic()
         silent = [r.heard for r in self.judge.ranks.values() if r.exit_code is None and (
-            not r.connected or started - r.heard > max(2.0, self.limits.timeout / 3))]
+            r.disconnected is not None or started - r.heard > max(2.0, self.limits.timeout_seconds / 3))]
         self.everyone("leave" if verdict is None else "abort")
         until = started + (LEAVE_SECONDS if verdict is None else ABORT_SECONDS)
         while time.monotonic() < until and any(p.rank is not None for p in self.peers):
@@ -291,7 +288,7 @@ class Supervisor:
         for peer in [p for p in self.peers if p.rank is not None]:
             self.forget(peer)
         if verdict is not None and silent:
-            fenced = max(silent) + self.limits.timeout + 2
+            fenced = max(silent) + self.limits.timeout_seconds + 2
             while time.monotonic() < fenced and self.stop_asked < 2:
                 self.listen(0.2)
         if verdict is not None:
@@ -303,8 +300,8 @@ class Supervisor:
         if self.launch.listen_addr is not None:
             return self.launch.listen_addr
         if self.hosts:
-            return hosts.facing_address(next((h.name for h in self.hosts), ""))
-        if self.by_node:
+            return hosts.facing_address(self.hosts[0].name)
+        if self.launch.by_node:
             return str(self.launch.master_addr)
         if self.launch.kind == "slurm" and self.launch.num_nodes > 1:
             return hosts.address_of(socket.gethostname()) or "0.0.0.0"
@@ -326,7 +323,7 @@ class Supervisor:
             connection, _ = server.accept()
         except OSError:
             return
-        peer = Peer(Line(connection, self.limits.timeout), secrets.token_hex(16), time.monotonic())
+        peer = Peer(Line(connection, self.limits.timeout_seconds), secrets.token_hex(16), time.monotonic())
         self.peers.append(peer)
         self.selector.register(peer.line, selectors.EVENT_READ, peer)
         self._send(peer, {"nonce": peer.nonce})
@@ -352,7 +349,7 @@ class Supervisor:
             return
         if "node" in message:
             peer.node = int(message["node"])
-            self._send(peer, {"welcome": {"timeout": self.limits.timeout}})
+            self._send(peer, {"welcome": {"timeout": self.limits.timeout_seconds}})
             return
         rank = int(message["rank"])
         if message["attempt"] != self.attempt or not 0 <= rank < self.judge.world_size:
@@ -364,7 +361,7 @@ class Supervisor:
         self.judge.report(rank, str(message["host"]), time.monotonic(), {})
         self._send(peer, {"welcome": {
             "command": ["launch.train", *self.arguments, f"+attempt={self.attempt}"],
-            "env": self.env, "secrets_file": self.launch.secrets_file, "timeout": self.limits.timeout,
+            "env": self.env, "secrets_file": self.launch.secrets_file, "timeout": self.limits.timeout_seconds,
             "grace": self.config.checkpoint.grace_seconds,
             "failures": str(self.run_dir.resolve() / "failures" / str(self.attempt)),
             "rendezvous": {"MASTER_ADDR": self.rendezvous.address, "MASTER_PORT": str(self.rendezvous.port)}

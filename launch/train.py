@@ -32,6 +32,7 @@ from launch.common import (
 )
 from launch.exits import IN_USE
 from launch.secrets import forwarded_environment, redact, redact_text
+from train.manifest import write_text
 
 
 def train(config: DictConfig) -> float | None:
@@ -49,7 +50,7 @@ def train(config: DictConfig) -> float | None:
         hosts.check(run.launch)
     forwarded_environment(os.environ, run.launch.forward_env)  # refuses secrets, before anything is written
     node = run.launch.node_rank or 0
-    if run.launch.node_rank is not None and run.launch.num_nodes > 1 and not (config.run_dir or config.resume):
+    if run.launch.by_node and not (config.run_dir or config.resume):
         raise ValueError("launch.node_rank needs run_dir=DIR (or resume=DIR), the same on every node and on a file system "
                          "they share")
     if run.launch.dry_run:
@@ -139,9 +140,7 @@ def save_config(config: DictConfig) -> None:
     path = Path(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        scratch = path / "config.yaml.tmp"
-        scratch.write_text(OmegaConf.to_yaml(config))
-        scratch.replace(path / "config.yaml")
+        write_text(path / "config.yaml", OmegaConf.to_yaml(config))
     except OSError as error:
         raise ValueError(f"run_dir={path} cannot be written ({error.strerror}); choose another directory") from error
 

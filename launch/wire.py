@@ -7,7 +7,9 @@ import hmac
 import json
 import os
 import secrets
+import select
 import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,3 +116,31 @@ class Line:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def join(address: Address, seconds: float, **hello: Any) -> tuple[Line, dict[str, Any]]:
+    """Connect to the supervisor: it sends a nonce, this end proves that it knows the token and says who it is (`hello`).
+
+    Returns the connection and the supervisor's welcome. Every step may take `seconds`.
+
+    Raises:
+        ConnectionRefusedError: nobody listens.
+        OSError: no connection, or no welcome.
+    """
+    line = Line(socket.create_connection((address.host, address.port), timeout=2), seconds)
+    try:
+        line.send({"proof": proof(address.token, _wait_for(line, "nonce", seconds)), **hello})
+        return line, _wait_for(line, "welcome", seconds)
+    except Closed:
+        line.close()
+        raise
+
+
+def _wait_for(line: Line, key: str, seconds: float) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for message in line.receive():
+            if key in message:
+                return message[key]
+        select.select([line], [], [], 0.2)
+    raise Closed(f"no {key} from the supervisor")

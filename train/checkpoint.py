@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from model.parallel import ParallelGroups
-from train.agreement import CheckpointWriteError, chain, describe, everyone
+from train.agreement import CheckpointWriteError, Failure, chain, describe, everyone
 from train.background import Background
 from train.checkpoint_folder import (
     damage,
@@ -140,6 +140,17 @@ class CheckpointWriter:
             CheckpointWriteError: on every rank, when it could not be written.
         """
         return self._tolerated(self._background.wait)
+
+    def require(self, step: int) -> None:
+        """Return once the checkpoint of this step, saved before, is complete.
+
+        Raises:
+            CheckpointWriteError: on every rank, when it could not be written, whatever `on_error` says.
+        """
+        self.wait()
+        if self.saved_step != step:
+            raise CheckpointWriteError(self.folder, Failure(0, errno.EIO, "the last checkpoint is missing, the reason "
+                                                            "stands above"))
 
     def mark_best(self, step: int, val_loss: float) -> None:
         """Remember the saved checkpoint of this step as the one with the lowest held-out loss.

@@ -184,6 +184,11 @@ class LaunchConfig:
                              "it; use launch=deepspeed or launch=torchrun (one device is enough)")
         return found + self._node_problems()
 
+    @property
+    def by_node(self) -> bool:
+        """Whether every node starts the same command itself."""
+        return self.node_rank is not None and self.num_nodes > 1
+
     def _node_problems(self) -> list[str]:
         found = []
         several = self.num_nodes > 1

@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import secrets
-import shutil
 import socket
 import stat
 import threading
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from train.manifest import remove
 
 REFRESH_SECONDS = 5.0
 STALE_SECONDS = 30.0
@@ -152,7 +153,7 @@ class RunLock:
         if not is_judged:
             with suppress(FileExistsError):
                 os.link(aside, self.path)  # fails rather than replace a third one
-        _remove(aside)
+        remove(aside)
         return is_judged
 
     def _age(self, found: _Found) -> float:
@@ -280,13 +281,6 @@ def _pid_namespace() -> str:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

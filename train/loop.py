@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import shutil
@@ -25,11 +24,9 @@ from ops.grouped_mlp import select_backend
 from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
 from train import heartbeat
-from train.agreement import Failure
 from train.attention_metrics import short_rows_note
 from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
-    CheckpointWriteError,
     CheckpointWriter,
     find_checkpoint,
     load_engine,
@@ -232,10 +229,8 @@ class _Run:
         if not stopped and progress.step > 0:
             self.evaluate_and_keep_best(saved_step)
         heartbeat.beat(progress.step, "save")
-        self.writer.wait()
-        if progress.step != first_step and self.writer.saved_step != progress.step:
-            raise CheckpointWriteError(self.writer.folder, Failure(
-                0, errno.EIO, "the last checkpoint is missing, the reason stands above"))
+        if progress.step != first_step:
+            self.writer.require(progress.step)
         if stopped:
             log.info("stopped by a signal after step %d; continue with resume=%s", progress.step, self.run_dir)
         return {

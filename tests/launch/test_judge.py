@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch.judge import SETTLE_SECONDS, Judge, Limits
+from launch.judge import SETTLE_SECONDS, Judge
+from train.config import WatchdogConfig
 
 TIMEOUT, STARTUP = 10.0, 120.0
 
@@ -13,7 +14,7 @@ class Job:
     """Ranks that report every second until something happens to them."""
 
     def __init__(self, world_size: int = 4):
-        self.judge = Judge(world_size, Limits(TIMEOUT, STARTUP), 0.0)
+        self.judge = Judge(world_size, WatchdogConfig(TIMEOUT, STARTUP), 0.0)
         self.now = 0.0
         self.facts = {rank: {"step": 5, "phase": "forward", "beats": 50, "silent": 0.1, "idle": 0.2, "usual": 0.5,
                              "state": "R"} for rank in range(world_size)}
@@ -160,7 +161,7 @@ def test_ranks_ended_by_the_launcher_are_a_consequence():
 
 
 def test_ranks_that_never_report_are_named():
-    judge = Judge(2, Limits(TIMEOUT, STARTUP), 0.0)
+    judge = Judge(2, WatchdogConfig(TIMEOUT, STARTUP), 0.0)
     assert judge.verdict(STARTUP + 1) is None  # settles
     verdict = judge.verdict(STARTUP + 3)
     assert verdict.kind == "startup" and "ranks 0, 1" in verdict.message

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import stat
+import subprocess
+import sys
 import time
 
 import pytest
 
-from launch.wire import MAX_LINE, Address, Closed, Line, new_token, proof
+from launch.wire import MAX_LINE, Address, Closed, Line, join, new_token, proof
 
 
 @pytest.fixture
@@ -112,3 +114,18 @@ def test_a_stranger_is_not_welcomed(tmp_path):
         supervisor.listen(0.1)
         assert supervisor.peers == [] and mute.fileno() >= 0
     server.close()
+
+
+def test_a_listener_that_says_nothing_is_given_up_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        started = time.monotonic()
+        with pytest.raises(Closed, match="no nonce"):
+            join(Address(*server.getsockname(), new_token()), 1.0, rank=0)
+        assert time.monotonic() - started < 10
+    with pytest.raises(ConnectionRefusedError):
+        join(Address("127.0.0.1", 1, new_token()), 1.0, rank=0)
+
+
+def test_what_watches_the_ranks_imports_none_of_their_libraries():
+    code = "import sys, launch.agent, train.lock; print({'torch', 'deepspeed'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "set()\n"

@@ -21,7 +21,7 @@ from train import manifest as folders
 
 SMALL_BYTES = 2**24
 """Files up to this size are hashed whenever they are opened."""
-MANIFEST = "manifest.json"
+MANIFEST = folders.MANIFEST
 FORMAT = 1
 _INDEX = struct.Struct("<9sQBQQ")
 """Head of a .idx file: magic, version, code of the token type, sequences, documents."""
@@ -101,10 +101,8 @@ def _wrong_key(manifest: dict[str, Any]) -> str | None:
 
 def _facts(path: Path) -> dict[str, Any]:
     """Size in bytes, and SHA-256 unless the file is large."""
-    facts: dict[str, Any] = {"size": path.stat().st_size}
-    if facts["size"] <= SMALL_BYTES:
-        facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return facts
+    size = path.stat().st_size
+    return folders.file_facts(path) if size <= SMALL_BYTES else {"size": size}
 
 
 def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
