@@ -32,6 +32,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.build import cache_folder
 from ops.triton_launch import record_launches
@@ -80,6 +81,8 @@ def job_of(launch: Any, title: str) -> Job:
         value = values[name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = f"*{_TYPES[value.dtype]}", [["tt.divisibility", 16]]
         elif type(value) is int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.kernels.backward import (
@@ -42,10 +43,11 @@ def forward(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slot
     pre = hidden.new_empty(len(slots), 2 * width) if keep else None
     act = hidden.new_empty(len(slots), width)
     _up(hidden, gate_up, slots, offsets, tiles, act, pre, top_k, rows)
-    config = configs.row_config(rows, width, hidden.dtype, architecture(hidden.device))
+    config = _fitting(configs.row_config(rows, width, hidden.dtype, architecture(hidden.device)), act, down)
     scatter = top_k == 1
     out = torch.zeros_like(hidden) if scatter else hidden.new_empty(len(slots), hidden_size)
-    launch(down_kernel, _row_grid(tiles, hidden_size, config), act, down, weights, slots, offsets, *tiles, out,
+    launch(down_kernel, _row_grid(tiles, hidden_size, config), act, _rows(act, config),
+           _matrices(down, (config.columns, config.step), config), weights, slots, offsets, *tiles, out,
            HIDDEN=hidden_size, WIDTH=width, SCATTER=scatter, **config.sizes)
     return out if scatter else _combine(out, inverse, weights), pre
 
@@ -63,28 +65,32 @@ def backward(grad_out: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor,
         pre = hidden.new_empty(num_rows, 2 * width)
         _up(hidden, gate_up, slots, offsets, tiles, None, pre, top_k, rows)
 
-    config = configs.act_grad_config(rows, hidden.dtype, target)
+    config = _fitting(configs.act_grad_config(rows, hidden.dtype, target), down)
     num_parts = -(-width // config.columns)
     grad_pre, act = torch.empty_like(pre), hidden.new_empty(num_rows, width)
     partial = torch.empty(num_parts, num_rows, dtype=torch.float32, device=hidden.device)
     grad_weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=hidden.device)
-    launch(act_grad_kernel, _row_grid(tiles, width, config), grad_out, down, pre, weights, slots, offsets, *tiles, grad_pre,
-           act, partial, num_rows, **sizes, TOP_K=top_k, SPLITS=config.splits, **config.sizes)
+    launch(act_grad_kernel, _row_grid(tiles, width, config), grad_out,
+           _matrices(down, (config.step, config.columns), config), pre, weights, slots, offsets, *tiles, grad_pre, act,
+           partial, num_rows, **sizes, EXPERTS=num_experts, TOP_K=top_k, SPLITS=config.splits, **config.sizes)
     launch(weights_grad_kernel, (-(-num_rows // 1024),), partial, inverse, grad_weights, num_rows, PARTS=num_parts,
            BLOCK=1024, num_warps=4)
 
-    config = configs.expert_config(hidden.dtype, target)
+    config = _fitting(configs.expert_config(hidden.dtype, target), act, grad_pre)
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-    launch(down_grad_kernel, _expert_grid(grad_down, config), grad_out, act, slots, offsets, grad_down, **sizes, TOP_K=top_k,
+    launch(down_grad_kernel, _expert_grid(grad_down, config), grad_out, act,
+           _descriptor(act, (config.step, config.columns), config), slots, offsets, grad_down, **sizes, TOP_K=top_k,
            **config.sizes)
-    launch(gate_up_grad_kernel, _expert_grid(grad_gate_up, config), grad_pre, hidden, slots, offsets, grad_gate_up, **sizes,
+    launch(gate_up_grad_kernel, _expert_grid(grad_gate_up, config), grad_pre,
+           _descriptor(grad_pre, (config.step, config.rows), config), hidden, slots, offsets, grad_gate_up, **sizes,
            TOP_K=top_k, **config.sizes)
 
-    config = configs.row_config(rows, 2 * width, hidden.dtype, target)
+    config = _fitting(configs.row_config(rows, 2 * width, hidden.dtype, target), grad_pre, gate_up)
     scatter = top_k == 1
     row_grads = torch.zeros_like(hidden) if scatter else hidden.new_empty(num_rows, hidden_size)
-    launch(row_grad_kernel, _row_grid(tiles, hidden_size, config), grad_pre, gate_up, slots, offsets, *tiles, row_grads,
-           **sizes, SCATTER=scatter, **config.sizes)
+    launch(row_grad_kernel, _row_grid(tiles, hidden_size, config), grad_pre, _rows(grad_pre, config),
+           _matrices(gate_up, (config.step, config.columns), config), slots, offsets, *tiles, row_grads, **sizes,
+           SCATTER=scatter, **config.sizes)
     grad_hidden = row_grads if scatter else _combine(row_grads, inverse, None)
     return grad_hidden, grad_weights, grad_gate_up, grad_down
 
@@ -99,6 +105,26 @@ def _tile_map(slots: Tensor, offsets: Tensor, rows: int) -> tuple[Tensor, Tensor
     return expert, start
 
 
+def _fitting(config: Config, *tensors: Tensor) -> Config:
+    """Without TMA where a tensor is not for it: it wants 16 bytes' alignment of the first value and of every row."""
+    fits = all(x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in tensors)
+    return config if fits else config._replace(tma=False)
+
+
+def _descriptor(tensor: Tensor, block: tuple[int, ...], config: Config) -> TensorDescriptor | None:
+    """What TMA loads blocks by."""
+    return TensorDescriptor.from_tensor(tensor, list(block)) if config.tma else None
+
+
+def _rows(rows: Tensor, config: Config) -> TensorDescriptor | None:
+    return _descriptor(rows, (config.rows, config.step), config)
+
+
+def _matrices(matrices: Tensor, block: tuple[int, ...], config: Config) -> Tensor | TensorDescriptor:
+    """Of an expert at a time."""
+    return _descriptor(matrices, (1, *block), config) or matrices
+
+
 def _row_grid(tiles: tuple[Tensor, Tensor], columns: int, config: Config) -> tuple[int]:
     return (len(tiles[0]) * -(-columns // config.columns),)
 
@@ -110,10 +136,12 @@ def _expert_grid(grad: Tensor, config: Config) -> tuple[int]:
 
 def _up(hidden: Tensor, gate_up: Tensor, slots: Tensor, offsets: Tensor, tiles: tuple[Tensor, Tensor], act: Tensor | None,
         pre: Tensor | None, top_k: int, rows: int) -> None:
-    _, double_width, hidden_size = gate_up.shape
-    config = configs.up_config(rows, hidden.dtype, architecture(hidden.device))
-    launch(up_kernel, _row_grid(tiles, double_width // 2, config), hidden, gate_up, slots, offsets, *tiles, act, pre,
-           HIDDEN=hidden_size, WIDTH=double_width // 2, TOP_K=top_k, **config.sizes)
+    num_experts, double_width, hidden_size = gate_up.shape
+    width = double_width // 2
+    config = _fitting(configs.up_config(rows, hidden.dtype, architecture(hidden.device)), gate_up)
+    pairs = gate_up.view(num_experts, 2, width, hidden_size)
+    launch(up_kernel, _row_grid(tiles, width, config), hidden, _matrices(pairs, (2, config.columns, config.step), config),
+           slots, offsets, *tiles, act, pre, HIDDEN=hidden_size, WIDTH=width, TOP_K=top_k, **config.sizes)
 
 
 def _combine(rows: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:

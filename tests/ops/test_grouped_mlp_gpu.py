@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ops.grouped_mlp import grouped_mlp, reference_grouped_mlp
+from ops.grouped_mlp.kernels import configs
 from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, assert_close, draw_expert_ids, poisoned_memory
 
@@ -48,8 +49,19 @@ def results(function, tensors, places, grad_out, **options) -> tuple[torch.Tenso
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
 
 
+@pytest.fixture(params=["pointers", "tma"])
+def loads(request, monkeypatch):
+    """Both ways to load, whichever the configs choose for this device."""
+    if request.param == "tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor memory accelerator")
+    for name in ("up_config", "row_config", "act_grad_config", "expert_config"):
+        choose = getattr(configs, name)
+        monkeypatch.setattr(configs, name, lambda *a, choose=choose: choose(*a)._replace(
+            tma=request.param == "tma" and choose(*a) != configs._EXACT))
+
+
 @pytest.mark.parametrize(("routing", "hidden_size", "width", "dtype"), CASES, ids=str)
-def test_kernels_give_output_and_gradients_of_the_definition(routing, hidden_size, width, dtype):
+def test_kernels_give_output_and_gradients_of_the_definition(routing, hidden_size, width, dtype, loads):
     tensors, places, grad_out = inputs(routing, hidden_size, width, dtype)
     with poisoned_memory():
         kept, again, recomputed = (results(grouped_mlp, tensors, places, grad_out, backend="triton", recompute=recompute)

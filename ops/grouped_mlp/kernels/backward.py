@@ -10,17 +10,18 @@ from ops.grouped_mlp.kernels.common import expert_product, row_product, row_tile
 
 
 @triton.jit
-def act_grad_columns(grad_act, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
+def act_grad_columns(grad_act, first_column, weight, row, read_row, stored, pre_ptr, grad_pre_ptr, act_ptr,
                       WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     """Store what follows from grad_act [ROWS, COLUMNS] before the weight, and return its part <grad_act, act> [ROWS].
+    Rows to store that do not exist have a weight of 0.
 
     Halves of the columns come one after the other, SPLITS times over: what they need at once must fit the registers.
     """
     if SPLITS > 0:
         first, second = tl.split(grad_act.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
-        part = act_grad_columns(first, first_column, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr, WIDTH,
+        part = act_grad_columns(first, first_column, weight, row, read_row, stored, pre_ptr, grad_pre_ptr, act_ptr, WIDTH,
                                  ROWS, COLUMNS // 2, SPLITS - 1)
-        part += act_grad_columns(second, first_column + COLUMNS // 2, weight, row, read_row, live, pre_ptr, grad_pre_ptr,
+        part += act_grad_columns(second, first_column + COLUMNS // 2, weight, row, read_row, stored, pre_ptr, grad_pre_ptr,
                                   act_ptr, WIDTH, ROWS, COLUMNS // 2, SPLITS - 1)
     else:
         column = first_column + tl.arange(0, COLUMNS)
@@ -32,7 +33,7 @@ def act_grad_columns(grad_act, first_column, weight, row, read_row, live, pre_pt
         silu = gate * sigmoid
         part = tl.sum(grad_act * silu * up, 1)
         grad_act *= weight[:, None]
-        store = live[:, None] & inside
+        store = stored[:, None] & inside
         act = weight[:, None] * silu * up
         tl.store(act_ptr + row[:, None] * WIDTH + column[None, :], act.to(act_ptr.dtype.element_ty), mask=store)
         grad_gate = grad_act * up * (sigmoid + silu * (1.0 - sigmoid))
@@ -43,24 +44,25 @@ def act_grad_columns(grad_act, first_column, weight, row, read_row, live, pre_pt
 
 
 @triton.jit
-def act_grad_kernel(grad_ptr, down_ptr, pre_ptr, weights_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr,
+def act_grad_kernel(grad_ptr, down, pre_ptr, weights_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr,
                     grad_pre_ptr, act_ptr, partial_ptr, num_rows, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-                    TOP_K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                    STEP: tl.constexpr, GROUP: tl.constexpr):
+                    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
+                    COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
     """Grid (row tiles * cdiv(WIDTH, COLUMNS)). grad: [T, HIDDEN]; pre, grad_pre: [R, 2 * WIDTH]; act: [R, WIDTH], times the
-    weight; partial: [column tiles, R] fp32, this tile's part of the weights' gradient."""
-    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
-                                                        tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS)
+    weight; partial: [column tiles, R] fp32, this tile's part of the weights' gradient. Behind the last row of all, the tile
+    is filled with zeros: expert_product reads that far."""
+    expert, start, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                               tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS)
     if expert < 0:
         return
     slot = tl.load(slots_ptr + read_row)
-    weight = tl.load(weights_ptr + slot)
+    weight = tl.where(live, tl.load(weights_ptr + slot), 0.0)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    grad_act = row_product(grad_ptr + (slot // TOP_K).to(tl.int64) * HIDDEN,
-                           down_ptr + expert.to(tl.int64) * HIDDEN * WIDTH, WIDTH, column.to(tl.int64), column < WIDTH,
-                           HIDDEN, WIDTH % COLUMNS == 0, STEP, ROWS, COLUMNS)
-    part = act_grad_columns(grad_act, column_tile * COLUMNS, weight, row, read_row, live, pre_ptr, grad_pre_ptr, act_ptr,
-                             WIDTH, ROWS, COLUMNS, SPLITS)
+    grad_act = row_product(grad_ptr + (slot // TOP_K).to(tl.int64) * HIDDEN, 0, down, expert, column_tile * COLUMNS, column,
+                           True, False, False, HIDDEN, WIDTH, TMA, STEP, ROWS, COLUMNS)
+    behind = (row >= tl.load(offsets_ptr + EXPERTS)) & (row < num_rows)
+    part = act_grad_columns(grad_act, column_tile * COLUMNS, weight, row, read_row, live | behind, pre_ptr, grad_pre_ptr,
+                            act_ptr, WIDTH, ROWS, COLUMNS, SPLITS)
     tl.store(partial_ptr + column_tile.to(tl.int64) * num_rows + row, part, mask=live)
 
 
@@ -78,17 +80,19 @@ def weights_grad_kernel(partial_ptr, inverse_ptr, out_ptr, num_rows, PARTS: tl.c
 
 
 @triton.jit
-def row_grad_kernel(grad_pre_ptr, gate_up_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, out_ptr,
-                    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SCATTER: tl.constexpr, ROWS: tl.constexpr,
+def row_grad_kernel(grad_pre_ptr, grad_pre, gate_up, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, out_ptr,
+                    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SCATTER: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
-    """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one slot a token, by tokens."""
-    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
-                                                        tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS)
+    """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one slot a token, by tokens.
+    grad_pre: the descriptor of grad_pre_ptr, None without TMA."""
+    expert, start, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                               tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS)
     if expert < 0:
         return
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    acc = row_product(grad_pre_ptr + read_row * 2 * WIDTH, gate_up_ptr + expert.to(tl.int64) * 2 * WIDTH * HIDDEN, HIDDEN,
-                      column.to(tl.int64), column < HIDDEN, 2 * WIDTH, HIDDEN % COLUMNS == 0, STEP, ROWS, COLUMNS)
+    rows = grad_pre if TMA else grad_pre_ptr + read_row * 2 * WIDTH
+    acc = row_product(rows, start, gate_up, expert, column_tile * COLUMNS, column, False, False, False, 2 * WIDTH, HIDDEN,
+                      TMA, STEP, ROWS, COLUMNS)
     if SCATTER:
         row = tl.load(slots_ptr + read_row).to(tl.int64)
     tl.store(out_ptr + row[:, None] * HIDDEN + column[None, :], acc.to(out_ptr.dtype.element_ty),
@@ -96,18 +100,18 @@ def row_grad_kernel(grad_pre_ptr, gate_up_ptr, slots_ptr, offsets_ptr, tile_expe
 
 
 @triton.jit
-def gate_up_grad_kernel(grad_pre_ptr, hidden_ptr, slots_ptr, offsets_ptr, out_ptr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-                        TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-                        GROUP: tl.constexpr):
+def gate_up_grad_kernel(grad_pre_ptr, grad_pre, hidden_ptr, slots_ptr, offsets_ptr, out_ptr, HIDDEN: tl.constexpr,
+                        WIDTH: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
+                        COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
     """Grid (experts * tiles of [2 * WIDTH, HIDDEN]). out[e] = sum over the expert's rows of grad_pre^T hidden."""
-    expert_product(grad_pre_ptr, hidden_ptr, out_ptr, slots_ptr, offsets_ptr, False, TOP_K, 2 * WIDTH, HIDDEN, GROUP, ROWS,
-                   COLUMNS, STEP)
+    expert_product(grad_pre_ptr, hidden_ptr, grad_pre, out_ptr, slots_ptr, offsets_ptr, False, TOP_K, 2 * WIDTH, HIDDEN, TMA,
+                   GROUP, ROWS, COLUMNS, STEP)
 
 
 @triton.jit
-def down_grad_kernel(grad_ptr, act_ptr, slots_ptr, offsets_ptr, out_ptr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-                     TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+def down_grad_kernel(grad_ptr, act_ptr, act, slots_ptr, offsets_ptr, out_ptr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+                     TOP_K: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
                      GROUP: tl.constexpr):
     """Grid (experts * tiles of [HIDDEN, WIDTH]). out[e] = sum over the expert's rows of grad^T act, act times the weight."""
-    expert_product(grad_ptr, act_ptr, out_ptr, slots_ptr, offsets_ptr, True, TOP_K, HIDDEN, WIDTH, GROUP, ROWS, COLUMNS,
-                   STEP)
+    expert_product(grad_ptr, act_ptr, act, out_ptr, slots_ptr, offsets_ptr, True, TOP_K, HIDDEN, WIDTH, TMA, GROUP, ROWS,
+                   COLUMNS, STEP)

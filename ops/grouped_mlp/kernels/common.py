@@ -44,45 +44,79 @@ def ordered_tile(program, num_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.const
 @triton.jit
 def row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr,
              ROWS: tl.constexpr):
-    """(expert or -1, rows [ROWS] int64, row to read instead [ROWS], whether a row exists, column tile).
+    """(expert or -1, first row, rows [ROWS] int64, row to read instead [ROWS], whether a row exists, column tile).
 
     Rows behind the last one of the expert read that one again, so that loads need no mask.
     """
     tile, column_tile = ordered_tile(tl.program_id(0), tl.num_programs(0) // COLUMN_TILES, COLUMN_TILES, GROUP)
     expert = tl.load(tile_expert_ptr + tile)
-    row = tl.load(tile_start_ptr + tile) + tl.arange(0, ROWS)
+    start = tl.load(tile_start_ptr + tile)
+    row = start + tl.arange(0, ROWS)
     end = tl.load(offsets_ptr + tl.maximum(expert, 0) + 1)
-    return expert, row.to(tl.int64), tl.minimum(row, end - 1).to(tl.int64), row < end, column_tile
+    return expert, start, row.to(tl.int64), tl.minimum(row, end - 1).to(tl.int64), row < end, column_tile
 
 
 @triton.jit
-def row_product(row_ptr, matrix_ptr, depth_stride: tl.constexpr, column_offset, column_live, DEPTH: tl.constexpr,
-                EVEN: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] fp32: DEPTH values from each of row_ptr [ROWS] times the matrix with value (k, n) at
-    k * depth_stride + column_offset[n]. EVEN: every column is live."""
+def row_product(rows, row_start, matrix, expert, column_start, column, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
+                PAIRS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr, STEP: tl.constexpr,
+                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] fp32: rows of DEPTH values times a tile of columns of an expert's matrix.
+
+    rows: pointers [ROWS] to each row; with TMA and not GATHER, a descriptor of the rows, of which row_start is the first.
+    matrix: [experts, DEPTH, WIDTH], TRANSPOSED: [experts, WIDTH, DEPTH], PAIRS: [experts, 2, WIDTH, DEPTH], the pointer or
+    with TMA the descriptor. column [COLUMNS]: of the matrix; PAIRS: the first half of them of either part.
+    """
     step = tl.arange(0, STEP)
-    rows = row_ptr[:, None] + step[None, :]
-    matrix = matrix_ptr + step.to(tl.int64)[:, None] * depth_stride + column_offset[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, DEPTH, STEP):
-        if EVEN and DEPTH % STEP == 0:
-            acc = tl.dot(tl.load(rows), tl.load(matrix), acc, input_precision="ieee")
-        else:
-            inside = step < DEPTH - k
-            x = tl.load(rows, mask=inside[None, :], other=0.0)
-            w = tl.load(matrix, mask=inside[:, None] & column_live[None, :], other=0.0)
+    if TMA:
+        if GATHER:
+            x_ptr = rows[:, None] + step[None, :]
+        for k in range(0, DEPTH, STEP):
+            if GATHER:
+                if DEPTH % STEP == 0:
+                    x = tl.load(x_ptr)
+                else:
+                    x = tl.load(x_ptr, mask=(step < DEPTH - k)[None, :], other=0.0)
+                x_ptr += STEP
+            else:
+                x = rows.load([row_start, k])
+            if PAIRS:
+                w = matrix.load([expert, 0, column_start, k]).reshape(COLUMNS, STEP).T
+            elif TRANSPOSED:
+                w = matrix.load([expert, column_start, k]).reshape(COLUMNS, STEP).T
+            else:
+                w = matrix.load([expert, k, column_start]).reshape(STEP, COLUMNS)
             acc = tl.dot(x, w, acc, input_precision="ieee")
-        rows += STEP
-        matrix += STEP * depth_stride
+    else:
+        x_ptr = rows[:, None] + step[None, :]
+        EVEN: tl.constexpr = WIDTH % (COLUMNS // 2 if PAIRS else COLUMNS) == 0 and DEPTH % STEP == 0
+        depth_stride: tl.constexpr = 1 if TRANSPOSED or PAIRS else WIDTH
+        column_stride: tl.constexpr = DEPTH if TRANSPOSED or PAIRS else 1
+        offset = column.to(tl.int64) * column_stride
+        if PAIRS:
+            offset += tl.where(tl.arange(0, COLUMNS) < COLUMNS // 2, 0, WIDTH * DEPTH)
+        area: tl.constexpr = (2 if PAIRS else 1) * WIDTH * DEPTH
+        w_ptr = matrix + expert.to(tl.int64) * area + step.to(tl.int64)[:, None] * depth_stride + offset[None, :]
+        for k in range(0, DEPTH, STEP):
+            if EVEN:
+                acc = tl.dot(tl.load(x_ptr), tl.load(w_ptr), acc, input_precision="ieee")
+            else:
+                inside = step < DEPTH - k
+                x = tl.load(x_ptr, mask=inside[None, :], other=0.0)
+                w = tl.load(w_ptr, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+            x_ptr += STEP
+            w_ptr += STEP * depth_stride
     return acc
 
 
 @triton.jit
-def expert_product(left_ptr, right_ptr, out_ptr, slots_ptr, offsets_ptr, GATHER_LEFT: tl.constexpr, TOP_K: tl.constexpr,
-                   LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                   STEP: tl.constexpr):
+def expert_product(left_ptr, right_ptr, rows, out_ptr, slots_ptr, offsets_ptr, GATHER_LEFT: tl.constexpr,
+                   TOP_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
     """A tile of out [experts, LEFT, RIGHT]: sum over an expert's rows of left^T right, one of the two by rows, the other,
-    whose rows are gathered, by tokens."""
+    whose rows are gathered, by tokens. With TMA the one by rows comes through its descriptor `rows`, without a mask: what
+    stands behind the expert's last row is finite and meets zeros."""
     TILES: tl.constexpr = tl.cdiv(LEFT, ROWS) * tl.cdiv(RIGHT, COLUMNS)
     expert = tl.program_id(0) // TILES
     left_tile, right_tile = ordered_tile(tl.program_id(0) % TILES, tl.cdiv(LEFT, ROWS), tl.cdiv(RIGHT, COLUMNS), GROUP)
@@ -96,16 +130,22 @@ def expert_product(left_ptr, right_ptr, out_ptr, slots_ptr, offsets_ptr, GATHER_
         row = start + step
         live = row < end
         token = tl.load(slots_ptr + row, mask=live, other=0) // TOP_K
-        left_row = (token if GATHER_LEFT else row).to(tl.int64)
-        right_row = (row if GATHER_LEFT else token).to(tl.int64)
-        left_live = live[None, :]
-        right_live = live[:, None]
-        if LEFT % ROWS:
-            left_live = left_live & (left_column < LEFT)[:, None]
-        if RIGHT % COLUMNS:
-            right_live = right_live & (right_column < RIGHT)[None, :]
-        left = tl.load(left_ptr + left_row[None, :] * LEFT + left_column[:, None], mask=left_live, other=0.0)
-        right = tl.load(right_ptr + right_row[:, None] * RIGHT + right_column[None, :], mask=right_live, other=0.0)
+        if TMA and not GATHER_LEFT:
+            left = rows.load([start, left_tile * ROWS]).T
+        else:
+            left_row = (token if GATHER_LEFT else row).to(tl.int64)
+            left_live = live[None, :]
+            if LEFT % ROWS:
+                left_live = left_live & (left_column < LEFT)[:, None]
+            left = tl.load(left_ptr + left_row[None, :] * LEFT + left_column[:, None], mask=left_live, other=0.0)
+        if TMA and GATHER_LEFT:
+            right = rows.load([start, right_tile * COLUMNS])
+        else:
+            right_row = (row if GATHER_LEFT else token).to(tl.int64)
+            right_live = live[:, None]
+            if RIGHT % COLUMNS:
+                right_live = right_live & (right_column < RIGHT)[None, :]
+            right = tl.load(right_ptr + right_row[:, None] * RIGHT + right_column[None, :], mask=right_live, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
     out = out_ptr + expert.to(tl.int64) * LEFT * RIGHT + left_column.to(tl.int64)[:, None] * RIGHT + right_column[None, :]
     live = (left_column < LEFT)[:, None] & (right_column < RIGHT)[None, :]

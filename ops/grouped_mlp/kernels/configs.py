@@ -17,7 +17,8 @@ wait for the weights to arrive, so that smaller ones would save nothing; they ar
 
 class Config(NamedTuple):
     """rows x columns: the tile of the output. step: of the inner loop. registers: the most of a thread. splits: see
-    backward.act_grad_columns."""
+    backward.act_grad_columns. group: row tiles whose columns stand together, see common.ordered_tile. tma: load matrices,
+    and rows in their order, by the tensor memory accelerator, where their alignment allows it."""
 
     rows: int
     columns: int
@@ -26,12 +27,14 @@ class Config(NamedTuple):
     num_stages: int
     registers: int = 255
     splits: int = 1
+    group: int = 8
+    tma: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
         """maxnreg: where it is 255, ptxas would spill a few to let more programs share a multiprocessor."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step, "GROUP": 8, "num_warps": self.num_warps,
-                "num_stages": self.num_stages, "maxnreg": self.registers}
+        return {"TMA": self.tma, "ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step, "GROUP": self.group,
+                "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers}
 
 
 _EXACT = Config(32, 32, 16, 4, 1)

@@ -9,24 +9,22 @@ from ops.grouped_mlp.kernels.common import row_product, row_tile
 
 
 @triton.jit
-def up_kernel(hidden_ptr, gate_up_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, act_ptr, pre_ptr,
-              HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              STEP: tl.constexpr, GROUP: tl.constexpr):
+def up_kernel(hidden_ptr, gate_up, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, act_ptr, pre_ptr,
+              HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
     """Grid (row tiles * cdiv(WIDTH, COLUMNS)). act [R, WIDTH] and pre [R, 2 * WIDTH], either may be None.
 
-    One product of 2 * COLUMNS columns, gate and up alternating, is split in registers: neighbours are in one thread.
+    One product of 2 * COLUMNS columns, of gate and then of up, is split in registers: a thread has both.
     """
-    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
-                                                        tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS)
+    expert, start, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                               tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS)
     if expert < 0:
         return
     token = tl.load(slots_ptr + read_row) // TOP_K
-    pair = tl.arange(0, 2 * COLUMNS)
-    pair_column = column_tile * COLUMNS + pair // 2
-    pair_offset = (pair_column + pair % 2 * WIDTH).to(tl.int64) * HIDDEN
-    acc = row_product(hidden_ptr + token.to(tl.int64) * HIDDEN, gate_up_ptr + expert.to(tl.int64) * 2 * WIDTH * HIDDEN, 1,
-                      pair_offset, pair_column < WIDTH, HIDDEN, WIDTH % COLUMNS == 0, STEP, ROWS, 2 * COLUMNS)
-    gate, up = tl.split(acc.reshape(ROWS, COLUMNS, 2))
+    pair_column = column_tile * COLUMNS + tl.arange(0, 2 * COLUMNS) % COLUMNS
+    acc = row_product(hidden_ptr + token.to(tl.int64) * HIDDEN, 0, gate_up, expert, column_tile * COLUMNS, pair_column, True,
+                      True, True, HIDDEN, WIDTH, TMA, STEP, ROWS, 2 * COLUMNS)
+    gate, up = tl.split(acc.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1))
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     store = live[:, None] & (column < WIDTH)[None, :]
     if act_ptr is not None:
@@ -39,18 +37,19 @@ def up_kernel(hidden_ptr, gate_up_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, 
 
 
 @triton.jit
-def down_kernel(act_ptr, down_ptr, weights_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, out_ptr,
-                HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SCATTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                STEP: tl.constexpr, GROUP: tl.constexpr):
+def down_kernel(act_ptr, act, down, weights_ptr, slots_ptr, offsets_ptr, tile_expert_ptr, tile_start_ptr, out_ptr,
+                HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SCATTER: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
     """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one slot a token, by tokens and
-    times the weight."""
-    expert, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
-                                                        tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS)
+    times the weight. act: the descriptor of act_ptr, None without TMA."""
+    expert, start, row, read_row, live, column_tile = row_tile(tile_expert_ptr, tile_start_ptr, offsets_ptr,
+                                                               tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS)
     if expert < 0:
         return
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    acc = row_product(act_ptr + read_row * WIDTH, down_ptr + expert.to(tl.int64) * HIDDEN * WIDTH, 1,
-                      column.to(tl.int64) * WIDTH, column < HIDDEN, WIDTH, HIDDEN % COLUMNS == 0, STEP, ROWS, COLUMNS)
+    rows = act if TMA else act_ptr + read_row * WIDTH
+    acc = row_product(rows, start, down, expert, column_tile * COLUMNS, column, False, True, False, WIDTH,
+                      HIDDEN, TMA, STEP, ROWS, COLUMNS)
     if SCATTER:
         row = tl.load(slots_ptr + read_row).to(tl.int64)
         acc *= tl.load(weights_ptr + row)[:, None]
