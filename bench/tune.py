@@ -32,8 +32,10 @@ from ops.grouped_mlp.kernels.configs import Config
 from ops.permute import group_by_expert
 from ops.sparse_attention import SparseAttentionSpec, sparse_attention
 from ops.sparse_attention import triton_backend as attention_backend
+from ops.sparse_attention.blocks import block_table
 from ops.sparse_attention.kernels import configs as attention_configs
 from ops.testing import assert_close, draw_expert_ids
+from ops.triton_launch import Launch, record_launches
 
 Candidates = dict[str, list[Any]]
 REPEATS = 5
@@ -42,27 +44,25 @@ GROUPED_SHAPES = {"30b": (32768, 4096, 1024, 64, 4), "7b": (24576, 1536, 512, 64
                   "qwen3": (8192, 2048, 768, 128, 8), "fine": (32768, 4096, 256, 256, 16)}
 GROUPED_CANDIDATES: Candidates = {
     "up_config": [
-        Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 4), Config(128, 64, 64, 8, 4),
-        Config(128, 128, 64, 8, 4, group=16), Config(128, 128, 64, 8, 4, tma=True), Config(128, 128, 64, 8, 3, tma=True),
-        Config(128, 128, 64, 8, 4, group=16, tma=True), Config(128, 64, 64, 4, 4, tma=True),
-        Config(128, 64, 64, 8, 4, tma=True), Config(128, 64, 64, 4, 3, 168, tma=True),
-        Config(128, 128, 64, 8, 4, group=32, tma=True)],
+        Config(128, 128, 64, 8, 4, group=16, tma=True), Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3, tma=True),
+        Config(128, 64, 64, 4, 3, 168, tma=True), Config(128, 64, 64, 8, 3, 128, tma=True),
+        Config(128, 128, 32, 8, 5, group=16, tma=True), Config(128, 128, 64, 8, 4, group=64, tma=True),
+        Config(128, 128, 128, 8, 2, tma=True)],
     "row_config": [
-        Config(128, 256, 64, 8, 4), Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 4), Config(128, 128, 64, 4, 3),
-        Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 4, tma=True), Config(128, 256, 64, 8, 3, tma=True),
-        Config(128, 128, 64, 4, 4, tma=True), Config(128, 128, 64, 8, 4, tma=True), Config(128, 128, 64, 4, 3, tma=True),
-        Config(128, 256, 64, 8, 4, group=16, tma=True), Config(128, 128, 64, 8, 3, 128, tma=True)],
+        Config(128, 256, 64, 8, 4, group=16, tma=True), Config(128, 256, 64, 8, 4), Config(128, 128, 64, 4, 3, tma=True),
+        Config(128, 128, 64, 8, 3, 128, tma=True), Config(128, 128, 64, 4, 3, 168, tma=True),
+        Config(128, 256, 64, 8, 3, tma=True), Config(128, 128, 64, 4, 2, 168, tma=True),
+        Config(128, 128, 32, 4, 4, 168, tma=True)],
     "act_grad_config": [
-        Config(128, 128, 64, 8, 3, 128, 3), Config(128, 128, 64, 8, 4), Config(128, 128, 64, 4, 3, 255, 2),
-        Config(128, 64, 64, 4, 4), Config(128, 256, 64, 8, 3, 255, 3), Config(128, 128, 64, 8, 3, 128, 3, tma=True),
-        Config(128, 128, 64, 8, 4, tma=True), Config(128, 128, 64, 4, 3, 255, 2, tma=True),
-        Config(128, 64, 64, 4, 4, tma=True), Config(128, 256, 64, 8, 3, 255, 3, tma=True),
-        Config(128, 128, 64, 8, 3, 128, 3, group=16, tma=True), Config(128, 256, 64, 8, 4, 255, 3, tma=True)],
+        Config(128, 256, 64, 8, 4, 255, 3, tma=True), Config(128, 128, 64, 8, 3, 128, 3),
+        Config(128, 256, 64, 8, 4, 255, 2, tma=True), Config(128, 256, 64, 8, 4, 255, 4, tma=True),
+        Config(128, 256, 64, 8, 4, 255, 3, group=16, tma=True), Config(128, 128, 64, 4, 3, 168, 2, tma=True),
+        Config(128, 128, 64, 8, 3, 128, 2, tma=True), Config(128, 128, 64, 8, 3, 168, 2, tma=True)],
     "expert_config": [
-        Config(128, 256, 64, 8, 5), Config(128, 256, 64, 8, 4), Config(128, 128, 64, 4, 4), Config(128, 128, 64, 8, 4),
-        Config(128, 128, 64, 4, 3), Config(128, 256, 64, 8, 4, tma=True), Config(128, 256, 64, 8, 3, tma=True),
-        Config(128, 128, 64, 4, 4, tma=True), Config(128, 128, 64, 8, 4, tma=True), Config(256, 128, 64, 8, 4, tma=True),
-        Config(256, 128, 64, 8, 4), Config(128, 256, 64, 8, 4, group=16, tma=True)],
+        Config(128, 128, 64, 4, 4, tma=True), Config(128, 256, 64, 8, 5), Config(128, 256, 64, 8, 5, tma=True),
+        Config(128, 256, 64, 8, 6, tma=True), Config(128, 128, 64, 4, 5, tma=True), Config(128, 128, 64, 4, 6, tma=True),
+        Config(128, 128, 64, 4, 4, 168, tma=True), Config(128, 256, 64, 8, 5, group=16)],
+    "combine_config": [(1024, 4), (2048, 4), (4096, 4), (4096, 8), (512, 2), (2048, 8), (1024, 8), (512, 4)],
 }
 
 ATTENTION_SHAPES = {"model": (32768, 32, 4, 128)}  # tokens of one document, heads, key/value heads, head_dim
@@ -92,13 +92,11 @@ ATTENTION_CANDIDATES: Candidates = {
 
 
 Case = Callable[[str], tuple[torch.Tensor, ...]]
-"""Backend -> output and gradients."""
+"""Backend -> output and gradients of forward and backward at a shape."""
 
 
-def grouped_case(name: str, num_tokens: int | None) -> Case:
-    """Forward and backward at a shape, or at its widths with fewer tokens."""
+def grouped_case(name: str) -> Case:
     tokens, hidden_size, width, num_experts, top_k = GROUPED_SHAPES[name]
-    tokens = num_tokens or tokens
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int, scale: float) -> torch.Tensor:
@@ -118,9 +116,8 @@ def grouped_case(name: str, num_tokens: int | None) -> Case:
     return call
 
 
-def attention_case(name: str, num_tokens: int | None) -> Case:
+def attention_case(name: str) -> Case:
     tokens, heads, kv_heads, head_dim = ATTENTION_SHAPES[name]
-    tokens = num_tokens or tokens
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(tokens, n, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
                for n in (heads, kv_heads, kv_heads))
@@ -156,13 +153,45 @@ def with_candidates(op: str, chosen: dict[str, int]) -> Iterator[None]:
         yield
 
 
-def compile_candidate(op: str, shape: str, function: str, place: int) -> str | None:
-    """Run the op once, in a process of its own; what went wrong, or None."""
-    first = dict.fromkeys(OPS[op][2], 0)
+def record(op: str, shape: str, chosen: dict[str, int]) -> list[Launch]:
+    """What the op would launch at a shape, on tensors without a GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    with with_candidates(op, chosen), record_launches(10 * major + minor) as launches:
+        if op == "grouped_mlp":
+            tokens, hidden_size, width, num_experts, top_k = GROUPED_SHAPES[shape]
+
+            def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+                return torch.empty(size, dtype=dtype, device="meta")
+
+            hidden, gate_up = empty(tokens, hidden_size), empty(num_experts, 2 * width, hidden_size)
+            gates, down = empty(tokens, top_k, dtype=torch.float32), empty(num_experts, hidden_size, width)
+            slots, inverse, offsets = (empty(*size, dtype=torch.int32)
+                                       for size in ((tokens * top_k,), (tokens, top_k), (num_experts + 1,)))
+            _, pre = grouped_backend.forward(hidden, gates, gate_up, down, slots, inverse, offsets, True)
+            grouped_backend.backward(hidden, hidden, gates, gate_up, down, slots, inverse, offsets, pre)
+        else:
+            _, heads, kv_heads, head_dim = ATTENTION_SHAPES[shape]
+            q, k, v = (torch.zeros(1024, n, head_dim, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
+            spec = SparseAttentionSpec()
+            cu_seqlens = torch.tensor([0, 1024], dtype=torch.int32)
+            table = block_table(cu_seqlens, 1024, spec)
+            entries = attention_backend.pool(k, v, table, spec)
+            attention_backend.rank(q, entries, table, cu_seqlens, spec, None, 0.0)
+            selected = torch.full((kv_heads, 1024, spec.top_k), -1, dtype=torch.int32)
+            out, lse, _, _ = attention_backend.attend(q, k, v, entries, selected, table, cu_seqlens, spec, None, None, True,
+                                                      True)
+            attention_backend.attend_backward(q, k, v, entries, selected, table, cu_seqlens, spec, None, None, True, True,
+                                              out, lse, out, None)
+    return launches
+
+
+def compile_candidate(op: str, shape: str, function: str | None, place: int) -> str | None:
+    """Compile the kernels with tiles of `function` (None: those without), as they would be launched; the error or None."""
+    chosen = dict.fromkeys(OPS[op][2], 0) | ({} if function is None else {function: place})
     try:
-        with with_candidates(op, first | {function: place}):
-            OPS[op][4](shape, 1024)("triton")
-        torch.cuda.synchronize()
+        for launch in record(op, shape, chosen):
+            if KERNELS.get(launch.kernel.__name__.removesuffix("_kernel")) == function:
+                launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
     except Exception as error:  # a candidate that does not fit is a result
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return None
@@ -217,26 +246,29 @@ def describe(op: str, function: str, place: int) -> str:
     return "/".join(str(x) for x in config)
 
 
-KERNELS = {"up": "up_config", "down": "row_config", "row_grad": "row_config", "act_grad": "act_grad_config",
-           "gate_up_grad": "expert_config", "down_grad": "expert_config", "attend": "attend_config",
-           "query_grad": "query_grad_config", "entry_grad": "entry_grad_config", "key_grad": "key_grad_config",
-           "rank": "rank_config"}
+KERNELS = {
+    "up": "up_config", "down": "row_config", "row_grad": "row_config", "act_grad": "act_grad_config",
+    "gate_up_grad": "expert_config", "down_grad": "expert_config", "combine": "combine_config", "attend": "attend_config",
+    "query_grad": "query_grad_config", "entry_grad": "entry_grad_config", "key_grad": "key_grad_config",
+    "rank": "rank_config"}
 """Kernel -> the function of its tiles."""
 
 
 def tune(op: str, shapes: list[str], workers: int) -> list[dict[str, Any]]:
     _, _, candidates, all_shapes, make_case = OPS[op]
-    failed: dict[tuple[str, str, int], str] = {}
-    jobs = [(op, shape, function, place) for shape in shapes for function, listed in candidates.items()
-            for place in range(len(listed))]
+    failed: dict[tuple[str, str | None, int], str] = {}
+    jobs: list[tuple[str, str, str | None, int]] = [
+        (op, shape, function, place) for shape in shapes for function, listed in candidates.items()
+        for place in range(len(listed))]
+    jobs += [(op, shape, None, 0) for shape in shapes]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for job, error in zip(jobs, pool.map(compile_candidate, *zip(*jobs, strict=True)), strict=True):
             if error is not None:
                 failed[job[1:]] = error
-                print(f"{job[1]} {job[2]} {describe(op, *job[2:])}: {error}", flush=True)
+                print(f"{job[1:]}: {error}", flush=True)
     rows = []
     for shape in shapes:
-        case = make_case(shape, None)
+        case = make_case(shape)
         expected = case("grouped_mm" if op == "grouped_mlp" else "triton")
         times: dict[str, dict[int, float]] = {}
         for place in range(max(map(len, candidates.values()))):

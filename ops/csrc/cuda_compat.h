@@ -12,6 +12,8 @@
 //       only form of shared memory: one buffer, which the kernel divides itself.
 //   int last_launch_error();
 //       cudaGetLastError(): 0 for success. Always 0 on the CPU, where a launch that fails aborts.
+//   const OnDevice guard(device);
+//       Makes the device current until the end of the scope; nothing on the CPU.
 #pragma once
 
 #include <cmath>
@@ -41,5 +43,21 @@
   type* const name = reinterpret_cast<type*>(loadstone_dynamic_shared)
 
 inline int last_launch_error() { return static_cast<int>(cudaGetLastError()); }
+
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : device_(device), before_(device) {
+    cudaGetDevice(&before_);
+    if (before_ != device_) cudaSetDevice(device_);
+  }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int device_, before_;
+};
 
 #endif

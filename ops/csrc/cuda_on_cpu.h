@@ -656,6 +656,11 @@ inline T larger(T a, T b) {
 
 inline int last_launch_error() { return cudaSuccess; }    // a launch that fails here aborts
 
+struct OnDevice {
+  explicit OnDevice(int) {}
+  ~OnDevice() {}
+};
+
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t = nullptr) {
   memset(pointer, value, bytes);
   return cudaSuccess;
@@ -782,7 +787,7 @@ CUDA_ON_CPU_MIN_MAX(double, double, float)
 
 // ---- Names of CUDA --------------------------------------------------------------------------------------------------
 
-using cuda_on_cpu::last_launch_error, cuda_on_cpu::cudaMemsetAsync;
+using cuda_on_cpu::last_launch_error, cuda_on_cpu::OnDevice, cuda_on_cpu::cudaMemsetAsync;
 using cuda_on_cpu::__syncthreads, cuda_on_cpu::__syncwarp, cuda_on_cpu::__threadfence;
 using cuda_on_cpu::__shfl_sync, cuda_on_cpu::__shfl_up_sync, cuda_on_cpu::__shfl_down_sync, cuda_on_cpu::__shfl_xor_sync;
 using cuda_on_cpu::__ballot_sync, cuda_on_cpu::__any_sync, cuda_on_cpu::__all_sync;

@@ -147,8 +147,8 @@ def _up(hidden: Tensor, gate_up: Tensor, slots: Tensor, offsets: Tensor, tiles: 
 def _combine(rows: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
     """[R, D] -> [T, D]."""
     (num_tokens, top_k), hidden_size = inverse.shape, rows.shape[1]
-    columns = min(1024, 1 << (hidden_size - 1).bit_length())
+    columns, num_warps = configs.combine_config(hidden_size)
     out = rows.new_empty(num_tokens, hidden_size)
     launch(combine_kernel, (num_tokens, -(-hidden_size // columns)), rows, inverse, weights, out, HIDDEN=hidden_size,
-           TOP_K=top_k, COLUMNS=columns, num_warps=4)
+           TOP_K=top_k, COLUMNS=columns, num_warps=num_warps)
     return out

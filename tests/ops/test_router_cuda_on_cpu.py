@@ -206,7 +206,7 @@ def mutants() -> dict[str, tuple[str, str]]:
             **{name: ("router.cu", text.replace(*change)) for name, change in MISTAKES.items()}}
 
 
-FEWER_WIDTHS = r"""#define DISPATCH(launch, args, stream)                                  \
+FEWER_WIDTHS = r"""#define DISPATCH(launch, args, device, stream)                          \
   do {                                                                          \
     using namespace loadstone;                                                  \
     if ((args)->spec.num_columns <= 64) launch<float, 8, 8>(*(args), nullptr);  \

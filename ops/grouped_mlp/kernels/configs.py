@@ -56,24 +56,28 @@ def up_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
     """columns of gate and as many of up."""
     if dtype == torch.float32:
         return _EXACT
-    return Config(rows, 128 if _large(architecture) else 64, 64, rows // 16, 4)
+    if _large(architecture):
+        return Config(rows, 128, 64, rows // 16, 4, group=16, tma=True)
+    return Config(rows, 64, 64, rows // 16, 4)
 
 
 def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> Config:
     """down and row_grad. Short sums end often: two programs to a multiprocessor, one computes while the other stores."""
     if dtype == torch.float32:
         return _EXACT
-    if _large(architecture) and depth >= 1024:
-        return Config(rows, 256, 64, rows // 16, 4)
-    return Config(rows, 128, 64, rows // 16, 3 if _large(architecture) else 4)
+    if not _large(architecture):
+        return Config(rows, 128, 64, rows // 16, 4)
+    if depth >= 1024:
+        return Config(rows, 256, 64, rows // 16, 4, group=16, tma=True)
+    return Config(rows, 128, 64, 4, 3, tma=True)
 
 
 def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
-    """The most work at the end of a tile; on sm_90 two programs share a multiprocessor."""
+    """The most work at the end of a tile."""
     if dtype == torch.float32:
         return _EXACT
     if architecture == 90:
-        return Config(rows, 128, 64, rows // 16, 3, registers=128, splits=3)
+        return Config(rows, 128, 64, rows // 16, 3, registers=168, splits=2, tma=True)
     return Config(rows, 128, 64, rows // 16, 4)
 
 
@@ -81,4 +85,11 @@ def expert_config(dtype: torch.dtype, architecture: int) -> Config:
     """gate_up_grad and down_grad; step: rows of an expert. Two stages more, as their addresses are loaded first."""
     if dtype == torch.float32:
         return _EXACT
-    return Config(128, 256 if _large(architecture) else 128, 64, 8, 5)
+    if _large(architecture):
+        return Config(128, 128, 64, 4, 4, tma=True)
+    return Config(128, 128, 64, 8, 5)
+
+
+def combine_config(hidden_size: int) -> tuple[int, int]:
+    """(columns of a program, warps)."""
+    return min(1024, 1 << (hidden_size - 1).bit_length()), 4

@@ -271,9 +271,10 @@ void launch_scores(const ScoresArgs<float>& a, cudaStream_t stream) {
 
 }  // namespace loadstone
 
-#define DISPATCH(launch, args, stream)                                                   \
+#define DISPATCH(launch, args, device, stream)                                           \
   do {                                                                                   \
     using namespace loadstone;                                                           \
+    const OnDevice guard(device);                                                        \
     const int columns = (args)->spec.num_columns;                                        \
     const bool half = (args)->spec.dtype == BF16;                                        \
     cudaStream_t on = (cudaStream_t)(stream);                                            \
@@ -286,12 +287,12 @@ void launch_scores(const ScoresArgs<float>& a, cudaStream_t stream) {
     return last_launch_error();                                                          \
   } while (0)
 
-extern "C" int loadstone_router_forward(const loadstone::ForwardArgs<float>* args, void* stream) {
-  DISPATCH(launch_forward, args, stream);
+extern "C" int loadstone_router_forward(const loadstone::ForwardArgs<float>* args, int device, void* stream) {
+  DISPATCH(launch_forward, args, device, stream);
 }
-extern "C" int loadstone_router_backward(const loadstone::BackwardArgs<float>* args, void* stream) {
-  DISPATCH(launch_backward, args, stream);
+extern "C" int loadstone_router_backward(const loadstone::BackwardArgs<float>* args, int device, void* stream) {
+  DISPATCH(launch_backward, args, device, stream);
 }
-extern "C" int loadstone_router_scores(const loadstone::ScoresArgs<float>* args, void* stream) {
-  DISPATCH(launch_scores, args, stream);
+extern "C" int loadstone_router_scores(const loadstone::ScoresArgs<float>* args, int device, void* stream) {
+  DISPATCH(launch_scores, args, device, stream);
 }

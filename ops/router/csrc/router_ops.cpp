@@ -4,7 +4,6 @@
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 #endif
 #include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -66,8 +65,12 @@ Spec read_spec(const std::vector<int64_t>& v, double scale, const Tensor& logits
 template <class T>
 T* pointer(const MaybeTensor& t) { return t.has_value() ? (T*)t->data_ptr() : nullptr; }
 
+// torch's stable ABI has no CUDA stream to ask for. The library that has one is loaded, but not in the global scope.
 void* current_stream(const Tensor& t) {
-  static const auto get = (int (*)(int32_t, void**))dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+  static const auto get = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return library ? (int (*)(int32_t, void**))dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+  }();
   void* stream = nullptr;
   STD_TORCH_CHECK(get && get(t.get_device_index(), &stream) == 0, "this torch has no CUDA stream to offer");
   return stream;
@@ -76,10 +79,10 @@ void* current_stream(const Tensor& t) {
 // Hands the arguments to the library that holds the kernels; false where the CPU code of this file is to run.
 template <class Args, class Launch>
 bool launched(bool on_cuda, Launch Launchers::* which, const Args& args, const Tensor& logits) {
-  if constexpr (std::is_same_v<Launch, int (*)(const Args*, void*)>) {  // fp32 only
+  if constexpr (std::is_same_v<Launch, int (*)(const Args*, int, void*)>) {  // fp32 only
     const Launch launch = (on_cuda ? cuda_launchers : cpu_launchers).*which;
     if (launch) {
-      const int code = launch(&args, on_cuda ? current_stream(logits) : nullptr);
+      const int code = on_cuda ? launch(&args, logits.get_device_index(), current_stream(logits)) : launch(&args, 0, nullptr);
       STD_TORCH_CHECK(code == 0, "router: CUDA error ", code);
       return true;
     }
@@ -223,18 +226,9 @@ ForwardOut forward_cpu(FORWARD_PARAMETERS) { return forward(false, FORWARD_ARGUM
 Tensor backward_cpu(BACKWARD_PARAMETERS) { return backward(false, BACKWARD_ARGUMENTS); }
 Tensor scores_cpu(Tensor logits, std::vector<int64_t> settings, double scale) { return scores(false, logits, settings, scale); }
 
-ForwardOut forward_cuda(FORWARD_PARAMETERS) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  return forward(true, FORWARD_ARGUMENTS);
-}
-Tensor backward_cuda(BACKWARD_PARAMETERS) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  return backward(true, BACKWARD_ARGUMENTS);
-}
-Tensor scores_cuda(Tensor logits, std::vector<int64_t> settings, double scale) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  return scores(true, logits, settings, scale);
-}
+ForwardOut forward_cuda(FORWARD_PARAMETERS) { return forward(true, FORWARD_ARGUMENTS); }
+Tensor backward_cuda(BACKWARD_PARAMETERS) { return backward(true, BACKWARD_ARGUMENTS); }
+Tensor scores_cuda(Tensor logits, std::vector<int64_t> settings, double scale) { return scores(true, logits, settings, scale); }
 
 }  // namespace
 
