@@ -76,11 +76,12 @@ def backward(grad_out: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor,
     launch(weights_grad_kernel, (-(-num_rows // 1024),), partial, inverse, grad_weights, num_rows, PARTS=num_parts,
            BLOCK=1024, num_warps=4)
 
-    config = _fitting(configs.expert_config(hidden.dtype, target), act, grad_pre)
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+    config = _fitting(configs.expert_config(True, hidden.dtype, target), act)
     launch(down_grad_kernel, _expert_grid(grad_down, config), grad_out, act,
            _descriptor(act, (config.step, config.columns), config), slots, offsets, grad_down, **sizes, TOP_K=top_k,
            **config.sizes)
+    config = _fitting(configs.expert_config(False, hidden.dtype, target), grad_pre)
     launch(gate_up_grad_kernel, _expert_grid(grad_gate_up, config), grad_pre,
            _descriptor(grad_pre, (config.step, config.rows), config), hidden, slots, offsets, grad_gate_up, **sizes,
            TOP_K=top_k, **config.sizes)

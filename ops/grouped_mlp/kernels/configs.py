@@ -1,7 +1,9 @@
 """Tile sizes of the kernels, pinned: what is compiled ahead of time (ops/triton_build.py) is what ships.
 
-Sizes are the largest that spill no registers on sm_80, sm_90 and sm_100 with bf16 and fp16; no GPU has timed them yet. fp32
-is for checks: its products are exact, so they run without tensor cores, in small tiles.
+None spills registers on sm_80, sm_90 and sm_100 with bf16 and fp16. On an H200 they were the fastest of twelve each for the
+sizes of bench/tune.py (bench/results/20261127-235200-nvidia-h200.json), but for act_grad, where 256 columns are 12% faster and
+spill; other devices have not been timed. fp32 is for checks: its products are exact, so they run without tensor cores, in
+small tiles.
 """
 
 from __future__ import annotations
@@ -77,17 +79,18 @@ def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
     if dtype == torch.float32:
         return _EXACT
     if architecture == 90:
-        return Config(rows, 128, 64, rows // 16, 3, registers=168, splits=2, tma=True)
+        return Config(rows, 128, 64, rows // 16, 4, tma=True)
     return Config(rows, 128, 64, rows // 16, 4)
 
 
-def expert_config(dtype: torch.dtype, architecture: int) -> Config:
-    """gate_up_grad and down_grad; step: rows of an expert. Two stages more, as their addresses are loaded first."""
+def expert_config(gathers_left: bool, dtype: torch.dtype, architecture: int) -> Config:
+    """down_grad, which gathers its left rows, and gate_up_grad, which gathers its right ones; step: rows of an expert. Two
+    stages more, as the addresses of what is gathered are loaded first."""
     if dtype == torch.float32:
         return _EXACT
-    if _large(architecture):
-        return Config(128, 128, 64, 4, 4, tma=True)
-    return Config(128, 128, 64, 8, 5)
+    if not _large(architecture):
+        return Config(128, 128, 64, 8, 5)
+    return Config(128, 256, 64, 8, 5) if gathers_left else Config(128, 128, 64, 4, 4, tma=True)
 
 
 def combine_config(hidden_size: int) -> tuple[int, int]:
