@@ -91,12 +91,15 @@ def failure_of(error: BaseException) -> str:
     """Which kind of failure (launch/exits.py) an exception means for the job."""
     import torch.distributed as dist
 
+    from train.alarms import AlarmStop
     from train.checkpoint import CheckpointError, CheckpointWriteError
     from train.lock import RunLocked
     from train.nonfinite import NonFiniteError
 
     if isinstance(error, NonFiniteError):
         return "non_finite"
+    if isinstance(error, AlarmStop):
+        return "alarm"
     if isinstance(error, CheckpointWriteError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return "disk_full"
     if isinstance(error, CheckpointError):

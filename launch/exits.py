@@ -31,6 +31,7 @@ FAILURES = {
     "launcher": Failure(FAILED, True),       # the launcher ended on its own
     "startup": Failure(FAILED, True),        # ranks did not appear
     "non_finite": Failure(BAD_DATA, False),  # NaN or infinite loss or gradient
+    "alarm": Failure(BAD_DATA, False),       # an alarm whose action is to stop
     "checkpoint": Failure(BAD_DATA, False),  # none usable, or of another model
     "disk_full": Failure(CANNOT_WRITE, False),
     "in_use": Failure(IN_USE, False),        # another job holds the run directory

@@ -178,8 +178,9 @@ def _component(value: Any, path: str, problems: list[str]) -> Any:
 def contradictions(run: RunConfig, world_size: int) -> list[str]:
     """Every problem that one look at the values shows, before any process starts."""
     sections = (run.model, run.balance, run.budget, run.fail_safe, run.audit, run.experts, run.train, run.optim,
-                run.parallel, run.launch, run.watchdog, run.data, run.checkpoint)
+                run.parallel, run.launch, run.watchdog, run.data, run.checkpoint, run.tracker)
     problems = [problem for section in sections for problem in section.problems()]
+    problems += [problem for name, rule in run.alarms.items() for problem in rule.problems(f"alarms.{name}")]
     if not 0 <= run.seed < 2**31:
         problems.append(f"seed is {run.seed}; it must be between 0 and 2**31 - 1")
     problems += problems_of_env(run.launch.env)
@@ -224,6 +225,8 @@ def _routing(run: RunConfig, router: Any) -> list[str]:
     if run.balance.entropy_coeff > 0 and run.router.arguments.get("score_function", "softmax") != "softmax":
         problems.append(f"balance.entropy_coeff {run.balance.entropy_coeff} acts on the softmax of the router's logits, but "
                         f"router.score_function is {run.router.arguments.get('score_function')}; set it to 0")
+    problems += [f"alarms.{name}.action is top_k, which router={run.router.target.rpartition('.')[2]} does anyway; choose "
+                 "another action" for name, rule in run.alarms.items() if rule.action == "top_k" and law == "none"]
     if run.fail_safe.rank_overload > 0 and run.parallel.expert_parallel_size == 1:
         problems.append(f"fail_safe.rank_overload {run.fail_safe.rank_overload} compares ranks, but "
                         "parallel.expert_parallel_size is 1; set it to 0")

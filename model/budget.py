@@ -58,11 +58,12 @@ def start_routers(routers: list[Router], budget: BudgetConfig, fail_safe: FailSa
 
 @torch.no_grad()
 def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceConfig, budget: BudgetConfig,
-                   fail_safe: FailSafeConfig, shares: torch.Tensor | None = None) -> None:
+                   fail_safe: FailSafeConfig, shares: torch.Tensor | None = None, freeze_bias: bool = False) -> None:
     """Move bias, cuts, controllers and fallbacks of all MoE layers by one optimiser step.
 
     stats: of the step, over all micro-batches and ranks, one row per layer. The routers are of one kind.
-    shares: of model.balance.rank_shares; None where no ranks share the experts.
+    shares: of model.balance.rank_shares; None where no ranks share the experts. freeze_bias: leave the selection bias (and
+    what else _update_bias moves) as it is.
     """
     first = routers[0]
     control, state = (torch.stack([getattr(r, name) for r in routers]) for name in ("control", "controller"))
@@ -78,7 +79,16 @@ def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceCon
     for i, router in enumerate(routers):
         router.control.copy_(control[i])
         router.controller.copy_(state[i])
-    _update_bias(routers, stats, balance, state, has_tokens & ~frozen)
+    if not freeze_bias:
+        _update_bias(routers, stats, balance, state, has_tokens & ~frozen)
+
+
+@torch.no_grad()
+def hold_plain_top_k(routers: list[Router], budget: BudgetConfig) -> None:
+    """Bring every adaptive layer back to plain top-k for hold_steps from now on."""
+    for router in routers:
+        if router.budget is not None and router.law != "relu":
+            router.controller[HOLD] = float(max(1, budget.hold_steps))
 
 
 def _control_budget(first: Router, control: torch.Tensor, state: torch.Tensor, stats: LayerStats, budget: BudgetConfig,

@@ -27,6 +27,8 @@ class ModelOutput(NamedTuple):
     processed: [] int64, rows that this rank's experts computed, over all MoE layers.
     routings: one RouterOutput per MoE layer, where they were asked for.
     attention_stats: [sparse layers, len(STATS)] fp32 (model.attention.base), zeros unless they were asked for.
+    token_losses: [B, S] fp32, cross-entropy of every position (0 without target), when routings are kept in evaluation;
+        else empty.
     """
 
     loss_sum: torch.Tensor
@@ -39,6 +41,7 @@ class ModelOutput(NamedTuple):
     processed: torch.Tensor
     routings: tuple[RouterOutput, ...]
     attention_stats: torch.Tensor
+    token_losses: torch.Tensor
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from model.budget import penalty_coeff
 from model.config import ModelConfig
 from model.init import initialize_parameters
 from model.layers import GatedMLP, RMSNorm, rotary_tables
-from model.loss import ModelOutput, cross_entropy_sum
+from model.loss import IGNORE_INDEX, ModelOutput, cross_entropy_sum
 from model.moe import ModelParts, MoELayer
 from model.parallel import ParallelGroups
 from model.routers.base import Router, RoutingRequest
@@ -137,7 +137,8 @@ class Transformer(nn.Module):
             previous_counts: scope_counts of the step's earlier micro-batches, for aux_loss_scope=global_batch.
             token_ids: [B, S] int64 names of the tokens, for checksum and audit.
             given_ids: [B * S, K] per MoE layer, experts to use instead of the routers' choice (replay).
-            keep_routing: return every layer's routing; with_histogram: count the scores (None: in training).
+            keep_routing: return every layer's routing, in evaluation also the tokens' losses.
+            with_histogram: count the scores (None: in training).
             frozen, snapshot: see RoutingRequest. measure_attention: fill attention_stats.
         """
         flat_mask = None if token_mask is None else token_mask.reshape(-1)
@@ -147,7 +148,12 @@ class Transformer(nn.Module):
         counting = self.training if with_histogram is None else with_histogram
         request = RoutingRequest(flat_mask, 1, int(counting), flat_ids, None, frozen, snapshot)
         hidden, attention_sums, sums, routings = self._backbone(input_ids, layout, request, given_ids)
-        loss_sum = cross_entropy_sum(self._project(hidden), targets)
+        logits = self._project(hidden)
+        loss_sum = cross_entropy_sum(logits, targets)
+        token_losses = loss_sum.new_empty(0)
+        if keep_routing and not self.training:
+            token_losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX,
+                                           reduction="none").view_as(targets)
         zero = loss_sum.new_zeros(())
         penalty_sum, attention_stats = zero, loss_sum.new_zeros((0, len(STATS)))
         if attention_sums:
@@ -155,7 +161,8 @@ class Transformer(nn.Module):
             attention_stats = torch.stack([s.stats for s in attention_sums])
         if not sums:
             empty = torch.zeros((0, 0), dtype=torch.int64, device=input_ids.device)
-            return ModelOutput(loss_sum, zero, zero, penalty_sum, empty, empty, empty, empty.sum(), (), attention_stats)
+            return ModelOutput(loss_sum, zero, zero, penalty_sum, empty, empty, empty, empty.sum(), (), attention_stats,
+                               token_losses)
         counts = torch.stack([s.counts for s in sums])
         z_sum = torch.stack([s.z_sum for s in sums]).sum()
         if self.balance.entropy_coeff > 0:
@@ -175,7 +182,7 @@ class Transformer(nn.Module):
         stats = torch.stack([s.stats for s in sums])
         return ModelOutput(loss_sum, aux_sum, z_sum, penalty_sum, counts.sum(1), scope_counts, stats,
                            torch.stack([s.processed for s in sums]).sum(), tuple(routings) if keep_routing else (),
-                           attention_stats)
+                           attention_stats, token_losses)
 
     def logits(self, input_ids: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue what they hold."""

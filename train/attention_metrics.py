@@ -15,8 +15,9 @@ BY_LAYER = ("tail_mass", "selected_mass", "union_factor", "error", "certificate"
 """Written for every layer; of the others the mean."""
 
 
-def attention_metrics(sums: torch.Tensor, layers: list[int]) -> dict[str, float]:
-    """sums: [sparse layers, len(STATS)] fp64 on the host, over ranks and steps; layers: their numbers."""
+def attention_metrics(sums: torch.Tensor, layers: list[int], detailed: bool = False) -> dict[str, float]:
+    """sums: [sparse layers, len(STATS)] fp64 on the host, over ranks and steps; layers: their numbers; detailed: write
+    every metric for every layer."""
     stats = dict(zip(STATS, sums.unbind(1), strict=True))
     if not len(layers) or not float(stats["queries"].sum()):
         return {}
@@ -35,7 +36,7 @@ def attention_metrics(sums: torch.Tensor, layers: list[int]) -> dict[str, float]
     if "error" in by_layer:
         found["attention/error/max"] = float(by_layer["error"].max())
         found["attention/bound_violations"] = float(stats["bound_violations"].sum())
-    for name in BY_LAYER:
+    for name in by_layer if detailed else BY_LAYER:
         found |= {f"attention/{name}/layer_{layer}": float(value)
                   for layer, value in zip(layers, by_layer.get(name, ()), strict=False)}
     return found

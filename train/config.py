@@ -5,6 +5,7 @@ Every record can list its own contradictions (`problems`); launch/validate.py ad
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -336,6 +337,68 @@ class TrackerConfig:
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
+    metrics: Literal["brief", "detailed"] = "brief"
+    """detailed: every routing and attention metric of every layer, not only those marked L in docs/metrics.md."""
+    media_interval: int = 10
+    """Every so many logged steps a heatmap and histograms of the experts' load go to the sinks; 0: never."""
+
+    def problems(self) -> list[str]:
+        if self.media_interval < 0:
+            return [f"tracker.media_interval is {self.media_interval}; it must not be negative (0 switches it off)"]
+        return []
+
+
+@dataclass(frozen=True)
+class AlarmRule:
+    """One alarm (train/alarms.py): a metric beyond a limit, for long enough."""
+
+    metric: str
+    """Name in metrics.jsonl; with * several, of which the worst counts: moe/budget_error/layer_*."""
+    above: float | None = None
+    below: float | None = None
+    """The limit; exactly one of the two."""
+    absolute: bool = False
+    """Compare the size of the metric, whatever its sign."""
+    for_steps: int = 0
+    """It must have been beyond the limit for so many steps; 0: once is enough."""
+    after_step: int = 0
+    """Silent up to this step."""
+    action: Literal["none", "freeze_bias", "top_k", "stop"] = "none"
+    """While it rings: the selection bias stays as it is; adaptive routers choose plain top-k; the run is saved and ends."""
+    points_at: Literal["none", "busiest", "idlest"] = "none"
+    """Which expert the message names."""
+    meaning: str = ""
+    """In plain words, for people."""
+
+    @property
+    def threshold(self) -> float:
+        limit = self.below if self.above is None else self.above
+        assert limit is not None
+        return limit
+
+    @property
+    def limit_text(self) -> str:
+        return f"{'above' if self.above is not None else 'below'} {self.threshold:g}"
+
+    def excess(self, value: float) -> float:
+        """How far beyond the limit; not a number is furthest."""
+        size = abs(value) if self.absolute else value
+        distance = size - self.threshold if self.above is not None else self.threshold - size
+        return math.inf if math.isnan(distance) else distance
+
+    def beyond(self, value: float) -> bool:
+        return self.excess(value) > 0
+
+    def problems(self, path: str) -> list[str]:
+        found = []
+        if not self.metric:
+            found.append(f"{path}.metric is empty; name a metric of metrics.jsonl")
+        if (self.above is None) == (self.below is None):
+            found.append(f"{path}: give one of above and below, the limit of {self.metric or 'the metric'}")
+        for name in ("for_steps", "after_step"):
+            if getattr(self, name) < 0:
+                found.append(f"{path}.{name} is {getattr(self, name)}; it must not be negative")
+        return found
 
 
 @dataclass(frozen=True)
@@ -439,6 +502,7 @@ class RunConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     fail_safe: FailSafeConfig = field(default_factory=FailSafeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    alarms: dict[str, AlarmRule] = field(default_factory=dict)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     experiment_name: str = "default"

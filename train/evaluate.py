@@ -16,12 +16,16 @@ from model.loss import IGNORE_INDEX, ModelOutput
 from model.routers.base import Router
 from train.attention_metrics import attention_metrics
 from train.data.loader import Batch
+from train.probe import RoutingProbe
 
 
 @torch.no_grad()
 def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], token_bytes: np.ndarray,
-             device: torch.device, routers: list[Router], sparse_layers: list[int] | None = None) -> dict[str, Any]:
+             device: torch.device, routers: list[Router], sparse_layers: list[int] | None = None,
+             probe: RoutingProbe | None = None) -> dict[str, Any]:
     """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many batches.
+
+    probe: sees this rank's first batch.
 
     Returns:
         val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes they stand for), the
@@ -32,7 +36,10 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], toke
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     stats: torch.Tensor | None = None
     for batch in batches:
-        output = forward(**batch.inputs(device), measure_attention=bool(sparse_layers))
+        output = forward(**batch.inputs(device), measure_attention=bool(sparse_layers),
+                         keep_routing=probe is not None and stats is None)
+        if probe is not None:
+            probe.add(batch, output)
         if sparse_layers:
             measured += output.attention_stats
         targets = batch.targets[batch.targets != IGNORE_INDEX].numpy()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from model.balance import LayerStats, unpack_stats
-from model.budget import update_routers
+from model.budget import hold_plain_top_k, update_routers
 from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
@@ -24,6 +24,7 @@ from ops.grouped_mlp import select_backend
 from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
 from train import heartbeat
+from train.alarms import Alarms, AlarmStop
 from train.attention_metrics import short_rows_note
 from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
@@ -43,6 +44,7 @@ from train.engine import Engine
 from train.evaluate import evaluate
 from train.metrics import StepMetrics, console_line
 from train.nonfinite import NonFiniteError, describe
+from train.probe import RoutingProbe
 from train.routing_metrics import routing_details
 from train.runtime import StopSignal, from_rank_zero, seed_everything
 from train.schedule import Schedule
@@ -65,6 +67,8 @@ class Progress:
     spike: SpikeGuard = field(default_factory=SpikeGuard)
     skipped_steps: int = 0
     """Steps without an update, because their gradient was not finite."""
+    alarms: dict[str, tuple[int | None, bool]] = field(default_factory=dict)
+    """train.alarms.Alarms.state."""
 
 
 def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
@@ -185,6 +189,10 @@ class _Run:
     """How long training has stood still for checkpoints since the last logged step."""
     routings: tuple[RouterOutput, ...] = ()
     """Of the last micro-batch of the last logged step, on the rank that logs."""
+    told_silent: bool = False
+    """Whether the log says which alarms have no metric."""
+    alarm_actions: frozenset[str] = frozenset()
+    """What ringing alarms ask for, on all ranks."""
 
     def train(self) -> dict[str, Any]:
         """All steps; returns the summary."""
@@ -196,7 +204,14 @@ class _Run:
                                    flops_per_token(model, config.experts_per_token, settings.seq_len,
                                                    config.attention.arguments), config.balance,
                                    self.engine.module.rank_shares,
-                                   [a.layer_idx for a in self.engine.module.sparse_attentions()])
+                                   [a.layer_idx for a in self.engine.module.sparse_attentions()],
+                                   config.tracker.metrics == "detailed")
+        self.alarms = Alarms(config.alarms)
+        self.alarms.restore(progress.alarms)
+        self.alarm_actions = frozenset(self.alarms.actions())
+        self.probe = None
+        if self.tracker is not None and model.num_experts:
+            self.probe = RoutingProbe(self.run_dir, self.loader.samples, model.vocab_size)
         self.stragglers = StragglerWatch(config.watchdog.straggler_ratio, self.engine.device)
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}
@@ -213,6 +228,7 @@ class _Run:
             step, at_end = progress.step, progress.step == last_step
             if step % settings.log_interval == 0 or at_end or stopped:
                 scalars = self.log_step(last_step)
+                self.stop_on_alarm(saved_step)
                 if first_tokens == tokens_before and not at_end:
                     first_tokens, seconds = progress.consumed_tokens, 0.0
             paused = time.perf_counter()
@@ -325,7 +341,9 @@ class _Run:
         layers: LayerStats = unpack_stats(stats, config.model.num_experts, self.routers[0].max_top_k)
         if finite:
             update_routers(self.routers, layers, config.balance, config.budget, config.fail_safe,
-                           self.engine.module.rank_shares)
+                           self.engine.module.rank_shares, "freeze_bias" in self.alarm_actions)
+            if "top_k" in self.alarm_actions:
+                hold_plain_top_k(self.routers, config.budget)
             self.metrics.add_stats(layers)
         if self.audit is not None:
             self.audit.end_step(self.progress.step + 1, first_sample * config.train.seq_len, layers.checksum)
@@ -355,6 +373,7 @@ class _Run:
         self.save_seconds = 0.0
         if self.tracker is not None:
             scalars |= routing_details(self.routings)
+            self.check_alarms(scalars, routing)
             self.tracker.log(progress.step, progress.consumed_tokens, scalars)
             if scalars.get("moe/layers_collapsed"):
                 log.warning("step %d: %d MoE layers have collapsed onto a few experts and are routed to one expert a token "
@@ -363,7 +382,37 @@ class _Run:
                 self.tracker.log_routing(progress.step, progress.consumed_tokens, routing)
             eta = (last_step - progress.step) * scalars["perf/step_seconds"]
             log.info(console_line(progress.step, self.config.train.num_steps, scalars, eta))
+        if any(rule.action != "none" for rule in self.config.alarms.values()):
+            self.alarm_actions = from_rank_zero(lambda: frozenset(self.alarms.actions()))
         return scalars
+
+    def check_alarms(self, scalars: dict[str, Any], routing: dict[str, Any]) -> None:
+        """On the rank that logs: add alarm/<name> to the scalars, and tell people what changed."""
+        assert self.tracker is not None
+        progress = self.progress
+        if not self.told_silent and (silent := self.alarms.silent(scalars)):
+            log.info("alarms without a metric in this run: %s", ", ".join(
+                f"{name} ({self.config.alarms[name].metric})" for name in silent))
+        self.told_silent = True
+        for event in self.alarms.check(progress.step, progress.consumed_tokens, scalars, routing.get("counts", ()),
+                                       self.config.model.moe_layers):
+            log.warning("step %d: ALARM %s %s: %s%s", event.step, event.alarm, event.event, event.message,
+                        f" (action: {event.action})" if event.action else "")
+            self.tracker.alarm(event)
+        scalars |= self.alarms.scalars(scalars)
+        progress.alarms = self.alarms.state()
+
+    def stop_on_alarm(self, saved_step: int) -> None:
+        """Save and end where an alarm asks for it. Collective."""
+        if "stop" not in self.alarm_actions:
+            return
+        if saved_step != self.progress.step:
+            self.save()
+        self.writer.wait()
+        names = from_rank_zero(lambda: [n for n in self.alarms.ringing() if self.config.alarms[n].action == "stop"])
+        raise AlarmStop(f"alarm {', '.join(names)} at step {self.progress.step}: the run was saved and ends "
+                        f"(alarms.{names[0]}.action=stop; {self.run_dir / 'alarms.jsonl'} says why). To go on, resume it "
+                        f"with alarms.{names[0]}.action=none")
 
     def evaluate_and_keep_best(self, saved_step: int) -> int:
         """Held-out evaluation; saves when it is the best so far. Returns the newest saved step. Collective."""
@@ -376,7 +425,8 @@ class _Run:
                                      self.groups.data_rank, self.groups.data_size, settings.eval_max_sequences)
         self.engine.module.eval()
         heartbeat.beat(progress.step, "evaluate")
-        result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device, self.routers)
+        result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device, self.routers,
+                          probe=self.probe)
         self.engine.module.train()
         progress.val_loss, self.bits_per_byte = result["val_loss"], result["bits_per_byte"]
         log.info("eval step %d  val_loss %.4f  perplexity %.2f  bits_per_byte %.4f  unigram_entropy %.4f  "
@@ -385,7 +435,8 @@ class _Run:
         if self.tracker is not None:
             self.tracker.log(progress.step, progress.consumed_tokens,
                              {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte",
-                                                               "experts_per_token") if k in result})
+                                                               "experts_per_token") if k in result}
+                             | (self.probe.measure(progress.step) if self.probe is not None else {}))
         if self.config.checkpoint.keep_best and result["val_loss"] < from_rank_zero(self.writer.best_loss):
             if saved_step != progress.step and not self.save():
                 return progress.step

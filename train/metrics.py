@@ -39,10 +39,11 @@ class StepMetrics:
     """
 
     def __init__(self, model: ModelConfig, routers: list[Router], device: torch.device, flops_per_token: float,
-                 balance: BalanceConfig, rank_shares: torch.Tensor | None, sparse_layers: list[int]):
+                 balance: BalanceConfig, rank_shares: torch.Tensor | None, sparse_layers: list[int],
+                 detailed: bool = False):
         self.model, self.routers, self.device = model, routers, device
         self.flops_per_token, self.balance, self.rank_shares = flops_per_token, balance, rank_shares
-        self.sparse_layers = sparse_layers
+        self.sparse_layers, self.detailed = sparse_layers, detailed
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -110,7 +111,7 @@ class StepMetrics:
                         "comm/exposed_fraction": exposed / measured}
         if square > 0:
             scalars["comm/payload_error"] = math.sqrt(error / square)
-        scalars |= attention_metrics(attention, self.sparse_layers)
+        scalars |= attention_metrics(attention, self.sparse_layers, self.detailed)
         tables: dict[str, Any] = {}
         if self.stats is not None:
             layers = len(self.routers)
@@ -123,7 +124,7 @@ class StepMetrics:
             scalars["moe/dropped"] = 1.0 - processed / wanted
             scalars["moe/spilled"] = spilled / wanted
             scalars["moe/max_vio_step"] = float(self.max_vio_sum.mean()) / max(self.steps, 1)
-            scalars.update(routing_metrics(stats, self.routers, self.model, self.rank_shares))
+            scalars.update(routing_metrics(stats, self.routers, self.model, self.rank_shares, self.detailed))
             tables = routing_tables(stats)
         self.reset()
         return scalars, tables

@@ -18,11 +18,16 @@ from ops.router import Reason, RouterOutput
 
 BY_LAYER = ("max_vio", "experts_per_token", "budget_error", "router_entropy")
 """Metrics that are written for every layer; the others as mean and largest."""
+SMALL_IS_BAD = ("load_entropy_ratio",)
+"""Metrics with their smallest as well."""
+FAIL_SAFES = ("nonfinite", "empty", "overridden", "spilled", "frozen", "overloaded")
+"""F0 to F5: what no healthy layer needs. "overridden" is the warm start, too."""
 
 
-def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig,
-                    shares: torch.Tensor | None) -> dict[str, float]:
-    """Scalars of an interval. stats: on the host, over all ranks and steps of the interval, one row per MoE layer."""
+def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig, shares: torch.Tensor | None,
+                    detailed: bool = False) -> dict[str, float]:
+    """Scalars of an interval. stats: on the host, over all ranks and steps of the interval, one row per MoE layer.
+    detailed: write every metric for every layer."""
     num_experts, first = model.num_experts, routers[0]
     tokens = stats.tokens.double().clamp_min(1)
     counts = stats.counts.double()
@@ -35,7 +40,12 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
         "experts_per_token": experts,
         "experts_per_token_std": ((stats.k_histogram * k.square()).sum(1) / tokens - experts.square()).clamp_min(0).sqrt(),
         "router_entropy": stats.entropy / tokens / math.log(max(2, first.spec.num_columns)),
+        "load_entropy_ratio": entropy_ratio(counts),
+        "dead_fraction": (counts < 0.05 * mean.unsqueeze(1)).double().mean(1),
+        "busiest_share": busiest_share(counts, experts),
     }
+    if (similarity := router_similarity(routers)) is not None:
+        by_layer["router_similarity"] = similarity
     if shares is not None:
         load = rank_loads(counts, shares)
         by_layer["rank_load"] = load.max(1).values / load.mean(1).clamp_min(1e-9)
@@ -56,19 +66,57 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
     if bool((bias != 0).any()):
         by_layer["bias_range"] = bias.max(1).values - bias.min(1).values
         by_layer["bias_rms"] = (bias - bias.mean(1, keepdim=True)).square().mean(1).sqrt()
+        by_layer["bias_load_correlation"] = correlation(bias, counts)
     found: dict[str, float] = balance_metrics(stats.counts, model.moe_layers)
     for name, values in by_layer.items():
         found[f"moe/{name}"] = float(values.mean())
         found[f"moe/{name}/max"] = float(values.max())
-        if name in BY_LAYER:
+        if name in SMALL_IS_BAD:
+            found[f"moe/{name}/min"] = float(values.min())
+        if detailed or name in BY_LAYER:
             found.update({f"moe/{name}/layer_{layer}": float(v) for layer, v in zip(model.moe_layers, values, strict=True)})
     all_tokens = float(tokens.sum())
     for reason in Reason:
         found[f"moe/fallback/{str(reason.name).lower()}"] = float(stats.reasons[:, reason.bit].sum()) / all_tokens
+    found["moe/fallback_rate"] = sum(found[f"moe/fallback/{name}"] for name in FAIL_SAFES)
     found["moe/layers_in_fallback"] = int((state[:, HOLD] > 0).sum())
     found["moe/layers_collapsed"] = int((state[:, COLLAPSED] > 0).sum())
     found["moe/expert_flops_per_token"] = 6.0 * model.hidden_size * model.expert_intermediate_size * float(experts.sum())
     return found
+
+
+def entropy_ratio(counts: torch.Tensor) -> torch.Tensor:
+    """[L, E] -> [L]: entropy of the load over ln E, 1 is even."""
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    return -(share * share.clamp_min(1e-30).log()).sum(1) / math.log(max(2, counts.shape[1]))
+
+
+def busiest_share(counts: torch.Tensor, experts_per_token: torch.Tensor) -> torch.Tensor:
+    """[L, E], [L] -> [L]: share of the assignments of the busiest k experts, k the rounded mean of experts per token: near 1
+    when every token goes to the same ones."""
+    k = experts_per_token.round().long().clamp(1, counts.shape[1])
+    ranked = counts.sort(1, descending=True).values.cumsum(1)
+    return ranked.gather(1, k.unsqueeze(1) - 1)[:, 0] / ranked[:, -1].clamp_min(1)
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[L, E], [L, E] -> [L]: over the experts; 0 where one of them is constant."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    size = (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return torch.where(size > 0, (a * b).sum(1) / size.clamp_min(1e-30), 0.0)
+
+
+@torch.no_grad()
+def router_similarity(routers: list[Router]) -> torch.Tensor | None:
+    """[L]: mean cosine of pairs of experts' rows of the router; None where ZeRO-3 keeps only parts of them here."""
+    found = []
+    for router in routers:
+        num_experts = router.spec.num_experts
+        if router.weight.dim() != 2 or len(router.weight) < num_experts or num_experts < 2:
+            return None
+        rows = torch.nn.functional.normalize(router.weight[:num_experts].float(), dim=1)
+        found.append((rows.sum(0).square().sum() - num_experts) / (num_experts * (num_experts - 1)))
+    return torch.stack(found).double().cpu()
 
 
 def routing_tables(stats: LayerStats) -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""Where metrics go: own files first, then W&B and TensorBoard. A sink that fails never ends a run."""
+"""Where metrics go: own files first, then W&B and TensorBoard. A sink that fails never ends a run.
+
+Scalars have the same names everywhere; the x-axis is train/tokens. With every tracker.media_interval-th routing record sinks
+also get routing/expert_load (heatmap: MoE layers x experts, load over the layer's mean, 0 to 2),
+routing/expert_load_histogram (of the same numbers) and routing/experts_per_token (tokens by number of experts, all layers).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,24 @@ import logging
 import os
 import secrets
 import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlparse
 
+import numpy as np
+
+from train.alarms import AlarmEvent
 from train.config import TrackerConfig
 
 log = logging.getLogger("loadstone")
 
 
 class Tracker:
-    """Writes metrics.jsonl (scalars) and routing.jsonl (per layer and expert counts) of a run, and feeds the sinks.
+    """Writes metrics.jsonl (scalars), routing.jsonl (per layer and expert counts) and alarms.jsonl of a run, and feeds the
+    sinks.
 
-    Only rank 0 has one. Lines carry `step` and `tokens`; both files are flushed at every record.
+    Only rank 0 has one. Lines carry `step` and `tokens`; files are flushed at every record.
 
     Args:
         run_dir: exists already; config: the resolved config as plain data, shown by W&B.
@@ -33,6 +43,9 @@ class Tracker:
         self.wandb_id = wandb_id
         self._metrics = self._open("metrics.jsonl", resume_step)
         self._routing = self._open("routing.jsonl", resume_step)
+        self._alarms = self._open("alarms.jsonl", resume_step)
+        self._media_interval = settings.media_interval
+        self._routing_records = 0
         self._wandb = self._start_wandb(settings, config, name)
         self._tensorboard = self._start_tensorboard(settings)
 
@@ -69,10 +82,56 @@ class Tracker:
         """Tables per MoE layer since the last record: assignments by expert, tokens by number of experts, reasons."""
         self._routing.write(json.dumps({"step": step, "tokens": tokens, **routing}) + "\n")
         self._routing.flush()
+        due = self._media_interval and self._routing_records % self._media_interval == 0
+        self._routing_records += 1
+        if due and (self._wandb is not None or self._tensorboard is not None):
+            try:
+                self._log_media(step, tokens, np.array(routing["counts"], np.float64),
+                                np.array(routing["k_histogram"], np.int64).sum(0))
+            except Exception as error:
+                self._give_up(error)
+
+    def _log_media(self, step: int, tokens: int, counts: np.ndarray, k_histogram: np.ndarray) -> None:
+        """counts: [MoE layers, experts]; k_histogram: tokens by number of experts."""
+        load = counts / np.maximum(counts.mean(1, keepdims=True), 1e-9)
+        image, edges = load_heatmap(load), np.linspace(0, max(2.0, float(load.max())), LOAD_BINS + 1)
+        bins = np.histogram(load, edges)[0]
+        if self._wandb is not None:
+            import wandb
+
+            caption = f"step {step}: load over the mean, {counts.shape[0]} MoE layers (down) x {counts.shape[1]} experts"
+            self._wandb.log({
+                "routing/expert_load": wandb.Image(image, caption=caption),
+                "routing/expert_load_histogram": wandb.Histogram(np_histogram=(bins, edges)),
+                "routing/experts_per_token": wandb.Histogram(
+                    np_histogram=_few_bins(k_histogram, np.arange(len(k_histogram) + 1) - 0.5)),
+                "train/step": step, "train/tokens": tokens})
+        if self._tensorboard is not None:
+            self._tensorboard.add_image("routing/expert_load", image, step, dataformats="HWC")
+            for name, (heights, limits) in {"routing/expert_load_histogram": (bins, edges),
+                                            "routing/experts_per_token": (k_histogram, np.arange(len(k_histogram) + 1) - 0.5)
+                                            }.items():
+                middles = (limits[1:] + limits[:-1]) / 2
+                self._tensorboard.add_histogram_raw(
+                    name, min=limits[0], max=limits[-1], num=int(heights.sum()), sum=float((heights * middles).sum()),
+                    sum_squares=float((heights * middles**2).sum()), bucket_limits=limits[1:].tolist(),
+                    bucket_counts=heights.tolist(), global_step=step)
+
+    def alarm(self, event: AlarmEvent) -> None:
+        """One line of alarms.jsonl, and a W&B alert when it was raised."""
+        self._alarms.write(json.dumps(asdict(event)) + "\n")
+        self._alarms.flush()
+        if self._wandb is None or event.event != "raised":
+            return
+        try:
+            self._wandb.alert(title=f"{event.alarm} at step {event.step}", text=event.message,
+                              level="ERROR" if event.action == "stop" else "WARN", wait_duration=0)
+        except Exception as error:
+            self._give_up(error)
 
     def close(self, summary: dict[str, Any]) -> None:
-        self._metrics.close()
-        self._routing.close()
+        for file in (self._metrics, self._routing, self._alarms):
+            file.close()
         try:
             if self._wandb is not None:
                 self._wandb.summary.update(summary)
@@ -123,6 +182,29 @@ class Tracker:
         except Exception as error:
             log.warning("TensorBoard could not start (%s); metrics.jsonl goes on", error)
             return None
+
+
+LOAD_BINS = 64
+HEATMAP_WIDTH = 1024
+"""Pixels aimed at; cells are squares of 1 to 32."""
+
+
+def load_heatmap(load: np.ndarray) -> np.ndarray:
+    """[layers, experts] load over the mean -> [height, width, 3] uint8: blue below 1, white at 1, red above, full from 2."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["RdBu_r"](np.clip(load / 2, 0, 1))[..., :3]
+    cell = int(np.clip(HEATMAP_WIDTH // load.shape[1], 1, 32))
+    return np.kron((colours * 255).round().astype(np.uint8), np.ones((cell, cell, 1), np.uint8))
+
+
+def _few_bins(heights: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most as many as W&B takes: neighbours are joined."""
+    while len(heights) > 512:
+        if len(heights) % 2:
+            heights, edges = np.append(heights, 0), np.append(edges, edges[-1] + 1)
+        heights, edges = heights.reshape(-1, 2).sum(1), edges[::2]
+    return heights, edges
 
 
 def wandb_mode(setting: str) -> tuple[str, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from train.alarms import AlarmEvent
 from train.config import TrackerConfig, WandbConfig
-from train.tracker import Tracker, wandb_mode
+from train.tracker import Tracker, _few_bins, load_heatmap, wandb_mode
 
 QUIET = TrackerConfig(WandbConfig("disabled"))
 
@@ -89,3 +91,45 @@ def test_an_offline_run_can_be_read_back(tmp_path, monkeypatch):
     out = subprocess.run([str(wandb), "leet", "inspect", "--json", str(run)], text=True, capture_output=True, timeout=120)
     assert out.returncode == 0, out.stderr
     assert '"train/loss"' in out.stdout and "2.5" in out.stdout and '"train/tokens"' in out.stdout
+
+
+def test_alarms_have_a_file_of_their_own_that_a_resume_cuts_off(tmp_path):
+    tracker = Tracker(tmp_path, QUIET, {}, "name")
+    for step in (3, 9):
+        tracker.alarm(AlarmEvent(step, 10 * step, "a", "raised", 2.0, 1.0, 1, 5, "too much", None))
+    assert [e["step"] for e in records(tmp_path, "alarms.jsonl")] == [3, 9]
+    assert records(tmp_path, "alarms.jsonl")[0]["expert"] == 5
+    tracker.close({})
+    Tracker(tmp_path, QUIET, {}, "name", resume_step=5).close({})
+    assert [e["step"] for e in records(tmp_path, "alarms.jsonl")] == [3]
+
+
+def test_heatmaps_and_histograms_reach_tensorboard_every_so_many_records(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path, TrackerConfig(WandbConfig("disabled"), tensorboard=True, media_interval=2), {}, "name")
+    for step in range(1, 6):
+        tracker.log(step, step, {"train/loss": 1.0 / step})
+        tracker.log_routing(step, step, {"counts": [[1, 2, 5], [0, 4, 4]], "k_histogram": [[0, 8], [1, 7]], "reasons": []})
+    tracker.close({})
+    found = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    found.Reload()
+    assert [e.step for e in found.Images("routing/expert_load")] == [1, 3, 5]
+    assert [e.step for e in found.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+    last = found.Histograms("routing/experts_per_token")[-1].histogram_value
+    assert (last.num, last.bucket) == (16, [1, 15])
+    assert found.Histograms("routing/expert_load_histogram")[-1].histogram_value.num == 6
+
+
+def test_the_heatmap_is_white_at_the_mean_and_saturates_at_twice():
+    image = load_heatmap(np.array([[0.0, 1.0, 2.0, 9.0]]))
+    cell = image.shape[0]
+    blue, white, red, beyond = (image[0, cell * i] for i in range(4))
+    assert image.shape == (cell, 4 * cell, 3) and white.min() > 240
+    assert blue[2] > blue[0] and red[0] > red[2] and (red == beyond).all()
+
+
+def test_histograms_have_at_most_as_many_bins_as_wandb_takes():
+    heights, edges = np.arange(1300), np.arange(1301) - 0.5
+    few, limits = _few_bins(heights, edges)
+    assert len(few) <= 512 and len(limits) == len(few) + 1 and few.sum() == heights.sum() and (np.diff(limits) > 0).all()

@@ -1,0 +1,92 @@
+"""How the same held-out tokens are routed from one evaluation to the next: rank 0's first batch of the held-out split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.loss import IGNORE_INDEX, ModelOutput
+from train.data.loader import Batch
+from train.data.store import TrainingSamples
+
+FOLDER = "probe"
+MAX_TOKENS = 4096
+FREQUENCY_SAMPLES = 256
+"""Training sequences that token frequencies are counted in."""
+DECILES = 10
+
+
+class RoutingProbe:
+    """RUN/probe/step-<step>.npz: expert_ids [layers, tokens, slots] int16 (-1 unused), token [tokens] int32 (what is there),
+    loss [tokens] fp32 nats (NaN where nothing is predicted)."""
+
+    def __init__(self, run_dir: Path, samples: TrainingSamples, vocab_size: int):
+        self.folder = run_dir / FOLDER
+        self.samples, self.vocab_size = samples, vocab_size
+        self._frequency: np.ndarray | None = None
+        self._found: dict[str, np.ndarray] | None = None
+
+    def add(self, batch: Batch, output: ModelOutput) -> None:
+        """Keep the first batch since the last `measure`. output: with routings and token losses."""
+        if self._found is not None or not output.routings:
+            return
+        live = np.ones(batch.targets.numel(), bool) if batch.token_mask is None else batch.token_mask.numpy().reshape(-1)
+        live = np.flatnonzero(live)[:MAX_TOKENS]
+        ids = torch.stack([r.expert_ids for r in output.routings])[:, torch.from_numpy(live).to(output.loss_sum.device)]
+        loss = output.token_losses.float().cpu().numpy().reshape(-1)[live]
+        targets = batch.targets.numpy().reshape(-1)[live]
+        self._found = {"expert_ids": ids.cpu().numpy().astype(np.int16),
+                       "token": batch.input_ids.numpy().reshape(-1)[live].astype(np.int32),
+                       "loss": np.where(targets == IGNORE_INDEX, np.nan, loss).astype(np.float32)}
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Metrics of the kept batch, which is written down; {} without one.
+
+        eval/router_stability: share of a token's experts that it had at the evaluation before, mean over tokens and layers.
+        eval/experts_per_token/frequency_<d>, loss_<d>: mean experts of the tokens in decile d of training frequency (0: the
+        rarest) and of loss (0: the easiest); where tokens differ in their number of experts.
+        """
+        if self._found is None:
+            return {}
+        found, self._found = self._found, None
+        scalars: dict[str, float] = {}
+        before = self._before(step)
+        if before is not None and before.shape == found["expert_ids"].shape:
+            scalars["eval/router_stability"] = overlap(found["expert_ids"], before)
+        chosen = (found["expert_ids"] >= 0).sum(2)
+        if chosen.size and chosen.min() != chosen.max():
+            per_token = chosen.mean(0)
+            orders = {"frequency": self.frequency()[found["token"]].astype(np.float64), "loss": found["loss"]}
+            for name, values in orders.items():
+                known = np.flatnonzero(~np.isnan(values))
+                ranked = known[np.argsort(values[known], kind="stable")]
+                for d, part in enumerate(np.array_split(ranked, DECILES)):
+                    if len(part):
+                        scalars[f"eval/experts_per_token/{name}_{d}"] = float(per_token[part].mean())
+        self.folder.mkdir(exist_ok=True)
+        scratch = self.folder / ".writing.npz"
+        np.savez_compressed(scratch, **found)  # type: ignore[arg-type]
+        scratch.replace(self.folder / f"step-{step:08d}.npz")
+        return scalars
+
+    def frequency(self) -> np.ndarray:
+        """[vocabulary] int64: how often a token stands in the first training sequences."""
+        if self._frequency is None:
+            counts = np.zeros(self.vocab_size, np.int64)
+            for i in range(FREQUENCY_SAMPLES):
+                counts += np.bincount(self.samples.tokens(i), minlength=self.vocab_size)[:self.vocab_size]
+            self._frequency = counts
+        return self._frequency
+
+    def _before(self, step: int) -> np.ndarray | None:
+        earlier = [p for p in sorted(self.folder.glob("step-*.npz")) if int(p.stem[5:]) < step]
+        return np.load(earlier[-1], allow_pickle=False)["expert_ids"] if earlier else None
+
+
+def overlap(now: np.ndarray, before: np.ndarray) -> float:
+    """Mean of |now & before| / |now| over layers and tokens that visit an expert now; [layers, tokens, slots] each."""
+    same = ((now[..., :, None] == before[..., None, :]) & (now[..., :, None] >= 0)).any(-1).sum(-1)
+    visits = (now >= 0).sum(-1)
+    return float((same[visits > 0] / visits[visits > 0]).mean()) if (visits > 0).any() else 1.0
