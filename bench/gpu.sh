@@ -15,14 +15,16 @@ failed=0
 
 # Only files with GPU tests: the others may import packages that a borrowed machine lacks.
 mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
-timeout $((LIMIT / 3)) "$PYTHON" -m pytest -m gpu -n 0 -q "${tests[@]}" 2>&1 | tee "$parts/pytest.log"
+# Side by side, since compiling takes most of the time; one line a test, so that a run that is cut off still says what passed.
+workers=$(nproc) && [ "$workers" -gt 12 ] && workers=12
+timeout $((LIMIT / 3)) "$PYTHON" -m pytest -m gpu -n "$workers" --dist load -v "${tests[@]}" 2>&1 | tee "$parts/pytest.log"
 status=${PIPESTATUS[0]}
 [ "$status" -eq 0 ] || failed=1
 
-benches=()  # bench.moe_layer is for CPUs
+benches=()  # bench.moe_layer and bench.reliability are for CPUs, bench.tune is for whoever changes tiles
 for file in bench/*.py; do
     name=$(basename "$file" .py)
-    case $name in __init__ | common | collect | peers | moe_layer) ;; *) benches+=("$name") ;; esac
+    case $name in __init__ | common | collect | peers | moe_layer | reliability | tune) ;; *) benches+=("$name") ;; esac
 done
 left=${#benches[@]}
 for name in "${benches[@]}"; do
