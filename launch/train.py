@@ -250,7 +250,8 @@ def finish(config: DictConfig, run: Any) -> float | None:
     if result["val_loss"] is not None and not result["stopped"]:
         print(f"held-out loss {result['val_loss']:.4f} nats per token; unigram entropy {result['unigram_entropy']:.4f}")
     print(f"run directory {run_dir} (metrics.jsonl, routing.jsonl, checkpoints/)")
-    print(f"next: python -m launch.generate run={run_dir} prompt='...'")
+    print(f"next: python -m launch.report run={run_dir}")
+    print(f"      python -m launch.generate run={run_dir} prompt='...'")
     print(f"      python -m launch.evaluate run={run_dir}")
     print(f"      python -m launch.train resume={run_dir} train.num_steps=N")
     print_result(result)

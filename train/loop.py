@@ -42,6 +42,7 @@ from train.data.prepare import prepare
 from train.data.store import TokenStore, TrainingSamples, ValidationRows
 from train.engine import Engine
 from train.evaluate import evaluate
+from train.gradients import GradientWatch
 from train.metrics import StepMetrics, console_line
 from train.nonfinite import NonFiniteError, describe
 from train.probe import RoutingProbe
@@ -209,6 +210,9 @@ class _Run:
         self.alarms = Alarms(config.alarms)
         self.alarms.restore(progress.alarms)
         self.alarm_actions = frozenset(self.alarms.actions())
+        self.gradients = None
+        if self.routers and config.tracker.metrics == "detailed":
+            self.gradients = GradientWatch(self.engine.module, self.engine.device)
         self.probe = None
         if self.tracker is not None and model.num_experts:
             self.probe = RoutingProbe(self.run_dir, self.loader.samples, model.vocab_size)
@@ -277,6 +281,8 @@ class _Run:
         self.engine.module.set_step(progress.step)
         measures_communication = at_log_step and self.groups.expert_size > 1
         communication = []
+        if self.gradients is not None:
+            self.gradients.measuring = at_log_step
         if measures_communication:
             self.engine.module.measure_communication(True)
             started = time.perf_counter()
@@ -361,6 +367,8 @@ class _Run:
         progress = self.progress
         heartbeat.beat(progress.step, "log")
         scalars, routing = self.metrics.reduce()
+        if self.gradients is not None:
+            scalars |= self.gradients.reduce()
         skew, straggler = self.stragglers.compare()
         if straggler is not None:
             log.warning("step %d: rank %d is a straggler, its own work takes %.1f times the median", progress.step,

@@ -6,6 +6,7 @@ Names: moe/<metric> is the mean over MoE layers, moe/<metric>/max the largest, m
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,13 +69,7 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
         by_layer["bias_rms"] = (bias - bias.mean(1, keepdim=True)).square().mean(1).sqrt()
         by_layer["bias_load_correlation"] = correlation(bias, counts)
     found: dict[str, float] = balance_metrics(stats.counts, model.moe_layers)
-    for name, values in by_layer.items():
-        found[f"moe/{name}"] = float(values.mean())
-        found[f"moe/{name}/max"] = float(values.max())
-        if name in SMALL_IS_BAD:
-            found[f"moe/{name}/min"] = float(values.min())
-        if detailed or name in BY_LAYER:
-            found.update({f"moe/{name}/layer_{layer}": float(v) for layer, v in zip(model.moe_layers, values, strict=True)})
+    found |= spread_over_layers(by_layer, model.moe_layers, detailed)
     all_tokens = float(tokens.sum())
     for reason in Reason:
         found[f"moe/fallback/{str(reason.name).lower()}"] = float(stats.reasons[:, reason.bit].sum()) / all_tokens
@@ -82,6 +77,19 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
     found["moe/layers_in_fallback"] = int((state[:, HOLD] > 0).sum())
     found["moe/layers_collapsed"] = int((state[:, COLLAPSED] > 0).sum())
     found["moe/expert_flops_per_token"] = 6.0 * model.hidden_size * model.expert_intermediate_size * float(experts.sum())
+    return found
+
+
+def spread_over_layers(by_layer: Mapping[str, torch.Tensor], layers: Sequence[int], detailed: bool) -> dict[str, float]:
+    """[L] values by metric -> scalars: mean, largest, some smallest, and single layers where asked for."""
+    found = {}
+    for name, values in by_layer.items():
+        found[f"moe/{name}"] = float(values.mean())
+        found[f"moe/{name}/max"] = float(values.max())
+        if name in SMALL_IS_BAD:
+            found[f"moe/{name}/min"] = float(values.min())
+        if detailed or name in BY_LAYER:
+            found |= {f"moe/{name}/layer_{layer}": float(v) for layer, v in zip(layers, values, strict=True)}
     return found
 
 
