@@ -43,7 +43,7 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
         "router_entropy": stats.entropy / tokens / math.log(max(2, first.spec.num_columns)),
         "load_entropy_ratio": entropy_ratio(counts),
         "dead_fraction": (counts < 0.05 * mean.unsqueeze(1)).double().mean(1),
-        "busiest_share": busiest_share(counts, experts),
+        "concentration": concentration(counts, experts),
     }
     if (similarity := router_similarity(routers)) is not None:
         by_layer["router_similarity"] = similarity
@@ -99,12 +99,15 @@ def entropy_ratio(counts: torch.Tensor) -> torch.Tensor:
     return -(share * share.clamp_min(1e-30).log()).sum(1) / math.log(max(2, counts.shape[1]))
 
 
-def busiest_share(counts: torch.Tensor, experts_per_token: torch.Tensor) -> torch.Tensor:
-    """[L, E], [L] -> [L]: share of the assignments of the busiest k experts, k the rounded mean of experts per token: near 1
-    when every token goes to the same ones."""
-    k = experts_per_token.round().long().clamp(1, counts.shape[1])
+def concentration(counts: torch.Tensor, experts_per_token: torch.Tensor) -> torch.Tensor:
+    """[L, E], [L] -> [L]: (s - k/E) / (1 - k/E), s the share of the assignments of the busiest k experts, k the rounded mean
+    of experts per token: 0 is even, 1 when every token goes to the same ones; 0 where all experts are visited anyway."""
+    num_experts = counts.shape[1]
+    k = experts_per_token.round().long().clamp(1, num_experts)
     ranked = counts.sort(1, descending=True).values.cumsum(1)
-    return ranked.gather(1, k.unsqueeze(1) - 1)[:, 0] / ranked[:, -1].clamp_min(1)
+    share = ranked.gather(1, k.unsqueeze(1) - 1)[:, 0] / ranked[:, -1].clamp_min(1)
+    even = k / num_experts
+    return torch.where(k < num_experts, (share - even) / (1 - even).clamp_min(1e-9), 0.0).clamp_min(0)
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

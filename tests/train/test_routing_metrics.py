@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ops.router import RouteSpec, route
-from train.routing_metrics import routing_details
+from train.routing_metrics import concentration, correlation, entropy_ratio, router_similarity, routing_details
 
 
 def routing_of(ids: list[list[int]], num_experts: int = 4, logits: torch.Tensor | None = None):
@@ -35,3 +37,25 @@ def test_gates_margins_and_log_z_follow_their_definition():
 
 def test_layers_without_assignments_are_left_out():
     assert routing_details((routing_of([[-1, -1], [-1, -1]]),)) == {} == routing_details(())
+
+
+def test_concentration_is_0_when_even_1_when_all_go_to_the_same_and_0_when_all_are_visited():
+    counts = torch.tensor([[8.0, 8, 8, 8], [16, 16, 0, 0], [8, 8, 8, 8], [20, 4, 4, 4]])
+    found = concentration(counts, torch.tensor([2.0, 2.0, 4.0, 1.0]))
+    assert found.tolist() == pytest.approx([0, 1, 0, (20 / 32 - 1 / 4) / (3 / 4)])
+
+
+def test_load_entropy_and_correlation_follow_their_definition():
+    counts = torch.tensor([[5.0, 5, 5, 5], [20, 0, 0, 0]], dtype=torch.float64)
+    assert entropy_ratio(counts).tolist() == pytest.approx([1, 0])
+    bias = torch.tensor([[1.0, 2, 3, 4], [-3, 1, 1, 1]], dtype=torch.float64)
+    assert correlation(bias, counts).tolist() == pytest.approx([0, -1])
+
+
+def test_router_similarity_is_the_mean_cosine_of_pairs_of_experts():
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))  # four experts and a null expert
+    router = SimpleNamespace(spec=SimpleNamespace(num_experts=4), weight=weight)
+    rows = torch.nn.functional.normalize(weight[:4], dim=1)
+    cosines = [float(rows[i] @ rows[j]) for i in range(4) for j in range(4) if i != j]
+    assert router_similarity([router]).tolist() == pytest.approx([sum(cosines) / len(cosines)], rel=1e-4)
+    assert router_similarity([SimpleNamespace(spec=router.spec, weight=torch.empty(0))]) is None
