@@ -30,7 +30,7 @@ class ReportConfig:
     run: tuple[str, ...]
     """Run directories, side by side."""
     output: str | None = None
-    """None: RUN/report/index.html, of the first run."""
+    """A file *.html, or a folder for index.html and the pictures. None: RUN/report of the first run."""
     png: bool = True
     watch: bool = False
     """Rebuild when files change, until interrupted."""
@@ -67,7 +67,9 @@ def build(settings: ReportConfig, reloads: bool) -> dict[str, Any]:
 
     started = time.perf_counter()
     runs = [read_run(directory) for directory in settings.run]
-    output = Path(settings.output or Path(settings.run[0]) / "report" / "index.html")
+    output = Path(settings.output or Path(settings.run[0]) / "report")
+    if output.suffix.lower() not in (".html", ".htm"):
+        output /= "index.html"
     page = render(runs, settings.interval if reloads else None)
     names = run_names(runs)
     try:
@@ -77,7 +79,7 @@ def build(settings: ReportConfig, reloads: bool) -> dict[str, Any]:
         scratch.replace(output)  # a browser that reloads never sees half a page
         pictures = write_figures(runs, names, output.parent) if settings.png else []
     except OSError as error:
-        raise ValueError(f"output={output} cannot be written ({error.strerror}); choose another file") from error
+        raise ValueError(f"output={output} cannot be written ({error.strerror}); choose another place") from error
     seconds = time.perf_counter() - started
     for run, name in zip(runs, names, strict=True):
         active = [alarm for alarm in run.alarms if alarm.active]

@@ -15,7 +15,7 @@ HOMES = {
     "hydra": ("launch/",), "omegaconf": ("launch/",),
     "deepspeed": ("train/engine.py",),
     "megatron": ("model/parallel.py", "train/data/", "train/schedule.py"),
-    "wandb": ("train/tracker.py",), "tensorboard": ("train/tracker.py",),
+    "wandb": ("train/tracker.py", "launch/dashboard.py"), "tensorboard": ("train/tracker.py",),
     "datasets": ("train/data/sources.py",), "tokenizers": ("train/data/",),
 }
 

@@ -150,24 +150,30 @@ class Tracker:
         mode, reason = wandb_mode(settings.wandb.mode)
         if mode == "disabled":
             return None
-        try:
-            import wandb
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")  # else the end of a run waits for a dead server for ever
+        if self.wandb_id is None:
+            self.wandb_id = secrets.token_hex(4)
+        run = None
+        for attempt in dict.fromkeys((mode, "offline")):
+            try:
+                import wandb
 
-            if self.wandb_id is None:
-                self.wandb_id = secrets.token_hex(4)
-            run = wandb.init(project=settings.wandb.project, entity=settings.wandb.entity, name=name, config=config,
-                             id=self.wandb_id, resume="allow", mode=mode, dir=str(self.run_dir),  # type: ignore[arg-type]
-                             settings=wandb.Settings(console="off", init_timeout=30, silent=True,
-                                                     disable_git=True, disable_code=True))
-            run.define_metric("train/tokens")
-            run.define_metric("*", step_metric="train/tokens")
-        except Exception as error:  # W&B unreachable, a bad key, a full quota: the run matters more
-            log.warning("W&B could not start (%s: %s); metrics are in %s", type(error).__name__,
-                        str(error).splitlines()[0] if str(error) else "", self.run_dir / "metrics.jsonl")
+                run = wandb.init(project=settings.wandb.project, entity=settings.wandb.entity, name=name, config=config,
+                                 id=self.wandb_id, resume="allow", mode=attempt, dir=str(self.run_dir),  # type: ignore[arg-type]
+                                 settings=wandb.Settings(console="off", init_timeout=30, silent=True,
+                                                         disable_git=True, disable_code=True))
+                run.define_metric("train/tokens")
+                run.define_metric("*", step_metric="train/tokens")
+                break
+            except Exception as error:  # W&B unreachable, a bad key, a full quota: the run matters more
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                log.warning("W&B could not start %s (%s); metrics are in %s", attempt, reason,
+                            self.run_dir / "metrics.jsonl")
+        if run is None:
             return None
-        if mode == "offline":
-            log.info("W&B is offline (%s): look at the run with `wandb leet %s`, upload it with `wandb sync`", reason,
-                     self.run_dir / "wandb")
+        if attempt == "offline":
+            log.info("W&B is offline (%s): look at the run with `wandb leet %s`, upload it with `wandb sync %s`", reason,
+                     self.run_dir / "wandb", self.run_dir / "wandb/offline-run-*")
         else:
             log.info("W&B: %s", run.url)
         return run

@@ -2,8 +2,8 @@
 
 None spills registers on sm_80, sm_90 and sm_100 with bf16 and fp16. On an H200 they were the fastest of twelve each for the
 sizes of bench/tune.py (bench/results/20261127-235200-nvidia-h200.json), but for act_grad, whose 256 columns are 12% faster
-and spill; other devices have not been timed. fp32 is for checks: its products are exact, so they run without tensor cores, in
-small tiles.
+and spill; other devices have not been timed. fp32 is for checks: its products are exact, so they run without tensor cores,
+in small tiles.
 """
 
 from __future__ import annotations

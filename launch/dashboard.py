@@ -1,0 +1,336 @@
+"""The W&B dashboard of a run as code: python -m launch.dashboard run=DIR [save=true] ..., or the overrides of launch.train.
+
+Writes a workspace, a report and presets of Vega charts as JSON, and the charts of a run that has routing.jsonl as PNG.
+With save=true the first three go to the server, and the rows of the charts as tables of a W&B run of their own; saving again
+updates what was saved before.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.dashboard")
+
+import dataclasses
+import json
+import os
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from launch import vega
+from launch.common import load_config, plain, print_result, run_main, world_size
+from launch.dashboard_panels import Chart, Lines, Media, Panel, Section, Text, charts, sections, shape_of
+from launch.secrets import redact_text
+
+X_AXIS = "train/tokens"
+PINNED = ("summary:train/loss", "summary:eval/val_loss", "summary:moe/max_vio", "summary:perf/tokens_per_second")
+"""Columns of the table of runs that are always in sight."""
+HTTP_SECONDS = 20
+"""How long one request to the server may take."""
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """Settings of launch.dashboard."""
+
+    run: str | None = None
+    save: bool = False
+    report: bool = True
+    charts: bool = True
+    project: str | None = None
+    """None: tracker.wandb.project of the run."""
+    entity: str | None = None
+    """None: tracker.wandb.entity of the run, or else the account's default."""
+    name: str | None = None
+    """None: "Loadstone: <experiment_name>"."""
+    output: str | None = None
+    """None: RUN/dashboard, or runs/dashboard without a run."""
+
+    def problems(self) -> list[str]:
+        return [f"{name} is empty; leave it out or name one" for name in ("run", "project", "entity", "name", "output")
+                if getattr(self, name) == ""]
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """What is written and saved."""
+
+    entity: str
+    """"": the account's default, which only the server knows."""
+    project: str
+    name: str
+    sections: tuple[Section, ...]
+    run_ids: tuple[str, ...]
+    """W&B ids of the run directory: pinned in the workspace, and what the report shows."""
+    presets: tuple[str, ...]
+    tables: dict[str, list[vega.Row]]
+    """Rows of the charts, by preset; {} without routing.jsonl."""
+
+    @property
+    def charts_id(self) -> str:
+        """The W&B run that holds the tables: not the training's own, which may still be written."""
+        return f"{self.run_ids[-1] if self.run_ids else 'loadstone'}-charts"
+
+
+def main(config: DictConfig) -> None:
+    """Write the files; with save=true save to the server; print where things are."""
+    settings, run = read(config)
+    shape = shape_of(run)
+    presets = tuple(vega.PRESETS) if settings.charts and shape.moe_layers else ()
+    records = vega.read_routing(Path(settings.run)) if settings.run and presets else []
+    further = [charts(presets, records[-1]["step"])] if records else []
+    dashboard = Dashboard(
+        settings.entity or run.tracker.wandb.entity or "", settings.project or run.tracker.wandb.project,
+        as_title(settings.name or f"Loadstone: {run.experiment_name}"), tuple(sections(shape, *further)),
+        wandb_ids(Path(settings.run)) if settings.run else (), presets,
+        {name: vega.PRESETS[name].rows(records, shape.moe_layers) for name in presets if records})
+    output = Path(settings.output or (Path(settings.run) / "dashboard" if settings.run else "runs/dashboard"))
+    found: dict[str, Any] = {"output": str(output), "files": write(dashboard, output, settings.report)}
+    for section in dashboard.sections:
+        print(f"{section.name}: {len(section.panels)} panels")
+    print(f"written to {output}: {', '.join(found['files'])}")
+    if settings.save:
+        found["saved"] = save(dashboard, output, settings.report)
+        for kind, address in found["saved"].items():
+            print(f"{kind}: {address}")
+    else:
+        print("nothing was sent; save=true saves to W&B")
+    print_result(found)
+
+
+def read(config: DictConfig) -> tuple[DashboardConfig, Any]:
+    """The command's settings, and the RunConfig they are about: that of the run, or that of the overrides."""
+    from launch.validate import ConfigError, build_record, parse
+    from train.config import RunConfig
+
+    own = {field.name for field in fields(DashboardConfig)}
+    given = plain(config)
+    problems: list[str] = []
+    settings = build_record({key: value for key, value in given.items() if key in own}, DashboardConfig, "", problems)
+    problems = problems or settings.problems()
+    if problems:
+        raise ConfigError(problems)
+    if settings.run is None:
+        return settings, parse({key: value for key, value in given.items() if key not in own}, world_size(config))
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    foreign = [override for override in overrides if override.split("=")[0].lstrip("+~") not in own]
+    if foreign:
+        raise ValueError(f"run={settings.run} has a config of its own; drop {', '.join(foreign)}")
+    path = Path(settings.run) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a run directory of launch.train, e.g. run=runs/.../...")
+    run = build_record(plain(load_config(str(path))), RunConfig, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    return settings, run
+
+
+def as_title(name: str) -> str:
+    """Without what W&B refuses in names: symbols such as = and +, and more than 128 characters."""
+    return "".join("-" if unicodedata.category(c)[0] in "SC" else c for c in name)[:128]
+
+
+def wandb_ids(run_dir: Path) -> tuple[str, ...]:
+    """Ids of the W&B runs a run directory has logged to: the last part of wandb/[offline-]run-<time>-<id>."""
+    return tuple(sorted({path.name.split("-")[-1] for path in (run_dir / "wandb").glob("*run-*-*") if path.is_dir()}))
+
+
+# --- records to the objects of wandb-workspaces -----------------------------------------------------------------------
+
+def panel_of(panel: Panel, entity: str) -> Any:
+    import wandb_workspaces.reports.v2 as reports
+
+    match panel:
+        case Lines():
+            return reports.LinePlot(title=panel.title, x=X_AXIS, y=list(panel.metrics), metric_regex=panel.regex,
+                                    range_y=(panel.low, panel.high), log_y=panel.log or None)
+        case Media():
+            return reports.MediaBrowser(title=panel.title, media_keys=list(panel.keys), num_columns=1)
+        case Chart():
+            preset = vega.PRESETS[panel.preset]
+            return reports.CustomChart(query={"summaryTable": {"tableKey": f"charts/{panel.preset}_table"}},
+                                       chart_name=chart_id(entity, panel.preset),
+                                       chart_fields={name: name for name in preset.fields}, chart_strings=preset.strings)
+        case Text():
+            return reports.MarkdownPanel(markdown=panel.markdown)
+
+
+def chart_id(entity: str, preset: str) -> str:
+    return f"{entity}/loadstone_{preset}"
+
+
+def workspace_of(dashboard: Dashboard) -> Any:
+    import wandb_workspaces.workspaces as workspaces
+
+    return workspaces.Workspace(
+        entity=dashboard.entity, project=dashboard.project, name=dashboard.name,
+        sections=[workspaces.Section(name=section.name, panels=[panel_of(p, dashboard.entity) for p in section.panels],
+                                     is_open=section.is_open) for section in dashboard.sections],
+        settings=workspaces.WorkspaceSettings(x_axis=X_AXIS, max_runs=20),
+        runset_settings=workspaces.RunsetSettings(pinned_columns=list(PINNED), pinned_runs=list(dashboard.run_ids)))
+
+
+def report_of(dashboard: Dashboard, online: bool) -> Any:
+    """online: the runs' project is named, which the library looks up on the server."""
+    import wandb_workspaces.reports.v2 as reports
+
+    blocks: list[Any] = [reports.TableOfContents()]
+    for section in dashboard.sections:
+        is_charts = any(isinstance(panel, Chart) for panel in section.panels)
+        shown = [dashboard.charts_id] if is_charts else list(dashboard.run_ids)
+        runs = reports.Runset(name=dashboard.name, filters=f"ID in {shown}" if shown else "",
+                              entity=dashboard.entity if online else "", project=dashboard.project if online else "")
+        blocks += [reports.H1(section.name), reports.P(section.meaning)]
+        blocks += [reports.MarkdownBlock(panel.markdown) for panel in section.panels if isinstance(panel, Text)]
+        blocks.append(reports.PanelGrid(runsets=[runs], panels=[panel_of(panel, dashboard.entity) for panel in section.panels
+                                                                if not isinstance(panel, Text)]))
+    return reports.Report(entity=dashboard.entity, project=dashboard.project, title=dashboard.name, blocks=blocks,
+                          description="Routing, budget, attention and time of Loadstone runs", width="fluid")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+def write(dashboard: Dashboard, output: Path, report: bool) -> list[str]:
+    """What save=true would send, as JSON, and the charts as PNG; returns the files' names."""
+    made = {"workspace.json": _spec(workspace_of(dashboard))}
+    if report:
+        made["report.json"] = _spec(report_of(dashboard, online=False))
+    made |= {f"charts/{name}.json": vega.spec_of(vega.PRESETS[name]) for name in dashboard.presets}
+    try:
+        for name, data in made.items():
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            (output / name).write_text(json.dumps(data, indent=1) + "\n")
+        return [*made, *draw(dashboard.tables, output / "charts")]
+    except OSError as error:
+        raise ValueError(f"output={output} cannot be written ({error.strerror}); choose another directory") from error
+
+
+def _spec(built: Any) -> dict[str, Any]:
+    """The JSON that the library would send (no public way leads to it without a server; the version is pinned)."""
+    return json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+
+
+def draw(tables: dict[str, list[vega.Row]], folder: Path) -> list[str]:
+    """The charts as PNG; returns the files' names."""
+    try:
+        for name, rows in tables.items():
+            (folder / f"{name}.png").write_bytes(vega.render(vega.filled(vega.PRESETS[name], rows)))
+    except ImportError:
+        print("no PNG of the charts: pip install vl-convert-python")
+        return []
+    return [f"{folder.name}/{name}.png" for name in tables]
+
+
+# --- server ----------------------------------------------------------------------------------------------------------
+
+class Refused(ValueError):
+    """Nothing can be saved, and why."""
+
+
+def save(dashboard: Dashboard, output: Path, report: bool) -> dict[str, str]:
+    """Save to the server; returns the addresses. What an earlier call saved from the same output is updated.
+
+    Raises:
+        Refused: there is no key, no server, or the server refuses.
+    """
+    from train.tracker import wandb_mode
+
+    mode, reason = wandb_mode("auto")
+    if mode != "online":
+        raise Refused(f"save=true needs W&B online, but it is {mode}: {reason}"
+                      + ("" if "wandb login" in reason else "; unset WANDB_MODE, or set WANDB_BASE_URL to a server that can "
+                                                            "be reached"))
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_HTTP_TIMEOUT": str(HTTP_SECONDS)}
+    try:
+        return _save(dashboard, output, report)
+    except Refused:
+        raise
+    except Exception as error:  # the client's own kinds of error, from its service and from HTTP
+        text = redact_text((str(error).strip() or type(error).__name__).splitlines()[-1].rstrip("."))
+        raise Refused(f"W&B refused to save to {dashboard.entity or 'your default entity'}/{dashboard.project}: {text}; "
+                      "check the key (wandb login), entity= and project=") from None
+
+
+def _save(dashboard: Dashboard, output: Path, report: bool) -> dict[str, str]:
+    import wandb
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+
+    api = wandb.Api(timeout=HTTP_SECONDS)
+    dashboard = dataclasses.replace(dashboard, entity=_entity(dashboard.entity, api))
+    for name in dashboard.presets:
+        api.create_custom_chart(entity=dashboard.entity, name=chart_id("", name).strip("/"), spec_type="vega2",
+                                display_name=f"Loadstone: {vega.PRESETS[name].display_name}", access="private",
+                                spec=vega.spec_of(vega.PRESETS[name]))
+    saved = {"charts": _log_tables(dashboard, output)} if dashboard.tables else {}
+    before = _saved_before(dashboard, output)
+    saved["workspace"] = _update(workspace_of(dashboard), workspaces.Workspace.from_url, before.get("workspace"),
+                                 ("name", "sections", "settings", "runset_settings"))
+    if report:
+        saved["report"] = _update(report_of(dashboard, online=True), reports.Report.from_url, before.get("report"),
+                                  ("title", "description", "blocks", "width"))
+    (output / "saved.json").write_text(json.dumps(before | saved, indent=1) + "\n")
+    return saved
+
+
+def _entity(entity: str, api: Any) -> str:
+    """Where to save: what was asked for, if the account may write there, or its default."""
+    viewer = api.viewer
+    known = [viewer.entity, *(team for team in viewer.teams if team != viewer.entity)]
+    if entity and entity not in known:
+        raise Refused(f"entity={entity} is none of your account's: choose {', '.join(known)}")
+    return entity or viewer.entity
+
+
+def _log_tables(dashboard: Dashboard, output: Path) -> str:
+    """The rows of the charts into a W&B run of their own, the same one every time; returns its address."""
+    import wandb
+
+    run = wandb.init(entity=dashboard.entity, project=dashboard.project, id=dashboard.charts_id, resume="allow",
+                     name=f"{dashboard.name}, charts", job_type="charts", dir=str(output),
+                     settings=wandb.Settings(console="off", init_timeout=HTTP_SECONDS, finish_timeout=3 * HTTP_SECONDS,
+                                             x_disable_stats=True, disable_git=True, disable_code=True))
+    drawn = {}
+    for name, rows in dashboard.tables.items():
+        preset = vega.PRESETS[name]
+        cells = [[row[field] for field in preset.fields] for row in vega.thinned(rows)]
+        table = wandb.Table(columns=list(preset.fields), data=cells)
+        drawn[f"charts/{name}"] = wandb.plot_table(chart_id(dashboard.entity, name), table,
+                                                   {field: field for field in preset.fields}, preset.strings)
+    run.log(drawn)
+    run.finish()
+    return run.url
+
+
+def _update(built: Any, load: Callable[[str], Any], address: str | None, parts: tuple[str, ...]) -> str:
+    """Save what was built, in place of what is at the address; returns the new address."""
+    if address is not None:
+        try:
+            saved = load(address)
+        except Exception:  # it was deleted: save a new one
+            pass
+        else:
+            for part in parts:
+                setattr(saved, part, getattr(built, part))
+            built = saved
+    return built.save().url
+
+
+def _saved_before(dashboard: Dashboard, output: Path) -> dict[str, str]:
+    """Addresses in output/saved.json that belong to the same entity and project."""
+    try:
+        saved = json.loads((output / "saved.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {kind: url for kind, url in saved.items()
+            if urlparse(url).path.strip("/").split("/")[:2] == [dashboard.entity, dashboard.project]}
+
+
+if __name__ == "__main__":
+    run_main("dashboard", main)
