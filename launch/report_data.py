@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class Frames:
     """Lines of routing.jsonl, evenly spread when there are too many.
 
     step, tokens: [F] int64. counts: [F, L, E] float32 assignments. k_histogram: [F, L, K + 1] float32 tokens, or None.
-    deciles: name -> [F, 10] float64, mean experts per token by decile of the token's frequency or loss; NaN where absent.
+    deciles: "frequency" and "loss" -> [F, 10] float64, mean experts of held-out tokens by decile, of the newest evaluation
+        up to the step; NaN before the first.
     num_lines: usable lines of the file, shown or not.
     """
 
@@ -135,7 +136,9 @@ def read_run(directory: str) -> RunData:
     frames = None
     if config.model.moe_layers:
         frames = read_frames(folder / "routing.jsonl", len(config.model.moe_layers), config.model.num_experts)
-        if frames is None:
+        if frames is not None:
+            frames = replace(frames, deciles=_deciles(curves, frames.step))
+        else:
             missing.append("expert loads: routing.jsonl has no usable line yet")
     else:
         missing.append("routing: this is a dense model, it has no experts")
@@ -211,7 +214,7 @@ def read_frames(path: Path, num_layers: int, num_experts: int) -> Frames | None:
     wanted = set(evenly(num_lines, max(1, min(MAX_FRAMES, MAX_CELLS // (num_layers * num_experts)))).tolist())
     step: list[int] = []
     tokens: list[int] = []
-    counts, histograms, deciles = [], [], []
+    counts, histograms = [], []
     last_skipped = None
     with path.open("rb") as file:
         for number, line in enumerate(file):
@@ -228,15 +231,14 @@ def read_frames(path: Path, num_layers: int, num_experts: int) -> Frames | None:
             tokens.append(int(frame.get("tokens", 0)))
             counts.append(np.array(frame["counts"], np.float32))
             histograms.append(np.array(frame.get("k_histogram") or np.zeros((num_layers, 1)), np.float32))
-            deciles.append({name: frame.get(name) for name in ("k_by_frequency", "k_by_loss")})
     if not step:
         return None
     widths = {h.shape for h in histograms}
     histogram = np.stack(histograms) if len(widths) == 1 and min(widths)[1] > 1 else None
     if histogram is not None:
         histogram = histogram[:, :, :int(np.flatnonzero(histogram.any((0, 1))).max(initial=0)) + 1]
-    return Frames(np.array(step, np.int64), np.array(tokens, np.int64), np.stack(counts), histogram,
-                  _deciles(deciles), num_lines)
+    return Frames(np.array(step, np.int64), np.array(tokens, np.int64), np.stack(counts), histogram, {},
+                  num_lines)
 
 
 def evenly(number: int, most: int) -> np.ndarray:
@@ -252,13 +254,16 @@ def _frame(line: bytes, shape: tuple[int, int]) -> dict[str, Any] | None:
         return None
 
 
-def _deciles(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _deciles(curves: dict[str, Curve], steps: np.ndarray) -> dict[str, np.ndarray]:
     found = {}
-    for name in rows[0]:
-        table = [[math.nan if v is None else float(v) for v in row[name]] if row[name] else [] for row in rows]
-        width = max(map(len, table))
-        if width:
-            found[name] = np.array([row if len(row) == width else [math.nan] * width for row in table])
+    for name in ("frequency", "loss"):
+        by_decile = [curves.get(f"eval/experts_per_token/{name}_{d}") for d in range(10)]
+        if any(curve is not None for curve in by_decile):
+            found[name] = np.full((len(steps), 10), math.nan)
+            for d, curve in enumerate(by_decile):
+                if curve is not None:
+                    at = np.searchsorted(curve.step, steps, side="right") - 1
+                    found[name][at >= 0, d] = curve.values[at[at >= 0]]
     return found
 
 

@@ -70,6 +70,8 @@ CHARTS = (
     Chart("balance", "Share of the busiest",
           (("moe/hot_fraction", "busiest expert"), ("moe/concentration/max", "busiest k, worst layer")), "percent",
           "Of a layer's assignments; near 100% it has collapsed."),
+    Chart("balance", "Router stability", (("eval/router_stability", "held-out tokens"),), "percent",
+          "Share of a token's experts that it had at the evaluation before."),
     Chart("balance", "Router entropy", (("moe/router_entropy", "mean of layers"),), "percent",
           "Of the softmax, over its largest value: 100% is undecided."),
     Chart("fallbacks", "Tokens by reason", tuple((f"moe/fallback/{name}", name) for name in (

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launch import report as command
-from launch.report_data import evenly, read_run, spans
+from launch.report_data import Curve, _deciles, evenly, read_run, spans
 from launch.report_page import fmt, load_levels, run_names
 from model.flops import flops_per_token
 from ops.router import RouterOutput
@@ -64,7 +64,9 @@ def make_run(folder: Path, *overrides: str, steps: int = 20, collapse: int | Non
                         "moe/load_entropy": 2.05, "moe/fallback/capped": 0.001 * step, "moe/fallback/empty": 0,
                         "perf/tokens_per_second": 1000.0 + step, "perf/step_seconds": 0.5, "perf/memory_gib": 1.25})
         routing.append({**at, "counts": counts.tolist(), "k_histogram": histogram.tolist(),
-                        "reasons": [[0] * 8] * len(LAYERS), "k_by_loss": [1 + 0.1 * i for i in range(10)]})
+                        "reasons": [[0] * 8] * len(LAYERS)})
+        if step == max(1, steps // 2):
+            metrics.append({**at, **{f"eval/experts_per_token/loss_{d}": 1 + 0.1 * d for d in range(10)}})
     metrics.append({"step": steps, "tokens": TOKENS * steps, "eval/val_loss": 4.5, "eval/bits_per_byte": 1.75})
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "routing.jsonl", routing)
@@ -129,7 +131,7 @@ def test_numbers_and_curves_are_those_of_the_files(run, capsys):
     assert numbers["perf/tokens_per_second/median", "run"] == 1010.5 and numbers["tokens", "run"] == 20 * TOKENS
     shown = payload(page)["runs"][0]
     grid, values = shown["series"]["moe/max_vio"]
-    assert values == pytest.approx([r["moe/max_vio"] for r in records[:-1]], rel=1e-5)
+    assert values == pytest.approx([r["moe/max_vio"] for r in records if "moe/max_vio" in r], rel=1e-5)
     assert shown["grids"][grid]["step"] == list(range(1, 21)) and shown["grids"][grid]["tokens"][-1] == 20 * TOKENS
 
 
@@ -343,3 +345,10 @@ def test_small_helpers():
              (61440, "count"): "61.4k", (0.05, "seconds"): "50 ms",
              (1.5, "gib"): "1.50 GiB", (None, "number"): "–", (2.2711, "number"): "2.271"}
     assert {case: fmt(*case) for case in shown} == shown
+
+
+def test_deciles_are_those_of_the_newest_evaluation_up_to_a_step():
+    curve = Curve(np.array([10, 20]), np.array([1, 2]), np.array([1.5, 2.5]))
+    found = _deciles({"eval/experts_per_token/loss_3": curve}, np.array([5, 10, 15, 20, 99]))
+    assert list(found) == ["loss"] and np.isnan(np.delete(found["loss"], 3, axis=1)).all()
+    assert np.isnan(found["loss"][0, 3]) and found["loss"][1:, 3].tolist() == [1.5, 1.5, 2.5, 2.5]
