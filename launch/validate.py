@@ -225,8 +225,10 @@ def _routing(run: RunConfig, router: Any) -> list[str]:
     if run.balance.entropy_coeff > 0 and run.router.arguments.get("score_function", "softmax") != "softmax":
         problems.append(f"balance.entropy_coeff {run.balance.entropy_coeff} acts on the softmax of the router's logits, but "
                         f"router.score_function is {run.router.arguments.get('score_function')}; set it to 0")
-    problems += [f"alarms.{name}.action is top_k, which router={run.router.target.rpartition('.')[2]} does anyway; choose "
-                 "another action" for name, rule in run.alarms.items() if rule.action == "top_k" and law == "none"]
+    if law in ("none", "relu"):
+        reason = "chooses plain top-k anyway" if law == "none" else "has no plain top-k to fall back on"
+        problems += [f"alarms.{name}.action is top_k, but router={run.router.target.rpartition('.')[2]} {reason}; choose "
+                     "another action" for name, rule in run.alarms.items() if rule.action == "top_k"]
     if run.fail_safe.rank_overload > 0 and run.parallel.expert_parallel_size == 1:
         problems.append(f"fail_safe.rank_overload {run.fail_safe.rank_overload} compares ranks, but "
                         "parallel.expert_parallel_size is 1; set it to 0")

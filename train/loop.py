@@ -215,7 +215,7 @@ class _Run:
             self.gradients = GradientWatch(self.engine.module, self.engine.device)
         self.probe = None
         if self.tracker is not None and model.num_experts:
-            self.probe = RoutingProbe(self.run_dir, self.loader.samples, model.vocab_size)
+            self.probe = RoutingProbe(self.run_dir, ValidationRows(self.store, settings.seq_len), model.vocab_size)
         self.stragglers = StragglerWatch(config.watchdog.straggler_ratio, self.engine.device)
         self.token_bytes = self.store.token_bytes()
         scalars: dict[str, Any] = {}

@@ -9,12 +9,12 @@ import torch
 
 from model.loss import IGNORE_INDEX, ModelOutput
 from train.data.loader import Batch
-from train.data.store import TrainingSamples
+from train.data.store import ValidationRows
 
 FOLDER = "probe"
 MAX_TOKENS = 4096
-FREQUENCY_SAMPLES = 256
-"""Training sequences that token frequencies are counted in."""
+FREQUENCY_ROWS = 4096
+"""Held-out rows that token frequencies are counted in."""
 DECILES = 10
 
 
@@ -22,9 +22,9 @@ class RoutingProbe:
     """RUN/probe/step-<step>.npz: expert_ids [layers, tokens, slots] int16 (-1 unused), token [tokens] int32 (what is there),
     loss [tokens] fp32 nats (NaN where nothing is predicted)."""
 
-    def __init__(self, run_dir: Path, samples: TrainingSamples, vocab_size: int):
+    def __init__(self, run_dir: Path, rows: ValidationRows, vocab_size: int):
         self.folder = run_dir / FOLDER
-        self.samples, self.vocab_size = samples, vocab_size
+        self.rows, self.vocab_size = rows, vocab_size
         self._frequency: np.ndarray | None = None
         self._found: dict[str, np.ndarray] | None = None
 
@@ -45,8 +45,8 @@ class RoutingProbe:
         """Metrics of the kept batch, which is written down; {} without one.
 
         eval/router_stability: share of a token's experts that it had at the evaluation before, mean over tokens and layers.
-        eval/experts_per_token/frequency_<d>, loss_<d>: mean experts of the tokens in decile d of training frequency (0: the
-        rarest) and of loss (0: the easiest); where tokens differ in their number of experts.
+        eval/experts_per_token/frequency_<d>, loss_<d>: mean experts of the tokens in decile d of frequency in held-out text
+        (0: the rarest) and of loss (0: the easiest); where tokens differ in their number of experts.
         """
         if self._found is None:
             return {}
@@ -72,11 +72,11 @@ class RoutingProbe:
         return scalars
 
     def frequency(self) -> np.ndarray:
-        """[vocabulary] int64: how often a token stands in the first training sequences."""
+        """[vocabulary] int64: how often a token stands in the held-out rows (training samples are opened collectively)."""
         if self._frequency is None:
             counts = np.zeros(self.vocab_size, np.int64)
-            for i in range(FREQUENCY_SAMPLES):
-                counts += np.bincount(self.samples.tokens(i), minlength=self.vocab_size)[:self.vocab_size]
+            for row in range(min(len(self.rows), FREQUENCY_ROWS)):
+                counts += np.bincount(self.rows.tokens(row), minlength=self.vocab_size)[:self.vocab_size]
             self._frequency = counts
         return self._frequency
 

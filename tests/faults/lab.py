@@ -111,6 +111,8 @@ class Node:
     address: str
     clock_offset: float = 0.0
     """Seconds by which this node's wall clock is ahead, for everything started through its sshd."""
+    send_delay: float = 0.0
+    """Seconds that every send to another machine takes more, likewise."""
     holder: subprocess.Popen | None = None
     """The process whose death takes the node down."""
     init: int = 0
@@ -161,13 +163,15 @@ class Cluster:
 
     Args:
         folder: keys, settings and logs of the lab, and its `home`.
-        clocks: {node index: seconds its wall clock is ahead}.
+        clocks: {node index: seconds its wall clock is ahead}. delays: {node index: seconds a send takes more}.
     """
 
-    def __init__(self, num_nodes: int, folder: Path, clocks: dict[int, float] | None = None):
+    def __init__(self, num_nodes: int, folder: Path, clocks: dict[int, float] | None = None,
+                 delays: dict[int, float] | None = None):
         self.folder = folder
-        clocks = clocks or {}
-        self.nodes = [Node(f"node{i}", f"{NETWORK}.{i + 1}", clocks.get(i, 0.0)) for i in range(num_nodes)]
+        clocks, delays = clocks or {}, delays or {}
+        self.nodes = [Node(f"node{i}", f"{NETWORK}.{i + 1}", clocks.get(i, 0.0), delays.get(i, 0.0))
+                      for i in range(num_nodes)]
         self.login = Node("login", f"{NETWORK}.254")
         self.site: subprocess.Popen | None = None
 
@@ -242,8 +246,13 @@ class Cluster:
                  f"AuthorizedKeysFile {self.folder}/ssh/authorized_keys", "PermitRootLogin prohibit-password",
                  "PasswordAuthentication no", "KbdInteractiveAuthentication no", "UsePAM no", "StrictModes no",
                  "PidFile none", "UseDNS no", "PrintMotd no", "MaxStartups 100"]
+        libraries = []
         if node.clock_offset:
-            lines.append(f"SetEnv LD_PRELOAD={clock_library(self.folder, node.clock_offset)}")
+            libraries.append(preload(self.folder, f"clock{node.clock_offset:+.0f}", CLOCK % {"offset": node.clock_offset}))
+        if node.send_delay:
+            libraries.append(preload(self.folder, "slow", SLOW % {"microseconds": 1e6 * node.send_delay}))
+        if libraries:
+            lines.append(f"SetEnv LD_PRELOAD={':'.join(libraries)}")
         settings.write_text("\n".join(lines) + "\n")
         sshd = f"exec {shutil.which('sshd', path='/usr/sbin:/sbin')} -D -e -f {settings}"
         script = " && ".join([
@@ -395,16 +404,38 @@ def remove_leftovers() -> list[int]:
     return found
 
 
-def clock_library(folder: Path, offset: float) -> Path:
-    """A library for LD_PRELOAD under which the wall clock is `offset` seconds ahead; the monotonic clock is untouched."""
-    library = folder / f"clock{offset:+.0f}.so"
+def preload(folder: Path, name: str, source: str) -> str:
+    """A library for LD_PRELOAD, compiled from C."""
+    library = folder / f"{name}.so"
     if not library.exists():
-        source = library.with_suffix(".c")
-        source.write_text(CLOCK % {"offset": int(offset)})
-        sh("gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl")
-    return library
+        library.with_suffix(".c").write_text(source)
+        sh("gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(library.with_suffix(".c")), "-ldl")
+    return str(library)
 
 
+# Every send to another machine waits first, for kernels without netem. Sockets of the machine itself are left alone.
+SLOW = r"""
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dlfcn.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+static void wait_for(int fd) {
+  struct sockaddr_storage a;
+  socklen_t n = sizeof a;
+  if (getpeername(fd, (struct sockaddr *)&a, &n) || a.ss_family != AF_INET) return;
+  if ((ntohl(((struct sockaddr_in *)&a)->sin_addr.s_addr) >> 24) != 127) usleep(%(microseconds)d);
+}
+#define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
+ssize_t send(int fd, const void *b, size_t n, int f) { REAL(send); wait_for(fd); return real(fd, b, n, f); }
+ssize_t sendmsg(int fd, const struct msghdr *m, int f) { REAL(sendmsg); wait_for(fd); return real(fd, m, f); }
+ssize_t write(int fd, const void *b, size_t n) { REAL(write); wait_for(fd); return real(fd, b, n); }
+ssize_t writev(int fd, const struct iovec *v, int n) { REAL(writev); wait_for(fd); return real(fd, v, n); }
+"""
+
+# The wall clock is OFFSET seconds ahead; the monotonic clock is untouched.
 CLOCK = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>

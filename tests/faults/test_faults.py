@@ -3,8 +3,10 @@ last complete checkpoint, no process left. The rows of docs/operations.md's tabl
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -263,6 +265,16 @@ def test_a_lossy_and_slow_network_is_survived(lab, tmp_path, data, reference):
         pytest.skip(f"this kernel has no netem: {error}")
     outcome = run(cluster, tmp_path, data, limit=300)
     assert outcome.code == 0 and not outcome.verdicts and outcome.losses == reference(), outcome.report()
+
+
+def test_a_node_whose_sends_are_slow_is_survived(lab, tmp_path, data, reference):
+    """For kernels without netem: every send of node1 to another machine waits 20 ms."""
+    outcome = run(lab(2, delays={1: 0.02}), tmp_path, data, limit=300)
+    assert outcome.code == 0 and not outcome.verdicts and outcome.losses == reference(), outcome.report()
+    records = [json.loads(line) for line in (outcome.run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["perf/step_seconds"] for record in records if "perf/step_seconds" in record]
+    assert statistics.median(steps) > 0.2, f"nothing was slow: {steps}"
+    tabulate(outcome, "every send of a node 20 ms late", None, "survived, losses bit-equal")
 
 
 def test_a_stranger_on_the_supervisors_port_changes_nothing(lab, tmp_path, data, reference):

@@ -12,8 +12,11 @@ from train.data.loader import pack
 from train.probe import DECILES, RoutingProbe, overlap
 
 
-class Samples:
-    """Token i stands 100 * (i + 1) times in the first sample, nothing else anywhere."""
+class Rows:
+    """Token i stands 100 * (i + 1) times in the first row, nothing in the second."""
+
+    def __len__(self) -> int:
+        return 2
 
     def tokens(self, index: int) -> np.ndarray:
         return np.repeat(np.arange(10), 100 * np.arange(1, 11)) if index == 0 else np.empty(0, np.int64)
@@ -29,7 +32,7 @@ def test_experts_by_decile_of_frequency_and_loss(tmp_path):
     for token in range(10):  # token t visits 1 + t // 3 experts
         ids[token, :1 + token // 3] = torch.arange(1 + token // 3)
     losses = -torch.arange(10.0).view(1, 10)
-    probe = RoutingProbe(tmp_path, Samples(), 16)
+    probe = RoutingProbe(tmp_path, Rows(), 16)
     probe.add(batch, output(ids, losses))
     probe.add(batch, output(ids + 1, losses))  # only the first batch counts
     found = probe.measure(7)
@@ -44,13 +47,13 @@ def test_experts_by_decile_of_frequency_and_loss(tmp_path):
 def test_stability_is_measured_against_the_evaluation_before_also_after_a_resume(tmp_path):
     batch, losses = pack([np.arange(11) % 10], 10, end_of_document=99), torch.zeros(1, 10)
     first = torch.tensor([[0, 1]] * 10)
-    RoutingProbe(tmp_path, Samples(), 16).add(batch, output(first, losses))
-    probe = RoutingProbe(tmp_path, Samples(), 16)
+    RoutingProbe(tmp_path, Rows(), 16).add(batch, output(first, losses))
+    probe = RoutingProbe(tmp_path, Rows(), 16)
     probe.add(batch, output(first, losses))
     assert probe.measure(10) == {}  # the number of experts is the same everywhere, and nothing came before
     second = first.clone()
     second[:5] = torch.tensor([1, 2])
-    again = RoutingProbe(tmp_path, Samples(), 16)
+    again = RoutingProbe(tmp_path, Rows(), 16)
     again.add(batch, output(second, losses))
     assert again.measure(20)["eval/router_stability"] == pytest.approx(0.75)
     again.add(batch, output(second, losses))
