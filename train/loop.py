@@ -20,7 +20,7 @@ from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
 from ops.all_to_all import total_communication
-from ops.grouped_mlp import select_backend
+from ops.grouped_mlp import product_tile_rows, select_backend
 from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
 from train import heartbeat
@@ -43,10 +43,11 @@ from train.data.store import TokenStore, TrainingSamples, ValidationRows
 from train.engine import Engine
 from train.evaluate import evaluate
 from train.gradients import GradientWatch
+from train.host_syncs import HostSyncs
 from train.metrics import StepMetrics, console_line
 from train.nonfinite import NonFiniteError, describe
 from train.probe import RoutingProbe
-from train.routing_metrics import routing_details
+from train.routing_metrics import routing_details, tile_padding
 from train.runtime import StopSignal, from_rank_zero, seed_everything
 from train.schedule import Schedule
 from train.spike import SpikeGuard
@@ -210,6 +211,7 @@ class _Run:
         self.alarms = Alarms(config.alarms)
         self.alarms.restore(progress.alarms)
         self.alarm_actions = frozenset(self.alarms.actions())
+        self.host_syncs = HostSyncs(self.engine.device, config.tracker.metrics == "detailed")
         self.gradients = None
         if self.routers and config.tracker.metrics == "detailed":
             self.gradients = GradientWatch(self.engine.module, self.engine.device)
@@ -227,7 +229,8 @@ class _Run:
             log.info("nothing to train: the run is at step %d and train.num_steps is %d", progress.step, last_step)
         while progress.step < last_step and not stopped:
             started = time.perf_counter()
-            stopped = self.optimisation_step()
+            with self.host_syncs.counting((progress.step + 1) % settings.log_interval == 0):
+                stopped = self.optimisation_step()
             seconds += time.perf_counter() - started
             step, at_end = progress.step, progress.step == last_step
             if step % settings.log_interval == 0 or at_end or stopped:
@@ -380,7 +383,9 @@ class _Run:
                    "perf/rank_skew": skew, "perf/save_seconds": self.save_seconds, **scalars}
         self.save_seconds = 0.0
         if self.tracker is not None:
-            scalars |= routing_details(self.routings)
+            scalars |= routing_details(self.routings) | self.host_syncs.take()
+            if self.groups.expert_size == 1:
+                scalars |= tile_padding(self.routings, self.tile_rows())
             self.check_alarms(scalars, routing)
             self.tracker.log(progress.step, progress.consumed_tokens, scalars)
             if scalars.get("moe/layers_collapsed"):
@@ -393,6 +398,15 @@ class _Run:
         if any(rule.action != "none" for rule in self.config.alarms.values()):
             self.alarm_actions = from_rank_zero(lambda: frozenset(self.alarms.actions()))
         return scalars
+
+    def tile_rows(self) -> int:
+        """Rows of a tile of the experts' products in the last micro-batch."""
+        if not self.routings:
+            return 1
+        model, dtype = self.config.model, torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        backend = select_backend(self.config.experts.backend, self.engine.device, dtype, model.hidden_size,
+                                 model.expert_intermediate_size)
+        return product_tile_rows(backend, self.routings[0].slots.numel(), model.num_experts, dtype)
 
     def check_alarms(self, scalars: dict[str, Any], routing: dict[str, Any]) -> None:
         """On the rank that logs: add alarm/<name> to the scalars, and tell people what changed."""

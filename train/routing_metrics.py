@@ -135,6 +135,16 @@ def routing_tables(stats: LayerStats) -> dict[str, Any]:
     return {"counts": stats.counts.tolist(), "k_histogram": stats.k_histogram.tolist(), "reasons": stats.reasons.tolist()}
 
 
+def tile_padding(routings: Sequence[RouterOutput], rows: int) -> dict[str, float]:
+    """perf/tile_padding: share of the rows in tiles of `rows` that belong to no assignment, over the layers' routings; {}
+    without tiles."""
+    if rows <= 1 or not routings:
+        return {}
+    counts = torch.stack([routing.counts.sum(0) for routing in routings])
+    filled = (-(-counts // rows) * rows).sum()
+    return {"perf/tile_padding": float(1 - counts.sum() / filled.clamp_min(1))}
+
+
 @torch.no_grad()
 def routing_details(routings: tuple[RouterOutput, ...]) -> dict[str, float]:
     """What needs tokens instead of sums: of one rank's last micro-batch, so a sample, averaged over MoE layers.

@@ -75,6 +75,14 @@ def select_backend(requested: str, device: torch.device, dtype: torch.dtype, hid
     return requested
 
 
+def product_tile_rows(backend: str, num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of the products, which an expert's rows are filled up to; 1 where a backend has no tiles of its own.
+    num_rows: T * K."""
+    if backend != "triton":
+        return 1
+    return int(importlib.import_module("ops.grouped_mlp.kernels.configs").tile_rows(num_rows, num_experts, dtype))
+
+
 @functools.cache
 def _best_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, width: int) -> str:
     reasons = {}

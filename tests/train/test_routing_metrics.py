@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ops.router import RouteSpec, route
-from train.routing_metrics import concentration, correlation, entropy_ratio, router_similarity, routing_details
+from train.routing_metrics import (
+    concentration,
+    correlation,
+    entropy_ratio,
+    router_similarity,
+    routing_details,
+    tile_padding,
+)
 
 
 def routing_of(ids: list[list[int]], num_experts: int = 4, logits: torch.Tensor | None = None):
@@ -59,3 +66,9 @@ def test_router_similarity_is_the_mean_cosine_of_pairs_of_experts():
     cosines = [float(rows[i] @ rows[j]) for i in range(4) for j in range(4) if i != j]
     assert router_similarity([router]).tolist() == pytest.approx([sum(cosines) / len(cosines)], rel=1e-4)
     assert router_similarity([SimpleNamespace(spec=router.spec, weight=torch.empty(0))]) is None
+
+
+def test_tile_padding_is_the_share_of_rows_without_an_assignment():
+    layers = [SimpleNamespace(counts=torch.tensor([counts])) for counts in ([1, 64, 65, 0], [128, 0, 0, 0])]
+    assert tile_padding(layers, 64) == {"perf/tile_padding": pytest.approx(1 - 258 / (64 + 64 + 128 + 128))}
+    assert tile_padding(layers, 1) == {} == tile_padding((), 64)
