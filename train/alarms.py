@@ -91,8 +91,9 @@ class Alarms:
 
     def scalars(self, logged: Mapping[str, Any]) -> dict[str, int]:
         """alarm/<name>: 1 while it rings; of the rules whose metric this run logs."""
+        silent = self.silent(logged)
         return {f"alarm/{name}": int(name in self.held and self.held[name].ringing)
-                for name in self.rules.keys() - self.silent(logged)}
+                for name in self.rules if name not in silent}
 
     def state(self) -> dict[str, tuple[int | None, bool]]:
         return {name: (held.since, held.ringing) for name, held in self.held.items()}
