@@ -35,7 +35,7 @@ def test_same_layout_resumes_bit_for_bit(runs):
     assert resume(runs, "same") == losses(runs / "full")
 
 
-@pytest.mark.parametrize(("world", "expert", "zero"), [(1, 1, 1), (4, 4, 3), (2, 1, 2), (4, 2, 0)])
+@pytest.mark.parametrize(("world", "expert", "zero"), [(1, 1, 1), (4, 4, 3), (2, 1, 2), (2, 2, 0)])
 def test_other_layout_resumes_to_rounding(runs, world, expert, zero):
     full = losses(runs / "full")
     resumed = resume(runs, f"{world}-{expert}-{zero}", *ranks(world, expert), f"deepspeed=zero{zero}")
@@ -64,7 +64,7 @@ def test_changed_data_files_are_refused_and_touched_ones_are_not(runs):
     assert resume(runs, "touched", "train.stop_after_step=11") == {
         step: loss for step, loss in losses(runs / "full").items() if step <= 11}
     text.write_text(original.replace("fox", "cat"))
-    result = launch("train", f"resume={runs / 'touched'}", check=False)
+    result = launch("train", f"resume={runs / 'touched'}", *ranks(1, 1), check=False)
     text.write_text(original)
     assert result.returncode == 2 and "data files have changed" in result.stderr
 
