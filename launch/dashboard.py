@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from launch import vega
 from launch.common import load_config, plain, print_result, run_main, world_size
 from launch.dashboard_panels import Chart, Lines, Media, Panel, Section, Text, charts, sections, shape_of
+from launch.report_data import records as records_of
 from launch.secrets import redact_text
 
 X_AXIS = "train/tokens"
@@ -83,7 +84,7 @@ def main(config: DictConfig) -> None:
     settings, run = read(config)
     shape = shape_of(run)
     presets = tuple(vega.PRESETS) if settings.charts and shape.moe_layers else ()
-    records = vega.read_routing(Path(settings.run)) if settings.run and presets else []
+    records = list(records_of(Path(settings.run) / "routing.jsonl")) if settings.run and presets else []
     further = [charts(presets, records[-1]["step"])] if records else []
     dashboard = Dashboard(
         settings.entity or run.tracker.wandb.entity or "", settings.project or run.tracker.wandb.project,

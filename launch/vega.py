@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
@@ -154,17 +153,6 @@ PLACEHOLDER = re.compile(r"\$\{(?P<kind>field|string):(?P<name>\w+)\}")
 def placeholders(spec: dict[str, Any]) -> set[tuple[str, str]]:
     """(kind, name) of every placeholder in a spec."""
     return {(m["kind"], m["name"]) for m in PLACEHOLDER.finditer(json.dumps(spec))}
-
-
-def read_routing(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of routing.jsonl, a cut-off last line aside; empty without the file."""
-    path, found = run_dir / "routing.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def render(chart: dict[str, Any]) -> bytes:

@@ -130,6 +130,15 @@ def rank_loads(counts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     return torch.einsum("le,ler->lr", counts.double(), shares.to(counts.device))
 
 
+def busiest_experts(counts: torch.Tensor, experts_per_token: torch.Tensor
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[L, E] counts, [L] mean experts per token -> k [L] int64, the rounded mean; assignments [L] of the busiest k experts
+    and of all, in the dtype of the counts."""
+    k = experts_per_token.round().long().clamp(1, counts.shape[1])
+    ranked = counts.sort(dim=1, descending=True).values.cumsum(1)
+    return k, ranked.gather(1, k.unsqueeze(1) - 1)[:, 0], ranked[:, -1]
+
+
 def load_fractions(counts: torch.Tensor) -> torch.Tensor:
     """[..., E] counts -> fp32 shares of all assignments, which sum to 1 (0 where there are none)."""
     return counts.float() / counts.sum(-1, keepdim=True).clamp_min(1).float()

@@ -24,7 +24,7 @@ import math
 
 import torch
 
-from model.balance import LayerStats, quantile_cuts, rank_loads, update_balance_bias
+from model.balance import LayerStats, busiest_experts, quantile_cuts, rank_loads, update_balance_bias
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.routers.base import FALLBACK_K, LIMIT, SHARE, VALUE, Router
 from ops.router import Reason
@@ -138,9 +138,8 @@ def _fall_back(first: Router, control: torch.Tensor, state: torch.Tensor, budget
 def _collapsed(stats: LayerStats, fail_safe: FailSafeConfig) -> torch.Tensor:
     """[L] bool: the busiest round(k) experts take nearly all assignments, and they are at most a quarter of all."""
     num_experts = stats.counts.shape[1]
-    busiest = stats.experts_per_token.round().long().clamp(1, num_experts)
-    ranked = stats.counts.sort(dim=1, descending=True).values.cumsum(1)
-    share = ranked.gather(1, busiest.unsqueeze(1) - 1)[:, 0].float() / ranked[:, -1].clamp_min(1).float()
+    busiest, most, total = busiest_experts(stats.counts, stats.experts_per_token)
+    share = most.float() / total.clamp_min(1).float()
     return (share >= fail_safe.collapse_share) & (4 * busiest <= num_experts) & (fail_safe.collapse_share < 1)
 
 

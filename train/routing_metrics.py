@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from model.balance import LayerStats, balance_metrics, rank_loads
+from model.balance import LayerStats, balance_metrics, busiest_experts, rank_loads
 from model.budget import COLLAPSED, HOLD, THETA, penalty_coeff
 from model.config import ModelConfig
 from model.routers.base import SHARE, VALUE, Router
@@ -103,9 +103,8 @@ def concentration(counts: torch.Tensor, experts_per_token: torch.Tensor) -> torc
     """[L, E], [L] -> [L]: (s - k/E) / (1 - k/E), s the share of the assignments of the busiest k experts, k the rounded mean
     of experts per token: 0 is even, 1 when every token goes to the same ones; 0 where all experts are visited anyway."""
     num_experts = counts.shape[1]
-    k = experts_per_token.round().long().clamp(1, num_experts)
-    ranked = counts.sort(1, descending=True).values.cumsum(1)
-    share = ranked.gather(1, k.unsqueeze(1) - 1)[:, 0] / ranked[:, -1].clamp_min(1)
+    k, most, total = busiest_experts(counts, experts_per_token)
+    share = most / total.clamp_min(1)
     even = k / num_experts
     return torch.where(k < num_experts, (share - even) / (1 - even).clamp_min(1e-9), 0.0).clamp_min(0)
 
