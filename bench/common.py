@@ -20,6 +20,7 @@ import torch
 from ops.device import memory_bandwidth_tbs, peak_tflops
 
 L2_BYTES = 256 * 2**20  # writing this much evicts the L2 cache of any current device
+WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -88,6 +89,23 @@ def measure(functions: dict[str, Callable[[], object]], device: torch.device, re
                 functions[name]()
                 samples[name].append(1e3 * (time.perf_counter() - begin))
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def profile(function: Callable[[], object]) -> tuple[int, dict[str, float]]:
+    """(calls that wait for the device, milliseconds by kernel, longest first) of one call, by torch's profiler; CUDA only."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[*torch.profiler.supported_activities()]) as profiler:
+        with torch.profiler.record_function("measured"):
+            function()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    whole = next(e.time_range for e in events if e.name == "measured" and e.device_type == torch.autograd.DeviceType.CPU)
+    waits = [e for e in events if e.name in WAITS and whole.start <= e.time_range.start <= whole.end]
+    kernels: dict[str, float] = {}
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "measured":
+            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3
+    return len(waits), dict(sorted(kernels.items(), key=lambda item: -item[1]))
 
 
 def make_row(op: str, shape: dict[str, int | str], dtype: torch.dtype, device: torch.device, times: dict[str, float],

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bench.common import Row, main, make_row, measure, roofline_ms
+from bench.common import Row, main, make_row, measure, profile, roofline_ms
 from ops.grouped_mlp import grouped_mlp, select_backend
 from ops.permute import group_by_expert
 from ops.testing import SMALL_SHAPES, MoEShape, assert_close, draw_expert_ids
@@ -104,9 +104,11 @@ def bench_shape(name: str, shape: MoEShape, load: str, device: torch.device, dty
     for op, call, factor in (("forward", forward, 1), ("forward_backward", forward_backward, 3)):
         times = measure({n: lambda f=f, call=call: call(f) for n, f in functions.items()}, device, repeats)
         tflops = factor * flops / times["ours"] / 1e9
+        waits = profile(lambda call=call: call(grouped_mlp))[0] if device.type == "cuda" else None
         rows.append(make_row(f"grouped_mlp.{op}", label, dtype, device, times,
                              roofline_ms(device, factor * flops, factor * values * dtype.itemsize), backend=backend,
-                             tflops=round(tflops, 3), peak_gib=peak_memory(lambda call=call: call(grouped_mlp), device)))
+                             tflops=round(tflops, 3), host_waits=waits,
+                             peak_gib=peak_memory(lambda call=call: call(grouped_mlp), device)))
     return rows
 
 

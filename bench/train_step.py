@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.common import Row, device_name, main, make_row, measure
+from bench.common import Row, device_name, main, make_row, measure, profile
 from model.attention.dense import DenseAttention
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch import LocalDispatcher
@@ -63,14 +63,20 @@ def run(device: torch.device) -> list[Row]:
     dtype, repeats = (torch.bfloat16, 10) if cuda else (torch.float32, 5)
     batch = random_batch(rows, length, config.vocab_size, device)
     dense = dataclasses.replace(config, num_experts=0, intermediate_size=top_k * config.expert_intermediate_size)
-    times = measure({"ours": build_step(config, top_k, batch, device, dtype),
-                     "dense_same_flops": build_step(dense, top_k, batch, device, dtype)}, device, repeats)
+    step = build_step(config, top_k, batch, device, dtype)
+    times = measure({"ours": step, "dense_same_flops": build_step(dense, top_k, batch, device, dtype)}, device, repeats)
+    waits = None
+    if cuda:
+        waits, kernels = profile(step)
+        total = sum(kernels.values())
+        for name, ms in list(kernels.items())[:24]:
+            print(f"{ms:8.3f} ms {ms / total:6.1%} {name[:90]}", flush=True)
     flops, peak = rows * length * flops_per_token(config, top_k, length), peak_tflops(device_name(device))
     shape = {"B": rows, "S": length, "D": config.hidden_size, "layers": config.num_layers,
              "F": config.expert_intermediate_size, "E": config.num_experts, "K": top_k, "vocab": config.vocab_size}
     # The bound counts model FLOPs only, so the roofline fraction is the MFU.
     return [make_row("train_step", shape, dtype, device, times, None if peak is None else flops / peak / 1e9,
-                     tokens_per_second=round(1e3 * rows * length / times["ours"], 1),
+                     host_waits=waits, tokens_per_second=round(1e3 * rows * length / times["ours"], 1),
                      tflops=round(flops / times["ours"] / 1e9, 3))]
 
 

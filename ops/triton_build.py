@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.build import cache_folder
-from ops.triton_launch import record_launches
+from ops.triton_launch import Launch, record_launches
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Largest dynamic shared memory of a block in bytes, by architecture (CUDA programming guide, compute capabilities)."""
@@ -69,7 +69,7 @@ class Job:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def job_of(launch: Any, title: str) -> Job:
+def job_of(launch: Launch, title: str) -> Job:
     """Specialise as Triton's launcher does: 1 and None are constants, multiples of 16 and pointers are marked so."""
     kernel = launch.kernel
     names = kernel.arg_names
@@ -93,6 +93,10 @@ def job_of(launch: Any, title: str) -> Job:
             signature[name] = "fp32"
     options = {k: v for k, v in launch.options.items() if k not in names}
     return Job(f"{kernel.__name__.removesuffix('_kernel')} {title}", kernel, signature, constants, attributes, options)
+
+
+def _named(launch: Launch) -> Iterator[tuple[str, Any]]:
+    return zip(launch.kernel.arg_names, launch.args, strict=False)
 
 
 def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
@@ -121,12 +125,13 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
                                            torch.zeros(num_tokens, heads), q, rows)
             cache = k.expand(2, -1, -1, -1)
             stored = entries._replace(**{name: x.expand(2, -1, -1, -1) for name, x in entries._asdict().items()})
-            triton_backend.decode(q[:2], cache, cache, stored, num_tokens, spec, None if rows is None else rows[:2], sink,
-                                  True, True)
+            for length in (num_tokens, 1):  # with entries and without
+                triton_backend.decode(q[:2], cache, cache, stored, length, spec, None if rows is None else rows[:2], sink,
+                                      True, True)
         for launch in launches:
             name = launch.kernel.__name__.removesuffix("_kernel")
             if not only or name in only:
-                yield job_of(launch, title)
+                yield job_of(launch, title + (" no entries" if ("logits_ptr", None) in _named(launch) else ""))
 
     heavy = ("rank", "attend", "query_grad", "key_grad", "entry_grad")
     yield from record("d128 G8 B64", 32, 4, 128)
@@ -155,7 +160,7 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
                 _, pre = triton_backend.forward(*given, keep)
                 triton_backend.backward(hidden, *given, pre)
         for launch in launches:
-            absent = [name.removesuffix("_ptr") for name, value in zip(launch.kernel.arg_names, launch.args, strict=False)
+            absent = [name.removesuffix("_ptr") for name, value in _named(launch)
                       if value is None and name.endswith("_ptr")]  # descriptors depend on the architecture
             if "STEP" in launch.options or not products:
                 yield job_of(launch, " no ".join([title, *absent]))

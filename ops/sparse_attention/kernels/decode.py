@@ -73,7 +73,7 @@ def decode_attend_kernel(q_ptr, k_ptr, v_ptr, value_mean_ptr, logits_ptr, bias_p
                 logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
                 seen = inside[None, :] & live[:, None]
                 peak, mass, acc = softmax_step(tl.where(seen, logits, float("-inf")), values, peak, mass, acc)
-    else:
+    elif logits_ptr is not None:  # None: no entries, so no parts of this kind
         low = tail_low + (part - num_exact) * run_size
         high = tl.minimum(tail_high, low + run_size)
         offset = tl.zeros([HEADS], tl.float32)
