@@ -92,7 +92,7 @@ def measure(functions: dict[str, Callable[[], object]], device: torch.device, re
 
 
 def profile(function: Callable[[], object]) -> tuple[int, dict[str, float]]:
-    """(calls that wait for the device, milliseconds by kernel, longest first) of one call, by torch's profiler; CUDA only."""
+    """Of one call, by torch's profiler: (calls that wait for the device, milliseconds by kernel). CUDA only."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[*torch.profiler.supported_activities()]) as profiler:
         with torch.profiler.record_function("measured"):

@@ -110,6 +110,21 @@ def check(name: str, found: dict[str, torch.Tensor], expected: dict[str, torch.T
             assert error < BF16_ERROR, f"{name}: {part} is off by {error:.3g}"
 
 
+def products(case: Case, dtype: torch.dtype, counts: torch.Tensor) -> Callable[[], None]:
+    """The matrix products of forward and backward alone, on rows and weights that are there already."""
+    width, hidden_size = case.shape.expert_intermediate_size, case.shape.hidden_size
+    weights = Weights.draw(case.shape.num_experts, hidden_size, width, dtype=dtype)
+    rows, act, pre = (torch.randn(int(counts.max()), n).to(dtype) for n in (hidden_size, width, 2 * width))
+
+    def call() -> None:
+        for expert, count in enumerate(counts.tolist()):
+            gate_up, down = weights.gate_up[expert], weights.down[expert]
+            rows[:count] @ gate_up.t(), act[:count] @ down.t()  # forward
+            rows[:count] @ down, pre[:count] @ gate_up, rows[:count].t() @ act[:count], pre[:count].t() @ rows[:count]
+
+    return call
+
+
 def bench_case(case: Case, dtype: torch.dtype, device: torch.device, repeats: int) -> list[Row]:
     shape = case.shape
     layers = {name: build(name, case, dtype) for name in LAYERS}
@@ -128,11 +143,14 @@ def bench_case(case: Case, dtype: torch.dtype, device: torch.device, repeats: in
                  (lambda moe=moe: moe.forward_backward(hidden, grad)) for name, moe in layers.items()}
         if op == "forward":
             del calls["ours_recompute"]  # nothing to recompute
+        else:
+            calls["products"] = products(case, dtype, counts)
         times = measure(calls, device, repeats)
         extra: dict[str, float | str | None] = {"busiest": round(float(counts.max() / counts.float().mean()), 2),
                                                 "gflops": round(factor * flops / times["ours"] / 1e6, 1)}
         if op == "forward_backward":
             extra["recompute_ms"] = round(times.pop("ours_recompute"), 1)  # no rival
+            extra["products_ms"] = round(times.pop("products"), 1)  # nobody can be faster without a faster product
             extra |= {f"peak_mib.{name}": peak_mib(name, case, dtype) for name in LAYERS}
         rows.append(make_row(f"moe_layer.{op}", label, dtype, device, times, None, **extra))
     return rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+log = logging.getLogger("loadstone")
 ROOT = Path(__file__).resolve().parent
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 
@@ -71,6 +73,7 @@ def compile_library(name: str, sources: list[Path], command: list[str]) -> Path:
         if path.is_file():
             return path
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
+        log.info("compiling %s with %s, once for this machine: up to a minute", name, command[0])
         result = subprocess.run([*command, *map(str, sources), "-o", str(scratch)], capture_output=True, text=True,
                                 check=False)
         if result.returncode:

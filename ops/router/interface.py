@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def route(logits: Tensor, spec: RouteSpec, *, bias: Tensor | None = None, contro
         spec.scaling_factor)
     num_slots = spec.max_experts
     k_histogram, reason_counts, rest = integers.split((num_slots + 1, NUM_REASONS, 3))
-    return RouterOutput(weights, expert_ids, counts, score_sums, float_sums[0], float_sums[1], log_z.detach(),
+    z_sum, entropy_sum = float_sums.unbind()
+    return RouterOutput(weights, expert_ids, counts, score_sums, z_sum, entropy_sum, log_z.detach(),
                         margin.detach(), entropy.detach(), reasons, slots, inverse, offsets, histogram, k_histogram,
                         reason_counts, rest[0], rest[2], counts.new_zeros(2))
 
@@ -103,11 +105,14 @@ def _require_fused(device_type: str) -> bool:
 def _unavailable(device_type: str) -> str | None:
     """Why there is no fused router for a device type; None where there is one."""
     try:
-        load_library()
         if device_type == "cuda":
-            library = build_cuda("router_cuda", [SOURCES / "router.cu"], (device_architecture(),))
-            torch.ops.loadstone.router_use_launchers(str(library), False)
-        elif device_type != "cpu":
+            with ThreadPoolExecutor(1) as pool:  # two compilers side by side
+                library = pool.submit(build_cuda, "router_cuda", [SOURCES / "router.cu"], (device_architecture(),))
+                load_library()
+            torch.ops.loadstone.router_use_launchers(str(library.result()), False)
+        elif device_type == "cpu":
+            load_library()
+        else:
             raise BuildError(f"there is no kernel for {device_type}")
     except (BuildError, OSError) as error:
         log.warning("the router runs in plain torch on %s, which is slower: %s", device_type, error)
@@ -158,18 +163,22 @@ def _scores_fake(logits: Tensor, settings: list[int], scale: float) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, _, token_mask, *_, settings, scale = inputs
-    _, expert_ids, _, _, _, log_z, _, entropy, reasons, *_ = output
+    _, expert_ids, _, score_sums, _, log_z, _, entropy, reasons, *_ = output
     ctx.save_for_backward(logits, expert_ids, token_mask, reasons, log_z, entropy)
-    ctx.settings, ctx.scale = settings, scale
-    ctx.set_materialize_grads(True)
+    ctx.settings, ctx.scale, ctx.sums_shape = settings, scale, score_sums.shape
+    ctx.set_materialize_grads(False)  # most outputs never get a gradient, and each zero costs a launch
 
 
-def _backward(ctx: Any, grad_weights: Tensor, _ids: Any, _counts: Any, grad_score_sums: Tensor, grad_float_sums: Tensor,
-              *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_weights: Tensor | None, _ids: Any, _counts: Any, grad_score_sums: Tensor | None,
+              grad_float_sums: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     logits, expert_ids, token_mask, reasons, log_z, entropy = ctx.saved_tensors
-    grad = torch.ops.loadstone.router_backward(logits, expert_ids, token_mask, reasons, log_z, entropy,
-                                               grad_weights.contiguous(), grad_score_sums.contiguous(),
-                                               grad_float_sums.contiguous(), ctx.settings, ctx.scale)
+
+    def given(grad: Tensor | None, *shape: int) -> Tensor:
+        return log_z.new_zeros(shape) if grad is None else grad.contiguous()
+
+    grad = torch.ops.loadstone.router_backward(
+        logits, expert_ids, token_mask, reasons, log_z, entropy, given(grad_weights, *expert_ids.shape),
+        given(grad_score_sums, *ctx.sums_shape), given(grad_float_sums, 2), ctx.settings, ctx.scale)
     return (grad, *[None] * 10)
 
 

@@ -127,7 +127,9 @@ def test_a_job_whose_parent_is_killed_saves_and_ends(trained):
          "train.num_steps=100000"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not ((run / "metrics.jsonl").is_file() and len(losses(run)) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no third step, exit code {process.returncode}\n{process.communicate()[1]}")
         time.sleep(0.5)
     process.kill()
     process.wait()
