@@ -124,7 +124,8 @@ def with_saved_config(config: DictConfig) -> DictConfig:
 def _fixed_for_life(config: DictConfig) -> dict[str, Any]:
     """What a run cannot change: the shape behind its tensors and everything that orders its data."""
     data = plain(config)
-    data["model"].pop("recompute", None)  # changes memory, not numbers
+    for name in ("recompute", "loss_chunk_size"):  # change memory, not numbers (but for the order of a sum)
+        data["model"].pop(name, None)
     data["data"].pop("cache_dir", None)  # the tokens themselves are compared when the store is opened
     return {"model": data["model"], "data": data["data"], "seed": data["seed"], "train.seq_len": data["train"]["seq_len"]}
 

@@ -40,6 +40,8 @@ class ModelConfig:
     init_std: float = 0.02
     recompute: Literal["none", "block"] = "none"
     """Activation checkpointing: keep only block inputs and recompute the rest in backward."""
+    loss_chunk_size: int = 0
+    """Logits and loss of so many tokens at a time, the logits once more in backward; 0: all of the micro-batch at once."""
 
     @property
     def attention_head_dim(self) -> int:
@@ -85,6 +87,8 @@ class ModelConfig:
                              f"{self.num_layers}; lower them or set num_experts=0")
         if self.num_shared_experts < 0 or self.num_dense_layers < 0:
             found.append("model.num_shared_experts and model.num_dense_layers must not be negative")
+        if self.loss_chunk_size < 0:
+            found.append(f"model.loss_chunk_size is {self.loss_chunk_size}; give a number of tokens, or 0 for all")
         if self.norm_eps <= 0 or self.rope_theta <= 0 or self.init_std <= 0:
             found.append("model.norm_eps, model.rope_theta and model.init_std must be positive")
         return found

@@ -50,6 +50,12 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
                            ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every position in fp32, 0 where the target is IGNORE_INDEX: of the shape of targets."""
+    return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE_INDEX,
+                           reduction="none").view_as(targets)
+
+
 def training_loss(output: ModelOutput, num_targets: int, num_tokens: int, balance: BalanceConfig) -> torch.Tensor:
     """This micro-batch's share of the step's loss; shares of all ranks and micro-batches add up to the whole.
 

@@ -48,6 +48,7 @@ def device_memory(config: ModelConfig, experts_per_token: float, *, precision: s
     def share(parameters: int, over: int, from_stage: int) -> int:
         return -(-parameters // over) if zero_stage >= from_stage else parameters
 
+    tokens = micro_batch_size * seq_len
     row_values = 0 if recompute_experts else 2 * config.expert_intermediate_size  # of an assignment: pre-activations
     row_values += config.hidden_size if expert_parallel_size > 1 else 0  # and the row itself, where it travelled
     per_state = 8 if zero_stage == 0 else 12
@@ -56,20 +57,20 @@ def device_memory(config: ModelConfig, experts_per_token: float, *, precision: s
         expert_weights=width * share(experts, expert_data_size, 3),
         gradients=width * (share(dense, world_size, 2) + share(experts, expert_data_size, 2)),
         optimizer=per_state * (share(dense, world_size, 1) + share(experts, expert_data_size, 1)),
-        activations=_activation_bytes(config, micro_batch_size * seq_len, width, width * experts_per_token * row_values),
-        logits=micro_batch_size * seq_len * config.vocab_size * LOGIT_BYTES,
+        activations=_activation_bytes(config, tokens, width, width * experts_per_token * row_values),
+        logits=min(tokens, config.loss_chunk_size or tokens) * config.vocab_size * LOGIT_BYTES,
     )
 
 
 def _activation_bytes(config: ModelConfig, tokens: int, width: int, routed: float) -> int:
-    """Bytes kept for backward, assuming balanced experts. Norms keep an fp32 copy when the model is bf16.
+    """Bytes kept for backward, assuming balanced experts.
 
     routed: bytes per token that the routed experts keep.
     """
     hidden = config.hidden_size
     q_width = config.num_heads * config.attention_head_dim
     kv_width = config.num_kv_heads * config.attention_head_dim
-    norm = 4 * hidden + width * hidden  # fp32 input and the normalised output
+    norm = 2 * width * hidden  # input and output
     rotary = 4 * (q_width + kv_width)
     attention = norm + rotary + width * (2 * q_width + 2 * kv_width + hidden)
     dense_mlp = norm + width * 4 * config.intermediate_size

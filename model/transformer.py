@@ -14,7 +14,7 @@ from model.budget import penalty_coeff
 from model.config import ModelConfig
 from model.init import initialize_parameters
 from model.layers import GatedMLP, RMSNorm, rotary_tables
-from model.loss import IGNORE_INDEX, ModelOutput, cross_entropy_sum
+from model.loss import ModelOutput, cross_entropy_sum, token_cross_entropy
 from model.moe import ModelParts, MoELayer
 from model.parallel import ParallelGroups
 from model.routers.base import Router, RoutingRequest
@@ -122,6 +122,21 @@ class Transformer(nn.Module):
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
+    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens in memory at a time."""
+        def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self._project(hidden)
+            by_tokens = token_cross_entropy(logits, targets) if by_token else logits.new_empty(0, dtype=torch.float32)
+            return cross_entropy_sum(logits, targets), by_tokens
+
+        size = self.config.loss_chunk_size
+        if not 0 < size < targets.numel():
+            return of_chunk(hidden, targets)
+        sums, by_tokens = zip(*(
+            checkpoint(of_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*chunk)
+            for chunk in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)), strict=True)
+        return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
+
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor,
                 cu_seqlens: torch.Tensor, max_seqlen: int, token_mask: torch.Tensor | None = None,
                 previous_counts: torch.Tensor | None = None, token_ids: torch.Tensor | None = None,
@@ -148,12 +163,7 @@ class Transformer(nn.Module):
         counting = self.training if with_histogram is None else with_histogram
         request = RoutingRequest(flat_mask, 1, int(counting), flat_ids, None, frozen, snapshot)
         hidden, attention_sums, sums, routings = self._backbone(input_ids, layout, request, given_ids)
-        logits = self._project(hidden)
-        loss_sum = cross_entropy_sum(logits, targets)
-        token_losses = loss_sum.new_empty(0)
-        if keep_routing and not self.training:
-            token_losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX,
-                                           reduction="none").view_as(targets)
+        loss_sum, token_losses = self._loss(hidden, targets, keep_routing and not self.training)
         zero = loss_sum.new_zeros(())
         penalty_sum, attention_stats = zero, loss_sum.new_zeros((0, len(STATS)))
         if attention_sums:

@@ -7,6 +7,7 @@ norm, first moments (which show clipping, as Adam's update hides scale) and para
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import sys
@@ -116,8 +117,9 @@ def run_case(case: dict) -> dict:
     train = TrainConfig(num_steps=STEPS, seq_len=16, micro_batch_size=ROWS // world,
                         global_batch_size=ROWS * num_micro, clip_grad_norm=clip, precision=precision)
 
-    # The reference computes with the definition, so that the experts' backend is compared as well.
-    master = build(config, balance, router=kind, experts=ExpertsConfig(backend="reference"), **options)
+    # The reference computes with the definition, so that backend of the experts and chunks of the loss are compared as well.
+    master = build(dataclasses.replace(config, loss_chunk_size=0), balance, router=kind,
+                   experts=ExpertsConfig(backend="reference"), **options)
     start_routers(master.routers(), BUDGET, FAIL_SAFE)
     reference_optimizer = build_optimizer(master, optim, "experts")
     # In bf16 the reference computes with a rounded copy of fp32 masters, as ZeRO does; in fp32 it is the master itself.

@@ -25,8 +25,10 @@ def matrix(expert_sizes: tuple[int, ...]) -> list[dict]:
 
 
 VARIANTS = [
-    {"ep": 2, "zero": 3, "accumulation": 2, "clip": 0.5, "scope": "batch", "model": {"tie_embeddings": True}},
-    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "global_batch", "model": {"recompute": "block"}},
+    {"ep": 2, "zero": 3, "accumulation": 2, "clip": 0.5, "scope": "batch",
+     "model": {"tie_embeddings": True, "loss_chunk_size": 24}},
+    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "global_batch",
+     "model": {"recompute": "block", "loss_chunk_size": 7}},
     {"ep": 2, "zero": 1, "accumulation": 2, "clip": 0.5, "scope": "global_batch", "model": {"recompute": "block"}},
     {"ep": 2, "zero": 2, "accumulation": 1, "clip": 0.5, "scope": "batch", "model": {"tie_embeddings": True}},
     {"ep": 1, "zero": 1, "accumulation": 2, "clip": 0.5, "scope": "batch", "model": {"num_experts": 0}},

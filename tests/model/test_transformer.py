@@ -13,6 +13,7 @@ from model.loss import IGNORE_INDEX, training_loss
 from model.moe import MoELayer
 from model.parallel import ParallelGroups
 from model.routers.base import RoutingRequest
+from ops.testing import kept_for_backward
 
 NO_BALANCE = BalanceConfig()
 SHAPES = {
@@ -230,6 +231,33 @@ def test_recomputation_changes_nothing(shape):
             assert torch.equal(getattr(kept, name), getattr(recomputed, name)), name
     for name, grad in results[0][1].items():
         assert torch.equal(grad, results[1][1][name]), name
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tied"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 127, 128, 1000])
+def test_a_loss_in_chunks_is_the_whole_loss(shape, chunk):
+    full = take(batch(0, 0, 8), 0, 8)
+    full["targets"][:4] = IGNORE_INDEX  # chunks without any target
+    found = []
+    for size in (0, chunk):
+        model = build(tiny_config(**SHAPES[shape], loss_chunk_size=size), NO_BALANCE)
+        output = model(**full)
+        output.loss_sum.backward()
+        with torch.no_grad():
+            evaluated = model.eval()(**full, keep_routing=True)
+        found.append((output.loss_sum.detach(), evaluated.loss_sum, evaluated.token_losses, *gradients(model).values()))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_in_chunks_keeps_the_logits_of_none():
+    full, kept = take(batch(0, 0, 8), 0, 8), {}
+    for size in (0, 16):
+        model = build(tiny_config(loss_chunk_size=size), NO_BALANCE)
+        with kept_for_backward(*model.parameters()) as found:
+            model(**full)
+        kept[size] = sum(found.values())
+    assert kept[0] - kept[16] >= 4 * full["targets"].numel() * VOCAB_SIZE  # the log-softmax, fp32
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
