@@ -209,7 +209,9 @@ def internals(shape: Shape) -> Section:
         panels.append(Lines("share of experts kept since the last evaluation", ("eval/router_stability",), low=0, high=1))
     if shape.is_detailed:
         panels += [Lines("spread of the experts' gradients by layer", regex=by_layer("expert_grad_cv"), low=0),
-                   Lines("router's gradient over the experts' by layer", regex=by_layer("router_grad_ratio"), low=0)]
+                   Lines("router's gradient over the experts' by layer", regex=by_layer("router_grad_ratio"), low=0),
+                   Lines("share of tokens' gradients through the router, by layer", regex=by_layer("gate_grad_share"), low=0,
+                         high=1)]
     if shape.has_null_experts and not shape.adaptive:
         panels.append(Lines("share of choices that went to null experts", ("moe/null_fraction",), low=0, high=1))
     return Section("router internals", "Logits that grow, margins near 0 and an entropy that collapses come before "
