@@ -32,10 +32,10 @@ from ops.grouped_mlp.kernels.configs import Config
 from ops.permute import group_by_expert
 from ops.sparse_attention import SparseAttentionSpec, sparse_attention
 from ops.sparse_attention import triton_backend as attention_backend
-from ops.sparse_attention.blocks import block_table
 from ops.sparse_attention.kernels import configs as attention_configs
 from ops.testing import assert_close, draw_expert_ids
-from ops.triton_launch import Launch, record_launches
+from ops.triton_build import grouped_mlp_launches, sparse_attention_launches
+from ops.triton_launch import Launch
 
 Candidates = dict[str, list[Any]]
 REPEATS = 5
@@ -156,33 +156,11 @@ def with_candidates(op: str, chosen: dict[str, int]) -> Iterator[None]:
 def record(op: str, shape: str, chosen: dict[str, int]) -> list[Launch]:
     """What the op would launch at a shape, on tensors without a GPU."""
     major, minor = torch.cuda.get_device_capability()
-    with with_candidates(op, chosen), record_launches(10 * major + minor) as launches:
+    with with_candidates(op, chosen):
         if op == "grouped_mlp":
-            tokens, hidden_size, width, num_experts, top_k = GROUPED_SHAPES[shape]
-
-            def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-                return torch.empty(size, dtype=dtype, device="meta")
-
-            hidden, gate_up = empty(tokens, hidden_size), empty(num_experts, 2 * width, hidden_size)
-            gates, down = empty(tokens, top_k, dtype=torch.float32), empty(num_experts, hidden_size, width)
-            slots, inverse, offsets = (empty(*size, dtype=torch.int32)
-                                       for size in ((tokens * top_k,), (tokens, top_k), (num_experts + 1,)))
-            _, pre = grouped_backend.forward(hidden, gates, gate_up, down, slots, inverse, offsets, True)
-            grouped_backend.backward(hidden, hidden, gates, gate_up, down, slots, inverse, offsets, pre)
-        else:
-            _, heads, kv_heads, head_dim = ATTENTION_SHAPES[shape]
-            q, k, v = (torch.zeros(1024, n, head_dim, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
-            spec = SparseAttentionSpec()
-            cu_seqlens = torch.tensor([0, 1024], dtype=torch.int32)
-            table = block_table(cu_seqlens, 1024, spec)
-            entries = attention_backend.pool(k, v, table, spec)
-            attention_backend.rank(q, entries, table, cu_seqlens, spec, None, 0.0)
-            selected = torch.full((kv_heads, 1024, spec.top_k), -1, dtype=torch.int32)
-            out, lse, _, _ = attention_backend.attend(q, k, v, entries, selected, table, cu_seqlens, spec, None, None, True,
-                                                      True)
-            attention_backend.attend_backward(q, k, v, entries, selected, table, cu_seqlens, spec, None, None, True, True,
-                                              out, lse, out, None)
-    return launches
+            return grouped_mlp_launches(10 * major + minor, GROUPED_SHAPES[shape])
+        _, *heads = ATTENTION_SHAPES[shape]
+        return sparse_attention_launches(10 * major + minor, *heads, SparseAttentionSpec(), extras=False, decoding=False)
 
 
 def compile_candidate(op: str, shape: str, function: str | None, place: int) -> str | None:

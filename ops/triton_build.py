@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -36,6 +36,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.build import cache_folder
 from ops.triton_launch import Launch, record_launches
+
+if TYPE_CHECKING:
+    from ops.sparse_attention.spec import SparseAttentionSpec
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Largest dynamic shared memory of a block in bytes, by architecture (CUDA programming guide, compute capabilities)."""
@@ -99,36 +102,67 @@ def _named(launch: Launch) -> Iterator[tuple[str, Any]]:
     return zip(launch.kernel.arg_names, launch.args, strict=False)
 
 
-def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
-    """The shapes of the table: every kernel for each head_dim, then groups, block sizes and dtypes at the extremes."""
+def sparse_attention_launches(architecture: int, num_heads: int, num_kv_heads: int, head_dim: int, spec: SparseAttentionSpec,
+                              dtype: torch.dtype = torch.bfloat16, extras: bool = True, decoding: bool = True
+                              ) -> list[Launch]:
+    """What a forward and backward, and the decoding of a token with and without pooled entries, would start, of 512 tokens.
+
+    extras: bias, sink, noise of the selection and a gradient of the log-sum-exp.
+    """
     from ops.sparse_attention import triton_backend
     from ops.sparse_attention.blocks import block_table
+
+    num_tokens = 512
+    cu_seqlens = torch.tensor([0, num_tokens])
+    table = block_table(cu_seqlens, num_tokens, spec)
+    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
+    k = torch.zeros(num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    selected = torch.full((num_kv_heads, num_tokens, spec.top_k), -1, dtype=torch.int32)
+    lse = torch.zeros(num_tokens, num_heads)
+    rows, sink = (lse, torch.zeros(num_heads)) if extras else (None, None)
+    hashed, temperature = (torch.zeros(num_tokens, dtype=torch.int64), 1.0) if extras else (None, 0.0)
+    with record_launches(architecture) as launches:
+        entries = triton_backend.pool(k, k, table, spec)
+        triton_backend.rank(q, entries, table, cu_seqlens, spec, hashed, temperature)
+        triton_backend.attend(q, k, k, entries, selected, table, cu_seqlens, spec, rows, sink, True, True)
+        triton_backend.attend_backward(q, k, k, entries, selected, table, cu_seqlens, spec, rows, sink, True, True, q, lse,
+                                       q, rows)
+        cache = k.expand(2, -1, -1, -1)
+        stored = entries._replace(**{name: x.expand(2, -1, -1, -1) for name, x in entries._asdict().items()})
+        for length in (num_tokens, 1) if decoding else ():
+            triton_backend.decode(q[:2], cache, cache, stored, length, spec, None if rows is None else rows[:2], sink, True,
+                                  True)
+    return launches
+
+
+def grouped_mlp_launches(architecture: int, sizes: tuple[int, int, int, int, int], dtype: torch.dtype = torch.bfloat16,
+                         recompute: bool = False) -> list[Launch]:
+    """What a forward and backward would start; sizes: tokens, D, F, experts, slots of a token. Tensors have no memory."""
+    from ops.grouped_mlp import triton_backend
+
+    num_tokens, hidden_size, width, num_experts, top_k = sizes
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden = tensor(num_tokens, hidden_size)
+    given = (hidden, tensor(num_tokens, top_k, dtype=torch.float32), tensor(num_experts, 2 * width, hidden_size),
+             tensor(num_experts, hidden_size, width), tensor(num_tokens * top_k, dtype=torch.int32),
+             tensor(num_tokens, top_k, dtype=torch.int32), tensor(num_experts + 1, dtype=torch.int32))
+    with record_launches(architecture) as launches:
+        _, pre = triton_backend.forward(*given, not recompute)
+        triton_backend.backward(hidden, *given, pre)
+    return launches
+
+
+def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table: every kernel for each head_dim, then groups, block sizes and dtypes at the extremes."""
     from ops.sparse_attention.spec import SparseAttentionSpec
 
-    def record(title: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16, extras: bool = True,
-               only: tuple[str, ...] = (), **settings: Any) -> Iterator[Job]:
+    def record(title: str, num_heads: int, num_kv_heads: int, head_dim: int, extras: bool = True, only: tuple[str, ...] = (),
+               **settings: Any) -> Iterator[Job]:
         spec = SparseAttentionSpec(**({"window_size": 64} | settings))
-        num_tokens = 512
-        cu_seqlens = torch.tensor([0, num_tokens])
-        table = block_table(cu_seqlens, num_tokens, spec)
-        q = torch.zeros(num_tokens, heads, dim, dtype=dtype)
-        k = torch.zeros(num_tokens, kv_heads, dim, dtype=dtype)
-        selected = torch.full((kv_heads, num_tokens, spec.top_k), -1, dtype=torch.int32)
-        rows = torch.zeros(num_tokens, heads) if extras else None
-        sink = torch.zeros(heads) if extras else None
-        hashed = torch.zeros(num_tokens, dtype=torch.int64)
-        with record_launches(architecture) as launches:
-            entries = triton_backend.pool(k, k, table, spec)
-            triton_backend.rank(q, entries, table, cu_seqlens, spec, hashed, 1.0)
-            triton_backend.attend(q, k, k, entries, selected, table, cu_seqlens, spec, rows, sink, True, True)
-            triton_backend.attend_backward(q, k, k, entries, selected, table, cu_seqlens, spec, rows, sink, True, True, q,
-                                           torch.zeros(num_tokens, heads), q, rows)
-            cache = k.expand(2, -1, -1, -1)
-            stored = entries._replace(**{name: x.expand(2, -1, -1, -1) for name, x in entries._asdict().items()})
-            for length in (num_tokens, 1):  # with entries and without
-                triton_backend.decode(q[:2], cache, cache, stored, length, spec, None if rows is None else rows[:2], sink,
-                                      True, True)
-        for launch in launches:
+        for launch in sparse_attention_launches(architecture, num_heads, num_kv_heads, head_dim, spec, extras=extras):
             name = launch.kernel.__name__.removesuffix("_kernel")
             if not only or name in only:
                 yield job_of(launch, title + (" no entries" if ("logits_ptr", None) in _named(launch) else ""))
@@ -144,26 +178,15 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
 
 def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
     """The shapes of the table, tensors without memory: every kernel for the first, the products for the others."""
-    from ops.grouped_mlp import triton_backend
-
     def record(title: str, num_tokens: int, hidden_size: int, width: int, num_experts: int, top_k: int,
                dtype: torch.dtype = torch.bfloat16, products: bool = True) -> Iterator[Job]:
-        def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        hidden = tensor(num_tokens, hidden_size)
-        given = (hidden, tensor(num_tokens, top_k, dtype=torch.float32), tensor(num_experts, 2 * width, hidden_size),
-                 tensor(num_experts, hidden_size, width), tensor(num_tokens * top_k, dtype=torch.int32),
-                 tensor(num_tokens, top_k, dtype=torch.int32), tensor(num_experts + 1, dtype=torch.int32))
-        with record_launches(architecture) as launches:
-            for keep in (True, False):
-                _, pre = triton_backend.forward(*given, keep)
-                triton_backend.backward(hidden, *given, pre)
-        for launch in launches:
-            absent = [name.removesuffix("_ptr") for name, value in _named(launch)
-                      if value is None and name.endswith("_ptr")]  # descriptors depend on the architecture
-            if "STEP" in launch.options or not products:
-                yield job_of(launch, " no ".join([title, *absent]))
+        sizes = num_tokens, hidden_size, width, num_experts, top_k
+        for recompute in (False, True):
+            for launch in grouped_mlp_launches(architecture, sizes, dtype, recompute):
+                absent = [name.removesuffix("_ptr") for name, value in _named(launch)
+                          if value is None and name.endswith("_ptr")]  # descriptors depend on the architecture
+                if "STEP" in launch.options or not products:
+                    yield job_of(launch, " no ".join([title, *absent]))
 
     yield from record("D4096 F1024 K4", 32768, 4096, 1024, 64, 4, products=False)
     yield from record("D2048 F768 K8", 32768, 2048, 768, 128, 8)

