@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype == x.dtype:  # torch's own kernel: fp32 inside, rounds once, keeps x as it is for backward
+        if self.weight.dtype == x.dtype:  # torch's kernel: fp32 inside, rounds once; on CUDA it keeps x itself
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
