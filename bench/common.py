@@ -91,8 +91,9 @@ def measure(functions: dict[str, Callable[[], object]], device: torch.device, re
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def profile(function: Callable[[], object]) -> tuple[int, dict[str, float]]:
-    """Of one call, by torch's profiler: (calls that wait for the device, milliseconds by kernel). CUDA only."""
+def profile(function: Callable[[], object]) -> tuple[int, list[tuple[str, float]]]:
+    """Of one call, by torch's profiler: the calls that wait for the device; kernels, fills and copies, each launch, with its
+    milliseconds. CUDA only."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[*torch.profiler.supported_activities()]) as profiler:
         with torch.profiler.record_function("measured"):
@@ -101,11 +102,8 @@ def profile(function: Callable[[], object]) -> tuple[int, dict[str, float]]:
     events = profiler.events()
     whole = next(e.time_range for e in events if e.name == "measured" and e.device_type == torch.autograd.DeviceType.CPU)
     waits = [e for e in events if e.name in WAITS and whole.start <= e.time_range.start <= whole.end]
-    kernels: dict[str, float] = {}
-    for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "measured":
-            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3
-    return len(waits), dict(sorted(kernels.items(), key=lambda item: -item[1]))
+    return len(waits), [(e.name, e.time_range.elapsed_us() / 1e3) for e in events
+                        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
 
 
 def make_row(op: str, shape: dict[str, int | str], dtype: torch.dtype, device: torch.device, times: dict[str, float],

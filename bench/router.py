@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import Row, device_name, main, make_row, measure
+from bench.common import Row, device_name, main, make_row, measure, profile
 from ops.device import memory_bandwidth_tbs
 from ops.router import Reason, RouterOutput, RouteSpec, route, select_backend
 from ops.testing import TOLERANCE, assert_close
@@ -150,14 +150,6 @@ def graphed(function: Call) -> Call:
     return graph.replay
 
 
-def count_launches(function: Call) -> int:
-    """Kernels, fills and copies of one call, by the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
 def waits_for_host(function: Call) -> str:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -229,7 +221,7 @@ def bench_shape(device: torch.device, num_tokens: int, hidden_size: int, num_exp
                 f"router.{name}.graph", label, torch.float32, device, times, None, backend=backend,
                 mb=round(num_bytes / 1e6, 2), gb_s=round(gb_s, 1),
                 bandwidth_share=None if bandwidth is None else round(gb_s / 1e3 / bandwidth, 4),
-                **{f"{n}_launches": count_launches(c) for n, c in calls.items()},
+                **{f"{n}_launches": len(profile(c)[1]) for n, c in calls.items()},
                 **{f"{n}_waits_for_host": waits_for_host(c) for n, c in calls.items()}))
     if device.type == "cuda":
         found += bench_with_gemm(device, hidden_size, label, functions, losses, grads, repeats)

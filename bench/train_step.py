@@ -67,10 +67,12 @@ def run(device: torch.device) -> list[Row]:
     times = measure({"ours": step, "dense_same_flops": build_step(dense, top_k, batch, device, dtype)}, device, repeats)
     waits = None
     if cuda:
-        waits, kernels = profile(step)
-        total = sum(kernels.values())
-        for name, ms in list(kernels.items())[:24]:
-            print(f"{ms:8.3f} ms {ms / total:6.1%} {name[:90]}", flush=True)
+        waits, launches = profile(step)
+        kernels: dict[str, float] = {}
+        for name, ms in launches:
+            kernels[name] = kernels.get(name, 0.0) + ms
+        for name, ms in sorted(kernels.items(), key=lambda item: -item[1])[:24]:
+            print(f"{ms:8.3f} ms {ms / sum(kernels.values()):6.1%} {name[:90]}", flush=True)
     flops, peak = rows * length * flops_per_token(config, top_k, length), peak_tflops(device_name(device))
     shape = {"B": rows, "S": length, "D": config.hidden_size, "layers": config.num_layers,
              "F": config.expert_intermediate_size, "E": config.num_experts, "K": top_k, "vocab": config.vocab_size}

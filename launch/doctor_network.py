@@ -22,6 +22,7 @@ from launch.environment import interface_of
 from launch.hosts import Host, facing_address, hosts_problems, parse_hostfile, ssh_command
 from launch.secrets import forwarded_environment, is_secret_name, looks_secret, problems_of_env, read_secrets_file
 from train.config import LaunchConfig
+from train.ports import free_port
 
 NAME_SECONDS = 6.0
 SSH_SECONDS = 10.0
@@ -74,7 +75,7 @@ def gloo(launch: LaunchConfig, hosts: Sequence[Host]) -> list[Finding]:
             probe.bind((address, 0))
         except OSError as error:
             return [failed("gloo", f"cannot listen on {address}: {error.strerror}", "set launch.listen_addr")]
-        port = probe.getsockname()[1]
+    port = free_port()
     where = f"{address} ({interface or 'interface chosen by gloo'})"
 
     def rank(number: int) -> Answer:

@@ -28,7 +28,7 @@ from launch import exits, hosts, spawn
 from launch.judge import Judge, Verdict
 from launch.wire import Address, Closed, Line, new_token, proof
 from train.config import RunConfig
-from train.runtime import free_port
+from train.ports import free_port
 
 LEAVE_SECONDS = 30.0
 ABORT_SECONDS = 10.0

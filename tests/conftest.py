@@ -41,7 +41,7 @@ def run_ranks():
     Every rank is a process of its own; output that is not JSON shows up in the failure message.
     """
     def run(script: str, world_size: int, *args: str, timeout: int = 500) -> list[dict]:
-        from train.runtime import free_port
+        from train.ports import free_port
 
         port = free_port()
         processes = []

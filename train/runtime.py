@@ -11,7 +11,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,31 +19,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from model.parallel import destroy_parallel
+from train.ports import free_port
 
 log = logging.getLogger("loadstone")
 T = TypeVar("T")
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on, for a server that starts seconds from now.
-
-    Not one the kernel would hand out: those are for outgoing connections, and the next of somebody else could get it.
-    """
-    try:
-        first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except OSError:  # not Linux
-        first_outgoing = 32768
-    ports = range(10000, first_outgoing) if first_outgoing > 11000 else range(10000, 65536)
-    choice = random.SystemRandom()  # the seeded generator gives the same port to every job
-    for _ in range(1000):
-        port = choice.choice(ports)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError(f"no free TCP port from {ports.start} to {ports.stop - 1}; set launch.master_port")
 
 
 @contextmanager
