@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from model.config import BalanceConfig, BudgetConfig, ExpertsConfig, FailSafeConfig, ModelConfig, experts_of_budget
 
+MAX_BAD_ROWS = 0.01
+"""Default of data.max_bad_rows."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -248,11 +251,13 @@ class SourceConfig:
     """One text source, in the words of datasets.load_dataset."""
 
     path: str
-    """A Hub name, a builder (json, parquet, text), or "sample" for the bundled text."""
+    """A Hub name, a builder (json, parquet, csv, text), or "sample" for the bundled text."""
     name: str | None = None
     split: str = "train"
     data_files: str | None = None
+    """A file, by its literal name if there is one, else a pattern of files."""
     text_column: str = "text"
+    """The one column that is read; the others may differ from file to file."""
     sample_by: Literal["line", "paragraph", "document"] = "document"
     """For path=text: what one document is."""
     weight: float = 1.0
@@ -277,6 +282,8 @@ class DataConfig:
     """Share of each source's documents held out, chosen by a hash of their text; at least one document in all."""
     cache_dir: str = ".cache/data"
     """Where tokenised stores live, one folder per content of this config."""
+    max_bad_rows: float = MAX_BAD_ROWS
+    """Share of a source's rows that may be left out: null, missing, not text, broken."""
 
     def problems(self) -> list[str]:
         found = []
@@ -293,6 +300,8 @@ class DataConfig:
             found.append("data.tokenizer.end_of_document is empty; name the tokenizer's end-of-text token")
         if not 0 < self.validation_fraction < 1:
             found.append(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
+        if not 0 <= self.max_bad_rows <= 1:
+            found.append(f"data.max_bad_rows is {self.max_bad_rows}; it is a share of the rows, between 0 and 1")
         if self.tokenizer.path is None and self.tokenizer.vocab_size < 257:
             found.append(f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; a byte-level BPE needs at least 257")
         return found

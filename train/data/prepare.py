@@ -12,6 +12,7 @@ A store is a folder named by the fingerprint of what it was made from:
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -26,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.config import DataConfig, TokenizerConfig
+from train.config import DataConfig, SourceConfig, TokenizerConfig
 from train.data.damage import seal
-from train.data.sources import documents, files_of
+from train.data.sources import BadRows, documents, files_of
 
 FORMAT = 1
 BATCH_DOCUMENTS = 256
@@ -40,8 +41,10 @@ def fingerprint(config: DataConfig) -> str:
     for source in config.sources:
         facts = dataclasses.asdict(source)
         facts.pop("weight")
-        facts["files"] = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns)
-                          for f in files_of(source) if os.path.isfile(f)]
+        files = [f for f in files_of(source) if os.path.isfile(f)]
+        facts["files"] = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+        if any(map(glob.has_magic, files)):  # earlier stores may hold another file's text under these names
+            facts["literal_names"] = True
         sources.append(facts)
     tokenizer: dict[str, Any] = dataclasses.asdict(config.tokenizer)
     if config.tokenizer.path is not None:
@@ -104,7 +107,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
         tokenizer.no_padding()
     else:
         report(f"training a byte-level BPE of {config.tokenizer.vocab_size} tokens")
-        texts = (text for source in config.sources for text in documents(source))
+        texts = (text for source in config.sources for text in _documents(source, config))
         tokenizer = train_bpe(texts, config.tokenizer)
     end_of_document = tokenizer.token_to_id(config.tokenizer.end_of_document)
     if end_of_document is None:
@@ -120,14 +123,15 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     unigrams = np.zeros(vocab_size, dtype=np.int64)
     validation = IndexedDatasetBuilder(str(folder / "validation.bin"), dtype=dtype)
     held_out = {"documents": 0, "tokens": 0, "bytes": 0}
-    held_out_keys = _held_out_keys((t for s in config.sources for t in documents(s)), config.validation_fraction)
+    held_out_keys = _held_out_keys((t for s in config.sources for t in _documents(s, config)), config.validation_fraction)
     sources = []
     content = hashlib.sha256()
     ids: np.ndarray
     for i, source in enumerate(config.sources):
         train = IndexedDatasetBuilder(str(folder / f"train_{i}.bin"), dtype=dtype)
         counts = {"path": source.path, "documents": 0, "tokens": 0, "bytes": 0}
-        for text, encoded in _encode(documents(source), tokenizer):
+        bad_rows = BadRows(source, config.max_bad_rows)
+        for text, encoded in _encode(documents(source, bad_rows), tokenizer):
             ids = np.append(encoded, end_of_document).astype(np.int64)
             is_held_out = _document_key(text) in held_out_keys
             target, count = (validation, held_out) if is_held_out else (train, counts)
@@ -144,6 +148,9 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
         train.finalize(str(folder / f"train_{i}.idx"))
         report(f"source {source.path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
                f"{counts['bytes']:,} bytes")
+        if bad_rows.count:
+            report(f"source {source.path}: left out {bad_rows}")
+        counts["bad_rows"] = bad_rows.count
         sources.append(counts)
     validation.finalize(str(folder / "validation.idx"))
     entropy = unigram_entropy(unigrams)
@@ -152,6 +159,10 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     return {"format": FORMAT, "fingerprint": fingerprint(config), "content": content.hexdigest(), "vocab_size": vocab_size,
             "end_of_document": end_of_document, "token_dtype": np.dtype(dtype).name, "sources": sources,
             "validation": held_out, "unigram_entropy": entropy}
+
+
+def _documents(source: SourceConfig, config: DataConfig) -> Iterator[str]:
+    return documents(source, BadRows(source, config.max_bad_rows))
 
 
 def _encode(texts: Iterator[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:

@@ -1,0 +1,353 @@
+"""From files to documents: every file once by its literal name, and its text column alone."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from train.config import DataConfig, SourceConfig, TokenizerConfig
+from train.data.prepare import FORMAT, fingerprint
+from train.data.sources import documents, files_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory):
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("datasets")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+        yield
+
+
+def json_lines(*rows: object) -> str:
+    """Rows as JSON lines; a text stands for {"text": text}."""
+    objects = [{"text": row} if isinstance(row, str) else row for row in rows]
+    return "".join(json.dumps(row) + "\n" for row in objects)
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def write_parquet(path: Path, columns: dict) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def read(path: Path | str, kind: str = "json", **options) -> list[str]:
+    return list(documents(SourceConfig(kind, data_files=str(path), **options)))
+
+
+def refused(path: Path | str, message: str, kind: str = "json", **options) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(path, kind, **options)
+
+
+def data_config(source: SourceConfig, folder: Path = Path("x"), **options) -> DataConfig:
+    return DataConfig((source,), TokenizerConfig(vocab_size=300), 0.2, str(folder / "cache"),
+                      **options)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+AWKWARD = ("part[1].jsonl", "part1.jsonl", "a*b.jsonl", "axxb.jsonl", "what?.jsonl", "whatx.jsonl",
+           "{a,b}.jsonl", "[!a].jsonl", "a::b.jsonl", "http:x.jsonl", "50%.jsonl", "é 李.jsonl",
+           "back\\slash.jsonl", ".hidden.jsonl", "~.jsonl", "#1.jsonl", "it's \"so\".jsonl",
+           "${x}.jsonl", "**.jsonl", "[].jsonl", "[D]/x.jsonl", "__a__/x.jsonl", ".b/x.jsonl",
+           "** /y.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["json", "text", "parquet", "csv"])
+def test_every_file_that_a_pattern_matches_is_read_once_whatever_its_name(tmp_path, kind):
+    for name in AWKWARD:
+        quoted = name.replace('"', '""')
+        content = {"json": json_lines(name), "text": name, "csv": f'text\n"{quoted}"\n'}
+        write(tmp_path, {name: content.get(kind, "")})
+        if kind == "parquet":
+            write_parquet(tmp_path / name, {"text": [name]})
+    pattern = str(tmp_path / "**" / "*.jsonl")
+    assert sorted(read(pattern, kind)) == sorted(AWKWARD)
+    files = files_of(SourceConfig(kind, data_files=pattern))
+    assert files == sorted(str(tmp_path / name) for name in AWKWARD)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_file_named_outright_is_that_file(tmp_path, name):
+    others = [other for other in AWKWARD if not fnmatch.fnmatchcase(other, name)]
+    write(tmp_path, {other: json_lines(other) for other in (name, *others)})
+    assert read(tmp_path / name) == [name]
+
+
+def test_a_name_that_is_also_a_pattern_of_other_files_is_refused_with_the_way_out(tmp_path):
+    write(tmp_path, {"*.jsonl": json_lines("a slip of the shell"), "a.jsonl": json_lines("one")})
+    refused(tmp_path / "*.jsonl", r"is the name of a file, and a pattern that also matches "
+                                  r"'.*a\.jsonl'; for the file alone give '.*\[\*\]\.jsonl'")
+    assert read(tmp_path / "[*].jsonl") == ["a slip of the shell"]
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [
+    ("part[[]1].jsonl", "part[1].jsonl"), ("part[0-9].jsonl", "part1.jsonl"),
+    ("what[?].jsonl", "what?.jsonl"), ("a[*]b.jsonl", "a*b.jsonl"),
+    ("[[]D]/*", "[D]/x.jsonl"), ("[[]D]/x.jsonl", "[D]/x.jsonl"),
+    ("[D]/*.jsonl", "[D]/x.jsonl"), ("[D]/?.jsonl", "[D]/x.jsonl"),
+])
+def test_a_pattern_takes_what_it_matches_and_nothing_else(tmp_path, pattern, expected):
+    write(tmp_path, {name: json_lines(name) for name in (*AWKWARD, "D/x.jsonl")})
+    assert read(tmp_path / pattern) == [expected]
+
+
+def test_folders_are_no_files_and_one_named_outright_is_refused_with_the_way_out(tmp_path):
+    write(tmp_path, {"a.jsonl": json_lines("one"), "b.jsonl/c.txt": "no"})
+    assert read(tmp_path / "*.jsonl") == ["one"]
+    refused(tmp_path / "b.jsonl", r"is a folder; give a pattern of files in it, e\.g\. "
+                                  r"'.*b\.jsonl/\*'")
+    refused(tmp_path / "**.jsonl", r"data_files '.*\*\*\.jsonl' is no pattern of files")
+
+
+def test_a_dead_link_named_outright_is_no_match_rather_than_a_pattern(tmp_path):
+    write(tmp_path, {"a1": json_lines("another")})
+    (tmp_path / "a[1]").symlink_to(tmp_path / "gone")
+    refused(tmp_path / "a[1]", r"no file matches .*a\[1\]")
+
+
+def test_a_data_set_folder_that_would_be_read_as_a_pattern_is_refused(tmp_path):
+    write(tmp_path, {"x1/a.jsonl": json_lines("wrong"), "x[1]/a.jsonl": json_lines("right")})
+    with pytest.raises(ValueError, match="takes the folder's name for a pattern; rename the fold"):
+        list(documents(SourceConfig(str(tmp_path / "x[1]"))))
+    assert read(tmp_path / "x[1]" / "*") == ["right"]
+    (tmp_path / "x[1]" / "a.jsonl").unlink()
+    refused(tmp_path / "x[1]" / "*", "no file matches")
+
+
+def test_names_once_read_as_patterns_get_new_stores_and_other_names_keep_theirs(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ("part1.jsonl", "part[1].jsonl")
+    write(tmp_path, {name: json_lines("one", "two") for name in files})
+
+    def key(name: str, **more: object) -> tuple[str, str]:
+        """The fingerprint, and what it was before names were literal (but for `more`)."""
+        os.utime(name, ns=(10**18, 10**18))
+        made = data_config(SourceConfig("json", data_files=name), max_bad_rows=0.5)
+        facts = {"path": "json", "name": None, "split": "train", "data_files": name,
+                 "text_column": "text", "sample_by": "document", "max_documents": None,
+                 "files": [(name, os.path.getsize(name), 10**18)], **more}
+        before = json.dumps([FORMAT, [facts], dataclasses.asdict(made.tokenizer),
+                             made.validation_fraction], sort_keys=True)
+        return fingerprint(made), hashlib.sha256(before.encode()).hexdigest()[:16]
+
+    now, before = key("part1.jsonl")
+    assert now == before
+    now, before = key("part[1].jsonl")
+    assert now != before and now == key("part[1].jsonl", literal_names=True)[1]
+
+
+# --- other columns --------------------------------------------------------------------------------
+
+MIXED = {
+    "extra columns": ([{"text": "one", "id": "1", "added": "2024"}],
+                      [{"text": "two", "doc": {"x": 1}, "meta": {"y": [1]}, "attributes": {}}]),
+    "null, then a struct": ([{"text": "one", "meta": None}], [{"text": "two", "meta": {"u": 1}}]),
+    "a number, then text": ([{"text": "one", "id": 7}], [{"text": "two", "id": "b-8"}]),
+    "another order": ([{"text": "one", "id": 7}], [{"id": 8, "text": "two"}]),
+    "other types in one file": ([{"text": "one", "id": 7}, {"text": "one", "id": "x"},
+                                 {"text": "one", "id": [{"y": None}]}], [{"text": "two"}]),
+    "an empty struct": ([{"text": "one", "more": {}}], [{"text": "two", "more": {"a": {}}}]),
+}
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+@pytest.mark.parametrize("files", MIXED.values(), ids=MIXED)
+def test_other_columns_may_differ_from_file_to_file(tmp_path, files, kind):
+    for i, rows in enumerate(files):
+        if kind == "json":
+            (tmp_path / f"{i}.data").write_text(json_lines(*rows))
+            continue
+        with (tmp_path / f"{i}.data").open("w", newline="") as stream:
+            table = csv.DictWriter(stream, sorted({key for row in rows for key in row}))
+            table.writeheader()
+            table.writerows(rows)
+    expected = [row["text"] for rows in files for row in rows]
+    assert read(tmp_path / "*.data", kind) == expected
+
+
+def test_other_columns_of_parquet_files_may_differ_from_file_to_file(tmp_path):
+    write_parquet(tmp_path / "a", {"id": [1, 2], "text": ["one", "two"]})
+    write_parquet(tmp_path / "b", {"text": ["three"], "id": ["x"], "meta": [{"url": "u"}]})
+    write_parquet(tmp_path / "c", {"meta": [None], "text": ["four"]})
+    assert read(tmp_path / "*", "parquet") == ["one", "two", "three", "four"]
+
+
+def test_what_is_wrong_in_another_column_cannot_hurt(tmp_path):
+    deep, digits = "[" * 900 + "]" * 900, "9" * 6000
+    (tmp_path / "a").write_bytes(
+        b'{"x": "\xff\xfe", "text": "one"}\n{"x": "\\ud800", "text": "two"}\n'
+        b'{"x": NaN, "y": 1e999, "text": "three"}\n'
+        + f'{{"x": {digits}, "text": "four"}}\n{{"x": {deep}, "text": "five"}}\n'.encode())
+    assert read(tmp_path / "a") == ["one", "two", "three", "four", "five"]
+    (tmp_path / "b").write_bytes(b"x,text\n\xff,one\n" + b"9" * 200_000 + b",two\n")
+    assert read(tmp_path / "b", "csv") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["string", "large_string", "string_view", "binary",
+                                  "large_binary", "dictionary"])
+def test_every_parquet_type_that_spells_text_is_read_as_text(tmp_path, name):
+    import pyarrow
+
+    texts = [f"é{i % 7}" for i in range(3000)]  # several batches
+    if name == "dictionary":
+        column = pyarrow.array(texts).dictionary_encode()
+    else:
+        values = [text.encode() for text in texts] if "binary" in name else texts
+        column = pyarrow.array(values, getattr(pyarrow, name)())
+    write_parquet(tmp_path / "a", {"text": column, "id": list(range(3000))})
+    assert read(tmp_path / "a", "parquet") == texts
+
+
+# --- forms of a format ----------------------------------------------------------------------------
+
+JSON_FORMS = {
+    "lines": '{"text": "one"}\n{"text": "two"}',
+    "BOM, CRLF, empty lines": '\ufeff{"text": "one"}\r\n\r\n{"text": "two"}\r\n',
+    "in one line": '{"text":"one"}{"text":"two"}\n',
+    "array": '[{"text": "one"}, {"text": "two"}]',
+    "array over lines": '\n [\n{"text": "one"},\n{"text": "two"}\n]\n',
+    "array of texts": '["one", "two"]',
+    "over lines": '{\n  "text": "one"\n}\n{\n  "text": "two"\n}\n',
+}
+
+
+@pytest.mark.parametrize("content", JSON_FORMS.values(), ids=JSON_FORMS)
+def test_json_comes_in_several_forms(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content.encode())
+    assert read(tmp_path / "a.json") == ["one", "two"]
+
+
+def test_only_a_line_feed_ends_a_json_line(tmp_path):
+    text = "one\u2028two\x85three\x0bfour\rfive"
+    (tmp_path / "a").write_bytes(json.dumps({"text": text}, ensure_ascii=False).encode())
+    assert read(tmp_path / "a") == [text]
+
+
+def test_csv_texts_hold_quotes_commas_and_lines_and_may_be_long(tmp_path):
+    texts = ['a "quoted", text', "two\nlines\n\nand more", "long " * 60_000, "é", "last"]
+    with (tmp_path / "a.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["id", "text"], *enumerate(texts)])
+    assert read(tmp_path / "a.csv", "csv") == texts
+    (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbftext\n\none\n")
+    assert read(tmp_path / "b.csv", "csv") == ["one"]
+
+
+def test_quotes_that_are_never_closed_are_refused_with_their_line(tmp_path):
+    (tmp_path / "a.csv").write_text('id,text\n1,one\n2,"two\n3,three\n4,four\n')
+    refused(tmp_path / "a.csv", r"a\.csv cannot be read: the quotes opened in the row at line 3 "
+                                "are never closed", "csv")
+
+
+def test_paragraphs_are_the_parts_between_empty_lines(tmp_path):
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices("ab\n\n", k=rng.randint(0, 12)))
+        (tmp_path / "a.txt").write_text(text)
+        expected = [part for part in text.split("\n\n") if part.strip()]
+        assert read(tmp_path / "a.txt", "text", sample_by="paragraph") == expected, text
+
+
+def test_nothing_is_read_ahead(tmp_path):
+    """What lies behind the last row asked for is not looked at."""
+    (tmp_path / "a.jsonl").write_text(json_lines(*(f"{i} " + "x" * 100 for i in range(50_000))))
+    (tmp_path / "b.jsonl").write_text("no JSON at all\n")
+    found = read(tmp_path / "*.jsonl", max_documents=3)
+    assert [text.split()[0] for text in found] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("split", "expected"), [
+    ("train", "0123456789"), ("train[:30%]", "012"), ("train[-2:]", "89"),
+    ("train[2:4]+train[8:]", "2389")])
+def test_a_split_may_be_cut(tmp_path, split, expected):
+    for i in range(5):
+        (tmp_path / f"{i}.jsonl").write_text(json_lines(str(2 * i), str(2 * i + 1)))
+    assert "".join(read(tmp_path / "*.jsonl", split=split)) == expected
+
+
+def test_a_split_there_is_not_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines("one"))
+    for split in ("test", "train[", "test[:10%]"):
+        refused(tmp_path / "a.jsonl", "source 'json' cannot be read: split", split=split)
+
+
+# --- what datasets finds --------------------------------------------------------------------------
+
+README = """---
+configs:
+- config_name: small
+  data_files:
+  - split: train
+    path: data/a*
+  - split: validation
+    path: data/v*
+---
+"""
+
+
+def test_the_files_of_a_data_set_are_read_by_the_same_rules(tmp_path):
+    """As on the Hub: the README names the files, datasets finds them, one column is read."""
+    odd = {"text": "two", "id": "x", "meta": {"url": "u"}, "more": 1}
+    write(tmp_path, {"README.md": README, "data/v.jsonl": json_lines("three"),
+                     "data/a[1].jsonl": json_lines({"text": "2024-01-01", "id": 1, "meta": None}),
+                     "data/a1.jsonl": json_lines(odd)})
+
+    def found(split: str) -> list[str]:
+        return sorted(documents(SourceConfig(str(tmp_path), name="small", split=split)))
+
+    assert found("train") == ["2024-01-01", "two"] and found("validation") == ["three"]
+    assert found("train+validation") == ["2024-01-01", "three", "two"]
+    with pytest.raises(ValueError, match=r"cannot be read: split 'test'"):
+        found("test")
+
+
+def test_a_tsv_in_a_data_set_is_read_with_tabs(tmp_path):
+    write(tmp_path, {"a.tsv": "id\ttext\n1\t007\n"})
+    assert list(documents(SourceConfig(str(tmp_path)))) == ["007"]
+
+
+def test_files_of_the_hub_are_fetched_when_their_turn_comes(tmp_path, monkeypatch):
+    import datasets
+
+    write(tmp_path, {"repo/a.jsonl": json_lines("one"), "copy": json_lines("three", "four")})
+    fetched = []
+
+    def download(self, address):
+        fetched.append(address)
+        return str(tmp_path / "copy")
+
+    builder = datasets.load_dataset_builder(str(tmp_path / "repo"))
+    builder.config.data_files = {"train": [f"hf://datasets/x/y@main/{name}" for name in "ab"]}
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: builder)
+    monkeypatch.setattr(datasets.DownloadManager, "download", download)
+    assert list(documents(SourceConfig("x/y", max_documents=2))) == ["three", "four"]
+    assert fetched == ["hf://datasets/x/y@main/a"]
+
+
+def test_formats_that_only_datasets_knows_go_through_it(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
+    table.save_to_disk(str(tmp_path / "saved[1]"))
+    (arrow,) = (tmp_path / "saved[1]").glob("*.arrow")
+    assert read(arrow, "arrow") == ["one", "two"]
+    refused(arrow, r"columns \['text', 'id'\], not text_column 'body'", "arrow",
+            text_column="body")
