@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from train.config import DataConfig, SourceConfig, TokenizerConfig
-from train.data.prepare import FORMAT, fingerprint
-from train.data.sources import documents, files_of
+from train.data.prepare import FORMAT, fingerprint, prepare
+from train.data.sources import HOPELESS_ROWS, BadRows, documents, files_of
+from train.data.store import TokenStore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -351,3 +353,127 @@ def test_formats_that_only_datasets_knows_go_through_it(tmp_path):
     assert read(arrow, "arrow") == ["one", "two"]
     refused(arrow, r"columns \['text', 'id'\], not text_column 'body'", "arrow",
             text_column="body")
+
+
+# --- rows without readable text -------------------------------------------------------------------
+
+LIKE_OTHER_TYPES = ["2024-01-01", "2024-01-01T10:00:00Z", "007", "1e5", "true", "NA", "null",
+                    "None", "nan", "N/A", "-"]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "text"])
+def test_text_that_looks_like_a_date_a_number_or_a_null_stays_text(tmp_path, kind):
+    if kind == "parquet":
+        write_parquet(tmp_path / "a", {"text": LIKE_OTHER_TYPES})
+    else:
+        content = {"json": json_lines(*LIKE_OTHER_TYPES), "text": "\n".join(LIKE_OTHER_TYPES),
+                   "csv": "\n".join(["text", *LIKE_OTHER_TYPES])}
+        (tmp_path / "a").write_text(content[kind])
+    assert read(tmp_path / "a", kind, sample_by="line") == LIKE_OTHER_TYPES
+
+
+# Lines of a JSON file, and why each holds no text.
+ODD_LINES = {
+    b'{"text": null}': r"'text' is null", b'{"id": 3}': r"has no 'text'",
+    b'{"text": 7}': r"'text' holds int, not text", b'{"text": ["x"]}': "'text' holds list, not te",
+    b'{"text": "half': r"is not valid JSON \(Unterminated string",
+    b"null": "holds NoneType, not an",
+    b'{"text": "a\\ud800"}': "'text' is not valid UTF-8 at character 1", b"7": "holds int, not an",
+    b'{"text": "a\xff"}': "'text' is not valid UTF-8 at character 1", b"\0": "is not valid JSON",
+    b'{"text": "x"} more': "is not valid JSON", b"[" * 100_000: "is not valid JSON",
+}
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=ODD_LINES.values())
+def test_an_odd_row_is_left_out_and_counted_with_its_file_and_line(tmp_path, line):
+    good = [f"text {i}" for i in range(200)]
+    content = json_lines(*good).encode().splitlines()
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*content[:2], b"", line, *content[2:]]))
+    source = SourceConfig("json", data_files=str(tmp_path / "a.jsonl"))
+    bad_rows = BadRows(source)
+    assert list(documents(source, bad_rows)) == good
+    assert (bad_rows.rows, bad_rows.count) == (201, 1)
+    assert re.search(rf"1 of 201 rows \(0\.50%\) without readable text: \S+a\.jsonl row 4 "
+                     rf"{ODD_LINES[line]}", str(bad_rows))
+    with pytest.raises(ValueError, match=rf"a\.jsonl row 4 {ODD_LINES[line]}"):
+        list(documents(source, BadRows(source, limit=0)))
+
+
+def test_odd_rows_of_parquet_csv_and_text_are_told_apart_from_documents(tmp_path):
+    import pyarrow
+
+    write_parquet(tmp_path / "p", {"text": pyarrow.array([b"one", None, b"\xff", b""])})
+    write_parquet(tmp_path / "q", {"text": pyarrow.array([None, None])})  # of type null
+    write_parquet(tmp_path / "r", {"text": [1, None], "id": [1, 2]})
+    (tmp_path / "c").write_bytes(b'id,text\n1,one\n2\n3,a,b\n\n"4\n",\xff\n5,two\n')
+    (tmp_path / "t").write_bytes(b"one\n\xff\ntwo\n")
+
+    def found(name: str, kind: str) -> tuple[list[str], list[str]]:
+        source = SourceConfig(kind, data_files=str(tmp_path / name), sample_by="line")
+        bad_rows = BadRows(source, 1.0)
+        return list(documents(source, bad_rows)), [r.split(maxsplit=1)[1] for r in bad_rows.first]
+
+    assert found("p", "parquet") == (["one"], ["row 2 'text' is null", "row 3 'text' is not valid "
+                                               "UTF-8 at character 0"])
+    assert found("q", "parquet") == ([], ["row 1 'text' is null", "row 2 'text' is null"])
+    assert found("r", "parquet") == ([], ["row 1 'text' holds int64, not text",
+                                          "row 2 'text' is null"])
+    assert found("c", "csv") == (["one", "two"], [
+        "row 3 has 1 fields, the header 2", "row 4 has 3 fields, the header 2",
+        "row 6 'text' is not valid UTF-8 at character 0"])
+    assert found("t", "text") == (["one", "two"],
+                                  ["row 2 'text' is not valid UTF-8 at character 0"])
+
+
+def test_more_odd_rows_than_the_stated_share_are_an_error_that_names_the_first(tmp_path):
+    nulls = [{"text": None}] * 3
+    (tmp_path / "a.jsonl").write_text(json_lines(*nulls))
+    (tmp_path / "b.jsonl").write_text(json_lines("one", {"id": 1}, *map(str, range(35))))
+    source = SourceConfig("json", data_files=str(tmp_path / "*.jsonl"))
+    assert len(list(documents(source, BadRows(source, limit=0.1)))) == 36  # 4 of 40, in any order
+    with pytest.raises(ValueError, match=(
+            r"4 of 40 rows \(10\.00%\) without readable text: \S+a\.jsonl row 1 'text' is null, "
+            r"\S+a\.jsonl row 2 'text' is null, \S+a\.jsonl row 3 'text' is null, \.\.\.\. Mend "
+            r"these rows, set text_column if it is not 'text', or raise data\.max_bad_rows 0\.09")):
+        list(documents(source, BadRows(source, limit=0.099)))
+
+
+def test_a_misspelt_column_is_found_early_but_a_first_file_of_nulls_is_no_reason_to_stop(tmp_path):
+    count = HOPELESS_ROWS
+    (tmp_path / "a.jsonl").write_text(json_lines(*[{"text": None, "id": 1}] * count))
+    (tmp_path / "b.jsonl").write_text(json_lines(*map(str, range(count))))
+    source = SourceConfig("json", data_files=str(tmp_path / "*.jsonl"))
+    assert len(list(documents(source, BadRows(source, limit=0.5)))) == count
+    for column, message in (("body", r"columns \['text', 'id'\], not text_column 'body'"),
+                            ("id", f"{count:,} of {count:,} rows .*'id' holds int, not text")):
+        wrong = dataclasses.replace(source, text_column=column)
+        bad_rows = BadRows(wrong)
+        with pytest.raises(ValueError, match=message):
+            list(documents(wrong, bad_rows))
+        assert bad_rows.rows == count
+
+
+def test_preparing_says_what_was_left_out_and_the_store_counts_it(tmp_path):
+    rows = [f"text {i} {'x' * (i % 7)}" for i in range(300)]
+    (tmp_path / "a.jsonl").write_text(json_lines(*rows[:100], {"text": None}, *rows[100:]))
+    source, reports = SourceConfig("json", data_files=str(tmp_path / "a.jsonl")), []
+    store = TokenStore(prepare(data_config(source, tmp_path), report=reports.append))
+    assert [line for line in reports if "left out" in line] == [
+        "source json: left out 1 of 301 rows (0.33%) without readable text: "
+        f"{tmp_path}/a.jsonl row 101 'text' is null"]
+    (counts,) = store.manifest["sources"]
+    assert counts["bad_rows"] == 1
+    assert counts["documents"] + store.manifest["validation"]["documents"] == 300
+    strict = dataclasses.replace(data_config(source, tmp_path / "strict"), max_bad_rows=0.001)
+    assert fingerprint(strict) == store.manifest["fingerprint"]  # the same text, if any
+    with pytest.raises(ValueError, match=r"a\.jsonl row 101 'text' is null"):
+        prepare(strict, report=reports.append)
+    assert list((tmp_path / "strict" / "cache").iterdir()) == []
+
+
+def test_max_bad_rows_is_a_share():
+    source = SourceConfig("json", data_files="a.jsonl")
+    for share in (-0.1, 1.5, float("nan")):
+        (problem,) = data_config(source, max_bad_rows=share).problems()
+        assert problem.startswith(f"data.max_bad_rows is {share}; it is a share")
+    assert not data_config(source, max_bad_rows=0.0).problems()

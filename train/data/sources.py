@@ -133,8 +133,8 @@ class BadRows:
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.first) else ""
-        return (f"{self.count:,} of {self.rows:,} rows ({self.count / max(self.rows, 1):.2%}) hold "
-                f"no readable text: {', '.join(self.first)}{more}")
+        return (f"{self.count:,} of {self.rows:,} rows ({self.count / max(self.rows, 1):.2%}) "
+                f"without readable text: {', '.join(self.first)}{more}")
 
 
 def _no_column(source: SourceConfig, columns: Sequence[str]) -> ValueError:
