@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import dataclasses
 import fnmatch
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import random
 import re
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -477,3 +483,81 @@ def test_max_bad_rows_is_a_share():
         (problem,) = data_config(source, max_bad_rows=share).problems()
         assert problem.startswith(f"data.max_bad_rows is {share}; it is a share")
     assert not data_config(source, max_bad_rows=0.0).problems()
+
+
+# --- compression ----------------------------------------------------------------------------------
+
+def arrow_compressed(data: bytes, codec: str) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, codec) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
+               "zst": lambda data: arrow_compressed(data, "zstd"),
+               "lz4": lambda data: arrow_compressed(data, "lz4")}
+TEXTS = [f"text {i} é {'x' * (i % 97)}" for i in range(5000)]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "text"])
+@pytest.mark.parametrize("form", COMPRESSORS)
+def test_compressed_files_are_read_as_they_are_whatever_they_are_called(tmp_path, form, kind):
+    compress = COMPRESSORS[form]
+    content = {"json": json_lines(*TEXTS), "csv": "\n".join(["text", *TEXTS]),
+               "text": "\n".join(TEXTS)}[kind].encode()
+    (tmp_path / f"a.jsonl.{form}").write_bytes(compress(content))
+    half = content.index(b"\n", len(content) // 2)  # as parallel compressors and cat leave them
+    (tmp_path / "b").write_bytes(compress(content[:half]) + compress(content[half:]))
+    assert read(tmp_path / f"a.jsonl.{form}", kind, sample_by="line") == TEXTS
+    assert read(tmp_path / "b", kind, sample_by="line") == TEXTS
+
+
+@pytest.mark.parametrize("form", COMPRESSORS)
+def test_a_compressed_file_that_was_cut_short_is_refused_by_name(tmp_path, form):
+    whole = COMPRESSORS[form](json_lines(*TEXTS).encode())
+    for size in (len(whole) // 2, len(whole) - 3):
+        (tmp_path / "a.jsonl").write_bytes(whole[:size])
+        refused(tmp_path / "a.jsonl", r"source 'json' cannot be read: \S+a\.jsonl cannot be read:")
+
+
+def test_what_zstd_tools_leave_around_frames_is_skipped(tmp_path):
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # pzstd's, and the seekable format's
+    one, two = (arrow_compressed(json_lines(text).encode(), "zstd") for text in ("one", "two"))
+    for content in (skippable + one + two, one + skippable + two, one + two + skippable):
+        (tmp_path / "a.zst").write_bytes(content)
+        assert read(tmp_path / "a.zst") == ["one", "two"]
+
+
+def test_a_zstd_window_beyond_the_usual_limit_is_refused_with_the_way_out(tmp_path):
+    # A frame header alone: a window of 256 MiB (descriptor 0x00, exponent 18), no content size.
+    (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00" + bytes([18 << 3]) + b"\x01\0\0")
+    refused(tmp_path / "a.zst", r"a\.zst cannot be read: .*window of at most 128 MiB \(--long=27")
+
+
+def test_archives_are_read_member_by_member_in_their_order(tmp_path):
+    members = {"b.jsonl": json_lines("one").encode(), "a/c.jsonl": json_lines("two").encode(),
+               "__MACOSX/._b.jsonl": b"\0", ".hidden": b"\0",
+               "d.jsonl.gz": gzip.compress(json_lines("three", {"text": None}).encode())}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    for mode in ("w", "w:gz", "w:xz"):
+        with tarfile.open(tmp_path / f"a.tar.{mode}", mode) as archive:
+            for name, content in members.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    for name in ("a.zip", "a.tar.w", "a.tar.w:gz", "a.tar.w:xz"):
+        source = SourceConfig("json", data_files=str(tmp_path / name))
+        bad_rows = BadRows(source, 1.0)
+        assert list(documents(source, bad_rows)) == ["one", "two", "three"]
+        assert bad_rows.first == [f"{tmp_path}/{name}/d.jsonl.gz row 2 'text' is null"]
+
+
+def test_a_parquet_file_that_is_none_is_refused_by_name(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(gzip.compress(b"PAR1"))
+    refused(tmp_path / "a.parquet", r"source 'parquet' cannot be read: \S+a\.parquet cannot be",
+            "parquet")
