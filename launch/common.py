@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -136,9 +137,21 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def quoted(value: object) -> str:
-    """A value as Hydra's override grammar reads it back, whatever characters it holds."""
-    text = str(value).replace("'", "\\'")
+    """A value as Hydra's override grammar and then OmegaConf read it back, whatever it holds."""
+    # Within quotes a backslash is one, but before a quote or at the end it takes two.
+    text = re.sub(r"(\\*)'", r"\1\1\\'", literal(str(value)))
+    text = re.sub(r"(\\+)\Z", r"\1\1", text)
     return f"'{text}'"
+
+
+def literal(value: Any) -> Any:
+    """A value, or a container of values, as OmegaConf must hold it to give it back: what looks like
+    an interpolation is text. For what has been resolved before, such as a path."""
+    if isinstance(value, dict):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def new_run_dir(experiment_name: str) -> Path:

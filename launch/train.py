@@ -21,6 +21,7 @@ from launch.common import (
     fail,
     failure_of,
     is_worker,
+    literal,
     load_config,
     new_run_dir,
     plain,
@@ -62,8 +63,8 @@ def train(config: DictConfig) -> float | None:
         raise SystemExit(follow(run, Path(config.resume or config.run_dir)))
     refuse_used_run_dir(config)
     with open_dict(config):
-        config.run_dir = str(Path(config.resume) if config.resume else
-                             Path(config.run_dir or new_run_dir(run.experiment_name)))
+        config.run_dir = literal(str(Path(config.resume) if config.resume else
+                                     Path(config.run_dir or new_run_dir(run.experiment_name))))
     save_config(config)
     return supervise(config, run)
 
@@ -108,10 +109,10 @@ def with_saved_config(config: DictConfig) -> DictConfig:
         key = override.lstrip("+").split("=", 1)[0].split("@")[0].replace("/", ".")
         if key in ("experiment", "debug", "model") or override.startswith("~"):
             raise ValueError(f"resume={config.resume} keeps the model and experiment of the run; drop {override!r}")
-        OmegaConf.update(saved, key, OmegaConf.select(config, key), force_add=True, merge=False)
+        OmegaConf.update(saved, key, literal(OmegaConf.select(config, key)), force_add=True, merge=False)
     if config.run_dir is not None and config.run_dir != config.resume:
         raise ValueError(f"resume={config.resume} continues in its own directory; drop run_dir={config.run_dir}")
-    saved.resume, saved.run_dir = config.resume, config.resume
+    saved.resume = saved.run_dir = literal(config.resume)
     saved.launch.dry_run = config.launch.dry_run
     after = _fixed_for_life(saved)
     changed = [key for key in before if before[key] != after[key]]
@@ -194,7 +195,7 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
         config = load_config(config.saved_config)
     restarted = attempt > 0 or config.launch.kind == "slurm"
     if restarted:
-        config.resume = config.run_dir
+        config.resume = literal(config.run_dir)
     from train.runtime import StopSignal, process_group
 
     stop = StopSignal()  # early, so that a signal during the slow imports below is remembered
@@ -208,7 +209,7 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
         run_dir = agree_on_run_dir(config, run, started_directly)
         with RunLock(run_dir, give_way) if started_directly and rank() == 0 else nullcontext():
             shown = redact(plain(config))  # resolved, so a secret named by ${oc.env:...} would stand in it
-            result = fit(run, run_dir, stop, OmegaConf.to_yaml(OmegaConf.create(shown)), shown, restarted)
+            result = fit(run, run_dir, stop, OmegaConf.to_yaml(OmegaConf.create(literal(shown))), shown, restarted)
     stop.close()
     if result is None:
         return None
@@ -228,7 +229,7 @@ def agree_on_run_dir(config: DictConfig, run: Any, started_directly: bool) -> Pa
     dist.broadcast_object_list(chosen, src=0)
     if rank() == 0 and started_directly:
         with open_dict(config):
-            config.run_dir = chosen[0]
+            config.run_dir = literal(chosen[0])
         save_config(config)
     return Path(chosen[0])
 

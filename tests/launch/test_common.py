@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from launch.common import _is_ours, quoted
+from launch.common import _is_ours, literal, load_config, plain, quoted
 from launch.environment import first_host
 from ops.all_to_all import Hop, begin_rows
 
@@ -17,10 +20,36 @@ def test_first_host_of_a_slurm_list(node_list, host):
     assert first_host(node_list) == host
 
 
-@pytest.mark.parametrize("path", ["/a b/c.yaml", "/it's/c=d.yaml", "/ü/{x}[y],z", "back\\slash"])
-def test_quoted_values_survive_hydras_grammar(path):
+PATHS = ["/a b/c.yaml", "/it's/c=d.yaml", "/ü/{x}[y],z", "back\\slash", "/ends\\", "/ends\\\\",
+         "/both\\'", "\\\\'", "/${oc.env:HOME}/x", "\\${a}", "\\\\${a}", "/${", "$", "${}'\\", "$$${a}",
+         "line\nfeed", "\\\n", "", "null", "1", "true", " ", "#", "%(x)s", "~", "a: b"]
+
+
+def read_back(path: str) -> str:
+    """What a process finds under the key whose override quotes the path."""
     (override,) = OverridesParser.create().parse_overrides([f"+saved_config={quoted(path)}"])
-    assert override.value() == path
+    config = OmegaConf.create({"nested": {}})
+    OmegaConf.update(config, "nested.saved_config", override.value(), force_add=True)
+    assert plain(config)["nested"]["saved_config"] == config.nested.saved_config
+    return config.nested.saved_config
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_quoted_values_survive_hydras_grammar_and_interpolation(path):
+    assert read_back(path) == path
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("\\'\"${}[]:=,a \n\té%#@~"), max_size=12) | st.text(max_size=12))
+def test_quoted_values_survive_whatever_they_hold(path):
+    assert read_back(path) == path
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_resolved_values_stay_what_they_are_in_a_saved_config(tmp_path, path):
+    kept = {"run_dir": path, "launch": {"env": {"A": path}}, "sources": [{"path": path}], "seed": 1}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(literal(kept))))
+    assert plain(load_config(str(tmp_path / "config.yaml"))) == kept
 
 
 def test_our_checks_are_told_from_errors_inside_libraries():
