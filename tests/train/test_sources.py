@@ -327,6 +327,15 @@ def test_the_files_of_a_data_set_are_read_by_the_same_rules(tmp_path):
         found("test")
 
 
+def test_a_change_in_a_data_set_folder_makes_a_new_store(tmp_path):
+    write(tmp_path, {"data/a.jsonl": json_lines("one"), "data/b.jsonl": json_lines("two")})
+    made = data_config(SourceConfig(str(tmp_path)))
+    before = fingerprint(made)
+    assert fingerprint(made) == before
+    write(tmp_path, {"data/b.jsonl": json_lines("two and more")})
+    assert fingerprint(made) != before
+
+
 def test_a_tsv_in_a_data_set_is_read_with_tabs(tmp_path):
     write(tmp_path, {"a.tsv": "id\ttext\n1\t007\n"})
     assert list(documents(SourceConfig(str(tmp_path)))) == ["007"]

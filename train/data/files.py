@@ -78,7 +78,7 @@ def read_rows(path: str, form: Format, column: str) -> Iterator[Row]:
         for name, stream in _streams(path):
             for number, text in _rows_of(stream, form, column):
                 yield Row(name, number, text)
-    except (OSError, EOFError, RuntimeError, csv.Error, zlib.error, lzma.LZMAError,
+    except (OSError, EOFError, NotImplementedError, csv.Error, zlib.error, lzma.LZMAError,
             zipfile.BadZipFile, tarfile.TarError, pyarrow.ArrowException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if "too much memory" in reason:  # zstd --long: the decoder's limit is the usual one
@@ -120,6 +120,8 @@ def _streams(path: str) -> Iterator[tuple[str, io.BufferedReader]]:
         if file.peek(4).startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
+                    if member.flag_bits & 1:
+                        raise zipfile.BadZipFile(f"{member.filename} in it is encrypted")
                     if not member.is_dir() and _holds_data(member.filename):
                         with archive.open(member) as packed:
                             content: Any = io.BufferedReader(packed)
@@ -133,7 +135,7 @@ def _streams(path: str) -> Iterator[tuple[str, io.BufferedReader]]:
         with tarfile.open(fileobj=stream, mode="r|") as unpacked:
             for entry in unpacked:
                 if entry.isfile() and _holds_data(entry.name):
-                    content = io.BufferedReader(unpacked.extractfile(entry))  # type: ignore
+                    content = io.BufferedReader(unpacked.extractfile(entry))
                     yield f"{path}/{entry.name}", _uncompressed(content)
 
 

@@ -42,6 +42,8 @@ def fingerprint(config: DataConfig) -> str:
         facts = dataclasses.asdict(source)
         facts.pop("weight")
         files = [f for f in files_of(source) if os.path.isfile(f)]
+        if source.data_files is None and os.path.isdir(source.path):  # a data set's own folder
+            files = sorted(str(p) for p in Path(source.path).rglob("*") if p.is_file())
         facts["files"] = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
         if any(map(glob.has_magic, files)):  # earlier stores may hold another file's text under these names
             facts["literal_names"] = True
@@ -161,10 +163,6 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
             "validation": held_out, "unigram_entropy": entropy}
 
 
-def _documents(source: SourceConfig, config: DataConfig) -> Iterator[str]:
-    return documents(source, BadRows(source, config.max_bad_rows))
-
-
 def _encode(texts: Iterator[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
     while batch := list(islice(texts, BATCH_DOCUMENTS)):
         yield from zip(batch, (e.ids for e in tokenizer.encode_batch(batch, add_special_tokens=False)), strict=True)
@@ -191,6 +189,10 @@ def _held_out_keys(texts: Iterator[str], fraction: float) -> set[int]:
         raise ValueError("the data holds fewer than two different documents, so none can be held out; give more text, or "
                          "split it finer (sample_by=paragraph for text files)")
     return chosen or {smallest}
+
+
+def _documents(source: SourceConfig, config: DataConfig) -> Iterator[str]:
+    return documents(source, BadRows(source, config.max_bad_rows))
 
 
 def train_bpe(texts: Iterator[str], config: TokenizerConfig) -> Any:
