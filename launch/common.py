@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import sys
 import time
 import traceback
@@ -142,6 +143,13 @@ def quoted(value: object) -> str:
     text = re.sub(r"(\\*)'", r"\1\1\\'", literal(str(value)))
     text = re.sub(r"(\\+)\Z", r"\1\1", text)
     return f"'{text}'"
+
+
+def typed(key: str, value: object) -> str:
+    """An override as one types it in a shell."""
+    text = str(value)
+    is_plain = text != "" and all(c.isalnum() or c in "/._-" for c in text)
+    return shlex.quote(f"{key}={text if is_plain else quoted(text)}")
 
 
 def literal(value: Any) -> Any:

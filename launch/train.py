@@ -29,6 +29,7 @@ from launch.common import (
     quoted,
     rank,
     run_main,
+    typed,
     world_size,
 )
 from launch.exits import IN_USE
@@ -252,10 +253,10 @@ def finish(config: DictConfig, run: Any) -> float | None:
     if result["val_loss"] is not None and not result["stopped"]:
         print(f"held-out loss {result['val_loss']:.4f} nats per token; unigram entropy {result['unigram_entropy']:.4f}")
     print(f"run directory {run_dir} (metrics.jsonl, routing.jsonl, checkpoints/)")
-    print(f"next: python -m launch.report run={run_dir}")
-    print(f"      python -m launch.generate run={run_dir} prompt='...'")
-    print(f"      python -m launch.evaluate run={run_dir}")
-    print(f"      python -m launch.train resume={run_dir} train.num_steps=N")
+    print(f"next: python -m launch.report {typed('run', run_dir)}")
+    print(f"      python -m launch.generate {typed('run', run_dir)} prompt='...'")
+    print(f"      python -m launch.evaluate {typed('run', run_dir)}")
+    print(f"      python -m launch.train {typed('resume', run_dir)} train.num_steps=N")
     print_result(result)
     return result["val_loss"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from launch.common import _is_ours, literal, load_config, plain, quoted
+from launch.common import _is_ours, literal, load_config, plain, quoted, typed
 from launch.environment import first_host
 from ops.all_to_all import Hop, begin_rows
 
@@ -43,6 +45,14 @@ def test_quoted_values_survive_hydras_grammar_and_interpolation(path):
 @given(st.text(st.sampled_from("\\'\"${}[]:=,a \n\té%#@~"), max_size=12) | st.text(max_size=12))
 def test_quoted_values_survive_whatever_they_hold(path):
     assert read_back(path) == path
+
+
+@pytest.mark.parametrize("path", [p for p in PATHS if p not in ("null", "1", "true")])
+def test_a_printed_command_can_be_typed_as_it_is(path):
+    (word,) = shlex.split(typed("run", path))
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert OmegaConf.create({"run": override.value()}).run == path
+    assert typed("run", "runs/a-b/2026.1_x") == "run=runs/a-b/2026.1_x"
 
 
 @pytest.mark.parametrize("path", PATHS)
