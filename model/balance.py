@@ -102,7 +102,7 @@ def histogram_bins(balance: BalanceConfig, router: Router) -> int:
 
 def router_sums(routing: RouterOutput, router: Router, balance: BalanceConfig, processed: torch.Tensor) -> RouterSums:
     """The sums of one layer from its routing."""
-    stats = pack_stats(routing, router.control[LIMIT] < router.max_top_k)
+    stats = pack_stats(routing, router.control_in_force()[LIMIT] < router.max_top_k)
     orthogonality = routing.z_sum.new_zeros(())
     if balance.orthogonality_coeff > 0:
         orthogonality = orthogonality_loss(router.weight[:router.spec.num_experts]) * routing.k_histogram.sum()

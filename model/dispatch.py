@@ -74,7 +74,7 @@ class LocalDispatcher:
                     "use dispatcher=all_to_all"]
         return []
 
-    def start(self, hidden: Tensor, routing: RouterOutput) -> Dispatched:
+    def start(self, hidden: Tensor, routing: RouterOutput, dropless: bool = False) -> Dispatched:
         """hidden [T, D] and where its tokens go."""
         return _Stayed(ExpertRows(hidden, routing.weights, routing.slots, routing.inverse, routing.offsets))
 
@@ -100,10 +100,10 @@ class AllToAllDispatcher:
         payload: native, bf16, or fp8: how rows travel (ops/all_to_all/payload.py). fp8 is for the way to the experts; the
             way back and the gradients are bf16 then.
         buffer_factor: None: as many rows travel as there are assignments (dropless; one copy of the sizes to the host
-            per layer). A number: buffers of fixed size, that many times the even share T * K / ranks, and sizes that stay
-            on the device, as CUDA graphs need. Every rank must bring as many tokens. What does not fit is dropped and
-            counted (moe/dropped): nothing, with router.capacity_factor up to this number, or with a number as large as
-            the ranks and one chunk.
+            per layer). A number, in training: buffers of fixed size, that many times the even share T * K / ranks, and
+            sizes that stay on the device, as CUDA graphs need. Every rank must bring as many tokens. What does not fit is
+            dropped and counted (moe/dropped): nothing, with router.capacity_factor up to this number, or with a number as
+            large as the ranks and one chunk.
     """
 
     def __init__(self, config: ModelConfig, groups: ParallelGroups, placement: LayerPlacement | None = None,
@@ -143,15 +143,17 @@ class AllToAllDispatcher:
                          "expert parallelism, but parallel.expert_parallel_size is 1; leave them out")
         return found
 
-    def start(self, hidden: Tensor, routing: RouterOutput) -> Dispatched:
-        """Send the rows of hidden [T, D] and their gates."""
+    def start(self, hidden: Tensor, routing: RouterOutput, dropless: bool = False) -> Dispatched:
+        """Send the rows of hidden [T, D] and their gates. dropless: exact sizes, whatever buffer_factor says, as outside of
+        training, where a row must not depend on the others."""
         if self.local is not None:
             return self.local.start(hidden, routing)
         slots, inverse, offsets = routing.slots, routing.inverse, routing.offsets
         if self.copies is not None:
             slots, inverse, offsets = group_by_expert(self._positions(routing), self.size * sum(self.chunk_sizes))
         counts = offsets.diff().long().view(self.size, -1)  # [ranks, L]
-        plan = self._fixed_plan(counts, slots.numel()) if self.buffer_factor is not None else self._exact_plan(counts)
+        fixed = self.buffer_factor is not None and not dropless
+        plan = self._fixed_plan(counts, slots.numel()) if fixed else self._exact_plan(counts)
         slots, inverse = _move(slots, inverse, plan.places, plan.num_rows)
         rows = permute(hidden, slots, inverse)
         gates = permute(routing.weights.reshape(-1, 1), slots, inverse.reshape(-1, 1))

@@ -61,7 +61,7 @@ class MoELayer(nn.Module):
         request = request._replace(num_segments=segments, num_bins=self.num_bins if request.num_bins else 0)
         routing = self.router(tokens, request)
         loan = self.experts.lend()
-        dispatched = self.dispatcher.start(tokens, routing)
+        dispatched = self.dispatcher.start(tokens, routing, dropless=not self.training)
         shared = None if self.shared is None else self.shared(tokens)  # while the tokens travel
         stacks = self.experts.stacks(self.dispatcher.chunk_sizes, loan)
         out, processed = dispatched.finish(lambda chunk, rows: self.experts(stacks[chunk], rows))

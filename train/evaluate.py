@@ -31,7 +31,13 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], toke
         val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes they stand for), the
         number of targets, balance metrics, mean experts per token, and the counts [layers][experts]; with sparse_layers
         (their numbers), also what train/attention_metrics.py makes of these layers.
+
+    Raises:
+        ValueError: the model is in training mode, where what limits an expert's load makes tokens depend on each other; or
+            there is no target.
     """
+    if any(router.training for router in routers):
+        raise ValueError("the model is in training mode, where its loss depends on the batch; call eval() first")
     measured = torch.zeros(len(sparse_layers or ()), len(STATS), dtype=torch.float64, device=device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     stats: torch.Tensor | None = None

@@ -54,8 +54,11 @@ class Router(nn.Module):
 
     Args:
         spec: the rule; budget: target mean of experts per token, None where the rule fixes it.
-        capacity_factor: an expert takes at most ceil(capacity_factor * k * T / E) of T tokens, k the budget or top_k;
-            the rest goes to the next expert with room, then nowhere (F3). None: no limit (dropless).
+        capacity_factor: in training an expert takes at most ceil(capacity_factor * k * T / E) of T tokens, k the budget
+            or top_k; the rest goes to the next expert with room, then nowhere (F3). None: no limit (dropless).
+
+    Outside of training (`eval()`) a token's experts depend on its own logits and on the buffers alone: no capacity, no
+    rounding to tiles, and no lowered limit (F5).
     """
 
     law: ControlLaw = "none"
@@ -118,6 +121,14 @@ class Router(nn.Module):
         """The rule in force (expert choice selects by thresholds outside of training)."""
         return self.spec
 
+    def control_in_force(self) -> torch.Tensor:
+        """[4] fp32, `control` as the op reads it now: F5's limit answers to loads of ranks in training, so nowhere else."""
+        if self.training:
+            return self.control
+        control = self.control.clone()
+        control[LIMIT] = float(self.max_top_k)
+        return control
+
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, C] fp32; null experts get the controller's shift."""
         shift = None
@@ -136,7 +147,7 @@ class Router(nn.Module):
                                    "num_segments": request.num_segments}
         if request.given_ids is not None:
             return route(logits, _given(spec), given_ids=request.given_ids, **options)
-        choice: dict[str, Any] = {"control": self.control, "histogram_range": self.histogram_range,
+        choice: dict[str, Any] = {"control": self.control_in_force(), "histogram_range": self.histogram_range,
                                   "num_bins": request.num_bins,
                                   "bias": None if spec.mode == "expert_choice" else self.balance_bias}
         if request.frozen and self.snapshot_weight is not None:
@@ -144,7 +155,7 @@ class Router(nn.Module):
                 stale = route(self._logits(hidden, self.snapshot_weight), spec, **choice, **options)
             return _marked(route(logits, _given(spec), given_ids=stale.expert_ids, **options), stale, Reason.FROZEN)
         routing = route(logits, spec, **choice, **options)
-        if self.capacity_factor is not None:
+        if self.capacity_factor is not None and self.training:  # it makes tokens compete: with later ones, and other rows
             capacity = math.ceil(self.capacity_factor * self.target * len(hidden) / spec.num_experts)
             limits = torch.full((spec.num_experts,), capacity, device=hidden.device)
             with torch.no_grad():

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import torch
+
 from model.config import ModelConfig
 from model.parallel import ParallelGroups
-from model.routers.base import Router, default_max_experts
+from model.routers.base import FALLBACK_K, SHARE, Router, default_max_experts
 from ops.router import RouteSpec
 
 
 class ExpertChoiceRouter(Router):
     """Every expert takes its best top_k * T / E tokens of the micro-batch (arXiv 2202.09368): the load is even by
-    construction. The choice looks at later tokens, so outside of training the cuts of recent steps decide instead
-    (arXiv 2603.11535); they live in balance_bias, with the opposite sign.
+    construction. The choice looks at later tokens and other rows, so outside of training a token visits the experts whose
+    score exceeds their cut instead, the (1 - top_k / E) quantile of their scores, averaged over recent steps (arXiv
+    2603.11535). The cuts live in balance_bias, with the opposite sign, and so in checkpoints; while they are all zero
+    (before the first step, or from a checkpoint of a router without any) a token visits its top_k best experts.
 
     max_experts: most experts of one token (None: four times top_k); what lies above is cut off and counted.
     """
@@ -33,6 +37,15 @@ class ExpertChoiceRouter(Router):
 
     def mode_spec(self) -> RouteSpec:
         return self.spec if self.training else dataclasses.replace(self.spec, mode="threshold")
+
+    def control_in_force(self) -> torch.Tensor:
+        control = super().control_in_force()
+        if self.training:
+            return control
+        # A cut of zero would let every expert through. Asked on the device, as `any` on the host would wait for it.
+        plain = control.clone()
+        plain[SHARE], plain[FALLBACK_K] = 0.0, float(self.spec.top_k)
+        return torch.where(self.balance_bias.any(), control, plain)
 
     @staticmethod
     def problems(config: ModelConfig, *, top_k: int, max_experts: int | None = None, min_experts: int = 0,

@@ -106,7 +106,8 @@ def variants(size: int) -> dict[str, dict]:
         "plain": {}, "chunks": {"num_chunks": own}, "fixed": {"buffer_factor": float(size)},
         "fixed_chunks": {"buffer_factor": float(NUM_EXPERTS), "num_chunks": own}, "placed": {"lent": 0}, "lent": {"lent": 2},
         "bf16": {"payload": "bf16", "num_chunks": own}, "fp8": {"payload": "fp8"},
-        "lent_fixed_chunks": {"lent": 1, "buffer_factor": float(NUM_EXPERTS), "num_chunks": own}}
+        "lent_fixed_chunks": {"lent": 1, "buffer_factor": float(NUM_EXPERTS), "num_chunks": own},
+        "evaluation": {"buffer_factor": 0.01, "dropless": True}}
     if size == 4:
         found |= {"nodes": {"nodes": True}, "nodes_chunks": {"nodes": True, "num_chunks": 2},
                   "nodes_fixed_lent": {"nodes": True, "buffer_factor": 4.0, "lent": 1}}
@@ -125,7 +126,8 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
     hidden, out_grad = normal(total, HIDDEN, seed=2), normal(total, HIDDEN, seed=3)
     gate_up, down = normal(NUM_EXPERTS, 2 * WIDTH, HIDDEN, seed=4), normal(NUM_EXPERTS, HIDDEN, WIDTH, seed=5)
 
-    def layer(dispatcher, experts: Experts, tokens: slice, identity: bool = False) -> list[torch.Tensor]:
+    def layer(dispatcher, experts: Experts, tokens: slice, identity: bool = False, dropless: bool = False
+              ) -> list[torch.Tensor]:
         """Output, gradients of hidden and gates, of the weights by global expert; assignments computed here."""
         leaves = [hidden[tokens].clone().requires_grad_(), gates[tokens].clone().requires_grad_()]
         ids = list(experts.global_ids)
@@ -134,7 +136,7 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
             experts.down.copy_(down[ids])
         used = (expert_ids[tokens] >= 0).double() if identity else leaves[1]
         loan = experts.lend()
-        dispatched = dispatcher.start(leaves[0], routing_of(used, expert_ids[tokens]))
+        dispatched = dispatcher.start(leaves[0], routing_of(used, expert_ids[tokens]), dropless=dropless)
         stacks = experts.stacks(dispatcher.chunk_sizes, loan)
         if identity:
             return [dispatched.finish(lambda chunk, rows: rows.hidden)[0]]
@@ -150,13 +152,14 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
     plain: list[torch.Tensor] = []
     for name, options in variants(groups.expert_size).items():
         options = dict(options)
-        if "buffer_factor" in options and len(set(sizes)) > 1:
+        dropless = options.pop("dropless", False)
+        if "buffer_factor" in options and not dropless and len(set(sizes)) > 1:
             continue  # fixed buffers need as many tokens on every rank
         own_groups = groups if options.pop("nodes", False) else dataclasses.replace(groups, nodes=None)
         placement = placed(groups.expert_size, options.pop("lent")) if "lent" in options else None
         dispatcher = AllToAllDispatcher(config, own_groups, placement, **options)
         experts = Experts(config, own_groups, ExpertsConfig(), placement).double()
-        found = layer(dispatcher, experts, mine)
+        found = layer(dispatcher, experts, mine, dropless=dropless)
         held = found[5]
         pairs = zip(found[:5], (expected[0][mine], expected[1][mine], expected[2][mine], expected[3][held],
                                 expected[4][held]), strict=True)
@@ -171,7 +174,7 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
         if rounds:
             continue
         # Identity experts with gates of 1 in every used slot: each token comes home as often as it was sent.
-        home = layer(dispatcher, experts, mine, identity=True)[0]
+        home = layer(dispatcher, experts, mine, identity=True, dropless=dropless)[0]
         errors[f"{name} token order"] = difference(home, hidden[mine] * (expert_ids[mine] >= 0).sum(1, keepdim=True))
     return errors
 

@@ -13,7 +13,7 @@ ROUTINGS = ("even", "as_many_everywhere", "one_expert_gets_everything", "experts
             "no_tokens_anywhere", "unused_slots", "no_slot_used")
 EVEN = ("as_many_everywhere", "one_expert_gets_everything", "no_tokens_anywhere")
 """Routings with as many tokens on every rank, as fixed buffers need."""
-VARIANTS = ("plain", "chunks", "fixed", "fixed_chunks", "placed", "lent", "lent_fixed_chunks")
+VARIANTS = ("plain", "chunks", "fixed", "fixed_chunks", "placed", "lent", "lent_fixed_chunks", "evaluation")
 NODE_VARIANTS = ("nodes", "nodes_chunks", "nodes_fixed_lent")
 """Names of tests/distributed/all_to_all_worker.py; by nodes where there are two of two ranks."""
 
@@ -56,7 +56,7 @@ def test_rounded_rows_give_rounded_results(errors, case, size, payload, toleranc
 @pytest.mark.parametrize(("case", "size"), cases(ROUTINGS))
 def test_chunks_nodes_and_fixed_buffers_change_no_bit(errors, case, size):
     bits = {name: error for name, error in errors["dispatcher", f"{case}-ep{size}"].items() if name.endswith("bits")}
-    assert len(bits) == 2 + 2 * (size == 4) + 2 * (case in EVEN) and set(bits.values()) == {0.0}, bits
+    assert len(bits) == 3 + 2 * (size == 4) + 2 * (case in EVEN) and set(bits.values()) == {0.0}, bits
 
 
 @pytest.mark.parametrize("homeward", [False, True])
