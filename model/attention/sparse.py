@@ -229,7 +229,7 @@ class SparseAttention(DenseAttention):
                           "error_squared": audited.error.clamp_max(1).square().sum(),
                           "certificate": audited.certificate.clamp_max(1).sum(),
                           "covered": (audited.error <= audited.certificate + slack).sum(),
-                          "bound_violations": (audited.error > audited.bound + slack).sum(),
+                          "bound_violations": (audited.error > audited.bound + audited.rounding).sum(),
                           "mass_kl": audited.mass_kl.detach().sum(), "coherence": audited.coherence.detach().sum()}
         return AttentionSums(penalty, torch.stack([found[name].float() for name in STATS]))
 

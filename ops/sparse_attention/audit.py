@@ -22,16 +22,27 @@ _NEVER = float("-inf")
 _ELEMENTS = 2**24
 """Logits of one chunk of audited rows."""
 _AUDIT_STREAM = 0x5EED
+_LARGEST = 60.0
+"""Largest logarithm of how many times its least mass an entry may count; bounds beyond that say nothing."""
 
 
 class RowAudit(NamedTuple):
-    """One value per audited row and head, [m, H] each. Gradients flow through mass_kl, coherence and alignment.
+    """One value per audited row and head, [m, H] each. Gradients flow through mass_kl, coherence and
+    alignment.
 
-    error: distance of the op's output from dense attention over the norm of dense attention's. bound: Theorem 1 in the same
-    unit, never below the error. certificate: its sub-Gaussian form, which holds where logits within a block are as
-    spread as their variance says. Both are infinite with two levels.
-    mass_kl: KL divergence of the estimated from the true shares of the past blocks. coherence: mean variance term of
-    the tail, weighted by mass. alignment: squared distance from dense attention over its squared norm.
+    error: distance of the op's output from dense attention over the norm of dense attention's (over the
+        rounding unit of the largest value, where dense attention is shorter than that).
+    bound: the smaller one of Theorem 1 and of the farthest that any attention can be, in the same unit:
+        finite, not negative, and never below the error, rounding aside.
+    certificate: the same with the sub-Gaussian form of Theorem 1, which holds where logits within a block
+        are as spread as their variance says. With two levels both are the farthest, as closed super-blocks
+        are outside of Theorem 1's sums.
+    mass_kl: KL divergence of the estimated from the true shares of the past blocks.
+    coherence: mean variance term of the tail, weighted by mass (with two levels as if every super-block
+        were open).
+    alignment: squared distance from dense attention over its squared norm.
+    rounding: what rounding of inputs, logits and outputs can add to the error, in its unit:
+        error <= bound + rounding.
     """
 
     error: Tensor
@@ -40,6 +51,7 @@ class RowAudit(NamedTuple):
     mass_kl: Tensor
     coherence: Tensor
     alignment: Tensor
+    rounding: Tensor
 
 
 def sample_rows(hashed: Tensor, fraction: float) -> Tensor:
@@ -103,7 +115,7 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
     scale, shape = dim**-0.5, (num_rows, kv_heads, heads // kv_heads)
     queries = q[rows].to(real).view(*shape, dim).transpose(0, 1)  # [Hk, m, G, d]
     k, v = k.to(real), v.to(real)
-    own = table.block_of[rows].long()
+    own, block_of = table.block_of[rows].long(), table.block_of.long()
     block = torch.arange(len(table.start), device=q.device)
     first, sink_end, local = (x[own].long().unsqueeze(1) for x in (table.first, table.sink_end, table.local_start))
     past = (block >= first) & (block < own.unsqueeze(1))
@@ -120,17 +132,20 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
         token_probs = (z - dense_lse).exp()
         dense = torch.einsum("hmgj,jhd->hmgd", token_probs, v)
         true_mass = torch.zeros(*z.shape[:3], len(block), dtype=real, device=q.device)
-        true_mass.index_add_(3, table.block_of.long(), token_probs)
+        true_mass.index_add_(3, block_of, token_probs)
         true_mass = torch.where(past[None, :, None], true_mass, 0.0)
     ours = result.out[rows].to(real).view(*shape, dim).transpose(0, 1)
-    difference, norm = ours - dense, dense.norm(dim=-1).clamp_min(torch.finfo(real).tiny)
+    largest = v.norm(dim=-1).T.unsqueeze(1).masked_fill(~visible, 0.0).amax(-1).unsqueeze(-1)  # [Hk, m, 1]
+    least_norm = (torch.finfo(real).eps * largest).clamp_min(torch.finfo(real).tiny)
+    difference, norm = ours - dense, torch.maximum(dense.norm(dim=-1), least_norm)
 
     # the coarse entries as the op sees them
     mean, value_mean, var = pooled.entries
     kappa = torch.zeros(*z.shape[:3], mean.shape[1], dtype=real, device=q.device)
     if spec.order == 2:
         kappa = (0.5 * scale**2 * torch.einsum("hmgd,hed->hmge", queries.square(), var)).clamp_max(spec.max_variance)
-    c = scale * torch.einsum("hmgd,hed->hmge", queries, mean) + math.log(spec.coarse_block_size) + kappa
+    centre = scale * torch.einsum("hmgd,hed->hmge", queries, mean) + math.log(spec.coarse_block_size)
+    c = centre + kappa
     block_logits = c.unflatten(-1, (-1, r)).logsumexp(-1).masked_fill(~past[None, :, None], _NEVER)
     some = past.any(1)[None, :, None]
     estimated = block_logits.masked_fill(~past[None, :, None], -1e30).log_softmax(-1)
@@ -145,27 +160,41 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
     shift = torch.zeros(*z.shape[:3], 1, dtype=real, device=q.device)
     if bias is not None:
         shift = bias[rows].to(real).view(*shape, 1).transpose(0, 1)
-    lse = result.lse[rows].to(real).view(*shape, 1).transpose(0, 1)
     if spec.tail == "drop":
         tail = torch.zeros_like(tail)
-    log_probs = torch.where(tail, c + shift - lse, _NEVER).detach()
-    coherence = (log_probs.exp() * kappa).sum(-1)
+    with torch.no_grad():
+        sees = taken[..., :-1] | (past & ((block < sink_end) | (block >= local))) | (block == own.unsqueeze(1))
+        log_exact = z.masked_fill(~sees[..., block_of].unsqueeze(2), _NEVER).logsumexp(-1, keepdim=True)
+        if sink is not None:
+            log_exact = torch.logaddexp(log_exact, sink.to(real).view(kv_heads, 1, -1, 1))
+        log_least, log_mass = (torch.where(tail, x, _NEVER) for x in (centre, c + shift))
+        # with two levels, as if every super-block were open
+        log_total = torch.logaddexp(log_exact, log_mass.logsumexp(-1, keepdim=True))
+    coherence = ((log_mass - log_total).exp() * kappa).sum(-1)
 
     with torch.no_grad():
-        kappa_all = kappa + shift
-        bounds = [_bound(ours, log_probs, kappa_all, value_mean, *spread)
-                  for spread in (_worst_case(queries, pooled, scale), _sub_gaussian(queries, pooled, scale))]
-        if spec.num_levels == 2:  # closed super-blocks are outside of these statistics
-            bounds = [torch.full_like(norm, float("inf"))] * 2
+        # A logit is off by so many units in its last place, and a probability by as much in proportion.
+        longest = k.norm(dim=-1).T.unsqueeze(1).masked_fill(~visible, 0.0).amax(-1).unsqueeze(-1)
+        reach = scale * queries.norm(dim=-1) * longest + kappa.amax(-1) + shift.squeeze(-1).abs().clamp_max(100.0)
+        units = 8 + 4 * reach
+        rounding = largest * torch.finfo(q.dtype).eps * units
+        noise = largest * (torch.finfo(real).eps * units + torch.finfo(result.out.dtype).eps)
+        # Both outputs are means of visible values (and of zero, the sink's), so neither is longer than the largest.
+        bounds = [largest + ours.norm(dim=-1)] * 2
         if spec.tail == "drop":  # the error of dropping is the dropped mass times a distance: exact, so a bound
             bounds = [difference.norm(dim=-1)] * 2
+        elif spec.num_levels == 1:
+            spreads = _worst_case(queries, pooled, scale), _sub_gaussian(queries, pooled, scale)
+            masses = log_exact, log_least, log_mass, kappa + shift
+            bounds = [torch.minimum(farthest, _bound(ours, noise, *masses, value_mean, *spread))
+                      for farthest, spread in zip(bounds, spreads, strict=True)]
 
     def by_row(x: Tensor) -> Tensor:
         return x.transpose(0, 1).reshape(num_rows, heads)
 
     error = difference.detach().norm(dim=-1) / norm
     return RowAudit(by_row(error), by_row(bounds[0] / norm), by_row(bounds[1] / norm), by_row(kl), by_row(coherence),
-                    by_row(difference.square().sum(-1) / norm.square()))
+                    by_row((difference / norm.unsqueeze(-1)).square().sum(-1)), by_row(rounding / norm))
 
 
 def _worst_case(queries: Tensor, pooled: _Pooled, scale: float) -> tuple[Tensor, Tensor]:
@@ -183,13 +212,26 @@ def _sub_gaussian(queries: Tensor, pooled: _Pooled, scale: float) -> tuple[Tenso
     return 0.5 * sigma2, pooled.value_spread[:, None, None] * torch.expm1((2 * sigma2).clamp_max(60)).sqrt()
 
 
-def _bound(ours: Tensor, log_probs: Tensor, kappa: Tensor, value_mean: Tensor, log_mass: Tensor, shift: Tensor) -> Tensor:
-    """Theorem 1, [Hk, m, G]. kappa: what the op added to the logit of the mean; the true mass lies between e^-kappa and
-    e^(log_mass - kappa) times the estimated one. Exponents beyond 60 are vacuous anyway."""
-    probs = log_probs.exp()
-    least = (log_probs - kappa).clamp_max(60).exp()
-    most = (log_probs - kappa + log_mass).clamp_max(60).exp()
-    mass_low = 1 - probs.sum(-1) + least.sum(-1)
-    distance = torch.cdist(ours, value_mean.unsqueeze(1))
-    worst = torch.maximum((most - probs).abs(), (probs - least).abs()) * distance + most * shift
-    return worst.sum(-1) / mass_low
+def _bound(ours: Tensor, noise: Tensor, log_exact: Tensor, log_least: Tensor, log_mass: Tensor, added: Tensor,
+           value_mean: Tensor, log_spread: Tensor, shift: Tensor) -> Tensor:
+    """Theorem 1, [Hk, m, G]; infinite where it says nothing.
+
+    noise [Hk, m, G]: how far rounding may have moved `ours`, which the theorem multiplies by the ratio of the masses.
+    Logarithms of masses, in any common unit: of the exact part log_exact [Hk, m, G, 1]; of an entry the least it can be
+    (its mean's), log_least, and the estimated one, log_mass = log_least + added; the most it can be is log_least +
+    log_spread. [Hk, m, G, E] each, -inf outside of the tail. Sums are of positive terms alone: 1 - (mass of the tail), as
+    the theorem is written, loses everything where the tail has nearly all of it.
+    """
+    log_most = log_least + log_spread
+    unit = torch.maximum(log_exact, log_least.amax(-1, keepdim=True))  # the least mass of all is 1 or more in it
+    least_of_all = (log_exact - unit).exp().squeeze(-1) + (log_least - unit).exp().sum(-1)
+    exponents = [x - unit for x in (log_least, log_mass, log_most)]
+    least, mass, most = (x.clamp_max(_LARGEST).exp() for x in exponents)
+    # |most - mass| and |mass - least| from the difference of the logarithms, which need not be small to matter
+    above = torch.maximum(most, mass) * -torch.expm1(-(log_spread - added).abs())
+    below = torch.maximum(mass, least) * -torch.expm1(-added.abs())
+    distance = torch.cdist(ours, value_mean.unsqueeze(1), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distance + noise.unsqueeze(-1)
+    found = (torch.maximum(above, below) * distance + most * shift).sum(-1) / least_of_all
+    vacuous = torch.stack(exponents).amax((0, -1)) > _LARGEST
+    return found.masked_fill(vacuous, float("inf"))

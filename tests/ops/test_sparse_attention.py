@@ -895,6 +895,82 @@ def test_theorem_1_holds_under_a_bias_that_drops_the_tail(low):
     assert (found.bound >= found.error - 1e-12).all()
 
 
+def adversary(seed: int, dtype: torch.dtype) -> tuple[Inputs, SparseAttentionSpec, dict[str, Tensor]]:
+    """Random shapes and settings, with what makes exponentials overflow, cancel or vanish among them."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (1,), generator=gen))]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64)
+
+    size, length, kv_heads = pick(1, 2, 4, 8), pick(20, 48, 70), pick(1, 2)
+    spec = SparseAttentionSpec(
+        block_size=size, coarse_block_size=pick(*(c for c in (1, 2, 4, 8) if c <= size)),
+        top_k=pick(0, 1, 3), window_size=pick(0, 1, size + 1), num_sink_blocks=pick(0, 1), order=pick(0, 2),
+        max_variance=pick(0.0, 0.4, 4.0, 32.0, 1e4), tail=pick("coarse", "coarse", "coarse", "drop"))
+    if spec.tail == "coarse" and pick(*(False,) * 7, True):
+        spec = replace(spec, num_levels=2, fanout=2, num_expanded=1)
+    q, k, v = draw(length, 2, 4), draw(length, kv_heads, 4), draw(length, kv_heads, 4)
+    q, k, v = q * pick(0.1, 1, 1, 6, 30), k * pick(0.1, 1, 1, 5), v * pick(1e-6, 1, 1, 1e4)
+    at = torch.arange(length).view(-1, 1, 1)
+    if pick(False, False, True):  # keys that are equal, or nearly
+        k = k[:1].expand_as(k) + pick(0.0, 1e-4) * draw(length, kv_heads, 4)
+    if pick(False, False, False, True):
+        v = v[:1].expand_as(v) + pick(0.0, 1e-6) * draw(length, kv_heads, 4)
+    if pick(False, False, False, True):
+        v = v * (at % 7 == 3)
+    if pick(*(False,) * 5, True):  # one key in eleven has all the mass, or none
+        k = 50 * k * (at % 11 == 3)
+    if pick(*(False,) * 8, True):
+        v = torch.zeros_like(v)
+    given = {"bias": pick(None, None, torch.full((length, 2), pick(-80.0, -4.0, 2.0, 4.0, 30.0)), 3 * draw(length, 2)),
+             "sink": pick(None, None, torch.tensor([-3.0, 3.0]), torch.full((2,), 50.0))}
+    given = {n: x.to(dtype) for n, x in given.items() if x is not None and (n == "sink" or spec.tail != "drop")}
+    return Inputs(*(x.to(dtype).contiguous() for x in (q, k, v)), torch.tensor([0, length // 3, length])), spec, given
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_bound_is_finite_not_negative_and_holds_on_a_thousand_cases(dtype, part):
+    eps = torch.finfo(dtype).eps
+    for seed in range(250 * part, 250 * part + 250):
+        x, spec, given = adversary(seed, dtype)
+        result, rows = sparse_attention(*x, spec, **given), torch.arange(len(x.q))
+        found = audit_rows(*x, spec, result, rows, **given)
+        for name, values in found._asdict().items():
+            assert values.isfinite().all() and (name == "mass_kl" or (values >= 0).all()), (seed, name)
+        wide = Inputs(*(t.double() for t in x[:3]), x.cu_seqlens)
+        dense = dense_rows(wide, None if "sink" not in given else given["sink"].double())
+        floor = (eps * x.v.double().norm(dim=-1).amax()).clamp_min(torch.finfo(dtype).tiny)
+        error = (result.out.double() - dense).norm(dim=-1) / torch.maximum(dense.norm(dim=-1), floor)
+        assert (error <= found.bound + found.rounding).all(), seed
+        assert (found.error <= found.bound + found.rounding).all(), seed
+        if dtype == torch.float64:  # rounding hides nothing here
+            assert (found.error <= found.bound + 1e-9).all(), seed
+
+
+@pytest.mark.parametrize("max_variance", [4.0, 32.0, 1e4])
+def test_a_tail_that_takes_all_the_mass_leaves_a_positive_bound(max_variance):
+    """1 - (mass of the tail) is nothing but rounding there."""
+    x = draw((80,), scale=6.0, dtype=torch.float32)
+    spec = replace(SMALL, max_variance=max_variance, top_k=0)
+    found = audit_rows(*x, spec, sparse_attention(*x, spec), torch.arange(80))
+    assert (found.bound >= 0).all() and found.bound.isfinite().all()
+    assert (found.error <= found.bound + found.rounding).all() and found.bound.max() > 0.1
+
+
+@pytest.mark.parametrize("offset", [2.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_small_distances_count_in_the_bound_however_many_rows_are_audited(dtype, offset):
+    x, spec = draw((80,), dtype=dtype), replace(SMALL, block_size=1, coarse_block_size=1, window_size=0, top_k=1)
+    x = x._replace(v=1 + 1e-5 * x.v)  # |a|^2 + |b|^2 - 2 ab would lose these
+    bias = torch.full((80, x.q.shape[1]), offset, dtype=dtype)
+    found = audit_rows(*x, spec, sparse_attention(*x, spec, bias=bias), torch.arange(80), bias=bias)
+    assert (found.error <= found.bound + 8 * torch.finfo(dtype).eps).all()
+
+
 def test_the_bound_shrinks_with_the_spread_of_the_logits():
     medians = []
     for scale in (0.05, 0.3, 1.0):
