@@ -36,7 +36,10 @@ def estimate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAt
 
     Selection is that of sparse_attention. Of the other candidates, blocks are drawn without replacement with
     probabilities that grow with their estimated mass (Gumbel top-m; Kool et al., arXiv 1903.06059, section 4). Arguments
-    as sparse_attention.
+    as sparse_attention. spec.order ranks and draws; the control variate of "ht_cv" is without the variance term.
+
+    Raises:
+        ValueError: spec.tail is another one.
     """
     if spec.tail not in ("ht", "ht_cv"):
         raise ValueError(f"tail is {spec.tail!r}; an estimate needs tail=ht or tail=ht_cv")
@@ -96,12 +99,13 @@ def _chunk(p: Problem, chunk: Chunk, hashed: Tensor) -> tuple[Tensor, Tensor, Te
     mass = sum((x - top).exp().sum(-1) for x, _ in exact)
     numerator = sum(torch.matmul((x - top).exp(), values) for x, values in exact)
     assert isinstance(mass, Tensor) and isinstance(numerator, Tensor)
-    at_least = mass.detach()
     m = sampled.shape[2]
     w = (z - top).exp().unflatten(-1, (m, -1))  # [Hk, n, G, m, B]
     d_mass, d_numerator = w.sum(-1), torch.matmul(w.transpose(2, 3), v.unflatten(2, (m, -1))).transpose(2, 3)
     if spec.tail == "ht_cv":  # the coarse entries as control variate: only the difference is sampled
-        coarse = (c - top).exp()
+        # Without the variance term an entry never has more than its tokens' mass (Jensen), so the sum stays positive
+        # whatever is drawn. With it the sum can fall below zero, and a bound against that would make it biased.
+        coarse = (c - top if kappa is None else c - kappa - top).exp()
         mass = mass + coarse.sum(-1)
         numerator = numerator + torch.matmul(coarse, tail.values.unsqueeze(1))
         r = spec.entries_per_block
@@ -112,7 +116,7 @@ def _chunk(p: Problem, chunk: Chunk, hashed: Tensor) -> tuple[Tensor, Tensor, Te
         pooled = tail.values[head, entry].unflatten(2, (m, r))
         d_mass = d_mass - own.sum(-1)
         d_numerator = d_numerator - torch.matmul(own.transpose(2, 3), pooled).transpose(2, 3)
-    mass = (mass + (d_mass / inclusion).sum(-1)).clamp_min(at_least)  # order 2 can overestimate what it replaces
+    mass = mass + (d_mass / inclusion).sum(-1)
     numerator = numerator + (d_numerator / inclusion.unsqueeze(-1)).sum(3)
     out = numerator / mass.unsqueeze(-1)
     residual = (d_numerator - out.unsqueeze(3) * d_mass.unsqueeze(-1)) / mass[..., None, None]

@@ -25,7 +25,7 @@ class SparseAttentionSpec:
     score: rank of a block: "prob" (estimated mass, summed over the heads of the group), "max" (largest logit), or
         "error_gain" (estimated mass times the share of it that the variance term made).
     tail: what is not selected is "coarse" (pooled), "drop"ped, or estimated from sampled blocks: "ht" (Horvitz-Thompson)
-        and "ht_cv" (with the coarse entries as control variate), num_samples blocks per query.
+        and "ht_cv" (with the coarse entries, without variance term, as control variate), num_samples blocks per query.
     top_p: of the candidates' and forced blocks' estimated mass, how much the selection must cover; fewer than top_k
         blocks are taken where that is enough. None: always top_k.
     min_sparse_length: queries at positions below this in their document attend densely (blocks that begin below it), and
