@@ -72,12 +72,12 @@ def score(logits: Tensor, function: str) -> Tensor:
 
 def expert_choice_cuts(scores: Tensor, live: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Score [C] and token index [C] int32 of the last token each expert takes: it takes round(top_k * T / E) of the live
-    tokens, at least one, by (score desc, token asc). Without tokens the cut is infinite."""
+    tokens (half to even), at least one, by (score desc, token asc). Without tokens the cut is infinite."""
     num_tokens, num_experts = scores.shape
     if num_tokens == 0:
         return scores.new_full((num_experts,), torch.inf), scores.new_zeros(num_experts, dtype=torch.int32)
     ranked = scores.masked_fill(~live.unsqueeze(1), -torch.inf).sort(dim=0, descending=True, stable=True)
-    capacity = (live.sum() * top_k / num_experts).round().long().clamp(min=1)
+    capacity = ((live.sum() * top_k).double() / num_experts).round().long().clamp(min=1)  # fp32 ends at 2^24
     last = (capacity - 1).clamp(max=num_tokens - 1).expand(1, num_experts)
     cut = ranked.values.gather(0, last)[0]
     return cut.masked_fill(cut.isneginf(), torch.inf), ranked.indices.gather(0, last)[0].int()
@@ -127,6 +127,7 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
     # Selection: the first n columns by (key desc, id asc).
     with torch.no_grad():
         value, portion, plain_k, limit = [0.0, 1.0, 0.0, num_slots] if control is None else control.tolist()
+        portion = torch.tensor(portion, dtype=torch.float32, device=x.device)  # as the kernels do, step by step
         plain_k, limit = (min(int(v), num_slots) if v >= 0 else 0 for v in (plain_k, limit))  # NaN: 0
         keys = scores.detach() if bias is None else scores.detach() + bias
         if spec.mode == "expert_choice":
@@ -153,7 +154,7 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
         limit = min(limit, most)
         n = by_mode.clamp(max=most)
         if portion < 1:
-            by_mode = n = ((1 - portion) * plain_k + portion * n + 0.5).floor().long()
+            by_mode = n = ((1 - portion) * plain_k + portion * n.float() + 0.5).floor().long()
         reasons = (by_mode == 0) * int(Reason.EMPTY) + (by_mode > limit) * int(Reason.CAPPED)
         reasons += ((n > 0) & (n < spec.min_experts)) * int(Reason.RAISED) + int(portion < 1) * int(Reason.OVERRIDDEN)
         n = n.clamp(min=spec.min_experts).clamp(max=limit)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import pytest
 import torch
 
 from ops.router import NUM_REASONS, Reason, RouterOutput, RouteSpec, interface, route
-from ops.router.reference import score
+from ops.router.reference import expert_choice_cuts, score
 from ops.router.spec import Mode, ScoreFunction
 from ops.testing import assert_close, poisoned_memory
 
@@ -355,6 +356,137 @@ def test_control_share_goes_from_plain_top_k_to_the_mode(mode):
             expected = ((1 - share) * top_k + share * by_mode + 0.5).floor().long()
             assert torch.equal((between.expert_ids >= 0).sum(1), expected)
             assert torch.equal((between.reasons & Reason.EMPTY) > 0, expected == 0)
+
+
+class Row(NamedTuple):
+    """What the README makes of one row of keys: chosen columns in rank order, reasons, margin, and the alpha of the
+    histogram (None: the row is not in it)."""
+
+    columns: list[int]
+    reasons: int
+    margin: float
+    alpha: float | None
+
+
+def by_hand(spec: RouteSpec, scores: list[float], bias: list[float], control: list[float]) -> Row:
+    """README.md, Selection, in plain Python over fp32 numbers."""
+    f = np.float32
+    value, share, plain_k, limit = (f(v) for v in control)
+    keys = [f(s) + f(b) for s, b in zip(scores, bias, strict=True)]
+    keys = [u if math.isfinite(u) else f(-3e38) for u in keys]
+    left = list(range(len(keys)))
+    if spec.top_groups < spec.num_groups:
+        size, best = spec.num_experts // spec.num_groups, max(1, spec.top_k // spec.top_groups)
+        sums = []
+        for g in range(spec.num_groups):
+            total = f(0)
+            for u in sorted(keys[g * size:(g + 1) * size], reverse=True)[:best]:
+                total = total + u
+            sums.append(total)
+        kept = sorted(range(spec.num_groups), key=lambda g: (-sums[g], g))[:spec.top_groups]
+        left = [c for c in left if c >= spec.num_experts or c // size in kept]
+    ranked = sorted(left, key=lambda c: (-keys[c], c))
+
+    def whole(x: np.float32) -> int:
+        return min(int(x), spec.max_experts) if x >= 0 else 0
+
+    most = min(spec.max_experts, len(left))
+    limit_now = min(whole(limit), most)
+    if spec.mode == "top_k":
+        asked = spec.top_k
+    elif spec.mode == "top_p":
+        asked, mass = 0, f(0)
+        total = f(1) if spec.score_function == "softmax" else sum((f(s) for s in scores), f(0))
+        while asked < len(left) and mass < value * total:
+            mass, asked = mass + f(scores[ranked[asked]]), asked + 1
+    else:
+        asked = sum(u > value for u in keys)
+    reasons, n = 0, min(asked, most)
+    if share < 1:
+        asked = n = math.floor((f(1) - share) * f(whole(plain_k)) + share * f(n) + f(0.5))
+        reasons |= Reason.OVERRIDDEN
+    reasons |= Reason.EMPTY if n == 0 else 0
+    reasons |= Reason.RAISED if 0 < n < spec.min_experts else 0
+    reasons |= Reason.CAPPED if asked > limit_now else 0
+    n = min(max(n, spec.min_experts), limit_now)
+    rest = [keys[c] for c in ranked[n:]]
+    margin = keys[ranked[n - 1]] - rest[0] if n and rest else f(0)
+    alpha: float | None = 0.0
+    if spec.mode in ("top_k", "top_p"):
+        alpha = float(rest[0]) if rest else None
+    return Row(ranked[:n], reasons, float(margin), alpha)
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_selection_reasons_margin_and_alpha_are_what_the_readme_says_by_hand(backend):
+    nan, inf, rng = math.nan, math.inf, np.random.default_rng(0)
+    for number in range(1500):
+        mode = ("top_k", "top_p", "threshold")[number % 3]
+        groups = 4 if mode != "threshold" and rng.random() < 0.5 else 1
+        nulls = 2 if rng.random() < 0.2 else 0
+        top_k = int(rng.integers(1, 5))
+        slots = int(rng.integers(top_k if mode == "top_k" else 1, 9))
+        spec = RouteSpec(8, mode, ("softmax", "sigmoid")[number % 2], top_k, nulls, int(rng.integers(0, min(3, slots + 1))),
+                         slots, groups, 2 if groups > 1 else 1, normalize_weights=False)
+        logits = torch.from_numpy(rng.normal(size=(3, spec.num_columns)).astype(np.float32))
+        bias = rng.choice([0.0, 0.0, 0.1, nan, inf, -inf, -3e38], spec.num_columns).astype(np.float32)
+        control = [float(rng.choice([0.3, 0.6, 0.0, 1.5, nan])), float(rng.choice([1.0, 1.0, 0.0, 0.1, 0.5, nan, 2.0])),
+                   float(rng.choice([0.0, 1.0, 2.9, 3.0, 100.0, -1.0, nan])),
+                   float(rng.choice([8.0, 8.0, 100.0, 2.9, 1.0, 0.0, -1.0, nan]))]
+        # the histogram of one bin per half a unit around each row's alpha
+        found = route(logits, spec, bias=torch.from_numpy(bias), control=torch.tensor(control), backend=backend,
+                      num_bins=2, histogram_range=torch.tensor([-1.0, 1.0]).repeat(8, 1))
+        scores = score(logits, spec.score_function)
+        in_histogram = 0
+        for i, row in enumerate(scores.tolist()):
+            expected = by_hand(spec, row, bias.tolist(), control)
+            experts = [c for c in expected.columns if c < 8]
+            assert [e for e in found.expert_ids[i].tolist() if e >= 0] == experts, (number, spec, control, bias)
+            assert int(found.reasons[i]) == expected.reasons, (number, spec, control, bias)
+            assert float(found.margin[i]) == pytest.approx(expected.margin, abs=1e-6), (number, spec, control, bias)
+            in_histogram += expected.alpha is not None
+        assert int(found.histogram.sum()) == 8 * in_histogram, (number, spec, control, bias)
+
+
+@pytest.mark.parametrize(("share", "plain_k", "chosen"), [(0.1, 3.0, 8), (0.3, 2.0, 7), (0.7, 8.0, 3), (0.05, 1.0, 8)])
+def test_a_blend_is_rounded_in_fp32_by_every_backend(share, plain_k, chosen):
+    """0.9 * 3 + 0.1 * 8 + 0.5 is 4 on paper and below 4 in fp32."""
+    spec = RouteSpec(8, "threshold", "sigmoid", 2, 0, 0, 8, normalize_weights=False)
+    logits = torch.where(torch.arange(8) < chosen, 4.0, -4.0).unsqueeze(0)
+    control = torch.tensor([0.5, share, plain_k, 8.0])
+    f = np.float32
+    expected = math.floor((f(1) - f(share)) * f(plain_k) + f(share) * f(chosen) + f(0.5))
+    for backend in ("fused", "reference"):
+        assert int((route(logits, spec, control=control, backend=backend).expert_ids >= 0).sum()) == expected
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "num_experts", "taken"), [
+    (10, 1, 4, 2), (14, 1, 4, 4), (6, 1, 4, 2), (2, 1, 4, 1), (1, 1, 8, 1), (3, 2, 4, 2)])
+def test_an_expert_takes_the_nearest_number_of_tokens_half_to_even_and_at_least_one(tokens, top_k, num_experts, taken):
+    logits = normal(tokens, num_experts, seed=3)
+    spec = RouteSpec(num_experts, "expert_choice", "softmax", top_k, 0, 0, num_experts, normalize_weights=False)
+    for backend in ("fused", "reference"):
+        assert route(logits, spec, backend=backend).counts.sum(0).tolist() == [taken] * num_experts
+
+
+def test_a_capacity_beyond_the_whole_numbers_of_fp32_is_exact():
+    """2^24 + 1 live tokens: not the neighbour that fp32 can hold."""
+    live = torch.ones(2**24 + 1, dtype=torch.bool)
+    scores = torch.arange(2**24 + 1, dtype=torch.float32).view(-1, 1).flip(0)
+    cuts, _ = expert_choice_cuts(scores, live, 1)
+    assert float(cuts[0]) == float(scores[-1])
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_shares_are_over_the_sum_of_scores_or_its_floor(backend):
+    """Experts whose scores sum to less than 1e-20 count for less than one token in the balance."""
+    spec = RouteSpec(2, "top_k", "sigmoid", 2, 0, 1, 2)
+    for logit in (-20.0, -44.0, -46.0, -60.0):
+        logits = torch.tensor([[logit, logit - 1]])
+        scores = logits.double().sigmoid()
+        expected = scores / scores.sum().clamp_min(1e-20)
+        torch.testing.assert_close(route(logits, spec, backend=backend).score_sums.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_a_control_limit_lowers_the_cap():

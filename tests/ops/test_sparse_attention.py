@@ -568,6 +568,29 @@ def test_equal_blocks_are_taken_in_the_order_of_their_ids():
         assert torch.equal(as_mask(selected, 10), reference_attention(*x, spec).selected)
 
 
+@pytest.mark.parametrize("number", [3, 20, 32, 45, 54, 87])
+def test_blocks_of_identical_keys_are_interchangeable_and_chosen_without_later_tokens(number):
+    """A matrix product may round equal columns differently, so which of them is taken is open; not what comes of it."""
+    gen = torch.Generator().manual_seed(number)
+    length, block = 150 + number, (4, 7, 8)[number % 3]
+    spec = SparseAttentionSpec(block_size=block, coarse_block_size=block, top_k=2, window_size=0, num_sink_blocks=1)
+    q, v = (torch.randn(length, n, 16, generator=gen) for n in (8, 1))
+    k, v = (x[:block, :1].repeat(length // block + 1, 1, 1)[:length].contiguous() for x in (q, v))
+    cu = torch.tensor([0, length])
+    found = sparse_attention(q, k, v, cu, spec)
+    lowest = torch.full((1, length, 2), -1, dtype=torch.int32)
+    table = block_table(cu, length, spec)
+    own = table.block_of.long()
+    for i in range(2):
+        lowest[0, :, i] = torch.where(table.sink_end[own] + i < table.local_start[own], table.sink_end[own] + i, -1)
+    expected = sparse_attention(q, k, v, cu, spec, selected=lowest)
+    torch.testing.assert_close(found.out, expected.out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=1e-6, atol=1e-6)
+    cut = length // 2
+    later = [torch.cat((x[:cut], torch.randn(x[cut:].shape, generator=gen))) for x in (q, k, v)]
+    assert torch.equal(sparse_attention(*later, cu, spec).selected[:, :cut], found.selected[:, :cut])
+
+
 def test_blocks_without_mass_are_taken_in_the_order_of_their_ids():
     x = draw((80,), kv_heads=4)
     k = torch.full_like(x.k, -1.0)
