@@ -89,8 +89,11 @@ def pack_stats(routing: RouterOutput, lowered_limit: torch.Tensor) -> torch.Tens
 def unpack_stats(stats: torch.Tensor, num_experts: int, num_slots: int) -> LayerStats:
     """[L, size] of pack_stats -> the parts; what is left over at the end is the histogram."""
     sizes = (num_experts, num_slots + 1, NUM_REASONS, 1, 1, 1, 2)
-    counts, k_histogram, reasons, null_count, checksum, entropy, overflow, histogram = stats.split(
-        (*sizes, stats.shape[1] - sum(sizes)), dim=1)
+    rest = stats.shape[-1] - sum(sizes)
+    if stats.dim() != 2 or rest < 0 or rest % num_experts:
+        raise ValueError(f"stats {tuple(stats.shape)} are not those of {num_experts} experts and {num_slots} slots "
+                         f"([layers, {sum(sizes)} + {num_experts} * bins]); give the routers' max_top_k as num_slots")
+    counts, k_histogram, reasons, null_count, checksum, entropy, overflow, histogram = stats.split((*sizes, rest), dim=1)
     return LayerStats(counts, k_histogram, reasons, null_count[:, 0], checksum[:, 0], entropy[:, 0].double() * ENTROPY_UNIT,
                       overflow, histogram.reshape(len(stats), num_experts, -1))
 

@@ -48,6 +48,7 @@ def penalty_coeff(router: Router) -> torch.Tensor | None:
 def start_routers(routers: list[Router], budget: BudgetConfig, fail_safe: FailSafeConfig) -> None:
     """The state before the first step: plain top-k where there is a warm start, snapshots where F4 is on."""
     for router in routers:
+        router.watch.started = True
         # ReLU routing starts dense and is thinned out by its penalty; plain top-k would train experts it never chooses.
         if router.budget is not None and router.law != "relu" and budget.warm_start_steps > 0:
             router.control[SHARE] = 0.0
@@ -79,6 +80,7 @@ def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceCon
     for i, router in enumerate(routers):
         router.control.copy_(control[i])
         router.controller.copy_(state[i])
+        router.watch.moved()
     if not freeze_bias:
         _update_bias(routers, stats, balance, state, has_tokens & ~frozen)
 

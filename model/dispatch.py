@@ -60,7 +60,9 @@ class Dispatched(Protocol):
 class LocalDispatcher:
     """All experts live on this rank: nothing moves, and the experts read the tokens where they are."""
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, placement: LayerPlacement | None = None):
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None,
+                 placement: LayerPlacement | None = None):
+        groups = groups or ParallelGroups.single()
         if groups.expert_size != 1:
             raise ValueError(f"dispatcher=local holds all experts on one rank, but expert_parallel_size is "
                              f"{groups.expert_size}; use dispatcher=all_to_all")
@@ -106,8 +108,10 @@ class AllToAllDispatcher:
             large as the ranks and one chunk.
     """
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, placement: LayerPlacement | None = None,
-                 num_chunks: int = 1, payload: str = "native", buffer_factor: float | None = None):
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None,
+                 placement: LayerPlacement | None = None, num_chunks: int = 1, payload: str = "native",
+                 buffer_factor: float | None = None):
+        groups = groups or ParallelGroups.single()
         self.group, self.size, self.nodes = groups.expert, groups.expert_size, groups.nodes
         self.payload, self.buffer_factor = payload, buffer_factor
         self.local = LocalDispatcher(config, groups) if self.size == 1 else None

@@ -23,7 +23,7 @@ class DenseAttention(nn.Module):
     scaled_dot_product_attention, with the document mask of the layout where rows hold several documents.
     """
 
-    def __init__(self, config: ModelConfig, layer_idx: int):
+    def __init__(self, config: ModelConfig, layer_idx: int = 0):
         super().__init__()
         self.head_dim = config.attention_head_dim
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads

@@ -42,8 +42,9 @@ class SparseAttention(DenseAttention):
             regularisers; 0 switches the audit off.
     """
 
-    def __init__(self, config: ModelConfig, layer_idx: int, block_size: int = 64, top_k: int = 16, window_size: int = 512,
-                 num_sink_blocks: int = 1, coarse_block_size: int = 32, order: int = 2, max_variance: float = 4.0,
+    def __init__(self, config: ModelConfig, layer_idx: int = 0, block_size: int = 64, top_k: int = 16,
+                 window_size: int = 512, num_sink_blocks: int = 1, coarse_block_size: int = 32, order: int = 2,
+                 max_variance: float = 4.0,
                  score: Literal["prob", "max", "error_gain"] = "prob", tail: Literal["coarse", "drop"] = "coarse",
                  top_p: float | None = None, min_sparse_length: int = 0, num_levels: int = 1, fanout: int = 8,
                  num_expanded: int = 4, merge: Literal["lse", "gated"] = "lse", offset: bool = False, trust: bool = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,10 @@ VALUE, SHARE, FALLBACK_K, LIMIT = range(4)
 """Places in `control`: ops.router.route."""
 NUM_CONTROLLER_STATES = 7
 """Length of `controller`: see model/budget.py."""
+STEPS_UNMOVED = 20
+"""Steps of training without update_routers after which a router says so."""
+_MOVES = {"quantile": "cuts", "top_p": "P and budget", "relu": "penalty and budget", "null": "null experts and budget"}
+log = logging.getLogger("loadstone")
 
 
 class RoutingRequest(NamedTuple):
@@ -40,6 +45,44 @@ class RoutingRequest(NamedTuple):
     given_ids: torch.Tensor | None = None
     frozen: bool = False
     snapshot: bool = False
+
+
+class LoopWatch:
+    """Says once what a training loop has left out: a router whose state stands still trains on without an error."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.steps_unmoved = 0
+        self.version = -1
+        self.told: set[str] = set()
+
+    def moved(self) -> None:
+        """The controllers have made their step."""
+        self.steps_unmoved = 0
+
+    def look(self, router: Router) -> None:
+        """At every forward pass in training. Steps of an optimiser show in the version of the weight."""
+        weight = router.weight
+        if not weight.requires_grad or weight.is_inference():
+            return
+        if self.version < 0 and not self.started and router.budget is not None and router.law != "relu":
+            untouched = not router.balance_bias.any() and not router.controller.any()  # else a checkpoint was loaded
+            if untouched:
+                self._tell("start", f"{type(router).__name__} is trained without its warm start: call "
+                                    "model.budget.start_routers, or use model.routing.RouterControl")
+        if weight._version != self.version:
+            self.version = weight._version
+            self.steps_unmoved += 1
+        if self.steps_unmoved > STEPS_UNMOVED:
+            self._tell("update", f"{type(router).__name__}: {STEPS_UNMOVED} steps of training without "
+                                 f"update_routers, so its {_MOVES[router.law]} stand still; call "
+                                 "model.budget.update_routers once per optimiser step, or use "
+                                 "model.routing.RouterControl")
+
+    def _tell(self, what: str, text: str) -> None:
+        if what not in self.told:
+            self.told.add(what)
+            log.warning(text)
 
 
 class Router(nn.Module):
@@ -72,6 +115,7 @@ class Router(nn.Module):
         self.spec, self.budget, self.capacity_factor = spec, budget, capacity_factor
         self.initial_value = initial_value
         self.token_rounding = 0  # set by the layer: ExpertsConfig
+        self.watch = LoopWatch()
         self.max_top_k = spec.max_experts
         self.weight = nn.Parameter(torch.empty(spec.num_columns, config.hidden_size))
         self.balance_bias: torch.Tensor
@@ -139,6 +183,8 @@ class Router(nn.Module):
     def forward(self, hidden: torch.Tensor, request: RoutingRequest | None = None) -> RouterOutput:
         """hidden [T, hidden_size] -> RouterOutput with max_top_k slots."""
         request = request or RoutingRequest()
+        if self.training and self.law != "none" and not torch.compiler.is_compiling():
+            self.watch.look(self)
         if request.snapshot and self.snapshot_weight is not None:
             self.snapshot_weight.copy_(self.weight.detach())
         logits = self._logits(hidden, self.weight)

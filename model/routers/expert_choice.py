@@ -25,7 +25,7 @@ class ExpertChoiceRouter(Router):
 
     law = "quantile"
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, top_k: int,
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None, layer_idx: int = 0, *, top_k: int,
                  max_experts: int | None = None, min_experts: int = 0,
                  score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax",
                  normalize_weights: bool = False, scaling_factor: float = 1.0):

@@ -26,7 +26,7 @@ class ReLURouter(Router):
 
     law = "relu"
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, budget: float,
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None, layer_idx: int = 0, *, budget: float,
                  budget_unit: Literal["experts", "flops"] = "experts", initial_coeff: float = 1e-8,
                  min_experts: int | None = None, max_experts: int | None = None, scaling_factor: float = 1.0,
                  capacity_factor: float | None = None):

@@ -27,7 +27,7 @@ class ThresholdRouter(Router):
 
     law = "quantile"
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, budget: float,
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None, layer_idx: int = 0, *, budget: float,
                  budget_unit: Literal["experts", "flops"] = "experts", min_experts: int | None = None,
                  max_experts: int | None = None,
                  score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "sigmoid",

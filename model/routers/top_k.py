@@ -22,7 +22,7 @@ class TopKRouter(Router):
     num_groups, top_groups: only the experts of the best groups take part (DeepSeek-V3's node-limited routing).
     """
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, top_k: int,
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None, layer_idx: int = 0, *, top_k: int,
                  score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax",
                  normalize_weights: bool = True, scaling_factor: float = 1.0, num_groups: int = 1, top_groups: int = 1,
                  capacity_factor: float | None = None):
@@ -62,8 +62,9 @@ class NullExpertsRouter(Router):
 
     law = "null"
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, num_null_experts: int,
-                 budget: float, top_k: int | None = None, budget_unit: Literal["experts", "flops"] = "experts",
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None, layer_idx: int = 0, *,
+                 num_null_experts: int, budget: float, top_k: int | None = None,
+                 budget_unit: Literal["experts", "flops"] = "experts",
                  score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax",
                  normalize_weights: bool = True, scaling_factor: float = 1.0, capacity_factor: float | None = None):
         experts = experts_of_budget(config, budget, budget_unit)

@@ -25,7 +25,7 @@ class TopPRouter(Router):
 
     law = "top_p"
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, layer_idx: int, *, budget: float,
+    def __init__(self, config: ModelConfig, groups: ParallelGroups | None = None, layer_idx: int = 0, *, budget: float,
                  budget_unit: Literal["experts", "flops"] = "experts", initial_top_p: float = 0.4,
                  min_experts: int = 1, max_experts: int | None = None,
                  score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax",

@@ -20,6 +20,7 @@ class Communication(NamedTuple):
 
 
 def total_communication(parts: list[Communication]) -> Communication:
+    """The sum of what was counted apart, of layers or of ranks."""
     return Communication(sum(p.num_bytes for p in parts), sum(p.exposed_seconds for p in parts),
                          (sum(p.payload_error[0] for p in parts), sum(p.payload_error[1] for p in parts)))
 

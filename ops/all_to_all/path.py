@@ -16,7 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hop:
-    """One all-to-all. order: rows are taken in this order before they leave ([R] int64; None: as they stand)."""
+    """One all-to-all.
+
+    group: None is the default group; without torch.distributed, this process alone.
+    send, receive: rows to and from each rank of the group.
+    order: rows are taken in this order before they leave ([R] int64; None: as they stand).
+    """
 
     group: Any
     send: list[int]

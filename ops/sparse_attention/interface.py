@@ -119,8 +119,8 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, leng
 
     Args:
         q: [N, H, d], tokens number `length` (from 1) of N documents. keys, values: [N, at least length, Hk, d], theirs
-            included. entries: [N, Hk, max_blocks * r, d], valid for complete blocks. bias: [N, H]; sink: [H]. exact, coarse:
-            branches that take part.
+            included. entries: [N, Hk, max_blocks * r, d], valid for complete blocks: EntryCache.entries. bias: [N, H];
+            sink: [H]. exact, coarse: branches that take part.
 
     Returns:
         (out [N, H, d], lse [N, H]). No gradient.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops.all_to_all import Hop, begin_rows, exchange_counts
+from ops.all_to_all import Hop, Meter, begin_rows, end_rows, exchange_counts
 
 EXPERT_SIZES = (2, 4)
 SPLITS = ("variable", "zeros", "a_rank_sends_nothing", "a_rank_receives_nothing", "all_to_one", "nobody_sends")
@@ -64,6 +64,18 @@ def test_splits_that_do_not_add_up_to_the_rows_are_refused(homeward):
     path = (Hop(None, [2, 2], [2, 2]),)
     with pytest.raises(ValueError, match=r"5 rows but the splits \[2, 2\] sum to 4"):
         begin_rows(torch.zeros(5, 3), path, homeward=homeward)
+
+
+@pytest.mark.parametrize("payload", ["native", "bf16"])
+@pytest.mark.parametrize("homeward", [False, True])
+def test_without_a_group_rows_stay_and_so_does_their_gradient(homeward, payload):
+    rows = torch.randn(5, 3, requires_grad=True)
+    arrived = end_rows(begin_rows(rows, (Hop(None, [5], [5]),), homeward=homeward, payload=payload, meter=Meter()))
+    torch.testing.assert_close(arrived, rows, rtol=1e-2 if payload == "bf16" else 0, atol=0)
+    arrived.backward(torch.ones(5, 3))
+    assert rows.is_leaf and torch.equal(rows.grad, torch.ones(5, 3))
+    with pytest.raises(ValueError, match="without a process group"):
+        begin_rows(rows, (Hop(None, [2, 3], [2, 3]),))
 
 
 def test_without_a_group_counts_stay_where_they_are():
