@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from model.experts import Experts
+from model.transformer import Transformer
+from train.checkpoint_folder import read_state
 from train.engine import STATE_KEYS, Engine
 from train.manifest import CheckpointError, require_owned
 
@@ -67,7 +69,8 @@ def load_engine(engine: Engine, checkpoint: Path, step: int) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Restore a plain model, outside any engine, from the fp32 master weights.
+    """Restore a plain model, outside any engine, from the fp32 master weights, at the step it was saved after: a layer
+    that was still dense then is dense now.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, is not ours, or belongs to another model.
@@ -83,6 +86,8 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         with torch.no_grad():
             parameter.copy_(_assemble(want, name, expert_ids, "fp32"))
     _load_buffers(model, reader)
+    if isinstance(model, Transformer):
+        model.set_step(read_state(checkpoint)["step"])
 
 
 def _shape_of_one(shapes: dict[str, tuple[int, ...]], name: str, expert_ids: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

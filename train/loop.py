@@ -446,6 +446,7 @@ class _Run:
         batches = validation_batches(rows, settings.micro_batch_size, self.store.end_of_document,
                                      self.groups.data_rank, self.groups.data_size, settings.eval_max_sequences)
         self.engine.module.eval()
+        self.engine.module.set_step(progress.step)  # the stage that launch.evaluate finds in the checkpoint
         heartbeat.beat(progress.step, "evaluate")
         result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device, self.routers,
                           probe=self.probe)

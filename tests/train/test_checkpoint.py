@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from model.attention.dense import DenseAttention
+from model.attention.sparse import SparseAttention
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch import AllToAllDispatcher
 from model.moe import ModelParts
@@ -127,6 +129,17 @@ def test_unfinished_saves_are_never_taken(run):
 def test_no_usable_checkpoint_is_an_error_with_the_place(tmp_path):
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         find_checkpoint(tmp_path)
+
+
+def test_a_model_comes_back_at_the_stage_of_its_attention(saved):
+    """Saved after step 4: within four dense steps it is dense no longer, within five it still is."""
+    for dense_steps, dense in ((4, False), (5, True)):
+        attention = functools.partial(SparseAttention, block_size=2, coarse_block_size=2, top_k=1, window_size=2,
+                                      dense_steps=dense_steps)
+        model = Transformer(CONFIG, dataclasses.replace(PARTS, attention=attention))
+        load_weights(model, find_checkpoint(saved[0], "latest"))
+        layers = model.sparse_attentions()
+        assert layers and all((layer.step < layer.dense_steps) == dense for layer in layers)
 
 
 def other_model(**changes):
