@@ -1,4 +1,4 @@
-"""Routers outside of the trainer: make one, route with it, and move its controllers. Examples: docs/library.md."""
+"""Routers outside of the trainer: make one, route with it, move its controllers (docs/library.md)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from model.routers.top_k import NullExpertsRouter, TopKRouter
 from model.routers.top_p import TopPRouter
 from ops.router import Reason, RouterOutput
 
-__all__ = ["ROUTERS", "ExpertChoiceRouter", "LayerStats", "NullExpertsRouter", "ReLURouter", "Reason", "Router",
-           "RouterControl", "RouterOutput", "RoutingRequest", "ThresholdRouter", "TopKRouter", "TopPRouter",
-           "make_router"]
+__all__ = ["ROUTERS", "ExpertChoiceRouter", "LayerStats", "NullExpertsRouter", "ReLURouter", "Reason",
+           "Router", "RouterControl", "RouterOutput", "RoutingRequest", "ThresholdRouter", "TopKRouter",
+           "TopPRouter", "make_router"]
 
 ROUTERS: dict[str, type[Any]] = {
     "top_k": TopKRouter, "top_p": TopPRouter, "threshold": ThresholdRouter, "relu": ReLURouter,
@@ -31,11 +31,12 @@ ROUTERS: dict[str, type[Any]] = {
 
 
 def make_router(kind: str, hidden_size: int, num_experts: int, *, num_shared_experts: int = 0,
-                expert_intermediate_size: int = 1, init_std: float = 0.02, seed: int = 0, **knobs: Any) -> Router:
+                expert_intermediate_size: int = 1, init_std: float = 0.02, seed: int = 0,
+                **knobs: Any) -> Router:
     """A router of one layer with initial weights, for one process.
 
     Args:
-        kind: a key of ROUTERS; knobs: arguments of its class, as in conf/router (top_k=2, budget=1.5, ...).
+        kind: a key of ROUTERS; knobs: arguments of its class, as in conf/router (top_k=2, budget=1.5).
         num_shared_experts: where there is one, a token may be left without a routed expert.
         expert_intermediate_size: width of an expert, for budgets in FLOPs (budget_unit="flops").
         init_std: the weights are Normal(0, init_std), drawn from the seed.
@@ -46,8 +47,8 @@ def make_router(kind: str, hidden_size: int, num_experts: int, *, num_shared_exp
     """
     if kind not in ROUTERS:
         raise ValueError(f"unknown router {kind!r}; choose one of {', '.join(ROUTERS)}")
-    config = ModelConfig(vocab_size=1, hidden_size=hidden_size, num_layers=1, num_heads=1, num_kv_heads=1,
-                         intermediate_size=1, num_experts=num_experts, max_seq_len=1,
+    config = ModelConfig(vocab_size=1, hidden_size=hidden_size, num_layers=1, num_heads=1,
+                         num_kv_heads=1, intermediate_size=1, num_experts=num_experts, max_seq_len=1,
                          expert_intermediate_size=expert_intermediate_size,
                          num_shared_experts=num_shared_experts)
     problems = ROUTERS[kind].problems(config, **knobs)
@@ -59,16 +60,18 @@ def make_router(kind: str, hidden_size: int, num_experts: int, *, num_shared_exp
 
 
 class RouterControl:
-    """Everything that a training loop owes its routers, in three calls: made before the first step (and before a checkpoint
-    is loaded), `route` for every micro-batch of every layer, `step` once per optimiser step.
+    """Everything that a training loop owes its routers, in three calls: made before the first step (and
+    before a checkpoint is loaded), `route` for every micro-batch of every layer, `step` once per
+    optimiser step.
 
-    What is left out raises or is said: `step` without a `route` of every layer, statistics of other routers, cuts without a
-    histogram. Call `route` outside of activation checkpointing, which would count twice.
+    What is left out raises or is said: `step` without a `route` of every layer, statistics of other
+    routers, cuts without a histogram. Call `route` outside of activation checkpointing, which would
+    count twice.
 
     Args:
         routers: of the MoE layers, in their order and of one kind.
-        balance, budget, fail_safe: as in the config. Of balance the bias alone: its losses are built from what `route`
-            returns (ops/router/README.md, Gates and statistics).
+        balance, budget, fail_safe: as in the config. Of balance the bias alone: its losses are built
+            from what `route` returns (ops/router/README.md, Gates and statistics).
         group: ranks whose tokens are balanced together; None: this process alone.
 
     Raises:
@@ -81,7 +84,8 @@ class RouterControl:
         self.routers = list(routers)
         if not self.routers or len({(type(r), r.spec) for r in self.routers}) > 1:
             kinds = ", ".join(sorted({type(r).__name__ for r in self.routers})) or "none"
-            raise ValueError(f"routers must be at least one, all of one kind and with the same settings; got {kinds}")
+            raise ValueError("routers must be at least one, all of one kind and with the same settings; "
+                             f"got {kinds}")
         self.balance = balance or BalanceConfig()
         self.budget, self.fail_safe = budget or BudgetConfig(), fail_safe or FailSafeConfig()
         self.group = group
@@ -91,8 +95,10 @@ class RouterControl:
             router.prepare_histogram(self.num_bins)
         start_routers(self.routers, self.budget, self.fail_safe)
 
-    def route(self, hidden: torch.Tensor, layer: int = 0, token_mask: torch.Tensor | None = None) -> RouterOutput:
-        """hidden [T, hidden_size] -> the routing of `layer` (its place in `routers`); counted if the router is in training.
+    def route(self, hidden: torch.Tensor, layer: int = 0,
+              token_mask: torch.Tensor | None = None) -> RouterOutput:
+        """hidden [T, hidden_size] -> the routing of `layer` (its place in `routers`); counted if the
+        router is in training.
 
         token_mask: [T] bool, False for padding.
         """
@@ -110,8 +116,8 @@ class RouterControl:
 
         Collective over the group.
 
-        stats: [layers, size] int64 where the layers count by themselves (ModelOutput.stats, summed over the step's
-            micro-batches); None: what `route` has counted.
+        stats: [layers, size] int64 where the layers count by themselves (ModelOutput.stats, summed over
+            the step's micro-batches); None: what `route` has counted.
 
         Returns:
             LayerStats of the step, over all ranks: counts, experts_per_token, reasons.
@@ -124,8 +130,9 @@ class RouterControl:
         if stats is None:
             silent = [i for i, counted in enumerate(self._counted) if counted is None]
             if silent:
-                raise RuntimeError(f"layers {silent} have routed nothing in training since the last step: call "
-                                   "RouterControl.route for every layer, or give step() the stats of the model")
+                raise RuntimeError(f"layers {silent} have routed nothing in training since the last step: "
+                                   "call RouterControl.route for every layer, or give step() the stats of "
+                                   "the model")
             stats = torch.stack([counted for counted in self._counted if counted is not None])
         self._counted = [None] * len(self.routers)
         if self.group is not None:
@@ -133,8 +140,9 @@ class RouterControl:
             dist.all_reduce(stats, group=self.group)
         found = unpack_stats(stats, first.spec.num_experts, first.max_top_k)
         if len(found.counts) != len(self.routers) or found.histogram.shape[2] != self.num_bins:
-            raise ValueError(f"stats are of {len(found.counts)} layers with {found.histogram.shape[2]} histogram bins; "
-                             f"these routers are {len(self.routers)} and need {self.num_bins} "
-                             "(balance.histogram_bins of the model and of RouterControl must be the same)")
+            raise ValueError(f"stats are of {len(found.counts)} layers with {found.histogram.shape[2]} "
+                             f"histogram bins; these routers are {len(self.routers)} and need "
+                             f"{self.num_bins} (balance.histogram_bins of the model and of RouterControl "
+                             "must be the same)")
         update_routers(self.routers, found, self.balance, self.budget, self.fail_safe)
         return found

@@ -24,7 +24,8 @@ NUM_CONTROLLER_STATES = 7
 """Length of `controller`: see model/budget.py."""
 STEPS_UNMOVED = 20
 """Steps of training without update_routers after which a router says so."""
-_MOVES = {"quantile": "cuts", "top_p": "P and budget", "relu": "penalty and budget", "null": "null experts and budget"}
+_MOVES = {"quantile": "cuts", "top_p": "P and budget", "relu": "penalty and budget",
+          "null": "null experts and budget"}
 log = logging.getLogger("loadstone")
 
 
@@ -48,7 +49,7 @@ class RoutingRequest(NamedTuple):
 
 
 class LoopWatch:
-    """Says once what a training loop has left out: a router whose state stands still trains on without an error."""
+    """Says once what a training loop has left out: a router whose state stands still trains on in silence."""
 
     def __init__(self) -> None:
         self.started = False
@@ -61,22 +62,24 @@ class LoopWatch:
         self.steps_unmoved = 0
 
     def look(self, router: Router) -> None:
-        """At every forward pass in training. Steps of an optimiser show in the version of the weight."""
+        """At every forward pass in training. An optimiser's steps show in the version of the weight."""
         weight = router.weight
         if not weight.requires_grad or weight.is_inference():
             return
-        if self.version < 0 and not self.started and router.budget is not None and router.law != "relu":
-            untouched = not router.balance_bias.any() and not router.controller.any()  # else a checkpoint was loaded
-            if untouched:
-                self._tell("start", f"{type(router).__name__} is trained without its warm start: call "
-                                    "model.budget.start_routers, or use model.routing.RouterControl")
+        warms_up = router.budget is not None and router.law != "relu"
+        if self.version < 0 and not self.started and warms_up:
+            loaded = router.balance_bias.any() or router.controller.any()  # from a checkpoint
+            if not loaded:
+                self._tell("start", f"{type(router).__name__} is trained without its warm start: "
+                                    "call model.budget.start_routers, or use "
+                                    "model.routing.RouterControl")
         if weight._version != self.version:
             self.version = weight._version
             self.steps_unmoved += 1
         if self.steps_unmoved > STEPS_UNMOVED:
-            self._tell("update", f"{type(router).__name__}: {STEPS_UNMOVED} steps of training without "
-                                 f"update_routers, so its {_MOVES[router.law]} stand still; call "
-                                 "model.budget.update_routers once per optimiser step, or use "
+            self._tell("update", f"{type(router).__name__}: {STEPS_UNMOVED} steps of training "
+                                 f"without update_routers, so its {_MOVES[router.law]} stand still; "
+                                 "call model.budget.update_routers once per optimiser step, or use "
                                  "model.routing.RouterControl")
 
     def _tell(self, what: str, text: str) -> None:
@@ -166,7 +169,8 @@ class Router(nn.Module):
         return self.spec
 
     def control_in_force(self) -> torch.Tensor:
-        """[4] fp32, `control` as the op reads it now: F5's limit answers to loads of ranks in training, so nowhere else."""
+        """[4] fp32, `control` as the op reads it now. F5's limit answers to loads of ranks in training,
+        so it is lifted elsewhere."""
         if self.training:
             return self.control
         control = self.control.clone()
@@ -201,7 +205,8 @@ class Router(nn.Module):
                 stale = route(self._logits(hidden, self.snapshot_weight), spec, **choice, **options)
             return _marked(route(logits, _given(spec), given_ids=stale.expert_ids, **options), stale, Reason.FROZEN)
         routing = route(logits, spec, **choice, **options)
-        if self.capacity_factor is not None and self.training:  # it makes tokens compete: with later ones, and other rows
+        # It makes tokens compete with later ones and with other rows, so it is for training.
+        if self.capacity_factor is not None and self.training:
             capacity = math.ceil(self.capacity_factor * self.target * len(hidden) / spec.num_experts)
             limits = torch.full((spec.num_experts,), capacity, device=hidden.device)
             with torch.no_grad():
