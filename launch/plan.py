@@ -44,7 +44,8 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     memory = device_memory(model, run.experts_per_token, precision=settings.precision, zero_stage=run.zero_stage,
                            world_size=num_ranks, expert_parallel_size=expert_size,
                            micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len,
-                           attention=run.attention.arguments, recompute_experts=run.experts.recompute)
+                           attention=run.attention.arguments, recompute_experts=run.experts.recompute,
+                           grad_accum_dtype=settings.grad_accum_dtype)
     micro_steps = run.gradient_accumulation_steps(num_ranks)
     tokens = settings.global_batch_size * settings.seq_len
     flops = flops_per_token(model, run.experts_per_token, settings.seq_len, run.attention.arguments)
@@ -56,7 +57,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
                          ("norms", count.norms), ("total", count.total), ("active per token", count.active)):
         print(f"  {label:28s} {value:>20,}")
     print(f"memory per device ({num_ranks} ranks, expert parallel {expert_size}, ZeRO {run.zero_stage}, "
-          f"{settings.precision})")
+          f"{settings.precision}, gradients in {settings.grad_accum_dtype})")
     for label, value in (("dense weights", memory.dense_weights), ("expert weights", memory.expert_weights),
                          ("gradients", memory.gradients), ("optimizer state", memory.optimizer),
                          ("activations (estimate)", memory.activations), ("logits", memory.logits),

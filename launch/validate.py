@@ -29,7 +29,8 @@ DEEPSPEED_KEYS = frozenset({"zero_optimization", "communication_data_type"})
 OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size", "gradient_clipping": "train.clip_grad_norm",
-    "bf16": "train.precision", "fp16": "train.precision=bf16", "optimizer": "optim", "scheduler": "optim.decay_style",
+    "bf16": "train.precision", "fp16": "train.precision=bf16", "data_types": "train.grad_accum_dtype",
+    "optimizer": "optim", "scheduler": "optim.decay_style",
     "activation_checkpointing": "model.recompute", "expert_parallel": "parallel.expert_parallel_size",
     "tensorboard": "tracker.tensorboard", "wandb": "tracker.wandb.mode", "steps_per_print": "train.log_interval",
 }

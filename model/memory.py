@@ -16,7 +16,8 @@ LOGIT_BYTES = 12
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes on the fullest device, without DeepSpeed's communication buckets, its fp32 copy of one parameter group's
-    gradient at the step (bf16), and the allocator's slack. Activations are an estimate of what backward keeps."""
+    gradient at the step (grad_accum_dtype=bf16), and the allocator's slack. Activations are an estimate of what backward
+    keeps."""
 
     dense_weights: int
     expert_weights: int
@@ -33,15 +34,18 @@ class DeviceMemory:
 
 def device_memory(config: ModelConfig, experts_per_token: float, *, precision: str, zero_stage: int, world_size: int,
                   expert_parallel_size: int, micro_batch_size: int, seq_len: int,
-                  attention: Mapping[str, Any] | None = None, recompute_experts: bool = False) -> DeviceMemory:
+                  attention: Mapping[str, Any] | None = None, recompute_experts: bool = False,
+                  grad_accum_dtype: str = "fp32") -> DeviceMemory:
     """Memory under ZeRO and expert parallelism.
 
     Dense state is shared by all ranks, expert state by the world_size / expert_parallel_size ranks that hold the same
     experts. Optimiser state is 12 bytes a parameter (fp32 master weight and two moments), 8 at stage 0 in fp32, where
-    the weights are the masters. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
+    the weights are the masters. Gradients are sums in grad_accum_dtype; the ones that backward makes, of the weights' dtype,
+    live one parameter at a time. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
     """
     count = count_parameters(config, experts_per_token, attention)
     width = 4 if precision == "fp32" else 2
+    summed_width = 4 if grad_accum_dtype == "fp32" else 2
     expert_data_size = world_size // expert_parallel_size
     dense, experts = count.dense, -(-count.experts // expert_parallel_size)
 
@@ -55,7 +59,7 @@ def device_memory(config: ModelConfig, experts_per_token: float, *, precision: s
     return DeviceMemory(
         dense_weights=width * share(dense, world_size, 3),
         expert_weights=width * share(experts, expert_data_size, 3),
-        gradients=width * (share(dense, world_size, 2) + share(experts, expert_data_size, 2)),
+        gradients=summed_width * (share(dense, world_size, 2) + share(experts, expert_data_size, 2)),
         optimizer=per_state * (share(dense, world_size, 1) + share(experts, expert_data_size, 1)),
         activations=_activation_bytes(config, tokens, width, width * experts_per_token * row_values),
         logits=min(tokens, config.loss_chunk_size or tokens) * config.vocab_size * LOGIT_BYTES,

@@ -4,9 +4,12 @@ Everything DeepSpeed-shaped lives here, private parts included, which is why its
 - An engine treats expert parameters as such only if the model contains an instance of one of its own MoE classes. A
   parameterless AutoEPMoELayer (`_ExpertAnchor`) added to the model satisfies it under ZeRO 0-3.
 - Expert groups come from megatron-core and are registered under DeepSpeed's name for them before initialisation.
-- Scaling: DeepSpeed averages gradients over all data-parallel ranks, experts included (their gradients already hold the
-  tokens of all expert-parallel peers). The loss handed in is this rank's share of a sum, hence the factor data_size.
+- Scaling: stages 0 and 3 average gradients over all data-parallel ranks, experts included (their gradients already hold the
+  tokens of all expert-parallel peers). The loss handed in is this rank's share of a sum, hence the factor data_size there.
+  Stages 1 and 2 are told to sum: stage 2 would divide every micro-batch's gradient in bf16.
 - Stage 0 averages per-rank norms when it clips with experts; here stage 0 clips by itself, with the exact norm.
+- Gradients of bf16 weights are added up in fp32 (train.grad_accum_dtype). For that stage 1 would be given another optimiser,
+  with state of another shape; `_one_zero_optimizer` keeps the one of stage 2, which can do the same.
 """
 
 from __future__ import annotations
@@ -76,6 +79,33 @@ def _register_expert_groups(groups: ParallelGroups) -> str:
     return name
 
 
+def _precision_of_sums(train: TrainConfig, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings for how gradients of bf16 weights are added up: over micro-batches, and over ranks."""
+    if train.precision != "bf16":
+        return {}
+    return {"data_types": {"grad_accum_dtype": train.grad_accum_dtype},
+            "communication_data_type": deepspeed_config.get("communication_data_type") or train.grad_accum_dtype}
+
+
+def _one_zero_optimizer(engine_class: Any) -> None:
+    """Let DeepSpeed's engine take the ZeRO optimizer of stages 1 and 2 for stage 1 whatever the dtype of the sums.
+
+    Without it stage 1 in bf16 with fp32 sums gets BF16_Optimizer, while stage 1 with offload and stage 2 keep the ZeRO
+    one. Checkpoints, norms and skipped steps are then the same code for both stages and both dtypes.
+    """
+    from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+
+    choose = engine_class._do_optimizer_sanity_check
+    if choose.__module__ == __name__:
+        return  # done before, in this process
+
+    def chosen(engine: Any, optimizer: Any) -> str:
+        found = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if found == BFLOAT16 and engine.zero_optimization() else found
+
+    engine_class._do_optimizer_sanity_check = chosen
+
+
 class Engine:
     """A model under DeepSpeed.
 
@@ -91,6 +121,7 @@ class Engine:
         deepspeed = import_deepspeed()
         self.groups = groups
         self.stage = int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+        self.loss_factor = groups.data_size if self.stage in (0, 3) else 1
         self.clip_grad_norm = train.clip_grad_norm
         self.grad_norm = 0.0
         expert_group = self._mark_experts(model)
@@ -102,11 +133,14 @@ class Engine:
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": micro_steps,
             "bf16": {"enabled": train.precision == "bf16"},
+            **_precision_of_sums(train, deepspeed_config),
+            "gradient_allreduce_op": "sum" if self.stage in (1, 2) else "mean",
             "gradient_clipping": 0.0 if self.stage == 0 else train.clip_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
+        _one_zero_optimizer(deepspeed.DeepSpeedEngine)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [MoELayer])
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config,
@@ -140,7 +174,7 @@ class Engine:
         The shares of all ranks and micro-batches add up to the loss whose gradient is applied.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        self.deepspeed.backward(loss * self.groups.data_size, scale_wrt_gas=False)
+        self.deepspeed.backward(loss * self.loss_factor, scale_wrt_gas=False)
         if not is_last:
             self.deepspeed.step()  # only advances DeepSpeed's micro-step counters
 

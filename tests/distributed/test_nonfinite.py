@@ -7,7 +7,7 @@ import json
 import pytest
 
 CASES = [{"zero": zero, "precision": precision, "where": where}
-         for zero, precision in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+         for zero, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
          for where in ("loss", "dense", "expert")]
 
 

@@ -33,6 +33,16 @@ def test_activation_estimate_is_near_what_backward_keeps(recompute, hidden_size)
     assert output.loss_sum.requires_grad
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_bf16_weights_take_the_dtype_they_are_added_up_in(stage, dtype, width):
+    config, settings = tiny_config(), {**SETTINGS, "precision": "bf16", "zero_stage": stage}
+    count = count_parameters(config, 2)
+    memory = device_memory(config, 2, **settings, grad_accum_dtype=dtype)
+    assert memory.gradients == width * (count.dense + count.experts)
+    assert memory.dense_weights + memory.expert_weights == 2 * (count.dense + count.experts)
+
+
 @pytest.mark.parametrize(("stage", "dense_over", "expert_over"), [(0, (1, 1, 1), (1, 1, 1)), (1, (1, 1, 8), (1, 1, 2)),
                                                                   (2, (1, 8, 8), (1, 2, 2)), (3, (8, 8, 8), (2, 2, 2))])
 def test_zero_stages_share_weights_gradients_and_optimizer(stage, dense_over, expert_over):
