@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.common import ROOT, device_name, find_commit
+from train.strict_json import dumps
 
 
 def main(folder: Path, pytest_status: int, when: datetime, device: torch.device) -> Path:
@@ -30,7 +31,7 @@ def main(folder: Path, pytest_status: int, when: datetime, device: torch.device)
     slug = "-".join(device_name(device).lower().split())
     path = ROOT / "bench" / "results" / f"{when:%Y%m%d-%H%M%S}-{slug}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(dumps(result, indent=1) + "\n")
     return path
 
 

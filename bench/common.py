@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ops.device import memory_bandwidth_tbs, peak_tflops
+from train.strict_json import dumps
 
 L2_BYTES = 256 * 2**20  # writing this much evicts the L2 cache of any current device
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
@@ -129,7 +129,7 @@ def main(name: str, run: Callable[[torch.device], list[Row]]) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
     rows = run(torch.device(arguments.device))
-    text = json.dumps({"bench": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]})
+    text = dumps({"bench": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]})
     if arguments.json:
         arguments.json.write_text(text + "\n")
     print(text, flush=True)

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from bench.common import ROOT, find_commit
+from train.strict_json import dumps
 
 RANKS = 2
 
@@ -80,8 +81,8 @@ def main() -> None:
             result[name] = measure(Path(folder), options.steps, *overrides)
             print(name, result[name], flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+        options.json.write_text(dumps(result, indent=1) + "\n")
+    print(dumps(result))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from ops.sparse_attention.cache import EntryCache
 from ops.sparse_attention.kernels.configs import attend_config
 from ops.sparse_attention.ranking import union_counts
 from ops.testing import assert_close
+from train.strict_json import dumps
 
 Call = Callable[[], object]
 BF16 = torch.bfloat16
@@ -95,7 +96,7 @@ def print_cpu_samples(name: str, length: int, repeats: int) -> None:
         begin = time.process_time()
         call()
         samples.append(1e3 * (time.process_time() - begin))
-    print(json.dumps([(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, samples]))
+    print(dumps([(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, samples]))
 
 
 def sample_cpu(name: str, length: int, repeats: int) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from ops.sparse_attention.kernels import configs as attention_configs
 from ops.testing import assert_close, draw_expert_ids
 from ops.triton_build import grouped_mlp_launches, sparse_attention_launches
 from ops.triton_launch import Launch
+from train.strict_json import dumps
 
 Candidates = dict[str, list[Any]]
 REPEATS = 5
@@ -278,7 +278,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = tune(arguments.op, arguments.shape or list(OPS[arguments.op][3]), arguments.workers)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"bench": "tune", "torch": torch.__version__, "rows": rows}) + "\n")
+        arguments.json.write_text(dumps({"bench": "tune", "torch": torch.__version__, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

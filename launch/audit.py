@@ -5,7 +5,6 @@ from __future__ import annotations
 if not __package__:
     raise SystemExit("run from the repository root as: python -m launch.audit")
 
-import json
 import signal
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from launch.common import load_run, print_result, record, run_main
+from train.strict_json import dumps
 
 if TYPE_CHECKING:
     from train.audit import AuditLogConfig, AuditRecords, AuditSteps
@@ -137,7 +137,7 @@ def open_texts(run_dir: str, run: Any) -> Texts | None:
 
 
 def _one_line(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return dumps(text, ensure_ascii=False)
 
 
 # --- the summary -----------------------------------------------------------------------------------------------------

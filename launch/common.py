@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.environment import adopt_rank
 from launch.exits import BAD_CONFIG, FAILURES
 from launch.secrets import redact_text
+from train.strict_json import dumps
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -235,4 +235,4 @@ def load_run(run: str, attention: Any = None) -> Any:
 def print_result(result: dict[str, Any]) -> None:
     """The last line on stdout: one JSON object."""
     sys.stderr.flush()
-    print(json.dumps(result), flush=True)
+    print(dumps(result), flush=True)

@@ -28,6 +28,7 @@ from launch.common import load_config, plain, print_result, run_main, world_size
 from launch.dashboard_panels import Chart, Lines, Media, Panel, Section, Text, charts, sections, shape_of
 from launch.report_data import records as records_of
 from launch.secrets import redact_text
+from train.strict_json import dumps
 
 X_AXIS = "train/tokens"
 PINNED = ("summary:train/loss", "summary:eval/val_loss", "summary:moe/max_vio", "summary:perf/tokens_per_second")
@@ -206,7 +207,7 @@ def write(dashboard: Dashboard, output: Path, report: bool) -> list[str]:
     try:
         for name, data in made.items():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
-            (output / name).write_text(json.dumps(data, indent=1) + "\n")
+            (output / name).write_text(dumps(data, indent=1) + "\n")
         return [*made, *draw(dashboard.tables, output / "charts")]
     except OSError as error:
         raise ValueError(f"output={output} cannot be written ({error.strerror}); choose another directory") from error
@@ -276,7 +277,7 @@ def _save(dashboard: Dashboard, output: Path, report: bool) -> dict[str, str]:
     if report:
         saved["report"] = _update(report_of(dashboard, online=True), reports.Report.from_url, before.get("report"),
                                   ("title", "description", "blocks", "width"))
-    (output / "saved.json").write_text(json.dumps(before | saved, indent=1) + "\n")
+    (output / "saved.json").write_text(dumps(before | saved, indent=1) + "\n")
     return saved
 
 

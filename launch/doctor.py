@@ -27,6 +27,7 @@ from launch.common import ROOT, print_result, record, run_main
 from launch.doctor_finding import Finding, ask, failed
 from launch.secrets import redact
 from train.config import LaunchConfig, TrackerConfig
+from train.strict_json import dumps
 
 SECONDS = 25.0
 PROBE_SECONDS = 22.0
@@ -55,7 +56,7 @@ def main(config: DictConfig) -> None:
             print(finding, flush=True)
     counts = {level: sum(f.level == level for f in findings) for level in ("ok", "warn", "FAIL")}
     if settings.json:
-        print(json.dumps(redact([asdict(f) for f in findings])), flush=True)
+        print(dumps(redact([asdict(f) for f in findings])), flush=True)
     else:
         print_result(counts)
     if counts["FAIL"]:

@@ -108,7 +108,7 @@ class RunData:
     config: Any
     curves: dict[str, Curve]
     flops: Curve
-    """Training FLOPs spent so far, at every record of train/loss (see spent_flops)."""
+    """Training FLOPs spent so far, at every record of training (see spent_flops)."""
     frames: Frames | None
     alarms: list[Alarm]
     alarm_source: str
@@ -143,11 +143,14 @@ def read_run(directory: str) -> RunData:
     else:
         missing.append("routing: this is a dense model, it has no experts")
     if not curves and frames is None:
+        ended = "".join(f"; {alarm.text}" for alarm in read_not_finite(folder, curves))
         raise ValueError(f"{directory} has nothing to show: metrics.jsonl has no usable record; the run has not reached its "
-                         "first log step (train.log_interval)")
+                         f"first log step (train.log_interval){ended}")
     alarms, source = read_alarms(folder / "alarms.jsonl", frames, config.model.moe_layers), "alarms.jsonl"
     if alarms is None:
         alarms, source = judge(curves, frames, config.model.moe_layers), "metrics and routing (the run has no alarms.jsonl)"
+    if not_finite := read_not_finite(folder, curves):
+        alarms, source = sorted([*not_finite, *alarms], key=_urgency), f"{source} and what was not finite"
     origins = read_origins(directory, config, missing) if config.model.moe_layers else None
     return RunData(folder, config, curves, spent_flops(curves, config), frames, alarms, source, origins, missing)
 
@@ -169,13 +172,13 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Every metric of metrics.jsonl that is a number."""
+    """Every metric of metrics.jsonl that is a number. null (older versions wrote NaN) is NaN: measured, and not finite."""
     points: dict[str, list[tuple[int, int, float]]] = {}
     for facts in records(path):
         step, tokens = facts["step"], int(facts.get("tokens", 0))
         for key, value in facts.items():
-            if key not in ("step", "tokens") and isinstance(value, (int, float)):
-                points.setdefault(key, []).append((step, tokens, float(value)))
+            if key not in ("step", "tokens") and (value is None or isinstance(value, (int, float))):
+                points.setdefault(key, []).append((step, tokens, math.nan if value is None else float(value)))
     return {key: Curve(np.array([p[0] for p in rows], np.int64), np.array([p[1] for p in rows], np.int64),
                        np.array([p[2] for p in rows])) for key, rows in points.items()}
 
@@ -189,7 +192,7 @@ def spent_flops(curves: dict[str, Curve], config: Any) -> Curve:
     """
     from model.flops import flops_per_token
 
-    grid = curves.get("train/loss") or next(iter(curves.values()), None)
+    grid = curves.get("train/lr") or curves.get("train/loss") or next(iter(curves.values()), None)
     if grid is None:
         empty = np.zeros(0, np.int64)
         return Curve(empty, empty, np.zeros(0))
@@ -291,6 +294,30 @@ SEVERE = frozenset({"collapse", "attention_bound"})
 half of a layer, or have a value that is not finite."""
 
 
+def read_not_finite(folder: Path, curves: dict[str, Curve]) -> list[Alarm]:
+    """Skipped steps, losses that are not finite, and the step that ended the run: whatever alarms the run has."""
+    found = []
+    newest = max((int(curve.step[-1]) for curve in curves.values()), default=0)
+    if (skipped := curves.get("train/skipped_steps")) is not None and skipped.values.any():
+        gains = np.flatnonzero(np.diff(skipped.values, prepend=0.0) > 0)
+        first, last = int(gains[0]), int(gains[-1])
+        until = None if last == len(skipped.step) - 1 else int(skipped.step[last + 1])
+        text = f"{skipped.values.max():.0f} of {newest} steps were skipped: their loss or gradient was not finite"
+        found.append(Alarm("critical", text, int(skipped.step[first]), until,
+                           "train.on_nonfinite=skip; their batches are in failures/"))
+    for key, name in (("train/loss", "training"), ("eval/val_loss", "held-out")):
+        if key in curves and not math.isfinite((loss := curves[key]).last):
+            finite = np.flatnonzero(np.isfinite(loss.values))
+            found.append(Alarm("critical", f"the {name} loss is not a finite number",
+                               int(loss.step[finite[-1] + 1 if len(finite) else 0])))
+    ended = max((int(path.parent.name[5:]) for path in folder.glob("failures/step-*/rank-*.json")
+                 if path.parent.name[5:].isdigit()), default=0)
+    if ended > newest:
+        found.append(Alarm("critical", f"loss or gradient of step {ended} was not finite, and nothing was logged since",
+                           ended, None, f"its batch is in failures/step-{ended:08d}"))
+    return found
+
+
 def _urgency(alarm: Alarm) -> tuple[bool, bool, int]:
     return not alarm.active, alarm.severity != "critical", -alarm.since
 
@@ -311,7 +338,8 @@ def _alarm(event: dict[str, Any], until: int | None, frames: Frames | None, laye
     acts = bool(action and action != "none")
     if acts:
         detail = f"{detail}; action: {action}".removeprefix("; ")
-    serious = name in SEVERE or acts or crowded or (isinstance(value, float) and not math.isfinite(value))
+    not_finite = "value" in event and (value is None or (isinstance(value, float) and not math.isfinite(value)))
+    serious = name in SEVERE or acts or crowded or not_finite
     return Alarm("critical" if serious else "warning", text, event["step"], until, detail)
 
 
@@ -343,9 +371,6 @@ CROWDED = 4.0
 def judge(curves: dict[str, Curve], frames: Frames | None, layers: tuple[int, ...]) -> list[Alarm]:
     """Alarms from the metrics and loads themselves, by RULES, VISITED and CROWDED."""
     found = []
-    if "train/loss" in curves and not math.isfinite((loss := curves["train/loss"]).last):
-        bad = loss.step[~np.isfinite(loss.values)]
-        found.append(Alarm("critical", "the loss is not a finite number", int(bad[0])))
     for key, severity, limit, words in RULES:
         if key in curves:
             curve = curves[key]

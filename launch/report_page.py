@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 import statistics
@@ -18,6 +17,7 @@ import numpy as np
 
 from launch.report_data import Alarm, Curve, Frames, RunData, evenly
 from launch.secrets import redact_text
+from train.strict_json import dumps
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 1000
@@ -126,8 +126,11 @@ def _metric(key: str, label: str, unit: str, better: str = "") -> Kpi:
 
 
 def _median(key: str, label: str, unit: str, better: str) -> Kpi:
-    return Kpi(f"{key}/median", label, unit,
-               lambda run: statistics.median(run.curves[key].values.tolist()) if key in run.curves else None, better)
+    def median(run: RunData) -> float | None:
+        values = run.curves[key].values if key in run.curves else np.zeros(0)
+        return statistics.median(finite) if (finite := values[np.isfinite(values)].tolist()) else None
+
+    return Kpi(f"{key}/median", label, unit, median, better)
 
 
 def _flops_per_token(run: RunData) -> float | None:
@@ -141,6 +144,7 @@ KPIS = (
     _metric("train/loss", "training loss", "number", "low"),
     _metric("eval/val_loss", "held-out loss", "number", "low"),
     _metric("eval/bits_per_byte", "bits per byte", "number", "low"),
+    Kpi("train/skipped_steps", "skipped steps", "count", lambda run: run.last("train/skipped_steps") or None, "low"),
     Kpi("tokens", "tokens", "count", lambda run: float(run.flops.tokens[-1]) if len(run.flops.tokens) else None),
     Kpi("flops/spent", "training FLOPs", "flops", lambda run: run.flops.last if len(run.flops.values) else None),
     Kpi("flops/per_token", "FLOPs per token", "flops", _flops_per_token, "low"),
@@ -185,7 +189,7 @@ def render(runs: list[RunData], refresh_seconds: float | None = None) -> str:
     payload = {"refresh": refresh_seconds, "charts": [asdict(c) for c in CHARTS if any(_drawn(c, run) for run in runs)],
                "empty": EMPTY, "runs": [payload_of(run, name) for run, name in zip(runs, names, strict=True)]}
     # "<" as an escape, so that no text of a run can end the script element.
-    data = json.dumps(payload, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = dumps(payload, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"title": escape("Routing of " + ", ".join(names)), "alarms": alarms_html(runs, names),
              "kpis": kpis_html(runs, names), "notes": notes_html(runs, names), "payload": data,
              "subtitle": escape("; ".join(map(subtitle, runs)) if len(runs) == 1 else f"{len(runs)} runs side by side")}

@@ -11,7 +11,6 @@ What happened is in RUN/supervisor.jsonl, one JSON object a line: attempt, verdi
 from __future__ import annotations
 
 import hmac
-import json
 import secrets
 import selectors
 import signal
@@ -29,6 +28,7 @@ from launch.judge import Judge, Verdict
 from launch.wire import Address, Closed, Line, new_token, proof
 from train.config import RunConfig
 from train.ports import free_port
+from train.strict_json import dumps
 
 LEAVE_SECONDS = 30.0
 ABORT_SECONDS = 10.0
@@ -394,7 +394,7 @@ class Supervisor:
 
     def event(self, event: str, **facts: Any) -> None:
         with (self.run_dir / "supervisor.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
+            file.write(dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
 
     def _asked_to_stop(self, number: int, frame: object) -> None:
         self.stop_asked += 1

@@ -35,6 +35,7 @@ from launch.common import (
 from launch.exits import IN_USE
 from launch.secrets import forwarded_environment, redact, redact_text
 from train.manifest import write_text
+from train.strict_json import dumps
 
 
 def train(config: DictConfig) -> float | None:
@@ -214,7 +215,7 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
     stop.close()
     if result is None:
         return None
-    (run_dir / "result.json").write_text(json.dumps(result) + "\n")
+    (run_dir / "result.json").write_text(dumps(result) + "\n")
     if started_directly:
         print_result(result)
     return result
@@ -252,6 +253,9 @@ def finish(config: DictConfig, run: Any) -> float | None:
         print("\n------------------------------------------------------------------------")
     if result["val_loss"] is not None and not result["stopped"]:
         print(f"held-out loss {result['val_loss']:.4f} nats per token; unigram entropy {result['unigram_entropy']:.4f}")
+    if result.get("skipped_steps"):
+        print(f"{result['skipped_steps']} of {result['step']} steps were skipped, their loss or gradient was not finite: "
+              f"{run_dir}/failures holds their batches")
     print(f"run directory {run_dir} (metrics.jsonl, routing.jsonl, checkpoints/)")
     print(f"next: python -m launch.report {typed('run', run_dir)}")
     print(f"      python -m launch.generate {typed('run', run_dir)} prompt='...'")

@@ -9,11 +9,12 @@ Rows come from routing.jsonl: `rows_of`. Imports neither torch nor wandb.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from train.strict_json import dumps
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 Row = dict[str, float]
@@ -152,7 +153,7 @@ PLACEHOLDER = re.compile(r"\$\{(?P<kind>field|string):(?P<name>\w+)\}")
 
 def placeholders(spec: dict[str, Any]) -> set[tuple[str, str]]:
     """(kind, name) of every placeholder in a spec."""
-    return {(m["kind"], m["name"]) for m in PLACEHOLDER.finditer(json.dumps(spec))}
+    return {(m["kind"], m["name"]) for m in PLACEHOLDER.finditer(dumps(spec))}
 
 
 def render(chart: dict[str, Any]) -> bytes:
@@ -163,4 +164,4 @@ def render(chart: dict[str, Any]) -> bytes:
     """
     import vl_convert
 
-    return vl_convert.vegalite_to_png(json.dumps(chart), scale=2)
+    return vl_convert.vegalite_to_png(dumps(chart), scale=2)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from train.strict_json import dumps
+
 MAX_LINE = 2**20
 
 
@@ -29,7 +31,7 @@ class Address:
         scratch = path.with_suffix(".tmp")
         scratch.unlink(missing_ok=True)
         with os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            json.dump(asdict(self), file)
+            file.write(dumps(asdict(self)))
         scratch.replace(path)
 
     @classmethod
@@ -71,7 +73,7 @@ class Line:
         Raises:
             Closed: the other end is gone, or has not read for very long.
         """
-        self._unsent += json.dumps(message).encode() + b"\n"
+        self._unsent += dumps(message).encode() + b"\n"
         if len(self._unsent) > MAX_LINE:
             raise Closed("the other end does not read")
         self.flush()

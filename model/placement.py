@@ -102,7 +102,7 @@ class Placement:
         Raises:
             OSError: it cannot be written.
         """
-        layers = ",\n".join("  " + json.dumps({"experts": layer.experts, "replicas": layer.replicas})
+        layers = ",\n".join("  " + json.dumps({"experts": layer.experts, "replicas": layer.replicas}, allow_nan=False)
                             for layer in self.layers)
         scratch = path.with_name(path.name + ".tmp")
         scratch.write_text(f'{{"format": {FORMAT}, "expert_parallel_size": {self.expert_parallel_size}, "layers": [\n'

@@ -218,7 +218,7 @@ def compile_job(title: str, architecture: int) -> Usage | str:
         return f"{type(error).__name__}: {error}"
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(asdict(usage)))
+    scratch.write_text(json.dumps(asdict(usage), allow_nan=False))
     scratch.replace(path)
     return usage
 

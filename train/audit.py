@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from ops.router import Reason, RouterOutput
 from train.config import AuditConfig
+from train.strict_json import dumps
 
 log = logging.getLogger("loadstone")
 
@@ -235,7 +236,7 @@ class AuditLog:
         if self.rank == 0:
             if (self.folder / "steps.jsonl").is_file():
                 _drop_after(self.folder / "steps.jsonl", resume_step)
-            _replace(self.folder / "format.json", json.dumps(_format(self.moe_layers), indent=1) + "\n")
+            _replace(self.folder / "format.json", dumps(_format(self.moe_layers), indent=1) + "\n")
         self._records = (self.folder / f"records-{self.rank:05d}.bin").open("ab")
 
     def _work(self) -> None:
@@ -286,7 +287,7 @@ class AuditLog:
         elif not any(left_out.values()):
             return
         with (self.folder / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(dumps(line) + "\n")
 
     def _give_up(self, error: Exception) -> None:
         self._off.set()

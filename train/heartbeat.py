@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
+
+from train.strict_json import dumps
 
 PIPE = "LOADSTONE_HEARTBEAT_FD"
 STACKS = "LOADSTONE_STACKS"
@@ -70,4 +71,4 @@ def _send(message: dict[str, Any]) -> None:
     if _pipe is None:
         return
     with contextlib.suppress(OSError):  # full, or nobody reads: the agent's own death is noticed elsewhere
-        os.write(_pipe, json.dumps(message).encode() + b"\n")
+        os.write(_pipe, dumps(message).encode() + b"\n")

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from train.manifest import remove
+from train.strict_json import dumps
 
 REFRESH_SECONDS = 5.0
 STALE_SECONDS = 30.0
@@ -118,8 +119,8 @@ class RunLock:
         except FileExistsError:
             return False
         with os.fdopen(descriptor, "w") as file:
-            json.dump({"host": socket.gethostname(), "boot_id": _boot_id(), "pid_namespace": _pid_namespace(),
-                       "pid": os.getpid(), "process_start": _process_start(os.getpid()), "token": self.token}, file)
+            file.write(dumps({"host": socket.gethostname(), "boot_id": _boot_id(), "pid_namespace": _pid_namespace(),
+                              "pid": os.getpid(), "process_start": _process_start(os.getpid()), "token": self.token}))
             file.flush()
             os.fsync(file.fileno())
         return True

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from train.strict_json import dumps
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 
@@ -29,7 +31,7 @@ class NewerFormatError(CheckpointError):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=1))
+    write_text(path, dumps(data, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:

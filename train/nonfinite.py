@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from train.data.loader import Batch
+from train.strict_json import dumps
 
 
 class NonFiniteError(RuntimeError):
@@ -39,7 +39,7 @@ def describe(step: int, grad_norm: float, losses: Sequence[float], batches: Sequ
             {"loss_sum": str(loss), "input_ids": batch.input_ids.tolist(), "targets": batch.targets.tolist(),
              "token_ids": None if batch.token_ids is None else batch.token_ids.tolist()}
             for i, (loss, batch) in enumerate(zip(losses, batches, strict=True)) if not ranks or i in broken]}
-        (folder / f"rank-{dist.get_rank():05d}.json").write_text(json.dumps(record))
+        (folder / f"rank-{dist.get_rank():05d}.json").write_text(dumps(record))
     where = f"loss on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" if ranks else "gradient on some rank"
     return (f"non-finite {where} at step {step} (gradient norm {grad_norm}, samples {samples[0]}..{samples[1]}); the "
             f"batch is in {folder}, no update was applied")

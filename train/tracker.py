@@ -1,6 +1,7 @@
 """Where metrics go: own files first, then W&B and TensorBoard. A sink that fails never ends a run.
 
-Scalars have the same names everywhere; the x-axis is train/tokens. With every tracker.media_interval-th routing record sinks
+Scalars have the same names everywhere; the x-axis is train/tokens. The files are strict JSON: a scalar that is not a finite
+number is null there; W&B and TensorBoard get it as it is. With every tracker.media_interval-th routing record sinks
 also get routing/expert_load (heatmap: MoE layers x experts, load over the layer's mean, 0 to 2),
 routing/expert_load_histogram (of the same numbers) and routing/experts_per_token (tokens by number of experts, all layers).
 """
@@ -21,6 +22,7 @@ import numpy as np
 
 from train.alarms import AlarmEvent
 from train.config import TrackerConfig
+from train.strict_json import dumps
 
 log = logging.getLogger("loadstone")
 
@@ -55,8 +57,9 @@ class Tracker:
             kept = []
             for line in path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line + "\n")
+                    record = json.loads(line)
+                    if record["step"] <= resume_step:
+                        kept.append(dumps(record) + "\n")  # older versions wrote NaN, which no other parser reads
                 except (ValueError, KeyError):
                     continue  # a line cut off by a crash
             scratch = path.with_suffix(".tmp")
@@ -66,7 +69,7 @@ class Tracker:
 
     def log(self, step: int, tokens: int, scalars: dict[str, Any]) -> None:
         """One record of scalars; `tokens` (consumed so far) is the common x-axis."""
-        self._metrics.write(json.dumps({"step": step, "tokens": tokens, **scalars}) + "\n")
+        self._metrics.write(dumps({"step": step, "tokens": tokens, **scalars}) + "\n")
         self._metrics.flush()
         try:
             if self._wandb is not None:
@@ -80,7 +83,7 @@ class Tracker:
 
     def log_routing(self, step: int, tokens: int, routing: dict[str, Any]) -> None:
         """Tables per MoE layer since the last record: assignments by expert, tokens by number of experts, reasons."""
-        self._routing.write(json.dumps({"step": step, "tokens": tokens, **routing}) + "\n")
+        self._routing.write(dumps({"step": step, "tokens": tokens, **routing}) + "\n")
         self._routing.flush()
         due = self._media_interval and self._routing_records % self._media_interval == 0
         self._routing_records += 1
@@ -119,7 +122,7 @@ class Tracker:
 
     def alarm(self, event: AlarmEvent) -> None:
         """One line of alarms.jsonl, and a W&B alert when it was raised."""
-        self._alarms.write(json.dumps(asdict(event)) + "\n")
+        self._alarms.write(dumps(asdict(event)) + "\n")
         self._alarms.flush()
         if self._wandb is None or event.event != "raised":
             return

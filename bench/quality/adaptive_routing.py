@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from train.strict_json import dumps
+
 ROUTERS = {
     "top_k": ["router=top_k"],
     "top_k_raw": ["router=top_k_raw"],
@@ -119,7 +121,7 @@ def main() -> None:
                for router in arguments.routers}
     print(tables(results))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results) + "\n")
+        arguments.json.write_text(dumps(results) + "\n")
     if arguments.plot:
         plot(results, arguments.plot, budget=2.0)
 

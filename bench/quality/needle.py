@@ -14,7 +14,6 @@ Dense attention shows what of a loss is the model's and what is the sparsity's.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from typing import Any
 
@@ -35,6 +34,7 @@ from bench.quality.recall import (
     steps_of,
     trained,
 )
+from train.strict_json import dumps
 
 DEPTHS = 8
 MULTIPLES = (1, 2, 4)
@@ -122,7 +122,7 @@ def main() -> None:
     print(tables(arguments.variants, needles, noise))
     if arguments.output:
         found = {"needles": needles, "noise": noise}
-        arguments.output.write_text(json.dumps({"bench": "quality.needle", "commit": find_commit(),
+        arguments.output.write_text(dumps({"bench": "quality.needle", "commit": find_commit(),
                                                 "torch": torch.__version__, **found}) + "\n")
 
 

@@ -13,7 +13,6 @@ positions: where a pair stands says nothing, and longer contexts are nothing new
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from bench.common import find_commit
 from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, sparse_attention
+from train.strict_json import dumps
 
 NUM_KEYS, NUM_VALUES, NUM_QUESTIONS = 64, 16, 32
 FILLER, QUESTION = NUM_KEYS, NUM_VALUES
@@ -169,7 +169,7 @@ def trained(variant: str, seed: int, steps: int, folder: Path | None, num_layers
     for reached in train(variant, seed, steps, num_layers, length, eval_interval):
         model, found = reached
         evaluations.append(found)
-        print(json.dumps(found), flush=True)
+        print(dumps(found), flush=True)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": model.state_dict(), "evaluations": evaluations}, file)
@@ -209,7 +209,7 @@ def main() -> None:
         print(f"| {variant} | {steps_of(variant, arguments)} | {statistics.mean(by_seed):.4f} | "
               f"{' '.join(f'{x:.4f}' for x in by_seed)} |")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"bench": "quality.recall", "commit": find_commit(),
+        arguments.output.write_text(dumps({"bench": "quality.recall", "commit": find_commit(),
                                                 "torch": torch.__version__, "rows": rows}) + "\n")
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bench.common import find_commit
+from train.strict_json import dumps
 
 BASE = "dense"
 
@@ -158,7 +159,7 @@ def main() -> None:
         parser.error("no finished run matches " + " ".join(arguments.runs))
     print(tables(results))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"commit": find_commit(), "runs": results}) + "\n")
+        arguments.json.write_text(dumps({"commit": find_commit(), "runs": results}) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)
 

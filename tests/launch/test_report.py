@@ -262,7 +262,71 @@ def test_a_dense_model_has_no_experts_to_show(tmp_path, capsys):
                                         {"step": 2, "tokens": 9, "train/loss": float("nan")}])
     page = build(run, capsys, png=True)
     assert "dense model" in Page(page).text and payload(page)["runs"][0]["frames"] is None
-    assert "the loss is not a finite number since step 2" in Page(page).text
+    assert "the training loss is not a finite number since step 2" in Page(page).text
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "Infinity"])
+def test_a_number_that_is_not_finite_is_no_number_to_show(tmp_path, capsys, value):
+    run = make_run(tmp_path / "run")  # null as it is written now, NaN as older versions wrote it
+    (run / "alarms.jsonl").write_text("")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 21, "tokens": 21000, "train/loss": {value}, "train/lr": 1e-3, '
+                   f'"perf/step_seconds": {value}}}\n'
+                   f'{{"step": 21, "tokens": 21000, "eval/val_loss": {value}}}\n')
+    page = build(run, capsys, png=True)
+    text = Page(page).text
+    assert "2 active alarms" in text and "the held-out loss is not a finite number since step 21" in text
+    assert "the training loss is not a finite number since step 21" in text
+    assert Page(page).numbers["perf/step_seconds/median", "run"] == 0.5
+    assert payload(page)["runs"][0]["series"]["train/loss"][1][-1] is None
+
+
+def skipping(run: Path, total: list[int]) -> None:
+    """Records get so many skipped steps so far, and no loss where the number grew."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [line for line in lines if "train/lr" in line]
+    for i, (record, skipped) in enumerate(zip(records, total, strict=True)):
+        record["train/skipped_steps"] = skipped
+        if skipped > (total[i - 1] if i else 0):
+            record["train/grad_norm"] = record["train/loss"] = None
+    write_lines(run / "metrics.jsonl", lines)
+
+
+def test_the_first_screen_says_that_steps_were_skipped(tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=4)
+    (run / "alarms.jsonl").write_text("")  # the run has alarms, and none of them looks at this
+    skipping(run, [0, 1, 2, 3])
+    page = Page(build(run, capsys))
+    assert "2 active alarms" in page.text and "No alarm" not in page.text
+    assert "3 of 4 steps were skipped: their loss or gradient was not finite since step 2" in page.text
+    assert "the training loss is not a finite number since step 2" in page.text
+    assert page.numbers["train/skipped_steps", "run"] == 3
+    assert page.numbers["tokens", "run"] == 4 * TOKENS  # tokens of skipped steps were consumed
+
+
+def test_skipped_steps_that_are_over_are_a_past_alarm(tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=4)
+    skipping(run, [0, 2, 2, 2])
+    page = Page(build(run, capsys))
+    assert "from step 2 to 3" in page.text and "2 of 4 steps were skipped" in page.text
+    assert page.numbers["alarms/active", "run"] == 0
+
+
+def test_the_first_screen_says_which_step_ended_the_run(tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=4)
+    (run / "failures" / "step-00000005").mkdir(parents=True)
+    (run / "failures" / "step-00000005" / "rank-00000.json").write_text("{}")
+    assert "loss or gradient of step 5 was not finite, and nothing was logged since" in Page(build(run, capsys)).text
+    (run / "metrics.jsonl").write_text("")
+    (run / "routing.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"first log step .*; loss or gradient of step 5 was not finite"):
+        build(run, capsys)
+
+
+def test_an_alarm_whose_value_was_not_finite_is_critical(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_lines(run / "alarms.jsonl", [alarm(3, value=None)])
+    assert read_run(str(run)).alarms[0].severity == "critical"
 
 
 def test_damaged_lines_are_skipped(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from train import manifest as folders
+from train.strict_json import dumps
 
 SMALL_BYTES = 2**24
 """Files up to this size are hashed whenever they are opened."""
@@ -69,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _checksum(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _wrong_key(manifest: dict[str, Any]) -> str | None:

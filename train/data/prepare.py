@@ -30,6 +30,7 @@ import torch
 from train.config import DataConfig, SourceConfig, TokenizerConfig
 from train.data.damage import seal
 from train.data.sources import BadRows, documents, files_of
+from train.strict_json import dumps
 
 FORMAT = 1
 BATCH_DOCUMENTS = 256
@@ -51,7 +52,7 @@ def fingerprint(config: DataConfig) -> str:
     tokenizer: dict[str, Any] = dataclasses.asdict(config.tokenizer)
     if config.tokenizer.path is not None:
         tokenizer["content"] = hashlib.sha256(tokenizer_file(config.tokenizer).read_bytes()).hexdigest()
-    key = json.dumps([FORMAT, sources, tokenizer, config.validation_fraction], sort_keys=True)
+    key = dumps([FORMAT, sources, tokenizer, config.validation_fraction], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -82,7 +83,7 @@ def prepare(config: DataConfig, report: Callable[[str], None] = print) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         manifest = seal(_write_store(config, scratch, report), scratch)
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (scratch / "manifest.json").write_text(dumps(manifest, indent=2) + "\n")
         if final.exists():  # an incomplete folder of the same name
             shutil.rmtree(final)
         try:
