@@ -200,7 +200,7 @@ class _Run:
         """All steps; returns the summary."""
         config, settings, progress = self.config, self.config.train, self.progress
         model = config.model
-        last_step = min(settings.num_steps, settings.stop_after_step or settings.num_steps)
+        self.last_step = last_step = min(settings.num_steps, settings.stop_after_step or settings.num_steps)
         self.routers = self.engine.module.routers()
         self.metrics = StepMetrics(model, self.routers, self.engine.device,
                                    flops_per_token(model, config.experts_per_token, settings.seq_len,
@@ -227,16 +227,17 @@ class _Run:
         first_tokens = tokens_before  # the first log interval warms up and does not count towards the speed
         if progress.step >= last_step:
             log.info("nothing to train: the run is at step %d and train.num_steps is %d", progress.step, last_step)
+        self.metrics.started = time.perf_counter()  # what was built since does not count as training time
         while progress.step < last_step and not stopped:
             started = time.perf_counter()
-            with self.host_syncs.counting((progress.step + 1) % settings.log_interval == 0):
+            with self.host_syncs.counting(self.logs(progress.step + 1)):
                 stopped = self.optimisation_step()
             seconds += time.perf_counter() - started
             step, at_end = progress.step, progress.step == last_step
-            if step % settings.log_interval == 0 or at_end or stopped:
+            if self.logs(step) or stopped:
                 scalars = self.log_step(last_step)
                 self.stop_on_alarm(saved_step)
-                if first_tokens == tokens_before and not at_end:
+                if first_tokens == tokens_before and not at_end and not stopped:
                     first_tokens, seconds = progress.consumed_tokens, 0.0
             paused = time.perf_counter()
             if settings.eval_interval and step % settings.eval_interval == 0 and not at_end and not stopped:
@@ -263,9 +264,13 @@ class _Run:
             "bits_per_byte": self.bits_per_byte,
             "tokens_per_second": (progress.consumed_tokens - first_tokens) / seconds if seconds else None,
             "max_load": scalars.get("moe/max_load"), "experts_per_token": scalars.get("moe/experts_per_token"),
-            "step": progress.step, "tokens": progress.consumed_tokens,
+            "step": progress.step, "tokens": progress.consumed_tokens, "skipped_steps": progress.skipped_steps,
             "stopped": stopped,
         }
+
+    def logs(self, step: int) -> bool:
+        """Whether the metrics are written after this step, which is then measured more closely than others."""
+        return step % self.config.train.log_interval == 0 or step == self.last_step
 
     def optimisation_step(self) -> bool:
         """One optimiser step over all micro-batches of the global batch; True when some rank was asked to stop."""
@@ -273,10 +278,11 @@ class _Run:
         step, first_sample = progress.step + 1, self.loader.consumed_samples
         heartbeat.beat(step, "data")
         self.schedule.set_step(progress.step)
-        at_log_step = step % config.train.log_interval == 0
+        at_log_step = self.logs(step)
         with self.stragglers.own_work(at_log_step):
             batches = self.loader.next_step(self.schedule.num_micro_batches(first_sample))
         num_targets, num_tokens, stop = self._agree(batches)
+        at_log_step = at_log_step or stop
         stats = scope_counts = None
         losses, mark = [], self.metrics.mark()
         snapshot = progress.spike.takes_snapshot(progress.step, config.fail_safe)

@@ -20,8 +20,10 @@ from ops.device import peak_tflops
 from train.attention_metrics import attention_metrics
 from train.routing_metrics import routing_metrics, routing_tables
 
-HEAD = 11
+HEAD = 12
 """Scalar sums in front of the packed vector."""
+OF_UPDATES = 6
+"""The first so many of them count only steps that updated the weights."""
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -34,8 +36,9 @@ def memory_bytes(device: torch.device) -> int:
 class StepMetrics:
     """Sums over the steps since the last log line.
 
-    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed, bytes, exposed seconds, seconds, squared rounding,
-    squared values | attention | memory by rank]. The routers' statistics come reduced over ranks, once per step.
+    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed | bytes, exposed seconds, seconds, squared rounding,
+    squared values, tokens of all steps | attention | memory by rank]. The routers' statistics come reduced over ranks, once
+    per step. A skipped step took its time, computed its tokens and sent its rows, and counts in nothing else.
     """
 
     def __init__(self, model: ModelConfig, routers: list[Router], device: torch.device, flops_per_token: float,
@@ -55,7 +58,7 @@ class StepMetrics:
         self.attention = torch.zeros(len(self.sparse_layers), len(STATS), dtype=torch.float64, device=self.device)
         self.stats: LayerStats | None = None
         self.max_vio_sum = torch.zeros(len(self.routers), dtype=torch.float64, device=self.device)
-        self.steps = 0
+        self.steps = self.updates = 0
         self.started = time.perf_counter()
 
     def add(self, output: ModelOutput, num_targets: int, num_tokens: int) -> None:
@@ -66,29 +69,34 @@ class StepMetrics:
         self.sums[3] += num_targets
         self.sums[4] += num_tokens
         self.sums[5] += output.processed
+        self.sums[11] += num_tokens
         self.attention += output.attention_stats
 
     def mark(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sums so far, to go back to with `revert` when a step does not count."""
-        return self.sums.clone(), self.attention.clone()
+        """The sums of updates so far, to go back to with `revert` when a step is skipped."""
+        return self.sums[:OF_UPDATES].clone(), self.attention.clone()
 
     def revert(self, mark: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.sums, self.attention = mark
+        self.sums[:OF_UPDATES], self.attention = mark
 
     def add_communication(self, found: Communication, seconds: float) -> None:
         """Add what one optimisation step of this rank sent and waited for, and how long the step took."""
-        self.sums[6:] += torch.tensor([found.num_bytes, found.exposed_seconds, seconds, *found.payload_error],
-                                      dtype=torch.float64, device=self.device)
+        self.sums[OF_UPDATES:11] += torch.tensor([found.num_bytes, found.exposed_seconds, seconds, *found.payload_error],
+                                               dtype=torch.float64, device=self.device)
 
     def add_stats(self, stats: LayerStats) -> None:
-        """Add the routers' statistics of one step, over all ranks."""
+        """Add the routers' statistics of one step that updated the weights, over all ranks."""
         kept = stats._replace(histogram=stats.histogram[..., :0])
         self.stats = kept if self.stats is None else LayerStats(*(a + b for a, b in zip(self.stats, kept, strict=True)))
         load = stats.counts.double()
         self.max_vio_sum += load.max(1).values / load.mean(1).clamp_min(1e-9) - 1
+        self.updates += 1
 
     def reduce(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Scalars of the interval and the routing tables of routing.jsonl; resets. Collective."""
+        """Scalars of the interval and the routing tables of routing.jsonl; resets. Collective.
+
+        In an interval without any update train/loss is NaN, which the files have as null, and moe/* is absent.
+        """
         memory = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         memory[self.rank] = memory_bytes(self.device)
         packed = torch.cat((self.sums, self.attention.flatten(), memory))
@@ -96,16 +104,17 @@ class StepMetrics:
             dist.all_reduce(packed)
         values = packed.cpu()
         seconds = time.perf_counter() - self.started
-        loss, aux, z, targets, tokens, processed, num_bytes, exposed, measured, error, square = values[:HEAD].tolist()
+        (loss, aux, z, targets, tokens, processed, num_bytes, exposed, measured, error, square,
+         all_tokens) = values[:HEAD].tolist()
         attention = values[HEAD:HEAD + self.attention.numel()].view_as(self.attention)
         scalars: dict[str, Any] = {
-            "train/loss": loss / max(targets, 1),
-            "perf/tokens_per_second": tokens / seconds,
+            "train/loss": loss / targets if targets > 0 else math.nan,
+            "perf/tokens_per_second": all_tokens / seconds,
             "perf/step_seconds": seconds / max(self.steps, 1),
             "perf/memory_gib": float(values[HEAD + self.attention.numel():].max()) / 2**30,
         }
         if self.peak_flops is not None:
-            scalars["perf/mfu"] = self.flops_per_token * tokens / seconds / self.peak_flops
+            scalars["perf/mfu"] = self.flops_per_token * all_tokens / seconds / self.peak_flops
         if measured > 0:
             scalars |= {"comm/bytes": num_bytes / self.world_size, "comm/exposed_seconds": exposed / self.world_size,
                         "comm/exposed_fraction": exposed / measured}
@@ -123,7 +132,7 @@ class StepMetrics:
             wanted = max(float(stats.counts.sum()) + dropped, 1.0)
             scalars["moe/dropped"] = 1.0 - processed / wanted
             scalars["moe/spilled"] = spilled / wanted
-            scalars["moe/max_vio_step"] = float(self.max_vio_sum.mean()) / max(self.steps, 1)
+            scalars["moe/max_vio_step"] = float(self.max_vio_sum.mean()) / max(self.updates, 1)
             scalars.update(routing_metrics(stats, self.routers, self.model, self.rank_shares, self.detailed))
             tables = routing_tables(stats)
         self.reset()
@@ -134,6 +143,8 @@ def console_line(step: int, num_steps: int, scalars: dict[str, Any], eta_seconds
     """One greppable line: name value pairs, two spaces apart."""
     parts = [f"step {step}/{num_steps}", f"loss {scalars['train/loss']:.4f}", f"lr {scalars['train/lr']:.2e}",
              f"gnorm {scalars['train/grad_norm']:.3f}"]
+    if scalars["train/skipped_steps"]:
+        parts.append(f"skipped {scalars['train/skipped_steps']}")
     if "moe/max_load" in scalars:
         parts += [f"balance {scalars['moe/max_load']:.2f}x (layer {scalars['moe/max_load_layer']})",
                   f"dropped {scalars['moe/dropped']:.1%}"]
