@@ -315,6 +315,10 @@ def _deepspeed(run: RunConfig) -> list[str]:
         elif str(key).startswith("offload_") and not (isinstance(value, dict) and set(value) <= {"device", "pin_memory"}):
             problems.append(f"deepspeed.zero_optimization.{key} is {value!r}; give {{device: cpu, pin_memory: true|false}}")
             return problems
+    if zero.get("round_robin_gradients"):
+        problems.append("deepspeed.zero_optimization.round_robin_gradients is true: this DeepSpeed version then takes other "
+                        "parameters' fp32 weights and moments for a parameter's own, and checkpoints would hold them; leave "
+                        "it out")
     if run.deepspeed.get("communication_data_type") not in (None, "fp32", "bf16", "fp16"):
         problems.append(f"deepspeed.communication_data_type is {run.deepspeed['communication_data_type']!r}; choose fp32, "
                         "bf16 or fp16")

@@ -113,6 +113,7 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
     ({"experts__token_rounding": -1}, "experts.token_rounding is -1"),
     ({"experts__token_rounding": 4096}, "experts.token_rounding 4096 is more than the"),
     ({"experts__backend": "fastest"}, "choose one of auto, triton, grouped_mm, torch, reference"),
+    ({"deepspeed__zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "checkpoints would hold them"),
     ({"train__grad_accum_dtype": "bf16"}, "train.precision=fp32 has no bf16 gradients"),
     ({"train__grad_accum_dtype": "fp16"}, "choose one of fp32, bf16"),
     ({"deepspeed__data_types": {"grad_accum_dtype": "fp32"}}, "set train.grad_accum_dtype"),
