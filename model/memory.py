@@ -62,8 +62,15 @@ def device_memory(config: ModelConfig, experts_per_token: float, *, precision: s
         gradients=summed_width * (share(dense, world_size, 2) + share(experts, expert_data_size, 2)),
         optimizer=per_state * (share(dense, world_size, 1) + share(experts, expert_data_size, 1)),
         activations=_activation_bytes(config, tokens, width, width * experts_per_token * row_values),
-        logits=min(tokens, config.loss_chunk_size or tokens) * config.vocab_size * LOGIT_BYTES,
+        logits=_logit_bytes(config, tokens, precision),
     )
+
+
+def _logit_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
+    """Of the logits at hand, and of the head's gradient, which bf16 adds up over chunks in fp32."""
+    chunk = min(tokens, config.loss_chunk_size or tokens)
+    summed = 4 * config.vocab_size * config.hidden_size if chunk < tokens and precision != "fp32" else 0
+    return chunk * config.vocab_size * LOGIT_BYTES + summed
 
 
 def _activation_bytes(config: ModelConfig, tokens: int, width: int, routed: float) -> int:

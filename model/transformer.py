@@ -18,6 +18,7 @@ from model.loss import ModelOutput, cross_entropy_sum, token_cross_entropy
 from model.moe import ModelParts, MoELayer
 from model.parallel import ParallelGroups
 from model.routers.base import Router, RoutingRequest
+from model.weight_sums import Embedding, uses_of
 from ops.all_to_all import Communication, total_communication
 from ops.router import RouterOutput
 
@@ -62,7 +63,7 @@ class Transformer(nn.Module):
         groups = groups or ParallelGroups.single()
         self.config, self.balance, self.groups = config, parts.balance, groups
         self.rank_shares = rank_shares(config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, groups, parts, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -124,17 +125,22 @@ class Transformer(nn.Module):
 
     def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens in memory at a time."""
-        def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self._project(hidden)
+        def of_chunk(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self._project(hidden) if weight is None else F.linear(hidden, weight)
             by_tokens = token_cross_entropy(logits, targets) if by_token else logits.new_empty(0, dtype=torch.float32)
             return cross_entropy_sum(logits, targets), by_tokens
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
             return of_chunk(hidden, targets)
+        hiddens, parts = hidden.flatten(0, 1).split(size), targets.flatten().split(size)
+        weights: list[torch.Tensor] | list[None] = [None] * len(parts)
+        if torch.is_grad_enabled() and hidden.dtype != torch.float32:
+            weights = uses_of((self.embedding if self.head is None else self.head).weight, len(parts))
         sums, by_tokens = zip(*(
             checkpoint(of_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*chunk)
-            for chunk in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)), strict=True)
+            for chunk in zip(hiddens, parts, weights, strict=True)), strict=True)
         return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor,

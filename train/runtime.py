@@ -86,10 +86,12 @@ def _leave(added: dict[str, str]) -> None:
 
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
-    """Different random streams per rank; `deterministic` refuses nondeterministic kernels."""
+    """Different random streams per rank; bf16 products add up in fp32; `deterministic` refuses nondeterministic kernels."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
+    # cuBLAS may otherwise split a bf16 product over its rows and add the parts up in bf16 (docs/numerics.md).
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

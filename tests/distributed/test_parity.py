@@ -39,6 +39,10 @@ VARIANTS = [
     {"ep": 2, "zero": 1, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
     {"ep": 2, "zero": 2, "accumulation": 2, "clip": 0.5, "scope": "batch", "precision": "bf16"},
     {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
+    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16",
+     "model": {"loss_chunk_size": 24}},
+    {"ep": 2, "zero": 3, "accumulation": 2, "clip": 0.5, "scope": "batch", "precision": "bf16",
+     "model": {"tie_embeddings": True, "loss_chunk_size": 24}, "zero_options": {"stage3_param_persistence_threshold": 0}},
 ]
 
 
