@@ -49,7 +49,7 @@ def main(config: DictConfig) -> float:
     rows = ValidationRows(store, run.train.seq_len)
     batches = validation_batches(rows, settings.batch_size, store.end_of_document, 0, 1, settings.max_sequences)
     sparse = [attention.layer_idx for attention in model.sparse_attentions()]
-    result = evaluate(model, batches, store.token_bytes(), device, model.routers(), sparse)
+    result = evaluate(model, batches, device, model.routers(), sparse)
     counts = result.pop("counts", [])
     for layer, row in zip(run.model.moe_layers, counts, strict=False):
         mean = sum(row) / len(row)
@@ -61,8 +61,11 @@ def main(config: DictConfig) -> float:
         error, bound = (result.get(f"attention/{name}", math.nan) for name in ("error", "error_bound"))
         print(f"attention  tail mass {result['attention/tail_mass']:.1%}  error {error:.1%} (mean over sampled rows, below "
               f"{bound:.1%} with probability 0.999)")
-    print(f"{checkpoint}: val_loss {result['val_loss']:.4f}  perplexity {result['perplexity']:.2f}  bits_per_byte "
-          f"{result['bits_per_byte']:.4f}  unigram_entropy {store.unigram_entropy:.4f}")
+    if rows.bytes_problem is not None:
+        print(rows.bytes_problem)
+    bits_per_byte = f"  bits_per_byte {result['bits_per_byte']:.4f}" if "bits_per_byte" in result else ""
+    print(f"{checkpoint}: val_loss {result['val_loss']:.4f}  perplexity {result['perplexity']:.2f}{bits_per_byte}"
+          f"  unigram_entropy {store.unigram_entropy:.4f}")
     print_result({"run_dir": settings.run, "checkpoint": checkpoint.name, "step": read_state(checkpoint)["step"],
                   "unigram_entropy": store.unigram_entropy, **result})
     return result["val_loss"]

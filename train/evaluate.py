@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from model.attention.base import STATS
 from model.balance import balance_metrics, unpack_stats
-from model.loss import IGNORE_INDEX, ModelOutput
+from model.loss import ModelOutput
 from model.routers.base import Router
 from train.attention_metrics import attention_metrics
 from train.data.loader import Batch
@@ -20,17 +19,18 @@ from train.probe import RoutingProbe
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], token_bytes: np.ndarray,
-             device: torch.device, routers: list[Router], sparse_layers: list[int] | None = None,
+def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], device: torch.device,
+             routers: list[Router], sparse_layers: list[int] | None = None,
              probe: RoutingProbe | None = None) -> dict[str, Any]:
     """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many batches.
 
     probe: sees this rank's first batch.
 
     Returns:
-        val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes they stand for), the
-        number of targets, balance metrics, mean experts per token, and the counts [layers][experts]; with sparse_layers
-        (their numbers), also what train/attention_metrics.py makes of these layers.
+        val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes they stand for; absent
+        where the batches do not know these), the number of targets, balance metrics, mean experts per token, and the
+        counts [layers][experts]; with sparse_layers (their numbers), also what train/attention_metrics.py makes of these
+        layers.
 
     Raises:
         ValueError: the model is in training mode, where what limits an expert's load makes tokens depend on each other; or
@@ -48,10 +48,9 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], toke
             probe.add(batch, output)
         if sparse_layers:
             measured += output.attention_stats
-        targets = batch.targets[batch.targets != IGNORE_INDEX].numpy()
         sums[0] += output.loss_sum
-        sums[1] += len(targets)
-        sums[2] += int(token_bytes[targets].sum())
+        sums[1] += batch.num_targets
+        sums[2] += batch.target_bytes or 0
         stats = output.stats if stats is None else stats + output.stats
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
@@ -65,7 +64,7 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], toke
     result: dict[str, Any] = {
         "val_loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "bits_per_byte": loss_sum / math.log(2) / num_bytes if num_bytes else math.nan,
+        **({"bits_per_byte": loss_sum / math.log(2) / num_bytes} if num_bytes else {}),
         "num_targets": int(num_targets),
     }
     if sparse_layers:

@@ -219,7 +219,8 @@ class _Run:
         if self.tracker is not None and model.num_experts:
             self.probe = RoutingProbe(self.run_dir, ValidationRows(self.store, settings.seq_len), model.vocab_size)
         self.stragglers = StragglerWatch(config.watchdog.straggler_ratio, self.engine.device)
-        self.token_bytes = self.store.token_bytes()
+        if (problem := ValidationRows(self.store, settings.seq_len).bytes_problem) is not None:
+            log.info("%s", problem)
         scalars: dict[str, Any] = {}
         first_step = saved_step = progress.step
         stopped = False
@@ -454,12 +455,13 @@ class _Run:
         self.engine.module.eval()
         self.engine.module.set_step(progress.step)  # the stage that launch.evaluate finds in the checkpoint
         heartbeat.beat(progress.step, "evaluate")
-        result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device, self.routers,
+        result = evaluate(self.engine.forward, batches, self.engine.device, self.routers,
                           probe=self.probe)
         self.engine.module.train()
-        progress.val_loss, self.bits_per_byte = result["val_loss"], result["bits_per_byte"]
-        log.info("eval step %d  val_loss %.4f  perplexity %.2f  bits_per_byte %.4f  unigram_entropy %.4f  "
-                 "balance %.2fx", progress.step, result["val_loss"], result["perplexity"], result["bits_per_byte"],
+        progress.val_loss, self.bits_per_byte = result["val_loss"], result.get("bits_per_byte")
+        log.info("eval step %d  val_loss %.4f  perplexity %.2f  bits_per_byte %s  unigram_entropy %.4f  "
+                 "balance %.2fx", progress.step, result["val_loss"], result["perplexity"],
+                 "unknown" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}",
                  self.store.unigram_entropy, result.get("moe/max_load", 1.0))
         if self.tracker is not None:
             self.tracker.log(progress.step, progress.consumed_tokens,

@@ -22,6 +22,7 @@ class Batch:
     cu_seqlens: [documents + 1] int32 over the flattened tokens; max_seqlen: the longest document.
     token_mask: [B, S] bool, False for padding; None when nothing is padded.
     token_ids: [B, S] int64, sample * S + position, the same under every layout; None outside of training.
+    target_bytes: bytes of text that the targets stand for; None in training, and where the store does not say.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +32,7 @@ class Batch:
     max_seqlen: int
     token_mask: torch.Tensor | None
     token_ids: torch.Tensor | None = None
+    target_bytes: int | None = None
 
     @property
     def num_targets(self) -> int:
@@ -115,4 +117,11 @@ def validation_batches(rows: ValidationRows, micro_batch_size: int, end_of_docum
         first = start + data_rank * micro_batch_size
         share = [rows.tokens(i) if i < count else np.empty(0, dtype=np.int64)
                  for i in range(first, first + micro_batch_size)]
-        yield pack(share, rows.seq_len, end_of_document)
+        batch = pack(share, rows.seq_len, end_of_document)
+        target_bytes = None
+        if rows.bytes_problem is None:
+            target_bytes = 0
+            for i, targets in zip(range(first, min(first + micro_batch_size, count)), batch.targets.numpy(), strict=False):
+                num_bytes = rows.num_bytes(i)[1:]  # a row's first token is the last target of the row before
+                target_bytes += int(num_bytes[targets[:len(num_bytes)] != IGNORE_INDEX].sum())
+        yield dataclasses.replace(batch, target_bytes=target_bytes)

@@ -4,9 +4,10 @@ A store is a folder named by the fingerprint of what it was made from:
     manifest.json        counts, fingerprint of the settings and files, hash of the tokens, tokenizer facts; size and
                          SHA-256 of the files below
     tokenizer.json       Hugging Face tokenizers format
-    token_bytes.npy      bytes of text each token stands for, for bits per byte
+    token_bytes.npy      bytes of text each token spells, for bits per byte
     train_<i>.bin/.idx   one per source, megatron-core's indexed format; every document ends with end_of_document
     validation.bin/.idx  held-out documents of all sources
+    validation_bytes.bin uint32, bytes of text each held-out token stands for; only where they are not what it spells
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import torch
 from train.config import DataConfig, SourceConfig, TokenizerConfig
 from train.data.damage import seal
 from train.data.sources import BadRows, documents, files_of
+from train.data.store import HELD_OUT_BYTES
+from train.data.tokenizer import encoded_bytes, load_tokenizer, token_bytes, tokenizer_file, vocabulary_size
 from train.strict_json import dumps
 
 FORMAT = 1
@@ -60,20 +63,6 @@ def store_path(config: DataConfig) -> Path:
     return Path(config.cache_dir) / fingerprint(config)
 
 
-def tokenizer_file(config: TokenizerConfig) -> Path:
-    """The tokenizer.json a config points to.
-
-    Raises:
-        ValueError: there is none.
-    """
-    assert config.path is not None
-    path = Path(config.path).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"data.tokenizer.path: {path} does not exist; give a tokenizer.json or a folder holding one")
-    return path
-
-
 def prepare(config: DataConfig, report: Callable[[str], None] = print) -> Path:
     """Make the store unless it exists; returns its folder. Written beside and renamed, so it is whole or absent."""
     final = store_path(config)
@@ -98,16 +87,9 @@ def prepare(config: DataConfig, report: Callable[[str], None] = print) -> Path:
 
 def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-    from tokenizers import Tokenizer
 
     if config.tokenizer.path is not None:
-        path = tokenizer_file(config.tokenizer)
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"data.tokenizer.path: {path} is not a tokenizers file ({error})") from error
-        tokenizer.no_truncation()  # settings for sentence encoders, which would cut and fill documents
-        tokenizer.no_padding()
+        tokenizer = load_tokenizer(config.tokenizer)
     else:
         report(f"training a byte-level BPE of {config.tokenizer.vocab_size} tokens")
         texts = (text for source in config.sources for text in _documents(source, config))
@@ -117,10 +99,11 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
         raise ValueError(f"the tokenizer has no token {config.tokenizer.end_of_document!r}; set "
                          "data.tokenizer.end_of_document to its end-of-text token")
     tokenizer.encode_special_tokens = True  # text that spells a special token is text
-    vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-    lengths = token_bytes(tokenizer)
+    vocab_size = vocabulary_size(tokenizer)
+    spelled = token_bytes(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    np.save(folder / "token_bytes.npy", lengths)
+    tokenizer.post_processor = None  # it adds nothing here, and may move offsets
+    np.save(folder / "token_bytes.npy", spelled)
 
     dtype = DType.optimal_dtype(vocab_size)
     unigrams = np.zeros(vocab_size, dtype=np.int64)
@@ -129,13 +112,14 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
     held_out_keys = _held_out_keys((t for s in config.sources for t in _documents(s, config)), config.validation_fraction)
     sources = []
     content = hashlib.sha256()
+    held_out_bytes = HeldOutBytes(folder / HELD_OUT_BYTES, spelled)
     ids: np.ndarray
     for i, source in enumerate(config.sources):
         train = IndexedDatasetBuilder(str(folder / f"train_{i}.bin"), dtype=dtype)
         counts = {"path": source.path, "documents": 0, "tokens": 0, "bytes": 0}
         bad_rows = BadRows(source, config.max_bad_rows)
         for text, encoded in _encode(documents(source, bad_rows), tokenizer):
-            ids = np.append(encoded, end_of_document).astype(np.int64)
+            ids = np.append(encoded.ids, end_of_document).astype(np.int64)
             is_held_out = _document_key(text) in held_out_keys
             target, count = (validation, held_out) if is_held_out else (train, counts)
             target.add_document(torch.from_numpy(ids), [len(ids)])
@@ -145,6 +129,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
             count["bytes"] += len(text.encode())  # type: ignore[operator]
             if is_held_out:
                 unigrams += np.bincount(ids, minlength=vocab_size)
+                held_out_bytes.add(ids, encoded_bytes(text, encoded, spelled))
         if not counts["documents"]:
             raise ValueError(f"source {source.path!r} left no training document; lower data.validation_fraction "
                              f"{config.validation_fraction} or give more text")
@@ -156,6 +141,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
         counts["bad_rows"] = bad_rows.count
         sources.append(counts)
     validation.finalize(str(folder / "validation.idx"))
+    held_out_bytes.close()
     entropy = unigram_entropy(unigrams)
     report(f"held out: {held_out['documents']:,} documents, {held_out['tokens']:,} tokens; unigram entropy "
            f"{entropy:.4f} nats per token")
@@ -164,9 +150,28 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
             "validation": held_out, "unigram_entropy": entropy}
 
 
-def _encode(texts: Iterator[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+def _encode(texts: Iterator[str], tokenizer: Any) -> Iterator[tuple[str, Any]]:
+    """Documents with their encodings, which know the tokens and where they stand in the text."""
     while batch := list(islice(texts, BATCH_DOCUMENTS)):
-        yield from zip(batch, (e.ids for e in tokenizer.encode_batch(batch, add_special_tokens=False)), strict=True)
+        yield from zip(batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True)
+
+
+class HeldOutBytes:
+    """Writes how many bytes of text every held-out token stands for, unless each stands for what it spells."""
+
+    def __init__(self, path: Path, spelled: np.ndarray):
+        self.path, self.spelled, self.file = path, spelled, path.open("wb")
+        self.needed = False
+
+    def add(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """The next document: token ids and bytes, both [tokens of the document]."""
+        self.needed = self.needed or not np.array_equal(counts, self.spelled[ids])
+        self.file.write(counts.astype(np.uint32).tobytes())
+
+    def close(self) -> None:
+        self.file.close()
+        if not self.needed:
+            self.path.unlink()
 
 
 def _document_key(text: str) -> int:
@@ -206,23 +211,6 @@ def train_bpe(texts: Iterator[str], config: TokenizerConfig) -> Any:
         vocab_size=config.vocab_size, special_tokens=[config.end_of_document], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tokenizer
-
-
-def token_bytes(tokenizer: Any) -> np.ndarray:
-    """[vocab_size] int32: bytes of text each token stands for; 0 for special tokens.
-
-    Exact for byte-level tokenizers, whose tokens spell one character per byte; for others the length of the decoded
-    token, which misses what the decoder adds or drops between tokens.
-    """
-    vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    byte_level = (json.loads(tokenizer.to_str()).get("decoder") or {}).get("type") == "ByteLevel"
-    lengths = np.zeros(vocab_size, dtype=np.int32)
-    for i in range(vocab_size):
-        token = tokenizer.id_to_token(i)
-        if token is not None and i not in special:
-            lengths[i] = len(token) if byte_level else len(tokenizer.decode([i]).encode())
-    return lengths
 
 
 def unigram_entropy(counts: np.ndarray) -> float:

@@ -7,6 +7,8 @@ whose beginning does not depend on its length. So a run can be continued, extend
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ import torch.distributed as dist
 
 from train.data.damage import MANIFEST, cached_folder, check_file, check_split, damaged, read_manifest
 
+HELD_OUT_BYTES = "validation_bytes.bin"
+"""Present where held-out tokens do not stand for what they spell."""
+CHUNK_TOKENS = 2**20
+"""Tokens of a split that are looked at together."""
 
 class TokenStore:
     """A prepared folder (train/data/prepare.py), or the part of it that a run keeps in RUN/data.
@@ -42,7 +48,7 @@ class TokenStore:
             raise damaged(path, f"cannot be read ({error})") from error
 
     def token_bytes(self) -> np.ndarray:
-        """[vocab_size] int32: bytes of text each token stands for."""
+        """[vocab_size] int32: bytes of text each token spells."""
         path = check_file(self.path, "token_bytes.npy", self.manifest)
         try:
             lengths = np.load(path, allow_pickle=False)
@@ -51,6 +57,24 @@ class TokenStore:
         if lengths.shape != (self.vocab_size,) or lengths.dtype != np.int32:
             raise damaged(path, f"holds {lengths.dtype} of shape {lengths.shape} instead of int32 of ({self.vocab_size},)")
         return lengths
+
+    def held_out_bytes(self, tokens: np.ndarray) -> Callable[[slice], np.ndarray] | None:
+        """A function from a part of the held-out tokens to the bytes of text that each of these stands for.
+
+        None: not known, since an earlier version made the store and the tokens do not spell the text they stand for.
+
+        Args:
+            tokens: all held-out tokens.
+        """
+        if HELD_OUT_BYTES in self.manifest.get("files", {}):
+            path = check_file(self.path, HELD_OUT_BYTES, self.manifest)
+            if path.stat().st_size != 4 * len(tokens):
+                raise damaged(path, f"has {path.stat().st_size} bytes instead of {4 * len(tokens)} for {len(tokens)} tokens")
+            counts = np.memmap(path, dtype=np.uint32, mode="r")
+            return lambda part: counts[part]
+        spelled = self.token_bytes()
+        total = sum(int(spelled[tokens[i:i + CHUNK_TOKENS]].sum()) for i in range(0, len(tokens), CHUNK_TOKENS))
+        return (lambda part: spelled[tokens[part]]) if total == self.manifest["validation"].get("bytes") else None
 
 
 class _SourceSamples:
@@ -164,7 +188,7 @@ class ValidationRows:
     """
 
     def __init__(self, store: TokenStore, seq_len: int):
-        self.tokens_path = store.path / "validation.bin"
+        self.store, self.tokens_path = store, store.path / "validation.bin"
         held_out = store.manifest.get("validation")
         if held_out is None:
             raise damaged(store.path / MANIFEST, "says nothing of held-out documents")
@@ -179,4 +203,25 @@ class ValidationRows:
 
     def tokens(self, row: int) -> np.ndarray:
         """[up to seq_len + 1] int64."""
-        return np.asarray(self._tokens[row * self.seq_len:(row + 1) * self.seq_len + 1], dtype=np.int64)
+        return np.asarray(self._tokens[self._slice(row)], dtype=np.int64)
+
+    def num_bytes(self, row: int) -> np.ndarray | None:
+        """[up to seq_len + 1] int64: bytes of text that each of tokens(row) stands for; None: bytes_problem says why."""
+        if self._bytes is None:
+            return None
+        return np.asarray(self._bytes(self._slice(row)), dtype=np.int64)
+
+    @property
+    def bytes_problem(self) -> str | None:
+        """Why there are no bits per byte of this split."""
+        if self._bytes is not None or not self.num_tokens:
+            return None
+        return (f"bits_per_byte is left out: the store {self.store.path} is of an earlier version and does not say how many "
+                "bytes its held-out tokens stand for; delete it, and it is made again when the run is resumed or evaluated")
+
+    @functools.cached_property
+    def _bytes(self) -> Callable[[slice], np.ndarray] | None:
+        return self.store.held_out_bytes(self._tokens) if self.num_tokens else None
+
+    def _slice(self, row: int) -> slice:
+        return slice(row * self.seq_len, (row + 1) * self.seq_len + 1)
