@@ -86,10 +86,11 @@ class Texts:
 
     def __init__(self, store: Any, run: Any):
         from train.data.store import TrainingSamples
+        from train.data.tokenizer import TextInside
 
         self.seq_len = run.train.seq_len
         self.samples = TrainingSamples(store, tuple(s.weight for s in run.data.sources), self.seq_len, run.seed)
-        self.tokenizer = store.tokenizer()
+        self.text = TextInside(store.tokenizer())
         self.names = [source["path"] for source in store.manifest["sources"]]
         self.row = lru_cache(maxsize=1024)(self._row)
 
@@ -110,7 +111,7 @@ class Texts:
         return found
 
     def decode(self, ids: np.ndarray) -> str:
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return self.text.decode(ids.tolist())
 
     def context(self, token: int) -> str:
         """The token in marks between its neighbours, on one line."""

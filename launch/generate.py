@@ -19,13 +19,15 @@ from launch.common import load_run, print_result, record, run_main
 
 def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
            checkpoint: str = "best", budget: float | None = None, attention: Any = None) -> Iterator[str]:
-    """Yield the prompt and then the text as it is generated, piece by piece, from one process."""
+    """Yield the prompt and then the text as it is generated, piece by piece, from one process. Joined it is what all tokens
+    decode to: a piece may be empty, while a character or a run of bytes is unfinished."""
     import torch
 
     from model.generate import generate
     from train.checkpoint import find_checkpoint, load_weights
     from train.components import build_model
     from train.data.store import TokenStore
+    from train.data.tokenizer import TextStream
 
     config = load_run(run_dir, attention)
     store = TokenStore(Path(run_dir) / "data")
@@ -42,14 +44,10 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
         calibrate_budget(model, batches, budget, config.balance, config.budget, device)
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     yield prompt
-    ids: list[int] = []
-    shown = ""
+    text = TextStream(tokenizer, prompt_ids)
     for token in generate(model, prompt_ids, max_new_tokens, temperature, top_p, seed, store.end_of_document):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character may span several tokens
-            yield text[len(shown):]
-            shown = text
+        yield text.add(token)
+    yield text.end()
 
 
 def main(config: DictConfig) -> None:

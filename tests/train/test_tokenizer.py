@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -21,7 +21,7 @@ from train.data.damage import seal
 from train.data.loader import validation_batches
 from train.data.prepare import prepare, train_bpe
 from train.data.store import TokenStore, ValidationRows
-from train.data.tokenizer import encoded_bytes, token_bytes
+from train.data.tokenizer import TextInside, TextStream, encoded_bytes, token_bytes
 from train.evaluate import evaluate
 
 TEXT = ("The cat sat on the mat, and the dog's log sat on the cat; don't ask why it is so. "
@@ -213,6 +213,81 @@ def test_random_bytes_of_text_count_once_each():
     ids, counts = counted(tokenizer, text)
     assert counts.sum() == len(text.encode()) and len(ids) > 3000
     np.testing.assert_array_equal(counts[:-1], token_bytes(tokenizer)[ids])
+
+
+# --- text from tokens as they come -----------------------------------------------------------------------------------
+
+class CountingTokenizer:
+    """Counts the tokens that are decoded."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, ids: list[int], **options) -> str:
+        self.decoded += len(ids)
+        return self.tokenizer.decode(ids, **options)
+
+    def __getattr__(self, name: str):
+        return getattr(self.tokenizer, name)
+
+
+def streamed(tokenizer, prompt: list[int], continuation: list[int]) -> list[str]:
+    stream = TextStream(tokenizer, prompt)
+    return [*(stream.add(token) for token in continuation), stream.end()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_and_pieces_are_what_the_whole_sequence_decodes_to(kind):
+    tokenizer = made(kind)
+    size = tokenizer.get_vocab_size()
+    unfinished = [i for i in range(size) if "\ufffd" in tokenizer.decode([i])] or [0]
+    ids = st.one_of(st.integers(0, size + 1), st.sampled_from(unfinished))
+
+    @settings(max_examples=100, deadline=None)
+    @given(TEXTS, st.one_of(st.lists(ids, max_size=60), TEXTS.map(lambda t: tokenizer.encode(t).ids)))
+    def check(prompt, continuation):
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        before, whole = tokenizer.decode(prompt_ids), tokenizer.decode(prompt_ids + continuation)
+        text = "".join(streamed(tokenizer, prompt_ids, continuation))
+        assume(whole.startswith(before))  # bytes may spoil the last of the prompt, which is shown as it was given
+        assert before + text == whole
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["Llama 2", "Metaspace", "Metaspace, always", "Unigram", "WordPiece"])
+def test_the_first_space_of_a_continuation_is_kept(kind):
+    tokenizer = made(kind)
+    prompt, continuation = tokenizer.encode("the cat").ids, tokenizer.encode("sat on").ids
+    assert "".join(streamed(tokenizer, prompt, continuation)) == " sat on"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_appears_with_its_token_and_never_half_a_character(kind):
+    tokenizer = made(kind)
+    pieces = streamed(tokenizer, tokenizer.encode("the cat").ids, tokenizer.encode(TEXT).ids)
+    assert sum(map(bool, pieces)) > len(pieces) // 2
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "Llama 2", "Unigram", "WordPiece"])
+def test_the_cost_of_a_token_does_not_grow_with_the_text(kind):
+    """Of words, and of bytes that are no characters."""
+    plain = made(kind)
+    noise = [i for i in range(plain.get_vocab_size()) if "\ufffd" in plain.decode([i])][-1:]
+    for ids in (plain.encode(TEXT).ids * 30, noise * 3000):
+        tokenizer = CountingTokenizer(plain)
+        assert "".join(streamed(tokenizer, plain.encode("the cat").ids, ids))[:3000] == plain.decode(
+            [*plain.encode("the cat").ids, *ids])[7:3007]
+        assert tokenizer.decoded < 40 * len(ids) + 200
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_a_token_from_the_midst_of_a_text_shows_its_space(kind):
+    tokenizer = made(kind)
+    ids = tokenizer.encode("the cat sat on the cat").ids
+    assert TextInside(tokenizer).decode(ids[-1:]) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:-1])):]
+    assert TextInside(tokenizer).decode(ids).strip() == "the cat sat on the cat"
 
 
 # --- stores ----------------------------------------------------------------------------------------------------------

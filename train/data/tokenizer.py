@@ -67,8 +67,7 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
             lengths[i] = len(token.encode()) if i in added else len(token)
         return lengths
     # Between two words, so that the decoder neither strips a space that stands in texts nor leaves out one it adds.
-    words = [i for i, token in spelled.items() if i not in added and token.strip("▁").isalpha()]
-    around = words[0] if words else 0
+    around = _a_word(tokenizer)
     texts = tokenizer.decode_batch([[around, i, around] for i in spelled])
     without = len(tokenizer.decode([around, around]).encode())
     for (i, token), text in zip(spelled.items(), texts, strict=True):
@@ -102,6 +101,12 @@ def encoded_bytes(text: str, encoding: Any, spelled: np.ndarray) -> np.ndarray:
     return np.where(np.repeat(adds_up, np.diff(begins, append=len(counts))), lengths, counts)
 
 
+def _a_word(tokenizer: Any) -> int:
+    """Id of a token of letters: the first."""
+    added, size = tokenizer.get_added_tokens_decoder(), vocabulary_size(tokenizer)
+    return next((i for i in range(size) if i not in added and (tokenizer.id_to_token(i) or "").strip("▁Ġ").isalpha()), 0)
+
+
 def _byte_positions(text: str) -> np.ndarray:
     """[characters + 1] int64: bytes of UTF-8 before each character, and before the end."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -120,3 +125,63 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
 def vocabulary_size(tokenizer: Any) -> int:
     """The largest token id plus one: ids may have holes, so their number can be smaller."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+class TextInside:
+    """Text of tokens from the midst of a document, which decoders take for its beginning and strip of its first space."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.before = tokenizer, _a_word(tokenizer)
+        self.skipped = len(tokenizer.decode([self.before]))
+
+    def decode(self, ids: list[int]) -> str:
+        """Special tokens are spelled out; part of a character is U+FFFD."""
+        return self.tokenizer.decode([self.before, *ids], skip_special_tokens=False)[self.skipped:]
+
+
+class TextStream:
+    """Text after a prompt from tokens as they come: all pieces joined are what the whole sequence adds to the prompt.
+
+    A piece is given out once no later token can change it. So an unfinished character is held back, and with byte
+    fallback a run of bytes, since one that is no UTF-8 spoils all of it. A token costs the same at any length.
+    """
+
+    KEPT = 8
+    """Tokens decoded again before the new ones: a character has at most four bytes."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]):
+        self.tokenizer = tokenizer
+        self.skipped = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.in_runs = "ByteFallback" in _decoder_kinds(tokenizer)
+        self.window = [i for i in prompt if self._is_text(i)]
+        self.given = len(tokenizer.decode(self.window))
+        """Characters of the window's text that are the prompt's, or were given out."""
+
+    def add(self, token: int) -> str:
+        """What is certain now; often one token's text, at times nothing."""
+        if not self._is_text(token):
+            return ""
+        self.window.append(token)
+        if self.in_runs and BYTE_PIECE.fullmatch(self.tokenizer.id_to_token(token)):
+            return ""
+        text = self.tokenizer.decode(self.window)
+        held = text.endswith("\ufffd")
+        piece = self._give(text[:-1] if held else text)
+        if not held or len(self.window) > 4 * self.KEPT:
+            self.window = self.window[-self.KEPT:]
+            self.given = len(self.tokenizer.decode(self.window)) - held
+        return piece
+
+    def end(self) -> str:
+        """What was held back."""
+        return self._give(self.tokenizer.decode(self.window))
+
+    def _give(self, certain: str) -> str:
+        piece = certain[self.given:]
+        self.given += len(piece)
+        return piece
+
+    def _is_text(self, token: int) -> bool:
+        return token not in self.skipped and self.tokenizer.id_to_token(token) is not None
