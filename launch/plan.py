@@ -8,6 +8,7 @@ from __future__ import annotations
 if not __package__:
     raise SystemExit("run from the repository root as: python -m launch.plan")
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -19,11 +20,16 @@ GIB = 2**30
 
 def main(config: DictConfig) -> None:
     """Print the plan; raises SystemExit(1) when the config cannot run."""
-    from launch.validate import ConfigError, parse
+    from launch.validate import ConfigError, check_tokenizer, parse
 
     num_ranks = world_size(config)
     try:
         run = parse(plain(config), num_ranks)
+        path = run.data.tokenizer.path
+        if path is None or Path(path).expanduser().exists():
+            check_tokenizer(run)
+        else:  # a plan may be made where the data are not
+            print(f"data.tokenizer.path={path} is not on this machine: whether model.vocab_size covers it was not checked")
     except ConfigError as error:
         print(f"{len(error.problems)} problem(s); this config cannot run:")
         for problem in error.problems:

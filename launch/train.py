@@ -40,7 +40,7 @@ from train.strict_json import dumps
 
 def train(config: DictConfig) -> float | None:
     """Validate, then train here or start ranks; returns the held-out loss, which Hydra sweepers minimise."""
-    from launch.validate import parse
+    from launch.validate import check_tokenizer, parse
 
     config = with_saved_config(config)
     if is_worker():
@@ -51,6 +51,8 @@ def train(config: DictConfig) -> float | None:
     run = parse(plain(config), world_size(config))
     if run.launch.hostfile:
         hosts.check(run.launch)
+    if run.launch.kind != "slurm":  # its nodes may see a file that the machine which submits does not
+        check_tokenizer(run)
     forwarded_environment(os.environ, run.launch.forward_env)  # refuses secrets, before anything is written
     node = run.launch.node_rank or 0
     if run.launch.by_node and not (config.run_dir or config.resume):
@@ -152,9 +154,10 @@ def save_config(config: DictConfig) -> None:
 def start_ranks(config: DictConfig, run: Any) -> None:
     from launch import spawn
     from launch.supervisor import Supervisor
-    from launch.validate import ConfigError, parse
+    from launch.validate import ConfigError, check_tokenizer, parse
     from train.data.prepare import prepare
 
+    check_tokenizer(run)
     prepare(run.data)  # here, so that no rank waits for it
 
     def against(size: int) -> list[str]:

@@ -76,6 +76,18 @@ def parse(config: dict[str, Any], world_size: int) -> RunConfig:
     return run
 
 
+def check_tokenizer(run: RunConfig) -> None:
+    """The given tokenizer can be read and the model covers its ids: said before any text is tokenised.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    from train.data.tokenizer import tokenizer_problems
+
+    if problems := tokenizer_problems(run.data.tokenizer, run.model.vocab_size):
+        raise ConfigError(problems)
+
+
 # --- keys and types --------------------------------------------------------------------------------------------------
 
 def _suggest(name: Any, path: str, known: set[str]) -> str:

@@ -40,6 +40,7 @@ from train.config import RunConfig
 from train.data.loader import Batch, TrainingLoader, validation_batches
 from train.data.prepare import prepare
 from train.data.store import TokenStore, TrainingSamples, ValidationRows
+from train.data.tokenizer import tokenizer_problems
 from train.engine import Engine
 from train.evaluate import evaluate
 from train.gradients import GradientWatch
@@ -79,17 +80,19 @@ def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
     RUN/data gets the tokenizer and the manifest, so that the run can be sampled from without the store.
 
     Raises:
-        ValueError: the sources cannot be read, the tokenizer has more tokens than the model's vocabulary, or a resumed
+        ValueError: the sources cannot be read, the model's vocabulary does not cover the tokenizer's ids, or a resumed
             run would go on with other data than it began with.
     """
     def prepare_and_record() -> Path:
+        if problems := tokenizer_problems(config.data.tokenizer, config.model.vocab_size):
+            raise ValueError("; ".join(problems))
         path = prepare(config.data, log.info)
         _record_data(path, run_dir / "data")
         return path
 
     store = TokenStore(from_rank_zero(prepare_and_record))
     if store.vocab_size > config.model.vocab_size:
-        raise ValueError(f"the tokenizer has {store.vocab_size} tokens but model.vocab_size is "
+        raise ValueError(f"the tokenizer's largest token id is {store.vocab_size - 1} but model.vocab_size is "
                          f"{config.model.vocab_size}; raise it or use a smaller tokenizer")
     return store
 

@@ -21,7 +21,14 @@ from train.data.damage import seal
 from train.data.loader import validation_batches
 from train.data.prepare import prepare, train_bpe
 from train.data.store import TokenStore, ValidationRows
-from train.data.tokenizer import TextInside, TextStream, encoded_bytes, token_bytes
+from train.data.tokenizer import (
+    TextInside,
+    TextStream,
+    encoded_bytes,
+    token_bytes,
+    tokenizer_problems,
+    vocabulary_size,
+)
 from train.evaluate import evaluate
 
 TEXT = ("The cat sat on the mat, and the dog's log sat on the cat; don't ask why it is so. "
@@ -213,6 +220,54 @@ def test_random_bytes_of_text_count_once_each():
     ids, counts = counted(tokenizer, text)
     assert counts.sum() == len(text.encode()) and len(ids) > 3000
     np.testing.assert_array_equal(counts[:-1], token_bytes(tokenizer)[ids])
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+def with_hole(tokenizer: Tokenizer, moved: dict[str, int]) -> Tokenizer:
+    """The same with other ids for some tokens. (Added tokens alone get the next free ids when a file is loaded.)"""
+    data = json.loads(tokenizer.to_str())
+    data["model"]["vocab"].update({token: i for token, i in moved.items() if token in data["model"]["vocab"]})
+    for added in data["added_tokens"]:
+        added["id"] = moved.get(added["content"], added["id"])
+    return Tokenizer.from_str(json.dumps(data))
+
+
+@pytest.mark.parametrize("moved", [{"<|endoftext|>": 900}, {"Ġthe": 700}, {"Ġthe": 70_000, "<|endoftext|>": 401}])
+def test_a_vocabulary_is_as_large_as_its_largest_id(tmp_path, moved):
+    tokenizer = with_hole(byte_level(), moved)
+    size = max(moved.values()) + 1
+    assert tokenizer.get_vocab_size() < vocabulary_size(tokenizer) == size
+    store = store_of(tmp_path, tokenizer, "<|endoftext|>")
+    assert store.vocab_size == size == len(store.token_bytes())
+    assert store.end_of_document == tokenizer.token_to_id("<|endoftext|>")
+    rows = ValidationRows(store, 16)
+    assert max(rows.tokens(i).max() for i in range(len(rows))) >= min(moved.values())
+    assert "bits_per_byte" in evaluated(store)
+
+
+def test_a_tokenizer_that_the_model_does_not_cover_is_found_before_any_text_is_read(tmp_path):
+    tokenizer = with_hole(byte_level(), {"Ġthe": 700})
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = TokenizerConfig(path=str(tmp_path), end_of_document="<eot>")
+    size, end = tokenizer_problems(config, 700)
+    assert "largest token id" in size and "700" in size and "model.vocab_size 700 must be at least 701" in size
+    assert "no token '<eot>'; set data.tokenizer.end_of_document" in end
+    assert tokenizer_problems(TokenizerConfig(path=str(tmp_path)), 701) == []
+    assert tokenizer_problems(TokenizerConfig(), 1) == []
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "is not a tokenizers file" in tokenizer_problems(config, 701)[0]
+    assert "does not exist" in tokenizer_problems(TokenizerConfig(path=str(tmp_path / "none")), 701)[0]
+
+
+def test_a_run_ends_before_the_corpus_is_tokenised_when_the_model_does_not_cover_the_tokenizer(tmp_path, monkeypatch):
+    import train.loop
+
+    data = data_of(tmp_path, byte_level(), "<|endoftext|>")
+    monkeypatch.setattr(train.loop, "from_rank_zero", lambda function: function())
+    monkeypatch.setattr(train.loop, "prepare", lambda *args: pytest.fail("the corpus was read"))
+    with pytest.raises(ValueError, match=r"largest token id .* model\.vocab_size 300 must be at least 331"):
+        train.loop.open_store(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)), tmp_path / "run")
 
 
 # --- text from tokens as they come -----------------------------------------------------------------------------------

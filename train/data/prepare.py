@@ -32,7 +32,7 @@ from train.config import DataConfig, SourceConfig, TokenizerConfig
 from train.data.damage import seal
 from train.data.sources import BadRows, documents, files_of
 from train.data.store import HELD_OUT_BYTES
-from train.data.tokenizer import encoded_bytes, load_tokenizer, token_bytes, tokenizer_file, vocabulary_size
+from train.data.tokenizer import encoded_bytes, load_tokenizer, no_end, token_bytes, tokenizer_file, vocabulary_size
 from train.strict_json import dumps
 
 FORMAT = 1
@@ -96,8 +96,7 @@ def _write_store(config: DataConfig, folder: Path, report: Callable[[str], None]
         tokenizer = train_bpe(texts, config.tokenizer)
     end_of_document = tokenizer.token_to_id(config.tokenizer.end_of_document)
     if end_of_document is None:
-        raise ValueError(f"the tokenizer has no token {config.tokenizer.end_of_document!r}; set "
-                         "data.tokenizer.end_of_document to its end-of-text token")
+        raise ValueError(no_end(config.tokenizer))
     tokenizer.encode_special_tokens = True  # text that spells a special token is text
     vocab_size = vocabulary_size(tokenizer)
     spelled = token_bytes(tokenizer)

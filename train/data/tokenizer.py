@@ -47,6 +47,37 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """The largest token id plus one: ids may have holes, so their number can be smaller."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def tokenizer_problems(config: TokenizerConfig, vocab_size: int) -> list[str]:
+    """What keeps a model of model.vocab_size from being trained with the tokenizer that is given; reads no text.
+
+    A tokenizer that is still to be trained has no more than data.tokenizer.vocab_size tokens.
+    """
+    if config.path is None:
+        return []
+    try:
+        tokenizer = load_tokenizer(config)
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    if (size := vocabulary_size(tokenizer)) > vocab_size:
+        found.append(f"data.tokenizer.path: the largest token id of {config.path} is {size - 1}, so model.vocab_size "
+                     f"{vocab_size} must be at least {size}; raise it or use a smaller tokenizer")
+    if tokenizer.token_to_id(config.end_of_document) is None:
+        found.append(no_end(config))
+    return found
+
+
+def no_end(config: TokenizerConfig) -> str:
+    """The problem of a tokenizer without a token that ends documents."""
+    return (f"the tokenizer has no token {config.end_of_document!r}; set data.tokenizer.end_of_document to its end-of-text "
+            "token")
+
+
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 def token_bytes(tokenizer: Any) -> np.ndarray:
@@ -120,11 +151,6 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
         return {part["type"]}.union(*map(names, part.get("decoders", ()))) if part else set()
 
     return names(json.loads(tokenizer.to_str()).get("decoder"))
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """The largest token id plus one: ids may have holes, so their number can be smaller."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
