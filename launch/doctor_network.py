@@ -19,7 +19,7 @@ from launch.common import ROOT
 from launch.doctor_finding import Answer, Finding, ask, failed, in_parallel, ok, warn
 from launch.doctor_machine import existing
 from launch.environment import interface_of
-from launch.hosts import Host, facing_address, hosts_problems, parse_hostfile, ssh_command
+from launch.hosts import Host, facing_address, family_of, hosts_problems, machine_of, parse_hostfile, ssh_command
 from launch.secrets import forwarded_environment, is_secret_name, looks_secret, problems_of_env, read_secrets_file
 from train.config import LaunchConfig
 from train.ports import free_port
@@ -47,9 +47,10 @@ def meeting_place(launch: LaunchConfig, hosts: Sequence[Host]) -> tuple[str, str
             if name not in addresses:
                 raise ValueError(f"GLOO_SOCKET_IFNAME names {name}; this machine has {', '.join(addresses)}")
         name = names.split(",")[0]
-        own = [a.address for a in addresses[name] if a.family == socket.AF_INET]
+        own = [a.address for family in (socket.AF_INET, socket.AF_INET6) for a in addresses[name]
+               if a.family == family and "%" not in a.address]
         if not own:
-            raise ValueError(f"GLOO_SOCKET_IFNAME names {name}, which has no IPv4 address")
+            raise ValueError(f"GLOO_SOCKET_IFNAME names {name}, which has no address but a link-local one")
         return own[0], names
     if launch.listen_addr is not None:
         interface = interface_of(launch.listen_addr)
@@ -57,7 +58,7 @@ def meeting_place(launch: LaunchConfig, hosts: Sequence[Host]) -> tuple[str, str
             raise ValueError(f"launch.listen_addr {launch.listen_addr} is no address of this machine")
         return launch.listen_addr, interface
     here = {"localhost", socket.gethostname(), socket.gethostname().split(".")[0]}
-    for host in [host for host in hosts if host.name not in here][:3]:
+    for host in [host for host in hosts if host.machine not in here][:3]:
         with contextlib.suppress(ValueError):  # a name without an address: another check says so
             address = facing_address(host.name)
             return address, interface_of(address)
@@ -70,7 +71,7 @@ def gloo(launch: LaunchConfig, hosts: Sequence[Host]) -> list[Finding]:
         address, interface = meeting_place(launch, hosts)
     except ValueError as error:
         return [failed("gloo", str(error), "name an interface of this machine that faces the other hosts")]
-    with socket.socket() as probe:
+    with socket.socket(family_of(address)) as probe:
         try:
             probe.bind((address, 0))
         except OSError as error:
@@ -110,7 +111,8 @@ def hostfile(launch: LaunchConfig) -> tuple[tuple[Host, ...], list[Finding]]:
     except ValueError as error:
         return (), [failed("hostfile", str(error), 'write one "HOST slots=N" a line')]
     fix = "mend launch.hostfile, launch.num_nodes or launch.num_devices"
-    problems = [failed("hostfile", p, fix) for p in hosts_problems(hosts, launch.num_nodes, launch.num_devices)]
+    problems = [failed("hostfile", problem, fix) for problem in hosts_problems(hosts, launch.num_nodes, launch.num_devices,
+                                                                              launch.launcher)]
     spares = len(hosts) - launch.num_nodes
     return hosts, problems or [ok("hostfile", f"{len(hosts)} hosts{f', {spares} of them spare' if spares > 0 else ''}")]
 
@@ -119,7 +121,7 @@ def names(hosts: Sequence[Host]) -> list[Finding]:
     """Whether every host has an address."""
     def look_up(name: str) -> str:
         try:
-            socket.getaddrinfo(name, None)
+            socket.getaddrinfo(machine_of(name), None)
             return ""
         except OSError as error:
             return error.strerror or str(error)

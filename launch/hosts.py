@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 import subprocess
@@ -13,17 +14,41 @@ from pathlib import Path
 from train.config import LaunchConfig
 
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)$")
+NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 PROBE_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
 class Host:
+    """A line of a hostfile: what ssh gets, e.g. worker-1, ubuntu@worker-1, 10.0.0.2 or 2001:db8::2, and its devices."""
+
     name: str
     slots: int
 
+    @property
+    def machine(self) -> str:
+        """The name or address, without the user to log in as."""
+        return machine_of(self.name)
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Given by such an address."""
+        return _is_ipv6(self.machine)
+
+    @property
+    def pdsh_name(self) -> str:
+        """As pdsh understands it: what stands before a colon it takes for the way to get there, and "::" it takes apart."""
+        if not self.is_ipv6:
+            return self.name
+        return f"ssh:{self.name.removesuffix(self.machine)}{ipaddress.ip_address(self.machine).exploded}"
+
+
+def machine_of(name: str) -> str:
+    return name.rpartition("@")[2]
+
 
 def parse_hostfile(path: str | Path) -> tuple[Host, ...]:
-    """Hosts of a hostfile, "NAME slots=N" a line, # begins a comment.
+    """Hosts of a hostfile, "NAME slots=N" or "USER@NAME slots=N" a line, # begins a comment. NAME may be an address.
 
     Raises:
         ValueError: naming the file, the line and what is wrong with it.
@@ -40,20 +65,44 @@ def parse_hostfile(path: str | Path) -> tuple[Host, ...]:
         match = LINE.match(text)
         if match is None or int(match["slots"]) < 1:
             raise ValueError(f"launch.hostfile={path} line {number} is {text!r}; it must be like: worker-1 slots=8")
-        if match["name"] in hosts:
-            raise ValueError(f"launch.hostfile={path} line {number} names {match['name']} a second time")
-        if match["name"].startswith("-"):
-            raise ValueError(f"launch.hostfile={path} line {number}: {match['name']!r} is no host name")
-        hosts[match["name"]] = Host(match["name"], int(match["slots"]))
+        host = Host(match["name"], int(match["slots"]))
+        if host.machine in hosts:
+            raise ValueError(f"launch.hostfile={path} line {number} names {host.machine} a second time")
+        if (problem := _name_problem(host)) is not None:
+            raise ValueError(f"launch.hostfile={path} line {number}: {problem}")
+        hosts[host.machine] = host
     if not hosts:
         raise ValueError(f"launch.hostfile={path} names no host")
     return tuple(hosts.values())
 
 
-def hosts_problems(hosts: Iterable[Host], num_nodes: int, num_devices: int) -> list[str]:
+def _name_problem(host: Host) -> str | None:
+    """Why a name means no one machine to ssh and to pdsh, and what to write instead."""
+    user, at, machine = host.name.rpartition("@")
+    if (NAME.fullmatch(user) or not at) and (NAME.fullmatch(machine) or host.is_ipv6):
+        return None
+    if _is_ipv6(machine.strip("[]")):
+        return f"{host.name!r} has brackets; write {machine.strip('[]')}"
+    return f"{host.name!r} is no host name (patterns are not expanded here: name each host on a line of its own)"
+
+
+def _is_ipv6(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).version == 6
+    except ValueError:
+        return False
+
+
+def hosts_problems(hosts: Iterable[Host], num_nodes: int, num_devices: int, launcher: str = "pdsh") -> list[str]:
     """What keeps these hosts from running the job, before anyone is asked."""
     hosts = tuple(hosts)
-    found = [f"host {h.name} has {h.slots} slots in launch.hostfile, launch.num_devices is {num_devices}"
+    found = [f"host {h.name} has an address that means another machine elsewhere (link-local or loopback); write a name or "
+             "another of its addresses" for h in hosts if h.is_ipv6 and (
+                 ipaddress.ip_address(h.machine).is_link_local or ipaddress.ip_address(h.machine).is_loopback)]
+    if launcher != "pdsh":
+        found += [f"host {h.name}: launch.launcher={launcher} takes plain host names; set User or HostName for one in "
+                  "~/.ssh/config, or use launch.launcher=pdsh" for h in hosts if h.name != h.machine or h.is_ipv6]
+    found += [f"host {h.name} has {h.slots} slots in launch.hostfile, launch.num_devices is {num_devices}"
              for h in hosts if h.slots < num_devices]
     if len(hosts) < num_nodes:
         found.append(f"launch.num_nodes is {num_nodes}, but launch.hostfile names {len(hosts)} hosts")
@@ -67,7 +116,7 @@ def check(launch: LaunchConfig) -> None:
         ValueError: with everything that is wrong.
     """
     assert launch.hostfile is not None
-    found = hosts_problems(parse_hostfile(launch.hostfile), launch.num_nodes, launch.num_devices)
+    found = hosts_problems(parse_hostfile(launch.hostfile), launch.num_nodes, launch.num_devices, launch.launcher)
     if found:
         raise ValueError("; ".join(found))
 
@@ -96,24 +145,51 @@ def unreachable(hosts: Iterable[Host], ssh_port: int | None) -> dict[str, str]:
 
 
 def facing_address(host: str) -> str:
-    """The address of this machine that a host sees when this machine talks to it.
+    """The address of this machine that a host sees when this machine talks to it; host: as in a hostfile.
 
     Raises:
-        ValueError: the host's name has no address.
+        ValueError: the host's name has no address, or no way leads there.
     """
     try:
-        target = socket.gethostbyname(host)
+        found = _addresses(host)
     except OSError as error:
         raise ValueError(f"host {host} has no address ({error}); mend launch.hostfile or its DNS entry") from error
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((target, 9))  # sends nothing
-        return str(probe.getsockname()[0])
+    reason: OSError | None = None
+    for family, address in found:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((address, 9))  # sends nothing
+            except OSError as error:
+                reason = error
+                continue
+            return str(probe.getsockname()[0])
+    raise ValueError(f"host {host} cannot be reached from here ({reason}); set launch.listen_addr to an address of this "
+                     "machine that the hosts reach")
 
 
 def address_of(host: str) -> str | None:
-    """Address of a host for all others; None when its name means loopback here."""
+    """Address of a host for all others; None when its name means loopback here. host: as in a hostfile."""
     try:
-        address = socket.gethostbyname(host)
+        address = _addresses(host)[0][1]
     except OSError:
         return None
-    return None if address.startswith("127.") else address
+    return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
+
+
+def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
+    """Families and addresses of a host, IPv4 first, each once.
+
+    Raises:
+        OSError: it has none.
+    """
+    infos = socket.getaddrinfo(machine_of(host), None, type=socket.SOCK_DGRAM)
+    found = dict.fromkeys((family, str(where[0])) for family, _, _, _, where in infos)
+    return sorted(found, key=lambda item: item[0] != socket.AF_INET)
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """Of sockets that listen on an address or a name of this machine."""
+    try:
+        return _addresses(address)[0][0]
+    except OSError:  # whoever binds says so
+        return socket.AF_INET

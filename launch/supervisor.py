@@ -94,7 +94,7 @@ class Supervisor:
     def run(self) -> int:
         address = self.listen_address()
         try:
-            server = socket.create_server((address, 0), backlog=128)
+            server = socket.create_server((address, 0), family=hosts.family_of(address), backlog=128)
         except OSError as error:
             raise ValueError(f"the supervisor cannot listen on {address} ({error.strerror}); set launch.listen_addr to an "
                              "address of this machine that the hosts reach") from error
@@ -224,7 +224,7 @@ class Supervisor:
     def _hostfile(self, chosen: tuple[hosts.Host, ...]) -> str | None:
         path = self.run_dir / "hostfile"
         if chosen:
-            return spawn.write_hostfile(path, [(h.name, h.slots) for h in chosen])
+            return spawn.write_hostfile(path, [(h.pdsh_name, h.slots) for h in chosen])
         if self.launch.by_node and self.launch.kind == "deepspeed":
             names = [f"node-{i}" for i in range(self.launch.num_nodes)]  # names only: nobody is reached by them
             return spawn.write_hostfile(path, [(name, self.launch.num_devices) for name in names])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from launch import hosts, slurm
+from launch import hosts, slurm, wire
 from launch.agent import _catches, in_collective
 from launch.environment import adopt_rank, interface_of
 from launch.spawn import Rendezvous, command
@@ -82,7 +85,12 @@ def test_submitting_passes_on_what_sbatch_says(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("a slots=2\nb 2\n", "line 2 is 'b 2'"), ("a slots=0\n", "line 1"), ("a slots=2\na slots=2\n", "a second time"),
-    ("# nothing\n", "names no host"), ("-oProxyCommand=x slots=1\n", "no host name")])
+    ("# nothing\n", "names no host"), ("-oProxyCommand=x slots=1\n", "no host name"),
+    ("a slots=1\nroot@a slots=1\n", "line 2 names a a second time"),
+    ("node[1-4] slots=8\n", "line 1: .*on a line of its own"),
+    ("a,b slots=8\n", "no host name"), ("^hosts slots=8\n", "no host name"), ("-l@a slots=1\n", "no host name"),
+    ("@a slots=1\n", "no host name"), ("a@b@c slots=1\n", "no host name"), ("ssh:a slots=1\n", "no host name"),
+    ("[2001:db8::2] slots=1\n", "has brackets; write 2001:db8::2")])
 def test_a_broken_hostfile_is_named_with_its_line(tmp_path, text, message):
     (tmp_path / "hostfile").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -95,6 +103,63 @@ def test_a_hostfile_may_have_comments_and_spares(tmp_path):
     assert found == (hosts.Host("a", 4), hosts.Host("c", 2))
     assert "host c has 2 slots" in hosts.hosts_problems(found, 2, 4)[0]
     assert "names 2 hosts" in hosts.hosts_problems(found, 3, 2)[0]
+
+
+@pytest.mark.parametrize(("name", "machine", "pdsh_name"), [
+    ("ubuntu@worker-1.cluster", "worker-1.cluster", "ubuntu@worker-1.cluster"), ("10.0.0.2", "10.0.0.2", "10.0.0.2"),
+    ("2001:db8::2", "2001:db8::2", "ssh:2001:0db8:0000:0000:0000:0000:0000:0002"),
+    ("root@2001:db8::2", "2001:db8::2", "ssh:root@2001:0db8:0000:0000:0000:0000:0000:0002")])
+def test_a_host_may_be_given_with_its_user_and_by_any_address(tmp_path, name, machine, pdsh_name):
+    (tmp_path / "hostfile").write_text(f"{name}\tslots=4\r\n")
+    (host,) = hosts.parse_hostfile(tmp_path / "hostfile")
+    assert (host.name, host.slots, host.machine, host.pdsh_name) == (name, 4, machine, pdsh_name)
+    assert hosts.hosts_problems([host], 1, 4) == []
+    takes_all = name == machine and ":" not in name
+    assert bool(hosts.hosts_problems([host], 1, 4, "openmpi")) != takes_all
+
+
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="needs pdsh")
+@pytest.mark.parametrize("name", ["someone@worker-1", "fd00:77::2", "someone@fd00:77::2", "::2", "fd00::a",
+                                  "2001:db8:0:1:2:3:4:5"])
+def test_pdsh_understands_the_names_it_is_given(tmp_path, monkeypatch, name):
+    """A stand-in for ssh says what it was asked for."""
+    fake = tmp_path / "ssh"
+    fake.write_text("#!/bin/sh\necho \"asked $*\"\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    host = hosts.Host(name, 1)
+    said = subprocess.run(["pdsh", "-S", "-w", host.pdsh_name, "true"], env={**os.environ, "PDSH_RCMD_TYPE": "ssh"},
+                          capture_output=True, text=True, check=True).stdout
+    asked = said.partition("asked ")[2].split()
+    expected = ipaddress.ip_address(host.machine).exploded if host.is_ipv6 else host.machine
+    assert expected in asked, said
+    assert name == host.machine or f"-l{name.removesuffix('@' + host.machine)}" in asked, said
+
+
+@pytest.mark.parametrize("name", ["fe80::1", "root@::1"])
+def test_an_address_that_means_another_machine_elsewhere_is_refused(tmp_path, name):
+    (tmp_path / "hostfile").write_text(f"{name} slots=1\n")
+    assert "link-local or loopback" in hosts.hosts_problems(hosts.parse_hostfile(tmp_path / "hostfile"), 1, 1)[0]
+
+
+@pytest.mark.parametrize("user", ["", "root@"])
+def test_the_address_that_faces_a_host_is_found_for_every_form(monkeypatch, user):
+    assert hosts.facing_address(f"{user}127.0.0.1").startswith("127.") and hosts.address_of(f"{user}127.0.0.1") is None
+    assert hosts.address_of(f"{user}10.1.2.3") == "10.1.2.3" and hosts.address_of(f"{user}::1") is None
+    assert hosts.address_of(f"{user}2001:db8::2") == "2001:db8::2"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **options: [  # a name with addresses of both kinds
+        (socket.AF_INET6, socket.SOCK_DGRAM, 17, "", ("2001:db8::9", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("10.9.9.9", 0))] if host == "both" else pytest.fail(host))
+    assert hosts.address_of(f"{user}both") == "10.9.9.9"
+
+
+@pytest.mark.skipif(not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"), reason="needs IPv6")
+def test_the_supervisor_can_listen_on_an_ipv6_address():
+    assert hosts.facing_address("root@::1") == "::1"
+    with socket.create_server(("::1", 0), family=hosts.family_of("::1")) as server:
+        address = wire.Address(*server.getsockname()[:2], "token")
+        with socket.create_connection((address.host, address.port)):
+            pass
 
 
 def test_hosts_that_do_not_answer_are_named(tmp_path, monkeypatch):
