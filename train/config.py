@@ -146,7 +146,7 @@ class LaunchConfig:
     """Ranks per node."""
     num_nodes: int = 1
     hostfile: str | None = None
-    """DeepSpeed hostfile: one "HOST slots=N" a line. Hosts beyond num_nodes are spares."""
+    """DeepSpeed hostfile: one "[USER@]HOST slots=N" a line. Hosts beyond num_nodes are spares."""
     launcher: Literal["pdsh", "openmpi", "mpich", "impi", "mvapich"] = "pdsh"
     """How launch=deepspeed reaches the hosts of the hostfile."""
     ssh_port: int | None = None

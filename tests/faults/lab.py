@@ -121,6 +121,10 @@ class Node:
     """The node's /etc/hosts; rewrite it in place to change what names mean there."""
 
     @property
+    def ipv6(self) -> str:
+        return f"fd00:77::{self.address.rsplit('.', 1)[1]}"
+
+    @property
     def up(self) -> bool:
         return self.holder is not None and self.holder.poll() is None
 
@@ -242,7 +246,7 @@ class Cluster:
     def boot(self, node: Node) -> None:
         """Start a node, also again after a power cut."""
         settings = self.folder / "ssh" / f"sshd-{node.name}"
-        lines = ["Port 22", "AddressFamily inet", f"HostKey {self.folder}/ssh/host",
+        lines = ["Port 22", "AddressFamily any", f"HostKey {self.folder}/ssh/host",
                  f"AuthorizedKeysFile {self.folder}/ssh/authorized_keys", "PermitRootLogin prohibit-password",
                  "PasswordAuthentication no", "KbdInteractiveAuthentication no", "UsePAM no", "StrictModes no",
                  "PidFile none", "UseDNS no", "PrintMotd no", "MaxStartups 100"]
@@ -272,7 +276,8 @@ class Cluster:
         self.in_site("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "address", mac, "netns",
                      str(node.init))
         self.in_site("ip", "link", "set", cable, "master", "br0", "up")
-        for command in (("addr", "add", f"{node.address}/24", "dev", "eth0"), ("link", "set", "eth0", "up"),
+        for command in (("addr", "add", f"{node.address}/24", "dev", "eth0"),
+                        ("addr", "add", f"{node.ipv6}/64", "dev", "eth0", "nodad"), ("link", "set", "eth0", "up"),
                         ("link", "set", "lo", "up")):
             sh("nsenter", "-t", str(node.init), "-n", "--", "ip", *command)
 

@@ -42,6 +42,15 @@ def test_the_supervisor_finds_the_address_that_faces_the_hosts(lab, tmp_path, da
     assert_well(run(lab(2), tmp_path, data, "launch.listen_addr=null"), reference())
 
 
+@pytest.mark.parametrize("form", ["root@{0.name}", "{0.ipv6}", "root@{0.ipv6}"])
+def test_hosts_with_a_user_or_an_ipv6_address_give_the_losses_of_one_node(lab, tmp_path, data, reference, form):
+    cluster = lab(2)
+    cluster.hostfile(nodes=(), extra=[form.format(node) for node in cluster.nodes])
+    outcome = run(cluster, tmp_path, data, "launch.listen_addr=null")
+    assert_well(outcome, reference())
+    assert outcome.attempts[0]["hosts"] == [form.format(node) for node in cluster.nodes]
+
+
 def by_node(cluster, folder: Path, data, kind: str, fault: str, max_restarts: int, pace: float = 0.0) -> list[str]:
     """What is typed on every node, but for launch.node_rank."""
     return ["-m", "launch.train", *SETTINGS, *data, f"launch={kind}", "launch.num_nodes=2", "launch.num_devices=1",
