@@ -118,10 +118,16 @@ def validation_batches(rows: ValidationRows, micro_batch_size: int, end_of_docum
         share = [rows.tokens(i) if i < count else np.empty(0, dtype=np.int64)
                  for i in range(first, first + micro_batch_size)]
         batch = pack(share, rows.seq_len, end_of_document)
-        target_bytes = None
-        if rows.bytes_problem is None:
-            target_bytes = 0
-            for i, targets in zip(range(first, min(first + micro_batch_size, count)), batch.targets.numpy(), strict=False):
-                num_bytes = rows.num_bytes(i)[1:]  # a row's first token is the last target of the row before
-                target_bytes += int(num_bytes[targets[:len(num_bytes)] != IGNORE_INDEX].sum())
-        yield dataclasses.replace(batch, target_bytes=target_bytes)
+        num_bytes = [rows.num_bytes(i) for i in range(first, min(first + micro_batch_size, count))]
+        yield dataclasses.replace(batch, target_bytes=_target_bytes(num_bytes, batch.targets.numpy()))
+
+
+def _target_bytes(num_bytes: list[np.ndarray | None], targets: np.ndarray) -> int | None:
+    """Bytes that the targets [rows, seq_len] stand for, from those of the rows' tokens; the last rows may be padding."""
+    total = 0
+    for counts, row in zip(num_bytes, targets, strict=False):
+        if counts is None:
+            return None
+        counts = counts[1:]  # a row's first token is the last target of the row before
+        total += int(counts[row[:len(counts)] != IGNORE_INDEX].sum())
+    return total
