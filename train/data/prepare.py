@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import json
 import math
 import os
 import shutil
