@@ -25,8 +25,9 @@ from typing import Any
 from launch.environment import adopt_rank, interface_of
 from launch.exits import FAILED, NO_HOSTS
 from launch.secrets import read_secrets_file
-from launch.wire import Address, Closed, Line, join
+from launch.wire import Closed, JobFile, Line, Stranger, join
 from train.heartbeat import PIPE, STACK_SIGNAL, STACKS
+from train.ports import STORE
 
 PR_SET_PDEATHSIG = 1
 CONNECT_SECONDS = 30.0
@@ -43,7 +44,7 @@ class Agent:
         self.path, self.attempt = path, attempt
         self.rank, self.host = int(os.environ["RANK"]), socket.gethostname()
         self.parent = os.getppid()
-        self.address = _load_address(path)
+        self.job = _load_job(path)
         self.line: Line | None = None
         self.welcome: dict[str, Any] = {}
         self.child: subprocess.Popen[bytes] | None = None
@@ -64,9 +65,9 @@ class Agent:
     def connect(self) -> None:
         """Join the supervisor, or come back without a connection."""
         try:
-            self.line, self.welcome = join(self.address, self.welcome.get("timeout", CONNECT_SECONDS), rank=self.rank,
+            self.line, self.welcome = join(self.job, self.welcome.get("timeout", CONNECT_SECONDS), rank=self.rank,
                                            host=self.host, attempt=self.attempt)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, Stranger):  # a stranger on its port: the supervisor is gone all the same
             self.refused = self.refused or time.monotonic()
             return
         except OSError:
@@ -89,7 +90,7 @@ class Agent:
     def superseded(self) -> bool:
         """Whether another supervisor has taken over the run, which must not be written by two jobs."""
         try:
-            return Address.load(self.path).token != self.address.token
+            return JobFile.load(self.path).token != self.job.token
         except (OSError, ValueError, TypeError):
             return False
 
@@ -109,19 +110,21 @@ class Agent:
     @property
     def stacks(self) -> Path:
         """Where the child writes its stacks."""
-        return Path(self.welcome["failures"]) / f"rank-{self.rank:05d}.txt"
+        return self.path.parent / "failures" / str(self.attempt) / f"rank-{self.rank:05d}.txt"
 
     # --- child ---------------------------------------------------------------------------------------------------------
 
     def start_child(self) -> None:
         assert self.line is not None
         read, write = os.pipe()
-        env = {**os.environ, **self.welcome["env"], PIPE: str(write),
-               STACKS: str(self.stacks)}
-        if self.welcome["secrets_file"] is not None:
-            env |= read_secrets_file(os.path.expanduser(self.welcome["secrets_file"]))
-        for name, value in self.welcome["rendezvous"].items():
-            env.setdefault(name, value)
+        env = {**os.environ, **self.job.env, PIPE: str(write), STACKS: str(self.stacks)}
+        if self.job.secrets_file is not None:
+            env |= read_secrets_file(os.path.expanduser(self.job.secrets_file))
+        if self.job.store_folder is not None:
+            env[STORE] = str(Path(self.job.store_folder) / f"ranks-{self.attempt}")
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name in self.welcome["rendezvous"]:
+                env.setdefault(name, str(self.welcome["rendezvous"][name]))
         # gloo would listen on whatever the host's name resolves to, often an address that others cannot reach.
         interface = interface_of(self.line.socket.getsockname()[0])
         if interface is not None:
@@ -134,8 +137,8 @@ class Agent:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         self.memory_kills = _out_of_memory_kills()
-        self.child = subprocess.Popen([sys.executable, "-u", "-m", *self.welcome["command"]], env=env, pass_fds=[write],
-                                      preexec_fn=tie_to_agent, process_group=0)
+        command = [sys.executable, "-u", "-m", "launch.train", *self.job.arguments, f"+attempt={self.attempt}"]
+        self.child = subprocess.Popen(command, env=env, pass_fds=[write], preexec_fn=tie_to_agent, process_group=0)
         os.close(write)
         os.set_blocking(read, False)
         self.pipe = read
@@ -212,7 +215,7 @@ class Agent:
         while self.line is None:
             self.connect()
             if self.line is None and time.monotonic() > until:
-                print(f"agent of rank {self.rank}: no supervisor at {self.address.host}:{self.address.port}",
+                print(f"agent of rank {self.rank}: no supervisor of this job at {self.job.host}:{self.job.port}",
                       file=sys.stderr)
                 return NO_HOSTS
             time.sleep(0.0 if self.line else 0.2)
@@ -304,12 +307,14 @@ def in_collective(stacks: str) -> bool | None:
     return None
 
 
-def _load_address(path: Path) -> Address:
+def _load_job(path: Path) -> JobFile:
     """On a network file system the file may appear a little late."""
     until = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
-            return Address.load(path)
+            return JobFile.load(path)
+        except PermissionError as error:
+            raise SystemExit(f"agent: {error}") from error
         except (OSError, ValueError, TypeError) as error:
             if time.monotonic() > until:
                 raise SystemExit(f"agent: {path} cannot be read ({error}); the run directory must be on a file system that "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch import exits, spawn
 from launch.agent import CONNECT_SECONDS
-from launch.wire import Address, Closed, Line, join
+from launch.wire import Closed, JobFile, Line, join
 from train.config import RunConfig
 
 
@@ -54,7 +54,7 @@ def follow(config: RunConfig, run_dir: Path) -> int:
 
 def _join(path: Path, node: int) -> Line | None:
     try:
-        return join(Address.load(path), CONNECT_SECONDS, node=node)[0]
+        return join(JobFile.load(path), CONNECT_SECONDS, node=node)[0]
     except (OSError, ValueError, TypeError):
         return None
 

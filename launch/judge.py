@@ -65,6 +65,14 @@ class Rank:
         return self.exit_code == 0 and self.phase == "done"
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "step": (int,), "beats": (int,), "exit_code": (int,), "silent": (int, float), "idle": (int, float),
+    "usual": (int, float), "phase": (str,), "state": (str,), "failure": (str,), "message": (str,), "waiting": (bool,),
+    "orphaned": (bool,), "told": (bool,), "out_of_memory": (bool,)}
+"""What an agent reports of its rank: the judge computes with these, and takes nothing else for them."""
+_MAY_BE_UNKNOWN = ("usual", "waiting", "exit_code", "failure")
+
+
 @dataclass(frozen=True)
 class Verdict:
     kind: str
@@ -89,8 +97,15 @@ class Judge:
     launcher_ended: tuple[float, int] | None = None
 
     def report(self, rank: int, host: str, now: float, facts: dict[str, Any]) -> None:
-        """Facts are fields of Rank, as an agent sends them; unknown ones are ignored."""
-        known = {k: v for k, v in facts.items() if k in Rank.__dataclass_fields__ and k not in ("rank", "host", "heard")}
+        """Facts are fields of Rank, as an agent sends them; unknown ones are ignored.
+
+        Raises:
+            ValueError: a fact is of another kind than its field. The rank is then known as before.
+        """
+        known = {k: v for k, v in facts.items() if k in _KINDS}
+        for name, value in known.items():
+            if not (type(value) in _KINDS[name] or (value is None and name in _MAY_BE_UNKNOWN)):
+                raise ValueError(f"{name} of rank {rank} is {value!r:.80}")
         before = self.ranks.get(rank, Rank(rank, host, now))
         if "exit_code" in known and before.exit_code is None:
             known["exited"] = now

@@ -26,21 +26,27 @@ class Rendezvous:
 
 
 def command(launch: LaunchConfig, num_nodes: int, rendezvous: Rendezvous, agent: list[str],
-            hostfile: str | None = None) -> list[str]:
+            hostfile: str | None = None, store_folder: str | None = None) -> list[str]:
     """The command that starts `launch.num_devices` agents on each of `num_nodes` nodes.
 
     Args:
         agent: arguments of every agent, RUN/supervisor.json and the number of the attempt.
         hostfile: the hosts of this attempt, for launch=deepspeed over ssh or with launch.node_rank.
+        store_folder: a private folder, where all ranks are on this machine: torchrun keeps its rendezvous in a file there.
     """
     if launch.kind == "slurm":
         return ["srun", f"--nodes={num_nodes}", f"--ntasks-per-node={launch.num_devices}", "--kill-on-bad-exit=0",
                 sys.executable, "-m", AGENT, *agent]
     if launch.kind == "torchrun":
-        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={launch.num_devices}",
-                f"--master-addr={rendezvous.address or '127.0.0.1'}", f"--master-port={rendezvous.port}"]
-        if launch.node_rank is not None:
-            line += [f"--nnodes={num_nodes}", f"--node-rank={launch.node_rank}"]
+        line = [sys.executable, "-m", "launch.torch_run", f"--nproc-per-node={launch.num_devices}"]
+        address = rendezvous.address or "127.0.0.1"
+        if store_folder is not None:
+            line += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--local-addr=127.0.0.1",
+                     f"--rdzv-endpoint={Path(store_folder) / f'torchrun-{agent[-1]}'}"]
+        else:
+            node = launch.node_rank or 0
+            line += ["--rdzv-backend=one_address", f"--rdzv-endpoint={address}:{rendezvous.port}",
+                     f"--rdzv-conf=rank={node}", f"--nnodes={num_nodes}"]
         return [*line, "-m", AGENT, *agent]
     # The launcher appends --local_rank unless told not to; LOCAL_RANK is set either way.
     line = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet",

@@ -10,13 +10,15 @@ What happened is in RUN/supervisor.jsonl, one JSON object a line: attempt, verdi
 
 from __future__ import annotations
 
-import hmac
-import secrets
+import contextlib
+import resource
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,7 +27,7 @@ from typing import Any
 
 from launch import exits, hosts, spawn
 from launch.judge import Judge, Verdict
-from launch.wire import Address, Closed, Line, new_token, proof
+from launch.wire import Closed, JobFile, Line, new_nonce, new_token, read_nonce
 from train.config import RunConfig
 from train.ports import free_port
 from train.strict_json import dumps
@@ -37,6 +39,10 @@ HANDSHAKE_SECONDS = 10.0
 UNGAINED_LIMIT = 2
 """Attempts in a row without a new step, after which another restart is not worth it."""
 MAX_DELAY_SECONDS = 300.0
+MAX_STRANGERS = 64
+"""Connections beyond one per rank and node that may be in their handshake; the oldest makes room for the next."""
+OWN_DESCRIPTORS = 64
+"""Of the supervisor's open files, what is kept for other things than connections."""
 
 
 class NoHosts(RuntimeError):
@@ -52,6 +58,12 @@ class Peer:
     since: float
     rank: int | None = None
     node: int | None = None
+    greeted: bool = False
+    """Whether it has said its nonce."""
+
+    @property
+    def known(self) -> bool:
+        return self.rank is not None or self.node is not None
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,7 @@ class Supervisor:
     env: dict[str, str]
     """Variables handed to every rank."""
     token: str = field(default_factory=new_token)
+    store_folder: str | None = None
     peers: list[Peer] = field(default_factory=list)
     stop_asked: int = 0
 
@@ -88,11 +101,15 @@ class Supervisor:
         self.hosts = hosts.parse_hostfile(self.launch.hostfile) if self.launch.hostfile else ()
         self.selector = selectors.DefaultSelector()
         self.attempt = 0
+        self.num_own = self.launch.num_nodes * (self.launch.num_devices + 1)
+        """Connections of the job itself: one per rank, one per node."""
+        self.max_connections = self.num_own + MAX_STRANGERS
 
     # --- the job -------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         address = self.listen_address()
+        self.max_connections = connection_limit(self.num_own)
         try:
             server = socket.create_server((address, 0), family=hosts.family_of(address), backlog=128)
         except OSError as error:
@@ -103,7 +120,10 @@ class Supervisor:
         previous = {n: signal.signal(n, self._asked_to_stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         try:
             host, port = server.getsockname()[:2]
-            Address(host, port, self.token).save(self.address_file)
+            if self.one_machine:
+                self.store_folder = tempfile.mkdtemp(prefix="loadstone-")
+            JobFile(host, port, self.token, tuple(self.arguments), self.env, self.launch.secrets_file,
+                    self.store_folder).save(self.address_file)
             code = self._attempts()
             self.event("end", code=code, restarts=self.attempt)
             for peer in self.peers:
@@ -111,6 +131,8 @@ class Supervisor:
             return code
         finally:
             self.address_file.unlink(missing_ok=True)
+            if self.store_folder is not None:
+                shutil.rmtree(self.store_folder, ignore_errors=True)
             for peer in list(self.peers):
                 self.forget(peer)
             self.selector.unregister(server)
@@ -201,7 +223,8 @@ class Supervisor:
             if peer.node is not None:
                 self.order(peer, "start", attempt=self.attempt, port=self.rendezvous.port)
         launcher = spawn.start(spawn.command(self.launch, num_nodes, self.rendezvous,
-                                             [str(self.address_file), str(self.attempt)], self._hostfile(chosen)))
+                                             [str(self.address_file), str(self.attempt)], self._hostfile(chosen),
+                                             self.store_folder))
         try:
             verdict = self._watch(launcher)
             step = self.judge.step
@@ -296,6 +319,11 @@ class Supervisor:
 
     # --- connections ---------------------------------------------------------------------------------------------------
 
+    @property
+    def one_machine(self) -> bool:
+        """Whether every rank is a child of this process: then their rendezvous is a private file, not a port."""
+        return self.launch.kind in ("deepspeed", "torchrun") and not self.hosts and self.launch.num_nodes == 1
+
     def listen_address(self) -> str:
         if self.launch.listen_addr is not None:
             return self.launch.listen_addr
@@ -312,10 +340,10 @@ class Supervisor:
         for key, _ in self.selector.select(seconds):
             if key.data is None:
                 self._accept(key.fileobj)  # type: ignore[arg-type]
-            else:
+            elif key.data in self.peers:
                 self._receive(key.data)
         now = time.monotonic()
-        for peer in [p for p in self.peers if p.rank is None and p.node is None and now - p.since > HANDSHAKE_SECONDS]:
+        for peer in [p for p in self.peers if not p.known and now - p.since > HANDSHAKE_SECONDS]:
             self.forget(peer)
 
     def _accept(self, server: socket.socket) -> None:
@@ -323,30 +351,50 @@ class Supervisor:
             connection, _ = server.accept()
         except OSError:
             return
-        peer = Peer(Line(connection, self.limits.timeout_seconds), secrets.token_hex(16), time.monotonic())
+        # Whoever fills the table with silence loses his oldest connection, and no rank waits for him to tire.
+        strangers = [p for p in self.peers if not p.known]
+        if len(self.peers) >= self.max_connections or len(strangers) >= self.num_own + MAX_STRANGERS:
+            if not strangers:
+                connection.close()
+                return
+            self.forget(strangers[0])
+        try:
+            line = Line(connection, self.limits.timeout_seconds)
+        except OSError:  # gone already
+            connection.close()
+            return
+        peer = Peer(line, new_nonce(), time.monotonic())
         self.peers.append(peer)
         self.selector.register(peer.line, selectors.EVENT_READ, peer)
         self._send(peer, {"nonce": peer.nonce})
 
     def _receive(self, peer: Peer) -> None:
+        """What one peer has sent. Whatever that is, it costs at most this connection."""
         try:
-            messages = peer.line.receive()
+            if not peer.greeted:
+                for message in peer.line.receive(at_most=1):
+                    peer.line.seal(self.token, peer.nonce, read_nonce(message), is_supervisor=True)
+                    peer.greeted = True
+            if peer.greeted:
+                for message in peer.line.receive():
+                    self._heard(peer, message)
         except Closed:
             self.forget(peer)
-            return
-        for message in messages:
-            if peer.rank is None and peer.node is None:
-                self._welcome(peer, message)
-            elif peer.rank is not None and "event" in message:
-                self.event(message.pop("event"), rank=peer.rank, **message)
-            elif peer.rank is not None:
-                self.judge.report(peer.rank, self.judge.ranks[peer.rank].host, time.monotonic(), message)
+        except Exception as error:  # a message of the right token and of the wrong form
+            who = "another node" if peer.node is not None else f"rank {peer.rank}" if peer.known else "an agent"
+            say(f"the connection of {who} is dropped, since its message cannot be read ({type(error).__name__}: {error})")
+            self.forget(peer)
+
+    def _heard(self, peer: Peer, message: dict[str, Any]) -> None:
+        if not peer.known:
+            self._welcome(peer, message)
+        elif peer.rank is not None and "event" in message:
+            self.event(message.pop("event"), rank=peer.rank, **message)
+        elif peer.rank is not None:
+            self.judge.report(peer.rank, self.judge.ranks[peer.rank].host, time.monotonic(), message)
 
     def _welcome(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Let in who knows the token and belongs to this attempt."""
-        if not hmac.compare_digest(str(message.get("proof")), proof(self.token, peer.nonce)):
-            self.forget(peer)
-            return
+        """Let in who belongs to this attempt; that it knows the token is settled."""
         if "node" in message:
             peer.node = int(message["node"])
             self._send(peer, {"welcome": {"timeout": self.limits.timeout_seconds}})
@@ -360,10 +408,7 @@ class Supervisor:
         peer.rank = rank
         self.judge.report(rank, str(message["host"]), time.monotonic(), {})
         self._send(peer, {"welcome": {
-            "command": ["launch.train", *self.arguments, f"+attempt={self.attempt}"],
-            "env": self.env, "secrets_file": self.launch.secrets_file, "timeout": self.limits.timeout_seconds,
-            "grace": self.config.checkpoint.grace_seconds,
-            "failures": str(self.run_dir.resolve() / "failures" / str(self.attempt)),
+            "timeout": self.limits.timeout_seconds, "grace": self.config.checkpoint.grace_seconds,
             "rendezvous": {"MASTER_ADDR": self.rendezvous.address, "MASTER_PORT": str(self.rendezvous.port)}
             if self.rendezvous.address else {}}})
 
@@ -372,7 +417,7 @@ class Supervisor:
 
     def everyone(self, order: str) -> None:
         for peer in list(self.peers):
-            if peer.rank is not None or peer.node is not None:
+            if peer.known:
                 self.order(peer, order)
 
     def _send(self, peer: Peer, message: dict[str, Any]) -> None:
@@ -398,6 +443,25 @@ class Supervisor:
 
     def _asked_to_stop(self, number: int, frame: object) -> None:
         self.stop_asked += 1
+
+
+def connection_limit(num_own: int) -> int:
+    """How many connections may be open: those of the job and MAX_STRANGERS, below what the system lets a process open.
+
+    Raises:
+        ValueError: the limit on open files leaves no room for the job's own connections.
+    """
+    wanted = num_own + MAX_STRANGERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted + OWN_DESCRIPTORS:
+        soft = min(hard, wanted + OWN_DESCRIPTORS) if hard != resource.RLIM_INFINITY else wanted + OWN_DESCRIPTORS
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft - OWN_DESCRIPTORS < num_own + 8:
+        raise ValueError(f"the supervisor needs {num_own + OWN_DESCRIPTORS + 8} open files for {num_own} "
+                         f"connections of ranks and nodes, and this machine allows {soft}; raise it with ulimit -n")
+    return min(wanted, soft - OWN_DESCRIPTORS)
 
 
 def say(text: str) -> None:

@@ -1,10 +1,13 @@
-"""Ports for servers of a job. Imports no torch."""
+"""Where the processes of a job meet: ports, or a private file. Imports no torch."""
 
 from __future__ import annotations
 
 import random
 import socket
 from pathlib import Path
+
+STORE = "LOADSTONE_STORE"
+"""Variable that names the file of the ranks' rendezvous, where all of them are on one machine."""
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from model.parallel import destroy_parallel
-from train.ports import free_port
+from train.ports import STORE, free_port
 
 log = logging.getLogger("loadstone")
 T = TypeVar("T")
@@ -60,12 +60,20 @@ def process_group(timeout_seconds: int) -> Iterator[torch.device]:
     _leave(added)
 
 
-def _own_store(timeout: datetime.timedelta) -> dist.TCPStore | None:
-    """Rendezvous whose server listens on MASTER_ADDR alone; torch's own listens on every interface.
+def _own_store(timeout: datetime.timedelta) -> dist.Store | None:
+    """Where the ranks find each other. Torch's own store listens on every interface and lets everybody read and write.
 
-    None where torchrun keeps the store, or MASTER_ADDR is a name, which may mean loopback on its own host.
+    One process needs none. The ranks of a supervisor on one machine use a file in a folder of their user's. On several
+    machines rank 0 listens on MASTER_ADDR alone. None, torch's own: where a foreign torchrun keeps the store, or MASTER_ADDR
+    is a name, which may mean loopback on its own host.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return dist.HashStore()
+    if STORE in os.environ:
+        store = dist.FileStore(os.environ[STORE], int(os.environ["WORLD_SIZE"]))
+        store.set_timeout(timeout)
+        return store
     try:
         ipaddress.ip_address(address)
     except ValueError:

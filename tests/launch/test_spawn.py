@@ -39,7 +39,16 @@ def test_one_command_per_node():
     line = set(command(launch, 2, HERE, AGENT, "RUN/hostfile"))
     assert {"--no_ssh", "--node_rank=1", "--hostfile=RUN/hostfile"} <= line and "--force_multi" not in line
     launch = LaunchConfig("torchrun", 4, 2, node_rank=1, master_addr="10.0.0.1", master_port=29500)
-    assert {"--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1"} <= set(command(launch, 2, HERE, AGENT))
+    line = command(launch, 2, HERE, AGENT)
+    assert line[2] == "launch.torch_run"  # torch's own static rendezvous would listen on every interface
+    assert {"--nnodes=2", "--node-rank=1", "--rdzv-backend=one_address", "--rdzv-endpoint=10.0.0.1:29500",
+            "--rdzv-conf=rank=1"} <= set(line)
+
+
+def test_on_one_machine_torchrun_keeps_its_rendezvous_in_a_private_file():
+    line = command(LaunchConfig("torchrun", 4), 1, Rendezvous("127.0.0.1", 29500), AGENT, store_folder="PRIVATE")
+    assert {"--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--rdzv-endpoint=PRIVATE/torchrun-0",
+            "--local-addr=127.0.0.1"} <= set(line)
 
 
 def test_srun_starts_the_agents():

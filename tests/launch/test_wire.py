@@ -1,30 +1,94 @@
-"""The supervisor's connections: who does not know the token stays out, and what is no message ends the connection."""
+"""The connection between supervisor and agents: whole messages, limits, proof on both ends, and what an attacker can do."""
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from launch.wire import MAX_LINE, Address, Closed, Line, join, new_token, proof
+from launch.supervisor import HANDSHAKE_SECONDS, MAX_STRANGERS, Supervisor, connection_limit
+from launch.wire import MAX_GREETING, MAX_LINE, Closed, JobFile, Line, Stranger, join, new_nonce, new_token
+from train.config import CheckpointConfig, LaunchConfig, WatchdogConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def pair():
-    left, right = socket.socketpair(socket.AF_UNIX)
-    lines = []
-    for end in (left, right):
-        line = Line.__new__(Line)  # a socket pair has no TCP options
-        line.socket, line._received, line._unsent = end, b"", b""
-        end.setblocking(False)
-        lines.append(line)
-    yield lines
-    left.close()
-    right.close()
+    """Two ends of a connection before any greeting."""
+    ends = socket.socketpair(socket.AF_UNIX)
+    yield [Line(end) for end in ends]
+    for end in ends:
+        end.close()
+
+
+@pytest.fixture
+def sealed(pair):
+    """The two ends after their greeting: the supervisor's, the agent's."""
+    token, ours, theirs = new_token(), new_nonce(), new_nonce()
+    for line, is_supervisor in zip(pair, (True, False), strict=True):
+        line.seal(token, ours, theirs, is_supervisor=is_supervisor)
+    return pair
+
+
+@pytest.fixture
+def supervisor(tmp_path):
+    """A supervisor of two ranks that listens, without a launcher."""
+    class Config:
+        launch, watchdog, checkpoint = LaunchConfig("deepspeed", num_devices=2), WatchdogConfig(5, 10), CheckpointConfig()
+
+    made = Supervisor(Config(), tmp_path, [], lambda size: [], {})
+    server = socket.create_server(("127.0.0.1", 0), backlog=512)
+    server.setblocking(False)
+    made.selector.register(server, 1)
+    made.port = server.getsockname()[1]
+    yield made
+    for peer in list(made.peers):
+        made.forget(peer)
+    server.close()
+
+
+def listen(supervisor: Supervisor, rounds: int = 5) -> None:
+    for _ in range(rounds):
+        supervisor.listen(0.05)
+
+
+def started(supervisor: Supervisor) -> Supervisor:
+    """As one_attempt leaves it once its ranks may join."""
+    from launch.judge import Judge
+    from launch.spawn import Rendezvous
+
+    supervisor.judge = Judge(2, supervisor.limits, time.monotonic())
+    supervisor.rendezvous = Rendezvous("127.0.0.1", 29500)
+    return supervisor
+
+
+def joined(supervisor: Supervisor, **hello) -> tuple[Line, dict]:
+    """What an agent of the supervisor's job has after join(), while the supervisor listens."""
+    answer: list = []
+    job = JobFile("127.0.0.1", supervisor.port, supervisor.token)
+
+    def agent() -> None:
+        try:
+            answer.append(join(job, 5.0, **hello))
+        except OSError as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=agent)
+    thread.start()
+    while thread.is_alive():
+        supervisor.listen(0.05)
+    if isinstance(answer[0], OSError):
+        raise answer[0]
+    return answer[0]
 
 
 def test_messages_arrive_whole_and_in_order(pair):
@@ -72,58 +136,223 @@ def test_a_reader_that_never_reads_is_given_up(pair):
             left.send({"text": "x" * 10000})
 
 
-def test_the_address_file_is_for_its_owner_alone(tmp_path):
-    address = Address("127.0.0.1", 1234, new_token())
+def test_what_starts_the_ranks_is_for_its_owner_alone(tmp_path):
+    job = JobFile("127.0.0.1", 1234, new_token(), ("a=1",), {"X": "1"}, "secrets", "folder")
     path = tmp_path / "supervisor.json"
     path.write_text("old")
     path.chmod(0o644)
-    address.save(path)
+    job.save(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert Address.load(path) == address
+    assert JobFile.load(path) == job
+    for mode in (0o640, 0o604, 0o620, 0o602):
+        path.chmod(mode)
+        with pytest.raises(PermissionError, match="mode 600"):
+            JobFile.load(path)
+    path.chmod(0o600)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(OSError):
+        JobFile.load(tmp_path / "link")
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+        with pytest.raises(PermissionError, match="65534"):
+            JobFile.load(path)
 
 
-def test_a_proof_belongs_to_its_token_and_nonce():
-    token = new_token()
-    assert proof(token, "a") == proof(token, "a")
-    assert len({proof(token, "a"), proof(token, "b"), proof(new_token(), "a")}) == 3
-    assert token not in proof(token, "a")
+# --- sealed lines ------------------------------------------------------------------------------------------------------
+
+def test_sealed_messages_arrive_whole_and_in_order(sealed):
+    supervisor, agent = sealed
+    for i in range(3):
+        supervisor.send({"i": i, "text": "ü\n"})
+        agent.send({"back": i})
+    assert agent.receive() == [{"i": i, "text": "ü\n"} for i in range(3)]
+    assert supervisor.receive(at_most=1) == [{"back": 0}]
+    assert supervisor.receive() == [{"back": 1}, {"back": 2}]
+    assert supervisor.proved and agent.proved
 
 
-def test_a_stranger_is_not_welcomed(tmp_path):
-    """A connection without the proof is closed, one that says nothing as well; the supervisor goes on listening."""
-    from launch.supervisor import HANDSHAKE_SECONDS, Supervisor
-    from train.config import CheckpointConfig, LaunchConfig, WatchdogConfig
+@pytest.mark.parametrize("token, nonces", [("another", "right"), ("right", "another")])
+def test_a_seal_belongs_to_its_token_and_nonces(pair, token, nonces):
+    right, ours, theirs = new_token(), new_nonce(), new_nonce()
+    pair[0].seal(right, ours, theirs, is_supervisor=True)
+    pair[1].seal(right if token == "right" else new_token(), ours, theirs if nonces == "right" else new_nonce(),
+                 is_supervisor=False)
+    pair[1].send({"rank": 0})
+    with pytest.raises(Stranger):
+        pair[0].receive()
+    assert not pair[0].proved
 
-    class Config:
-        launch, watchdog, checkpoint = LaunchConfig("deepspeed"), WatchdogConfig(5, 10), CheckpointConfig()
 
-    supervisor = Supervisor(Config(), tmp_path, [], lambda size: [], {})
-    server = socket.create_server(("127.0.0.1", 0))
-    server.setblocking(False)
-    supervisor.selector.register(server, 1)
-    with socket.create_connection(server.getsockname()) as stranger, socket.create_connection(server.getsockname()) as mute:
-        stranger.settimeout(5)
-        for _ in range(3):
-            supervisor.listen(0.2)
-        assert b"nonce" in stranger.recv(1000)
-        stranger.send(b'{"proof": "guess", "rank": 0, "attempt": 0, "host": "x"}\n')
-        for _ in range(3):
-            supervisor.listen(0.2)
-        assert stranger.recv(1000) == b"" and len(supervisor.peers) == 1
-        supervisor.peers[0].since = time.monotonic() - HANDSHAKE_SECONDS - 1
-        supervisor.listen(0.1)
-        assert supervisor.peers == [] and mute.fileno() >= 0
-    server.close()
+def lines_of(line: Line, *messages: dict) -> list[bytes]:
+    """Each message as it goes over the wire."""
+    captured = []
+    for message in messages:
+        line._unsent = b""
+        line.flush = lambda: None
+        line.send(message)
+        captured.append(line._unsent)
+    line._unsent = b""
+    return captured
 
+
+@pytest.mark.parametrize("attack", ["sent twice", "left out", "swapped", "changed", "sent back", "without a seal"])
+def test_a_line_out_of_its_place_ends_the_connection(sealed, attack):
+    supervisor, agent = sealed
+    first, second = lines_of(agent, {"order": "ping"}, {"order": "abort"})
+    sent = {"sent twice": first + first, "left out": second, "swapped": second + first,
+            "changed": first.replace(b"ping", b"stop"), "without a seal": b'{"order": "abort"}\n',
+            "sent back": lines_of(supervisor, {"order": "ping"})[0]}[attack]
+    agent.socket.send(sent)
+    with pytest.raises(Stranger):
+        supervisor.receive()
+
+
+# --- attacks on the supervisor -----------------------------------------------------------------------------------------
+
+GREETING = json.dumps({"nonce": new_nonce()}).encode() + b"\n"
+SEALED_BY_NOBODY = b"0" * 64 + b" "
+ATTACKS = {
+    "not ascii": '{"proof": "é"}\n'.encode(), "nested": b"[" * 200000 + b"\n", "nested briefly": b"[" * 4000 + b"\n",
+    "no nonce": b'{"rank": 0}\n', "nonce of another kind": b'{"nonce": ["x"]}\n', "endless": b"x" * 10 * MAX_GREETING,
+    "binary": bytes(range(256)) * 8 + b"\n", "a number": b"1" * 5000 + b"\n", "not a number": b"NaN\n",
+    "empty": b"\n" * 4000,
+    "hello without a seal": GREETING + b'{"rank": 0, "attempt": 0, "host": "x"}\n',
+    "a wrong seal": GREETING + SEALED_BY_NOBODY + b'{"rank": 0, "attempt": 0, "host": "x"}\n',
+    "a seal that is not ascii": GREETING + b"\xc3\xa9" * 32 + b" {}\n", "half a seal": GREETING + b"00\n",
+    "nested under a wrong seal": GREETING + SEALED_BY_NOBODY + b"[" * 3000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_whatever_a_stranger_sends_costs_his_connection_alone(supervisor, attack):
+    started(supervisor)
+    with socket.create_connection(("127.0.0.1", supervisor.port)) as stranger:
+        stranger.setblocking(False)
+        listen(supervisor)
+        left = ATTACKS[attack]
+        for _ in range(40):
+            try:
+                left = left[stranger.send(left):] if left else left
+            except BlockingIOError:
+                pass
+            except OSError:
+                break  # the supervisor has closed
+            supervisor.listen(0.02)
+        assert not any(peer.known or peer.line.proved for peer in supervisor.peers)
+        line, welcome = joined(supervisor, rank=1, host="h", attempt=0)  # the job goes on
+        assert welcome["timeout"] == 5 and [p.rank for p in supervisor.peers if p.known] == [1]
+        line.close()
+
+
+def test_what_an_agent_is_told_starts_nothing(supervisor):
+    started(supervisor)
+    line, welcome = joined(supervisor, rank=0, host="h", attempt=0)
+    assert set(welcome) == {"timeout", "grace", "rendezvous"}
+    line.close()
+
+
+def test_a_message_of_the_wrong_form_costs_its_sender_alone(supervisor, capsys):
+    started(supervisor)
+    first, _ = joined(supervisor, rank=0, host="h", attempt=0)
+    second, _ = joined(supervisor, rank=1, host="h", attempt=0)
+    first.send({"silent": "not a number", "idle": {}, "beats": [], "step": None, "phase": 3})
+    second.send({"step": 3, "phase": "forward", "beats": 1, "silent": 0.0, "idle": 0.0, "usual": None, "state": "R",
+                 "orphaned": False})
+    listen(supervisor)
+    assert {p.rank for p in supervisor.peers} == {1}
+    assert supervisor.judge.ranks[0].step == 0 and supervisor.judge.verdict(time.monotonic()) is None
+    assert supervisor.judge.ranks[1].step == 3
+    for hello in ({"rank": "x", "host": "h", "attempt": 0}, {"host": "h"}, {"node": None}):
+        with pytest.raises(OSError):
+            joined(supervisor, **hello)
+    assert "message cannot be read" in capsys.readouterr().err
+    first.close()
+    second.close()
+
+
+def test_silent_connections_do_not_keep_a_rank_out(supervisor):
+    """Four times as many as the supervisor keeps, all mute: the oldest make room, and those who stay too long go."""
+    started(supervisor)
+    mute = []
+    for _ in range(4 * MAX_STRANGERS):
+        mute.append(socket.create_connection(("127.0.0.1", supervisor.port)))
+        supervisor.listen(0.0)
+    assert len(supervisor.peers) <= supervisor.max_connections
+    line, _ = joined(supervisor, rank=0, host="h", attempt=0)
+    for peer in supervisor.peers:
+        peer.since = time.monotonic() - HANDSHAKE_SECONDS - 1
+    listen(supervisor, 1)
+    assert [p.rank for p in supervisor.peers] == [0]
+    for connection in (*mute, line):
+        connection.close()
+
+
+def test_connections_stay_below_the_limit_on_open_files(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    assert connection_limit(3) == 3 + MAX_STRANGERS
+    assert connection_limit(170) == 256 - 64
+    with pytest.raises(ValueError, match="ulimit -n"):
+        connection_limit(2000)
+
+
+# --- attacks on an agent -----------------------------------------------------------------------------------------------
 
 def test_a_listener_that_says_nothing_is_given_up_in_time():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        started = time.monotonic()
-        with pytest.raises(Closed, match="no nonce"):
-            join(Address(*server.getsockname(), new_token()), 1.0, rank=0)
-        assert time.monotonic() - started < 10
+        begun = time.monotonic()
+        with pytest.raises(Closed, match="no word"):
+            join(JobFile(*server.getsockname(), new_token()), 1.0, rank=0)
+        assert time.monotonic() - begun < 10
     with pytest.raises(ConnectionRefusedError):
-        join(Address("127.0.0.1", 1, new_token()), 1.0, rank=0)
+        join(JobFile("127.0.0.1", 1, new_token()), 1.0, rank=0)
+
+
+WELCOME = {"welcome": {"timeout": 20, "grace": 5, "rendezvous": {}, "env": {"ANY": "thing"}, "secrets_file": None,
+                       "failures": "none", "command": ["timeit", "-n1", "-r1", "open({mark!r}, 'w')"]}}
+
+
+@pytest.mark.parametrize("answer", ["plain", "sealed with another token", "reflected"])
+def test_an_agent_does_not_obey_a_listener_without_the_token(tmp_path, answer):
+    """Somebody else got the port of a supervisor that has ended, and says what to run."""
+    mark = tmp_path / "executed"
+    words = json.loads(json.dumps(WELCOME).replace("{mark!r}", repr(str(mark))))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def impostor() -> None:
+            connection, _ = server.accept()
+            line, nonce = Line(connection), new_nonce()
+            line.send({"nonce": nonce})
+            heard = b""
+            connection.settimeout(5)
+            while heard.count(b"\n") < 2:
+                heard += connection.recv(4096)
+            agent_nonce, hello = heard.split(b"\n")[:2]
+            if answer == "sealed with another token":
+                line.seal(new_token(), nonce, json.loads(agent_nonce)["nonce"], is_supervisor=True)
+            if answer == "reflected":
+                connection.sendall(hello + b"\n")
+            else:
+                line.send(words)
+            time.sleep(0.5)
+            connection.close()
+
+        thread = threading.Thread(target=impostor)
+        thread.start()
+        with pytest.raises(Stranger):
+            join(JobFile(*server.getsockname(), new_token()), 5.0, rank=0, host="h", attempt=0)
+        thread.join()
+    assert not mark.exists()
+
+
+def test_an_agent_starts_nothing_of_a_file_that_others_could_write(tmp_path):
+    path = tmp_path / "supervisor.json"
+    JobFile("127.0.0.1", 1, new_token(), ("x",)).save(path)
+    path.chmod(0o622)
+    done = subprocess.run([sys.executable, "-m", "launch.agent", str(path), "0"], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, check=False, timeout=60)
+    assert done.returncode != 0 and "mode 600" in done.stderr
 
 
 def test_what_watches_the_ranks_imports_none_of_their_libraries():
