@@ -20,7 +20,6 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous, create_rdzv_handler
 from torch.distributed.run import main
 
-
 BACKEND = "one_address"
 
 

@@ -41,7 +41,7 @@ def test_one_command_per_node():
     launch = LaunchConfig("torchrun", 4, 2, node_rank=1, master_addr="10.0.0.1", master_port=29500)
     line = command(launch, 2, HERE, AGENT)
     assert line[2] == "launch.torch_run"  # torch's own static rendezvous would listen on every interface
-    assert {"--nnodes=2", "--node-rank=1", "--rdzv-backend=one_address", "--rdzv-endpoint=10.0.0.1:29500",
+    assert {"--nnodes=2", "--rdzv-backend=one_address", "--rdzv-endpoint=10.0.0.1:29500",
             "--rdzv-conf=rank=1"} <= set(line)
 
 
