@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -79,15 +80,18 @@ def owned(path: Path) -> bool:
 def require_owned(path: Path) -> None:
     """
     Raises:
-        CheckpointError: the path does not exist or belongs to another user.
+        CheckpointError: the path does not exist, belongs to another user, or can be written by everybody.
     """
     try:
-        ours, owner = owned(path), path.stat().st_uid
+        facts = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if not ours:
-        raise CheckpointError(f"{path} belongs to user {owner}, this is user {os.geteuid()}: nothing is loaded from folders "
-                              f"of others; if you trust it, copy it (cp -r) or chown -R {os.geteuid()} it")
+    if facts.st_uid != os.geteuid():
+        raise CheckpointError(f"{path} belongs to user {facts.st_uid}, this is user {os.geteuid()}: nothing is loaded from "
+                              f"folders of others; if you trust it, copy it (cp -r) or chown -R {os.geteuid()} it")
+    if facts.st_mode & stat.S_IWOTH:
+        raise CheckpointError(f"{path} can be written by everybody (mode {stat.S_IMODE(facts.st_mode):o}), so it may hold "
+                              f"anything; if you trust what is in it, chmod -R o-w {path}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Whether the files of a token store are what prepare.py wrote, as far as that can be told without reading all tokens.
 
-The manifest carries a checksum of itself, the size of every file, and the SHA-256 of those up to SMALL_BYTES. Stores made
-before it did have neither: their files are compared with their counts only.
+The manifest carries a checksum of itself, the size of every file, and the SHA-256 of those up to SMALL_BYTES, which are
+hashed whenever they are opened. A larger file of tokens has a table beside it, NAME.bin.crc: one CRC-32 for every
+PIECE_BYTES, compared the first time a process reads the piece, so that opening terabytes costs nothing and no token is used
+unverified. Stores made before have neither: their files are compared with their counts, their ids with the vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from train.strict_json import dumps
 
 SMALL_BYTES = 2**24
 """Files up to this size are hashed whenever they are opened."""
+PIECE_BYTES = 2**16
+"""What is verified at a time. A row of a sample reads a piece for each of its documents."""
 MANIFEST = folders.MANIFEST
 FORMAT = 1
 _INDEX = struct.Struct("<9sQBQQ")
@@ -40,6 +45,9 @@ def damaged(path: Path, what: str) -> ValueError:
 
 def seal(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The manifest with facts about the files in the folder and its own checksum."""
+    for path in sorted(folder.glob("*.bin")):
+        if path.stat().st_size > SMALL_BYTES:
+            _write_table(path)
     files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     sealed = {**manifest, "files": files}
     return {**sealed, "checksum": _checksum(sealed)}
@@ -51,6 +59,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: it cannot be read, is damaged, or a later version wrote it.
     """
     path = folder / MANIFEST
+    if path.exists():
+        folders.require_owned(folder)
     try:
         manifest = json.loads(path.read_bytes())
         checksum = _checksum(manifest) if isinstance(manifest, dict) else None
@@ -103,7 +113,7 @@ def _wrong_key(manifest: dict[str, Any]) -> str | None:
 def _facts(path: Path) -> dict[str, Any]:
     """Size in bytes, and SHA-256 unless the file is large."""
     size = path.stat().st_size
-    return folders.file_facts(path) if size <= SMALL_BYTES else {"size": size}
+    return folders.file_facts(path) if size <= SMALL_BYTES or path.suffix == ".crc" else {"size": size}
 
 
 def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
@@ -115,6 +125,7 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     path = folder / name
     if not path.is_file():
         raise damaged(path, "is missing")
+    folders.require_owned(path)
     listed = manifest.get("files", {}).get(name)
     if listed is None:
         if "files" in manifest:
@@ -160,14 +171,70 @@ def check_split(folder: Path, name: str, num_tokens: int, manifest: dict[str, An
     return dtype
 
 
+# --- large files -----------------------------------------------------------------------------------------------------
+
+def _write_table(path: Path) -> None:
+    """NAME.bin.crc: [pieces] little-endian uint32."""
+    with path.open("rb") as file:
+        pieces = [zlib.crc32(piece) for piece in iter(lambda: file.read(PIECE_BYTES), b"")]
+    np.array(pieces, dtype="<u4").tofile(path.with_name(path.name + ".crc"))
+
+
+class Tokens:
+    """The token ids of a .bin file, each verified before it is used. Reads like megatron-core's bin readers.
+
+    Args:
+        path: an existing NAME.bin, as long as check_split found it; dtype: of its ids.
+
+    Raises:
+        ValueError: from read(), when the bytes are not those that were written, or an id is beyond the vocabulary.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], manifest: dict[str, Any]):
+        self.path, self.vocab_size = path, manifest["vocab_size"]
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        self._dtype, self._table = dtype, None
+        if (name := path.name + ".crc") in manifest.get("files", {}):
+            self._table = np.fromfile(check_file(path.parent, name, manifest), dtype="<u4")
+            if len(self._table) != -(-len(self._bytes) // PIECE_BYTES):
+                raise damaged(path.with_name(name), f"holds {len(self._table)} checksums for {len(self._bytes)} bytes")
+            self._verified = np.zeros(len(self._table), dtype=bool)
+
+    def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
+        """[count] ids of `dtype` that stand `offset` bytes from the start."""
+        stop = offset + count * np.dtype(dtype).itemsize
+        self._verify(offset, stop)
+        ids = self._bytes[offset:stop].view(dtype)
+        if count and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise damaged(self.path, f"holds a token id outside of the vocabulary of {self.vocab_size}, near byte {offset}")
+        return ids
+
+    def __getitem__(self, ids: slice) -> np.ndarray:
+        """Tokens start..stop-1 of the file, fewer at its end."""
+        start, stop, _ = ids.indices(len(self._bytes) // self._dtype.itemsize)
+        return self.read(self._dtype, max(0, stop - start), start * self._dtype.itemsize)
+
+    def _verify(self, start: int, stop: int) -> None:
+        if self._table is None:
+            return
+        pieces = np.arange(start // PIECE_BYTES, -(-stop // PIECE_BYTES))
+        for piece in pieces[~self._verified[pieces]]:
+            first = int(piece) * PIECE_BYTES
+            if zlib.crc32(self._bytes[first:first + PIECE_BYTES].tobytes()) != self._table[piece]:
+                raise damaged(self.path, f"has another checksum between bytes {first} and {first + PIECE_BYTES}")
+            self._verified[piece] = True
+
+
 # --- what is made again by itself --------------------------------------------------------------------------------------
 
 def cached_folder(folder: Path, build: Callable[[Path], object]) -> None:
     """Make a folder by `build` unless it is there and every file in it is what was built; whole or absent at any time.
 
-    The checksums matter: what megatron-core caches it reads back as pickles.
+    The checksums matter: what megatron-core caches it reads back as pickles. So a folder that others own or can write is
+    made again, and plain_arrays() looks into the files before megatron-core does.
     """
     try:
+        folders.require_owned(folder)
         files = folders.read_manifest(folder)
         is_whole = {p.name for p in folder.iterdir()} == {*files, folders.MANIFEST} and not (
             folders.size_damage(folder, files) or folders.content_damage(folder, files))
@@ -189,3 +256,16 @@ def cached_folder(folder: Path, build: Callable[[Path], object]) -> None:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def plain_arrays(folder: Path) -> None:
+    """See that every .npy file in a folder is an array of numbers, which executes nothing when it is read.
+
+    Raises:
+        ValueError: one is something else, such as a pickle.
+    """
+    for path in sorted(folder.glob("*.npy")):
+        try:
+            np.load(path, allow_pickle=False, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise damaged(path, "is no plain array of numbers") from error

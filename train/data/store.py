@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from train.data.damage import MANIFEST, cached_folder, check_file, check_split, damaged, read_manifest
+from train.data.damage import MANIFEST, Tokens, cached_folder, check_file, check_split, damaged, plain_arrays, read_manifest
 
 HELD_OUT_BYTES = "validation_bytes.bin"
 """Present where held-out tokens do not stand for what they spell."""
@@ -84,7 +84,8 @@ class _SourceSamples:
         self.store, self.prefix = store, str(store.path / f"train_{source}")
         self.seq_len, self.seed, self.source = seq_len, seed, source
         tokens = store.manifest["sources"][source]["tokens"]
-        check_split(store.path, f"train_{source}", tokens, store.manifest)
+        dtype = check_split(store.path, f"train_{source}", tokens, store.manifest)
+        self._tokens = Tokens(store.path / f"train_{source}.bin", dtype, store.manifest)
         self.per_epoch = (tokens - 1) // seq_len
         if self.per_epoch < 1:
             raise ValueError(f"data source {source} has {tokens} training tokens, fewer than train.seq_len {seq_len} + 1; "
@@ -124,7 +125,9 @@ class _SourceSamples:
             random_seed=seed, sequence_length=self.seq_len, blend=([self.prefix], None), split="1,0,0",
             path_to_cache=str(cache), tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False,
             eod_mask_loss=False, create_attention_mask=False)
+        plain_arrays(cache)
         indexed = IndexedDataset(self.prefix)
+        indexed.bin_reader = self._tokens
         return GPTDataset(indexed, self.prefix, np.arange(len(indexed), dtype=np.int32), None, Split.train, config)
 
     def tokens(self, index: int) -> np.ndarray:
@@ -195,8 +198,7 @@ class ValidationRows:
         self.num_tokens: int = held_out["tokens"]
         self.seq_len = seq_len
         dtype = check_split(store.path, "validation", self.num_tokens, store.manifest)
-        self._tokens = (np.memmap(self.tokens_path, dtype=dtype, mode="r")
-                        if self.num_tokens else np.empty(0, dtype=np.int64))
+        self._tokens = Tokens(self.tokens_path, dtype, store.manifest)
 
     def __len__(self) -> int:
         return max(0, -(-(self.num_tokens - 1) // self.seq_len))
