@@ -198,9 +198,13 @@ def load_config(path: str) -> DictConfig:
         ValueError: it is damaged.
     """
     try:
-        saved = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        text = Path(path).read_text()
+        # A few aliases of aliases stand for more nodes than any machine holds; what we save has none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError(f"{path} holds a YAML alias (*name), which no saved config of ours does; write the value out")
+        saved = OmegaConf.create(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {(str(error).splitlines() or ['nested too deeply'])[0]}") from error
     if not isinstance(saved, DictConfig):
         raise ValueError(f"{path} is no config: it holds no group of settings")
     return saved

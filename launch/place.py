@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from launch.common import load_run, print_result, quoted, record, run_main
+from launch.common import load_config, load_run, print_result, quoted, record, run_main
 
 MAX_AUDIT_BYTES = 1 << 30
 """Of larger audits only AUDIT_STEPS steps of every half are read, spread evenly."""
@@ -85,7 +85,7 @@ def main(config: DictConfig) -> None:
     run = load_run(settings.run)
     if not run.model.moe_layers:
         raise ValueError(f"{settings.run} is a dense model: there are no experts to place")
-    saved = OmegaConf.load(Path(settings.run) / "config.yaml").parallel
+    saved = load_config(str(Path(settings.run) / "config.yaml")).parallel
     layout = choose_layout(settings, saved, run.model)
     measured = measure(settings, run.model, layout)
 

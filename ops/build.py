@@ -1,7 +1,9 @@
 """Compiling kernels: lazily, once per content, shared by all ranks of a machine.
 
 Libraries land in .cache/kernels (or $LOADSTONE_KERNELS) under a name that holds a hash of sources, flags and compiler,
-so a stale one is never loaded; what the compiler said lies beside it. Ranks that ask at the same time wait for the first.
+so a stale one is never loaded; what the compiler said lies beside it, and its checksum: a library that was cut short would
+end the process on a bus error, so it is built again. Ranks that ask at the same time wait for the first. Loading a library
+runs it: only those of this user are loaded.
 
     python -m ops.build    # every CUDA kernel for all architectures: registers, stack, spills (make compile-kernels)
 """
@@ -15,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -65,13 +68,15 @@ def compile_library(name: str, sources: list[Path], command: list[str]) -> Path:
         digest.update(file.read_bytes())
     folder = cache_folder()
     path = folder / f"{name}-{digest.hexdigest()[:16]}.so"
-    if path.is_file():
+    if _is_whole(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.is_file():
+        if _is_whole(path):
             return path
+        if path.exists():
+            log.warning("%s is not what was compiled (cut short or changed): it is built again", path)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
         log.info("compiling %s with %s, once for this machine: up to a minute", name, command[0])
         result = subprocess.run([*command, *map(str, sources), "-o", str(scratch)], capture_output=True, text=True,
@@ -80,8 +85,33 @@ def compile_library(name: str, sources: list[Path], command: list[str]) -> Path:
             scratch.unlink(missing_ok=True)
             raise BuildError(f"{command[0]} failed on {', '.join(s.name for s in sources)}:\n{result.stderr[-4000:]}")
         path.with_suffix(".log").write_text(result.stderr)
+        path.with_suffix(".sha256").write_text(_checksum(scratch))
         scratch.replace(path)
     return path
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there with the bytes that the compiler wrote.
+
+    Raises:
+        BuildError: another user owns or can write it, or the folder it is in.
+    """
+    for place in (path.parent, path):
+        if not place.exists():
+            return False
+        facts = place.stat()
+        if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
+            raise BuildError(f"{place} belongs to user {facts.st_uid} with mode {stat.S_IMODE(facts.st_mode):o}, and a "
+                             "library in it would run as you; set LOADSTONE_KERNELS to a folder of your own")
+    try:
+        return path.with_suffix(".sha256").read_text() == _checksum(path)
+    except OSError:
+        return False
 
 
 def build_ops(name: str, sources: list[Path]) -> Path:

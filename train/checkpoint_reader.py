@@ -7,6 +7,7 @@ handful of records.
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,12 @@ class _Unpickler(pickle.Unpickler):
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
         ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")})
 
+    @classmethod
+    def records(cls) -> list[Any]:
+        """The classes and functions themselves, those of this Python version."""
+        modules = {module: sys.modules[module] for module, _ in cls._KNOWN if module in sys.modules}
+        return [getattr(modules[module], name) for module, name in cls._KNOWN if hasattr(modules.get(module), name)]
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in self._KNOWN or is_dtype:
@@ -146,10 +153,55 @@ class _Unpickler(pickle.Unpickler):
                               "contains; refusing to load it")
 
 
+@contextmanager
+def _unchanged(records: list[Any]) -> Iterator[None]:
+    """Undo what a pickle has done to the classes it names: its BUILD sets attributes of whatever it is handed.
+
+    Raises:
+        CheckpointError: something was changed.
+    """
+    before = [dict(vars(record)) for record in records]
+    defaults = [getattr(record, "__defaults__", None) for record in records]
+    try:
+        yield
+    finally:
+        changed = []
+        for record, was, default in zip(records, before, defaults, strict=True):
+            now = dict(vars(record))
+            for name in {*was, *now}:
+                if name not in was:
+                    delattr(record, name)
+                elif now.get(name, record) is not was[name]:
+                    setattr(record, name, was[name])
+                else:
+                    continue
+                changed.append(f"{record.__name__}.{name}")
+            if getattr(record, "__defaults__", None) is not default:
+                record.__defaults__ = default
+                changed.append(f"{record.__name__}.__defaults__")
+        if changed:
+            raise CheckpointError(f"the checkpoint's index changes {', '.join(sorted(changed))[:80]}, which no checkpoint of "
+                                  "ours does; refusing to load it")
+
+
+def _require_inside(metadata: Any) -> None:
+    """An index may name files of its own folder only: those are what the manifest vouches for.
+
+    Raises:
+        CheckpointError: it names another.
+    """
+    for info in (getattr(metadata, "storage_data", None) or {}).values():
+        name = getattr(info, "relative_path", None)
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise CheckpointError(f"the checkpoint's index points to {str(name)[:80]!r}, outside of its folder; refusing to "
+                                  "load it")
+
+
 class _SafeFileSystemReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / ".metadata", "rb") as file, _unchanged(_Unpickler.records()):
             metadata = _Unpickler(file).load()
+        _require_inside(metadata)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

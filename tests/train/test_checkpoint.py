@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 import torch
@@ -287,6 +287,34 @@ def test_a_pickle_in_the_index_is_not_executed(run, tmp_path, monkeypatch, kind)
     with pytest.raises(CheckpointError, match="refusing to load"):
         load_weights(Transformer(CONFIG, PARTS), checkpoint)
     assert not (tmp_path / "exploded").exists()
+
+
+def poisoned(attribute: str) -> bytes:
+    """BUILD on a class that the index may name: it would change for the whole process."""
+    return (b"\x80\x04\x8c\x07pathlib\x8c\x09PosixPath\x93N}\x8c" + bytes([len(attribute)]) + attribute.encode()
+            + b"\x8c\x05torch\x8c\x04Size\x93s\x86b.")
+
+
+@pytest.mark.parametrize("attribute", ["is_file", "a_new_one", "__init__"])
+def test_an_index_changes_no_class(run, attribute):
+    checkpoint = run / "checkpoints" / "step-00000004"
+    (checkpoint / "weights" / ".metadata").write_bytes(poisoned(attribute))
+    before = dict(vars(PosixPath))
+    with pytest.raises(CheckpointError, match=f"changes PosixPath.{attribute}"):
+        load_weights(Transformer(CONFIG, PARTS), checkpoint)
+    assert dict(vars(PosixPath)) == before
+
+
+@pytest.mark.parametrize("place", ["../../step-00000001/weights/__0_0.distcp", "/etc/hostname", "sub/x.distcp", "..", ""])
+def test_an_index_points_to_no_file_outside_its_folder(run, place):
+    checkpoint = run / "checkpoints" / "step-00000004"
+    path = checkpoint / "weights" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    key = next(iter(metadata.storage_data))
+    metadata.storage_data[key] = dataclasses.replace(metadata.storage_data[key], relative_path=place)
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="outside of its folder"):
+        load_weights(Transformer(CONFIG, PARTS), checkpoint)
 
 
 # --- retention -------------------------------------------------------------------------------------------------------
