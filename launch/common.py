@@ -95,6 +95,7 @@ def failure_of(error: BaseException) -> str:
 
     from train.alarms import AlarmStop
     from train.checkpoint import CheckpointError, CheckpointWriteError
+    from train.checkpoint_folder import CheckpointsGoneError
     from train.lock import RunLocked
     from train.nonfinite import NonFiniteError
 
@@ -104,6 +105,8 @@ def failure_of(error: BaseException) -> str:
         return "alarm"
     if isinstance(error, CheckpointWriteError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return "disk_full"
+    if isinstance(error, CheckpointsGoneError):
+        return "gone"
     if isinstance(error, CheckpointError):
         return "checkpoint"
     if isinstance(error, RunLocked):

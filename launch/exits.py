@@ -33,6 +33,7 @@ FAILURES = {
     "non_finite": Failure(BAD_DATA, False),  # NaN or infinite loss or gradient
     "alarm": Failure(BAD_DATA, False),       # an alarm whose action is to stop
     "checkpoint": Failure(BAD_DATA, False),  # none usable, or of another model
+    "gone": Failure(CANNOT_WRITE, False),    # checkpoints that the run has saved are not there
     "disk_full": Failure(CANNOT_WRITE, False),
     "in_use": Failure(IN_USE, False),        # another job holds the run directory
     "config": Failure(BAD_CONFIG, False),    # a setting or an input the user must mend

@@ -22,7 +22,7 @@ SETTLE_SECONDS = 1.5
 RECONNECT_SECONDS = 2.0
 SLACK = 4.0
 """Work may take this many times as long as the longest before it counts as hung."""
-AGREED = ("non_finite", "alarm", "disk_full", "checkpoint", "in_use", "config")
+AGREED = ("non_finite", "alarm", "disk_full", "gone", "checkpoint", "in_use", "config")
 """Failures that all ranks raise together; their message names the rank where it began."""
 
 

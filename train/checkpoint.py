@@ -50,6 +50,7 @@ from train.checkpoint_folder import (
     put_in_place,
     read_best,
     read_state,
+    remember_saved,
     remove_leftovers,
     remove_old,
     set_newer_aside,
@@ -279,6 +280,7 @@ class CheckpointWriter:
         sync_folder(scratch)
         put_in_place(scratch, final)
         try:
+            remember_saved(self.folder.parent, final.name)
             point_latest(self.folder, final.name)
             sync_folder(self.folder)
             remove_old(self.folder, self.config.keep_last, self.config.keep_best)

@@ -3,6 +3,8 @@
     checkpoints/step-00000100/     a whole checkpoint; written as .step-00000100.partial and renamed
     checkpoints/latest             name of the newest; for people and scripts: reading goes by what is there and whole
     checkpoints/best.json          {"checkpoint": name, "val_loss": nats} of the lowest held-out loss
+    saved                          name of the first one. Whoever finds it and no checkpoint knows that the folder is
+                                   gone, as with a disk that is not mounted
 
 Everything here works on one rank. `latest` and `best.json` are hints: damaged ones are logged and ignored.
 """
@@ -36,6 +38,7 @@ log = logging.getLogger("loadstone")
 STEP = re.compile(r"step-(\d{8,18})")
 REPLACED = ".replaced-{}"
 NEEDED = ("state.json", "weights/.metadata")
+SAVED = "saved"
 READ = ("state.json", "config.yaml", "weights/**/*", "rng-*.json")
 """Patterns of what loading reads: the manifest must list every such file that is there."""
 
@@ -107,6 +110,33 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if type(state.get(key)) is not int:
             raise CheckpointError(f"{checkpoint}: state.json has no whole number {key!r}; use another checkpoint")
     return state
+
+
+# --- whether there must be one ---------------------------------------------------------------------------------------
+
+class CheckpointsGoneError(CheckpointError):
+    """The run has saved checkpoints, and none is there: beginning anew would throw its steps away."""
+
+
+def remember_saved(run_dir: Path, name: str) -> None:
+    if not (run_dir / SAVED).exists():
+        write_text(run_dir / SAVED, name)
+
+
+def begins_anew(run_dir: Path) -> bool:
+    """Whether a restarted run has nothing to continue from, because it never came to its first checkpoint.
+
+    Raises:
+        CheckpointsGoneError: it did, and no checkpoint is there now.
+    """
+    folder = run_dir / "checkpoints"
+    if any(folder.glob("step-*")):
+        return False
+    if not (run_dir / SAVED).exists():
+        return True
+    raise CheckpointsGoneError(f"{folder} holds no checkpoint, but the run has saved some (the first is named in "
+                               f"{run_dir / SAVED}): is a disk not mounted? Nothing is begun anew: put them back and "
+                               "resume, or start a new run in another directory")
 
 
 # --- which one is read -----------------------------------------------------------------------------------------------

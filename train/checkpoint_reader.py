@@ -180,8 +180,8 @@ def _unchanged(records: list[Any]) -> Iterator[None]:
                 record.__defaults__ = default
                 changed.append(f"{record.__name__}.__defaults__")
         if changed:
-            raise CheckpointError(f"the checkpoint's index changes {', '.join(sorted(changed))[:80]}, which no checkpoint of "
-                                  "ours does; refusing to load it")
+            raise CheckpointError(f"the checkpoint's index changes {', '.join(sorted(changed))[:80]}, which no checkpoint "
+                                  "of ours does; refusing to load it")
 
 
 def _require_inside(metadata: Any) -> None:

@@ -35,6 +35,7 @@ from train.checkpoint import (
     restore_rng,
     set_newer_aside,
 )
+from train.checkpoint_folder import begins_anew
 from train.components import build_model
 from train.config import RunConfig
 from train.data.loader import Batch, TrainingLoader, validation_batches
@@ -158,7 +159,7 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
 
 
 def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader, restarted: bool) -> Progress:
-    if restarted and not from_rank_zero(lambda: any((run_dir / "checkpoints").glob("step-*"))):
+    if restarted and from_rank_zero(lambda: begins_anew(run_dir)):
         return Progress()
     checkpoint = from_rank_zero(lambda: find_checkpoint(run_dir))
     state = read_state(checkpoint)

@@ -37,7 +37,16 @@ from train.checkpoint import (
     restore_rng,
     set_newer_aside,
 )
-from train.checkpoint_folder import point_best, point_latest, read_best, remove_leftovers, remove_old, steps
+from train.checkpoint_folder import (
+    CheckpointsGoneError,
+    begins_anew,
+    point_best,
+    point_latest,
+    read_best,
+    remove_leftovers,
+    remove_old,
+    steps,
+)
 from train.config import CheckpointConfig, OptimConfig, TrainConfig
 from train.engine import Engine
 from train.manifest import NewerFormatError, file_facts
@@ -317,6 +326,21 @@ def test_an_index_points_to_no_file_outside_its_folder(run, place):
         load_weights(Transformer(CONFIG, PARTS), checkpoint)
 
 
+# --- gone ------------------------------------------------------------------------------------------------------------
+
+def test_a_restart_never_begins_anew_once_something_was_saved(run, tmp_path):
+    """As when the disk of the checkpoints is not mounted: training from step 0 would throw the run away."""
+    assert (run / "saved").read_text() == "step-00000001"  # by the writer, at the first checkpoint
+    assert not begins_anew(run)
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointsGoneError, match="is a disk not mounted"):
+        begins_anew(run)
+    (run / "checkpoints").mkdir()
+    with pytest.raises(CheckpointsGoneError):
+        begins_anew(run)
+    assert begins_anew(tmp_path / "a run that never saved")
+
+
 # --- retention -------------------------------------------------------------------------------------------------------
 
 def test_retention_counts_only_checkpoints_that_look_whole(run):
@@ -448,8 +472,9 @@ def test_everything_is_on_disk_before_it_gets_its_name(cases):
         "", "weights", "weights/__0_0.distcp", "weights/__1_0.distcp", "weights/.metadata.tmp", "rng-00000.json.tmp",
         "rng-00001.json.tmp", "state.json.tmp", "config.yaml.tmp", "manifest.json.tmp")} | {".."}
     renamed = [path for what, path in done if what == "rename"]
-    assert renamed[-3:] == [f"{scratch}/manifest.json", "step-00000001", "latest"]
-    assert done[named + 1:] == [("sync", "."), ("sync", "latest.tmp"), ("rename", "latest"), ("sync", ".")]
+    assert renamed[-4:] == [f"{scratch}/manifest.json", "step-00000001", "../saved", "latest"]
+    assert done[named + 1:] == [("sync", "."), ("sync", "../saved.tmp"), ("rename", "../saved"), ("sync", "latest.tmp"),
+                                ("rename", "latest"), ("sync", ".")]
 
 
 @pytest.mark.slow
