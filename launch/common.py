@@ -23,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.environment import adopt_rank
 from launch.exits import BAD_CONFIG, FAILURES
-from launch.secrets import redact_text
+from launch.secrets import problems_of_settings, redact_text
 from train.strict_json import dumps
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_DEPTH = 50
+"""Of a saved config."""
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """Hydra keeps no directory or log of its own: the run directory is ours."""
 
@@ -186,7 +188,7 @@ def record(config: DictConfig, cls: type, path: str = "") -> Any:
     """
     from launch.validate import ConfigError, build_record
 
-    problems: list[str] = []
+    problems = problems_of_settings(plain(config), path)
     settings = build_record(plain(config), cls, path, problems)
     problems = problems or settings.problems()
     if problems:
@@ -202,15 +204,29 @@ def load_config(path: str) -> DictConfig:
     """
     try:
         text = Path(path).read_text()
-        # A few aliases of aliases stand for more nodes than any machine holds; what we save has none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError(f"{path} holds a YAML alias (*name), which no saved config of ours does; write the value out")
+        _refuse_endless(text, path)
         saved = OmegaConf.create(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {(str(error).splitlines() or ['nested too deeply'])[0]}") from error
     if not isinstance(saved, DictConfig):
         raise ValueError(f"{path} is no config: it holds no group of settings")
     return saved
+
+
+def _refuse_endless(text: str, path: str) -> None:
+    """A few aliases of aliases stand for more nodes than any machine holds, and nesting for more stack; what we save has
+    neither.
+
+    Raises:
+        ValueError: the text has.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{path} holds a YAML alias (*name), which no saved config does; write the value out")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{path} is nested more than {MAX_DEPTH} deep, as no saved config is")
 
 
 def load_run(run: str, attention: Any = None) -> Any:

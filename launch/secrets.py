@@ -9,7 +9,7 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -182,6 +182,34 @@ def problems_of_env(env: Mapping[str, str]) -> list[str]:
             found.append(f"launch.env.{name} is a secret, and launch.env is saved with the run; put it into a file of yours "
                          "(chmod 600), and name that in launch.secrets_file")
     return found
+
+
+def problems_of_settings(settings: Any, path: str = "") -> list[str]:
+    """Settings that hold what a secret-named variable of this process holds, as ${oc.env:HF_TOKEN} puts it there.
+
+    Whatever stands in a setting is printed, saved with the run and sent to its sinks, so none may hold a secret.
+
+    Args:
+        settings: plain nested data, resolved; path: leads the names in messages. Values are not shown.
+    """
+    # A variable set to a word (WANDB_API_KEY=disabled) says nothing; that word may stand in any setting.
+    held = {name: value for name, value in os.environ.items() if len(value) >= MIN_LENGTH and is_secret_name(name)
+            and not value.isalpha()}
+
+    def visit(value: Any, where: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from visit(item, f"{where}.{key}" if where else str(key))
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                yield from visit(item, f"{where}.{i}")
+        elif isinstance(value, str):
+            for name, secret in held.items():
+                if secret in value:
+                    yield (f"{where} holds the secret of the variable {name}: settings are printed and saved with the run; "
+                           "leave it out (tools read their variables themselves), or put it into launch.secrets_file")
+
+    return list(visit(settings, path.rstrip(".")))
 
 
 # --- secrets file ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from launch.secrets import problems_of_env, redact_text
+from launch.secrets import problems_of_env, problems_of_settings, redact_text
 from model.placement import Placement
 from train.config import ComponentConfig, RunConfig
 
@@ -66,7 +66,7 @@ def parse(config: dict[str, Any], world_size: int) -> RunConfig:
     Raises:
         ConfigError: with every unknown key, wrong type and contradiction found.
     """
-    problems: list[str] = []
+    problems = problems_of_settings(config)
     run = build_record(config, RunConfig, "", problems)
     if problems:
         raise ConfigError(problems)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from launch.common import load_run
+from launch.common import load_config, load_run
 from launch.validate import ConfigError, parse
 from model.placement import Placement
 from train.components import resolve
@@ -195,3 +195,34 @@ def test_a_secret_in_launch_env_is_refused_without_showing_it():
     result = launch("train", "+launch.env.WANDB_API_KEY=0123456789abcdef0123", "launch.dry_run=true", check=False)
     assert result.returncode == 2 and "WANDB_API_KEY" in result.stderr and "secrets_file" in result.stderr
     assert "0123456789abcdef0123" not in result.stderr + result.stdout
+
+
+# --- what stands in settings is printed and saved ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("setting", ["experiment_name", "tracker.wandb.project", "train.sample_prompt", "run_dir",
+                                     "data.tokenizer.end_of_document", "data.cache_dir", "data.sources.0.name"])
+@pytest.mark.parametrize("form", ["{}", "before {} after"])
+def test_no_setting_may_hold_a_secret_of_the_environment(setting, form, monkeypatch):
+    monkeypatch.setenv("SITE_TOKEN", "correct-horse-battery-staple")
+    config = composed(f"++{setting}='{form.format('${oc.env:SITE_TOKEN}')}'")
+    with pytest.raises(ConfigError) as error:
+        parse(config, 1)
+    assert f"{setting} holds the secret of the variable SITE_TOKEN" in str(error.value)
+    assert "correct-horse" not in str(error.value)
+
+
+def test_a_variable_that_holds_a_word_hides_no_setting(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "disabled")
+    parse(composed("tracker.wandb.mode=disabled"), 1)
+
+
+@pytest.mark.parametrize("text", [
+    "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+    "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]\n"
+    "g: &g [*f,*f,*f,*f,*f,*f,*f,*f,*f]\nh: &h [*g,*g,*g,*g,*g,*g,*g,*g,*g]\ni: &i [*h,*h,*h,*h,*h,*h,*h,*h,*h]\n",
+    "a: &a {b: *a}\n", "[" * 5000, "x: " * 3000])
+def test_no_saved_config_keeps_a_command_busy(text, tmp_path):
+    """Aliases of aliases stand for 9^9 nodes; deep nesting for more stack than there is."""
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        load_config(str(tmp_path / "config.yaml"))
