@@ -27,6 +27,7 @@ from launch.exits import FAILED, NO_HOSTS
 from launch.secrets import read_secrets_file
 from launch.wire import Closed, JobFile, Line, Stranger, join
 from train.heartbeat import PIPE, STACK_SIGNAL, STACKS
+from train.lock import SignOfLife
 from train.ports import STORE
 
 PR_SET_PDEATHSIG = 1
@@ -59,6 +60,7 @@ class Agent:
         """When the child must be gone after it was asked to save and end."""
         self.told = False
         self.orders: list[dict[str, Any]] = []
+        self.life = SignOfLife(path.parent, self.rank)
 
     # --- connection ----------------------------------------------------------------------------------------------------
 
@@ -88,9 +90,14 @@ class Agent:
             self.drop()
 
     def superseded(self) -> bool:
-        """Whether another supervisor has taken over the run, which must not be written by two jobs."""
+        """Whether another job has taken over the run, which must not be written by two.
+
+        Whoever takes over removes the file of the job before; a supervisor that ends by itself has told its agents to leave.
+        """
         try:
             return JobFile.load(self.path).token != self.job.token
+        except FileNotFoundError:
+            return self.path.parent.is_dir()
         except (OSError, ValueError, TypeError):
             return False
 
@@ -219,6 +226,13 @@ class Agent:
                       file=sys.stderr)
                 return NO_HOSTS
             time.sleep(0.0 if self.line else 0.2)
+        self.life.show()
+        try:
+            return self._watch()
+        finally:
+            self.life.end()
+
+    def _watch(self) -> int:
         self.start_child()
         assert self.child is not None
         signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop())
@@ -229,6 +243,7 @@ class Agent:
             self.receive()
             if self.line is None:
                 self.connect()
+            self.life.show()
             now = time.monotonic()
             if now >= next_report:
                 next_report = now + interval

@@ -90,6 +90,9 @@ class Supervisor:
     fits: Callable[[int], list[str]]
     env: dict[str, str]
     """Variables handed to every rank."""
+    still_ours: Callable[[], bool] = lambda: True
+    """Whether the run directory is still this job's; asked before every attempt, since a supervisor may have been stopped
+    for long."""
     token: str = field(default_factory=new_token)
     store_folder: str | None = None
     peers: list[Peer] = field(default_factory=list)
@@ -148,6 +151,9 @@ class Supervisor:
             except NoHosts as error:
                 say(str(error))
                 return exits.NO_HOSTS
+            if not self.still_ours():
+                say(f"{self.run_dir} was taken over by another job while this one stood still: nothing is started")
+                return exits.IN_USE
             outcome = self.one_attempt(chosen)
             if outcome.verdict is None:
                 return exits.DONE

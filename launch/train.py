@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,12 @@ def supervise(config: DictConfig, run: Any) -> float | None:
     if run.launch.kind == "slurm" and not slurm.in_allocation():
         print_result({"run_dir": str(run_dir), "submitted": slurm.submit(run, run_dir)})
         return None
-    with RunLock(run_dir, give_way):
+    with RunLock(run_dir, give_way) as lock:
+        (run_dir / "supervisor.json").unlink(missing_ok=True)  # of a job that was killed: its agents end without it
         if run.launch.kind == "inline":
             work(config)
         else:
-            start_ranks(config, run)
+            start_ranks(config, run, lock.still_ours)
     if run.launch.kind == "slurm" and run.launch.slurm.requeue and json.loads(
             (run_dir / "result.json").read_text())["stopped"]:
         slurm.requeue()
@@ -151,7 +153,7 @@ def save_config(config: DictConfig) -> None:
         raise ValueError(f"run_dir={path} cannot be written ({error.strerror}); choose another directory") from error
 
 
-def start_ranks(config: DictConfig, run: Any) -> None:
+def start_ranks(config: DictConfig, run: Any, still_ours: Callable[[], bool]) -> None:
     from launch import spawn
     from launch.supervisor import Supervisor
     from launch.validate import ConfigError, check_tokenizer, parse
@@ -169,7 +171,7 @@ def start_ranks(config: DictConfig, run: Any) -> None:
 
     env = {**forwarded_environment(spawn.environment(), run.launch.forward_env), **run.launch.env}
     arguments = [f"+saved_config={quoted((Path(config.run_dir) / 'config.yaml').resolve())}"]
-    code = Supervisor(run, Path(config.run_dir), arguments, against, env).run()
+    code = Supervisor(run, Path(config.run_dir), arguments, against, env, still_ours).run()
     if code:
         fail([f"the job ended with exit code {code}; the cause stands above and in {config.run_dir}/supervisor.jsonl, "
               f"stacks and batches in {config.run_dir}/failures"], code=code)

@@ -1,10 +1,13 @@
 """One process at a time in a run directory, on one machine or on many that share a file system.
 
-    RUN/lock    {"host", "boot_id", "pid_namespace", "pid", "process_start", "token"}, mode 600
+    RUN/lock        {"host", "boot_id", "pid_namespace", "pid", "process_start", "token"}, mode 600
+    RUN/alive/<rank>   the same record of a rank's agent, refreshed like the lock while the rank lives
 
 The owner refreshes the file's time every few seconds. A lock whose owner is gone counts as abandoned: at once where this
 machine can see that the process is gone, otherwise when it was not refreshed for STALE_SECONDS by the clock of the file
-system (machines' own clocks may differ). Imports no torch: the launcher uses it.
+system (machines' own clocks may differ). An abandoned lock is not enough to take over: ranks outlive a supervisor that was
+killed or stopped, and write until they have noticed. While one of them shows a sign of life the directory is in use.
+Imports no torch: the launcher and the agents use it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import secrets
 import socket
@@ -33,6 +37,7 @@ STALE_SECONDS = 30.0
 SETTLE_SECONDS = 0.2
 """After a take-over: time for contenders that judged the same lock to move away, or put back, what they took for it."""
 NAME = "lock"
+ALIVE = "alive"
 _NO_FLOCK = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -85,6 +90,8 @@ class RunLock:
             ValueError: the directory cannot be written.
         """
         try:
+            if not self.path.exists():
+                self._refuse_living_ranks()
             if not self._create():
                 with _alone_in(self.path.parent):
                     self._take_over()
@@ -119,8 +126,7 @@ class RunLock:
         except FileExistsError:
             return False
         with os.fdopen(descriptor, "w") as file:
-            file.write(dumps({"host": socket.gethostname(), "boot_id": _boot_id(), "pid_namespace": _pid_namespace(),
-                              "pid": os.getpid(), "process_start": _process_start(os.getpid()), "token": self.token}))
+            file.write(dumps(_record(self.token)))
             file.flush()
             os.fsync(file.fileno())
         return True
@@ -133,6 +139,7 @@ class RunLock:
                 age = self._age(found)
                 if not _is_gone(found.owner) and age < self.stale_seconds:
                     raise RunLocked(self._refusal(found.owner, age))
+                self._refuse_living_ranks()
                 if not self._move_away(found):
                     continue
             if self._create():
@@ -140,6 +147,29 @@ class RunLock:
                 found = _look(self.path)
                 if found is not None and self._is_ours(found):
                     return
+
+    def _refuse_living_ranks(self) -> None:
+        """
+        Raises:
+            RunLocked: a rank of a job before still lives.
+        """
+        for path in sorted((self.path.parent / ALIVE).glob("*")):
+            found = _look(path)
+            if found is None or _is_gone(found.owner):
+                continue
+            age = self._age(found)
+            if age < self.stale_seconds:
+                who = f"process {found.owner['pid']} on {found.owner['host']}" if found.owner else "its agent"
+                raise RunLocked(f"{self.path.parent} is in use: rank {path.name} of a job whose supervisor is gone still "
+                                f"lives ({who}, heard {max(0.0, age):.0f} s ago). It saves and ends by itself; wait for "
+                                f"it, or end it. A rank that gives no sign for {self.stale_seconds:.0f} s counts as gone")
+
+    def still_ours(self) -> bool:
+        """Whether the lock is ours at this moment; refreshes it if so."""
+        try:
+            return self._refresh() is None
+        except OSError:
+            return True  # the refreshing thread decides how long that may last
 
     def _move_away(self, judged: _Found) -> bool:
         """False when the lock that is there is another by now; it stays, or is put back."""
@@ -208,6 +238,39 @@ class RunLock:
 
     def _is_ours(self, found: _Found) -> bool:
         return found.owner is not None and found.owner["token"] == self.token
+
+
+class SignOfLife:
+    """A file RUN/alive/<rank> that says that a rank can still write; kept by the rank's agent."""
+
+    def __init__(self, run_dir: Path, rank: int):
+        self.path = run_dir / ALIVE / str(rank)
+        self._shown = -math.inf
+
+    def show(self) -> None:
+        """Make or refresh the file, at most every REFRESH_SECONDS. A file system that refuses costs nothing."""
+        now = time.monotonic()
+        if now - self._shown < REFRESH_SECONDS:
+            return
+        with suppress(OSError):
+            if self._shown == -math.inf:
+                self.path.parent.mkdir(exist_ok=True)
+                scratch = self.path.with_name(f".{self.path.name}-{os.getpid()}")
+                scratch.write_text(dumps(_record("")))
+                scratch.replace(self.path)
+            os.utime(self.path)
+        self._shown = now
+
+    def end(self) -> None:
+        with suppress(OSError):
+            self.path.unlink()
+        with suppress(OSError):
+            self.path.parent.rmdir()  # by the last one
+
+
+def _record(token: str) -> dict[str, Any]:
+    return {"host": socket.gethostname(), "boot_id": _boot_id(), "pid_namespace": _pid_namespace(), "pid": os.getpid(),
+            "process_start": _process_start(os.getpid()), "token": token}
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------

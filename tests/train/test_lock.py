@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from train.lock import RunLock, RunLocked, _alone_in, _Found, _process_start
+from train.lock import REFRESH_SECONDS, RunLock, RunLocked, SignOfLife, _alone_in, _Found, _process_start
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEAD_PID = 2**22 + 1  # above what Linux gives out
@@ -234,6 +234,61 @@ def test_starting_side_by_side_is_refused_rather_than_waited_for(tmp_path, monke
 def test_a_directory_that_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be written \(No such file"):
         RunLock(tmp_path / "nowhere").acquire()
+
+
+# --- ranks that outlive their supervisor -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lock", ["abandoned", "gone"])
+def test_nobody_takes_over_while_a_rank_lives(tmp_path, lock):
+    if lock == "abandoned":
+        write_lock(tmp_path)
+    life = SignOfLife(tmp_path, 3)
+    life.show()
+    with pytest.raises(RunLocked, match=f"rank 3 .* still lives .process {os.getpid()}"):
+        RunLock(tmp_path).acquire()
+    life.end()
+    assert not (tmp_path / "alive").exists()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_rank_whose_agent_is_gone_does_not_count(tmp_path):
+    code = "import sys; from pathlib import Path; from train.lock import SignOfLife; SignOfLife(Path(sys.argv[1]), 0).show()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
+    assert (tmp_path / "alive" / "0").exists()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_rank_elsewhere_counts_by_age_alone(tmp_path):
+    SignOfLife(tmp_path, 0).show()
+    path = tmp_path / "alive" / "0"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere", "pid": 1}))
+    with pytest.raises(RunLocked, match="elsewhere"):
+        RunLock(tmp_path).acquire()
+    long_ago = time.time() - 100
+    os.utime(path, (long_ago, long_ago))
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_sign_of_life_is_refreshed(tmp_path):
+    life = SignOfLife(tmp_path, 0)
+    life.show()
+    os.utime(life.path, (1, 1))
+    life.show()
+    assert life.path.stat().st_mtime == 1  # not more often than others can tell
+    life._shown -= REFRESH_SECONDS
+    life.show()
+    assert time.time() - life.path.stat().st_mtime < 60
+
+
+def test_a_job_that_stood_still_learns_that_it_lost_the_directory(tmp_path):
+    lock = RunLock(tmp_path, refresh_seconds=1000)
+    with lock:
+        assert lock.still_ours()
+        (tmp_path / "lock").unlink()
+        assert not lock.still_ours()
 
 
 def test_the_launcher_can_import_it_without_torch():
