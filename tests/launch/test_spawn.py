@@ -166,7 +166,7 @@ def test_the_address_that_faces_a_host_is_found_for_every_form(monkeypatch, user
 def test_the_supervisor_can_listen_on_an_ipv6_address():
     assert hosts.facing_address("root@::1") == "::1"
     with socket.create_server(("::1", 0), family=hosts.family_of("::1")) as server:
-        address = wire.Address(*server.getsockname()[:2], "token")
+        address = wire.JobFile(*server.getsockname()[:2], "token")
         with socket.create_connection((address.host, address.port)):
             pass
 

@@ -180,20 +180,20 @@ def _write_table(path: Path) -> None:
     np.array(pieces, dtype="<u4").tofile(path.with_name(path.name + ".crc"))
 
 
-class Tokens:
-    """The token ids of a .bin file, each verified before it is used. Reads like megatron-core's bin readers.
+class Numbers:
+    """The numbers of a .bin file, each verified before it is used. Reads like megatron-core's bin readers.
 
     Args:
-        path: an existing NAME.bin, as long as check_split found it; dtype: of its ids.
+        path: an existing NAME.bin of the size it should have; dtype: of its numbers.
 
     Raises:
-        ValueError: from read(), when the bytes are not those that were written, or an id is beyond the vocabulary.
+        ValueError: from reading, when the bytes are not those that were written.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], manifest: dict[str, Any]):
-        self.path, self.vocab_size = path, manifest["vocab_size"]
+    def __init__(self, path: Path, dtype: Any, manifest: dict[str, Any]):
+        self.path, self._dtype = path, np.dtype(dtype)
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-        self._dtype, self._table = dtype, None
+        self._table = None
         if (name := path.name + ".crc") in manifest.get("files", {}):
             self._table = np.fromfile(check_file(path.parent, name, manifest), dtype="<u4")
             if len(self._table) != -(-len(self._bytes) // PIECE_BYTES):
@@ -201,17 +201,17 @@ class Tokens:
             self._verified = np.zeros(len(self._table), dtype=bool)
 
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
-        """[count] ids of `dtype` that stand `offset` bytes from the start."""
+        """[count] numbers of `dtype` that stand `offset` bytes from the start."""
         stop = offset + count * np.dtype(dtype).itemsize
         self._verify(offset, stop)
-        ids = self._bytes[offset:stop].view(dtype)
-        if count and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise damaged(self.path, f"holds a token id outside of the vocabulary of {self.vocab_size}, near byte {offset}")
-        return ids
+        return self._bytes[offset:stop].view(dtype)
 
-    def __getitem__(self, ids: slice) -> np.ndarray:
-        """Tokens start..stop-1 of the file, fewer at its end."""
-        start, stop, _ = ids.indices(len(self._bytes) // self._dtype.itemsize)
+    def __len__(self) -> int:
+        return len(self._bytes) // self._dtype.itemsize
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Numbers start..stop-1 of the file, fewer at its end."""
+        start, stop, _ = part.indices(len(self))
         return self.read(self._dtype, max(0, stop - start), start * self._dtype.itemsize)
 
     def _verify(self, start: int, stop: int) -> None:
@@ -223,6 +223,24 @@ class Tokens:
             if zlib.crc32(self._bytes[first:first + PIECE_BYTES].tobytes()) != self._table[piece]:
                 raise damaged(self.path, f"has another checksum between bytes {first} and {first + PIECE_BYTES}")
             self._verified[piece] = True
+
+
+class Tokens(Numbers):
+    """Numbers that are ids of a vocabulary.
+
+    Raises:
+        ValueError: from reading, also when an id is beyond the vocabulary.
+    """
+
+    def __init__(self, path: Path, dtype: Any, manifest: dict[str, Any]):
+        super().__init__(path, dtype, manifest)
+        self.vocab_size: int = manifest["vocab_size"]
+
+    def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
+        ids = super().read(dtype, count, offset)
+        if count and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise damaged(self.path, f"holds a token id outside of the vocabulary of {self.vocab_size}, near byte {offset}")
+        return ids
 
 
 # --- what is made again by itself --------------------------------------------------------------------------------------

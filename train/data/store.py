@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from train.data.damage import MANIFEST, Tokens, cached_folder, check_file, check_split, damaged, plain_arrays, read_manifest
+from train.data.damage import (
+    MANIFEST,
+    Numbers,
+    Tokens,
+    cached_folder,
+    check_file,
+    check_split,
+    damaged,
+    plain_arrays,
+    read_manifest,
+)
 
 HELD_OUT_BYTES = "validation_bytes.bin"
 """Present where held-out tokens do not stand for what they spell."""
@@ -58,7 +68,7 @@ class TokenStore:
             raise damaged(path, f"holds {lengths.dtype} of shape {lengths.shape} instead of int32 of ({self.vocab_size},)")
         return lengths
 
-    def held_out_bytes(self, tokens: np.ndarray) -> Callable[[slice], np.ndarray] | None:
+    def held_out_bytes(self, tokens: Tokens) -> Callable[[slice], np.ndarray] | None:
         """A function from a part of the held-out tokens to the bytes of text that each of these stands for.
 
         None: not known, since an earlier version made the store and the tokens do not spell the text they stand for.
@@ -70,7 +80,7 @@ class TokenStore:
             path = check_file(self.path, HELD_OUT_BYTES, self.manifest)
             if path.stat().st_size != 4 * len(tokens):
                 raise damaged(path, f"has {path.stat().st_size} bytes instead of {4 * len(tokens)} for {len(tokens)} tokens")
-            counts = np.memmap(path, dtype=np.uint32, mode="r")
+            counts = Numbers(path, np.uint32, self.manifest)
             return lambda part: counts[part]
         spelled = self.token_bytes()
         total = sum(int(spelled[tokens[i:i + CHUNK_TOKENS]].sum()) for i in range(0, len(tokens), CHUNK_TOKENS))
