@@ -27,6 +27,7 @@ from launch.exits import FAILED, NO_HOSTS
 from launch.secrets import read_secrets_file
 from launch.wire import Address, Closed, Line, join
 from train.heartbeat import PIPE, STACK_SIGNAL, STACKS
+from train.stop import ASKING
 
 PR_SET_PDEATHSIG = 1
 CONNECT_SECONDS = 30.0
@@ -218,7 +219,8 @@ class Agent:
             time.sleep(0.0 if self.line else 0.2)
         self.start_child()
         assert self.child is not None
-        signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop())
+        for number in ASKING:  # some schedulers signal every process of a job
+            signal.signal(number, lambda *_: self.ask_to_stop())
         interval, next_report = min(1.0, self.welcome["timeout"] / 8), 0.0
         while self.child.poll() is None:
             self._wait(interval / 2)

@@ -11,6 +11,7 @@ NO_HOSTS = 69
 FAILED = 70
 IN_USE = 73
 CANNOT_WRITE = 74
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -35,5 +36,6 @@ FAILURES = {
     "checkpoint": Failure(BAD_DATA, False),  # none usable, or of another model
     "disk_full": Failure(CANNOT_WRITE, False),
     "in_use": Failure(IN_USE, False),        # another job holds the run directory
+    "interrupted": Failure(INTERRUPTED, False),  # a second SIGINT: do not even wait for the save
     "config": Failure(BAD_CONFIG, False),    # a setting or an input the user must mend
 }

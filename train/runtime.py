@@ -1,4 +1,4 @@
-"""Start and stop of a training process: process group, device, seeds, determinism, logging, stop signals."""
+"""Start and stop of a training process: process group, device, seeds, determinism, logging."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import os
 import random
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 from model.parallel import destroy_parallel
 from train.ports import free_port
+from train.stop import Stopped
 
 log = logging.getLogger("loadstone")
 T = TypeVar("T")
@@ -101,11 +101,14 @@ def from_rank_zero(function: Callable[[], T]) -> T:
     Raises:
         ValueError: on every rank, with rank 0's message (and class, where it is one of ours), when the call failed there; no
             rank is left waiting.
+        Stopped: on every rank, when rank 0 was asked to stop inside the call.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer = [function(), None]
+        except Stopped:
+            answer = [None, (Stopped, "")]
         except Exception as error:
             ours = isinstance(error, ValueError) and type(error).__module__.startswith("train.")
             kind = type(error) if ours else ValueError
@@ -116,17 +119,3 @@ def from_rank_zero(function: Callable[[], T]) -> T:
         raise kind(message)
     return answer[0]
 
-
-class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which ask to save and end; the loop agrees on the step with all ranks."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def close(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = True
