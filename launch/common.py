@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.environment import adopt_rank
 from launch.exits import BAD_CONFIG, FAILURES
+from launch.interrupt import Interrupts
 from launch.secrets import redact_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,22 +56,25 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
         a.startswith("hydra.sweep.dir") for a in arguments) else [])]
 
     failed_jobs = []
+    interrupts = Interrupts(rank=is_worker())
 
     def guarded(config: DictConfig) -> Any:
         try:
-            return _explained(function, config)
+            return _explained(function, config, interrupts)
         except SystemExit as error:
             if not multirun:
                 raise
             failed_jobs.append(error.code)  # the sweep goes on
             return math.nan
 
-    hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
+    with interrupts:
+        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
     if failed_jobs:
         raise SystemExit(f"{len(failed_jobs)} job(s) of the sweep failed; their errors stand above")
 
 
-def _explained(function: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+def _explained(function: Callable[[DictConfig], Any], config: DictConfig,
+               interrupts: Interrupts) -> Any:
     """Call the function; a user's mistake ends with its message and its exit code."""
     from launch.validate import ConfigError
 
@@ -81,6 +85,8 @@ def _explained(function: Callable[[DictConfig], Any], config: DictConfig) -> Any
     except OmegaConfBaseException as error:
         fail([f"the config cannot be read: {str(error).splitlines()[0]}"])
     except Exception as error:
+        if interrupts.number is not None:  # a library has made an error of its own of the interrupt
+            raise KeyboardInterrupt from error
         kind = failure_of(error)
         if kind in ("failed", "communication"):
             raise
