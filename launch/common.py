@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.environment import adopt_rank
+from launch.environment import adopt_rank, is_rank
 from launch.exits import BAD_CONFIG, FAILURES
 from launch.interrupt import Interrupts
 from launch.secrets import redact_text
@@ -31,19 +31,24 @@ QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"
 
 
 def is_worker() -> bool:
-    """Started by a launcher as one rank of a job. LOCAL_RANK, since some schedulers set RANK per machine."""
-    return "LOCAL_RANK" in os.environ
+    """Started by a launcher as one rank of a job."""
+    return is_rank()
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if is_rank() else 0
 
 
 def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     """Compose conf/<name>.yaml with the command line and call `function`; user errors end with one message, code 2."""
     if Path.cwd() != ROOT:
         raise SystemExit(f"run from the repository root: cd {ROOT} && python -m launch.{name}")
-    adopt_rank()
+    # With launch.node_rank the command starts the ranks of a node; srun may start it on each.
+    if not any(argument.startswith("launch.node_rank=") for argument in sys.argv[1:]):
+        try:
+            adopt_rank()
+        except ValueError as error:
+            fail([str(error)])
     # Libraries' remarks about optional packages and their own deprecations, once per rank and import.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", category=FutureWarning)

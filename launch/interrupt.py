@@ -44,7 +44,7 @@ class Interrupts:
             return
         if issubclass(kind, Stopped):  # saved, as it was asked to
             raise SystemExit(DONE) from None
-        number = self.number or signal.SIGINT
+        number = int(signal.SIGINT) if self.number is None else self.number
         sys.stdout.flush()
         print(f"\nended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         raise SystemExit(128 + number) from None

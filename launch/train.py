@@ -43,6 +43,7 @@ def train(config: DictConfig) -> float | None:
 
     config = with_saved_config(config)
     if is_worker():
+        refuse_second_launcher()
         return work(config)
     if "saved_config" in config:  # the batch script of launch=slurm
         config = load_config(config.saved_config)
@@ -68,6 +69,16 @@ def train(config: DictConfig) -> float | None:
                              Path(config.run_dir or new_run_dir(run.experiment_name)))
     save_config(config)
     return supervise(config, run)
+
+
+def refuse_second_launcher() -> None:
+    """A rank starts no ranks: whoever asks it to has launched the command twice."""
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    if chosen.get("launch", "inline") != "inline":
+        raise ValueError(f"launch={chosen['launch']} starts the ranks, but this process is already "
+                         f"rank {rank()} of {os.environ['WORLD_SIZE']} (RANK, LOCAL_RANK and "
+                         "WORLD_SIZE say so): run the command once, without a launcher before it, or "
+                         "drop launch=")
 
 
 def supervise(config: DictConfig, run: Any) -> float | None:
@@ -243,7 +254,7 @@ def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
         restarted = began_nothing(Path(config.resume))
     from train.runtime import process_group
 
-    run = parse(plain(config), int(os.environ.get("WORLD_SIZE", "1")))
+    run = parse(plain(config), int(os.environ["WORLD_SIZE"]) if is_worker() else 1)
     if started_directly:
         refuse_used_run_dir(config)  # before any rank can have written it
     from train.lock import RunLock

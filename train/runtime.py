@@ -30,8 +30,14 @@ def process_group(timeout_seconds: int) -> Iterator[torch.device]:
     """Join the job's process group (or make one of a single process); yields this rank's device."""
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(free_port())}
-    added = {name: value for name, value in single.items() if name not in os.environ}
-    os.environ.update(added)
+    added: dict[str, str | None] = {}
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ):
+        # Alone, whatever a scheduler has set for the ranks that a launcher was to start here.
+        added = {name: os.environ.get(name) for name in single}
+        os.environ.update(single)
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not know "
+                         f"where rank 0 listens: set {' and '.join(missing)}, the same for all ranks")
     if torch.cuda.is_available():
         # Some schedulers show each task only its own device.
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -78,11 +84,14 @@ def _own_store(timeout: datetime.timedelta) -> dist.TCPStore | None:
     return dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_server, timeout, **listening)
 
 
-def _leave(added: dict[str, str]) -> None:
+def _leave(added: dict[str, str | None]) -> None:
     destroy_parallel()
     dist.destroy_process_group()
-    for name in added:  # a sweep runs several jobs in one process
-        os.environ.pop(name, None)
+    for name, before in added.items():  # a sweep runs several jobs in one process
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:

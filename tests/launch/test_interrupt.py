@@ -132,9 +132,10 @@ def test_a_sweep_that_is_asked_to_stop_begins_no_other_job(command, tmp_path):
 
 def test_the_second_ctrl_c_of_a_run_in_this_process_ends_it_at_once(tmp_path):
     """The first one is taken in the middle of a step that never ends, as if by a hung device."""
-    program = ("import os, signal\nfrom train.stop import StopSignal\n"
+    program = ("import signal, time\nfrom train.stop import StopSignal\n"
                "stop = StopSignal(second_interrupt_ends=True)\nprint('on', flush=True)\n"
-               "while True:\n    signal.pause()\n    print(stop.received, flush=True)\n")
+               "while not stop.received:\n    time.sleep(0.01)\n"
+               "print(stop.received, flush=True)\nsignal.pause()\n")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
