@@ -38,8 +38,8 @@ class Interrupts:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for taken, handler in self._previous.items():
+            signal.signal(taken, handler)
         if kind is None or (self.number is None and not issubclass(kind, KeyboardInterrupt)):
             return
         if issubclass(kind, Stopped):  # saved, as it was asked to

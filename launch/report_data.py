@@ -308,8 +308,8 @@ def _urgency(alarm: Alarm) -> tuple[bool, bool, int]:
 def _at_present(event: dict[str, Any], rule: AlarmRule | None, frames: Frames | None,
                 layers: tuple[int, ...], latest: Mapping[str, float]) -> dict[str, Any]:
     """The event that raised an alarm, with the value, words and place of the newest record: how
-    things stand, not how they once were. `before`: what it said. Without the rule or the metric only the
-    loads can be looked at again."""
+    things stand, not how they once were. `before`: what it said. Without the rule or the metric
+    only the loads can be looked at again."""
     name = str(event.get("alarm"))
     found = None if rule is None else worst(rule, latest)
     if rule is None or found is None:

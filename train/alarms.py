@@ -10,9 +10,10 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from model.config import BudgetConfig
 from train.config import AlarmRule
 
 
@@ -49,9 +50,20 @@ class Held:
     ringing: bool = False
 
 
+SETTLING_STEPS = 100
+"""How long the budget's controller may take after the warm start and the blend."""
+
+
+def settled(rules: Mapping[str, AlarmRule], budget: BudgetConfig) -> dict[str, AlarmRule]:
+    """The rules with a step instead of after_step=None."""
+    step = budget.warm_start_steps + budget.blend_steps + SETTLING_STEPS
+    return {name: rule if rule.after_step is not None else replace(rule, after_step=step)
+            for name, rule in rules.items()}
+
+
 @dataclass
 class Alarms:
-    """All rules of a run. held: their state, by name."""
+    """All rules of a run, each with its after_step (see `settled`). held: their state, by name."""
 
     rules: Mapping[str, AlarmRule]
     held: dict[str, Held] = field(default_factory=dict)
@@ -62,6 +74,7 @@ class Alarms:
         events = []
         for name, rule in self.rules.items():
             found = worst(rule, scalars)
+            assert rule.after_step is not None
             if found is None or step <= rule.after_step:
                 continue
             metric, value = found

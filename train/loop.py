@@ -24,7 +24,7 @@ from ops.grouped_mlp import product_tile_rows, select_backend
 from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
 from train import heartbeat
-from train.alarms import Alarms, AlarmStop
+from train.alarms import Alarms, AlarmStop, settled
 from train.attention_metrics import short_rows_note
 from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
@@ -218,7 +218,7 @@ class _Run:
                                    self.engine.module.rank_shares,
                                    [a.layer_idx for a in self.engine.module.sparse_attentions()],
                                    config.tracker.metrics == "detailed")
-        self.alarms = Alarms(config.alarms)
+        self.alarms = Alarms(settled(config.alarms, config.budget))
         self.alarms.restore(progress.alarms)
         self.alarm_actions = frozenset(self.alarms.actions())
         self.host_syncs = HostSyncs(self.engine.device, config.tracker.metrics == "detailed")

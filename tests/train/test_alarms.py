@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from launch.common import plain
 from launch.validate import ConfigError, build_record, parse
 from model.balance import LayerStats
-from model.config import ModelConfig
+from model.config import BudgetConfig, ModelConfig
 from model.routers.threshold import ThresholdRouter
 from ops.router import NUM_REASONS, Reason
-from train.alarms import Alarms
+from train.alarms import Alarms, settled
 from train.config import AlarmRule
 from train.metrics import console_line
 from train.routing_metrics import routing_metrics
@@ -201,3 +201,16 @@ def test_the_console_means_by_spilled_what_the_metric_does():
     line = console_line(1, 2, scalars, 0.0)
     assert "dropped 87.5%" in line and "spilled" not in line and "overflow" not in line
     assert "spilled 12.5%" in console_line(1, 2, {**scalars, "moe/spilled": 0.125}, 0.0)
+
+
+@pytest.mark.parametrize(("warm_start", "first"), [(50, 201), (1000, 1151)])
+def test_a_long_warm_start_does_not_ring(warm_start, first):
+    values = yaml.safe_load((ROOT / "conf/alarms/default.yaml").read_text())
+    for name in ("fallbacks", "budget"):
+        rule = build_record(values[name], AlarmRule, f"alarms.{name}.", [])
+        found = settled({"a": rule}, BudgetConfig(warm_start_steps=warm_start))["a"]
+        metric = rule.metric.replace("*", "1")
+        alarms, raised = Alarms({"a": found}), []
+        for step in range(1, first + 30):
+            raised += [e.step for e in alarms.check(step, step, {metric: 1.0})]
+        assert raised == [first + 10]
