@@ -29,6 +29,7 @@ from launch.wire import Closed, JobFile, Line, Stranger, join
 from train.heartbeat import PIPE, STACK_SIGNAL, STACKS
 from train.lock import SignOfLife
 from train.ports import STORE
+from train.stop import ASKING
 
 PR_SET_PDEATHSIG = 1
 CONNECT_SECONDS = 30.0
@@ -235,7 +236,8 @@ class Agent:
     def _watch(self) -> int:
         self.start_child()
         assert self.child is not None
-        signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop())
+        for number in ASKING:  # some schedulers signal every process of a job
+            signal.signal(number, lambda *_: self.ask_to_stop())
         interval, next_report = min(1.0, self.welcome["timeout"] / 8), 0.0
         while self.child.poll() is None:
             self._wait(interval / 2)

@@ -21,8 +21,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.environment import adopt_rank
+from launch.environment import adopt_rank, is_rank
 from launch.exits import BAD_CONFIG, FAILURES
+from launch.interrupt import Interrupts
 from launch.secrets import problems_of_settings, redact_text
 from train.strict_json import dumps
 
@@ -34,19 +35,24 @@ QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"
 
 
 def is_worker() -> bool:
-    """Started by a launcher as one rank of a job. LOCAL_RANK, since some schedulers set RANK per machine."""
-    return "LOCAL_RANK" in os.environ
+    """Started by a launcher as one rank of a job."""
+    return is_rank()
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if is_rank() else 0
 
 
 def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     """Compose conf/<name>.yaml with the command line and call `function`; user errors end with one message, code 2."""
     if Path.cwd() != ROOT:
         raise SystemExit(f"run from the repository root: cd {ROOT} && python -m launch.{name}")
-    adopt_rank()
+    # With launch.node_rank the command starts the ranks of a node; srun may start it on each.
+    if not any(argument.startswith("launch.node_rank=") for argument in sys.argv[1:]):
+        try:
+            adopt_rank()
+        except ValueError as error:
+            fail([str(error)])
     # Libraries' remarks about optional packages and their own deprecations, once per rank and import.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -59,22 +65,25 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
         a.startswith("hydra.sweep.dir") for a in arguments) else [])]
 
     failed_jobs = []
+    interrupts = Interrupts(rank=is_worker())
 
     def guarded(config: DictConfig) -> Any:
         try:
-            return _explained(function, config)
+            return _explained(function, config, interrupts)
         except SystemExit as error:
             if not multirun:
                 raise
             failed_jobs.append(error.code)  # the sweep goes on
             return math.nan
 
-    hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
+    with interrupts:
+        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
     if failed_jobs:
         raise SystemExit(f"{len(failed_jobs)} job(s) of the sweep failed; their errors stand above")
 
 
-def _explained(function: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+def _explained(function: Callable[[DictConfig], Any], config: DictConfig,
+               interrupts: Interrupts) -> Any:
     """Call the function; a user's mistake ends with its message and its exit code."""
     from launch.validate import ConfigError
 
@@ -85,6 +94,8 @@ def _explained(function: Callable[[DictConfig], Any], config: DictConfig) -> Any
     except OmegaConfBaseException as error:
         fail([f"the config cannot be read: {str(error).splitlines()[0]}"])
     except Exception as error:
+        if interrupts.number is not None:  # a library has made an error of its own of the interrupt
+            raise KeyboardInterrupt from error
         kind = failure_of(error)
         if kind in ("failed", "communication"):
             raise

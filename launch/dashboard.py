@@ -28,6 +28,7 @@ from launch.common import load_config, plain, print_result, run_main, world_size
 from launch.dashboard_panels import Chart, Lines, Media, Panel, Section, Text, charts, sections, shape_of
 from launch.report_data import records as records_of
 from launch.secrets import redact_text
+from train.manifest import replacing
 from train.strict_json import dumps
 
 X_AXIS = "train/tokens"
@@ -207,7 +208,8 @@ def write(dashboard: Dashboard, output: Path, report: bool) -> list[str]:
     try:
         for name, data in made.items():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
-            (output / name).write_text(dumps(data, indent=1) + "\n")
+            with replacing(output / name) as scratch:
+                scratch.write_text(dumps(data, indent=1) + "\n")
         return [*made, *draw(dashboard.tables, output / "charts")]
     except OSError as error:
         raise ValueError(f"output={output} cannot be written ({error.strerror}); choose another directory") from error
@@ -222,7 +224,8 @@ def draw(tables: dict[str, list[vega.Row]], folder: Path) -> list[str]:
     """The charts as PNG; returns the files' names."""
     try:
         for name, rows in tables.items():
-            (folder / f"{name}.png").write_bytes(vega.render(vega.filled(vega.PRESETS[name], rows)))
+            with replacing(folder / f"{name}.png") as scratch:
+                scratch.write_bytes(vega.render(vega.filled(vega.PRESETS[name], rows)))
     except ImportError:
         print("no PNG of the charts: pip install vl-convert-python")
         return []
@@ -277,7 +280,8 @@ def _save(dashboard: Dashboard, output: Path, report: bool) -> dict[str, str]:
     if report:
         saved["report"] = _update(report_of(dashboard, online=True), reports.Report.from_url, before.get("report"),
                                   ("title", "description", "blocks", "width"))
-    (output / "saved.json").write_text(dumps(before | saved, indent=1) + "\n")
+    with replacing(output / "saved.json") as scratch:
+        scratch.write_text(dumps(before | saved, indent=1) + "\n")
     return saved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -68,13 +69,20 @@ def ask(command: list[str], seconds: float, environ: Mapping[str, str] | None = 
                                    start_new_session=True)
     except OSError as error:
         return Answer(None, "", f"{command[0]}: {error.strerror}", time.time())
+
+    def kill() -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    atexit.register(kill)  # an interrupt ends the threads that wait for programs, not the programs
     try:
         output, errors = process.communicate(timeout=seconds)
         return Answer(process.returncode, output, errors, time.time())
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill()
         return Answer(None, "", f"no answer within {seconds:g} s", time.time())
+    finally:
+        atexit.unregister(kill)
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], seconds: float) -> dict[T, R]:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -168,18 +169,16 @@ def disk_space(path: Path) -> Finding:
 def write_speed(path: Path) -> Finding:
     """Write 64 MiB, each piece synced to the disk, and remove it again."""
     folder = existing(path)
-    scratch = folder / f".loadstone-doctor-{os.getpid()}-speed"
     piece, written = os.urandom(8 * MIB), 0
     began = time.monotonic()
     try:
-        with scratch.open("wb", buffering=0) as file:
+        # Without a name, so that it is gone whatever ends the process.
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             while written < WRITE_BYTES and time.monotonic() - began < WRITE_SECONDS:
                 written += file.write(piece)
                 os.fsync(file.fileno())
     except OSError as error:
         return failed("write speed", f"{folder} cannot be written: {error.strerror}", "choose another run_dir")
-    finally:
-        scratch.unlink(missing_ok=True)
     rate = written / MIB / (time.monotonic() - began)
     text = f"{rate:.0f} MiB/s synced, in {folder}"
     if rate < 50:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -160,6 +161,7 @@ def visits(launch: LaunchConfig, hosts: Sequence[Host], run_dir: Path) -> list[F
     if not hosts:
         return []
     scratch = existing(run_dir) / f".loadstone-doctor-{os.getpid()}"
+    atexit.register(scratch.unlink, missing_ok=True)  # this thread does not outlive an interrupt
     wanted = {"repository": f"-d {shlex.quote(str(ROOT))}", "python": f"-x {shlex.quote(sys.executable)}"}
     try:
         scratch.write_text("seen from every host?\n")

@@ -50,6 +50,7 @@ def main(config: DictConfig) -> float:
     batches = validation_batches(rows, settings.batch_size, store.end_of_document, 0, 1, settings.max_sequences)
     sparse = [attention.layer_idx for attention in model.sparse_attentions()]
     result = evaluate(model, batches, device, model.routers(), sparse)
+    assert result is not None
     counts = result.pop("counts", [])
     for layer, row in zip(run.model.moe_layers, counts, strict=False):
         mean = sum(row) / len(row)

@@ -11,6 +11,7 @@ NO_HOSTS = 69
 FAILED = 70
 IN_USE = 73
 CANNOT_WRITE = 74
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -36,5 +37,6 @@ FAILURES = {
     "gone": Failure(CANNOT_WRITE, False),    # checkpoints that the run has saved are not there
     "disk_full": Failure(CANNOT_WRITE, False),
     "in_use": Failure(IN_USE, False),        # another job holds the run directory
+    "interrupted": Failure(INTERRUPTED, False),  # a second SIGINT: do not even wait for the save
     "config": Failure(BAD_CONFIG, False),    # a setting or an input the user must mend
 }

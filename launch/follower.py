@@ -13,16 +13,30 @@ from launch import exits, spawn
 from launch.agent import CONNECT_SECONDS
 from launch.wire import Closed, JobFile, Line, join
 from train.config import RunConfig
+from train.stop import StopSignal
 
 
 def follow(config: RunConfig, run_dir: Path) -> int:
-    """Returns the exit code of the job, or 69 when node 0 is gone for longer than watchdog.startup_seconds."""
+    """Returns the exit code of the job, or 69 when node 0 is gone for longer than
+    watchdog.startup_seconds.
+
+    Asked to stop (SIGTERM, SIGUSR1, SIGINT), it has the supervisor stop the job on all nodes, and
+    waits for its end.
+    """
+    with StopSignal(second_interrupt_ends=True) as stop:
+        return _follow(config, run_dir, stop)
+
+
+def _follow(config: RunConfig, run_dir: Path, stop: StopSignal) -> int:
     path = run_dir.resolve() / "supervisor.json"
     launcher: subprocess.Popen[bytes] | None = None
     lost_since = time.monotonic()
     line: Line | None = None
+    told = False
     try:
         while True:
+            if line is None and stop.received and (launcher is None or launcher.poll() is not None):
+                return exits.DONE  # nothing runs here
             if line is None:
                 line = _join(path, config.launch.node_rank or 0)
                 if line is None and time.monotonic() - lost_since > config.watchdog.startup_seconds:
@@ -33,10 +47,13 @@ def follow(config: RunConfig, run_dir: Path) -> int:
                     time.sleep(0.5)
                     continue
             try:
+                if stop.received and not told:
+                    line.send({"asked_to_stop": True})
+                    told = True
                 orders = line.receive()
             except Closed:
                 line.close()
-                line, lost_since = None, time.monotonic()
+                line, lost_since, told = None, time.monotonic(), False
                 continue
             for order in orders:
                 if order.get("order") == "end":

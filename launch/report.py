@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from launch.common import print_result, record, run_main
 from launch.secrets import redact_text
+from train.manifest import replacing
 
 SAID = 5
 """Alarms of a run that the console lists."""
@@ -74,9 +75,8 @@ def build(settings: ReportConfig, reloads: bool) -> dict[str, Any]:
     names = run_names(runs)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = output.with_suffix(".tmp")
-        scratch.write_text(page)
-        scratch.replace(output)  # a browser that reloads never sees half a page
+        with replacing(output) as scratch:  # a browser that reloads never sees half a page
+            scratch.write_text(page)
         pictures = write_figures(runs, names, output.parent) if settings.png else []
     except OSError as error:
         raise ValueError(f"output={output} cannot be written ({error.strerror}); choose another place") from error

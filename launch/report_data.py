@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from launch.common import load_run
+from train.alarms import place, reading, worst
+from train.config import AlarmRule
 
 MAX_CELLS = 6_000_000
 """Most expert loads (frames * layers * experts) in a page; of longer runs evenly spread lines are shown."""
@@ -146,7 +148,9 @@ def read_run(directory: str) -> RunData:
         ended = "".join(f"; {alarm.text}" for alarm in read_not_finite(folder, curves))
         raise ValueError(f"{directory} has nothing to show: metrics.jsonl has no usable record; the run has not reached its "
                          f"first log step (train.log_interval){ended}")
-    alarms, source = read_alarms(folder / "alarms.jsonl", frames, config.model.moe_layers), "alarms.jsonl"
+    latest = {name: curve.last for name, curve in curves.items()}
+    alarms, source = read_alarms(folder / "alarms.jsonl", frames, config.model.moe_layers,
+                                 config.alarms, latest), "alarms.jsonl"
     if alarms is None:
         alarms, source = judge(curves, frames, config.model.moe_layers), "metrics and routing (the run has no alarms.jsonl)"
     if not_finite := read_not_finite(folder, curves):
@@ -272,8 +276,12 @@ def _deciles(curves: dict[str, Curve], steps: np.ndarray) -> dict[str, np.ndarra
 
 # --- alarms ----------------------------------------------------------------------------------------------------------
 
-def read_alarms(path: Path, frames: Frames | None, layers: tuple[int, ...]) -> list[Alarm] | None:
-    """Alarms of alarms.jsonl, the active ones first; None: the run keeps no such file."""
+def read_alarms(path: Path, frames: Frames | None, layers: tuple[int, ...],
+                rules: Mapping[str, AlarmRule], latest: Mapping[str, float]) -> list[Alarm] | None:
+    """Alarms of alarms.jsonl, the active ones first; None: the run keeps no such file.
+
+    rules: of the run's config, by alarm. latest: the newest value of every metric.
+    """
     if not path.is_file():
         return None
     found: list[Alarm] = []
@@ -285,7 +293,9 @@ def read_alarms(path: Path, frames: Frames | None, layers: tuple[int, ...]) -> l
             found.append(_alarm(raised, event["step"], frames, layers))
         if event.get("event") == "raised":
             ringing[name] = event
-    found += [_alarm(event, None, frames, layers) for event in ringing.values()]
+    present = [_at_present(event, rules.get(name), frames, layers, latest)
+               for name, event in ringing.items()]
+    found += [_alarm(event, None, frames, layers) for event in present]
     return sorted(found, key=_urgency)
 
 
@@ -322,18 +332,38 @@ def _urgency(alarm: Alarm) -> tuple[bool, bool, int]:
     return not alarm.active, alarm.severity != "critical", -alarm.since
 
 
+def _at_present(event: dict[str, Any], rule: AlarmRule | None, frames: Frames | None,
+                layers: tuple[int, ...], latest: Mapping[str, float]) -> dict[str, Any]:
+    """The event that raised an alarm, with the value, words and place of the newest record: how
+    things stand, not how they once were. `before`: what it said. Without the rule or the metric
+    only the loads can be looked at again."""
+    name = str(event.get("alarm"))
+    found = None if rule is None else worst(rule, latest)
+    if rule is None or found is None:
+        return event
+    metric, value = found
+    counts = () if frames is None else frames.counts[-1].tolist()
+    layer, expert = place(metric, rule, counts, layers)
+    words = reading(name, rule, metric, value)
+    before = {} if value == event.get("value") else {"before": event.get("message")}
+    return {**event, "value": value, "layer": layer, "expert": expert, "message": words, **before}
+
+
 def _alarm(event: dict[str, Any], until: int | None, frames: Frames | None, layers: tuple[int, ...]) -> Alarm:
     """An event of alarms.jsonl: what it says, led by the expert it points at where there is one."""
     name, layer, expert = str(event.get("alarm")), event.get("layer"), event.get("expert")
     message = str(event.get("message") or name)
     value, text, detail, crowded = event.get("value"), message, "", False
     if frames is not None and layer in layers and isinstance(expert, int) and 0 <= expert < frames.counts.shape[2]:
-        at = int(np.searchsorted(frames.step, event["step"]).clip(0, len(frames.step) - 1))
+        then = int(np.searchsorted(frames.step, event["step"]).clip(0, len(frames.step) - 1))
+        at = then if until is not None else len(frames.step) - 1
         share, fair = frames.share[:, layers.index(layer), expert], 1 / frames.counts.shape[2]
         crowded = share[at] >= max(0.5, 2 * fair)
         text, detail = f"layer {layer}: {expert_words(expert, float(share[at]), fair)}", message
-        if until is None and abs(share[-1] - share[at]) > 0.1 * share[at]:
-            detail = f"{message}; at the last record {share[-1]:.0%}"
+        if abs(share[at] - share[then]) > 0.1 * share[then]:
+            detail = f"{message}; {share[then]:.0%} when it was raised"
+    if event.get("before"):
+        detail = f"{detail}; when it was raised: {event['before']}".removeprefix("; ")
     action = event.get("action")
     acts = bool(action and action != "none")
     if acts:

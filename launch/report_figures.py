@@ -8,6 +8,7 @@ import numpy as np
 
 from launch.report_data import RunData
 from launch.report_page import flops_at
+from train.manifest import replacing
 
 
 def write_figures(runs: list[RunData], names: list[str], folder: Path) -> list[Path]:
@@ -20,7 +21,8 @@ def write_figures(runs: list[RunData], names: list[str], folder: Path) -> list[P
 
     def save(name: str, figure: Figure) -> None:
         FigureCanvasAgg(figure)
-        figure.savefig(folder / name, dpi=144)
+        with replacing(folder / name) as scratch:
+            figure.savefig(scratch, format="png", dpi=144)
         written.append(folder / name)
 
     def plain(text: str) -> str:

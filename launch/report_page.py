@@ -75,7 +75,7 @@ CHARTS = (
     Chart("balance", "Router entropy", (("moe/router_entropy", "mean of layers"),), "percent",
           "Of the softmax, over its largest value: 100% is undecided."),
     Chart("fallbacks", "Tokens by reason", tuple((f"moe/fallback/{name}", name) for name in (
-        "nonfinite", "empty", "raised", "capped", "overridden", "spilled", "frozen", "overloaded")), "percent",
+        "nonfinite", "empty", "raised", "capped", "overridden", "overflow", "frozen", "overloaded")), "percent",
           "Share of tokens and layers that were routed otherwise than the router's mode alone would have."),
     Chart("fallbacks", "Dropped and spilled", (("moe/dropped", "dropped"), ("moe/spilled", "spilled")), "percent",
           "Share of assignments that no expert computed, or another one."),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.common import ROOT, quoted
 from train.config import RunConfig
+from train.manifest import replacing
 
 SIGNAL_MARGIN_SECONDS = 30
 
@@ -45,7 +46,8 @@ def submit(run: RunConfig, run_dir: Path) -> str:
         ValueError: there is no sbatch here, or it refuses.
     """
     script = run_dir / "slurm.sh"
-    script.write_text(batch_script(run, run_dir))
+    with replacing(script) as scratch:
+        scratch.write_text(batch_script(run, run_dir))
     if shutil.which("sbatch") is None:
         raise ValueError(f"launch=slurm needs sbatch on this machine; the script is {script}, submit it where Slurm is")
     result = subprocess.run(["sbatch", str(script)], text=True, capture_output=True, timeout=60)

@@ -35,7 +35,9 @@ def command(launch: LaunchConfig, num_nodes: int, rendezvous: Rendezvous, agent:
         store_folder: a private folder, where all ranks are on this machine: torchrun keeps its rendezvous in a file there.
     """
     if launch.kind == "slurm":
-        return ["srun", f"--nodes={num_nodes}", f"--ntasks-per-node={launch.num_devices}", "--kill-on-bad-exit=0",
+        # --ntasks, since srun would else take the allocation's SLURM_NTASKS for it.
+        return ["srun", f"--nodes={num_nodes}", f"--ntasks-per-node={launch.num_devices}",
+                f"--ntasks={num_nodes * launch.num_devices}", "--kill-on-bad-exit=0",
                 sys.executable, "-m", AGENT, *agent]
     if launch.kind == "torchrun":
         line = [sys.executable, "-m", "launch.torch_run", f"--nproc-per-node={launch.num_devices}"]

@@ -30,6 +30,7 @@ from launch.judge import Judge, Verdict
 from launch.wire import Closed, JobFile, Line, new_nonce, new_token, read_nonce
 from train.config import RunConfig
 from train.ports import free_port
+from train.stop import ASKING, Stopped, may_take
 from train.strict_json import dumps
 
 LEAVE_SECONDS = 30.0
@@ -82,6 +83,9 @@ class Supervisor:
     Args:
         arguments: of `python -m launch.train` in every rank.
         fits: world size -> what in the config speaks against it, for launch.elastic.
+
+    Raises:
+        Stopped: by run, when it was asked to stop before any rank was started.
     """
 
     config: RunConfig
@@ -97,6 +101,8 @@ class Supervisor:
     store_folder: str | None = None
     peers: list[Peer] = field(default_factory=list)
     stop_asked: int = 0
+    interrupts: int = 0
+    """How often SIGINT came: after the second nobody waits for the save."""
 
     def __post_init__(self) -> None:
         self.launch, self.limits = self.config.launch, self.config.watchdog
@@ -120,7 +126,7 @@ class Supervisor:
                              "address of this machine that the hosts reach") from error
         server.setblocking(False)
         self.selector.register(server, selectors.EVENT_READ)
-        previous = {n: signal.signal(n, self._asked_to_stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        previous = {n: signal.signal(n, self._asked_to_stop) for n in ASKING if may_take(n)}
         try:
             host, port = server.getsockname()[:2]
             if self.one_machine:
@@ -132,6 +138,10 @@ class Supervisor:
             for peer in self.peers:
                 self.order(peer, "end", code=code)
             return code
+        except Stopped:
+            for peer in self.peers:
+                self.order(peer, "end", code=exits.DONE)
+            raise
         finally:
             self.address_file.unlink(missing_ok=True)
             if self.store_folder is not None:
@@ -221,6 +231,8 @@ class Supervisor:
         self.event("attempt", attempt=self.attempt, hosts=[h.name for h in chosen] or [socket.gethostname()],
                    world_size=self.judge.world_size)
         if self.launch.by_node and (missing := self._missing_nodes()):
+            if self.stop_asked:
+                raise Stopped
             absent = Verdict("startup", (), (), 0, "", "no word from the command with launch.node_rank="
                              f"{', '.join(map(str, missing))}: start it on every node, all with the same run_dir")
             self._announce(absent)
@@ -283,7 +295,10 @@ class Supervisor:
             if self.stop_asked and stop_until is None:
                 stop_until = now + self.config.checkpoint.grace_seconds + 2
                 say("asked to stop: the ranks save and end")
-            if stop_until is not None and (now > stop_until or self.stop_asked > 1):
+            if self.interrupts > 1:
+                return Verdict("interrupted", (), (), self.judge.step, "", "ended at once by a "
+                               "second SIGINT; what came after the last checkpoint is lost")
+            if stop_until is not None and now > stop_until:
                 return Verdict("communication", (), (), self.judge.step, "", "the ranks did not save and end within "
                                f"checkpoint.grace_seconds={self.config.checkpoint.grace_seconds:g}")
             verdict = self.judge.verdict(now)
@@ -318,7 +333,7 @@ class Supervisor:
             self.forget(peer)
         if verdict is not None and silent:
             fenced = max(silent) + self.limits.timeout_seconds + 2
-            while time.monotonic() < fenced and self.stop_asked < 2:
+            while time.monotonic() < fenced and self.interrupts < 2:
                 self.listen(0.2)
         if verdict is not None:
             self.event("stopped", attempt=self.attempt, seconds=round(time.monotonic() - started, 1))
@@ -394,7 +409,9 @@ class Supervisor:
     def _heard(self, peer: Peer, message: dict[str, Any]) -> None:
         if not peer.known:
             self._welcome(peer, message)
-        elif peer.rank is not None and "event" in message:
+        elif peer.node is not None:
+            self.stop_asked += message.get("asked_to_stop") is True
+        elif "event" in message:
             self.event(message.pop("event"), rank=peer.rank, **message)
         elif peer.rank is not None:
             self.judge.report(peer.rank, self.judge.ranks[peer.rank].host, time.monotonic(), message)
@@ -449,6 +466,7 @@ class Supervisor:
 
     def _asked_to_stop(self, number: int, frame: object) -> None:
         self.stop_asked += 1
+        self.interrupts += number == signal.SIGINT
 
 
 def connection_limit(num_own: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch import hosts
@@ -36,6 +37,7 @@ from launch.common import (
 from launch.exits import IN_USE
 from launch.secrets import forwarded_environment, redact, redact_text
 from train.manifest import write_text
+from train.stop import Stopped, StopSignal
 from train.strict_json import dumps
 
 
@@ -45,6 +47,7 @@ def train(config: DictConfig) -> float | None:
 
     config = with_saved_config(config)
     if is_worker():
+        refuse_second_launcher()
         return work(config)
     if "saved_config" in config:  # the batch script of launch=slurm
         config = load_config(config.saved_config)
@@ -74,6 +77,16 @@ def train(config: DictConfig) -> float | None:
     return supervise(config, run)
 
 
+def refuse_second_launcher() -> None:
+    """A rank starts no ranks: whoever asks it to has launched the command twice."""
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    if chosen.get("launch", "inline") != "inline":
+        raise ValueError(f"launch={chosen['launch']} starts the ranks, but this process is already "
+                         f"rank {rank()} of {os.environ['WORLD_SIZE']} (RANK, LOCAL_RANK and "
+                         "WORLD_SIZE say so): run the command once, without a launcher before it, or "
+                         "drop launch=")
+
+
 def supervise(config: DictConfig, run: Any) -> float | None:
     """Own the run directory and see the job through: in this process, by a supervisor, or through Slurm's queue."""
     from launch import slurm
@@ -83,16 +96,21 @@ def supervise(config: DictConfig, run: Any) -> float | None:
     if run.launch.kind == "slurm" and not slurm.in_allocation():
         print_result({"run_dir": str(run_dir), "submitted": slurm.submit(run, run_dir)})
         return None
-    with RunLock(run_dir, give_way) as lock:
-        (run_dir / "supervisor.json").unlink(missing_ok=True)  # of a job that was killed: its agents end without it
-        if run.launch.kind == "inline":
-            work(config)
-        else:
-            start_ranks(config, run, lock.still_ours)
-    if run.launch.kind == "slurm" and run.launch.slurm.requeue and json.loads(
-            (run_dir / "result.json").read_text())["stopped"]:
-        slurm.requeue()
-    return finish(config, run)
+    with StopSignal(second_interrupt_ends=True) as stop:
+        with RunLock(run_dir, give_way) as lock:
+            # Of a job that was killed: its agents end when it is gone.
+            (run_dir / "supervisor.json").unlink(missing_ok=True)
+            if run.launch.kind == "inline":
+                work(config, stop)
+            else:
+                start_ranks(config, run, stop, lock.still_ours)
+        if run.launch.kind == "slurm" and run.launch.slurm.requeue and json.loads(
+                (run_dir / "result.json").read_text())["stopped"]:
+            slurm.requeue()
+        loss = finish(config, run, stop)
+    if stop.received and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise Stopped  # the other jobs of the sweep as well
+    return loss
 
 
 def give_way(reason: str) -> None:
@@ -153,14 +171,21 @@ def save_config(config: DictConfig) -> None:
         raise ValueError(f"run_dir={path} cannot be written ({error.strerror}); choose another directory") from error
 
 
-def start_ranks(config: DictConfig, run: Any, still_ours: Callable[[], bool]) -> None:
+def start_ranks(config: DictConfig, run: Any, stop: StopSignal,
+                still_ours: Callable[[], bool]) -> None:
     from launch import spawn
     from launch.supervisor import Supervisor
     from launch.validate import ConfigError, check_tokenizer, parse
     from train.data.prepare import prepare
 
     check_tokenizer(run)
-    prepare(run.data)  # here, so that no rank waits for it
+    run_dir = Path(config.run_dir)
+    try:
+        with stop.obeyed_at_once():
+            prepare(run.data)  # here, so that no rank waits for it
+    except Stopped:
+        stopped_before_training(run_dir)
+        return
 
     def against(size: int) -> list[str]:
         try:
@@ -170,21 +195,53 @@ def start_ranks(config: DictConfig, run: Any, still_ours: Callable[[], bool]) ->
         return []
 
     env = {**forwarded_environment(spawn.environment(), run.launch.forward_env), **run.launch.env}
-    arguments = [f"+saved_config={quoted((Path(config.run_dir) / 'config.yaml').resolve())}"]
-    code = Supervisor(run, Path(config.run_dir), arguments, against, env, still_ours).run()
+    arguments = [f"+saved_config={quoted((run_dir / 'config.yaml').resolve())}"]
+    try:
+        code = Supervisor(run, run_dir, arguments, against, env, still_ours,
+                          stop_asked=int(stop.received)).run()
+    except Stopped:  # before any rank was started
+        stopped_before_training(run_dir)
+        return
     if code:
         fail([f"the job ended with exit code {code}; the cause stands above and in {config.run_dir}/supervisor.jsonl, "
               f"stacks and batches in {config.run_dir}/failures"], code=code)
 
 
-def work(config: DictConfig) -> float | None:
-    """One rank: train, and let rank 0 write result.json."""
+def stopped_before_training(run_dir: Path) -> dict[str, Any]:
+    """Write and return the result of a run that was asked to stop before its ranks could train on:
+    what it was before, but stopped."""
+    path = run_dir / "result.json"
+    result: dict[str, Any] = {"run_dir": str(run_dir), "val_loss": None, "step": 0}
+    if path.is_file():
+        result = json.loads(path.read_text())
+    result["stopped"] = True
+    write_text(path, json.dumps(result) + "\n")
+    print(f"stopped by a signal before training; continue with resume={run_dir}", file=sys.stderr,
+          flush=True)
+    return result
+
+
+def began_nothing(run_dir: Path) -> bool:
+    """Whether a run was stopped before its first step, so that resuming it means beginning."""
+    path = run_dir / "result.json"
+    return (path.is_file() and json.loads(path.read_text()).get("stopped") is True
+            and not any((run_dir / "checkpoints").glob("step-*")))
+
+
+def work(config: DictConfig, stop: StopSignal | None = None) -> float | None:
+    """One rank: train, and let rank 0 write result.json. stop: the signal of a process that is more
+    than a rank."""
     from train import heartbeat
 
     heartbeat.start()
     heartbeat.beat(0, "start")
     try:
-        result = _work(config)
+        if stop is not None:
+            result = _work(config, stop)
+        else:
+            # Early, so that a signal during the slow imports below is remembered.
+            with StopSignal() as stop:
+                result = _work(config, stop)
     except BaseException as error:
         if not isinstance(error, SystemExit):
             heartbeat.failed(failure_of(error), redact_text(" ".join(str(error).split())[:500]) or type(error).__name__)
@@ -193,7 +250,7 @@ def work(config: DictConfig) -> float | None:
     return None if result is None else result["val_loss"]
 
 
-def _work(config: DictConfig) -> dict[str, Any] | None:
+def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
     from launch.validate import parse
 
     started_directly = is_worker() and "saved_config" not in config
@@ -203,24 +260,29 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
     restarted = attempt > 0 or config.launch.kind == "slurm"
     if restarted:
         config.resume = literal(config.run_dir)
-    from train.runtime import StopSignal, process_group
+    elif config.resume is not None:
+        restarted = began_nothing(Path(config.resume))
+    from train.runtime import process_group
 
-    stop = StopSignal()  # early, so that a signal during the slow imports below is remembered
-    run = parse(plain(config), int(os.environ.get("WORLD_SIZE", "1")))
+    run = parse(plain(config), int(os.environ["WORLD_SIZE"]) if is_worker() else 1)
     if started_directly:
         refuse_used_run_dir(config)  # before any rank can have written it
     from train.lock import RunLock
     from train.loop import fit
 
-    with process_group(run.parallel.timeout_seconds):
-        run_dir = agree_on_run_dir(config, run, started_directly)
-        with RunLock(run_dir, give_way) if started_directly and rank() == 0 else nullcontext():
-            shown = redact(plain(config))  # resolved, so a secret named by ${oc.env:...} would stand in it
-            result = fit(run, run_dir, stop, OmegaConf.to_yaml(OmegaConf.create(literal(shown))), shown, restarted)
-    stop.close()
+    try:
+        with process_group(run.parallel.timeout_seconds):
+            run_dir = agree_on_run_dir(config, run, started_directly)
+            with RunLock(run_dir, give_way) if started_directly and rank() == 0 else nullcontext():
+                # Resolved, so a secret named by ${oc.env:...} would stand in it.
+                shown = redact(plain(config))
+                text = OmegaConf.to_yaml(OmegaConf.create(literal(shown)))
+                result = fit(run, run_dir, stop, text, shown, restarted)
+    except Stopped:
+        result = stopped_before_training(run_dir) if rank() == 0 else None
     if result is None:
         return None
-    (run_dir / "result.json").write_text(dumps(result) + "\n")
+    write_text(run_dir / "result.json", dumps(result) + "\n")
     if started_directly:
         print_result(result)
     return result
@@ -241,8 +303,9 @@ def agree_on_run_dir(config: DictConfig, run: Any, started_directly: bool) -> Pa
     return Path(chosen[0])
 
 
-def finish(config: DictConfig, run: Any) -> float | None:
-    """Sample of text, where things are, and the JSON line."""
+def finish(config: DictConfig, run: Any, stop: StopSignal) -> float | None:
+    """Sample of text, where things are, and the JSON line. Asked to stop, it leaves the sample: the
+    run itself is done."""
     from launch.generate import sample
 
     run_dir = Path(config.run_dir)
@@ -250,9 +313,12 @@ def finish(config: DictConfig, run: Any) -> float | None:
     if run.train.sample_prompt and not result["stopped"]:
         print("\n--- sample -------------------------------------------------------------")
         try:
-            for piece in sample(str(run_dir), run.train.sample_prompt, max_new_tokens=120, temperature=0.8, top_p=0.95,
-                                seed=run.seed):
-                print(piece, end="", flush=True)
+            with stop.obeyed_at_once():
+                for piece in sample(str(run_dir), run.train.sample_prompt, max_new_tokens=120,
+                                    temperature=0.8, top_p=0.95, seed=run.seed):
+                    print(piece, end="", flush=True)
+        except Stopped:
+            print("\nasked to stop: the sample is left", end="")
         except ValueError as error:  # the run itself is done
             print(f"no sample: {error}", end="")
         print("\n------------------------------------------------------------------------")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import math
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from launch.secrets import problems_of_env, problems_of_settings, redact_text
 from model.placement import Placement
 from train.config import ComponentConfig, RunConfig
+from train.metric_names import metric_names
 
 # DeepSpeed settings that users may give. Everything else is refused: DeepSpeed itself ignores unknown keys silently.
 # tests/launch/test_validate.py checks these names against DeepSpeed's own models.
@@ -194,6 +197,7 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
                 run.parallel, run.launch, run.watchdog, run.data, run.checkpoint, run.tracker)
     problems = [problem for section in sections for problem in section.problems()]
     problems += [problem for name, rule in run.alarms.items() for problem in rule.problems(f"alarms.{name}")]
+    problems += _alarms(run)
     if not 0 <= run.seed < 2**31:
         problems.append(f"seed is {run.seed}; it must be between 0 and 2**31 - 1")
     problems += problems_of_env(run.launch.env)
@@ -204,6 +208,37 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _lengths(run) + _batch(run, world_size) + _parallel(run, world_size)
     return problems
+
+
+def _alarms(run: RunConfig) -> list[str]:
+    """Alarms on what no run of this model can log; other routers' and layouts' are silent."""
+    num_layers = run.model.num_layers
+    every = range(num_layers)
+    found = []
+    for name, rule in run.alarms.items():
+        path, metric = f"alarms.{name}.metric", rule.metric
+
+        def logged(detailed: bool, moe: Iterable[int], metric: str = metric) -> bool:
+            return bool(fnmatch.filter(metric_names(moe, every, detailed), metric))
+
+        # A dense model logs nothing of routing, and its default alarms on that are no mistake.
+        moe_layers = run.model.moe_layers or tuple(every)
+        if not metric or logged(run.tracker.metrics == "detailed", moe_layers):
+            continue
+        if logged(True, moe_layers):
+            found.append(f"{path} is {metric!r}, which is logged with tracker.metrics=detailed only; "
+                         "add that")
+        elif logged(True, range(1 << 10)):
+            found.append(f"{path} is {metric!r}, but no such layer has experts: choose one of "
+                         f"layers {', '.join(map(str, moe_layers))}, or layer_* for all")
+        elif metric.startswith("eval/"):
+            found.append(f"{path} is {metric!r}, but alarms watch logged steps, not evaluations")
+        else:
+            known = metric_names(moe_layers, every, True)
+            near = difflib.get_close_matches(metric, sorted(known), 1)
+            found.append(f"{path} is {metric!r}, which no run logs"
+                         + (f"; did you mean {near[0]}?" if near else "; docs/metrics.md lists what runs log"))
+    return found
 
 
 def _attention(run: RunConfig) -> list[str]:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from model.config import BudgetConfig
 from train.config import AlarmRule
 
 
 @dataclass(frozen=True)
 class AlarmEvent:
-    """One line of alarms.jsonl. event: "raised" or "cleared". layer, expert: where, as far as the metric tells."""
+    """One line of alarms.jsonl. event: "raised" or "cleared". value: of the metric, at that step.
+    layer, expert: where, as far as the metric tells."""
 
     step: int
     tokens: int
@@ -30,6 +32,7 @@ class AlarmEvent:
     expert: int | None
     message: str
     action: str | None
+    metric: str
 
 
 class AlarmStop(RuntimeError):
@@ -47,9 +50,20 @@ class Held:
     ringing: bool = False
 
 
+SETTLING_STEPS = 100
+"""How long the budget's controller may take after the warm start and the blend."""
+
+
+def settled(rules: Mapping[str, AlarmRule], budget: BudgetConfig) -> dict[str, AlarmRule]:
+    """The rules with a step instead of after_step=None."""
+    step = budget.warm_start_steps + budget.blend_steps + SETTLING_STEPS
+    return {name: rule if rule.after_step is not None else replace(rule, after_step=step)
+            for name, rule in rules.items()}
+
+
 @dataclass
 class Alarms:
-    """All rules of a run. held: their state, by name."""
+    """All rules of a run, each with its after_step (see `settled`). held: their state, by name."""
 
     rules: Mapping[str, AlarmRule]
     held: dict[str, Held] = field(default_factory=dict)
@@ -59,10 +73,11 @@ class Alarms:
         """What changed at a logged step. counts: assignments by MoE layer and expert of the interval, to name an expert."""
         events = []
         for name, rule in self.rules.items():
-            worst = _worst(rule, scalars)
-            if worst is None or step <= rule.after_step:
+            found = worst(rule, scalars)
+            assert rule.after_step is not None
+            if found is None or step <= rule.after_step:
                 continue
-            metric, value = worst
+            metric, value = found
             held = self.held.setdefault(name, Held())
             if not rule.beyond(value):
                 held.since = None
@@ -73,13 +88,13 @@ class Alarms:
             held.since = step if held.since is None else held.since
             if not held.ringing and step - held.since >= rule.for_steps:
                 held.ringing = True
-                layer, expert = _place(metric, rule, counts, layers)
+                layer, expert = place(metric, rule, counts, layers)
                 events.append(_event(step, tokens, name, "raised", rule, metric, value, layer, expert))
         return events
 
     def silent(self, logged: Mapping[str, Any]) -> list[str]:
         """Rules that this record has no metric for."""
-        return [name for name, rule in self.rules.items() if _worst(rule, logged) is None]
+        return [name for name, rule in self.rules.items() if worst(rule, logged) is None]
 
     def ringing(self) -> list[str]:
         return [name for name in self.rules if name in self.held and self.held[name].ringing]
@@ -102,7 +117,7 @@ class Alarms:
         self.held = {name: Held(*values) for name, values in state.items() if name in self.rules}
 
 
-def _worst(rule: AlarmRule, scalars: Mapping[str, Any]) -> tuple[str, float] | None:
+def worst(rule: AlarmRule, scalars: Mapping[str, Any]) -> tuple[str, float] | None:
     """The matching metric that is furthest beyond (or nearest to) the limit; one that is not a number is beyond any."""
     if any(c in rule.metric for c in "*?["):
         found = [(k, v) for k, v in scalars.items() if fnmatch.fnmatchcase(k, rule.metric)]
@@ -112,7 +127,7 @@ def _worst(rule: AlarmRule, scalars: Mapping[str, Any]) -> tuple[str, float] | N
     return max(found, key=lambda item: rule.excess(item[1])) if found else None
 
 
-def _place(metric: str, rule: AlarmRule, counts: Sequence[Sequence[int]], layers: Sequence[int]
+def place(metric: str, rule: AlarmRule, counts: Sequence[Sequence[int]], layers: Sequence[int]
            ) -> tuple[int | None, int | None]:
     """Layer and expert: the layer from the metric's name or else the one where the busiest (idlest) expert stands out."""
     if not metric.startswith("moe/") or rule.points_at == "none" or not len(counts):
@@ -137,12 +152,17 @@ def _event(step: int, tokens: int, name: str, event: str, rule: AlarmRule, metri
     if event == "raised":
         held = f" for {rule.for_steps} steps" if rule.for_steps else ""
         where = "" if layer is None else f"; layer {layer}" + ("" if expert is None else f", expert {expert}")
-        text = f"{rule.meaning or name}: {metric} is {_number(value)}, {rule.limit_text}{held}{where}"
+        text = f"{reading(name, rule, metric, value)}{held}{where}"
     else:
         text = f"over: {metric} is {_number(value)} again"
     threshold = rule.threshold
     return AlarmEvent(step, tokens, name, event, value, threshold, layer, expert, text,
-                      rule.action if event == "raised" and rule.action != "none" else None)
+                      rule.action if event == "raised" and rule.action != "none" else None, metric)
+
+
+def reading(name: str, rule: AlarmRule, metric: str, value: float) -> str:
+    """What is wrong, in a few words: the meaning of the rule, the value and the limit."""
+    return f"{rule.meaning or name}: {metric} is {_number(value)}, {rule.limit_text}"
 
 
 def _number(value: float) -> str:

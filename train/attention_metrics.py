@@ -10,9 +10,7 @@ import torch
 from model.attention.base import STATS
 from model.attention.sparse import SparseAttention
 from ops.sparse_attention.audit import mean_error_bound
-
-BY_LAYER = ("tail_mass", "selected_mass", "union_factor", "error", "certificate")
-"""Written for every layer; of the others the mean."""
+from train.metric_names import ATTENTION_BY_LAYER
 
 
 def attention_metrics(sums: torch.Tensor, layers: list[int], detailed: bool = False) -> dict[str, float]:
@@ -36,7 +34,7 @@ def attention_metrics(sums: torch.Tensor, layers: list[int], detailed: bool = Fa
     if "error" in by_layer:
         found["attention/error/max"] = float(by_layer["error"].max())
         found["attention/bound_violations"] = float(stats["bound_violations"].sum())
-    for name in by_layer if detailed else BY_LAYER:
+    for name in by_layer if detailed else ATTENTION_BY_LAYER:
         found |= {f"attention/{name}/layer_{layer}": float(value)
                   for layer, value in zip(layers, by_layer.get(name, ()), strict=False)}
     return found

@@ -376,8 +376,8 @@ class AlarmRule:
     """Compare the size of the metric, whatever its sign."""
     for_steps: int = 0
     """It must have been beyond the limit for so many steps; 0: once is enough."""
-    after_step: int = 0
-    """Silent up to this step."""
+    after_step: int | None = 0
+    """Silent up to this step; None: until the budget has settled (train.alarms.settled)."""
     action: Literal["none", "freeze_bias", "top_k", "stop"] = "none"
     """While it rings: the selection bias stays as it is; adaptive routers choose plain top-k; the run is saved and ends."""
     points_at: Literal["none", "busiest", "idlest"] = "none"
@@ -411,7 +411,7 @@ class AlarmRule:
         if (self.above is None) == (self.below is None):
             found.append(f"{path}: give one of above and below, the limit of {self.metric or 'the metric'}")
         for name in ("for_steps", "after_step"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 found.append(f"{path}.{name} is {getattr(self, name)}; it must not be negative")
         return found
 

@@ -21,12 +21,16 @@ from train.probe import RoutingProbe
 @torch.no_grad()
 def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], device: torch.device,
              routers: list[Router], sparse_layers: list[int] | None = None,
-             probe: RoutingProbe | None = None) -> dict[str, Any]:
+             probe: RoutingProbe | None = None,
+             stopped: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
     """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many batches.
 
     probe: sees this rank's first batch.
+    stopped: asked before every batch, with the same answer on all ranks; when it is True, the
+        evaluation is left: a share of the batches is no result.
 
     Returns:
+        None when it was left, else
         val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes they stand for; absent
         where the batches do not know these), the number of targets, balance metrics, mean experts per token, and the
         counts [layers][experts]; with sparse_layers (their numbers), also what train/attention_metrics.py makes of these
@@ -42,6 +46,8 @@ def evaluate(forward: Callable[..., ModelOutput], batches: Iterable[Batch], devi
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     stats: torch.Tensor | None = None
     for batch in batches:
+        if stopped():
+            return None
         output = forward(**batch.inputs(device), measure_attention=bool(sparse_layers),
                          keep_routing=probe is not None and stats is None)
         if probe is not None:

@@ -24,7 +24,7 @@ from ops.grouped_mlp import product_tile_rows, select_backend
 from ops.router import RouterOutput
 from ops.router import select_backend as router_backend
 from train import heartbeat
-from train.alarms import Alarms, AlarmStop
+from train.alarms import Alarms, AlarmStop, settled
 from train.attention_metrics import short_rows_note
 from train.audit import FOLDER, AuditLog
 from train.checkpoint import (
@@ -46,13 +46,15 @@ from train.engine import Engine
 from train.evaluate import evaluate
 from train.gradients import GradientWatch
 from train.host_syncs import HostSyncs
+from train.manifest import replacing
 from train.metrics import StepMetrics, console_line
 from train.nonfinite import NonFiniteError, describe
 from train.probe import RoutingProbe
 from train.routing_metrics import routing_details, tile_padding
-from train.runtime import StopSignal, from_rank_zero, seed_everything
+from train.runtime import from_rank_zero, seed_everything
 from train.schedule import Schedule
 from train.spike import SpikeGuard
+from train.stop import StopSignal
 from train.straggler import StragglerWatch
 from train.tracker import Tracker
 
@@ -73,9 +75,11 @@ class Progress:
     """Steps without an update, because their gradient was not finite."""
     alarms: dict[str, tuple[int | None, bool]] = field(default_factory=dict)
     """train.alarms.Alarms.state."""
+    evaluation_left: bool = False
+    """Whether the evaluation of this step was left because some rank was asked to stop."""
 
 
-def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
+def open_store(config: RunConfig, run_dir: Path, stop: StopSignal) -> TokenStore:
     """The run's token store; rank 0 makes it if the launcher has not. Collective.
 
     RUN/data gets the tokenizer and the manifest, so that the run can be sampled from without the store.
@@ -83,11 +87,13 @@ def open_store(config: RunConfig, run_dir: Path) -> TokenStore:
     Raises:
         ValueError: the sources cannot be read, the model's vocabulary does not cover the tokenizer's ids, or a resumed
             run would go on with other data than it began with.
+        Stopped: rank 0 was asked to stop meanwhile.
     """
     def prepare_and_record() -> Path:
         if problems := tokenizer_problems(config.data.tokenizer, config.model.vocab_size):
             raise ValueError("; ".join(problems))
-        path = prepare(config.data, log.info)
+        with stop.obeyed_at_once():
+            path = prepare(config.data, log.info)
         _record_data(path, run_dir / "data")
         return path
 
@@ -105,7 +111,8 @@ def _record_data(store: Path, folder: Path) -> None:
                          "them back, or start a new run")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "token_bytes.npy", "manifest.json"):
-        shutil.copyfile(store / name, folder / name)
+        with replacing(folder / name) as scratch:
+            shutil.copyfile(store / name, scratch)
 
 
 def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str, plain_config: dict[str, Any],
@@ -116,10 +123,13 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
         run_dir: on a file system that all ranks share; stop: set when the process was asked to save and end.
         resolved_config: YAML text saved with checkpoints; plain_config: the same as data, for W&B.
         restarted: an attempt before may have ended without any checkpoint: then begin anew instead of refusing.
+
+    Raises:
+        Stopped: on all ranks, when rank 0 was asked to stop while it prepared the data.
     """
     rank, settings = dist.get_rank(), config.train
     seed_everything(config.seed, rank, settings.deterministic)
-    store = open_store(config, run_dir)
+    store = open_store(config, run_dir, stop)
     groups = initialize_parallel(config.parallel.expert_parallel_size, config.parallel.timeout_seconds,
                                  config.parallel.ranks_per_node)
     engine = Engine(build_model(config, groups), groups, settings, config.optim, config.deepspeed)
@@ -212,7 +222,7 @@ class _Run:
                                    self.engine.module.rank_shares,
                                    [a.layer_idx for a in self.engine.module.sparse_attentions()],
                                    config.tracker.metrics == "detailed")
-        self.alarms = Alarms(config.alarms)
+        self.alarms = Alarms(settled(config.alarms, config.budget))
         self.alarms.restore(progress.alarms)
         self.alarm_actions = frozenset(self.alarms.actions())
         self.host_syncs = HostSyncs(self.engine.device, config.tracker.metrics == "detailed")
@@ -232,6 +242,8 @@ class _Run:
         first_tokens = tokens_before  # the first log interval warms up and does not count towards the speed
         if progress.step >= last_step:
             log.info("nothing to train: the run is at step %d and train.num_steps is %d", progress.step, last_step)
+        elif progress.evaluation_left:
+            saved_step = self.evaluate_and_keep_best(saved_step)
         self.metrics.started = time.perf_counter()  # what was built since does not count as training time
         while progress.step < last_step and not stopped:
             started = time.perf_counter()
@@ -239,7 +251,7 @@ class _Run:
                 stopped = self.optimisation_step()
             seconds += time.perf_counter() - started
             step, at_end = progress.step, progress.step == last_step
-            if self.logs(step) or stopped:
+            if self.metrics.steps and (self.logs(step) or stopped):
                 scalars = self.log_step(last_step)
                 self.stop_on_alarm(saved_step)
                 if first_tokens == tokens_before and not at_end and not stopped:
@@ -257,11 +269,13 @@ class _Run:
             saved_step = progress.step
         if not stopped and progress.step > 0:
             self.evaluate_and_keep_best(saved_step)
+            stopped = progress.evaluation_left
         heartbeat.beat(progress.step, "save")
         if progress.step != first_step:
             self.writer.require(progress.step)
         if stopped:
-            log.info("stopped by a signal after step %d; continue with resume=%s", progress.step, self.run_dir)
+            log.info("stopped by a signal after step %d%s; continue with resume=%s", progress.step,
+                     ", in its evaluation" if progress.evaluation_left else "", self.run_dir)
         return {
             "val_loss": progress.val_loss, "unigram_entropy": self.store.unigram_entropy,
             "best_val_loss": None if math.isinf(best := self.writer.best_loss()) else best,
@@ -278,7 +292,8 @@ class _Run:
         return step % self.config.train.log_interval == 0 or step == self.last_step
 
     def optimisation_step(self) -> bool:
-        """One optimiser step over all micro-batches of the global batch; True when some rank was asked to stop."""
+        """One optimiser step over all micro-batches of the global batch. True: some rank was asked
+        to stop, and nothing of the step was done."""
         config, progress = self.config, self.progress
         step, first_sample = progress.step + 1, self.loader.consumed_samples
         heartbeat.beat(step, "data")
@@ -287,7 +302,9 @@ class _Run:
         with self.stragglers.own_work(at_log_step):
             batches = self.loader.next_step(self.schedule.num_micro_batches(first_sample))
         num_targets, num_tokens, stop = self._agree(batches)
-        at_log_step = at_log_step or stop
+        if stop:
+            self.loader.consumed_samples = first_sample  # they come first when the run goes on
+            return True
         stats = scope_counts = None
         losses, mark = [], self.metrics.mark()
         snapshot = progress.spike.takes_snapshot(progress.step, config.fail_safe)
@@ -338,7 +355,7 @@ class _Run:
         progress.consumed_samples = self.loader.consumed_samples
         progress.consumed_tokens += num_tokens
         self.metrics.steps += 1
-        return stop
+        return False
 
     def not_finite(self, step: int, losses: list[float], batches: list[Batch], first_sample: int) -> None:
         """Keep the batch, and end the run or go on without the step. Collective."""
@@ -448,7 +465,12 @@ class _Run:
                         f"with alarms.{names[0]}.action=none")
 
     def evaluate_and_keep_best(self, saved_step: int) -> int:
-        """Held-out evaluation; saves when it is the best so far. Returns the newest saved step. Collective."""
+        """Held-out evaluation; saves when it is the best so far. Returns the newest saved step.
+        Collective.
+
+        When some rank is asked to stop meanwhile, it is left without a result: nothing is
+        remembered or saved as the best.
+        """
         settings, progress = self.config.train, self.progress
         rows = ValidationRows(self.store, settings.seq_len)
         if len(rows) == 0:
@@ -456,12 +478,20 @@ class _Run:
             return saved_step
         batches = validation_batches(rows, settings.micro_batch_size, self.store.end_of_document,
                                      self.groups.data_rank, self.groups.data_size, settings.eval_max_sequences)
+
+        def stopped() -> bool:
+            heartbeat.beat(progress.step, "evaluate")
+            progress.evaluation_left = self.stop.agreed()
+            return progress.evaluation_left
+
         self.engine.module.eval()
         self.engine.module.set_step(progress.step)  # the stage that launch.evaluate finds in the checkpoint
-        heartbeat.beat(progress.step, "evaluate")
         result = evaluate(self.engine.forward, batches, self.engine.device, self.routers,
-                          probe=self.probe)
+                          probe=self.probe, stopped=stopped)
         self.engine.module.train()
+        if result is None:
+            log.info("asked to stop: the evaluation of step %d is left", progress.step)
+            return saved_step
         progress.val_loss, self.bits_per_byte = result["val_loss"], result.get("bits_per_byte")
         log.info("eval step %d  val_loss %.4f  perplexity %.2f  bits_per_byte %s  unigram_entropy %.4f  "
                  "balance %.2fx", progress.step, result["val_loss"], result["perplexity"],

@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,6 +45,18 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write to, which takes its place when the block ends well and
+    is removed when it does not: whatever ends the process, nobody finds half a file."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -150,8 +150,11 @@ def console_line(step: int, num_steps: int, scalars: dict[str, Any], eta_seconds
                   f"dropped {scalars['moe/dropped']:.1%}"]
         if "moe/budget_error" in scalars:
             parts.append(f"k {scalars['moe/experts_per_token']:.2f}")
+        if scalars["moe/spilled"] > 1e-3:
+            parts.append(f"spilled {scalars['moe/spilled']:.1%}")
         parts += [f"{name.removeprefix('moe/fallback/')} {share:.1%}" for name, share in scalars.items()
-                  if name.startswith("moe/fallback/") and share > 1e-3 and not name.endswith(("overridden", "raised"))]
+                  if name.startswith("moe/fallback/") and share > 1e-3
+                  and not name.endswith(("overridden", "raised", "overflow"))]
         if scalars["moe/layers_in_fallback"]:
             parts.append(f"plain top-k in {scalars['moe/layers_in_fallback']} layers")
     if "attention/tail_mass" in scalars:

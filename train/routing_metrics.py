@@ -16,13 +16,11 @@ from model.budget import COLLAPSED, HOLD, THETA, penalty_coeff
 from model.config import ModelConfig
 from model.routers.base import SHARE, VALUE, Router
 from ops.router import Reason, RouterOutput
+from train.metric_names import BY_LAYER, SMALL_IS_BAD
 
-BY_LAYER = ("max_vio", "experts_per_token", "budget_error", "router_entropy")
-"""Metrics that are written for every layer; the others as mean and largest."""
-SMALL_IS_BAD = ("load_entropy_ratio",)
-"""Metrics with their smallest as well."""
-FAIL_SAFES = ("nonfinite", "empty", "overridden", "spilled", "frozen", "overloaded")
-"""F0 to F5: what no healthy layer needs. "overridden" is the warm start, too."""
+FAIL_SAFES = ("nonfinite", "empty", "overridden", "frozen", "overloaded")
+"""F0, F1, F2, F4 and F5: what no healthy layer needs. "overridden" is the warm start, too. Not the
+overflow of a capacity or a tile (F3), which was asked for: what it costs is moe/dropped."""
 
 
 def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig, shares: torch.Tensor | None,
@@ -73,6 +71,10 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
     all_tokens = float(tokens.sum())
     for reason in Reason:
         found[f"moe/fallback/{str(reason.name).lower()}"] = float(stats.reasons[:, reason.bit].sum()) / all_tokens
+    # Without min_experts a token may choose no expert, which is no fallback then.
+    found["moe/empty"] = found["moe/fallback/empty"]
+    if first.spec.min_experts == 0:
+        found["moe/fallback/empty"] = 0.0
     found["moe/fallback_rate"] = sum(found[f"moe/fallback/{name}"] for name in FAIL_SAFES)
     found["moe/layers_in_fallback"] = int((state[:, HOLD] > 0).sum())
     found["moe/layers_collapsed"] = int((state[:, COLLAPSED] > 0).sum())

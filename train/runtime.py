@@ -1,4 +1,4 @@
-"""Start and stop of a training process: process group, device, seeds, determinism, logging, stop signals."""
+"""Start and stop of a training process: process group, device, seeds, determinism, logging."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import os
 import random
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 from model.parallel import destroy_parallel
 from train.ports import STORE, free_port
+from train.stop import Stopped
 
 log = logging.getLogger("loadstone")
 T = TypeVar("T")
@@ -30,8 +30,14 @@ def process_group(timeout_seconds: int) -> Iterator[torch.device]:
     """Join the job's process group (or make one of a single process); yields this rank's device."""
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(free_port())}
-    added = {name: value for name, value in single.items() if name not in os.environ}
-    os.environ.update(added)
+    added: dict[str, str | None] = {}
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ):
+        # Alone, whatever a scheduler has set for the ranks that a launcher was to start here.
+        added = {name: os.environ.get(name) for name in single}
+        os.environ.update(single)
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not know "
+                         f"where rank 0 listens: set {' and '.join(missing)}, the same for all ranks")
     if torch.cuda.is_available():
         # Some schedulers show each task only its own device.
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -86,11 +92,14 @@ def _own_store(timeout: datetime.timedelta) -> dist.Store | None:
     return dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_server, timeout, **listening)
 
 
-def _leave(added: dict[str, str]) -> None:
+def _leave(added: dict[str, str | None]) -> None:
     destroy_parallel()
     dist.destroy_process_group()
-    for name in added:  # a sweep runs several jobs in one process
-        os.environ.pop(name, None)
+    for name, before in added.items():  # a sweep runs several jobs in one process
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
@@ -111,11 +120,14 @@ def from_rank_zero(function: Callable[[], T]) -> T:
     Raises:
         ValueError: on every rank, with rank 0's message (and class, where it is one of ours), when the call failed there; no
             rank is left waiting.
+        Stopped: on every rank, when rank 0 was asked to stop inside the call.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer = [function(), None]
+        except Stopped:
+            answer = [None, (Stopped, "")]
         except Exception as error:
             ours = isinstance(error, ValueError) and type(error).__module__.startswith("train.")
             kind = type(error) if ours else ValueError
@@ -126,17 +138,3 @@ def from_rank_zero(function: Callable[[], T]) -> T:
         raise kind(message)
     return answer[0]
 
-
-class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which ask to save and end; the loop agrees on the step with all ranks."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def close(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = True

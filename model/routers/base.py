@@ -225,7 +225,7 @@ def _given(spec: RouteSpec) -> RouteSpec:
 
 def _spilled(routing: RouterOutput, choice: RouterOutput, spilled: Spilled) -> RouterOutput:
     """The routing after a spill, with what it did to the assignments so far."""
-    return _marked(routing, choice, Reason.SPILLED, spilled.moved)._replace(overflow=choice.overflow + spilled.overflow)
+    return _marked(routing, choice, Reason.OVERFLOW, spilled.moved)._replace(overflow=choice.overflow + spilled.overflow)
 
 
 def _marked(routing: RouterOutput, choice: RouterOutput, reason: Reason,

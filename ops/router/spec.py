@@ -22,7 +22,7 @@ class Reason(IntFlag):
     RAISED = 4  # fewer than min_experts were chosen
     CAPPED = 8  # more than max_experts were chosen
     OVERRIDDEN = 16  # the control mixes in plain top-k: warm start, guard or collapse (F2)
-    SPILLED = 32  # F3: an expert was full
+    OVERFLOW = 32  # F3: an expert was full, what it had too many of was spilled or dropped
     FROZEN = 64  # F4: chosen by an earlier router
     OVERLOADED = 128  # F5: the limit is lowered because a rank has too much to do
 

@@ -168,6 +168,27 @@ def test_a_collapse_stands_on_the_first_screen(tmp_path, capsys):
     assert Page(page).numbers["alarms/active", "run"] == 1 and 'class="verdict critical"' in page
 
 
+def test_an_alarm_that_rings_is_worded_by_the_newest_record(tmp_path, capsys):
+    """It was raised at 9% and an expert of layer 1; by now it is worse and elsewhere."""
+    run = make_run(tmp_path / "run", steps=50, collapse=40)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"moe/dropped": 0.002 * line["step"], "moe/max_vio/layer_1": 1.2,
+                 "moe/max_vio/layer_3": 6.3 if line["step"] >= 40 else 0.1}
+    write_lines(run / "metrics.jsonl", lines)
+    raised = alarm(30, alarm="imbalance", value=1.2, layer=1, expert=2, message="then at layer 1")
+    write_lines(run / "alarms.jsonl", [
+        alarm(10, alarm="dropped", value=0.02, message="dropped: moe/dropped is 0.02, above 0.01"),
+        raised, alarm(20, alarm="dead_experts", message="over soon"),
+        alarm(25, "cleared", alarm="dead_experts")])
+    text = Page(build(run, capsys)).text
+    assert "moe/dropped is 0.1, above 0.01 since step 10" in text
+    assert "when it was raised: dropped: moe/dropped is 0.02, above 0.01" in text
+    assert "layer 3: expert 5 takes 92% of assignments (a fair share is 12.5%) since step 30" in text
+    assert "moe/max_vio/layer_3 is 6.3, above 1" in text and "when it was raised: then at layer 1" in text
+    assert "over soon from step 20 to 25" in text  # one that is over keeps its words
+
+
 def test_a_healthy_run_has_no_alarm(run, capsys):
     assert "No alarm" in Page(build(run, capsys)).text
 

@@ -183,8 +183,8 @@ def test_hosts_that_do_not_answer_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("names", [
     {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
-    {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1,5]",
-     "SLURM_JOB_ID": "30001"}])
+    {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0",
+     "SLURM_STEP_NODELIST": "n[1,5]", "SLURM_JOB_ID": "30001"}])
 def test_ranks_of_other_launchers_get_torchs_names(monkeypatch, names):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")

@@ -193,7 +193,7 @@ def test_no_expert_exceeds_its_capacity_and_the_rest_spills(name, factor):
     loads = routing.counts.sum(0)
     assert int(loads.max()) <= capacity
     wanted = free(hidden).counts.sum(0)
-    spilled = int(routing.reason_counts[int(Reason.SPILLED).bit_length() - 1])
+    spilled = int(routing.reason_counts[int(Reason.OVERFLOW).bit_length() - 1])
     assert (spilled > 0) == (int(wanted.max()) > capacity)
     if factor >= 1.5 and name == "softmax":  # room for all: nothing is dropped
         assert int(loads.sum()) == int(wanted.sum())
@@ -219,7 +219,7 @@ def test_token_rounding_makes_counts_multiples_of_the_tile(name, tile):
     assert dropped == int(before.sum() - after.sum()) and moved >= 0
     assert moved + dropped == int((routing.expert_ids != plain.expert_ids).sum())
     touched = (routing.expert_ids != plain.expert_ids).any(1)
-    assert int(routing.reason_counts[Reason.SPILLED.bit]) == int(touched.sum())
+    assert int(routing.reason_counts[Reason.OVERFLOW.bit]) == int(touched.sum())
     for ids in routing.expert_ids.tolist():
         used = [i for i in ids if i != -1]
         assert len(set(used)) == len(used)

@@ -9,11 +9,20 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from hydra import compose, initialize_config_dir
 
-from launch.validate import ConfigError, build_record
-from train.alarms import Alarms
+from launch.common import plain
+from launch.validate import ConfigError, build_record, parse
+from model.balance import LayerStats
+from model.config import BudgetConfig, ModelConfig
+from model.routers.threshold import ThresholdRouter
+from ops.router import NUM_REASONS, Reason
+from train.alarms import Alarms, settled
 from train.config import AlarmRule
+from train.metrics import console_line
+from train.routing_metrics import routing_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,3 +110,107 @@ def test_an_unknown_key_gets_a_suggestion():
     build_record({"metric": "m", "abov": 1.0}, AlarmRule, "alarms.mine.", problems)
     assert any("did you mean alarms.mine.above?" in problem for problem in problems)
     assert issubclass(ConfigError, ValueError)
+
+
+# --- metrics that are watched --------------------------------------------------------------------
+
+
+def problems_of(rule: str, *overrides: str) -> list[str]:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [f"+alarms.mine={{metric: '{rule}', above: 1}}", *overrides])
+    try:
+        parse(plain(config), 1)
+    except ConfigError as error:
+        return [problem for problem in error.problems if problem.startswith("alarms.mine")]
+    return []
+
+
+@pytest.mark.parametrize(("metric", "words"), [
+    ("train/losss", "did you mean train/loss?"), ("moe/droped", "did you mean moe/dropped?"),
+    ("loss", "which no run logs"), ("moe/max_vio/layer_0", "no such layer has experts"),
+    ("moe/max_vio/layer_99", "no such layer has experts"),
+    ("moe/dead_fraction/layer_*", "add that"),
+    ("moe/expert_grad_cv", "tracker.metrics=detailed only"),
+    ("eval/val_loss", "not evaluations"), ("alarm/budget", "which no run logs"),
+    ("moe/fallback/spilled", "did you mean"), ("mo/*", "which no run logs")])
+def test_an_alarm_on_what_nobody_logs_is_refused(metric, words):
+    (problem,) = problems_of(metric)
+    assert words in problem and metric in problem
+
+
+@pytest.mark.parametrize(("metric", "overrides"), [
+    ("train/loss", ()), ("moe/max_vio/layer_1", ()), ("moe/max_vio/layer_*", ()),
+    ("moe/dead_fraction/layer_*", ("tracker.metrics=detailed",)), ("perf/rank_skew", ()),
+    ("moe/budget_error", ()), ("attention/error/layer_0", ()),
+    ("moe/max_vio", ("model.num_experts=0",))])
+def test_an_alarm_on_what_some_run_of_the_model_logs_is_accepted(metric, overrides):
+    assert problems_of(metric, *overrides) == []
+
+
+def test_a_dense_model_keeps_the_default_alarms():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", ["model.num_experts=0", "balance=none"])
+    found = []
+    try:
+        parse(plain(config), 1)
+    except ConfigError as error:
+        found = error.problems
+    assert not [problem for problem in found if "alarms" in problem]
+
+
+# --- alarms that ring when they should -----------------------------------------------------------
+
+
+def statistics(min_experts: int, reasons: dict[Reason, int]) -> dict[str, float]:
+    """Metrics of one layer of four experts and 100 tokens that visited them evenly."""
+    counts = torch.zeros(1, NUM_REASONS, dtype=torch.int64)
+    for reason, tokens in reasons.items():
+        counts[0, reason.bit] = tokens
+    model = ModelConfig(vocab_size=8, hidden_size=8, num_layers=2, num_heads=1, num_kv_heads=1,
+                        intermediate_size=8, num_experts=4, expert_intermediate_size=8,
+                        num_dense_layers=1, num_shared_experts=1, max_seq_len=8)
+    router = ThresholdRouter(model, None, 1, budget=1.0, min_experts=min_experts)
+    none = torch.zeros(1, dtype=torch.int64)
+    stats = LayerStats(torch.full((1, 4), 25), torch.tensor([[45, 10, 45, 0, 0]]), counts, none,
+                       none, none.double(), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 4, 0))
+    return routing_metrics(stats, [router], model, None)
+
+
+def test_a_permitted_empty_choice_is_no_fallback():
+    found = statistics(0, {Reason.EMPTY: 45})
+    assert found["moe/empty"] == 0.45
+    assert found["moe/fallback/empty"] == 0.0 and found["moe/fallback_rate"] == 0.0
+    found = statistics(1, {Reason.EMPTY: 45})
+    assert found["moe/fallback/empty"] == 0.45 and found["moe/fallback_rate"] == 0.45
+
+
+def test_overflow_that_was_asked_for_is_no_fallback_and_what_was_dropped_rings():
+    found = statistics(1, {Reason.OVERFLOW: 100})
+    assert found["moe/fallback/overflow"] == 1.0 and found["moe/fallback_rate"] == 0.0
+    values = yaml.safe_load((ROOT / "conf/alarms/default.yaml").read_text())["dropped"]
+    rule = build_record(values, AlarmRule, "alarms.dropped.", [])
+    assert run(rule, [0.0, 0.875, 0.875, 0.875], every=10) == [(30, "raised")]
+    assert run(rule, [0.005] * 9, every=10) == []
+
+
+def test_the_console_means_by_spilled_what_the_metric_does():
+    scalars = {"train/loss": 1.0, "train/lr": 1.0, "train/grad_norm": 1.0, "train/skipped_steps": 0,
+               "moe/max_load": 1.0, "moe/max_load_layer": 0, "moe/dropped": 0.875,
+               "moe/spilled": 0.0, "moe/layers_in_fallback": 0, "perf/tokens_per_second": 1.0, "perf/memory_gib": 1.0,
+               **statistics(1, {Reason.OVERFLOW: 100})}
+    line = console_line(1, 2, scalars, 0.0)
+    assert "dropped 87.5%" in line and "spilled" not in line and "overflow" not in line
+    assert "spilled 12.5%" in console_line(1, 2, {**scalars, "moe/spilled": 0.125}, 0.0)
+
+
+@pytest.mark.parametrize(("warm_start", "first"), [(50, 201), (1000, 1151)])
+def test_a_long_warm_start_does_not_ring(warm_start, first):
+    values = yaml.safe_load((ROOT / "conf/alarms/default.yaml").read_text())
+    for name in ("fallbacks", "budget"):
+        rule = build_record(values[name], AlarmRule, f"alarms.{name}.", [])
+        found = settled({"a": rule}, BudgetConfig(warm_start_steps=warm_start))["a"]
+        metric = rule.metric.replace("*", "1")
+        alarms, raised = Alarms({"a": found}), []
+        for step in range(1, first + 30):
+            raised += [e.step for e in alarms.check(step, step, {metric: 1.0})]
+        assert raised == [first + 10]

@@ -114,7 +114,7 @@ def test_numbers_beyond_half_precision_are_clipped(tmp_path):
 
 def test_the_format_file_is_enough_to_read_the_records(tmp_path):
     log = AuditLog(tmp_path, ALL, (1,), 0)
-    out = routing(40, reasons={2: int(Reason.NONFINITE | Reason.SPILLED)})
+    out = routing(40, reasons={2: int(Reason.NONFINITE | Reason.OVERFLOW)})
     log.add(3, ids_from(100, 2, 20), None, (out,))
     log.close()
     facts = json.loads((tmp_path / "format.json").read_text())
@@ -128,7 +128,7 @@ def test_the_format_file_is_enough_to_read_the_records(tmp_path):
         experts = [struct.unpack_from(each, data, at + i * struct.calcsize(each))[0] for i in range(fields["k"])]
         assert experts == [e for e in out.expert_ids[token].tolist() if e >= 0]
         if token == 2:
-            assert fields["reasons"] == facts["reasons"]["nonfinite"] + facts["reasons"]["spilled"]
+            assert fields["reasons"] == facts["reasons"]["nonfinite"] + facts["reasons"]["overflow"]
         at, token = at + fields["k"] * struct.calcsize(each), token + 1
     assert token == 40
 
@@ -461,7 +461,7 @@ def test_records_show_the_token_that_stands_there(run, capsys):
 
 @pytest.mark.parametrize(("settings", "number"), [
     ({"expert": 0}, 0), ({"token": 8 * SEQ_LEN + 4, "layer": 0}, 1), ({"reason": "nonfinite"}, 5),
-    ({"reason": "spilled"}, 0), ({"reason": "nonfinite", "layer": 1}, 0)])
+    ({"reason": "overflow"}, 0), ({"reason": "nonfinite", "layer": 1}, 0)])
 def test_filters_choose_the_records_listed(run, capsys, settings, number):
     lines, result = ask(run, capsys, **settings)
     assert result["matching"] == number
