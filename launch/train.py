@@ -215,7 +215,7 @@ def stopped_before_training(run_dir: Path) -> dict[str, Any]:
     if path.is_file():
         result = json.loads(path.read_text())
     result["stopped"] = True
-    write_text(path, json.dumps(result) + "\n")
+    write_text(path, dumps(result) + "\n")
     print(f"stopped by a signal before training; continue with resume={run_dir}", file=sys.stderr,
           flush=True)
     return result

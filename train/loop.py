@@ -421,6 +421,7 @@ class _Run:
                             "(fail_safe.collapse_share)", progress.step, scalars["moe/layers_collapsed"])
             if routing:
                 self.tracker.log_routing(progress.step, progress.consumed_tokens, routing)
+            self.routings = ()  # a record after a signal has no step of its own to look at
             eta = (last_step - progress.step) * scalars["perf/step_seconds"]
             log.info(console_line(progress.step, self.config.train.num_steps, scalars, eta))
         if any(rule.action != "none" for rule in self.config.alarms.values()):

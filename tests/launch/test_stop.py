@@ -227,5 +227,5 @@ def test_a_further_node_that_is_told_to_stop_has_the_supervisor_stop_the_job(mon
     supervisor = object.__new__(Supervisor)
     supervisor.stop_asked = 0
     arrived = SimpleNamespace(receive=lambda: sent)
-    supervisor._receive(Peer(arrived, "nonce", 0.0, node=1))
+    supervisor._receive(Peer(arrived, "nonce", 0.0, node=1, greeted=True))
     assert supervisor.stop_asked == 1

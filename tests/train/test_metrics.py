@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -211,7 +212,8 @@ def run_loop(clock: Clock, *overrides: str, progress: loop.Progress | None = Non
     run.clock = clock
     for name, value in settings.items():
         setattr(run, name, value)
-    return run.train(), logged
+    with mock.patch.object(loop, "ValidationRows", lambda *_: SimpleNamespace(bytes_problem=None)):
+        return run.train(), logged
 
 
 def test_evaluation_and_saving_count_in_no_speed(clock):

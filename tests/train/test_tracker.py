@@ -96,7 +96,7 @@ def test_an_offline_run_can_be_read_back(tmp_path, monkeypatch):
 def test_alarms_have_a_file_of_their_own_that_a_resume_cuts_off(tmp_path):
     tracker = Tracker(tmp_path, QUIET, {}, "name")
     for step in (3, 9):
-        tracker.alarm(AlarmEvent(step, 10 * step, "a", "raised", 2.0, 1.0, 1, 5, "too much", None))
+        tracker.alarm(AlarmEvent(step, 10 * step, "a", "raised", 2.0, 1.0, 1, 5, "too much", None, "moe/max_vio"))
     assert [e["step"] for e in records(tmp_path, "alarms.jsonl")] == [3, 9]
     assert records(tmp_path, "alarms.jsonl")[0]["expert"] == 5
     tracker.close({})
