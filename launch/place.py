@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from launch.common import load_run, print_result, quoted, record, run_main
+from launch.common import load_config, load_run, print_result, quoted, record, run_main
 
 MAX_AUDIT_BYTES = 1 << 30
 """Of larger audits only AUDIT_STEPS steps of every half are read, spread evenly."""
@@ -78,14 +78,16 @@ def main(config: DictConfig) -> None:
     """Print the tables, write the placement and say how to use it."""
     from model.placement import Placement
     from model.placement_plan import plan_layer
+    from train.checkpoint_folder import newest_complete
 
     if config.run is None:
         raise ValueError("give run=DIR")
     settings: PlaceConfig = record(config, PlaceConfig)
-    run = load_run(settings.run)
+    checkpoint = newest_complete(Path(settings.run))
+    run = load_run(settings.run, checkpoint=checkpoint)
     if not run.model.moe_layers:
         raise ValueError(f"{settings.run} is a dense model: there are no experts to place")
-    saved = OmegaConf.load(Path(settings.run) / "config.yaml").parallel
+    saved = load_config(str((checkpoint or Path(settings.run)) / "config.yaml")).parallel
     layout = choose_layout(settings, saved, run.model)
     measured = measure(settings, run.model, layout)
 

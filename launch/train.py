@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from launch.common import (
     world_size,
 )
 from launch.exits import IN_USE
+from launch.resume import examine, merged
 from launch.secrets import forwarded_environment, redact, redact_text
 from train.manifest import write_text
 
@@ -52,6 +53,8 @@ def train(config: DictConfig) -> float | None:
         hosts.check(run.launch)
     forwarded_environment(os.environ, run.launch.forward_env)  # refuses secrets, before anything is written
     node = run.launch.node_rank or 0
+    if node == 0:  # another node's command may be started again while the run goes on
+        tell_changes(config, run)
     if run.launch.by_node and not (config.run_dir or config.resume):
         raise ValueError("launch.node_rank needs run_dir=DIR (or resume=DIR), the same on every node and on a file system "
                          "they share")
@@ -103,33 +106,16 @@ def with_saved_config(config: DictConfig) -> DictConfig:
     path = Path(config.resume) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"resume: {path} does not exist; give a run directory, e.g. resume=runs/.../...")
-    saved = load_config(str(path))
-    before = _fixed_for_life(saved)
-    saved.train.stop_after_step = None
-    for override in HydraConfig.get().overrides.task:
-        key = override.lstrip("+").split("=", 1)[0].split("@")[0].replace("/", ".")
-        if key in ("experiment", "debug", "model") or override.startswith("~"):
-            raise ValueError(f"resume={config.resume} keeps the model and experiment of the run; drop {override!r}")
-        OmegaConf.update(saved, key, literal(OmegaConf.select(config, key)), force_add=True, merge=False)
     if config.run_dir is not None and config.run_dir != config.resume:
         raise ValueError(f"resume={config.resume} continues in its own directory; drop run_dir={config.run_dir}")
-    saved.resume = saved.run_dir = literal(config.resume)
-    saved.launch.dry_run = config.launch.dry_run
-    after = _fixed_for_life(saved)
-    changed = [key for key in before if before[key] != after[key]]
-    if changed:
-        raise ValueError(f"resume={config.resume} cannot change {', '.join(changed)}: the saved state would not fit, or "
-                         "the order of data would change; start a new run instead")
-    return saved
+    return merged(load_config(str(path)), config, list(HydraConfig.get().overrides.task), config.resume)
 
 
-def _fixed_for_life(config: DictConfig) -> dict[str, Any]:
-    """What a run cannot change: the shape behind its tensors and everything that orders its data."""
-    data = plain(config)
-    for name in ("recompute", "loss_chunk_size"):  # change memory, not numbers (but for the order of a sum)
-        data["model"].pop(name, None)
-    data["data"].pop("cache_dir", None)  # the tokens themselves are compared when the store is opened
-    return {"model": data["model"], "data": data["data"], "seed": data["seed"], "train.seq_len": data["train"]["seq_len"]}
+def tell_changes(config: DictConfig, run: Any) -> None:
+    """Refuse what a resumed run cannot do, and print what is not as it was."""
+    if config.resume is not None:
+        for line in examine(config, run):
+            print(line, flush=True)
 
 
 def refuse_used_run_dir(config: DictConfig) -> None:
@@ -201,8 +187,10 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
 
     stop = StopSignal()  # early, so that a signal during the slow imports below is remembered
     run = parse(plain(config), int(os.environ.get("WORLD_SIZE", "1")))
-    if started_directly:
-        refuse_used_run_dir(config)  # before any rank can have written it
+    if started_directly:  # before any rank can have written it
+        refuse_used_run_dir(config)
+        with nullcontext() if rank() == 0 else redirect_stdout(None):
+            tell_changes(config, run)
     from train.lock import RunLock
     from train.loop import fit
 
@@ -214,10 +202,20 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
     stop.close()
     if result is None:
         return None
-    (run_dir / "result.json").write_text(json.dumps(result) + "\n")
+    (run_dir / "result.json").write_text(json.dumps(with_last_loss(result, run_dir)) + "\n")
     if started_directly:
         print_result(result)
     return result
+
+
+def with_last_loss(result: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The result of a run that only made up for its last evaluation, with the training loss that it had before."""
+    try:
+        before = json.loads((run_dir / "result.json").read_text())
+    except (OSError, ValueError):
+        return result
+    return result | {"train_loss": before.get("train_loss")} if (
+        result["train_loss"] is None and before.get("step") == result["step"]) else result
 
 
 def agree_on_run_dir(config: DictConfig, run: Any, started_directly: bool) -> Path:

@@ -60,11 +60,11 @@ class Alarms:
         events = []
         for name, rule in self.rules.items():
             worst = _worst(rule, scalars)
-            if worst is None or step <= rule.after_step:
+            if worst is None:
                 continue
             metric, value = worst
             held = self.held.setdefault(name, Held())
-            if not rule.beyond(value):
+            if step <= rule.after_step or not rule.beyond(value):  # a resumed run may have moved after_step
                 held.since = None
                 if held.ringing:
                     held.ringing = False

@@ -30,7 +30,6 @@ from train.manifest import (
     write_json,
     write_text,
 )
-from train.random_state import rng_file
 
 log = logging.getLogger("loadstone")
 STEP = re.compile(r"step-(\d{8,18})")
@@ -48,6 +47,11 @@ def steps(folder: Path) -> list[str]:
     """Names of the checkpoint folders, oldest first, whole or not."""
     found = [path.name for path in folder.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda name: (len(name), name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 # --- what is whole ---------------------------------------------------------------------------------------------------
@@ -75,6 +79,8 @@ def damage(checkpoint: Path) -> str | None:
         found = size_damage(checkpoint, files) or content_damage(checkpoint, files) or _unlisted(checkpoint, files)
         if found is not None:
             return found
+        from train.random_state import rng_file  # imports torch, which looking for a checkpoint does not need
+
         state = read_state(checkpoint)
         missing = next((rng_file(rank) for rank in range(state["world_size"]) if rng_file(rank) not in files), None)
         if missing is not None:
@@ -138,6 +144,12 @@ def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
         log.warning("checkpoint %s is damaged (%s); trying the one before", folder / name, found)
     why = f" ({'; '.join(reasons[:3])})" if reasons else f"; is {run_dir} a run directory of launch.train?"
     raise CheckpointError(f"no usable checkpoint under {folder}{why}")
+
+
+def newest_complete(run_dir: Path) -> Path | None:
+    """The checkpoint a run would most likely go on from, by its files' names and sizes alone; None: none looks whole."""
+    folder = run_dir / "checkpoints"
+    return next((folder / name for name in steps(folder)[::-1] if is_complete(folder / name)), None)
 
 
 def _check_latest(folder: Path) -> None:

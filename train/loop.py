@@ -19,6 +19,7 @@ from model.budget import hold_plain_top_k, update_routers
 from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
+from model.restart import RoutingFacts, State, adopt_state, state_of
 from ops.all_to_all import total_communication
 from ops.grouped_mlp import product_tile_rows, select_backend
 from ops.router import RouterOutput
@@ -125,7 +126,7 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
                             groups.data_rank, groups.data_size)
     progress = Progress()
     if config.resume is not None:
-        progress = _resume(engine, run_dir, loader, restarted)
+        progress = _resume(engine, config, run_dir, loader, restarted)
     writer = CheckpointWriter(run_dir, config.checkpoint, groups, resolved_config,
                               config.parallel.timeout_seconds)
     tracker = None
@@ -135,6 +136,8 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
         progress.wandb_id = tracker.wandb_id
         for line in banner(config, groups, store, run_dir, progress, engine.device):
             log.info(line)
+        if config.fail_safe.rank_overload and groups.expert_size == 1:
+            log.info("fail_safe.rank_overload compares ranks of an expert group: with one there is nothing to limit")
         if (note := short_rows_note(engine.module.sparse_attentions(), settings.seq_len)) is not None:
             log.warning(note)
     audit = None
@@ -154,14 +157,17 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
     return None
 
 
-def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader, restarted: bool) -> Progress:
+def _resume(engine: Engine, config: RunConfig, run_dir: Path, loader: TrainingLoader, restarted: bool) -> Progress:
     if restarted and not from_rank_zero(lambda: any((run_dir / "checkpoints").glob("step-*"))):
         return Progress()
     checkpoint = from_rank_zero(lambda: find_checkpoint(run_dir))
     state = read_state(checkpoint)
-    load_engine(engine, checkpoint, state["step"] - state.get("skipped_steps", 0))
+    fresh = state_of(engine.module.routers())
+    updates = state["step"] - state.get("skipped_steps", 0)
+    load_engine(engine, checkpoint, updates)
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
     progress.spike = SpikeGuard(**state["spike"])
+    _adopt(engine, config, progress, fresh, RoutingFacts.read(state.get("routing")), updates)
     loader.consumed_samples = progress.consumed_samples
     if not restore_rng(checkpoint, dist.get_rank(), dist.get_world_size(), state["world_size"]):
         log.info("the number of ranks changed from %d to %d: random streams start anew", state["world_size"],
@@ -170,6 +176,24 @@ def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader, restarted: bo
         set_newer_aside(checkpoint)
     log.info("resumed from %s (step %d)", checkpoint, progress.step)
     return progress
+
+
+def _adopt(engine: Engine, config: RunConfig, progress: Progress, fresh: State, before: RoutingFacts | None,
+           updates: int) -> None:
+    """Settings that the restored state holds give way to the present ones."""
+    after = routing_facts(engine, config)
+    if after is None:
+        return
+    if adopt_state(engine.module.routers(), fresh, before, after, updates):
+        log.info("another kind of router or score: bias, cuts and budget controllers start as in a new run")
+    progress.spike = progress.spike.continued(before.spike if before is not None else progress.spike.steps > 0,
+                                              config.fail_safe)
+
+
+def routing_facts(engine: Engine, config: RunConfig) -> RoutingFacts | None:
+    """What the buffers of the routers are made under; saved with every checkpoint."""
+    return RoutingFacts.of(engine.module.routers(), config.balance, config.budget, config.fail_safe,
+                           engine.module.rank_shares)
 
 
 @dataclass
@@ -473,7 +497,9 @@ class _Run:
         started = time.perf_counter()
         if self.audit is not None:
             self.audit.flush()
-        saved = self.writer.save(self.engine, asdict(self.progress)) is not None
+        facts = routing_facts(self.engine, self.config)
+        state = {**asdict(self.progress), "routing": None if facts is None else asdict(facts)}
+        saved = self.writer.save(self.engine, state) is not None
         self.save_seconds += time.perf_counter() - started
         return saved
 

@@ -192,10 +192,14 @@ def test_any_attention_goes_into_any_preset(attention):
     (("balance.histogram_bins=3",), "balance.histogram_bins is 3"),
     (("budget.ki=3",), "budget.kp 0.5 and budget.ki 3"),
     (("budget.hold_steps=0",), "budget.hold_steps is 0"),
-    (("fail_safe=full",), "parallel.expert_parallel_size is 1"),
     (("fail_safe.collapse_share=2",), "fail_safe.collapse_share is 2"),
     (("audit.sample_one_in=-1",), "audit.sample_one_in is -1"),
     (("model.top_k=9",), "model.top_k is 9"),
 ])
 def test_routing_contradictions_are_named(overrides, message):
     assert any(message in problem for problem in problems(composed(*overrides))), problems(composed(*overrides))
+
+
+def test_every_fail_safe_may_be_on_with_one_rank():
+    """F5 has no ranks to compare then; the others act."""
+    assert parse(composed("fail_safe=full"), 1).fail_safe.collapse_share == 0.95
