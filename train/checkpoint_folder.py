@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/     a whole checkpoint; written as .step-00000100.partial and renamed
     checkpoints/latest             name of the newest; for people and scripts: reading goes by what is there and whole
-    checkpoints/best.json          {"checkpoint": name, "val_loss": nats} of the lowest held-out loss
+    checkpoints/best.json          {"checkpoint": name, "val_loss": nats, "sequences": held-out ones} of the lowest loss
 
 Everything here works on one rank. `latest` and `best.json` are hints: damaged ones are logged and ignored.
 """
@@ -166,7 +166,7 @@ def _check_latest(folder: Path) -> None:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """{"checkpoint": name, "val_loss": nats} of the best checkpoint; None before there is one, or if the record is bad."""
+    """best.json: the best checkpoint and its loss; None before there is one, or if the record is bad."""
     path = folder / "best.json"
     if not path.exists():
         return None
@@ -205,9 +205,11 @@ def point_latest(folder: Path, name: str) -> None:
     write_text(folder / "latest", name)
 
 
-def point_best(folder: Path, name: str, val_loss: float) -> None:
+def point_best(folder: Path, name: str, val_loss: float, sequences: int | None = None) -> None:
+    """sequences: how many held-out ones the loss is the mean over; None: not known."""
     _make_way(folder / "best.json")
-    write_json(folder / "best.json", {"checkpoint": name, "val_loss": val_loss})
+    known = {} if sequences is None else {"sequences": sequences}
+    write_json(folder / "best.json", {"checkpoint": name, "val_loss": val_loss, **known})
 
 
 def _make_way(pointer: Path) -> None:

@@ -470,6 +470,7 @@ class _Run:
         batches = validation_batches(rows, settings.micro_batch_size, self.store.end_of_document,
                                      self.groups.data_rank, self.groups.data_size, settings.eval_max_sequences)
         self.engine.module.eval()
+        self.engine.module.set_step(progress.step)
         heartbeat.beat(progress.step, "evaluate")
         result = evaluate(self.engine.forward, batches, self.token_bytes, self.engine.device, self.routers,
                           probe=self.probe)
@@ -483,12 +484,14 @@ class _Run:
                              {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte",
                                                                "experts_per_token") if k in result}
                              | (self.probe.measure(progress.step) if self.probe is not None else {}))
-        if self.config.checkpoint.keep_best and result["val_loss"] < from_rank_zero(self.writer.best_loss):
+        sequences = min(settings.eval_max_sequences or len(rows), len(rows))
+        best = from_rank_zero(lambda: self.writer.best_loss(sequences)) if self.config.checkpoint.keep_best else -math.inf
+        if result["val_loss"] < best:
             if saved_step != progress.step and not self.save():
                 return progress.step
             saved_step = progress.step
             if self.writer.wait():
-                self.writer.mark_best(progress.step, result["val_loss"])
+                self.writer.mark_best(progress.step, result["val_loss"], sequences)
         return saved_step
 
     def save(self) -> bool:

@@ -22,10 +22,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from launch import evaluate, generate, place
 from launch import train as command
-from launch.common import _forced, load_config, plain
+from launch.common import _forced, load_config, load_run, plain
+from launch.report_data import read_run
 from launch.resume import OF_THE_COMMAND, examine, flat, merged
 from launch.validate import DEEPSPEED_KEYS, ZERO_KEYS, ConfigError, parse
+from train.checkpoint import CheckpointError
+from train.checkpoint_folder import point_best
 from train.components import GIVEN, classes
 from train.config import AlarmRule, ComponentConfig, RunConfig
 
@@ -307,6 +311,10 @@ def best_of(ran: Ran) -> dict:
     return json.loads((ran.folder / "checkpoints" / "best.json").read_text())
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def sampled(ran: Ran) -> int:
     return sum(path.stat().st_size for path in (ran.folder / "audit").glob("*") if path.is_file())
 
@@ -472,3 +480,141 @@ def test_every_fail_safe_can_be_switched_on_and_off_again_on_one_rank(runs):
     command._work(config)
     state = json.loads((ran.folder / "checkpoints" / "step-00000016" / "state.json").read_text())
     assert not state["spike"]["has_snapshot"] and not state["routing"]["spike"]
+
+
+# --- a run's config and its checkpoints ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def drifted(runs):
+    """A run whose best checkpoint, of step 10, is older than its router and its attention."""
+    ran = runs.resumed("top_k", "router=expert_choice", "balance=none", "attention=scc", "attention.block_size=4",
+                       "attention.coarse_block_size=2", "attention.window_size=4", "attention.top_k=1",
+                       "checkpoint.keep_best=false", steps=2)
+    shutil.copytree(ran.folder, runs.folder / "drifted")
+    folder = runs.folder / "drifted" / "checkpoints"
+    shutil.copytree(runs.base("top_k") / "checkpoints" / "step-00000010", folder / "step-00000010", dirs_exist_ok=True)
+    point_best(folder, "step-00000010", json.loads((runs.base("top_k") / "result.json").read_text())["val_loss"], 4)
+    return runs.folder / "drifted"
+
+
+def test_a_resume_prints_what_changed(runs):
+    _, lines = runs.asked(runs.base("top_k"), "router=expert_choice", "balance=none", "optim.lr=0.001",
+                          "train.stop_after_step=12")
+    assert "changed: router top_k -> expert_choice" in lines and "changed: optim.lr 0.01 -> 0.001" in lines
+    assert runs.asked(runs.base("top_k"))[1] == ["changed: train.stop_after_step 10 -> null"]
+
+
+@pytest.mark.parametrize("which", ["best", "latest"])
+def test_evaluation_reads_the_config_that_the_checkpoint_was_made_with(runs, drifted, which):
+    recorded = json.loads(((runs.base("top_k") if which == "best" else drifted) / "result.json").read_text())["val_loss"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("evaluate", overrides=[f"run={drifted}", f"checkpoint={which}", "max_sequences=4"])
+    assert evaluate.main(config) == pytest.approx(recorded, rel=1e-5)
+
+
+def test_generation_and_the_sample_after_training_read_it_too(runs, drifted):
+    texts = ["".join(generate.sample(str(run), "the quick", 8, 0.0, 1.0, 0)) for run in (runs.base("top_k"), drifted)]
+    assert texts[0] == texts[1]
+
+
+def test_the_config_of_a_checkpoint_says_what_it_was_made_under_but_not_where_the_data_lie_now(runs, drifted, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(drifted, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub(r"cache_dir: .*", "cache_dir: elsewhere", text))
+    best = load_run(str(folder), checkpoint=folder / "checkpoints" / "step-00000010")
+    assert best.router.target.endswith("TopKRouter") and best.data.cache_dir == "elsewhere"
+    assert load_run(str(folder)).router.target.endswith("ExpertChoiceRouter")
+
+
+def test_placement_goes_by_the_newest_checkpoint(runs, drifted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(drifted, folder)
+    config = load_config(str(folder / "config.yaml"))
+    config.parallel.ranks_per_node, config.parallel.placement = 7, "/nowhere.json"  # of a start that saved nothing
+    OmegaConf.save(config, folder / "config.yaml")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        place.main(compose("place", overrides=[f"run={folder}", "expert_parallel_size=2"]))
+    told = capsys.readouterr().out
+    assert "now: experts in order" in told and "left out" not in told
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (("train.num_steps=10",), "is finished: it has done all 10 steps of train.num_steps"),
+    (("train.num_steps=9",), "train.num_steps 9 is below the 10 steps"),
+    (("train.stop_after_step=10",), "it has done all 10 steps of train.stop_after_step"),
+    (("train.stop_after_step=4",), "train.stop_after_step 4 is below the 10 steps"),
+    (("train.num_steps=9", "seed=3"), "cannot change seed 1234 -> 3")])
+def test_nothing_to_train_is_refused_and_nothing_is_overwritten(runs, tmp_path, monkeypatch, overrides, words):
+    """By the command itself, before a rank is started."""
+    run = tmp_path / "run"
+    shutil.copytree(runs.base("top_k"), run)
+    before = contents(run)
+    asked = [f"resume={run}", *overrides]
+    config = composed(*asked)
+    monkeypatch.setattr(command.HydraConfig, "get", lambda: OmegaConf.create({"overrides": {"task": asked}}))
+    monkeypatch.setattr(command, "supervise", lambda *arguments: pytest.fail("it was started"))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        command.train(config)
+    assert contents(run) == before
+
+
+def test_a_run_without_a_checkpoint_is_refused_before_it_starts(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs.base("top_k"), run, ignore=shutil.ignore_patterns("step-*"))
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        runs.asked(run)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_run_whose_last_evaluation_is_missing_may_make_up_for_it(runs, tmp_path, stopped):
+    run = tmp_path / "run"
+    shutil.copytree(runs.base("top_k"), run)
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | ({"stopped": True} if stopped else {"step": 5})))
+    config, _ = runs.asked(run, "train.stop_after_step=10")
+    command._work(config)
+    again = json.loads((run / "result.json").read_text())
+    assert again["step"] == 10 and again["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
+    assert not stopped or again["train_loss"] == result["train_loss"]
+
+
+def test_losses_on_other_held_out_sequences_are_not_compared(runs):
+    """Four sequences may be easier than sixteen: the best of the one says nothing about the best of the other."""
+    base = runs.base("top_k")
+    assert json.loads((base / "checkpoints" / "best.json").read_text())["sequences"] == 4
+    for loss, best in ((0.1, 12), (99.0, 12)):
+        run = runs.folder / f"subset-{loss}"
+        shutil.copytree(base, run)
+        point_best(run / "checkpoints", "step-00000010", loss, 4)
+        config, _ = runs.asked(run, "train.stop_after_step=12", "train.eval_max_sequences=16")
+        command._work(config)
+        assert json.loads((run / "checkpoints" / "best.json").read_text())["checkpoint"] == f"step-{best:08d}"
+    same = runs.folder / "same-subset"
+    shutil.copytree(base, same)
+    point_best(same / "checkpoints", "step-00000010", 0.1, 4)
+    config, _ = runs.asked(same, "train.stop_after_step=12")
+    command._work(config)
+    assert json.loads((same / "checkpoints" / "best.json").read_text())["val_loss"] == 0.1
+
+
+def test_a_sparse_run_is_evaluated_in_the_stage_it_had_reached(runs):
+    """Still dense when the checkpoint was made: evaluated densely, as its recorded loss was."""
+    ran = runs.resumed("scc", "attention.dense_steps=40", "checkpoint.keep_best=false", steps=2)
+    recorded = json.loads((ran.folder / "result.json").read_text())["val_loss"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("evaluate", overrides=[f"run={ran.folder}", "checkpoint=latest", "max_sequences=4"])
+    assert evaluate.main(config) == pytest.approx(recorded, rel=1e-5)
+
+
+def test_the_report_of_a_run_with_another_number_of_experts_keeps_its_histogram(runs):
+    ran = runs.resumed("top_k", "router.top_k=3")
+    frames = read_run(str(ran.folder)).frames
+    assert frames is not None and frames.k_histogram is not None and frames.k_histogram.shape[2] == 4
+
+
+def test_settings_of_the_runs_own_router_can_be_given_without_naming_it():
+    """Hydra knows the keys of the default router only."""
+    assert _forced("router.budget=3") == "++router.budget=3" and _forced("router=top_p") == "router=top_p"
+    assert _forced("resume=runs/a.b=c") == "resume=runs/a.b=c" and _forced("hydra.sweep.dir=x") == "hydra.sweep.dir=x"
+    assert _forced("+alarms.mine={metric: a.b}") == "+alarms.mine={metric: a.b}"
