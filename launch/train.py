@@ -61,6 +61,8 @@ def train(config: DictConfig) -> float | None:
     if run.launch.dry_run:
         dry_run(run, config)
         return None
+    if run.launch.starts_here:
+        require_memory(run, world_size(config), run.launch.num_devices)
     if node > 0:
         from launch.follower import follow
 
@@ -109,6 +111,14 @@ def with_saved_config(config: DictConfig) -> DictConfig:
     if config.run_dir is not None and config.run_dir != config.resume:
         raise ValueError(f"resume={config.resume} continues in its own directory; drop run_dir={config.run_dir}")
     return merged(load_config(str(path)), config, list(HydraConfig.get().overrides.task), config.resume)
+
+
+def require_memory(run: Any, num_ranks: int, ranks_here: int) -> None:
+    """Refuse ranks on this machine that do not fit it."""
+    from launch.machine_memory import memory_problem, this_machine
+
+    if run.launch.check_memory and (problem := memory_problem(run, num_ranks, ranks_here, this_machine())) is not None:
+        raise ValueError(problem)
 
 
 def tell_changes(config: DictConfig, run: Any) -> None:
@@ -191,6 +201,11 @@ def _work(config: DictConfig) -> dict[str, Any] | None:
         refuse_used_run_dir(config)
         with nullcontext() if rank() == 0 else redirect_stdout(None):
             tell_changes(config, run)
+    if started_directly or not run.launch.starts_here:
+        from launch.machine_memory import ranks_of_this_node
+
+        require_memory(run, int(os.environ.get("WORLD_SIZE", "1")),
+                       ranks_of_this_node(os.environ, 1 if started_directly else run.launch.num_devices))
     from train.lock import RunLock
     from train.loop import fit
 

@@ -298,7 +298,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "launch.max_restarts": reaches("launch.max_restarts=2", "launch=deepspeed"),
     **{f"launch.{name}": reaches(f"launch.{name}={value}") for name, value in (
         ("ssh_port", 22), ("listen_addr", "h"), ("forward_env", "[A]"), ("secrets_file", "s"),
-        ("restart_delay_seconds", 1.0), ("dry_run", "true"))},
+        ("restart_delay_seconds", 1.0), ("dry_run", "true"), ("check_memory", "false"))},
     "launch.env.*": reaches("launch.env.A_NAME=value"),
     **{f"launch.slurm.{name}": reaches(f"launch.slurm.{name}={value}") for name, value in (
         ("partition", "p"), ("account", "a"), ("qos", "q"), ("time", "'1:00:00'"), ("gpus_per_node", 2),
