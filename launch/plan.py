@@ -1,4 +1,4 @@
-"""What a config would cost, without any device: python -m launch.plan [the overrides of launch.train].
+"""What a config would cost, without any device: python -m launch.plan [the overrides of launch.train, resume=RUN too].
 
 Prints parameters, memory per device, batch arithmetic, FLOPs and every problem; exit code 1 if it cannot run.
 """
@@ -20,11 +20,14 @@ GIB = 2**30
 
 def main(config: DictConfig) -> None:
     """Print the plan; raises SystemExit(1) when the config cannot run."""
+    from launch.train import tell_changes, with_saved_config
     from launch.validate import ConfigError, parse
 
+    config = with_saved_config(config)
     num_ranks = world_size(config)
     try:
         run = parse(plain(config), num_ranks)
+        tell_changes(config, run)
     except ConfigError as error:
         print(f"{len(error.problems)} problem(s); this config cannot run:")
         for problem in error.problems:

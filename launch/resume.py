@@ -18,6 +18,7 @@ from launch.secrets import redact
 from launch.validate import ConfigError
 from model.flops import sparse_layers
 from train.checkpoint_folder import find_checkpoint, newest_complete, step_of
+from train.manifest import CheckpointError
 
 FIXED = {
     "model.*": "the saved tensors have this shape",
@@ -207,12 +208,20 @@ def examine(config: DictConfig, run: Any) -> list[str]:
 
     Raises:
         ConfigError: changes are refused, or there is nothing to train.
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or it is of another run.
     """
     run_dir = Path(config.resume)
     checkpoint = newest_complete(run_dir) or find_checkpoint(run_dir)
-    before, after = config_of(checkpoint), redact(plain(config))
-    found = [f"resume={run_dir} {problem}; start a new run for it" for problem in refusals(before, after)]
+    try:
+        before = config_of(checkpoint)
+    except ValueError:  # damaged, in a file of the right size
+        checkpoint = find_checkpoint(run_dir)
+        before = config_of(checkpoint)
+    after, saved = redact(plain(config)), redact(plain(load_config(str(run_dir / "config.yaml"))))
+    found = refusals(before, after)
+    if found and not refusals(saved, after):  # nobody asked for it: the checkpoint is not of this run
+        raise CheckpointError(f"{checkpoint} was made under another config than {run_dir}/config.yaml: it {found[0]}")
+    found = [f"resume={run_dir} {problem}; start a new run for it" for problem in found]
     steps = problem_of_steps(run_dir, step_of(checkpoint), run.train.num_steps, run.train.stop_after_step)
     if found or steps is not None:
         raise ConfigError([*found, *([steps] if steps is not None else [])])

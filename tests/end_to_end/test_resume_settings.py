@@ -22,7 +22,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from launch import evaluate, generate, place
+from launch import evaluate, generate, place, plan
 from launch import train as command
 from launch.common import _forced, load_config, load_run, plain
 from launch.report_data import read_run
@@ -557,6 +557,37 @@ def test_nothing_to_train_is_refused_and_nothing_is_overwritten(runs, tmp_path, 
     with pytest.raises(ConfigError, match=re.escape(words)):
         command.train(config)
     assert contents(run) == before
+
+
+def test_a_checkpoint_of_another_run_is_no_change_that_was_asked_for(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs.base("top_k"), run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("num_layers: 2", "num_layers: 3"))
+    with pytest.raises(CheckpointError, match=r"step-00000010 was made under another config.*model.num_layers 2 -> 3"):
+        runs.asked(run)
+
+
+def test_a_checkpoint_whose_config_is_damaged_is_passed_over(runs, tmp_path):
+    run = runs.resumed("top_k", "router.top_k=3", "checkpoint.keep_last=5", steps=3).folder
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = copy / "checkpoints" / "step-00000013" / "config.yaml"
+    config.write_bytes(b"\0" * config.stat().st_size)
+    _, lines = runs.asked(copy)
+    assert "changed: router.top_k 2 -> 3" in lines  # against the checkpoint before, which had two
+
+
+def test_the_plan_of_a_resumed_run_is_that_of_its_own_config(runs, monkeypatch, capsys):
+    asked = [f"resume={runs.base('top_k')}", "train.micro_batch_size=2"]
+    monkeypatch.setattr(command.HydraConfig, "get", lambda: OmegaConf.create({"overrides": {"task": asked}}))
+    plan.main(composed(*asked))
+    told = capsys.readouterr().out
+    assert "changed: train.micro_batch_size 1 -> 2" in told and "4 sequences of 32 = 2 per device" in told
+    asked = [f"resume={runs.base('top_k')}", "train.num_steps=10"]
+    with pytest.raises(SystemExit):
+        plan.main(composed(*asked))
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_a_run_without_a_checkpoint_is_refused_before_it_starts(runs, tmp_path):
