@@ -30,9 +30,9 @@ FIXED = {
     "router.initial_coeff": "a run starts with it, and the controller has moved on; change router.budget",
 }
 """Keys that a run keeps for life, as patterns, and why."""
-FREE = ("model.recompute", "model.loss_chunk_size", "data.cache_dir")
-"""Keys under those patterns that may change: memory (but for the order of a sum) and places. The tokens themselves are
-compared when the store is opened."""
+FREE = ("model.recompute", "model.loss_chunk_size", "data.cache_dir", "data.max_bad_rows")
+"""Keys under those patterns that may change: memory (but for the order of a sum), places, and what preparing bears. The
+tokens themselves are compared when the store is opened."""
 INSTEAD = {"model.top_k": "router.top_k or router.budget"}
 """What to change instead of a key that is fixed."""
 OF_THE_COMMAND = ("run_dir", "resume", "saved_config", "attempt", "launch.dry_run")

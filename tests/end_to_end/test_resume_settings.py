@@ -144,6 +144,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "data.tokenizer.end_of_document": refused("data.tokenizer.end_of_document=x", ORDER),
     "data.validation_fraction": refused("data.validation_fraction=0.2", ORDER),
     "data.cache_dir": acts("data.cache_dir=CACHE", lambda ran, other: "CACHE" in str(ran.lines("config.txt"))),
+    "data.max_bad_rows": reaches("data.max_bad_rows=0.5"),
     # routers
     "router._target_": acts("router=expert_choice", ROUTED, control=("balance=none",)),
     "router.top_k": acts("router.top_k=3", EXPERTS),
