@@ -645,6 +645,12 @@ def test_the_report_of_a_run_with_another_number_of_experts_keeps_its_histogram(
     assert frames is not None and frames.k_histogram is not None and frames.k_histogram.shape[2] == 4
 
 
+def test_an_interpolation_in_an_override_means_the_runs_own_settings(runs):
+    """Not those of the defaults, on which Hydra composes it."""
+    config, _ = runs.asked(runs.base("scc"), "attention.min_sparse_length=${train.seq_len}")
+    assert plain(config)["attention"]["min_sparse_length"] == 32 != composed().train.seq_len
+
+
 def test_settings_of_the_runs_own_router_can_be_given_without_naming_it():
     """Hydra knows the keys of the default router only."""
     assert _forced("router.budget=3") == "++router.budget=3" and _forced("router=top_p") == "router=top_p"
