@@ -33,11 +33,12 @@ CONTEXT = 6
 def main(config: DictConfig) -> None:
     """Print a summary of a run's routing and single records of it; with compare, where two runs part."""
     from train.audit import FOLDER, AuditLogConfig, read_records, read_steps
+    from train.checkpoint_folder import newest_complete
 
     if config.run is None:
         raise ValueError("give run=DIR")
     settings: AuditLogConfig = record(config, AuditLogConfig)
-    run = load_run(settings.run)
+    run = load_run(settings.run, checkpoint=newest_complete(Path(settings.run)))
     folder = Path(settings.run) / FOLDER
     steps = read_steps(folder)
     if settings.layer is not None and settings.layer not in steps.moe_layers:

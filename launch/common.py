@@ -59,6 +59,8 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # DeepSpeed's launcher passes --local_rank=N, which Hydra does not know.
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    if any(a.lstrip("+").startswith("resume=") for a in arguments):
+        arguments = [_forced(a) for a in arguments]
     multirun = {"-m", "--multirun"} & set(arguments)
     sweep_dir = f"hydra.sweep.dir=runs/sweeps/{time.strftime('%Y%m%d-%H%M%S')}"
     sys.argv = [sys.argv[0], *arguments, *QUIET, *([sweep_dir] if multirun and not any(
@@ -80,6 +82,12 @@ def run_main(name: str, function: Callable[[DictConfig], Any]) -> None:
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(guarded)()
     if failed_jobs:
         raise SystemExit(f"{len(failed_jobs)} job(s) of the sweep failed; their errors stand above")
+
+
+def _forced(argument: str) -> str:
+    """An override of a single setting as one that may also add it: a resumed run's router or attention need not be the
+    default one, whose keys are all that Hydra knows. launch.validate refuses what neither has."""
+    return f"++{argument}" if re.match(r"(?!hydra\.)\w+(\.\w+)+=", argument) else argument
 
 
 def _explained(function: Callable[[DictConfig], Any], config: DictConfig,
@@ -240,9 +248,14 @@ def _refuse_endless(text: str, path: str) -> None:
             raise ValueError(f"{path} is nested more than {MAX_DEPTH} deep, as no saved config is")
 
 
-def load_run(run: str, attention: Any = None) -> Any:
-    """The RunConfig a run directory was trained with, for use in one process; attention: a ComponentConfig to use instead
-    of its own.
+def load_run(run: str, attention: Any = None, checkpoint: Path | None = None) -> Any:
+    """The RunConfig that a checkpoint of a run was made under, for use in one process.
+
+    A run may have been resumed under other settings since, so its own config says nothing about its checkpoints but where
+    their data lie now.
+
+    Args:
+        attention: a ComponentConfig to use instead of its own; checkpoint: None: the run as it was last started.
 
     Raises:
         FileNotFoundError: the directory holds no config.
@@ -253,11 +266,13 @@ def load_run(run: str, attention: Any = None) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a run directory of launch.train, e.g. run=runs/.../...")
     saved = load_config(str(path))
+    if checkpoint is not None:
+        data = saved.data
+        saved = load_config(str(checkpoint / "config.yaml"))
+        saved.data = data
     # One process, any device: what spreads the experts, and what was chosen for the device of the training, is left out.
     saved.launch, saved.parallel, saved.experts = {"kind": "inline"}, {}, {}
     saved.dispatcher = {"_target_": "model.dispatch.LocalDispatcher"}
-    if "fail_safe" in saved:
-        saved.fail_safe.rank_overload = 0.0
     saved.train.micro_batch_size = saved.train.global_batch_size = 1
     saved.train.batch_size_rampup = None
     config = plain(saved)

@@ -32,15 +32,17 @@ def main(config: DictConfig) -> float:
     if config.run is None:
         raise ValueError("give run=DIR")
     settings = record(config, EvaluateConfig)
-    run = load_run(settings.run, settings.attention)
+    checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
+    run = load_run(settings.run, settings.attention, checkpoint)
     store = TokenStore(prepare(run.data))
     if store.manifest["content"] != TokenStore(Path(settings.run) / "data").manifest["content"]:
         raise ValueError(f"{store.path} holds other tokens than the run was trained on, so what was held out is not "
                          "known: its data files have changed; put them back")
-    checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run)
     load_weights(model, checkpoint)
+    if settings.attention is None:
+        model.set_step(read_state(checkpoint)["step"])  # sparse layers may still have been dense
     model = model.to(device).eval()
     if settings.router.budget is not None:
         mean = calibrate_budget(model, calibration_batches(run, store), settings.router.budget, run.balance, run.budget,

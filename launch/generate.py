@@ -24,16 +24,19 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
     import torch
 
     from model.generate import generate
-    from train.checkpoint import find_checkpoint, load_weights
+    from train.checkpoint import find_checkpoint, load_weights, read_state
     from train.components import build_model
     from train.data.store import TokenStore
     from train.data.tokenizer import TextStream
 
-    config = load_run(run_dir, attention)
+    folder = find_checkpoint(Path(run_dir), prefer=checkpoint)
+    config = load_run(run_dir, attention, folder)
     store = TokenStore(Path(run_dir) / "data")
     tokenizer = store.tokenizer()
     model = build_model(config)
-    load_weights(model, find_checkpoint(Path(run_dir), prefer=checkpoint))
+    load_weights(model, folder)
+    if attention is None:
+        model.set_step(read_state(folder)["step"])  # sparse layers may still have been dense
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     if budget is not None:

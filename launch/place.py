@@ -78,14 +78,16 @@ def main(config: DictConfig) -> None:
     """Print the tables, write the placement and say how to use it."""
     from model.placement import Placement
     from model.placement_plan import plan_layer
+    from train.checkpoint_folder import newest_complete
 
     if config.run is None:
         raise ValueError("give run=DIR")
     settings: PlaceConfig = record(config, PlaceConfig)
-    run = load_run(settings.run)
+    checkpoint = newest_complete(Path(settings.run))
+    run = load_run(settings.run, checkpoint=checkpoint)
     if not run.model.moe_layers:
         raise ValueError(f"{settings.run} is a dense model: there are no experts to place")
-    saved = load_config(str(Path(settings.run) / "config.yaml")).parallel
+    saved = load_config(str((checkpoint or Path(settings.run)) / "config.yaml")).parallel
     layout = choose_layout(settings, saved, run.model)
     measured = measure(settings, run.model, layout)
 

@@ -1,4 +1,4 @@
-"""What a config would cost, without any device: python -m launch.plan [the overrides of launch.train].
+"""What a config would cost, without any device: python -m launch.plan [the overrides of launch.train, resume=RUN too].
 
 Prints parameters, memory per device, batch arithmetic, FLOPs and every problem; exit code 1 if it cannot run.
 """
@@ -14,14 +14,17 @@ from typing import Any
 from omegaconf import DictConfig
 
 from launch.common import plain, print_result, run_main, world_size
+from model.memory import DeviceMemory, device_memory
 
 GIB = 2**30
 
 
 def main(config: DictConfig) -> None:
     """Print the plan; raises SystemExit(1) when the config cannot run."""
+    from launch.train import tell_changes, with_saved_config
     from launch.validate import ConfigError, check_tokenizer, parse
 
+    config = with_saved_config(config)
     num_ranks = world_size(config)
     try:
         run = parse(plain(config), num_ranks)
@@ -30,6 +33,7 @@ def main(config: DictConfig) -> None:
             check_tokenizer(run)
         else:  # a plan may be made where the data are not
             print(f"data.tokenizer.path={path} is not on this machine: whether model.vocab_size covers it was not checked")
+        tell_changes(config, run)
     except ConfigError as error:
         print(f"{len(error.problems)} problem(s); this config cannot run:")
         for problem in error.problems:
@@ -42,16 +46,11 @@ def main(config: DictConfig) -> None:
 def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     """Print the tables and return their numbers."""
     from model.flops import count_parameters, flops_per_token
-    from model.memory import device_memory
 
     model, settings = run.model, run.train
     count = count_parameters(model, run.experts_per_token, run.attention.arguments)
     expert_size = run.parallel.expert_parallel_size
-    memory = device_memory(model, run.experts_per_token, precision=settings.precision, zero_stage=run.zero_stage,
-                           world_size=num_ranks, expert_parallel_size=expert_size,
-                           micro_batch_size=settings.micro_batch_size, seq_len=settings.seq_len,
-                           attention=run.attention.arguments, recompute_experts=run.experts.recompute,
-                           grad_accum_dtype=settings.grad_accum_dtype)
+    memory = planned_memory(run, num_ranks)
     micro_steps = run.gradient_accumulation_steps(num_ranks)
     tokens = settings.global_batch_size * settings.seq_len
     flops = flops_per_token(model, run.experts_per_token, settings.seq_len, run.attention.arguments)
@@ -78,6 +77,15 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     return {"problems": [], "parameters": count.total, "active_parameters": count.active,
             "memory_bytes": {**vars(memory), "total": memory.total},
             "gradient_accumulation_steps": micro_steps, "tokens_per_step": tokens, "flops_per_token": flops}
+
+
+def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
+    """Bytes on the fullest device of a run."""
+    return device_memory(run.model, run.experts_per_token, precision=run.train.precision, zero_stage=run.zero_stage,
+                         world_size=num_ranks, expert_parallel_size=run.parallel.expert_parallel_size,
+                         micro_batch_size=run.train.micro_batch_size, seq_len=run.train.seq_len,
+                         attention=run.attention.arguments, recompute_experts=run.experts.recompute,
+                         grad_accum_dtype=run.train.grad_accum_dtype)
 
 
 if __name__ == "__main__":

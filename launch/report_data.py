@@ -240,8 +240,10 @@ def read_frames(path: Path, num_layers: int, num_experts: int) -> Frames | None:
             histograms.append(np.array(frame.get("k_histogram") or np.zeros((num_layers, 1)), np.float32))
     if not step:
         return None
-    widths = {h.shape for h in histograms}
-    histogram = np.stack(histograms) if len(widths) == 1 and min(widths)[1] > 1 else None
+    widths = [h.shape[1] for h in histograms]
+    histogram = None
+    if min(widths) > 1:  # a run that was resumed with more experts per token has longer rows from there on
+        histogram = np.stack([np.pad(h, ((0, 0), (0, max(widths) - h.shape[1]))) for h in histograms])
     if histogram is not None:
         histogram = histogram[:, :, :int(np.flatnonzero(histogram.any((0, 1))).max(initial=0)) + 1]
     return Frames(np.array(step, np.int64), np.array(tokens, np.int64), np.stack(counts), histogram, {},

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from launch.common import (
     world_size,
 )
 from launch.exits import IN_USE
+from launch.resume import examine, merged
 from launch.secrets import forwarded_environment, redact, redact_text
-from train.manifest import write_text
+from train.manifest import require_owned, write_text
 from train.stop import Stopped, StopSignal
 from train.strict_json import dumps
 
@@ -59,12 +60,16 @@ def train(config: DictConfig) -> float | None:
         check_tokenizer(run)
     forwarded_environment(os.environ, run.launch.forward_env)  # refuses secrets, before anything is written
     node = run.launch.node_rank or 0
+    if node == 0:  # another node's command may be started again while the run goes on
+        tell_changes(config, run)
     if run.launch.by_node and not (config.run_dir or config.resume):
         raise ValueError("launch.node_rank needs run_dir=DIR (or resume=DIR), the same on every node and on a file system "
                          "they share")
     if run.launch.dry_run:
         dry_run(run, config)
         return None
+    if run.launch.starts_here:
+        require_memory(run, world_size(config), run.launch.num_devices)
     if node > 0:
         from launch.follower import follow
 
@@ -126,33 +131,27 @@ def with_saved_config(config: DictConfig) -> DictConfig:
     path = Path(config.resume) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"resume: {path} does not exist; give a run directory, e.g. resume=runs/.../...")
-    saved = load_config(str(path))
-    before = _fixed_for_life(saved)
-    saved.train.stop_after_step = None
-    for override in HydraConfig.get().overrides.task:
-        key = override.lstrip("+").split("=", 1)[0].split("@")[0].replace("/", ".")
-        if key in ("experiment", "debug", "model") or override.startswith("~"):
-            raise ValueError(f"resume={config.resume} keeps the model and experiment of the run; drop {override!r}")
-        OmegaConf.update(saved, key, literal(OmegaConf.select(config, key)), force_add=True, merge=False)
+    # Before its settings are looked at: they say what ranks load and where keys are sent.
+    require_owned(path.parent)
+    require_owned(path)
     if config.run_dir is not None and config.run_dir != config.resume:
         raise ValueError(f"resume={config.resume} continues in its own directory; drop run_dir={config.run_dir}")
-    saved.resume = saved.run_dir = literal(config.resume)
-    saved.launch.dry_run = config.launch.dry_run
-    after = _fixed_for_life(saved)
-    changed = [key for key in before if before[key] != after[key]]
-    if changed:
-        raise ValueError(f"resume={config.resume} cannot change {', '.join(changed)}: the saved state would not fit, or "
-                         "the order of data would change; start a new run instead")
-    return saved
+    return merged(load_config(str(path)), config, list(HydraConfig.get().overrides.task), config.resume)
 
 
-def _fixed_for_life(config: DictConfig) -> dict[str, Any]:
-    """What a run cannot change: the shape behind its tensors and everything that orders its data."""
-    data = plain(config)
-    for name in ("recompute", "loss_chunk_size"):  # change memory, not numbers (but for the order of a sum)
-        data["model"].pop(name, None)
-    data["data"].pop("cache_dir", None)  # the tokens themselves are compared when the store is opened
-    return {"model": data["model"], "data": data["data"], "seed": data["seed"], "train.seq_len": data["train"]["seq_len"]}
+def require_memory(run: Any, num_ranks: int, ranks_here: int) -> None:
+    """Refuse ranks on this machine that do not fit it."""
+    from launch.machine_memory import memory_problem, this_machine
+
+    if run.launch.check_memory and (problem := memory_problem(run, num_ranks, ranks_here, this_machine())) is not None:
+        raise ValueError(problem)
+
+
+def tell_changes(config: DictConfig, run: Any) -> None:
+    """Refuse what a resumed run cannot do, and print what is not as it was."""
+    if config.resume is not None and not began_nothing(Path(config.resume)):
+        for line in examine(config, run):
+            print(line, flush=True)
 
 
 def refuse_used_run_dir(config: DictConfig) -> None:
@@ -264,9 +263,17 @@ def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
         restarted = began_nothing(Path(config.resume))
     from train.runtime import process_group
 
-    run = parse(plain(config), int(os.environ["WORLD_SIZE"]) if is_worker() else 1)
-    if started_directly:
-        refuse_used_run_dir(config)  # before any rank can have written it
+    num_ranks = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
+    run = parse(plain(config), num_ranks)
+    if started_directly:  # before any rank can have written it
+        refuse_used_run_dir(config)
+        with nullcontext() if rank() == 0 else redirect_stdout(None):
+            tell_changes(config, run)
+    if started_directly or not run.launch.starts_here:
+        from launch.machine_memory import ranks_of_this_node
+
+        require_memory(run, num_ranks,
+                       ranks_of_this_node(os.environ, 1 if started_directly else run.launch.num_devices))
     from train.lock import RunLock
     from train.loop import fit
 
@@ -282,10 +289,20 @@ def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
         result = stopped_before_training(run_dir) if rank() == 0 else None
     if result is None:
         return None
-    write_text(run_dir / "result.json", dumps(result) + "\n")
+    write_text(run_dir / "result.json", dumps(with_last_loss(result, run_dir)) + "\n")
     if started_directly:
         print_result(result)
     return result
+
+
+def with_last_loss(result: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The result of a run that only made up for its last evaluation, with the training loss that it had before."""
+    try:
+        before = json.loads((run_dir / "result.json").read_text())
+    except (OSError, ValueError):
+        return result
+    return result | {"train_loss": before.get("train_loss")} if (
+        result["train_loss"] is None and before.get("step") == result["step"]) else result
 
 
 def agree_on_run_dir(config: DictConfig, run: Any, started_directly: bool) -> Path:

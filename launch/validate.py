@@ -277,9 +277,6 @@ def _routing(run: RunConfig, router: Any) -> list[str]:
         reason = "chooses plain top-k anyway" if law == "none" else "has no plain top-k to fall back on"
         problems += [f"alarms.{name}.action is top_k, but router={run.router.target.rpartition('.')[2]} {reason}; choose "
                      "another action" for name, rule in run.alarms.items() if rule.action == "top_k"]
-    if run.fail_safe.rank_overload > 0 and run.parallel.expert_parallel_size == 1:
-        problems.append(f"fail_safe.rank_overload {run.fail_safe.rank_overload} compares ranks, but "
-                        "parallel.expert_parallel_size is 1; set it to 0")
     return problems
 
 

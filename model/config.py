@@ -178,6 +178,9 @@ class BudgetConfig:
             found.append(f"budget.kp {self.kp} and budget.ki {self.ki} must be below 2 and 1, or the controller oscillates")
         found += [f"budget.{name} is {getattr(self, name)}; it must be positive"
                   for name in ("guard_error", "guard_steps", "guard_capped", "hold_steps") if getattr(self, name) <= 0]
+        if self.guard_capped > 1:
+            found.append(f"budget.guard_capped is {self.guard_capped}; it is a share of tokens, at most 1 (which switches "
+                         "it off)")
         return found
 
 

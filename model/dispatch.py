@@ -144,7 +144,8 @@ class AllToAllDispatcher:
             found.append(f"dispatcher.buffer_factor is {buffer_factor}; it must be positive, or null for exact sizes")
         if expert_parallel_size == 1 and (num_chunks, payload, buffer_factor) != (1, "native", None):
             found.append(f"dispatcher.num_chunks {num_chunks}, payload {payload} and buffer_factor {buffer_factor} are for "
-                         "expert parallelism, but parallel.expert_parallel_size is 1; leave them out")
+                         "expert parallelism, but parallel.expert_parallel_size is 1; leave them out, or, where a "
+                         "resumed run has them, add dispatcher=all_to_all")
         return found
 
     def start(self, hidden: Tensor, routing: RouterOutput, dropless: bool = False) -> Dispatched:

@@ -72,7 +72,11 @@ class Placement:
 
     def problems(self, num_experts: int, num_moe_layers: int, expert_parallel_size: int) -> list[str]:
         """Every contradiction with a run of these sizes, as sentences that name the value and the way out."""
-        again = f"plan anew: python -m launch.place run=DIR expert_parallel_size={expert_parallel_size}"
+        if expert_parallel_size == 1 < self.expert_parallel_size:
+            return [f"parallel.placement is for expert_parallel_size {self.expert_parallel_size}, but one rank holds all "
+                    "experts (parallel.expert_parallel_size is 1); add parallel.placement=null"]
+        again = (f"add parallel.placement=null, or plan anew: python -m launch.place run=DIR "
+                 f"expert_parallel_size={expert_parallel_size}")
         found = []
         if self.expert_parallel_size != expert_parallel_size:
             found.append(f"parallel.placement is for expert_parallel_size {self.expert_parallel_size}, but "

@@ -75,11 +75,11 @@ class Alarms:
         for name, rule in self.rules.items():
             found = worst(rule, scalars)
             assert rule.after_step is not None
-            if found is None or step <= rule.after_step:
+            if found is None:
                 continue
             metric, value = found
             held = self.held.setdefault(name, Held())
-            if not rule.beyond(value):
+            if step <= rule.after_step or not rule.beyond(value):  # a resumed run may have moved after_step
                 held.since = None
                 if held.ringing:
                     held.ringing = False

@@ -153,8 +153,8 @@ class CheckpointWriter:
             raise CheckpointWriteError(self.folder, Failure(0, errno.EIO, "the last checkpoint is missing, the reason "
                                                             "stands above"))
 
-    def mark_best(self, step: int, val_loss: float) -> None:
-        """Remember the saved checkpoint of this step as the one with the lowest held-out loss.
+    def mark_best(self, step: int, val_loss: float, sequences: int | None = None) -> None:
+        """Remember the saved checkpoint of this step as the one with the lowest held-out loss, over so many sequences.
 
         Raises:
             CheckpointWriteError: on every rank, when the record, or the checkpoint still being written, could not be.
@@ -162,11 +162,18 @@ class CheckpointWriter:
         if self.config.keep_best:
             self.wait()
             self._tolerated(lambda: self._on_rank_zero(self.folder / "best.json",
-                                                       lambda: self._mark_best(name_of(step), val_loss)))
+                                                       lambda: self._mark_best(name_of(step), val_loss, sequences)))
 
-    def best_loss(self) -> float:
-        """Held-out loss of the best checkpoint, in nats; infinite before there is one."""
+    def best_loss(self, sequences: int | None = None) -> float:
+        """Held-out loss of the best checkpoint, in nats; infinite before there is one.
+
+        sequences: infinite, too, if it was measured on another number of held-out ones: such losses do not compare.
+        """
         best = read_best(self.folder)
+        if best and sequences is not None and best.get("sequences", sequences) != sequences:
+            log.info("the best loss so far, %.4f (%s), is of %s held-out sequences and does not compare with one of %d",
+                     best["val_loss"], best["checkpoint"], best["sequences"], sequences)
+            return float("inf")
         return float(best["val_loss"]) if best else float("inf")
 
     # --- on the thread that trains -----------------------------------------------------------------------------------
@@ -287,11 +294,11 @@ class CheckpointWriter:
         except OSError as error:  # the checkpoint itself is complete and found without them
             log.warning("%s is saved, but tidying up after it failed: %s", final, error)
 
-    def _mark_best(self, name: str, val_loss: float) -> None:
+    def _mark_best(self, name: str, val_loss: float, sequences: int | None) -> None:
         if not is_complete(self.folder / name):
             log.warning("%s was not saved, so it is not kept as the best", self.folder / name)
             return
-        point_best(self.folder, name, val_loss)
+        point_best(self.folder, name, val_loss, sequences)
         sync_folder(self.folder)
         remove_old(self.folder, self.config.keep_last, self.config.keep_best)
 

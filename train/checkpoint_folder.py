@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/     a whole checkpoint; written as .step-00000100.partial and renamed
     checkpoints/latest             name of the newest; for people and scripts: reading goes by what is there and whole
-    checkpoints/best.json          {"checkpoint": name, "val_loss": nats} of the lowest held-out loss
+    checkpoints/best.json          {"checkpoint": name, "val_loss": nats, "sequences": held-out ones} of the lowest loss
     saved                          name of the first one. Whoever finds it and no checkpoint knows that the folder is
                                    gone, as with a disk that is not mounted
 
@@ -32,7 +32,6 @@ from train.manifest import (
     write_json,
     write_text,
 )
-from train.random_state import rng_file
 
 log = logging.getLogger("loadstone")
 STEP = re.compile(r"step-(\d{8,18})")
@@ -51,6 +50,11 @@ def steps(folder: Path) -> list[str]:
     """Names of the checkpoint folders, oldest first, whole or not."""
     found = [path.name for path in folder.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda name: (len(name), name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 # --- what is whole ---------------------------------------------------------------------------------------------------
@@ -78,6 +82,8 @@ def damage(checkpoint: Path) -> str | None:
         found = size_damage(checkpoint, files) or content_damage(checkpoint, files) or _unlisted(checkpoint, files)
         if found is not None:
             return found
+        from train.random_state import rng_file  # imports torch, which looking for a checkpoint does not need
+
         state = read_state(checkpoint)
         missing = next((rng_file(rank) for rank in range(state["world_size"]) if rng_file(rank) not in files), None)
         if missing is not None:
@@ -170,6 +176,12 @@ def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
     raise CheckpointError(f"no usable checkpoint under {folder}{why}")
 
 
+def newest_complete(run_dir: Path) -> Path | None:
+    """The checkpoint a run would most likely go on from, by its files' names and sizes alone; None: none looks whole."""
+    folder = run_dir / "checkpoints"
+    return next((folder / name for name in steps(folder)[::-1] if is_complete(folder / name)), None)
+
+
 def _check_latest(folder: Path) -> None:
     path = folder / "latest"
     try:
@@ -184,7 +196,7 @@ def _check_latest(folder: Path) -> None:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """{"checkpoint": name, "val_loss": nats} of the best checkpoint; None before there is one, or if the record is bad."""
+    """best.json: the best checkpoint and its loss; None before there is one, or if the record is bad."""
     path = folder / "best.json"
     if not path.exists():
         return None
@@ -223,9 +235,11 @@ def point_latest(folder: Path, name: str) -> None:
     write_text(folder / "latest", name)
 
 
-def point_best(folder: Path, name: str, val_loss: float) -> None:
+def point_best(folder: Path, name: str, val_loss: float, sequences: int | None = None) -> None:
+    """sequences: how many held-out ones the loss is the mean over; None: not known."""
     _make_way(folder / "best.json")
-    write_json(folder / "best.json", {"checkpoint": name, "val_loss": val_loss})
+    known = {} if sequences is None else {"sequences": sequences}
+    write_json(folder / "best.json", {"checkpoint": name, "val_loss": val_loss, **known})
 
 
 def _make_way(pointer: Path) -> None:

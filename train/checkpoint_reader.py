@@ -28,6 +28,7 @@ from train.engine import STATE_KEYS, Engine
 from train.manifest import CheckpointError, require_owned
 
 LOAD_CHUNK_BYTES = 2**29
+OPTIONAL_BUFFER = ".snapshot_weight"
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -103,7 +104,9 @@ def _assemble(values: dict[str, torch.Tensor], name: str, expert_ids: dict[str, 
 
 
 def _load_buffers(model: nn.Module, reader: _Reader) -> None:
-    buffers = dict(model.named_buffers())
+    """A snapshot of the router's weight is there only if F4 was on: without one it stays empty, for the next to fill."""
+    buffers = {name: buffer for name, buffer in model.named_buffers()
+               if not name.endswith(OPTIONAL_BUFFER) or f"buffer/{name}" in reader.shapes}
     want = {f"buffer/{name}": torch.empty(b.shape, dtype=b.dtype) for name, b in buffers.items()}
     reader.read(want)
     for name, buffer in buffers.items():

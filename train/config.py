@@ -171,6 +171,8 @@ class LaunchConfig:
     elastic: bool = False
     """Restart on the hosts that are left when fewer than num_nodes can be reached."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    check_memory: bool = True
+    """Refuse to start what does not fit the machine's memory by the plan (launch/machine_memory.py)."""
     dry_run: bool = False
     """Print the command and the checks, start nothing."""
 
@@ -193,6 +195,11 @@ class LaunchConfig:
                 found.append(f"launch.max_restarts is {self.max_restarts}, but launch=inline has no supervisor to restart "
                              "it; use launch=deepspeed or launch=torchrun (one device is enough)")
         return found + self._node_problems()
+
+    @property
+    def starts_here(self) -> bool:
+        """Whether the ranks of this command run on this machine."""
+        return self.kind != "slurm" and self.hostfile is None
 
     @property
     def by_node(self) -> bool:

@@ -19,6 +19,7 @@ from model.budget import hold_plain_top_k, update_routers
 from model.flops import count_parameters, flops_per_token
 from model.loss import training_loss
 from model.parallel import ParallelGroups, initialize_parallel
+from model.restart import RoutingFacts, State, adopt_state, state_of
 from ops.all_to_all import total_communication
 from ops.grouped_mlp import product_tile_rows, select_backend
 from ops.router import RouterOutput
@@ -139,7 +140,7 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
                             groups.data_rank, groups.data_size)
     progress = Progress()
     if config.resume is not None:
-        progress = _resume(engine, run_dir, loader, restarted)
+        progress = _resume(engine, config, run_dir, loader, restarted)
     writer = CheckpointWriter(run_dir, config.checkpoint, groups, resolved_config,
                               config.parallel.timeout_seconds)
     tracker = None
@@ -149,6 +150,8 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
         progress.wandb_id = tracker.wandb_id
         for line in banner(config, groups, store, run_dir, progress, engine.device):
             log.info(line)
+        if config.fail_safe.rank_overload and groups.expert_size == 1:
+            log.info("fail_safe.rank_overload compares ranks of an expert group: with one there is nothing to limit")
         if (note := short_rows_note(engine.module.sparse_attentions(), settings.seq_len)) is not None:
             log.warning(note)
     audit = None
@@ -168,14 +171,17 @@ def fit(config: RunConfig, run_dir: Path, stop: StopSignal, resolved_config: str
     return None
 
 
-def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader, restarted: bool) -> Progress:
+def _resume(engine: Engine, config: RunConfig, run_dir: Path, loader: TrainingLoader, restarted: bool) -> Progress:
     if restarted and from_rank_zero(lambda: begins_anew(run_dir)):
         return Progress()
     checkpoint = from_rank_zero(lambda: find_checkpoint(run_dir))
     state = read_state(checkpoint)
-    load_engine(engine, checkpoint, state["step"] - state.get("skipped_steps", 0))
+    fresh = state_of(engine.module.routers())
+    updates = state["step"] - state.get("skipped_steps", 0)
+    load_engine(engine, checkpoint, updates)
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
     progress.spike = SpikeGuard(**state["spike"])
+    _adopt(engine, config, progress, fresh, RoutingFacts.read(state.get("routing")), updates)
     loader.consumed_samples = progress.consumed_samples
     if not restore_rng(checkpoint, dist.get_rank(), dist.get_world_size(), state["world_size"]):
         log.info("the number of ranks changed from %d to %d: random streams start anew", state["world_size"],
@@ -184,6 +190,24 @@ def _resume(engine: Engine, run_dir: Path, loader: TrainingLoader, restarted: bo
         set_newer_aside(checkpoint)
     log.info("resumed from %s (step %d)", checkpoint, progress.step)
     return progress
+
+
+def _adopt(engine: Engine, config: RunConfig, progress: Progress, fresh: State, before: RoutingFacts | None,
+           updates: int) -> None:
+    """Settings that the restored state holds give way to the present ones."""
+    after = routing_facts(engine, config)
+    if after is None:
+        return
+    if adopt_state(engine.module.routers(), fresh, before, after, updates):
+        log.info("another kind of router or score: bias, cuts and budget controllers start as in a new run")
+    progress.spike = progress.spike.continued(before.spike if before is not None else progress.spike.steps > 0,
+                                              config.fail_safe)
+
+
+def routing_facts(engine: Engine, config: RunConfig) -> RoutingFacts | None:
+    """What the buffers of the routers are made under; saved with every checkpoint."""
+    return RoutingFacts.of(engine.module.routers(), config.balance, config.budget, config.fail_safe,
+                           engine.module.rank_shares)
 
 
 @dataclass
@@ -503,12 +527,14 @@ class _Run:
                              {f"eval/{k}": result[k] for k in ("val_loss", "perplexity", "bits_per_byte",
                                                                "experts_per_token") if k in result}
                              | (self.probe.measure(progress.step) if self.probe is not None else {}))
-        if self.config.checkpoint.keep_best and result["val_loss"] < from_rank_zero(self.writer.best_loss):
+        sequences = min(settings.eval_max_sequences or len(rows), len(rows))
+        best = from_rank_zero(lambda: self.writer.best_loss(sequences)) if self.config.checkpoint.keep_best else -math.inf
+        if result["val_loss"] < best:
             if saved_step != progress.step and not self.save():
                 return progress.step
             saved_step = progress.step
             if self.writer.wait():
-                self.writer.mark_best(progress.step, result["val_loss"])
+                self.writer.mark_best(progress.step, result["val_loss"], sequences)
         return saved_step
 
     def save(self) -> bool:
@@ -517,7 +543,9 @@ class _Run:
         started = time.perf_counter()
         if self.audit is not None:
             self.audit.flush()
-        saved = self.writer.save(self.engine, asdict(self.progress)) is not None
+        facts = routing_facts(self.engine, self.config)
+        state = {**asdict(self.progress), "routing": None if facts is None else asdict(facts)}
+        saved = self.writer.save(self.engine, state) is not None
         self.save_seconds += time.perf_counter() - started
         return saved
 

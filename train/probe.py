@@ -53,7 +53,7 @@ class RoutingProbe:
         found, self._found = self._found, None
         scalars: dict[str, float] = {}
         before = self._before(step)
-        if before is not None and before.shape == found["expert_ids"].shape:
+        if before is not None and before.shape[:2] == found["expert_ids"].shape[:2]:
             scalars["eval/router_stability"] = overlap(found["expert_ids"], before)
         chosen = (found["expert_ids"] >= 0).sum(2)
         if chosen.size and chosen.min() != chosen.max():

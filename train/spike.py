@@ -6,7 +6,7 @@ The gradient norm is the same number on every rank, so all ranks decide alike wi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.config import FailSafeConfig
 
@@ -25,6 +25,13 @@ class SpikeGuard:
     frozen_steps: int = 0
     """Steps still to be routed with the snapshot."""
     has_snapshot: bool = False
+
+    def continued(self, was_on: bool, settings: FailSafeConfig) -> SpikeGuard:
+        """The guard of a resumed run: this one, if F4 watched the steps before it (was_on) and watches now, else a new one,
+        which knows of no norm and no snapshot."""
+        if not was_on or settings.spike_zscore == 0:
+            return SpikeGuard()
+        return replace(self, frozen_steps=min(self.frozen_steps, settings.freeze_steps))
 
     def takes_snapshot(self, step: int, settings: FailSafeConfig) -> bool:
         """Whether the step after `step` completed ones stores the routers' weights for later."""

@@ -20,6 +20,8 @@ ControlLaw = Literal["none", "quantile", "top_p", "relu", "null"]
 
 VALUE, SHARE, FALLBACK_K, LIMIT = range(4)
 """Places in `control`: ops.router.route."""
+LEAST_BUDGET = 0.1
+"""Experts per token: less is no budget anybody means, and plain top-k, the fallback, visits one."""
 NUM_CONTROLLER_STATES = 7
 """Length of `controller`: see model/budget.py."""
 STEPS_UNMOVED = 20
@@ -249,17 +251,23 @@ def least_experts(config: ModelConfig, min_experts: int | None) -> int:
     return min_experts if min_experts is not None else int(config.num_shared_experts == 0)
 
 
-def budget_problems(config: ModelConfig, budget: float, unit: str, max_experts: int, most: int) -> list[str]:
-    """Contradictions of a budget, for the `problems` of the routers that have one."""
+def budget_problems(config: ModelConfig, budget: float, unit: str, max_experts: int, most: int,
+                    min_experts: int = 0) -> list[str]:
+    """Contradictions of a budget, for the `problems` of the routers that have one.
+
+    max_experts, min_experts: bounds of one token; most: experts that there are to choose from.
+    """
     if unit not in ("experts", "flops"):
         return [f"router.budget_unit is {unit!r}; choose experts or flops"]
     experts = experts_of_budget(config, budget, unit)
-    if not 0 < experts <= most:
-        return [f"router.budget {budget:g} ({unit}) is {experts:.3g} experts per token; it must be above 0 and at most "
-                f"{most}"]
+    given = f"router.budget {budget:g} ({unit}) is {experts:.3g} experts per token"
+    least = max(LEAST_BUDGET, min_experts if min_experts <= max_experts else 0)
+    if not least <= experts <= most:
+        reason = f" (router.min_experts is {min_experts})" if min_experts > LEAST_BUDGET else ""
+        price = f"; one expert per token is {budget / experts:.4g} FLOPs" if unit == "flops" and experts > 0 else ""
+        return [f"{given}; it must be between {least:g}{reason} and {most}{price}"]
     if experts > max_experts:
-        return [f"router.budget {budget:g} ({unit}) is {experts:.3g} experts per token, above router.max_experts "
-                f"{max_experts}"]
+        return [f"{given}, above router.max_experts {max_experts}"]
     return []
 
 

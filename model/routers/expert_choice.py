@@ -54,5 +54,9 @@ class ExpertChoiceRouter(Router):
         if score_function == "relu":
             return ["router.score_function relu belongs to router=relu"]
         most = default_max_experts(config.num_experts, top_k, max_experts)
+        if most < top_k <= config.num_experts:
+            return [f"router.max_experts {most} is below router.top_k {top_k}, the mean of all tokens"]
+        if top_k < min_experts <= most:
+            return [f"router.min_experts {min_experts} is above router.top_k {top_k}, the mean of all tokens"]
         return RouteSpec(config.num_experts, "expert_choice", score_function, top_k, 0,  # type: ignore[arg-type]
                          min_experts, most, normalize_weights=normalize_weights, scaling_factor=scaling_factor).problems()

@@ -44,7 +44,8 @@ class ReLURouter(Router):
                  capacity_factor: float | None = None) -> list[str]:
         experts = experts_of_budget(config, budget, budget_unit)
         most = default_max_experts(config.num_experts, experts, max_experts)
-        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, most, config.num_experts)
+        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, most, config.num_experts,
+                                                                     least_experts(config, min_experts))
         if not 0 < initial_coeff < 1:
             found.append(f"router.initial_coeff is {initial_coeff}; it must be between 0 and 1")
         least = least_experts(config, min_experts)

@@ -46,7 +46,8 @@ class ThresholdRouter(Router):
                  scaling_factor: float = 1.0, capacity_factor: float | None = None) -> list[str]:
         experts = experts_of_budget(config, budget, budget_unit)
         most = default_max_experts(config.num_experts, experts, max_experts)
-        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, most, config.num_experts)
+        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, most, config.num_experts,
+                                                                     least_experts(config, min_experts))
         if score_function == "relu":
             found.append("router.score_function relu belongs to router=relu")
         least = least_experts(config, min_experts)

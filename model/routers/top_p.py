@@ -46,7 +46,8 @@ class TopPRouter(Router):
         columns = config.num_experts + num_null_experts
         experts = experts_of_budget(config, budget, budget_unit)
         most = default_max_experts(columns, experts, max_experts)
-        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, most, columns)
+        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, most, columns,
+                                                                     min_experts)
         if not 0 < initial_top_p < 1:
             found.append(f"router.initial_top_p is {initial_top_p}; it must be between 0 and 1")
         return found or RouteSpec(config.num_experts, "top_p", score_function,  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from launch.common import plain
 from launch.validate import DEEPSPEED_KEYS, ZERO_KEYS, ConfigError, parse
 from model.flops import count_parameters, flops_per_token
+from model.placement import LayerPlacement, Placement
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 
@@ -191,15 +192,48 @@ def test_any_attention_goes_into_any_preset(attention):
     (("router=threshold", "balance.entropy_coeff=0.1"), "router.score_function is sigmoid"),
     (("router=top_p", "router.budget=20"), "router.budget 20"),
     (("router=top_p", "router.budget=1e8", "router.budget_unit=flops"), "router.budget 1e+08 (flops)"),
+    (("router=threshold", "balance=none", "router.budget=3", "router.budget_unit=flops"), "must be between 0.1 and 8; one "
+     "expert per token is 1.18e+06 FLOPs"),
+    (("router=null_experts", "router.budget=0.01"), "must be between 0.1 and"),
+    (("router=top_p", "router.budget=0.5"), "must be between 1 (router.min_experts is 1) and 8"),
+    (("router=threshold", "balance=none", "router.min_experts=3"), "must be between 3 (router.min_experts is 3) and 8"),
+    (("router=relu", "balance=none", "router.min_experts=3"), "must be between 3 (router.min_experts is 3) and 8"),
+    (("router=expert_choice", "balance=none", "router.max_experts=1"), "router.max_experts 1 is below router.top_k 2"),
+    (("router=expert_choice", "balance=none", "router.min_experts=3"), "router.min_experts 3 is above router.top_k 2"),
+    (("budget.guard_capped=5",), "budget.guard_capped is 5"),
     (("balance.bias_update=sign",), "balance.bias_update_rate 0.0 belongs to balance.bias_update=sign"),
     (("balance.bias_update=quantile", "balance.quantile_momentum=1"), "balance.quantile_momentum is 1"),
     (("balance.histogram_bins=3",), "balance.histogram_bins is 3"),
     (("budget.ki=3",), "budget.kp 0.5 and budget.ki 3"),
     (("budget.hold_steps=0",), "budget.hold_steps is 0"),
-    (("fail_safe=full",), "parallel.expert_parallel_size is 1"),
     (("fail_safe.collapse_share=2",), "fail_safe.collapse_share is 2"),
     (("audit.sample_one_in=-1",), "audit.sample_one_in is -1"),
     (("model.top_k=9",), "model.top_k is 9"),
 ])
 def test_routing_contradictions_are_named(overrides, message):
     assert any(message in problem for problem in problems(composed(*overrides))), problems(composed(*overrides))
+
+
+def test_every_fail_safe_may_be_on_with_one_rank():
+    """F5 has no ranks to compare then; the others act."""
+    assert parse(composed("fail_safe=full"), 1).fail_safe.collapse_share == 0.95
+
+
+def test_the_advice_on_a_placement_leads_to_no_other_error(tmp_path):
+    """On one rank there is nothing to plan anew: without the placement the run starts."""
+    Placement(2, (LayerPlacement.identity(8, 2),) * 3).save(tmp_path / "placement.json")
+    placed = (f"parallel.placement={tmp_path / 'placement.json'}",)
+    (problem,) = problems(composed(*placed))
+    assert problem.endswith("add parallel.placement=null") and "launch.place" not in problem
+    assert parse(composed(*placed, "parallel.placement=null"), 1).parallel.placement is None
+    four = ("parallel.expert_parallel_size=4", "launch=deepspeed", "launch.num_devices=4")
+    (problem,) = problems(composed(*placed, *four), 4)
+    assert "add parallel.placement=null, or plan anew: python -m launch.place run=DIR expert_parallel_size=4" in problem
+    assert parse(composed(*placed, *four, "parallel.placement=null"), 4).parallel.expert_parallel_size == 4
+
+
+def test_the_advice_on_an_exchange_that_one_rank_does_not_have_holds_for_a_resumed_run(base):
+    saved = changed(base, dispatcher__num_chunks=2)
+    (problem,) = problems(saved)
+    assert "add dispatcher=all_to_all" in problem
+    assert parse(saved | {"dispatcher": composed("dispatcher=all_to_all")["dispatcher"]}, 1)

@@ -325,7 +325,7 @@ def test_every_contradiction_is_named_at_once():
     (ThresholdRouter, dict(budget=2.0, score_function="relu"), "belongs to router=relu"),
     (ReLURouter, dict(budget=2.0, initial_coeff=0.0), "router.initial_coeff is 0.0"),
     (NullExpertsRouter, dict(top_k=4, num_null_experts=0, budget=2.0), "router.num_null_experts is 0"),
-    (NullExpertsRouter, dict(top_k=2, num_null_experts=4, budget=3.0), "must be above 0 and at most 2"),
+    (NullExpertsRouter, dict(top_k=2, num_null_experts=4, budget=3.0), "must be between 0.1 and 2"),
     (ExpertChoiceRouter, dict(top_k=9), "router.top_k is 9"),
 ])
 def test_contradictory_budgets_are_refused(kind, options, message):
