@@ -135,7 +135,7 @@ def _audit(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAtten
         true_mass.index_add_(3, block_of, token_probs)
         true_mass = torch.where(past[None, :, None], true_mass, 0.0)
     ours = result.out[rows].to(real).view(*shape, dim).transpose(0, 1)
-    largest = v.norm(dim=-1).T.unsqueeze(1).masked_fill(~visible, 0.0).amax(-1).unsqueeze(-1)  # [Hk, m, 1]
+    largest = v.detach().norm(dim=-1).T.unsqueeze(1).masked_fill(~visible, 0.0).amax(-1).unsqueeze(-1)  # [Hk, m, 1]
     least_norm = (torch.finfo(real).eps * largest).clamp_min(torch.finfo(real).tiny)
     difference, norm = ours - dense, torch.maximum(dense.norm(dim=-1), least_norm)
 

@@ -32,6 +32,7 @@ from train.checkpoint import CheckpointError
 from train.checkpoint_folder import point_best
 from train.components import GIVEN, classes
 from train.config import AlarmRule, ComponentConfig, RunConfig
+from train.stop import StopSignal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commandline import ROOT, TINY, write_text
@@ -57,6 +58,12 @@ BASES = {
 }
 """The runs that are resumed, by name; 10 steps each, unless they say otherwise."""
 WANDB = "tracker.wandb.mode=disabled"
+
+
+def trained(config) -> dict | None:
+    """What one rank does."""
+    with StopSignal() as stop:
+        return command._work(config, stop)
 
 
 class Ran:
@@ -267,6 +274,8 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "alarms.*.meaning": reaches("alarms.collapse.meaning=words"),
     # devices, processes, machines
     "experts.backend": reaches("experts.backend=reference"), "experts.recompute": reaches("experts.recompute=true"),
+    "train.grad_accum_dtype": acts("train.grad_accum_dtype=bf16 train.micro_batch_size=1", LOSS,
+                                   control=("train.precision=bf16", "train.micro_batch_size=1")),
     "experts.token_rounding": acts("experts.token_rounding=8", ROUTED),
     "dispatcher._target_": reaches("dispatcher=local"),
     **{f"dispatcher.{name}": reaches(f"dispatcher.{name}={value}", *EXPERT_PARALLEL, world_size=2)
@@ -282,10 +291,11 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         f"deepspeed.zero_optimization.{name}={value}", "deepspeed.zero_optimization.stage=3") for name, value in (
         ("overlap_comm", "false"), ("reduce_bucket_size", 10), ("allgather_bucket_size", 10),
         ("allgather_partitions", "false"),
-        ("round_robin_gradients", "true"), ("offload_optimizer", "{device: cpu}"), ("offload_param", "{device: cpu}"),
+        ("offload_optimizer", "{device: cpu}"), ("offload_param", "{device: cpu}"),
         ("sub_group_size", 10), ("stage3_max_live_parameters", 10), ("stage3_max_reuse_distance", 10),
         ("stage3_prefetch_bucket_size", 10), ("stage3_param_persistence_threshold", 10),
         ("stage3_gather_16bit_weights_on_model_save", "false"))},
+    "deepspeed.zero_optimization.round_robin_gradients": refused("deepspeed.zero_optimization.round_robin_gradients=true"),
     "deepspeed.zero_optimization.stage": reaches("deepspeed.zero_optimization.stage=2"),
     "launch.kind": reaches("launch.kind=deepspeed"),
     "launch.num_devices": reaches("launch.num_devices=2", "launch=deepspeed", world_size=2),
@@ -405,7 +415,7 @@ class Runs:
         if not run.exists():
             config = composed(*COMMON, *BASES[name], *self.data, f"run_dir={run}")
             command.save_config(config)
-            command._work(config)
+            trained(config)
         return run
 
     def asked(self, run: Path, *overrides: str):
@@ -423,7 +433,7 @@ class Runs:
             shutil.copytree(base, run)
             config, lines = self.asked(run, f"train.stop_after_step={done + steps}", *overrides)
             command.save_config(config)
-            command._work(config)
+            trained(config)
             (run / "config.txt").write_text(json.dumps(lines) + "\n")
             self.ran[key] = Ran(run, done)
         return self.ran[key]
@@ -478,7 +488,7 @@ def test_every_fail_safe_can_be_switched_on_and_off_again_on_one_rank(runs):
     assert len(ran.records) >= 4
     config, _ = runs.asked(ran.folder, "fail_safe=default", "train.stop_after_step=16")
     command.save_config(config)
-    command._work(config)
+    trained(config)
     state = json.loads((ran.folder / "checkpoints" / "step-00000016" / "state.json").read_text())
     assert not state["spike"]["has_snapshot"] and not state["routing"]["spike"]
 
@@ -605,7 +615,7 @@ def test_a_run_whose_last_evaluation_is_missing_may_make_up_for_it(runs, tmp_pat
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | ({"stopped": True} if stopped else {"step": 5})))
     config, _ = runs.asked(run, "train.stop_after_step=10")
-    command._work(config)
+    trained(config)
     again = json.loads((run / "result.json").read_text())
     assert again["step"] == 10 and again["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
     assert not stopped or again["train_loss"] == result["train_loss"]
@@ -620,13 +630,13 @@ def test_losses_on_other_held_out_sequences_are_not_compared(runs):
         shutil.copytree(base, run)
         point_best(run / "checkpoints", "step-00000010", loss, 4)
         config, _ = runs.asked(run, "train.stop_after_step=12", "train.eval_max_sequences=16")
-        command._work(config)
+        trained(config)
         assert json.loads((run / "checkpoints" / "best.json").read_text())["checkpoint"] == f"step-{best:08d}"
     same = runs.folder / "same-subset"
     shutil.copytree(base, same)
     point_best(same / "checkpoints", "step-00000010", 0.1, 4)
     config, _ = runs.asked(same, "train.stop_after_step=12")
-    command._work(config)
+    trained(config)
     assert json.loads((same / "checkpoints" / "best.json").read_text())["val_loss"] == 0.1
 
 

@@ -1108,3 +1108,12 @@ def test_selected_blocks_that_are_no_candidates_are_refused(selected, words):
     wide[:, :32] = -1
     with pytest.raises(ValueError, match=words):
         sparse_attention(q, k, k, cu_seqlens, spec, selected=wide)
+
+
+def test_only_what_is_trained_on_carries_gradient_out_of_an_audit():
+    """Metrics of an audit are converted to numbers; a gradient there would keep the graph of the whole layer."""
+    spec = SparseAttentionSpec(block_size=16, coarse_block_size=8, top_k=2, window_size=32)
+    q, k, v = (torch.randn(100, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    documents = torch.tensor([0, 40, 100])
+    audit = audit_rows(q, k, v, documents, spec, sparse_attention(q, k, v, documents, spec), rows=torch.arange(0, 100, 7))
+    assert {name for name in audit._fields if getattr(audit, name).requires_grad} == {"mass_kl", "coherence", "alignment"}
