@@ -38,8 +38,7 @@ def calibrate_budget(model: Transformer, batches: Iterable[Batch], budget: float
                      settings: BudgetConfig, device: torch.device) -> float:
     """Run the model over the batches, one controller step each, until its routers hold `budget` experts per token.
 
-    Changes the routers' state, not their weights. A ReLU router gets a cut per expert, like the threshold router: its
-    penalty only works in training. Returns the mean experts per token over the last half of the batches.
+    Changes the routers' state, not their weights. Returns the mean experts per token over the last half of the batches.
 
     Raises:
         ValueError: the router has no budget, or the new one does not fit it.
@@ -58,9 +57,7 @@ def calibrate_budget(model: Transformer, batches: Iterable[Batch], budget: float
         router.controller.zero_()
         router.control[SHARE], router.control[LIMIT] = 1.0, float(spec.max_experts)
         router.control[FALLBACK_K] = float(max(1, round(budget)))
-        if router.law == "relu":
-            router.law = "quantile"
-        if router.law == "quantile":
+        if router.has_quantile_bias:
             layer.num_bins = balance.histogram_bins
             router.prepare_histogram(layer.num_bins)
     model.eval()

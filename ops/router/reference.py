@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ops.router.spec import NUM_REASONS, Reason, RouteSpec
 
-
 LEAST_SUM = 1e-20
 """Sums of scores that are normalised from their logits instead."""
 
@@ -77,9 +76,12 @@ def score(logits: Tensor, function: str) -> Tensor:
 
 
 def normalized(scores: Tensor, logits: Tensor, function: str, used: Tensor | None = None) -> Tensor:
-    """[T, N] scores over their sum, of the `used` ones (None: of all). Where the sum is below 1e-20 the scores lie in the tail
-    of their function, log s = slope * logit, and their shares are the softmax of that: they do not vanish with the scores,
-    which underflow. ReLU scores have no tail and give zeros."""
+    """[T, N] scores over their sum, of the `used` ones (None: of all).
+
+    Where the sum is at most LEAST_SUM, the scores lie in the tail of their function, log s = slope * logit,
+    and their shares are the softmax of that: they do not vanish with the scores, which underflow. ReLU
+    scores have no tail and give zeros.
+    """
     kept = scores if used is None else torch.where(used, scores, 0.0)
     total = kept.sum(-1, keepdim=True)
     shares = kept / total.clamp_min(LEAST_SUM)
@@ -93,12 +95,15 @@ def normalized(scores: Tensor, logits: Tensor, function: str, used: Tensor | Non
 
 
 def null_bars(ranked: torch.return_types.sort, n: Tensor, inside: Tensor, outside: Tensor, num_experts: int) -> Tensor:
-    """[T, E]: the key of the null expert that each expert has to beat. The best null expert that was not chosen for an expert
-    that was, to stay in; the worst that was chosen for the others, to come in. A bias that all experts have in common moves
-    neither, so the scores over these bars say at which level how many experts are chosen. Without such a null expert it is
-    the first key not chosen, or the last chosen.
+    """[T, E]: the key of the null expert that each expert has to beat.
 
-    ranked: keys [T, C] of all columns; n: [T] columns that are chosen; inside, outside: [T] the keys on both sides of it.
+    That is the best null expert not chosen for an expert that was, to stay in; the worst chosen one for the
+    others, to come in. A bias that all experts have in common moves neither, so the scores over these bars
+    say at which level of it how many experts are chosen. Without such a null expert it is the first key not
+    chosen, or the last chosen.
+
+    ranked: keys [T, C] of all columns; n: [T] columns that are chosen; inside, outside: [T] keys on both
+        sides of it.
     """
     chosen = torch.arange(ranked.values.shape[1], device=n.device) < n.unsqueeze(1)
     null = ranked.indices >= num_experts

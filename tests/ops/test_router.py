@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import subprocess
@@ -245,7 +244,8 @@ def test_a_bias_changes_the_selection_but_not_the_gates():
 
 @pytest.mark.parametrize("call", BACKENDS)
 def test_gates_of_vanishing_scores_are_those_of_their_logits(call):
-    """The bias selects experts 2 and 3, whose scores sum to e^-40, e^-60 and nothing: above and below 1e-20, and underflown."""
+    """The bias selects experts 2 and 3, whose scores sum to e^-40, e^-60 and nothing: above and below 1e-20, and
+    underflown."""
     spec = spec_of("top_k", 4, top_k=2, max_experts=2)
     logits = torch.tensor([[0.0, -100.0, -40.0, -44.0], [0.0, -100.0, -60.0, -61.0], [0.0, -100.0, -300.0, -302.0]])
     out, grad = with_gradient(call, logits, spec, bias=torch.tensor([0.0, 0.0, 5.0, 4.0]))
@@ -284,7 +284,7 @@ def test_tokens_whose_expert_scores_underflow_stay_in_the_balance_loss(call, sco
 
 @pytest.mark.parametrize("call", BACKENDS)
 def test_the_histogram_over_null_experts_says_who_is_chosen_at_which_bias(call):
-    """An expert is chosen where its score lies above its bar by more than minus its bias, as long as the bars stand still."""
+    """An expert is chosen where its score lies above its bar by more than minus its bias."""
     spec = spec_of("top_k", 6, top_k=4, max_experts=4, num_null_experts=5)
     logits, bias = normal(400, 11, seed=1), torch.cat((0.05 * normal(6, seed=2), torch.zeros(5)))
     ranges = torch.stack((-bias[:6] - 1, torch.full((6,), 2.0)), 1)  # four bins, the second edge at minus the bias
