@@ -10,7 +10,8 @@ Nothing cuts off a step. Both lines are linear, so that the sum of all errors is
 goes to 0 whatever the noise of single steps looks like. A limit on the step would let the rare large errors of skewed noise
 count for less than the many small ones and hold the mean above the budget (docs/log.md). Smoothing the error keeps one odd
 step from moving much, and with m = 0.8 nearly cancels the zero of the PI law: what remains is an integrator of gain
-(1 - m) (Kp + Ki), stable for plants from a tenth to ten times the gain of the quantile law.
+(1 - m) (Kp + Ki), stable for plants from a tenth to ten times the gain of the quantile law. A layer whose feed-forward has
+yet to find its scores (far off, and never near the budget so far) leaves theta alone for guard_steps (relu: five times).
 
 law        what theta moves                                        feed-forward
 quantile   the share the cuts aim at: budget * exp(-theta) / E      cuts = quantiles of the score histogram
@@ -22,7 +23,7 @@ top_p      logit(P) = logit(P0) - theta
 
 A layer starts with plain top-k (warm start; not with relu) and moves to its mode over blend_steps; with null experts at
 once, since they either take ranks or do not. Two fallbacks bring it back to plain top-k of the experts alone for hold_steps:
-the guard (the smoothed error or the share of capped tokens stays large; not with relu), with round(budget) experts, and F2
+the guard (the smoothed error or the share of capped tokens stays large; not with relu), whose mean is the budget, and F2
 (a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711, 2603.11535; the gains are ours.
 """
 
@@ -45,6 +46,8 @@ TOP_P_KI = 2.0
 """Factor on Ki of the top_p law. No feed-forward follows a P that has to move steadily while the scores sharpen, so the mean
 stays off by the rate of that over Ki."""
 TRIM_RATE, TRIM_LIMIT = 0.05, 1.5
+RELU_LEAD = 0.7
+"""How far ReLU cuts go beyond the last quantile, in parts of the way to it, until the budget was met once."""
 SHIFT_DECAY = 0.9
 """Kept each step of a shift of the null experts' logits, which only checkpoints of earlier versions hold."""
 
@@ -108,37 +111,54 @@ def _control_budget(first: Router, control: torch.Tensor, state: torch.Tensor, s
         error = error.mean().expand_as(error)
     active = (share >= 0.25) & has_tokens
     before = torch.where(state[:, ERROR].isfinite(), state[:, ERROR], 0.0)
-    error = budget.error_momentum * before + (1 - budget.error_momentum) * error
+    kept = torch.where(before == 0, 0.0, budget.error_momentum)  # zero: nothing to remember yet
+    error = kept * before + (1 - kept) * error
     ki = budget.ki * (TOP_P_KI if first.law == "top_p" else 1.0)
     theta = state[:, THETA] + budget.kp * (error - before) + ki * error
     theta = theta.clamp(*(TOP_P_LIMITS if first.law == "top_p" else SHARE_LIMITS))
-    state[:, THETA] = torch.where(active & theta.isfinite(), theta, state[:, THETA])
+    # A feed-forward that has yet to find the scores is far off for some steps, and theta would have to pay them back.
+    # ReLU routing starts dense and takes longer.
+    patience = budget.guard_steps * (5 if first.law == "relu" else 1)
+    near = error.abs() < budget.guard_error / 2
+    finding = ~_is_armed(state, budget) & (state[:, BAD] < patience) & ~near
+    moves = active & theta.isfinite() & ~(finding & first.has_quantile_bias)
+    state[:, THETA] = torch.where(moves, theta, state[:, THETA])
     state[:, ERROR] = torch.where(active, error, 0.0)
     steady = active & (share == 1)
-    state[:, ARMED] = torch.where(steady & (error.abs() < budget.guard_error / 2), 1.0, state[:, ARMED])
+    state[:, ARMED] += (steady & near).float()
     capped = stats.reasons[:, Reason.CAPPED.bit].float() / stats.tokens.clamp_min(1).float()
     bad = (error.abs() > budget.guard_error) | (capped > budget.guard_capped) | ~theta.isfinite()
-    if first.law == "relu":  # see start_routers
-        bad = torch.zeros_like(bad)
     state[:, BAD] = torch.where(steady & bad, state[:, BAD] + 1, 0.0)
 
 
 def _fall_back(first: Router, control: torch.Tensor, state: torch.Tensor, budget: BudgetConfig,
                collapsed: torch.Tensor) -> None:
     """Warm start, guard, collapse: the share of the mode and the plain top-k beside it."""
-    plain_k = float(min(first.spec.max_experts, max(1, round(first.target))))
-    patience = torch.where(state[:, ARMED] > 0, 1.0, 5.0)  # longer for a layer that has yet to find its budget
-    guard = state[:, BAD] >= patience * budget.guard_steps
+    patience = torch.where(_is_armed(state, budget), 1.0, 5.0)  # longer for a layer that has yet to find its budget
+    guard = (state[:, BAD] >= patience * budget.guard_steps) & (first.law != "relu")  # see start_routers
     falls = guard | collapsed
     state[:, HOLD] = torch.where(falls, float(budget.hold_steps), (state[:, HOLD] - 1).clamp_min(0))
     state[:, BAD] = torch.where(falls, 0.0, state[:, BAD])
     state[:, ARMED] = torch.where(falls, 0.0, state[:, ARMED])
     held = state[:, HOLD] > 0
     state[:, COLLAPSED] = torch.where(collapsed, 1.0, torch.where(held, state[:, COLLAPSED], 0.0))
-    control[:, FALLBACK_K] = torch.where(state[:, COLLAPSED] > 0, 1.0, plain_k)
+    control[:, FALLBACK_K] = torch.where(state[:, COLLAPSED] > 0, 1.0, _plain_k(first, state[:, HOLD]))
     gradual = first.budget is not None and not first.spec.num_null_experts
     blend = 1.0 / max(1, budget.blend_steps) if gradual else 1.0
     control[:, SHARE] = torch.where(held, 0.0, (control[:, SHARE] + blend).clamp(max=1.0))
+
+
+def _is_armed(state: torch.Tensor, budget: BudgetConfig) -> torch.Tensor:
+    """[L] bool: near the budget for guard_steps, all together. To cross it on the way is not to have found it."""
+    return state[:, ARMED] >= budget.guard_steps
+
+
+def _plain_k(first: Router, steps_left: torch.Tensor) -> torch.Tensor:
+    """[L] experts per token of plain top-k: the budget's lower and upper whole number in turn, so that their mean over the
+    steps of a fallback is the budget; rounded outside of one."""
+    in_turn = (first.target * (steps_left + 1)).floor() - (first.target * steps_left).floor()
+    plain_k = torch.where(steps_left > 0, in_turn, float(round(first.target)))
+    return plain_k.clamp(1.0, float(first.spec.max_experts))
 
 
 def _collapsed(stats: LayerStats, fail_safe: FailSafeConfig) -> torch.Tensor:
@@ -190,14 +210,22 @@ def _update_bias(routers: list[Router], stats: LayerStats, balance: BalanceConfi
         bias = old - cuts if first.law == "relu" else -cuts  # its bins hold logits that have the old bias already
         bias = _at_level(first, bias, old, plain)
         fresh = (old == 0).all(1, keepdim=True)  # nothing to remember yet
-        kept = torch.where(fresh, 0.0, balance.quantile_momentum)
+        # Logits of ReLU routing all drift up while its gates grow: no average over past cuts, and beyond the
+        # last one until a step was near the budget.
+        momentum = torch.full_like(share[:, :1], balance.quantile_momentum)
+        if first.law == "relu":
+            momentum = torch.where(state[:, ARMED:ARMED + 1] > 0, 0.0, momentum.new_tensor(-RELU_LEAD))
+        kept = torch.where(fresh, 0.0, momentum)
         bias = torch.where(allowed.unsqueeze(1), kept * old + (1 - kept) * bias, old)
         if first.law == "relu":
             ranges[..., 0] += bias - old
-        if first.law == "null":  # where null experts come back, scores are counted over other keys from now on
-            returns = plain & torch.stack([r.control[SHARE] == 1 for r in routers])
+        if first.law == "null":
+            # Where null experts come back, scores are counted over other keys from now on. Experts start behind them:
+            # bars are exact for a token's first expert, so that the level is found from below in a few steps.
+            returns = (plain & torch.stack([r.control[SHARE] == 1 for r in routers])).unsqueeze(1)
+            bias = torch.where(returns & allowed.unsqueeze(1), bias - 1.0, bias)
             start = ranges.new_tensor([-1.0, stats.histogram.shape[2] / 2])  # as of Router.prepare_histogram
-            ranges = torch.where(returns.view(-1, 1, 1), start, ranges)
+            ranges = torch.where(returns.unsqueeze(2), start, ranges)
         for i, router in enumerate(routers):
             router.balance_bias[:num_experts] = bias[i]
             router.histogram_range.copy_(torch.where(allowed[i], ranges[i], router.histogram_range))

@@ -12,6 +12,7 @@ from common import batch, build, take, tiny_config
 
 from model.balance import LayerStats, pack_stats, rank_shares, unpack_stats
 from model.budget import (
+    ARMED,
     COLLAPSED,
     HOLD,
     THETA,
@@ -138,6 +139,25 @@ def test_the_budget_is_met_again_100_steps_after_the_text_changes(name):
     history = run(router, 60, balance, first=200, skew=-2.0, scale=0.3)
     assert sum(float(s.experts_per_token) for s in history) / 60 == pytest.approx(2.0, rel=0.02)
     assert router.controller[HOLD] == 0
+
+
+def test_plain_top_k_spends_a_fractional_budget_in_turn():
+    """A warm start or a fallback at 1.3 experts is 1 or 2 of them, 1.3 in the mean."""
+    budget = BudgetConfig(warm_start_steps=40, blend_steps=1)
+    router = identity_router(TopPRouter, budget=1.3)
+    start_routers([router], budget, NO_FAIL)
+    ks = [float(s.experts_per_token) for s in run(router, 40, NONE, budget)]
+    assert set(ks) == {1.0, 2.0} and sum(ks) / 40 == pytest.approx(1.3, abs=0.026), ks
+
+
+def test_crossing_the_budget_does_not_arm_the_guard():
+    """A layer on its way through the budget is not yet at it: the short patience is for layers that were."""
+    router = identity_router(TopPRouter, budget=2.0)
+    x = logits(router, 0)
+    for value in (0.9, 0.9, 0.32, 0.05, 0.05):
+        router.control[VALUE] = value
+        update_routers([router], stats_of(router, x), NONE, dataclasses.replace(AT_ONCE, kp=0.0, ki=0.0), NO_FAIL)
+    assert router.controller[ARMED] < AT_ONCE.guard_steps
 
 
 @pytest.mark.parametrize("kind", [NullExpertsRouter, TopPRouter])
