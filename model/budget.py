@@ -127,7 +127,9 @@ def _control_budget(first: Router, control: torch.Tensor, state: torch.Tensor, s
     steady = active & (share == 1)
     state[:, ARMED] += (steady & near).float()
     capped = stats.reasons[:, Reason.CAPPED.bit].float() / stats.tokens.clamp_min(1).float()
-    bad = (error.abs() > budget.guard_error) | (capped > budget.guard_capped) | ~theta.isfinite()
+    # Before it is armed a layer has nothing to lose, and no error between the two limits may last unseen.
+    allowed = torch.where(_is_armed(state, budget), budget.guard_error, budget.guard_error / 2)
+    bad = (error.abs() > allowed) | (capped > budget.guard_capped) | ~theta.isfinite()
     state[:, BAD] = torch.where(steady & bad, state[:, BAD] + 1, 0.0)
 
 

@@ -20,6 +20,8 @@ from train.data.store import TokenStore, TrainingSamples
 
 log = logging.getLogger("loadstone")
 NUM_BATCHES, BATCH_SIZE = 48, 8
+MOMENTUM = 0.8
+"""Of the cuts, while they are calibrated."""
 TOLERANCE = 0.02
 """Relative error of the mean that counts as met."""
 
@@ -62,8 +64,9 @@ def calibrate_budget(model: Transformer, batches: Iterable[Batch], budget: float
             router.prepare_histogram(layer.num_bins)
     model.eval()
     # No fallbacks: there is no training to protect.
-    steady = dataclasses.replace(settings, scope="layer", guard_steps=10**9)
-    no_bias = dataclasses.replace(balance, bias_update="none", bias_update_rate=0.0)
+    steady = dataclasses.replace(settings, scope="layer", guard_error=1e9, guard_capped=1e9)
+    # The weights stand still, so cuts are averaged over many batches: what is used later is the last of them.
+    no_bias = dataclasses.replace(balance, bias_update="none", bias_update_rate=0.0, quantile_momentum=MOMENTUM)
     means = []
     for batch in batches:
         stats = unpack_stats(model(**batch.inputs(device), with_histogram=True).stats, spec.num_experts, spec.max_experts)
