@@ -93,7 +93,8 @@ def shape_of(run: RunConfig) -> Shape:
     return Shape(
         moe_layers=moe_layers, adaptive=bool(moe_layers) and router.get("budget") is not None, law=law,
         has_null_experts=bool(router.get("num_null_experts")),
-        has_bias=run.balance.bias_update != "none" or law == "quantile", has_aux_loss=run.balance.aux_loss_coeff > 0,
+        has_bias=run.balance.bias_update != "none" or law in ("quantile", "relu", "null"),
+        has_aux_loss=run.balance.aux_loss_coeff > 0,
         has_whole_routers=run.zero_stage < 3, is_detailed=run.tracker.metrics == "detailed",
         evaluates_often=0 < run.train.eval_interval < run.train.num_steps,
         is_sparse=is_sparse, is_audited=is_sparse and attention.get("audit_rows", 0.002) > 0,
@@ -179,8 +180,6 @@ def budget(shape: Shape) -> Section:
         panels.insert(0, Media("tokens by number of experts", ("routing/experts_per_token",)))
     if shape.law == "top_p":
         panels.append(Lines("top-p", ("moe/top_p",), low=0, high=1))
-    if shape.law == "relu":
-        panels.append(Lines("coefficient of the penalty", ("moe/penalty_coeff",), log=True))
     if shape.has_null_experts:
         panels.append(Lines("share of choices that went to null experts", ("moe/null_fraction",), low=0, high=1))
     return Section("budget", "The mean number of experts per token keeps to router.budget, on every layer.", tuple(panels))

@@ -54,7 +54,7 @@ CHARTS = (
           "number", "What routing spends, against its budget.", reference=("target", "budget")),
     Chart("budget", "Budget error", (("moe/budget_error", "mean"), ("moe/budget_error/max", "largest layer")), "percent",
           "Experts per token over the budget, minus one.", reference=("zero", "on budget")),
-    Chart("budget", "Controller", (("moe/theta", "theta"), ("moe/top_p", "top_p"), ("moe/penalty_coeff", "penalty_coeff")),
+    Chart("budget", "Controller", (("moe/theta", "theta"), ("moe/top_p", "top_p")),
           "number", "The state that moves experts per token to the budget."),
     Chart("budget", "Share of the adaptive mode", (("moe/mode_share", "mean"),), "percent",
           "The rest is plain top-k: warm start, guard or collapse.",),

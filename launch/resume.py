@@ -27,7 +27,6 @@ FIXED = {
     "train.seq_len": "the order of the data would change",
     "experiment_name": "it names the directory, which stays",
     "router.initial_top_p": "a run starts with it, and the controller has moved on; change router.budget",
-    "router.initial_coeff": "a run starts with it, and the controller has moved on; change router.budget",
 }
 """Keys that a run keeps for life, as patterns, and why."""
 FREE = ("model.recompute", "model.loss_chunk_size", "data.cache_dir", "data.max_bad_rows")

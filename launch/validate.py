@@ -264,12 +264,14 @@ def _routing(run: RunConfig, router: Any) -> list[str]:
     """Contradictions between the router and how the load is balanced."""
     problems, law = [], getattr(router, "law", "none")
     if law == "relu" and run.balance.aux_loss_coeff > 0:
-        problems.append("router=relu balances by its own load-weighted penalty, which balance.aux_loss_coeff "
-                        f"{run.balance.aux_loss_coeff} would fight; add balance=none or balance.aux_loss_coeff=0")
-    if law in ("relu", "quantile") and run.balance.bias_update != "none":
-        problems.append(f"balance.bias_update={run.balance.bias_update} moves a selection bias, which this router "
-                        f"{'does not have' if law == 'relu' else 'sets itself, by quantiles'}; add balance=none, or "
-                        "balance.bias_update=none and balance.bias_update_rate=0")
+        problems.append("router=relu balances by its own cuts, and balance.aux_loss_coeff "
+                        f"{run.balance.aux_loss_coeff} would only shrink its gates, whose scores are not normalised; add "
+                        "balance=none or balance.aux_loss_coeff=0")
+    own = law in ("relu", "quantile", "null")
+    if own and run.balance.bias_update != "none" and (law, run.balance.bias_update) != ("null", "quantile"):
+        problems.append(f"balance.bias_update={run.balance.bias_update} moves a selection bias, which this router sets "
+                        "itself, by quantiles; add balance=none, or balance.bias_update=none and "
+                        "balance.bias_update_rate=0")
     if run.balance.entropy_coeff > 0 and run.router.arguments.get("score_function", "softmax") != "softmax":
         problems.append(f"balance.entropy_coeff {run.balance.entropy_coeff} acts on the softmax of the router's logits, but "
                         f"router.score_function is {run.router.arguments.get('score_function')}; set it to 0")

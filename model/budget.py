@@ -1,21 +1,30 @@
 """Holding the mean number of experts per token to a budget, and falling back where that fails.
 
 Once per optimiser step, from the integer statistics of the whole step over all ranks: every rank computes the same bits.
-Per layer, with error e = (mean experts - budget) / budget and a state theta in fp32:
+Per layer, with the step's error e = (mean experts - budget) / budget and two states in fp32, the smoothed error s and theta:
 
-    theta <- clip(theta + Kp (e - e_before) + Ki e)          velocity form of a PI controller: no wind-up
+    s     <- m s + (1 - m) e                                 m: budget.error_momentum
+    theta <- clip(theta + Kp (s - s_before) + Ki s)          velocity form of a PI controller: no wind-up
+
+Nothing cuts off a step. Both lines are linear, so that the sum of all errors is the way theta went over Ki: the mean error
+goes to 0 whatever the noise of single steps looks like. A limit on the step would let the rare large errors of skewed noise
+count for less than the many small ones and hold the mean above the budget (docs/log.md). Smoothing the error keeps one odd
+step from moving much, and with m = 0.8 nearly cancels the zero of the PI law: what remains is an integrator of gain
+(1 - m) (Kp + Ki), stable for plants from a tenth to ten times the gain of the quantile law. A layer whose feed-forward has
+yet to find its scores (far off, and never near the budget so far) leaves theta alone for guard_steps (relu: five times).
 
 law        what theta moves                                        feed-forward
 quantile   the share the cuts aim at: budget * exp(-theta) / E      cuts = quantiles of the score histogram
            (and each expert's own by share_trim, from its real load)
+relu       the same, of logits: a cut is subtracted before the ReLU
+null       the same, of scores over the null expert to beat (ops/router): null experts have no bias, so that the level
+           of the experts' biases decides how many of the ranks they win
 top_p      logit(P) = logit(P0) - theta
-relu       the L1 coefficient: c0 * exp(theta), |step| <= ln 1.2
-null       the shift of the null experts' logits: + theta
 
-A layer starts with plain top-k (warm start; not with relu) and moves to its mode over blend_steps. Two fallbacks bring it
-back to plain top-k for hold_steps: the guard (the error or the share of capped tokens stays large; not with relu), with
-round(budget) experts, and F2 (a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711,
-2603.11535; the gains are ours.
+A layer starts with plain top-k (warm start; not with relu) and moves to its mode over blend_steps; with null experts at
+once, since they either take ranks or do not. Two fallbacks bring it back to plain top-k of the experts alone for hold_steps:
+the guard (the smoothed error or the share of capped tokens stays large; not with relu), whose mean is the budget, and F2
+(a few experts take nearly everything), with one. Sources: arXiv 2512.13996, 2412.14711, 2603.11535; the gains are ours.
 """
 
 from __future__ import annotations
@@ -31,17 +40,16 @@ from ops.router import Reason
 
 THETA, ERROR, ARMED, BAD, HOLD, OVERLOAD, COLLAPSED = range(7)
 """Places in `Router.controller`."""
-STEP_LIMIT = {"quantile": 0.2, "top_p": 0.2, "relu": math.log(1.2), "null": 0.2}
-GAINS = {"quantile": (1.0, 1.0), "top_p": (1.0, 1.0), "relu": (20.0, 1.0), "null": (1.0, 1.0)}
-"""Factors on Kp and Ki by law. A penalty acts through the optimiser, an integrator, and needs damping instead of push."""
-THETA_LIMITS = {"quantile": (-0.7, 0.7), "top_p": (-8.0, 8.0), "relu": (-5.0, 25.0), "null": (-20.0, 20.0)}
-
+SHARE_LIMITS, TOP_P_LIMITS = (-2.0, 3.0), (-8.0, 8.0)
+"""Range of theta: where it moves the share that cuts aim at, and where it moves logit(P)."""
+TOP_P_KI = 2.0
+"""Factor on Ki of the top_p law. No feed-forward follows a P that has to move steadily while the scores sharpen, so the mean
+stays off by the rate of that over Ki."""
 TRIM_RATE, TRIM_LIMIT = 0.05, 1.5
-
-
-def penalty_coeff(router: Router) -> torch.Tensor | None:
-    """[] fp32: weight of the load-weighted L1 penalty on ReLU gates, per layer; None for other routers."""
-    return router.initial_coeff * router.controller[THETA].exp() if router.law == "relu" else None
+RELU_LEAD = 0.7
+"""How far ReLU cuts go beyond the last quantile, in parts of the way to it, until the budget was met once."""
+SHIFT_DECAY = 0.9
+"""Kept each step of a shift of the null experts' logits, which only checkpoints of earlier versions hold."""
 
 
 @torch.no_grad()
@@ -49,7 +57,7 @@ def start_routers(routers: list[Router], budget: BudgetConfig, fail_safe: FailSa
     """The state before the first step: plain top-k where there is a warm start, snapshots where F4 is on."""
     for router in routers:
         router.watch.started = True
-        # ReLU routing starts dense and is thinned out by its penalty; plain top-k would train experts it never chooses.
+        # Experts that a ReLU does not choose have a gate of zero: plain top-k would visit them for nothing.
         if router.budget is not None and router.law != "relu" and budget.warm_start_steps > 0:
             router.control[SHARE] = 0.0
             router.controller[HOLD] = float(budget.warm_start_steps)
@@ -70,6 +78,7 @@ def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceCon
     control, state = (torch.stack([getattr(r, name) for r in routers]) for name in ("control", "controller"))
     tokens = stats.tokens
     has_tokens = tokens > 0
+    plain = control[:, SHARE] < 1  # as the step was routed
     collapsed = _collapsed(stats, fail_safe) & has_tokens
     frozen = (state[:, COLLAPSED] > 0) | collapsed
     if first.budget is not None:
@@ -82,7 +91,7 @@ def update_routers(routers: list[Router], stats: LayerStats, balance: BalanceCon
         router.controller.copy_(state[i])
         router.watch.moved()
     if not freeze_bias:
-        _update_bias(routers, stats, balance, state, has_tokens & ~frozen)
+        _update_bias(routers, stats, balance, state, has_tokens & ~frozen, plain)
 
 
 @torch.no_grad()
@@ -104,37 +113,56 @@ def _control_budget(first: Router, control: torch.Tensor, state: torch.Tensor, s
         error = error.mean().expand_as(error)
     active = (share >= 0.25) & has_tokens
     before = torch.where(state[:, ERROR].isfinite(), state[:, ERROR], 0.0)
-    limit = STEP_LIMIT[first.law]
-    kp, ki = budget.kp * GAINS[first.law][0], budget.ki * GAINS[first.law][1]
-    step = (kp * (error - before) + ki * error).clamp(-limit, limit)
-    low, high = THETA_LIMITS[first.law]
-    theta = (state[:, THETA] + step).clamp(low, high)
-    state[:, THETA] = torch.where(active & theta.isfinite(), theta, state[:, THETA])
+    kept = torch.where(before == 0, 0.0, budget.error_momentum)  # zero: nothing to remember yet
+    error = kept * before + (1 - kept) * error
+    ki = budget.ki * (TOP_P_KI if first.law == "top_p" else 1.0)
+    theta = state[:, THETA] + budget.kp * (error - before) + ki * error
+    theta = theta.clamp(*(TOP_P_LIMITS if first.law == "top_p" else SHARE_LIMITS))
+    # A feed-forward that has yet to find the scores is far off for some steps, and theta would have to pay them back.
+    # ReLU routing starts dense and takes longer.
+    patience = budget.guard_steps * (5 if first.law == "relu" else 1)
+    near = error.abs() < budget.guard_error / 2
+    finding = ~_is_armed(state, budget) & (state[:, BAD] < patience) & ~near
+    moves = active & theta.isfinite() & ~(finding & first.has_quantile_bias)
+    state[:, THETA] = torch.where(moves, theta, state[:, THETA])
     state[:, ERROR] = torch.where(active, error, 0.0)
     steady = active & (share == 1)
-    state[:, ARMED] = torch.where(steady & (error.abs() < budget.guard_error / 2), 1.0, state[:, ARMED])
+    state[:, ARMED] += (steady & near).float()
     capped = stats.reasons[:, Reason.CAPPED.bit].float() / stats.tokens.clamp_min(1).float()
-    bad = (error.abs() > budget.guard_error) | (capped > budget.guard_capped) | ~theta.isfinite()
-    if first.law == "relu":  # its penalty works through training: plain top-k would only train other experts
-        bad = torch.zeros_like(bad)
+    # Before it is armed a layer has nothing to lose, and no error between the two limits may last unseen.
+    allowed = torch.where(_is_armed(state, budget), budget.guard_error, budget.guard_error / 2)
+    bad = (error.abs() > allowed) | (capped > budget.guard_capped) | ~theta.isfinite()
     state[:, BAD] = torch.where(steady & bad, state[:, BAD] + 1, 0.0)
 
 
 def _fall_back(first: Router, control: torch.Tensor, state: torch.Tensor, budget: BudgetConfig,
                collapsed: torch.Tensor) -> None:
     """Warm start, guard, collapse: the share of the mode and the plain top-k beside it."""
-    plain_k = float(min(first.spec.max_experts, max(1, round(first.target))))
-    patience = torch.where(state[:, ARMED] > 0, 1.0, 5.0)  # longer for a layer that has yet to find its budget
-    guard = state[:, BAD] >= patience * budget.guard_steps
+    patience = torch.where(_is_armed(state, budget), 1.0, 5.0)  # longer for a layer that has yet to find its budget
+    guard = (state[:, BAD] >= patience * budget.guard_steps) & (first.law != "relu")  # see start_routers
     falls = guard | collapsed
     state[:, HOLD] = torch.where(falls, float(budget.hold_steps), (state[:, HOLD] - 1).clamp_min(0))
     state[:, BAD] = torch.where(falls, 0.0, state[:, BAD])
     state[:, ARMED] = torch.where(falls, 0.0, state[:, ARMED])
     held = state[:, HOLD] > 0
     state[:, COLLAPSED] = torch.where(collapsed, 1.0, torch.where(held, state[:, COLLAPSED], 0.0))
-    control[:, FALLBACK_K] = torch.where(state[:, COLLAPSED] > 0, 1.0, plain_k)
-    blend = 1.0 / max(1, budget.blend_steps) if first.budget is not None else 1.0
+    control[:, FALLBACK_K] = torch.where(state[:, COLLAPSED] > 0, 1.0, _plain_k(first, state[:, HOLD]))
+    gradual = first.budget is not None and not first.spec.num_null_experts
+    blend = 1.0 / max(1, budget.blend_steps) if gradual else 1.0
     control[:, SHARE] = torch.where(held, 0.0, (control[:, SHARE] + blend).clamp(max=1.0))
+
+
+def _is_armed(state: torch.Tensor, budget: BudgetConfig) -> torch.Tensor:
+    """[L] bool: near the budget for guard_steps, all together. To cross it on the way is not to have found it."""
+    return state[:, ARMED] >= budget.guard_steps
+
+
+def _plain_k(first: Router, steps_left: torch.Tensor) -> torch.Tensor:
+    """[L] experts per token of plain top-k: the budget's lower and upper whole number in turn, so that their mean over the
+    steps of a fallback is the budget; rounded outside of one."""
+    in_turn = (first.target * (steps_left + 1)).floor() - (first.target * steps_left).floor()
+    plain_k = torch.where(steps_left > 0, in_turn, float(round(first.target)))
+    return plain_k.clamp(1.0, float(first.spec.max_experts))
 
 
 def _collapsed(stats: LayerStats, fail_safe: FailSafeConfig) -> torch.Tensor:
@@ -166,12 +194,13 @@ def _apply_theta(first: Router, control: torch.Tensor, state: torch.Tensor) -> N
         start = math.log(first.initial_value / (1 - first.initial_value))
         control[:, VALUE] = (start - theta).sigmoid()
     elif first.law == "null":
-        control[:, VALUE] = theta
+        control[:, VALUE] *= SHIFT_DECAY
 
 
 def _update_bias(routers: list[Router], stats: LayerStats, balance: BalanceConfig, state: torch.Tensor,
-                 allowed: torch.Tensor) -> None:
-    """Selection bias of all layers; `allowed` [L]: not of those that are frozen or saw no token."""
+                 allowed: torch.Tensor, plain: torch.Tensor) -> None:
+    """Selection bias of all layers; `allowed` [L]: not of those that are frozen or saw no token; `plain` [L]: where the step
+    had a part of plain top-k."""
     first = routers[0]
     num_experts = first.spec.num_experts
     before = torch.stack([r.balance_bias for r in routers])
@@ -181,15 +210,26 @@ def _update_bias(routers: list[Router], stats: LayerStats, balance: BalanceConfi
             share = _trimmed_shares(routers, stats, state, allowed)
         ranges = torch.stack([r.histogram_range for r in routers])
         cuts, ranges = quantile_cuts(stats, ranges, share)
-        if first.spec.score_function == "relu":
-            cuts = cuts.clamp_min(0)  # a score of zero is no choice
-        bias = -cuts
-        if not first.has_quantile_bias:  # a common shift ranks no expert; over null experts it would be a second budget
-            bias = bias - bias.mean(1, keepdim=True)
         old = before[:, :num_experts]
+        bias = old - cuts if first.law == "relu" else -cuts  # its bins hold logits that have the old bias already
+        bias = _at_level(first, bias, old, plain)
         fresh = (old == 0).all(1, keepdim=True)  # nothing to remember yet
-        kept = torch.where(fresh, 0.0, balance.quantile_momentum)
+        # Logits of ReLU routing all drift up while its gates grow: no average over past cuts, and beyond the
+        # last one until a step was near the budget.
+        momentum = torch.full_like(share[:, :1], balance.quantile_momentum)
+        if first.law == "relu":
+            momentum = torch.where(state[:, ARMED:ARMED + 1] > 0, 0.0, momentum.new_tensor(-RELU_LEAD))
+        kept = torch.where(fresh, 0.0, momentum)
         bias = torch.where(allowed.unsqueeze(1), kept * old + (1 - kept) * bias, old)
+        if first.law == "relu":
+            ranges[..., 0] += bias - old
+        if first.law == "null":
+            # Where null experts come back, scores are counted over other keys from now on. Experts start behind them:
+            # bars are exact for a token's first expert, so that the level is found from below in a few steps.
+            returns = (plain & torch.stack([r.control[SHARE] == 1 for r in routers])).unsqueeze(1)
+            bias = torch.where(returns & allowed.unsqueeze(1), bias - 1.0, bias)
+            start = ranges.new_tensor([-1.0, stats.histogram.shape[2] / 2])  # as of Router.prepare_histogram
+            ranges = torch.where(returns.unsqueeze(2), start, ranges)
         for i, router in enumerate(routers):
             router.balance_bias[:num_experts] = bias[i]
             router.histogram_range.copy_(torch.where(allowed[i], ranges[i], router.histogram_range))
@@ -197,6 +237,17 @@ def _update_bias(routers: list[Router], stats: LayerStats, balance: BalanceConfi
         update_balance_bias(routers, stats.counts, balance.bias_update_rate)
         for i, router in enumerate(routers):
             router.balance_bias.copy_(torch.where(allowed[i], router.balance_bias, before[i]))
+
+
+def _at_level(first: Router, bias: torch.Tensor, old: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+    """[L, E] bias with the common level that is its to move. Between experts alone, a common shift ranks no expert and only
+    drifts; over null experts it is a budget: that of the null law, while null experts take part, and nobody's else."""
+    if first.law in ("quantile", "relu"):
+        return bias
+    centred = bias - bias.mean(1, keepdim=True)
+    if first.law != "null":
+        return centred
+    return torch.where(plain.unsqueeze(1), centred + old.mean(1, keepdim=True), bias)
 
 
 def _trimmed_shares(routers: list[Router], stats: LayerStats, state: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,8 @@ class BalanceConfig:
     bias_update_rate: float = 0.0
     """Step of bias_update=sign."""
     quantile_momentum: float = 0.5
-    """Share of the old bias kept by a quantile update, 0 to 0.99; also that of the threshold and expert-choice routers."""
+    """Share of the old bias kept by a quantile update, 0 to 0.99; also that of the
+    routers that balance by themselves."""
     histogram_bins: int = 256
     entropy_coeff: float = 0.0
     """Weight of the mean entropy of the router's softmax, in nats (arXiv 2403.07652): positive makes it decide."""
@@ -153,9 +154,11 @@ class BudgetConfig:
     """How the mean number of experts per token is held to router.budget (model/budget.py)."""
 
     kp: float = 0.5
-    """Gain on the change of the relative error."""
+    """Gain on the change of the smoothed relative error."""
     ki: float = 0.2
-    """Gain on the relative error itself, per step."""
+    """Gain on the smoothed relative error itself, per step."""
+    error_momentum: float = 0.8
+    """Share of the smoothed error kept each step, 0 to 0.99; 0: the step's own error."""
     scope: Literal["layer", "model"] = "layer"
     """Whose mean is held: every layer's, or that over all layers."""
     warm_start_steps: int = 50
@@ -163,7 +166,7 @@ class BudgetConfig:
     blend_steps: int = 50
     """Steps over which the number of experts then moves from top-k to the mode's own."""
     guard_error: float = 0.25
-    """A layer whose relative error stays above this for guard_steps (five times as long if it was never within half of it)
+    """A layer whose smoothed error stays above this for guard_steps (five times as long if it was never within half of it)
     falls back to top-k."""
     guard_steps: int = 20
     guard_capped: float = 0.5
@@ -174,6 +177,8 @@ class BudgetConfig:
     def problems(self) -> list[str]:
         found = [f"budget.{name} is {getattr(self, name)}; it must not be negative"
                  for name in ("kp", "ki", "warm_start_steps", "blend_steps") if getattr(self, name) < 0]
+        if not 0 <= self.error_momentum < 1:
+            found.append(f"budget.error_momentum is {self.error_momentum}; it must be in [0, 1)")
         if self.kp >= 2 or self.ki >= 1:
             found.append(f"budget.kp {self.kp} and budget.ki {self.ki} must be below 2 and 1, or the controller oscillates")
         found += [f"budget.{name} is {getattr(self, name)}; it must be positive"

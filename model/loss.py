@@ -19,7 +19,7 @@ class ModelOutput(NamedTuple):
 
     loss_sum: [] fp32, cross-entropy in nats over targets other than IGNORE_INDEX.
     aux_sum, z_sum: [] fp32, balance and z-loss per token, summed over tokens and MoE layers.
-    penalty_sum: [] fp32, further penalties, per token, already weighted: the routers' entropy, orthogonality and ReLU's L1,
+    penalty_sum: [] fp32, further penalties, per token, already weighted: the routers' entropy and orthogonality,
         sparse attention's regularisers.
     counts: [moe_layers, num_experts] int64, local assignments; [0, 0] for a dense model.
     scope_counts: the counts over the auxiliary loss's scope so far (equal to `counts` when that loss is off).

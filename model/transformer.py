@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 from model.attention.base import STATS, AttentionSums, KVCache, SequenceLayout, document_mask, has_varlen_kernel
 from model.attention.sparse import SparseAttention
 from model.balance import RouterSums, auxiliary_loss_sums, rank_shares
-from model.budget import penalty_coeff
 from model.config import ModelConfig
 from model.init import initialize_parameters
 from model.layers import GatedMLP, RMSNorm, rotary_tables
@@ -186,15 +185,12 @@ class Transformer(nn.Module):
         if self.balance.orthogonality_coeff > 0:
             orthogonality = torch.stack([s.orthogonality_sum for s in sums]).sum()
             penalty_sum = penalty_sum + self.balance.orthogonality_coeff * orthogonality
-        coeffs = [penalty_coeff(router) for router in self.routers()]
         aux_sum, scope_counts = zero, counts.sum(1)
-        if self.balance.aux_loss_coeff > 0 or coeffs[0] is not None:
+        if self.balance.aux_loss_coeff > 0:
             score_sums = torch.stack([s.score_sums for s in sums])
             aux_sums, scope_counts = auxiliary_loss_sums(counts, score_sums, self.balance.aux_loss_scope, self.groups,
                                                          previous_counts)
             aux_sum = aux_sums.sum()
-            if coeffs[0] is not None:
-                penalty_sum = penalty_sum + (torch.stack(coeffs) * aux_sums).sum() / len(coeffs)
         stats = torch.stack([s.stats for s in sums])
         return ModelOutput(loss_sum, aux_sum, z_sum, penalty_sum, counts.sum(1), scope_counts, stats,
                            torch.stack([s.processed for s in sums]).sum(), tuple(routings) if keep_routing else (),

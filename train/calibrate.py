@@ -20,6 +20,8 @@ from train.data.store import TokenStore, TrainingSamples
 
 log = logging.getLogger("loadstone")
 NUM_BATCHES, BATCH_SIZE = 48, 8
+MOMENTUM = 0.8
+"""Of the cuts, while they are calibrated."""
 TOLERANCE = 0.02
 """Relative error of the mean that counts as met."""
 
@@ -38,8 +40,7 @@ def calibrate_budget(model: Transformer, batches: Iterable[Batch], budget: float
                      settings: BudgetConfig, device: torch.device) -> float:
     """Run the model over the batches, one controller step each, until its routers hold `budget` experts per token.
 
-    Changes the routers' state, not their weights. A ReLU router gets a cut per expert, like the threshold router: its
-    penalty only works in training. Returns the mean experts per token over the last half of the batches.
+    Changes the routers' state, not their weights. Returns the mean experts per token over the last half of the batches.
 
     Raises:
         ValueError: the router has no budget, or the new one does not fit it.
@@ -58,15 +59,14 @@ def calibrate_budget(model: Transformer, batches: Iterable[Batch], budget: float
         router.controller.zero_()
         router.control[SHARE], router.control[LIMIT] = 1.0, float(spec.max_experts)
         router.control[FALLBACK_K] = float(max(1, round(budget)))
-        if router.law == "relu":
-            router.law = "quantile"
-        if router.law == "quantile":
+        if router.has_quantile_bias:
             layer.num_bins = balance.histogram_bins
             router.prepare_histogram(layer.num_bins)
     model.eval()
     # No fallbacks: there is no training to protect.
-    steady = dataclasses.replace(settings, scope="layer", guard_steps=10**9)
-    no_bias = dataclasses.replace(balance, bias_update="none", bias_update_rate=0.0)
+    steady = dataclasses.replace(settings, scope="layer", guard_error=1e9, guard_capped=1e9)
+    # The weights stand still, so cuts are averaged over many batches: what is used later is the last of them.
+    no_bias = dataclasses.replace(balance, bias_update="none", bias_update_rate=0.0, quantile_momentum=MOMENTUM)
     means = []
     for batch in batches:
         stats = unpack_stats(model(**batch.inputs(device), with_histogram=True).stats, spec.num_experts, spec.max_experts)

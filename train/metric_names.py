@@ -28,7 +28,7 @@ BY_LAYER = ("max_vio", "experts_per_token", "budget_error", "router_entropy")
 """Routing metrics that are written for every layer; the others as mean and largest."""
 SPREAD = (
     "min_vio", "experts_per_token_std", "load_entropy_ratio", "dead_fraction", "concentration",
-    "router_similarity", "rank_load", "null_fraction", "theta", "mode_share", "top_p", "penalty_coeff",
+    "router_similarity", "rank_load", "null_fraction", "theta", "mode_share", "top_p",
     "bias_range", "bias_rms", "bias_load_correlation",
 )
 """Routing metrics with a mean and a largest; of single layers with tracker.metrics=detailed."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from model.balance import LayerStats, balance_metrics, busiest_experts, rank_loads
-from model.budget import COLLAPSED, HOLD, THETA, penalty_coeff
+from model.budget import COLLAPSED, HOLD, THETA
 from model.config import ModelConfig
 from model.routers.base import SHARE, VALUE, Router
 from ops.router import Reason, RouterOutput
@@ -59,9 +59,6 @@ def routing_metrics(stats: LayerStats, routers: list[Router], model: ModelConfig
         by_layer["mode_share"] = control[:, SHARE]
         if first.law == "top_p":
             by_layer["top_p"] = control[:, VALUE]
-        if first.law == "relu":
-            coeffs = [coeff for router in routers if (coeff := penalty_coeff(router)) is not None]
-            by_layer["penalty_coeff"] = torch.stack(coeffs).double().cpu()
     if bool((bias != 0).any()):
         by_layer["bias_range"] = bias.max(1).values - bias.min(1).values
         by_layer["bias_rms"] = (bias - bias.mean(1, keepdim=True)).square().mean(1).sqrt()

@@ -22,6 +22,8 @@ VALUE, SHARE, FALLBACK_K, LIMIT = range(4)
 """Places in `control`: ops.router.route."""
 LEAST_BUDGET = 0.1
 """Experts per token: less is no budget anybody means, and plain top-k, the fallback, visits one."""
+NULLS_OUT = -1e9
+"""Bias that ranks a null expert behind every expert."""
 NUM_CONTROLLER_STATES = 7
 """Length of `controller`: see model/budget.py."""
 STEPS_UNMOVED = 20
@@ -94,10 +96,10 @@ class Router(nn.Module):
     """Linear router in fp32 over the experts (and null experts), followed by ops.router.route.
 
     Buffers, all fp32 whatever the precision of the model, saved with checkpoints and equal on every rank:
-        balance_bias: [C], added to the scores for selection only.
+        balance_bias: [C], added to the scores for selection only; to the logits of ReLU routing.
         control: [4], what the op reads (VALUE, SHARE, FALLBACK_K, LIMIT).
         controller: [NUM_CONTROLLER_STATES], the state of the budget controller and of the fallbacks.
-        share_trim: [E], logarithm of each expert's share of the budget over an even one (quantile law).
+        share_trim: [E], logarithm of each expert's share of the budget over an even one (laws with quantiles).
         histogram_range: [E, 2], lowest value and bins per unit of each expert's histogram.
 
     Args:
@@ -145,7 +147,7 @@ class Router(nn.Module):
     @property
     def has_quantile_bias(self) -> bool:
         """The bias is this router's own: quantiles of the scores, whatever the balance settings say."""
-        return self.law == "quantile"
+        return self.law in ("quantile", "relu", "null")
 
     def prepare_histogram(self, num_bins: int) -> None:
         """Spread the bins over scores between -1 and 1; later steps follow the scores (model.balance.quantile_cuts)."""
@@ -180,11 +182,21 @@ class Router(nn.Module):
         return control
 
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, C] fp32; null experts get the controller's shift."""
-        shift = None
-        if self.law == "null":
+        """[T, D] -> [T, C] fp32: the gates of ReLU routing are what exceeds the cut, so its bias comes before the ReLU."""
+        shift = self.balance_bias if self.law == "relu" else None
+        if self.law == "null":  # zero, but in checkpoints of earlier versions: model.budget.SHIFT_DECAY
             shift = F.pad(self.control[VALUE].expand(self.spec.num_null_experts), (self.spec.num_experts, 0))
         return F.linear(hidden.float(), weight.float(), shift)
+
+    def _selection_bias(self, spec: RouteSpec) -> torch.Tensor | None:
+        """[C] fp32, added to the scores to rank them under `spec`. Plain top-k is of the experts alone, so in its steps null
+        experts rank behind all of them."""
+        if spec.mode == "expert_choice" or self.law == "relu":
+            return None
+        if not spec.num_null_experts:
+            return self.balance_bias
+        nulls = torch.where(self.control[SHARE] < 1, NULLS_OUT, 0.0).expand(spec.num_null_experts)
+        return self.balance_bias + F.pad(nulls, (spec.num_experts, 0))
 
     def forward(self, hidden: torch.Tensor, request: RoutingRequest | None = None) -> RouterOutput:
         """hidden [T, hidden_size] -> RouterOutput with max_top_k slots."""
@@ -199,9 +211,9 @@ class Router(nn.Module):
                                    "num_segments": request.num_segments}
         if request.given_ids is not None:
             return route(logits, _given(spec), given_ids=request.given_ids, **options)
+        bias = self._selection_bias(spec)
         choice: dict[str, Any] = {"control": self.control_in_force(), "histogram_range": self.histogram_range,
-                                  "num_bins": request.num_bins,
-                                  "bias": None if spec.mode == "expert_choice" else self.balance_bias}
+                                  "num_bins": request.num_bins, "bias": bias}
         if request.frozen and self.snapshot_weight is not None:
             with torch.no_grad():
                 stale = route(self._logits(hidden, self.snapshot_weight), spec, **choice, **options)
@@ -212,11 +224,11 @@ class Router(nn.Module):
             capacity = math.ceil(self.capacity_factor * self.target * len(hidden) / spec.num_experts)
             limits = torch.full((spec.num_experts,), capacity, device=hidden.device)
             with torch.no_grad():
-                spilled = spill(routing, logits, spec, self.balance_bias, limits)
+                spilled = spill(routing, logits, spec, bias, limits)
             routing = _spilled(route(logits, _given(spec), given_ids=spilled.expert_ids, **options), routing, spilled)
         if self.token_rounding and self.training:
             with torch.no_grad():
-                spilled = round_to_tiles(routing, logits, spec, self.balance_bias, self.token_rounding)
+                spilled = round_to_tiles(routing, logits, spec, bias, self.token_rounding)
             routing = _spilled(route(logits, _given(spec), given_ids=spilled.expert_ids, **options), routing, spilled)
         return routing
 

@@ -54,8 +54,9 @@ def _ranks(config: ModelConfig, top_k: int | None, experts: float) -> int:
 
 class NullExpertsRouter(Router):
     """Top-k over the experts and `num_null_experts` columns that cost nothing: a token that chooses those visits fewer
-    experts (arXiv 2406.13233, 2509.01322). Gates are normalised over the real ones. The controller moves the logits of
-    the null experts until the mean number of real ones is `budget`.
+    experts (arXiv 2406.13233, 2509.01322). Gates are normalised over the real ones. The null experts' keys are their
+    scores; an expert's selection bias is the quantile of its score over the null expert it has to beat that gives it its
+    share of `budget`, so that budget and load are held together. The biases never enter a gate, and no logit moves.
 
     top_k: experts and null experts together; None: twice the budget.
     """
@@ -80,7 +81,13 @@ class NullExpertsRouter(Router):
                  score_function: str = "softmax", normalize_weights: bool = True, scaling_factor: float = 1.0,
                  capacity_factor: float | None = None) -> list[str]:
         ranks = _ranks(config, top_k, experts_of_budget(config, budget, budget_unit))
-        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, ranks, ranks)
+        most = min(ranks, config.num_experts)
+        found = capacity_problems(capacity_factor) + budget_problems(config, budget, budget_unit, ranks, most)
+        experts = experts_of_budget(config, budget, budget_unit)
+        if num_null_experts >= 1 and experts <= ranks - num_null_experts:
+            found.append(f"router.num_null_experts is {num_null_experts}, so that "
+                         f"{ranks - num_null_experts} of router.top_k {ranks} are experts at least; a "
+                         f"mean of {experts:.3g} needs more null experts or a lower top_k")
         if num_null_experts < 1:
             found.append(f"router.num_null_experts is {num_null_experts}; router=null_experts needs at least 1")
         if score_function == "relu":

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ops.router.spec import NUM_REASONS, Reason, RouteSpec
 
+LEAST_SUM = 1e-20
+"""Sums of scores that are normalised from their logits instead."""
+
 
 class RouterOutput(NamedTuple):
     """Which experts each token visits, everything that is counted on the way, and the order the experts need.
@@ -28,8 +31,10 @@ class RouterOutput(NamedTuple):
     slots: [T * K] int32, flat indices t * K + k sorted by (expert, token, slot), -1 behind the last assignment.
     inverse: [T, K] int32, where in `slots` an assignment stands; -1 where unused.
     offsets: [E + 1] int32, first row of each expert in `slots`; the last is the number of assignments.
-    histogram: [E, B] int32, tokens by (score - alpha), alpha the key of the first not selected (top_k, top_p) or 0; bin
-        b holds [lowest + b / per_unit, lowest + (b + 1) / per_unit), the first and last bin what lies outside.
+    histogram: [E, B] int32, tokens by (score - alpha), alpha the key of the first not selected (top_k, top_p) or 0. With
+        null experts top_k counts over those that an expert has to beat (null_bars) while the control's share is 1; of ReLU
+        scores by (logit - alpha), so that it also shows what lies below zero. Bin b holds [lowest + b / per_unit, lowest +
+        (b + 1) / per_unit), the first and last bin what lies outside.
     k_histogram: [K + 1] int64, unmasked tokens by number of experts. reason_counts: [8] int64, tokens by bit of Reason.
     null_count: [] int64, null experts chosen. checksum: [] int64, sum modulo 2^64 of a mix of (token id, expert).
     overflow: [2] int64, assignments that moved to another expert and that were dropped (spill.py); zeros of the op itself.
@@ -68,6 +73,45 @@ def score(logits: Tensor, function: str) -> Tensor:
     else:
         scores = F.softplus(x.clamp_min(-700)).sqrt()  # the root has no slope at zero
     return scores.to(logits.dtype)
+
+
+def normalized(scores: Tensor, logits: Tensor, function: str, used: Tensor | None = None) -> Tensor:
+    """[T, N] scores over their sum, of the `used` ones (None: of all).
+
+    Where the sum is at most LEAST_SUM, the scores lie in the tail of their function, log s = slope * logit,
+    and their shares are the softmax of that: they do not vanish with the scores, which underflow. ReLU
+    scores have no tail and give zeros.
+    """
+    kept = scores if used is None else torch.where(used, scores, 0.0)
+    total = kept.sum(-1, keepdim=True)
+    shares = kept / total.clamp_min(LEAST_SUM)
+    if function == "relu":
+        return torch.where(total > LEAST_SUM, shares, 0.0)
+    tail = logits * (0.5 if function == "sqrt_softplus" else 1.0)
+    if used is not None:
+        tail = torch.where(used.any(-1, keepdim=True), tail.masked_fill(~used, -torch.inf), 0.0)
+    tail = tail.softmax(-1) if used is None else tail.softmax(-1) * used
+    return torch.where(total > LEAST_SUM, shares, tail)
+
+
+def null_bars(ranked: torch.return_types.sort, n: Tensor, inside: Tensor, outside: Tensor, num_experts: int) -> Tensor:
+    """[T, E]: the key of the null expert that each expert has to beat.
+
+    That is the best null expert not chosen for an expert that was, to stay in; the worst chosen one for the
+    others, to come in. A bias that all experts have in common moves neither, so the scores over these bars
+    say at which level of it how many experts are chosen. Without such a null expert it is the first key not
+    chosen, or the last chosen.
+
+    ranked: keys [T, C] of all columns; n: [T] columns that are chosen; inside, outside: [T] keys on both
+        sides of it.
+    """
+    chosen = torch.arange(ranked.values.shape[1], device=n.device) < n.unsqueeze(1)
+    null = ranked.indices >= num_experts
+    worst_in = torch.where(null & chosen, ranked.values, torch.inf).amin(1)
+    best_out = torch.where(null & ~chosen, ranked.values, -torch.inf).amax(1)
+    worst_in, best_out = torch.where(worst_in.isinf(), inside, worst_in), torch.where(best_out.isinf(), outside, best_out)
+    of_chosen = torch.zeros_like(chosen).scatter_(1, ranked.indices, chosen)[:, :num_experts]
+    return torch.where(of_chosen, best_out.unsqueeze(1), worst_in.unsqueeze(1))
 
 
 def expert_choice_cuts(scores: Tensor, live: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +165,7 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
     log_z, entropy = x.logsumexp(-1) * live, -(log_q.exp() * log_q).sum(-1) * live
     shares = scores[:, :num_experts]
     if spec.score_function != "relu" and (spec.score_function != "softmax" or spec.num_null_experts):
-        shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-20)
+        shares = normalized(shares, x[:, :num_experts], spec.score_function)
     score_sums = (shares * live.unsqueeze(1)).view(num_segments, -1, num_experts).sum(1)
 
     # Selection: the first n columns by (key desc, id asc).
@@ -169,7 +213,9 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
         margin = torch.where((n > 0) & outside.isfinite(), inside - outside, 0.0)
         ranks_alone = spec.mode in ("top_k", "top_p")
         alpha = outside if ranks_alone else torch.zeros_like(outside)
-        in_histogram = live & alpha.isfinite()
+        in_histogram, bars = live & alpha.isfinite(), alpha.unsqueeze(1)
+        if spec.mode == "top_k" and spec.num_null_experts and portion >= 1:
+            in_histogram, bars = in_histogram & (n > 0), null_bars(ranked, n, inside, outside, num_experts)
 
         # Slots: the selected experts in rank order, null experts left out.
         if given_ids is not None:
@@ -184,8 +230,7 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
         used = ids >= 0
     weights = torch.where(used, scores.gather(1, ids.clamp_min(0)), 0.0)
     if spec.normalize_weights:
-        total = weights.sum(-1, keepdim=True)
-        weights = torch.where(total > 1e-20, weights / total.clamp_min(1e-20), 0.0)
+        weights = normalized(weights, x.gather(1, ids.clamp_min(0)), spec.score_function, used)
     weights = weights * spec.scaling_factor
     with torch.no_grad():
         if not spec.skip_nonfinite:  # F0: no shared expert serves the row
@@ -204,7 +249,8 @@ def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None,
         histogram = torch.zeros(num_experts, num_bins, dtype=torch.int32, device=x.device)
         if num_bins and spec.mode != "given":
             assert histogram_range is not None
-            place = (scores[:, :num_experts] - alpha.unsqueeze(1)).float()
+            counted = x.detach() if spec.score_function == "relu" else scores
+            place = (counted[:, :num_experts] - bars).float()
             place = ((place - histogram_range[:, 0]) * histogram_range[:, 1]).clamp(0, num_bins - 1).nan_to_num().int()
             place = place[in_histogram] + num_bins * torch.arange(num_experts, device=x.device, dtype=torch.int32)
             histogram = torch.bincount(place.flatten(), minlength=num_experts * num_bins).int()

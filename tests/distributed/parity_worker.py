@@ -37,7 +37,7 @@ from train.optim import build_optimizer
 
 ROWS, STEPS = 8, 4  # rows of one micro-batch over all ranks
 ROUTERS = {"top_k": (TopKRouter, {}), "top_p": (TopPRouter, {"budget": 2.0, "initial_top_p": 0.35}),
-           "threshold": (ThresholdRouter, {"budget": 2.0}), "relu": (ReLURouter, {"budget": 2.0, "initial_coeff": 0.01}),
+           "threshold": (ThresholdRouter, {"budget": 2.0}), "relu": (ReLURouter, {"budget": 2.0}),
            "null_experts": (NullExpertsRouter, {"top_k": 4, "num_null_experts": 4, "budget": 2.0}),
            "group_limited": (TopKRouter, {"num_groups": 4, "top_groups": 2}),
            "capacity": (TopKRouter, {"capacity_factor": 8.0})}

@@ -167,7 +167,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "router.min_experts": acts("router.min_experts=1", ROUTED, "threshold"),
     "router.max_experts": acts("router.max_experts=2", ROUTED, "threshold"),
     "router.initial_top_p": refused("router.initial_top_p=0.9", "a run starts with it", "top_p"),
-    "router.initial_coeff": refused("router.initial_coeff=0.5", "a run starts with it", "relu"),
+    "router.initial_coeff": refused("router.initial_coeff=0.5", "no longer acts", "relu"),
     "router.num_null_experts": refused("router.num_null_experts=4", "a row for every null expert", "null_experts"),
     # balance
     "balance.aux_loss_coeff": acts("balance.aux_loss_coeff=1.0", LOSS),
@@ -181,6 +181,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "balance.histogram_bins": acts("balance.histogram_bins=16", ROUTED, "quantile"),
     # budget
     "budget.kp": acts("budget.kp=0.0", ROUTED, "threshold", steps=5),
+    "budget.error_momentum": acts("budget.error_momentum=0.0", ROUTED, "threshold", steps=5),
     "budget.ki": acts("budget.ki=0.9", ROUTED, "threshold", steps=5),
     "budget.scope": acts("budget.scope=model", ROUTED, "threshold", steps=5),
     "budget.warm_start_steps": acts("budget.warm_start_steps=5", EXPERTS, "warm"),

@@ -95,7 +95,7 @@ def test_panels_show_what_a_run_of_the_config_logs_and_no_more(name):
         if panel.regex and panel.regex.startswith(("moe/", "attention/")):
             assert any(re.fullmatch(panel.regex, metric) for metric in logged), panel.regex
     of_some_configs = {f"moe/{metric}" for metric in (
-        "null_fraction", "theta", "mode_share", "penalty_coeff", "top_p", "bias_range", "bias_rms", "bias_load_correlation",
+        "null_fraction", "theta", "mode_share", "top_p", "bias_range", "bias_rms", "bias_load_correlation",
         "aux_loss", "budget_error", "router_similarity")}
     of_some_configs |= {metric for metric in logged if re.fullmatch(r"attention/\w+", metric)}
     assert not (logged & of_some_configs) - set(metrics_of(shown(made))), "logged by this config, but shown nowhere"

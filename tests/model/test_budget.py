@@ -12,10 +12,10 @@ from common import batch, build, take, tiny_config
 
 from model.balance import LayerStats, pack_stats, rank_shares, unpack_stats
 from model.budget import (
+    ARMED,
     COLLAPSED,
     HOLD,
     THETA,
-    penalty_coeff,
     start_routers,
     update_routers,
 )
@@ -38,6 +38,9 @@ BUDGETED = {
     "threshold_at_least_one": (ThresholdRouter, dict(budget=2.0, min_experts=1), NONE),
     "top_p": (TopPRouter, dict(budget=2.0), QUANTILE),
     "null_experts": (NullExpertsRouter, dict(top_k=4, num_null_experts=8, budget=2.0), QUANTILE),
+    "null_experts_sigmoid": (NullExpertsRouter, dict(top_k=4, num_null_experts=8, budget=2.0, score_function="sigmoid"),
+                             NONE),
+    "relu": (ReLURouter, dict(budget=2.0, min_experts=0), NONE),
 }
 
 
@@ -82,7 +85,7 @@ def max_vio(history: list[LayerStats]) -> float:
 
 
 @pytest.mark.parametrize("name", BUDGETED)
-@pytest.mark.parametrize("budget", [1.5, 2.0, 3.25])
+@pytest.mark.parametrize("budget", [1.3, 2.0, 3.7])
 def test_the_mean_number_of_experts_meets_the_budget_on_drifting_logits(name, budget):
     """Within 1% over 200 steps, after 60 to settle."""
     kind, options, balance = BUDGETED[name]
@@ -95,6 +98,95 @@ def test_the_mean_number_of_experts_meets_the_budget_on_drifting_logits(name, bu
     assert max(abs(k / budget - 1) for k in late) < 0.15
 
 
+def noise(kind: str, generator: torch.Generator, count: int) -> torch.Tensor:
+    """[count] factors of mean 1: lognormal with this relative deviation, or one step in twenty six times the mean."""
+    if kind == "spikes":
+        return torch.where(torch.rand(count, generator=generator) < 0.05, 6.0, 0.7 / 0.95)
+    sigma = math.sqrt(math.log(1 + float(kind) ** 2))
+    return (sigma * torch.randn(count, generator=generator) - sigma**2 / 2).exp()
+
+
+@pytest.mark.parametrize("kind", ["0.05", "0.1", "0.2", "0.3", "0.4", "1.0", "spikes"])
+@pytest.mark.parametrize("router", [ThresholdRouter, TopPRouter])
+def test_noise_of_single_steps_does_not_bias_the_mean_number_of_experts(kind, router):
+    """The plant of the quantile law: mean experts = budget * exp(-theta) * noise, noise of mean 1. The errors'
+    mean goes to 0 over 600 steps, in each of 8 layers with noise of their own and most of all together."""
+    layers = [identity_router(router, budget=1.3, max_experts=16) for _ in range(8)]
+    generator, tokens, errors = torch.Generator().manual_seed(0), 100_000, []
+    quiet = dataclasses.replace(AT_ONCE, guard_error=1e9)
+    for _ in range(600):
+        theta = torch.stack([layer.controller[THETA] for layer in layers])
+        mean = 1.3 * (-theta).exp() * noise(kind, generator, 8)
+        counts = (mean / E * tokens).long().unsqueeze(1).expand(8, E)
+        k_histogram = torch.zeros(8, 17, dtype=torch.int64)
+        k_histogram[:, 1] = tokens
+        zeros = torch.zeros(8, dtype=torch.int64)
+        stats = LayerStats(counts, k_histogram, torch.zeros(8, 8, dtype=torch.int64), zeros, zeros, zeros.double(),
+                           torch.zeros(8, 2, dtype=torch.int64), torch.ones(8, E, BINS, dtype=torch.int64))
+        update_routers(layers, stats, NONE, quiet, NO_FAIL)
+        errors.append(stats.experts_per_token / 1.3 - 1)
+    late = torch.stack(errors[100:]).mean(0)
+    assert abs(float(late.mean())) < 0.004 and float(late.abs().max()) < 0.02, late
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_the_budget_is_met_again_100_steps_after_the_text_changes(name):
+    """Scores three times as flat, other experts popular, from one step to the next."""
+    kind, options, balance = BUDGETED[name]
+    router = identity_router(kind, **options)
+    run(router, 100, balance, skew=1.0)
+    run(router, 100, balance, first=100, skew=-2.0, scale=0.3)
+    history = run(router, 60, balance, first=200, skew=-2.0, scale=0.3)
+    assert sum(float(s.experts_per_token) for s in history) / 60 == pytest.approx(2.0, rel=0.02)
+    assert router.controller[HOLD] == 0
+
+
+def test_plain_top_k_spends_a_fractional_budget_in_turn():
+    """A warm start or a fallback at 1.3 experts is 1 or 2 of them, 1.3 in the mean."""
+    budget = BudgetConfig(warm_start_steps=40, blend_steps=1)
+    router = identity_router(TopPRouter, budget=1.3)
+    start_routers([router], budget, NO_FAIL)
+    ks = [float(s.experts_per_token) for s in run(router, 40, NONE, budget)]
+    assert set(ks) == {1.0, 2.0} and sum(ks) / 40 == pytest.approx(1.3, abs=0.026), ks
+
+
+def test_crossing_the_budget_does_not_arm_the_guard():
+    """A layer on its way through the budget is not yet at it: the short patience is for layers that were."""
+    router = identity_router(TopPRouter, budget=2.0)
+    x = logits(router, 0)
+    for value in (0.9, 0.9, 0.32, 0.05, 0.05):
+        router.control[VALUE] = value
+        update_routers([router], stats_of(router, x), NONE, dataclasses.replace(AT_ONCE, kp=0.0, ki=0.0), NO_FAIL)
+    assert router.controller[ARMED] < AT_ONCE.guard_steps
+
+
+@pytest.mark.parametrize("kind", [NullExpertsRouter, TopPRouter])
+def test_plain_top_k_is_of_the_experts_alone(kind):
+    """In warm start and fallbacks null experts take no rank, however high they score."""
+    options = dict(top_k=4) if kind is NullExpertsRouter else {}
+    router = identity_router(kind, num_null_experts=8, budget=2.0, **options)
+    budget = BudgetConfig(warm_start_steps=3, blend_steps=5)
+    start_routers([router], budget, NO_FAIL)
+    for step in range(5):
+        x = logits(router, step)
+        x[:, E:] += 5.0
+        stats = stats_of(router, x)
+        plain = step < 3
+        assert (float(stats.experts_per_token) == 2.0) == plain and (int(stats.null_count) == 0) == plain, step
+        update_routers([router], stats, QUANTILE, budget, NO_FAIL)
+        assert float(router.control[SHARE]) == (0.0 if step < 2 else 1.0), "null experts come back at once"
+
+
+def test_a_shift_of_the_null_logits_from_an_old_checkpoint_fades_and_the_budget_is_found():
+    """Earlier versions held the budget by such a shift, with theta the same number."""
+    router = identity_router(NullExpertsRouter, top_k=4, num_null_experts=8, budget=2.0)
+    router.control[VALUE] = router.controller[THETA] = 6.0
+    run(router, 100, QUANTILE)
+    history = run(router, 50, QUANTILE, first=100)
+    assert sum(float(s.experts_per_token) for s in history) / 50 == pytest.approx(2.0, rel=0.02)
+    assert 0 < router.control[VALUE] < 1e-4
+
+
 @pytest.mark.parametrize("name", [*BUDGETED, "top_k", "sigmoid_top_k", "expert_choice"])
 def test_the_load_is_even_within_50_steps_of_an_adversarial_skew(name):
     fixed = {"top_k": (TopKRouter, dict(top_k=2), QUANTILE),
@@ -105,26 +197,8 @@ def test_the_load_is_even_within_50_steps_of_an_adversarial_skew(name):
     before = max_vio(run(router, 1, balance, skew=3.0))
     run(router, 49, balance, skew=3.0, first=1)
     after = max_vio(run(router, 10, balance, skew=3.0, first=50))
-    assert after < 0.2 and (before > 1 or name in ("expert_choice", "threshold", "threshold_at_least_one")), (before, after)
-
-
-def test_relu_routing_is_trained_to_its_budget():
-    """The penalty needs a router that learns: its logits' offsets are trained by the L1 term alone, against a pull up."""
-    router = identity_router(ReLURouter, budget=2.0, initial_coeff=1e-4)
-    offsets = torch.zeros(E, requires_grad=True)
-    optimizer = torch.optim.SGD([offsets], lr=0.05)
-    means = []
-    for step in range(700):
-        routing = router(logits(router, step) + offsets, RoutingRequest(num_bins=0))
-        stats = unpack_stats(pack_stats(routing, torch.tensor(False)).unsqueeze(0), E, router.max_top_k)
-        fractions = routing.counts[0].float() / routing.counts.sum()
-        loss = E * (fractions * routing.score_sums[0]).sum() * penalty_coeff(router) / T - 0.02 * offsets.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        update_routers([router], stats, NONE, AT_ONCE, NO_FAIL)
-        means.append(float(stats.experts_per_token))
-    assert sum(means[-200:]) / 200 == pytest.approx(2.0, rel=0.05), means[::50]
+    at_once = ("expert_choice", "threshold", "threshold_at_least_one", "relu")
+    assert after < 0.2 and (before > 1 or name in at_once), (before, after)
 
 
 def test_cuts_and_controllers_continue_exactly_from_saved_state():
@@ -290,6 +364,26 @@ def test_a_replayed_routing_reproduces_the_loss_and_its_gradients_bit_for_bit(ki
     for name in ("loss_sum", "aux_sum", "z_sum", "counts"):
         assert torch.equal(getattr(first[0], name), getattr(second[0], name)), name
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    (ThresholdRouter, {}), (TopPRouter, {}), (ReLURouter, {}), (NullExpertsRouter, dict(num_null_experts=8))])
+def test_a_model_with_small_batches_meets_a_fractional_budget(kind, options):
+    """96 tokens a step, so that a step's mean is off by 10 to 40%: every layer's mean over 200 steps is within 2%."""
+    balance = BalanceConfig(bias_update="quantile") if kind is TopPRouter else BalanceConfig()
+    model = build(tiny_config(), balance, router=kind, budget=1.3, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    means = []
+    for step in range(300):
+        output = model(**take(batch(step, 0, 6), 0, 6))
+        (output.loss_sum / 90).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        stats = unpack_stats(output.stats, 8, model.routers()[0].max_top_k)
+        update_routers(model.routers(), stats, balance, AT_ONCE, NO_FAIL)
+        means.append(stats.experts_per_token)
+    late = torch.stack(means[100:])
+    assert float((late.mean(0) / 1.3 - 1).abs().max()) < 0.02, (late.mean(0), late.std(0))
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole():

@@ -245,14 +245,60 @@ def test_a_bias_changes_the_selection_but_not_the_gates():
 
 
 @pytest.mark.parametrize("call", BACKENDS)
-def test_gates_of_vanishing_scores_are_zero_instead_of_noise(call):
-    """The bias selects experts 2 and 3, whose scores sum to e^-40 and e^-60: above and below 1e-20."""
+def test_gates_of_vanishing_scores_are_those_of_their_logits(call):
+    """The bias selects experts 2 and 3, whose scores sum to e^-40, e^-60 and nothing: above and below 1e-20, and
+    underflown."""
     spec = spec_of("top_k", 4, top_k=2, max_experts=2)
-    logits = torch.tensor([[0.0, -100.0, -40.0, -44.0], [0.0, -100.0, -60.0, -61.0]])
+    logits = torch.tensor([[0.0, -100.0, -40.0, -44.0], [0.0, -100.0, -60.0, -61.0], [0.0, -100.0, -300.0, -302.0]])
     out, grad = with_gradient(call, logits, spec, bias=torch.tensor([0.0, 0.0, 5.0, 4.0]))
-    assert out.expert_ids.tolist() == [[2, 3], [2, 3]]
-    assert_close("gates", out.weights, torch.tensor([[1 / (1 + math.exp(-4)), 1 / (1 + math.exp(4))], [0.0, 0.0]]))
-    assert grad.isfinite().all()
+    assert out.expert_ids.tolist() == [[2, 3]] * 3
+    gates = torch.tensor([4.0, 1.0, 2.0]).sigmoid()
+    assert_close("gates", out.weights, torch.stack((gates, 1 - gates), 1))
+    assert (grad[:, 2:].abs() > 1e-3).all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("call", BACKENDS)
+@pytest.mark.parametrize(("score_function", "num_null", "level", "slope"), [
+    ("softmax", 2, -30.0, 1.0), ("softmax", 2, -60.0, 1.0), ("softmax", 2, -400.0, 1.0), ("sigmoid", 0, -60.0, 1.0),
+    ("sigmoid", 3, -400.0, 1.0), ("sqrt_softplus", 0, -150.0, 0.5), ("sqrt_softplus", 2, -800.0, 0.5)])
+def test_tokens_whose_expert_scores_underflow_stay_in_the_balance_loss(call, score_function, num_null, level, slope):
+    """The experts lie far below the null experts, or below the range of the score: their shares and gates are still those of
+    their logits, sum to 1 over the experts, and carry their gradient."""
+    spec = spec_of("top_k", 6, score_function=score_function, top_k=3, max_experts=3, num_null_experts=num_null)
+    x = normal(40, spec.num_columns, seed=3)
+    x[:, :6] += level
+    bias = torch.cat((torch.zeros(6), torch.full((num_null,), -9.0)))
+    logits = x.clone().requires_grad_()
+    out = call(logits, spec, bias=bias, num_segments=40)
+    assert_close("sums", out.score_sums.sum(1), torch.ones(40))
+    plain = x.double().requires_grad_()
+    shares = (slope * plain[:, :6]).softmax(1)
+    ids = out.expert_ids.long()
+    gates = (slope * plain.gather(1, ids)).softmax(1) * spec.scaling_factor
+    assert (ids >= 0).all()
+    assert_close("shares", out.score_sums, shares)
+    assert_close("gates", out.weights, gates)
+    ups = normal(40, 6, seed=4), normal(40, 3, seed=5)
+    grad, = torch.autograd.grad([out.score_sums, out.weights], logits, list(ups))
+    expected, = torch.autograd.grad([shares, gates], plain, [u.double() for u in ups])
+    assert_close("gradient", grad, expected)
+
+
+@pytest.mark.parametrize("call", BACKENDS)
+def test_the_histogram_over_null_experts_says_who_is_chosen_at_which_bias(call):
+    """An expert is chosen where its score lies above its bar by more than minus its bias."""
+    spec = spec_of("top_k", 6, top_k=4, max_experts=4, num_null_experts=5)
+    logits, bias = normal(400, 11, seed=1), torch.cat((0.05 * normal(6, seed=2), torch.zeros(5)))
+    ranges = torch.stack((-bias[:6] - 1, torch.full((6,), 2.0)), 1)  # four bins, the second edge at minus the bias
+    out = call(logits, spec, bias=bias, num_bins=4, histogram_range=ranges)
+    assert out.histogram[:, 2:].sum(1).tolist() == out.counts[0].tolist()
+    assert (out.histogram.sum(1) == 400).all()
+    for shift in (-5.0, 5.0):  # no expert at all, or no null expert: the bars are finite keys all the same
+        moved = bias + torch.cat((torch.full((6,), shift), torch.zeros(5)))
+        ranges[:, 0] = -moved[:6] - 1
+        out = call(logits, spec, bias=moved, num_bins=4, histogram_range=ranges)
+        assert out.histogram[:, 2:].sum(1).tolist() == out.counts[0].tolist()
+        assert int(out.counts.sum()) == (0 if shift < 0 else 1600)
 
 
 def test_top_p_takes_the_fewest_experts_that_reach_the_mass():
@@ -734,7 +780,7 @@ def test_checksum_ignores_the_order_of_tokens_and_sees_one_changed_expert():
 
 
 def test_histogram_holds_score_minus_alpha_in_half_open_bins():
-    """ReLU scores in quarters, so that every edge is exact."""
+    """ReLU scores in quarters, so that every edge is exact; of them, logits are counted, also those below zero."""
     spec = spec_of("top_k", 4, score_function="relu", top_k=2, max_experts=2)
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.25], [0.5, 2.5, 1.75, 4.0], [1.0, 1.0, 1.0, 1.0], [-1.0, 7.0, 2.0, 0.0]])
     histogram_range = torch.tensor([[-1.0, 2.0], [0.0, 1.0], [-0.5, 4.0], [1.0, 0.5]])
@@ -744,7 +790,7 @@ def test_histogram_holds_score_minus_alpha_in_half_open_bins():
     for token, expert in product(range(4), range(4)):
         lowest, per_unit = histogram_range[expert].tolist()
         edges = [lowest + b / per_unit for b in range(1, 4)]
-        expected[expert, sum(float(logits[token, expert].relu() - alpha[token]) >= edge for edge in edges)] += 1
+        expected[expert, sum(float(logits[token, expert] - alpha[token]) >= edge for edge in edges)] += 1
     assert torch.equal(out.histogram, expected) and (out.histogram.sum(1) == 4).all()
 
 

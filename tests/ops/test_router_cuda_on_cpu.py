@@ -153,6 +153,19 @@ def test_wide_selections_and_groups_equal_the_cpu_op(kernels, monkeypatch, num_e
         assert_same_bits(kernels, logits, spec, monkeypatch, ("", "2"), **arguments)
 
 
+@pytest.mark.parametrize(("score_function", "level"), [("softmax", -200.0), ("sigmoid", -60.0), ("sqrt_softplus", -400.0)])
+@pytest.mark.parametrize("num_experts", [8, 300])
+def test_scores_that_underflow_give_the_same_bits(kernels, monkeypatch, num_experts, score_function, level):
+    """Every second token's experts lie in the tail of their scores, so that tiles of a warp part."""
+    spec = spec_of("top_k", num_experts, score_function, num_null_experts=3)
+    logits, arguments = draw(spec, 132, num_segments=4)
+    logits[::2, :num_experts] += level
+    arguments["bias"][num_experts:] = -5.0
+    out = assert_same_bits(kernels, logits, spec, monkeypatch, ("", "1"), **arguments)
+    live = arguments["token_mask"] & logits.isfinite().all(1)
+    assert abs(float(out["score_sums"].sum()) - int(live.sum())) < 1e-2
+
+
 @pytest.mark.parametrize("value", [-float("inf"), float("nan")])
 def test_a_bias_that_is_not_finite_selects_the_same_experts(kernels, monkeypatch, value):
     """-inf is what people write to switch an expert off; NaN is what a broken balance controller sends."""

@@ -214,6 +214,14 @@ struct DeviceTile {
     if (wanted && leads()) { rank_ids[rank] = column; rank_keys[rank] = key; }
     __syncwarp();
   }
+  // The largest key of the columns in [from, to) that no rank has taken, -inf without one. Tiles of a warp must have taken
+  // equally many ranks: next_rank also takes from those that did not want it.
+  static __device__ __forceinline__ float best_left(const float (&keys)[L], int from, int to) {
+    float left[L];
+#pragma unroll
+    for (int j = 0; j < L; ++j) left[j] = id(j) >= from && id(j) < to ? keys[j] : -INFINITY;
+    return maximum(left);
+  }
   __device__ __forceinline__ void store_row(float* row, const float (&x)[L]) {
     __syncwarp();  // the previous token's readers are done
 #pragma unroll
@@ -337,6 +345,14 @@ struct HostTile {
     rank_keys[rank] = reinterpret_cast<const Real*>(keys)[column];
     packed[column] = 0;
     best[group] = largest<GROUPS, WIDTH / GROUPS>(packed + group);
+  }
+  Real best_left(const F (&keys)[L], int from, int to) const {
+    Real left = -INFINITY;
+    for (int c = from; c < to; ++c) {
+      const Real key = keys[c >> 5].v[c & 31];
+      left = packed[c] != 0 && key > left ? key : left;
+    }
+    return left;
   }
   LS_BOTH void store_row(Real* row, const F (&x)[L]) { memcpy(row, x, sizeof(x)); }
   LS_BOTH void load_row(F (&x)[L], const Real* row) { memcpy(x, row, sizeof(x)); }

@@ -70,14 +70,34 @@ LS_BOTH bool shares_are_scores(const Spec& spec) {
   return spec.score == RELU || (spec.score == SOFTMAX && spec.num_columns == spec.num_experts);
 }
 
+constexpr float LEAST_SUM = 1e-20f;
+
+// Sum of the experts' scores: what shares are divided by.
 template <class M>
 LS_BOTH typename M::Real expert_score_sum(const Spec& spec, typename M::F (&s)[M::L]) {
   using Real = typename M::Real;
   if (shares_are_scores(spec)) return (Real)1;
   typename M::F experts[M::L];
   M::each([&](int j, int l, int id) { M::at(experts, j, l) = id < spec.num_experts ? M::at(s, j, l) : (Real)0; });
-  const Real sum = M::total(experts);
-  return sum > (Real)1e-20 ? sum : (Real)1e-20;
+  return M::total(experts);
+}
+
+// Scores whose sum is below LEAST_SUM lie in the tail of their function, where log s = slope * x: their shares are a softmax.
+template <class Real>
+LS_BOTH Real tail_slope(const Spec& spec) { return spec.score == SQRT_SOFTPLUS ? (Real)0.5 : (Real)1; }
+
+// The experts' shares of a token in that tail, 0 elsewhere.
+template <class M>
+LS_BOTH void tail_shares(const Spec& spec, typename M::F (&x)[M::L], typename M::F (&p)[M::L]) {
+  using Real = typename M::Real;
+  const Real slope = tail_slope<Real>(spec);
+  M::each([&](int j, int l, int id) { M::at(p, j, l) = id < spec.num_experts ? M::at(x, j, l) : (Real)-INFINITY; });
+  const Real top = M::maximum(p);
+  M::each([&](int j, int l, int id) {
+    M::at(p, j, l) = id < spec.num_experts ? exp_(slope * (M::at(x, j, l) - top)) : (Real)0;
+  });
+  const Real scale = (Real)1 / M::total(p);
+  M::each([&](int j, int l, int) { M::at(p, j, l) = M::at(p, j, l) * scale; });
 }
 
 // Sets u of the experts outside the best groups to -inf; a group counts the sum of its best top_k / top_groups keys.
@@ -125,6 +145,33 @@ constexpr float LEAST_KEY = -3.0e38f;
 // A number of experts out of the control: 0 where it is negative or NaN.
 LS_BOTH int whole_number(float value, int most) { return value >= 0.0f ? (value < (float)most ? (int)value : most) : 0; }
 
+// Puts what the gates of a token in the tail are shares of in place of its scores in row_a, and returns the sum over its
+// experts; tokens outside the tail keep their scores and their sum.
+template <class M, class Args>
+LS_BOTH typename M::Real tail_gates(M& m, const Args& a, int token, typename M::F (&x)[M::L], typename M::F (&s)[M::L],
+                                    bool in_tail, int entries, typename M::Real sum) {
+  using Real = typename M::Real;
+  const Spec& spec = a.spec;
+  const auto id_of = [&](int r) { return spec.mode == GIVEN ? a.given_ids[(size_t)token * spec.slots + r] : m.rank_ids[r]; };
+  m.store_row(m.row_a, x);
+  Real top = -INFINITY;
+  for (int r = 0; in_tail && r < entries; ++r) {
+    const int id = id_of(r);
+    if (id >= 0 && id < spec.num_experts) top = m.row_a[id] > top ? m.row_a[id] : top;
+  }
+  const Real slope = tail_slope<Real>(spec);
+  typename M::F e[M::L];
+  M::each([&](int j, int l, int) { M::at(e, j, l) = in_tail ? exp_(slope * (M::at(x, j, l) - top)) : M::at(s, j, l); });
+  m.store_row(m.row_a, e);
+  if (!in_tail) return sum;
+  sum = (Real)0;
+  for (int r = 0; r < entries; ++r) {
+    const int id = id_of(r);
+    if (id >= 0 && id < spec.num_experts) sum = sum + m.row_a[id];
+  }
+  return sum;
+}
+
 // One token forward. `active` is false for tiles without a token, which only take part in exchanges.
 // `score_acc`, `float_acc`: running sums of this tile.
 template <class M, class In, class Counter, class Add, class AddHistogram>
@@ -147,10 +194,16 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
 
   // Balance sums.
   const Real share_sum = expert_score_sum<M>(spec, s);
+  const bool in_tail = live && !(share_sum > (Real)LEAST_SUM);
+  if (M::any(in_tail)) {
+    F shares[M::L];
+    tail_shares<M>(spec, x, shares);
+    if (in_tail) M::each([&](int j, int l, int) { M::at(score_acc, j, l) = M::at(score_acc, j, l) + M::at(shares, j, l); });
+  }
   if (live) {
     if (shares_are_scores(spec)) {
       M::each([&](int j, int l, int) { M::at(score_acc, j, l) = M::at(score_acc, j, l) + M::at(s, j, l); });
-    } else {
+    } else if (!in_tail) {
       const Real scale = (Real)1 / share_sum;
       M::each([&](int j, int l, int) { M::at(score_acc, j, l) = M::at(score_acc, j, l) + M::at(s, j, l) * scale; });
     }
@@ -193,6 +246,11 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
   int chosen = 0;        // selected columns, null experts included
   Real margin = (Real)0, alpha = (Real)0;
   bool has_alpha = true;
+  // Null experts make a level of all experts' biases matter. What an expert has to beat is one of them: the best that was
+  // not chosen to stay in, the worst that was chosen to come in; neither moves with that level. Without such a null expert
+  // it is the first key not chosen, or the last chosen.
+  const bool against_nulls = spec.mode == TOP_K && columns > spec.num_experts && share >= 1.0f;
+  Real best_null_out = (Real)-INFINITY, worst_null_in = (Real)-INFINITY;
 
   if (spec.mode != GIVEN) {
     int by_mode = 0;     // what the mode alone would choose
@@ -248,6 +306,17 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
       if (has_alpha && (spec.mode == TOP_K || spec.mode == TOP_P)) alpha = m.rank_keys[n];
       if (spec.mode == THRESHOLD || spec.mode == EXPERT_CHOICE) has_alpha = true;
     }
+    if (against_nulls && spec.num_bins > 0) {
+      best_null_out = m.best_left(u, spec.num_experts, columns);
+      for (int r = 0; live && r < ranks; ++r) {
+        if (m.rank_ids[r] < spec.num_experts) continue;
+        if (r < chosen) worst_null_in = m.rank_keys[r];
+        else best_null_out = m.rank_keys[r] > best_null_out ? m.rank_keys[r] : best_null_out;
+      }
+      has_alpha = has_alpha && chosen > 0;
+      if (live && !finite_(best_null_out)) best_null_out = alpha;
+      if (has_alpha && !finite_(worst_null_in)) worst_null_in = m.rank_keys[chosen - 1];
+    }
   }
 
   // Gates: the scores of the selected experts, in rank order (GIVEN: in the order given).
@@ -265,7 +334,9 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
       if (id < spec.num_experts) { sum = sum + m.row_a[id]; ++num_real; } else { ++num_null; }
     }
   }
-  const Real factor = spec.normalize ? (sum > (Real)1e-20 ? scale / sum : (Real)0) : scale;
+  const bool gates_in_tail = live && spec.normalize && num_real > 0 && spec.score != RELU && !(sum > (Real)LEAST_SUM);
+  if (M::any(gates_in_tail)) sum = tail_gates<M>(m, a, token, x, s, gates_in_tail, spec.mode == GIVEN ? slots : chosen, sum);
+  const Real factor = spec.normalize ? (gates_in_tail || sum > (Real)LEAST_SUM ? scale / sum : (Real)0) : scale;
   if (active) {
     Real* weights = a.weights + (size_t)token * slots;
     int32_t* ids = a.expert_ids + (size_t)token * slots;
@@ -316,11 +387,17 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
     const bool counts = live && has_alpha;
     if (counts && m.leads()) add(sinks.integers + histogram_tokens_at(slots), 1);
     const float most = (float)(spec.num_bins - 1);
-    F bins[M::L];
+    F bins[M::L], bars[M::L];
+    M::each([&](int j, int l, int) { M::at(bars, j, l) = against_nulls ? worst_null_in : alpha; });
+    for (int r = 0; against_nulls && r < chosen; ++r) {
+      const int taken = m.rank_ids[r];
+      M::each([&](int j, int l, int id) { M::at(bars, j, l) = id == taken ? best_null_out : M::at(bars, j, l); });
+    }
     M::each([&](int j, int l, int id) {
       const bool expert = id < spec.num_experts;
       const float lowest = expert ? a.histogram_range[2 * id] : 0.0f, per_unit = expert ? a.histogram_range[2 * id + 1] : 0.0f;
-      float bin = ((float)(M::at(s, j, l) - alpha) - lowest) * per_unit;
+      const Real counted = spec.score == RELU ? M::at(x, j, l) : M::at(s, j, l);  // logits: also what lies below zero
+      float bin = ((float)(counted - M::at(bars, j, l)) - lowest) * per_unit;
       bin = bin < 0.0f ? 0.0f : (bin > most ? most : bin);
       M::at(bins, j, l) = counts && expert ? (Real)bin : (Real)0;
     });
@@ -328,6 +405,35 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
       if (M::at(bins, j, l) >= (Real)1) add_histogram(sinks.histogram + (size_t)id * spec.num_bins + (int)M::at(bins, j, l));
     });
   }
+}
+
+// Adds to t the gradient of the gates of a token in the tail.
+template <class M>
+LS_BOTH void tail_gates_backward(M& m, const BackwardArgs<typename M::Real>& a, int token, typename M::F (&x)[M::L],
+                                 typename M::F (&t)[M::L], bool in_tail) {
+  using Real = typename M::Real;
+  const Spec& spec = a.spec;
+  const Real slope = tail_slope<Real>(spec), scale = (Real)spec.scale;
+  const int32_t* ids = a.expert_ids + (size_t)(in_tail ? token : 0) * spec.slots;
+  const Real* grad = a.grad_weights + (size_t)(in_tail ? token : 0) * spec.slots;
+  typename M::F direct[M::L];
+  m.store_row(m.row_a, x);
+  M::each([&](int j, int l, int) { M::at(direct, j, l) = (Real)0; });
+  m.store_row(m.row_b, direct);
+  Real top = -INFINITY, sum = (Real)0, dot = (Real)0;
+  for (int r = 0; in_tail && r < spec.slots; ++r)
+    if (ids[r] >= 0) top = m.row_a[ids[r]] > top ? m.row_a[ids[r]] : top;
+  for (int r = 0; in_tail && r < spec.slots; ++r) {
+    if (ids[r] < 0) continue;
+    const Real e = exp_(slope * (m.row_a[ids[r]] - top));
+    sum = sum + e;
+    dot = dot + e * grad[r];
+  }
+  for (int r = 0; in_tail && r < spec.slots; ++r)
+    if (ids[r] >= 0 && m.owns(r))
+      m.row_b[ids[r]] = slope * scale / sum * exp_(slope * (m.row_a[ids[r]] - top)) * (grad[r] - dot / sum);
+  m.load_row(direct, m.row_b);
+  M::each([&](int j, int l, int) { M::at(t, j, l) = M::at(t, j, l) + M::at(direct, j, l); });
 }
 
 // One token backward: all gradients of its logits in one pass.
@@ -349,15 +455,18 @@ LS_BOTH void route_token_backward(M& m, const BackwardArgs<typename M::Real>& a,
   // Gates: dL/ds of the selected.
   M::each([&](int j, int l, int) { M::at(t, j, l) = (Real)0; });
   m.store_row(m.row_b, t);
+  bool gates_in_tail = false, shares_in_tail = false;
   if (live) {
     const int32_t* ids = a.expert_ids + (size_t)token * slots;
     const Real* grad = a.grad_weights + (size_t)token * slots;
     const Real scale = (Real)spec.scale;
     Real sum = (Real)0, dot = (Real)0;
+    bool used = false;
     if (spec.normalize)
       for (int r = 0; r < slots; ++r)
-        if (ids[r] >= 0) { sum = sum + m.row_a[ids[r]]; dot = dot + m.row_a[ids[r]] * grad[r]; }
-    const bool usable = !spec.normalize || sum > (Real)1e-20;
+        if (ids[r] >= 0) { sum = sum + m.row_a[ids[r]]; dot = dot + m.row_a[ids[r]] * grad[r]; used = true; }
+    const bool usable = !spec.normalize || sum > (Real)LEAST_SUM;
+    gates_in_tail = !usable && used && spec.score != RELU;
     for (int r = 0; r < slots; ++r)
       if (m.owns(r) && ids[r] >= 0 && usable)
         m.row_b[ids[r]] = spec.normalize ? scale / sum * (grad[r] - dot / sum) : scale * grad[r];
@@ -371,11 +480,12 @@ LS_BOTH void route_token_backward(M& m, const BackwardArgs<typename M::Real>& a,
     M::each([&](int j, int l, int) { M::at(t, j, l) = M::at(t, j, l) + M::at(g, j, l); });
   } else {
     const Real sum = expert_score_sum<M>(spec, s);
+    shares_in_tail = live && !(sum > (Real)LEAST_SUM);
     F product[M::L];
     M::each([&](int j, int l, int id) {
       M::at(product, j, l) = id < experts ? M::at(g, j, l) * M::at(s, j, l) : (Real)0;
     });
-    const Real scale = (Real)1 / sum, dot = M::total(product) * scale;
+    const Real scale = shares_in_tail ? (Real)0 : (Real)1 / sum, dot = M::total(product) * scale;
     M::each([&](int j, int l, int id) {
       if (id < experts) M::at(t, j, l) = M::at(t, j, l) + (M::at(g, j, l) - dot) * scale;
     });
@@ -399,6 +509,18 @@ LS_BOTH void route_token_backward(M& m, const BackwardArgs<typename M::Real>& a,
       M::at(t, j, l) = id < columns ? M::at(t, j, l) * slope : (Real)0;
     });
   }
+
+  // Tokens in the tail: of what is a softmax of their logits.
+  if (M::any(shares_in_tail)) {
+    F p[M::L], product[M::L];
+    tail_shares<M>(spec, x, p);
+    M::each([&](int j, int l, int id) { M::at(product, j, l) = id < experts ? M::at(p, j, l) * M::at(g, j, l) : (Real)0; });
+    const Real dot = M::total(product), slope = tail_slope<Real>(spec);
+    M::each([&](int j, int l, int id) {
+      if (shares_in_tail && id < experts) M::at(t, j, l) = M::at(t, j, l) + slope * (M::at(p, j, l) * (M::at(g, j, l) - dot));
+    });
+  }
+  if (M::any(gates_in_tail)) tail_gates_backward<M>(m, a, token, x, t, gates_in_tail);
 
   // z-loss sum of log_z^2 and entropy sum, both of the softmax q.
   const Real grad_z = a.grad_float_sums[0], grad_entropy = a.grad_float_sums[1];
