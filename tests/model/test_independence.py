@@ -101,7 +101,7 @@ def losses(model: Transformer, size: int) -> torch.Tensor:
 
 
 def held_out_loss(model: Transformer, size: int) -> float:
-    found = evaluate(model, batches(size), np.ones(VOCAB_SIZE, np.int64), torch.device("cpu"), model.routers())
+    found = evaluate(model, batches(size), torch.device("cpu"), model.routers())
     return found["val_loss"]
 
 

@@ -324,7 +324,7 @@ def test_every_contradiction_is_named_at_once():
     (TopPRouter, dict(budget=2.0, min_experts=9, max_experts=8), "router.min_experts is 9"),
     (ThresholdRouter, dict(budget=2.0, score_function="relu"), "belongs to router=relu"),
     (NullExpertsRouter, dict(num_null_experts=2, top_k=5, budget=2.5), "3 of router.top_k 5 are experts at least"),
-    (NullExpertsRouter, dict(num_null_experts=4, top_k=10, budget=9.0), "at most 8"),
+    (NullExpertsRouter, dict(num_null_experts=4, top_k=10, budget=9.0), "between 0.1 and 8"),
     (NullExpertsRouter, dict(top_k=4, num_null_experts=0, budget=2.0), "router.num_null_experts is 0"),
     (NullExpertsRouter, dict(top_k=2, num_null_experts=4, budget=3.0), "must be between 0.1 and 2"),
     (ExpertChoiceRouter, dict(top_k=9), "router.top_k is 9"),
