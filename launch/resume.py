@@ -19,6 +19,7 @@ from launch.validate import ConfigError
 from model.flops import sparse_layers
 from train.checkpoint_folder import find_checkpoint, newest_complete, step_of
 from train.manifest import CheckpointError
+from train.strict_json import dumps
 
 FIXED = {
     "model.*": "the saved tensors have this shape",
@@ -171,7 +172,7 @@ def _option(kind: str, settings: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value) if value is UNSET else json.dumps(value)
+    return value if isinstance(value, str) else repr(value) if value is UNSET else dumps(value)
 
 
 # --- whether there is anything to do ---------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def with_last_loss(result: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return result
     return result | {"train_loss": before.get("train_loss")} if (
-        result["train_loss"] is None and before.get("step") == result["step"]) else result
+        result.get("train_loss") is None and before.get("step") == result["step"]) else result
 
 
 def agree_on_run_dir(config: DictConfig, run: Any, started_directly: bool) -> Path:

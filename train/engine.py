@@ -295,4 +295,7 @@ class Engine:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def close(self) -> None:
+        from deepspeed.utils import groups as ds_groups
+
         self.deepspeed.destroy()
+        ds_groups.mpu = None  # whoever uses DeepSpeed next in this process would ask for groups that are gone

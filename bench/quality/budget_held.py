@@ -37,6 +37,7 @@ from model.routers.top_k import NullExpertsRouter, TopKRouter
 from model.routers.top_p import TopPRouter
 from model.transformer import Transformer
 from train.data.sources import sample_files
+from train.strict_json import dumps
 
 STEPS_BEFORE, STEPS_AFTER, SETTLE = 300, 160, 100
 SEQ_LEN = 32
@@ -186,7 +187,7 @@ def main() -> None:
                     if (router, size, budget, seed) in done:
                         continue
                     runs.append(train(router, budget, size, seed, tokens=arguments.tokens))
-                    arguments.out.write_text(json.dumps(runs) + "\n")
+                    arguments.out.write_text(dumps(runs) + "\n")
     print(table(runs))
 
 

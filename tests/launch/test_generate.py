@@ -27,12 +27,13 @@ def tokenizer() -> Tokenizer:
 @pytest.mark.parametrize("continuation", ["not to be", "not 龍 be", ""])
 def test_the_text_shown_is_the_decoded_sequence(monkeypatch, tokenizer, continuation):
     ids = tokenizer.encode(continuation).ids
-    fake = SimpleNamespace(to=lambda device: fake)
-    monkeypatch.setattr(launch.generate, "load_run", lambda run, attention=None: None)
+    fake = SimpleNamespace(to=lambda device: fake, set_step=lambda step: None)
+    monkeypatch.setattr(launch.generate, "load_run", lambda run, attention=None, checkpoint=None: None)
     store = SimpleNamespace(tokenizer=lambda: tokenizer, end_of_document=1)
     monkeypatch.setattr(train.data.store, "TokenStore", lambda path: store)
     monkeypatch.setattr(train.components, "build_model", lambda config: fake)
     monkeypatch.setattr(train.checkpoint, "find_checkpoint", lambda *a, **k: None)
+    monkeypatch.setattr(train.checkpoint, "read_state", lambda folder: {"step": 0})
     monkeypatch.setattr(train.checkpoint, "load_weights", lambda *a, **k: None)
     monkeypatch.setattr(model.generate, "generate", lambda *a, **k: iter(ids))
     pieces = list(launch.generate.sample("nowhere", "that is", 10, 0.0, 1.0, 0))

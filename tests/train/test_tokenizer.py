@@ -267,7 +267,7 @@ def test_a_run_ends_before_the_corpus_is_tokenised_when_the_model_does_not_cover
     monkeypatch.setattr(train.loop, "from_rank_zero", lambda function: function())
     monkeypatch.setattr(train.loop, "prepare", lambda *args: pytest.fail("the corpus was read"))
     with pytest.raises(ValueError, match=r"largest token id .* model\.vocab_size 300 must be at least 331"):
-        train.loop.open_store(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)), tmp_path / "run")
+        train.loop.open_store(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)), tmp_path / "run", None)
 
 
 # --- text from tokens as they come -----------------------------------------------------------------------------------

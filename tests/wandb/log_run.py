@@ -35,7 +35,8 @@ def main(run_dir: str, mode: str, first: str, last: str, wandb_id: str = "-", ha
         tracker.log(step, 100 * step, scalars(step))
         tracker.log_routing(step, 100 * step, {"counts": [[step, 2, 3, 4]] * 2, "k_histogram": [[0, 1, 2]] * 2,
                                                "reasons": [[0] * 8] * 2})
-    tracker.alarm(AlarmEvent(int(last), 100 * int(last), "imbalance", "raised", 1.5, 1.0, 2, 3, "layer 2 is uneven", None))
+    tracker.alarm(AlarmEvent(int(last), 100 * int(last), "imbalance", "raised", 1.5, 1.0, 2, 3, "layer 2 is uneven", None,
+                             "moe/max_vio"))
     print(json.dumps({"wandb_id": tracker.wandb_id, "seconds": time.monotonic() - started}), flush=True)
     if hang:
         time.sleep(300)
