@@ -166,7 +166,8 @@ def test_foreign_launchers_can_start_the_ranks(trained, launcher):
         ranks_ = [subprocess.Popen([python, "-m", "launch.train", *overrides], cwd=ROOT, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    env={**os.environ, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r), "SLURM_NTASKS": "2",
-                                        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": port, "OMP_NUM_THREADS": "1"})
+                                        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": port,
+                                        "OMP_NUM_THREADS": "1"})
                   for r in range(2)]
         outputs = [r.communicate(timeout=300) for r in ranks_]
         result = subprocess.CompletedProcess([], max(r.returncode for r in ranks_), outputs[0][0], outputs[0][1])
