@@ -22,6 +22,8 @@ log = logging.getLogger("loadstone")
 NUM_BATCHES, BATCH_SIZE = 48, 8
 MOMENTUM = 0.8
 """Of the cuts, while they are calibrated."""
+CUTS_ALONE = 8
+"""Batches before the controllers join in."""
 TOLERANCE = 0.02
 """Relative error of the mean that counts as met."""
 
@@ -67,11 +69,14 @@ def calibrate_budget(model: Transformer, batches: Iterable[Batch], budget: float
     steady = dataclasses.replace(settings, scope="layer", guard_error=1e9, guard_capped=1e9)
     # The weights stand still, so cuts are averaged over many batches: what is used later is the last of them.
     no_bias = dataclasses.replace(balance, bias_update="none", bias_update_rate=0.0, quantile_momentum=MOMENTUM)
-    means = []
+    # The first batches are for the cuts alone: they begin far off, and theta would have to pay that back.
+    at_rest = dataclasses.replace(steady, kp=0.0, ki=0.0)
+    means: list[torch.Tensor] = []
     for batch in batches:
+        finding = routers[0].has_quantile_bias and len(means) < CUTS_ALONE
         stats = unpack_stats(model(**batch.inputs(device), with_histogram=True).stats, spec.num_experts, spec.max_experts)
         means.append(stats.experts_per_token)
-        update_routers(routers, stats, no_bias, steady, FailSafeConfig(collapse_share=1.0))
+        update_routers(routers, stats, no_bias, at_rest if finding else steady, FailSafeConfig(collapse_share=1.0))
     settled = torch.stack(means[len(means) // 2:]).mean(0)
     mean = float(settled.mean())
     if float((settled / budget - 1).abs().max()) > TOLERANCE:

@@ -105,9 +105,9 @@ def test_every_metric_of_a_panel_is_documented():
     documents = (ROOT / "docs/metrics.md").read_text()
     documented = {word for line in documents.splitlines() if line.startswith("|")
                   for word in re.findall(r"[\w/]+", re.sub(r"\([^)]*\)", "", line.split("|")[1]))}
-    everything = sections(shape_of(run_of("router=null_experts", *SPARSE, "balance=loss_free", "dispatcher.payload=bf16",
-                                          "launch=deepspeed", "launch.num_devices=2", "parallel.expert_parallel_size=2",
-                                          world_size=2)))
+    everything = sections(shape_of(run_of("router=top_p", "router.num_null_experts=4", *SPARSE, "balance=loss_free",
+                                          "dispatcher.payload=bf16", "launch=deepspeed", "launch.num_devices=2",
+                                          "parallel.expert_parallel_size=2", world_size=2)))
     undocumented = [metric for metric in metrics_of(shown(everything)) if metric.startswith(("moe/", "attention/", "comm/"))
                     and metric not in documented and metric.split("/")[1] not in documented]
     assert not undocumented
