@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.common import load_config, load_run
+from launch.train import with_saved_config
 from launch.validate import ConfigError, parse
 from model.placement import Placement
 from train.components import resolve
@@ -226,3 +227,14 @@ def test_no_saved_config_keeps_a_command_busy(text, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"config\.yaml"):
         load_config(str(tmp_path / "config.yaml"))
+
+
+def test_a_run_that_others_can_write_is_not_resumed(tmp_path):
+    """Its config says what ranks load and where keys are sent, so the owner is looked at before the config."""
+    (tmp_path / "config.yaml").write_text("launch: {env: {PYTHONPATH: elsewhere}}\n")
+    for place in (tmp_path, tmp_path / "config.yaml"):
+        mode = place.stat().st_mode
+        place.chmod(0o777)
+        with pytest.raises(ValueError, match="can be written by everybody"):
+            with_saved_config(OmegaConf.create({"resume": str(tmp_path), "run_dir": None}))
+        place.chmod(mode)
