@@ -41,8 +41,6 @@ def main(config: DictConfig) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run)
     load_weights(model, checkpoint)
-    if settings.attention is None:
-        model.set_step(read_state(checkpoint)["step"])  # sparse layers may still have been dense
     model = model.to(device).eval()
     if settings.router.budget is not None:
         mean = calibrate_budget(model, calibration_batches(run, store), settings.router.budget, run.balance, run.budget,

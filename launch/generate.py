@@ -24,7 +24,7 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
     import torch
 
     from model.generate import generate
-    from train.checkpoint import find_checkpoint, load_weights, read_state
+    from train.checkpoint import find_checkpoint, load_weights
     from train.components import build_model
     from train.data.store import TokenStore
     from train.data.tokenizer import TextStream
@@ -35,8 +35,6 @@ def sample(run_dir: str, prompt: str, max_new_tokens: int, temperature: float, t
     tokenizer = store.tokenizer()
     model = build_model(config)
     load_weights(model, folder)
-    if attention is None:
-        model.set_step(read_state(folder)["step"])  # sparse layers may still have been dense
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     if budget is not None:

@@ -10,7 +10,6 @@ if not __package__:
 
 import itertools
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from launch.common import load_config, load_run, print_result, quoted, record, run_main
+from launch.common import load_config, load_run, print_result, record, run_main, typed
 
 MAX_AUDIT_BYTES = 1 << 30
 """Of larger audits only AUDIT_STEPS steps of every half are read, spread evenly."""
@@ -324,15 +323,12 @@ def write(placement: Any, path: Path) -> Path:
 
 def next_command(settings: PlaceConfig, saved: DictConfig, layout: Layout, output: Path) -> str:
     """How to train on with the placement, with the sizes that are not the run's own."""
-    overrides = [f"resume={settings.run}", f"parallel.placement={output}"]
+    overrides = {"resume": settings.run, "parallel.placement": str(output)}
     if layout.ranks != saved.get("expert_parallel_size", 1):
-        overrides.append(f"parallel.expert_parallel_size={layout.ranks}")
+        overrides["parallel.expert_parallel_size"] = str(layout.ranks)
     if layout.ranks_per_node is not None and layout.ranks_per_node != saved.get("ranks_per_node"):
-        overrides.append(f"parallel.ranks_per_node={layout.ranks_per_node}")
-    pairs = [override.split("=", 1) for override in overrides]
-    safe = [f"{key}={value}" if all(c.isalnum() or c in "/._-" for c in value) else f"{key}={quoted(value)}"
-            for key, value in pairs]
-    return shlex.join(["python", "-m", "launch.train", *safe])
+        overrides["parallel.ranks_per_node"] = str(layout.ranks_per_node)
+    return " ".join(["python -m launch.train", *(typed(key, value) for key, value in overrides.items())])
 
 
 if __name__ == "__main__":

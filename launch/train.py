@@ -177,7 +177,8 @@ def start_ranks(config: DictConfig, run: Any, stop: StopSignal,
     from launch.validate import ConfigError, check_tokenizer, parse
     from train.data.prepare import prepare
 
-    check_tokenizer(run)
+    if run.launch.kind == "slurm":  # elsewhere it was looked at before the run directory was made
+        check_tokenizer(run)
     run_dir = Path(config.run_dir)
     try:
         with stop.obeyed_at_once():
