@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.common import ROOT, device_name, find_commit
-from train.strict_json import dumps
+from train.files.strict_json import dumps
 
 
 def main(folder: Path, pytest_status: int, when: datetime, device: torch.device) -> Path:
@@ -22,10 +22,16 @@ def main(folder: Path, pytest_status: int, when: datetime, device: torch.device)
     log = (folder / "pytest.log").read_text().split("\n")
     summary = next((line.strip("= ") for line in reversed(log) if " in " in line), "no summary")
     result = {
-        "device": device_name(device), "commit": find_commit(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "date": when.isoformat(timespec="seconds"),
-        "pytest": {"status": pytest_status, "summary": summary,
-                   "failed": [line for line in log if line.startswith(("FAILED", "ERROR"))]},
+        "device": device_name(device),
+        "commit": find_commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": when.isoformat(timespec="seconds"),
+        "pytest": {
+            "status": pytest_status,
+            "summary": summary,
+            "failed": [line for line in log if line.startswith(("FAILED", "ERROR"))],
+        },
         "rows": [{"bench": bench["bench"], **row} for bench in benches for row in bench["rows"]],
     }
     slug = "-".join(device_name(device).lower().split())

@@ -21,10 +21,10 @@ timeout $((LIMIT / 3)) "$PYTHON" -m pytest -m gpu -n "$workers" --dist load -v "
 status=${PIPESTATUS[0]}
 [ "$status" -eq 0 ] || failed=1
 
-benches=()  # bench.moe_layer and bench.reliability are for CPUs, bench.tune is for whoever changes tiles
+benches=()  # bench.moe_layer, reliability and checkpoint_scale are for CPUs, bench.tune is for whoever changes tiles
 for file in bench/*.py; do
     name=$(basename "$file" .py)
-    case $name in __init__ | common | collect | peers | moe_layer | reliability | tune) ;; *) benches+=("$name") ;; esac
+    case $name in __init__ | common | collect | peers | moe_layer | reliability | checkpoint_scale | tune) ;; *) benches+=("$name") ;; esac
 done
 left=${#benches[@]}
 for name in "${benches[@]}"; do

@@ -2,22 +2,28 @@
 
 `python -m bench.sparse_attention --device cpu|cuda [--all] [--output FILE]`
 
-cpu: forward and backward of one document of 2k to 32k tokens in one thread, with its peak memory (a fresh process each),
-for the default spec, the same with a dropped tail, and torch's SDPA; and the exponents of N that fit them. Times are of the
-process, not of the clock, so that other work on the machine counts less.
+cpu: forward and backward of one document of 2k to 32k tokens in one thread, with its peak memory (a
+    fresh process each), for the default spec, the same with a dropped tail, and torch's SDPA; and
+    the exponents of N that fit them. Times are of the process, not of the clock, so that other work
+    on the machine counts less.
 
-cuda: bf16, random inputs, which is the worst case for the union factor (blocks that the queries of a kernel's tile select
-together, over those that one selects: 1 is best). The core shapes fit the time that bench/gpu.sh gives; --all adds the rest:
+cuda: bf16, random inputs, which is the worst case for the union factor (blocks that the queries of
+    a kernel's tile select together, over those that one selects: 1 is best). The core shapes fit
+    the time that bench/gpu.sh gives; --all adds the rest:
 
-    model      32 heads, 4 key/value heads, d 128, block 64, top 16, window 512, one document of 8k to 128k tokens
-    fla        the NSA entry of flash-linear-attention's benchmarks: batch 4, 64/4 heads, block 64, top 16
+    model      32 heads, 4 key/value heads, d 128, block 64, top 16, window 512, one document of 8k
+               to 128k tokens
+    fla        the NSA entry of flash-linear-attention's benchmarks: batch 4, 64/4 heads, block 64,
+               top 16
     infllm     InfLLM-V2: 32/2 heads, block 64, top 64, 32k tokens
-    fsa        FSA's sweep of group sizes: 4 key/value heads, groups of 1 to 16, (block, top) = (64, 16) and (128, 8)
+    fsa        FSA's sweep of group sizes: 4 key/value heads, groups of 1 to 16, (block, top) =
+               (64, 16) and (128, 8)
 
-Rivals are SDPA with cuDNN and with flash kernels; FlexAttention stands against the exact part alone, with the same
-selection as its BlockMask, which neither side pays for. bench.common flushes the L2 cache before every call. FLOPs are the
-useful ones, per head: 4d for an exact pair, 4d (order 2: 6d) for an entry of the tail, 2d (4d) for an entry that is scored;
-in the backward 10d for a pair and 10d (16d) for an entry of the tail.
+Rivals are SDPA with cuDNN and with flash kernels; FlexAttention stands against the exact part
+alone, with the same selection as its BlockMask, which neither side pays for. bench.common flushes
+the L2 cache before every call. FLOPs are the useful ones, per head: 4d for an exact pair, 4d (order
+2: 6d) for an entry of the tail, 2d (4d) for an entry that is scored; in the backward 10d for a pair
+and 10d (16d) for an entry of the tail.
 """
 
 from __future__ import annotations
@@ -42,13 +48,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.common import ROOT, Row, device_name, main, make_row, measure, roofline_ms
 from bench.router import graphed
 from ops.device import peak_tflops
-from ops.sparse_attention import AttentionOutput, SparseAttentionSpec, decode, select_backend, sparse_attention
+from ops.sparse_attention import (
+    AttentionOutput,
+    SparseAttentionSpec,
+    decode,
+    select_backend,
+    sparse_attention,
+)
 from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.cache import EntryCache
 from ops.sparse_attention.kernels.configs import attend_config
 from ops.sparse_attention.ranking import union_counts
 from ops.testing import assert_close
-from train.strict_json import dumps
+from train.files.strict_json import dumps
 
 Call = Callable[[], object]
 BF16 = torch.bfloat16
@@ -59,7 +71,10 @@ DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTIO
 # CPU
 
 CPU_REPEATS = {2048: 7, 4096: 5, 8192: 3, 16384: 2, 32768: 1}
-CPU_SPECS = {"scc": SPEC, "drop": replace(SPEC, tail="drop", order=0, coarse_block_size=SPEC.block_size)}
+CPU_SPECS = {
+    "scc": SPEC,
+    "drop": replace(SPEC, tail="drop", order=0, coarse_block_size=SPEC.block_size),
+}
 
 
 def cpu_call(name: str, length: int) -> Call:
@@ -76,7 +91,8 @@ def cpu_call(name: str, length: int) -> Call:
 
     def call() -> None:
         if name == "sdpa":
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # else a fallback with N^2 memory could slip in
+            # else a fallback with N^2 memory could slip in
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 out = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
         else:
             out = sparse_attention(*inputs, cu_seqlens, CPU_SPECS[name]).out
@@ -86,8 +102,9 @@ def cpu_call(name: str, length: int) -> Call:
 
 
 def print_cpu_samples(name: str, length: int, repeats: int) -> None:
-    """JSON [MiB, [ms, ...]] of forward and backward, for a fresh process: by how much they raise its peak memory over its
-    inputs, and the processor time of every call."""
+    """JSON [MiB, [ms, ...]] of forward and backward, for a fresh process: by how much they raise
+    its peak memory over its inputs, and the processor time of every call.
+    """
     torch.set_num_threads(1)
     cpu_call(name, 256)()  # libraries are loaded, thread pools exist
     call, samples = cpu_call(name, length), []
@@ -101,15 +118,22 @@ def print_cpu_samples(name: str, length: int, repeats: int) -> None:
 
 def sample_cpu(name: str, length: int, repeats: int) -> tuple[float, float]:
     """(median ms, peak MiB)."""
-    code = f"from bench.sparse_attention import print_cpu_samples; print_cpu_samples({name!r}, {length}, {repeats})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    code = (
+        f"from bench.sparse_attention import print_cpu_samples; print_cpu_samples({name!r}, "
+        f"{length}, {repeats})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
     peak, samples = json.loads(done.stdout.splitlines()[-1])
     return statistics.median(samples), peak
 
 
 def exponent(lengths: list[int], values: list[float]) -> float:
     """Slope of log values over log lengths, least squares."""
-    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(max(x, 1e-9)) for x in values]).slope
+    return statistics.linear_regression(
+        [math.log(n) for n in lengths], [math.log(max(x, 1e-9)) for x in values]
+    ).slope
 
 
 def run_cpu() -> list[Row]:
@@ -126,19 +150,35 @@ def run_cpu() -> list[Row]:
     for name in ("scc", "drop"):
         for i, length in enumerate(lengths):
             extra: dict[str, float | str | None] = {
-                "backend": "chunked", "threads": 1, "clock": "process",
-                "mib": round(peaks[name][i], 1), "sdpa_mib": round(peaks["sdpa"][i], 1)}
+                "backend": "chunked",
+                "threads": 1,
+                "clock": "process",
+                "mib": round(peaks[name][i], 1),
+                "sdpa_mib": round(peaks["sdpa"][i], 1),
+            }
             if length == lengths[-1]:
-                extra |= {f"{n}{quantity}_exponent": round(exponent(lengths, values[key]), 3)
-                          for n, key in (("", name), ("sdpa_", "sdpa"))
-                          for quantity, values in (("time", times), ("memory", peaks))}
+                extra |= {
+                    f"{n}{quantity}_exponent": round(exponent(lengths, values[key]), 3)
+                    for n, key in (("", name), ("sdpa_", "sdpa"))
+                    for quantity, values in (("time", times), ("memory", peaks))
+                }
             shape: dict[str, int | str] = {"spec": name, "N": length, "H": 4, "Hk": 2, "d": 64}
-            found.append(make_row("sparse_attention.forward_backward", shape, torch.float32, device,
-                                  {"ours": times[name][i], "sdpa": times["sdpa"][i]}, None, **extra))
+            found.append(
+                make_row(
+                    "sparse_attention.forward_backward",
+                    shape,
+                    torch.float32,
+                    device,
+                    {"ours": times[name][i], "sdpa": times["sdpa"][i]},
+                    None,
+                    **extra,
+                )
+            )
     return found
 
 
 # CUDA
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -161,8 +201,17 @@ REST = (
     model_shape(16384),
     *(Shape("fla", (n,) * 4, 64, 4, SPEC) for n in (8192, 16384)),
     Shape("infllm", (32768,), 32, 2, replace(SPEC, top_k=64)),
-    *(Shape("fsa", (32768,), 4 * group, 4, replace(SPEC, block_size=block, coarse_block_size=block // 2, top_k=top_k))
-      for block, top_k in ((64, 16), (128, 8)) for group in (1, 2, 4, 8, 16)),
+    *(
+        Shape(
+            "fsa",
+            (32768,),
+            4 * group,
+            4,
+            replace(SPEC, block_size=block, coarse_block_size=block // 2, top_k=top_k),
+        )
+        for block, top_k in ((64, 16), (128, 8))
+        for group in (1, 2, 4, 8, 16)
+    ),
 )
 DECODE = tuple((n, rows) for n in (32768, 65536, 131072) for rows in (1, 16))
 REPEATS = 5
@@ -170,8 +219,9 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Work:
-    """Of all heads: pairs of a query and a token it sees exactly, entries in tails, entries that are scored, and what
-    dense attention would have."""
+    """Of all heads: pairs of a query and a token it sees exactly, entries in tails, entries that
+    are scored, and what dense attention would have.
+    """
 
     exact: int
     tail: int
@@ -182,12 +232,16 @@ class Work:
         variance = 1 if order == 2 else 0
         if backward:
             return dim * (10 * self.exact + (10 + 6 * variance) * self.tail)
-        return dim * (4 * self.exact + (4 + 2 * variance) * self.tail + (2 + 2 * variance) * self.scored)
+        return dim * (
+            4 * self.exact + (4 + 2 * variance) * self.tail + (2 + 2 * variance) * self.scored
+        )
 
 
 def count_work(selected: Tensor, table: BlockTable, shape: Shape) -> Work:
     own, spec = table.block_of.long(), shape.spec
-    first, sink_end, local = (x[own].long() for x in (table.first, table.sink_end, table.local_start))
+    first, sink_end, local = (
+        x[own].long() for x in (table.first, table.sink_end, table.local_start)
+    )
     start, token = table.start.long(), torch.arange(len(own), device=own.device)
     apart = sink_end < local
     forced = token + 1 - torch.where(apart, start[local], start[first])
@@ -195,21 +249,29 @@ def count_work(selected: Tensor, table: BlockTable, shape: Shape) -> Work:
     chosen, group = int((selected >= 0).sum()), shape.num_heads // shape.num_kv_heads
     candidates = int((local - sink_end).sum()) * shape.num_kv_heads
     tail = (candidates - chosen) * spec.entries_per_block * group if spec.tail == "coarse" else 0
-    return Work(int(forced.sum()) * shape.num_heads + chosen * spec.block_size * group, tail,
-                int(torch.where(apart, own - first, 0).sum()) * spec.entries_per_block * shape.num_heads,
-                sum(n * (n + 1) // 2 for n in shape.lengths) * shape.num_heads)
+    return Work(
+        int(forced.sum()) * shape.num_heads + chosen * spec.block_size * group,
+        tail,
+        int(torch.where(apart, own - first, 0).sum()) * spec.entries_per_block * shape.num_heads,
+        sum(n * (n + 1) // 2 for n in shape.lengths) * shape.num_heads,
+    )
 
 
 def tile_queries(device: torch.device, shape: Shape) -> int:
     """Queries of a tile of the forward kernel."""
     major, minor = torch.cuda.get_device_capability(device)
     group = shape.num_heads // shape.num_kv_heads
-    return attend_config(shape.head_dim, group, shape.spec.block_size, BF16, 10 * major + minor).queries
+    return attend_config(
+        shape.head_dim, group, shape.spec.block_size, BF16, 10 * major + minor
+    ).queries
 
 
-def dense_calls(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
-    """SDPA by kernel: a forward and its inputs. A kernel that does not take grouped heads gets repeated keys and values, and
-    a name that says so."""
+def dense_calls(
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor
+) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
+    """SDPA by kernel: a forward and its inputs. A kernel that does not take grouped heads gets
+    repeated keys and values, and a name that says so.
+    """
     documents, group = len(shape.lengths), shape.num_heads // shape.num_kv_heads
     q, k, v = (x.detach().unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
     found: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {}
@@ -218,24 +280,34 @@ def dense_calls(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, tupl
             keys, values = (x if grouped else x.repeat_interleave(group, 1) for x in (k, v))
             inputs = [x.detach().requires_grad_() for x in (q, keys, values)]
 
-            def forward(inputs: list[Tensor] = inputs, kernel: SDPBackend = kernel, grouped: bool = grouped) -> Tensor:
+            def forward(
+                inputs: list[Tensor] = inputs, kernel: SDPBackend = kernel, grouped: bool = grouped
+            ) -> Tensor:
                 with sdpa_kernel(kernel):
-                    return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=grouped)
+                    return F.scaled_dot_product_attention(
+                        *inputs, is_causal=True, enable_gqa=grouped
+                    )
 
             try:
                 forward()
             except RuntimeError as error:  # "No available kernel"
-                print(f"sdpa {name} does not take {shape.name}, grouped={grouped}: {str(error).splitlines()[0]}", flush=True)
+                print(
+                    f"sdpa {name} does not take {shape.name}, grouped={grouped}: "
+                    f"{str(error).splitlines()[0]}",
+                    flush=True,
+                )
                 continue
             found[name if grouped else f"{name}_repeated_kv"] = forward, inputs
             break
     return found
 
 
-def flex_call(shape: Shape, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, table: BlockTable
-              ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """FlexAttention over the exact part: tiles of 128 x 128 that hold a block some query of the tile sees; the mask is per
-    query. One document."""
+def flex_call(
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, table: BlockTable
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """FlexAttention over the exact part: tiles of 128 x 128 that hold a block some query of the
+    tile sees; the mask is per query. One document.
+    """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tile, size, group = 128, shape.spec.block_size, shape.num_heads // shape.num_kv_heads
@@ -247,24 +319,33 @@ def flex_call(shape: Shape, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, t
     visible = ((block < sink_end) | (block >= local)) & (block <= own.unsqueeze(1))
     visible = visible.expand(shape.num_kv_heads, -1, -1)
     at = torch.where(selected < 0, num_blocks, selected.long())
-    chosen = torch.zeros(*visible.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device).scatter_(2, at, True)
+    chosen = torch.zeros(
+        *visible.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device
+    ).scatter_(2, at, True)
     visible = (visible | chosen[..., :-1]).contiguous()
-    tiles = visible.unflatten(1, (-1, tile)).any(2).unflatten(2, (-1, tile // size)).any(3)  # [Hk, N / tile, N / tile]
+    # [Hk, N / tile, N / tile]
+    tiles = visible.unflatten(1, (-1, tile)).any(2).unflatten(2, (-1, tile // size)).any(3)
     tiles = tiles.repeat_interleave(group, 0).unsqueeze(0)
     order = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
 
     def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & visible[h // group, i, j // size]
 
-    block_mask = BlockMask.from_kv_blocks(tiles.sum(-1, dtype=torch.int32), order, BLOCK_SIZE=tile, mask_mod=mask)
+    block_mask = BlockMask.from_kv_blocks(
+        tiles.sum(-1, dtype=torch.int32), order, BLOCK_SIZE=tile, mask_mod=mask
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
-    inputs = [x.detach().transpose(0, 1).unsqueeze(0).contiguous().requires_grad_() for x in (q, k, v)]
+    inputs = [
+        x.detach().transpose(0, 1).unsqueeze(0).contiguous().requires_grad_() for x in (q, k, v)
+    ]
     return lambda: compiled(*inputs, block_mask=block_mask, enable_gqa=True), inputs
 
 
-def three_ways(forwards: dict[str, tuple[Callable[[], Tensor], list[Tensor]]], device: torch.device
-               ) -> dict[str, dict[str, float]]:
+def three_ways(
+    forwards: dict[str, tuple[Callable[[], Tensor], list[Tensor]]], device: torch.device
+) -> dict[str, dict[str, float]]:
     """Milliseconds of forward (without a graph), backward (of a kept graph) and both, by name."""
+
     def forward(call: Callable[[], Tensor]) -> None:
         with torch.no_grad():
             call()
@@ -280,14 +361,26 @@ def three_ways(forwards: dict[str, tuple[Callable[[], Tensor], list[Tensor]]], d
         call, inputs = forwards[name]
         torch.autograd.grad(call(), inputs, grads[name])
 
-    found = {"forward": measure({n: functools.partial(forward, call) for n, (call, _) in forwards.items()}, device, REPEATS),
-             "backward": measure({n: functools.partial(backward, n) for n in forwards}, device, REPEATS)}
+    found = {
+        "forward": measure(
+            {n: functools.partial(forward, call) for n, (call, _) in forwards.items()},
+            device,
+            REPEATS,
+        ),
+        "backward": measure({n: functools.partial(backward, n) for n in forwards}, device, REPEATS),
+    }
     kept.clear()
-    return found | {"forward_backward": measure({n: functools.partial(both, n) for n in forwards}, device, REPEATS)}
+    return found | {
+        "forward_backward": measure(
+            {n: functools.partial(both, n) for n in forwards}, device, REPEATS
+        )
+    }
 
 
 def check_exact(ours: Tensor, rival: Tensor, name: str) -> None:
-    """Ours [T, H, d] against a rival's [1, H, T, d] on some rows, so that no rival wins by doing something else."""
+    """Ours [T, H, d] against a rival's [1, H, T, d] on some rows, so that no rival wins by doing
+    something else.
+    """
     rows = torch.linspace(0, len(ours) - 1, 256, device=ours.device).long()
     assert_close(name, ours[rows], rival[0].transpose(0, 1)[rows])
 
@@ -295,11 +388,17 @@ def check_exact(ours: Tensor, rival: Tensor, name: str) -> None:
 def bench_shape(device: torch.device, shape: Shape) -> list[Row]:
     spec, num_tokens = shape.spec, sum(shape.lengths)
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(num_tokens, heads, shape.head_dim, generator=generator, device=device, dtype=BF16)
-               for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads))
+    q, k, v = (
+        torch.randn(
+            num_tokens, heads, shape.head_dim, generator=generator, device=device, dtype=BF16
+        )
+        for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    )
     for x in (q, k, v):
         x.requires_grad_()
-    cu_seqlens = torch.tensor([0, *torch.tensor(shape.lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(
+        [0, *torch.tensor(shape.lengths).cumsum(0).tolist()], dtype=torch.int32, device=device
+    )
     table = block_table(cu_seqlens, num_tokens, spec)
 
     def ours(**arguments: Tensor | bool) -> AttentionOutput:
@@ -317,31 +416,56 @@ def bench_shape(device: torch.device, shape: Shape) -> list[Row]:
     del found
 
     label: dict[str, int | str] = {
-        "name": shape.name, "documents": len(shape.lengths), "N": shape.lengths[0], "H": shape.num_heads,
-        "Hk": shape.num_kv_heads, "d": shape.head_dim, "block": spec.block_size, "top_k": spec.top_k,
-        "window": spec.window_size}
+        "name": shape.name,
+        "documents": len(shape.lengths),
+        "N": shape.lengths[0],
+        "H": shape.num_heads,
+        "Hk": shape.num_kv_heads,
+        "d": shape.head_dim,
+        "block": spec.block_size,
+        "top_k": spec.top_k,
+        "window": spec.window_size,
+    }
     element = q.element_size() * shape.head_dim * num_tokens
     read = element * (shape.num_heads + 2 * shape.num_kv_heads)
     forward_bytes = read + element * shape.num_heads
     num_bytes = {"forward": forward_bytes, "backward": 2 * read + 2 * element * shape.num_heads}
     flops = {way: work.flops(shape.head_dim, spec.order, way == "backward") for way in num_bytes}
-    dense_flops = {"forward": 4.0 * shape.head_dim * work.dense, "backward": 10.0 * shape.head_dim * work.dense}
+    dense_flops = {
+        "forward": 4.0 * shape.head_dim * work.dense,
+        "backward": 10.0 * shape.head_dim * work.dense,
+    }
     for table_ in (num_bytes, flops, dense_flops):
         table_["forward_backward"] = table_["forward"] + table_["backward"]
 
     rows = []
-    times = three_ways({"ours": (lambda: ours().out, [q, k, v])} | dense_calls(shape, q, k, v), device)
+    times = three_ways(
+        {"ours": (lambda: ours().out, [q, k, v])} | dense_calls(shape, q, k, v), device
+    )
     peak_rate = peak_tflops(device_name(device))
     for way, by_name in times.items():
         rate = flops[way] / by_name["ours"] / 1e9
         dense = min((ms for name, ms in by_name.items() if name != "ours"), default=None)
-        rows.append(make_row(
-            f"sparse_attention.{way}", label, BF16, device, by_name, roofline_ms(device, flops[way], num_bytes[way]),
-            backend=select_backend(q, k, spec), useful_tflops=round(rate, 1),
-            peak_share=None if peak_rate is None else round(rate / peak_rate, 4),
-            best_dense_tflops=None if dense is None else round(dense_flops[way] / dense / 1e9, 1),
-            flop_ratio=round(dense_flops[way] / flops[way], 2), union_factor=round(union, 3), tail_mass=round(tail_mass, 4),
-            peak_gib=round(peak, 3)))
+        rows.append(
+            make_row(
+                f"sparse_attention.{way}",
+                label,
+                BF16,
+                device,
+                by_name,
+                roofline_ms(device, flops[way], num_bytes[way]),
+                backend=select_backend(q, k, spec),
+                useful_tflops=round(rate, 1),
+                peak_share=None if peak_rate is None else round(rate / peak_rate, 4),
+                best_dense_tflops=None
+                if dense is None
+                else round(dense_flops[way] / dense / 1e9, 1),
+                flop_ratio=round(dense_flops[way] / flops[way], 2),
+                union_factor=round(union, 3),
+                tail_mass=round(tail_mass, 4),
+                peak_gib=round(peak, 3),
+            )
+        )
     if shape.flex:
         call, inputs = flex_call(shape, q, k, v, selected, table)
 
@@ -350,9 +474,21 @@ def bench_shape(device: torch.device, shape: Shape) -> list[Row]:
 
         with torch.no_grad():
             check_exact(exact_part(), call(), "FlexAttention with the same selection")
-        for way, by_name in three_ways({"ours": (exact_part, [q, k, v]), "flex": (call, inputs)}, device).items():
-            rows.append(make_row(f"sparse_attention.exact_part.{way}", label, BF16, device, by_name, None,
-                                 backend=select_backend(q, k, spec), union_factor=round(union, 3)))
+        for way, by_name in three_ways(
+            {"ours": (exact_part, [q, k, v]), "flex": (call, inputs)}, device
+        ).items():
+            rows.append(
+                make_row(
+                    f"sparse_attention.exact_part.{way}",
+                    label,
+                    BF16,
+                    device,
+                    by_name,
+                    None,
+                    backend=select_backend(q, k, spec),
+                    union_factor=round(union, 3),
+                )
+            )
     return rows
 
 
@@ -366,7 +502,9 @@ def decode_bytes(length: int, shape: Shape) -> tuple[int, int]:
     scored = own * spec.entries_per_block if sink_end < local else 0
     tail = (local - sink_end - chosen) * spec.entries_per_block if spec.tail == "coarse" else 0
     vector = 2 * shape.head_dim * shape.num_kv_heads
-    return vector * (2 * tokens + (2 if spec.order == 2 else 1) * scored + tail), vector * 2 * length
+    return vector * (
+        2 * tokens + (2 if spec.order == 2 else 1) * scored + tail
+    ), vector * 2 * length
 
 
 def bench_decode(device: torch.device, length: int, num_rows: int) -> list[Row]:
@@ -378,12 +516,14 @@ def bench_decode(device: torch.device, length: int, num_rows: int) -> list[Row]:
 
     q = normal(num_rows, shape.num_heads, shape.head_dim)
     keys, values = (normal(num_rows, length, shape.num_kv_heads, shape.head_dim) for _ in range(2))
-    cache = EntryCache(shape.spec, num_rows, length, shape.num_kv_heads, shape.head_dim, BF16, device)
+    cache = EntryCache(
+        shape.spec, num_rows, length, shape.num_kv_heads, shape.head_dim, BF16, device
+    )
     for row in range(num_rows):  # one at a time: pooling works on fp32 copies
         part = EntryCache(shape.spec, 1, length, shape.num_kv_heads, shape.head_dim, BF16, device)
-        part.update(keys[row:row + 1], values[row:row + 1], 0)
+        part.update(keys[row : row + 1], values[row : row + 1], 0)
         for whole, piece in zip(cache.entries, part.entries, strict=True):
-            whole[row:row + 1] = piece
+            whole[row : row + 1] = piece
 
     def ours() -> Tensor:
         return decode(q, keys, values, cache.entries, length, shape.spec)[0]
@@ -391,7 +531,9 @@ def bench_decode(device: torch.device, length: int, num_rows: int) -> list[Row]:
     query, k, v = q.unsqueeze(2), keys.transpose(1, 2), values.transpose(1, 2)
 
     def dense(kernel: SDPBackend | None) -> Tensor:
-        with sdpa_kernel([*DENSE.values(), SDPBackend.EFFICIENT_ATTENTION] if kernel is None else kernel):
+        with sdpa_kernel(
+            [*DENSE.values(), SDPBackend.EFFICIENT_ATTENTION] if kernel is None else kernel
+        ):
             return F.scaled_dot_product_attention(query, k, v, enable_gqa=True)
 
     calls: dict[str, Call] = {"ours": ours}
@@ -402,20 +544,42 @@ def bench_decode(device: torch.device, length: int, num_rows: int) -> list[Row]:
             print(f"sdpa {name} does not decode: {str(error).splitlines()[0]}", flush=True)
             continue
         calls[name] = functools.partial(dense, kernel)
-    label: dict[str, int | str] = {"name": "decode", "rows": num_rows, "N": length, "H": shape.num_heads,
-                                   "Hk": shape.num_kv_heads, "d": shape.head_dim}
+    label: dict[str, int | str] = {
+        "name": "decode",
+        "rows": num_rows,
+        "N": length,
+        "H": shape.num_heads,
+        "Hk": shape.num_kv_heads,
+        "d": shape.head_dim,
+    }
     ours_bytes, dense_bytes = (num_rows * x for x in decode_bytes(length, shape))
-    sizes = {"mb": round(ours_bytes / 1e6, 2), "dense_mb": round(dense_bytes / 1e6, 2),
-             "byte_ratio": round(dense_bytes / ours_bytes, 2)}
+    sizes = {
+        "mb": round(ours_bytes / 1e6, 2),
+        "dense_mb": round(dense_bytes / 1e6, 2),
+        "byte_ratio": round(dense_bytes / ours_bytes, 2),
+    }
     bound = roofline_ms(device, 0.0, ours_bytes)
-    rows = [make_row("sparse_attention.decode", label, BF16, device, measure(calls, device, 31), bound, **sizes)]
+    rows = [
+        make_row(
+            "sparse_attention.decode",
+            label,
+            BF16,
+            device,
+            measure(calls, device, 31),
+            bound,
+            **sizes,
+        )
+    ]
     try:
         graphs = {name: graphed(call) for name, call in calls.items()}
     except RuntimeError as error:  # a call that waits for the host cannot be captured
         print(f"decoding as one CUDA graph: {str(error).splitlines()[0]}", flush=True)
         return rows
     times = measure(graphs, device, 31)
-    return [*rows, make_row("sparse_attention.decode.graph", label, BF16, device, times, bound, **sizes)]
+    return [
+        *rows,
+        make_row("sparse_attention.decode.graph", label, BF16, device, times, bound, **sizes),
+    ]
 
 
 def run(device: torch.device, everything: bool = False) -> list[Row]:

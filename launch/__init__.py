@@ -5,5 +5,6 @@ import sys
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # python -m launch.X: until X takes over, nothing is at stake, and Ctrl-C in its imports needs
-    # no traceback. launch/interrupt.py and train/stop.py say what it does from then on.
+    # no traceback. launch/command/interrupt.py and train/rank/stop.py say what it does from then
+    # on.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

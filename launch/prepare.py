@@ -1,29 +1,98 @@
-"""Tokenise the data of a config ahead of training: python -m launch.prepare [data=... data.sources.0...=...]."""
+"""Tokenise the data of a config ahead of training.
+
+python -m launch.prepare [data=... data.sources.0...=...] [prepare.workers=N]
+python -m launch.prepare [data=... data.sources.0...=...] inspect=true
+
+Ended at any moment, it goes on where it was when it is started again.
+"""
 
 from __future__ import annotations
 
 if not __package__:
     raise SystemExit("run from the repository root as: python -m launch.prepare")
 
-from omegaconf import DictConfig
+import dataclasses
+from collections.abc import Mapping
 
-from launch.common import print_result, record, run_main
+from omegaconf import DictConfig, OmegaConf
+
+from launch.command.main import run_main
+from launch.command.messages import print_result
+from launch.config.build import record
+from train.config.data import DataConfig
+from train.files.strict_json import dumps
 
 
 def main(config: DictConfig) -> None:
     """Make the token store unless it exists, and print its counts."""
-    from train.config import DataConfig
+    from train.config.commands import PrepareCommandConfig
+
+    settings = record(config.data, DataConfig, "data.")
+    of_the_data = ("data", "model", "seed")
+    own = [str(name) for name in config if name not in of_the_data]
+    how = record(OmegaConf.masked_copy(config, own), PrepareCommandConfig)
+    if how.inspect:
+        _inspect(settings)
+        return
+
+    # Only now what imports torch: a mistake in the settings is told at once.
+    from launch.command.progress import reading_bar
     from train.data.prepare import prepare
     from train.data.store import TokenStore
 
-    store = TokenStore(prepare(record(config.data, DataConfig, "data.")))
+    with reading_bar() as (report, progress):
+        path = prepare(settings, report, how.prepare.workers, progress)
+    store = TokenStore(path)
     for source in store.manifest["sources"]:
-        print(f"{source['path']:30s} {source['documents']:>10,} documents {source['tokens']:>14,} tokens "
-              f"{source['bytes']:>14,} bytes")
+        print(
+            f"{source['path']:30s} {source['documents']:>10,} documents {source['tokens']:>14,} "
+            f"tokens {source['bytes']:>14,} bytes"
+        )
     held_out = store.manifest["validation"]
-    print(f"{'held out':30s} {held_out['documents']:>10,} documents {held_out['tokens']:>14,} tokens "
-          f"{held_out['bytes']:>14,} bytes")
+    print(
+        f"{'held out':30s} {held_out['documents']:>10,} documents {held_out['tokens']:>14,} tokens "
+        f"{held_out['bytes']:>14,} bytes"
+    )
     print_result({"store": str(store.path), **store.manifest})
+
+
+def _inspect(settings: DataConfig) -> None:
+    """Print a page for every source; make nothing."""
+    from train.data.prepare import store_path
+    from train.data.shards.inspect import inspect
+    from train.data.tokenizer import tokenizer_file
+
+    # The one that is given, or that an earlier preparation trained.
+    trained = store_path(settings) / "tokenizer.json"
+    tokenizer = trained if trained.is_file() else None
+    if settings.tokenizer.path is not None:
+        tokenizer = tokenizer_file(settings.tokenizer)
+
+    pages = inspect(settings, tokenizer)
+    for page in pages:
+        share = page.duplicates / max(page.documents, 1)
+        print(f"{page.label}: {page.documents:,} documents, {page.bytes:,} bytes")
+        print(f"  duplicates   {page.duplicates:,} ({share:.2%})")
+        print("  characters   " + _listed(page.lengths, "{:,}"))
+        print("  scripts      " + _listed(page.scripts, "{:.1%}"))
+        if page.bad_rows:
+            print("  left out     " + _listed(page.bad_rows, "{:,}"))
+        if page.bytes_per_token is not None:
+            print(
+                f"  tokenizer    {page.bytes_per_token:.2f} bytes per token, "
+                f"{page.unknown_share:.2%} unknown"
+            )
+        for rate, place, begin in page.worst:
+            print(
+                f"  few bytes    {rate:.2f} per token: {place} {dumps(begin, ensure_ascii=False)}"
+            )
+    if tokenizer is None:
+        print("no tokenizer yet: prepare first, or give data.tokenizer.path")
+    print_result({"sources": [dataclasses.asdict(page) for page in pages]})
+
+
+def _listed(numbers: Mapping[str, float], form: str) -> str:
+    return "  ".join(f"{name} {form.format(number)}" for name, number in numbers.items())
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Single-device maths that also runs sharded: transformer, routers, attention, experts. No training, no files."""
+"""The transformer, on one device or sharded, without training or files."""

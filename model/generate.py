@@ -9,10 +9,13 @@ import torch
 from model.transformer import Transformer
 
 
-def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+def sample_token(
+    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
+) -> int:
     """Draw from logits [vocab_size]; temperature 0 takes the most likely token (lowest id on ties).
 
-    top_p keeps the smallest set of tokens whose probability reaches it (nucleus sampling, arXiv 1904.09751).
+    top_p keeps the smallest set of tokens whose probability reaches it (nucleus sampling, arXiv
+    1904.09751).
     """
     logits = logits.float().cpu()
     if temperature == 0:
@@ -26,9 +29,17 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
 
 
 @torch.no_grad()
-def generate(model: Transformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-             seed: int = 0, stop_token: int | None = None) -> Iterator[int]:
-    """Yield up to `max_new_tokens` tokens after the prompt; stops at `stop_token` or at the model's max_seq_len.
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_token: int | None = None,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` tokens after the prompt; stops at `stop_token` or at the model's
+    max_seq_len.
 
     Raises:
         ValueError: empty or over-long prompt, negative temperature, or top_p outside (0, 1].
@@ -47,7 +58,8 @@ def generate(model: Transformer, prompt: list[int], max_new_tokens: int, tempera
     caches = model.new_caches(1, len(prompt) + budget)
     inputs = torch.tensor([prompt], device=device)
     for _ in range(budget):
-        token = sample_token(model.logits(inputs, caches)[0, -1], temperature, top_p, generator)
+        logits = model.logits(inputs, caches, last_only=True)[0, -1]
+        token = sample_token(logits, temperature, top_p, generator)
         if token == stop_token:
             return
         yield token

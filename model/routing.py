@@ -1,4 +1,6 @@
-"""Routers outside of the trainer: make one, route with it, move its controllers (docs/library.md)."""
+"""Routers outside of the trainer: make one, route with it, move its controllers
+(docs/library.md).
+"""
 
 from __future__ import annotations
 
@@ -8,61 +10,89 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.balance import LayerStats, histogram_bins, pack_stats, unpack_stats
-from model.budget import start_routers, update_routers
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig, ModelConfig
 from model.init import initialize_parameters
-from model.routers.base import LIMIT, Router, RoutingRequest
+from model.moe.balance import LayerStats, histogram_bins, pack_stats, unpack_stats
+from model.moe.budget import start_routers, update_routers
+from model.routers.base import Router, RoutingRequest
+from model.routers.config import ROUTERS
 from model.routers.expert_choice import ExpertChoiceRouter
 from model.routers.relu import ReLURouter
+from model.routers.state import RouterInputs
 from model.routers.threshold import ThresholdRouter
 from model.routers.top_k import NullExpertsRouter, TopKRouter
 from model.routers.top_p import TopPRouter
 from ops.router import Reason, RouterOutput
 
-__all__ = ["ROUTERS", "ExpertChoiceRouter", "LayerStats", "NullExpertsRouter", "ReLURouter", "Reason",
-           "Router", "RouterControl", "RouterOutput", "RoutingRequest", "ThresholdRouter", "TopKRouter",
-           "TopPRouter", "make_router"]
+__all__ = [
+    "ROUTERS",
+    "ExpertChoiceRouter",
+    "LayerStats",
+    "NullExpertsRouter",
+    "ReLURouter",
+    "Reason",
+    "Router",
+    "RouterControl",
+    "RouterOutput",
+    "RoutingRequest",
+    "ThresholdRouter",
+    "TopKRouter",
+    "TopPRouter",
+    "make_router",
+]
 
-ROUTERS: dict[str, type[Any]] = {
-    "top_k": TopKRouter, "top_p": TopPRouter, "threshold": ThresholdRouter, "relu": ReLURouter,
-    "expert_choice": ExpertChoiceRouter, "null_experts": NullExpertsRouter}
-"""Kind -> class; the names of conf/router."""
 
-
-def make_router(kind: str, hidden_size: int, num_experts: int, *, num_shared_experts: int = 0,
-                expert_intermediate_size: int = 1, init_std: float = 0.02, seed: int = 0,
-                **knobs: Any) -> Router:
+def make_router(
+    kind: str,
+    hidden_size: int,
+    num_experts: int,
+    *,
+    num_shared_experts: int = 0,
+    expert_intermediate_size: int = 1,
+    init_std: float = 0.02,
+    seed: int = 0,
+    **knobs: Any,
+) -> Router:
     """A router of one layer with initial weights, for one process.
 
     Args:
-        kind: a key of ROUTERS; knobs: arguments of its class, as in conf/router (top_k=2, budget=1.5).
+        kind: a key of ROUTERS; knobs: fields of its record, as in conf/router (top_k=2,
+            budget=1.5).
         num_shared_experts: where there is one, a token may be left without a routed expert.
         expert_intermediate_size: width of an expert, for budgets in FLOPs (budget_unit="flops").
         init_std: the weights are Normal(0, init_std), drawn from the seed.
 
     Raises:
         ValueError: an unknown kind, or every contradiction of the knobs at once.
-        TypeError: a knob that the class does not have, or that is missing.
+        TypeError: a knob that the record does not have, or that is missing.
     """
     if kind not in ROUTERS:
         raise ValueError(f"unknown router {kind!r}; choose one of {', '.join(ROUTERS)}")
-    config = ModelConfig(vocab_size=1, hidden_size=hidden_size, num_layers=1, num_heads=1,
-                         num_kv_heads=1, intermediate_size=1, num_experts=num_experts, max_seq_len=1,
-                         expert_intermediate_size=expert_intermediate_size,
-                         num_shared_experts=num_shared_experts)
-    problems = ROUTERS[kind].problems(config, **knobs)
+    config = ModelConfig(
+        vocab_size=1,
+        hidden_size=hidden_size,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        intermediate_size=1,
+        num_experts=num_experts,
+        max_seq_len=1,
+        expert_intermediate_size=expert_intermediate_size,
+        num_shared_experts=num_shared_experts,
+    )
+    settings = ROUTERS[kind](**knobs)
+    problems = settings.problems(config)
     if problems:
         raise ValueError("; ".join(problems))
-    router: Router = ROUTERS[kind](config, **knobs)
+    router = settings.build(config)
     initialize_parameters(router, seed, init_std, 1)
     return router
 
 
 class RouterControl:
-    """Everything that a training loop owes its routers, in three calls: made before the first step (and
-    before a checkpoint is loaded), `route` for every micro-batch of every layer, `step` once per
-    optimiser step.
+    """Everything that a training loop owes its routers, in three calls: made before the first step
+    (and before a checkpoint is loaded), `route` for every micro-batch of every layer, `step` once
+    per optimiser step.
 
     What is left out raises or is said: `step` without a `route` of every layer, statistics of other
     routers, cuts without a histogram. Call `route` outside of activation checkpointing, which would
@@ -70,22 +100,29 @@ class RouterControl:
 
     Args:
         routers: of the MoE layers, in their order and of one kind.
-        balance, budget, fail_safe: as in the config. Of balance the bias alone: its losses are built
-            from what `route` returns (ops/router/README.md, Gates and statistics).
+        balance, budget, fail_safe: as in the config. Of balance the bias alone: its losses are
+            built from what `route` returns (ops/router/README.md, Gates and statistics).
         group: ranks whose tokens are balanced together; None: this process alone.
 
     Raises:
         ValueError: no routers, or of several kinds.
     """
 
-    def __init__(self, routers: Sequence[Router], balance: BalanceConfig | None = None,
-                 budget: BudgetConfig | None = None, fail_safe: FailSafeConfig | None = None,
-                 group: dist.ProcessGroup | None = None):
+    def __init__(
+        self,
+        routers: Sequence[Router],
+        balance: BalanceConfig | None = None,
+        budget: BudgetConfig | None = None,
+        fail_safe: FailSafeConfig | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
         self.routers = list(routers)
         if not self.routers or len({(type(r), r.spec) for r in self.routers}) > 1:
             kinds = ", ".join(sorted({type(r).__name__ for r in self.routers})) or "none"
-            raise ValueError("routers must be at least one, all of one kind and with the same settings; "
-                             f"got {kinds}")
+            raise ValueError(
+                "routers must be at least one, all of one kind and with the same settings; "
+                f"got {kinds}"
+            )
         self.balance = balance or BalanceConfig()
         self.budget, self.fail_safe = budget or BudgetConfig(), fail_safe or FailSafeConfig()
         self.group = group
@@ -95,18 +132,20 @@ class RouterControl:
             router.prepare_histogram(self.num_bins)
         start_routers(self.routers, self.budget, self.fail_safe)
 
-    def route(self, hidden: torch.Tensor, layer: int = 0,
-              token_mask: torch.Tensor | None = None) -> RouterOutput:
-        """hidden [T, hidden_size] -> the routing of `layer` (its place in `routers`); counted if the
-        router is in training.
+    def route(
+        self, hidden: torch.Tensor, layer: int = 0, token_mask: torch.Tensor | None = None
+    ) -> RouterOutput:
+        """hidden [T, hidden_size] -> the routing of `layer` (its place in `routers`); counted if
+        the router is in training.
 
         token_mask: [T] bool, False for padding.
         """
         router = self.routers[layer]
         bins = self.num_bins if router.training else 0
-        routing = router(hidden, RoutingRequest(token_mask=token_mask, num_bins=bins))
+        routing: RouterOutput = router(hidden, RoutingRequest(token_mask=token_mask, num_bins=bins))
         if router.training:
-            stats = pack_stats(routing, router.control_in_force()[LIMIT] < router.max_top_k)
+            limit = RouterInputs.of(router.inputs_in_force()).limit
+            stats = pack_stats(routing, limit < router.max_top_k)
             before = self._counted[layer]
             self._counted[layer] = stats if before is None else before + stats
         return routing
@@ -116,8 +155,8 @@ class RouterControl:
 
         Collective over the group.
 
-        stats: [layers, size] int64 where the layers count by themselves (ModelOutput.stats, summed over
-            the step's micro-batches); None: what `route` has counted.
+        stats: [layers, size] int64 where the layers count by themselves (ModelOutput.stats, summed
+            over the step's micro-batches); None: what `route` has counted.
 
         Returns:
             LayerStats of the step, over all ranks: counts, experts_per_token, reasons.
@@ -130,9 +169,11 @@ class RouterControl:
         if stats is None:
             silent = [i for i, counted in enumerate(self._counted) if counted is None]
             if silent:
-                raise RuntimeError(f"layers {silent} have routed nothing in training since the last step: "
-                                   "call RouterControl.route for every layer, or give step() the stats of "
-                                   "the model")
+                raise RuntimeError(
+                    f"layers {silent} have routed nothing in training since the last step: "
+                    "call RouterControl.route for every layer, or give step() the stats of "
+                    "the model"
+                )
             stats = torch.stack([counted for counted in self._counted if counted is not None])
         self._counted = [None] * len(self.routers)
         if self.group is not None:
@@ -140,9 +181,11 @@ class RouterControl:
             dist.all_reduce(stats, group=self.group)
         found = unpack_stats(stats, first.spec.num_experts, first.max_top_k)
         if len(found.counts) != len(self.routers) or found.histogram.shape[2] != self.num_bins:
-            raise ValueError(f"stats are of {len(found.counts)} layers with {found.histogram.shape[2]} "
-                             f"histogram bins; these routers are {len(self.routers)} and need "
-                             f"{self.num_bins} (balance.histogram_bins of the model and of RouterControl "
-                             "must be the same)")
+            raise ValueError(
+                f"stats are of {len(found.counts)} layers with {found.histogram.shape[2]} "
+                f"histogram bins; these routers are {len(self.routers)} and need "
+                f"{self.num_bins} (balance.histogram_bins of the model and of RouterControl "
+                "must be the same)"
+            )
         update_routers(self.routers, found, self.balance, self.budget, self.fail_safe)
         return found

@@ -2,211 +2,483 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention.base import STATS, AttentionSums, KVCache, SequenceLayout, document_mask, has_varlen_kernel
+from model.attention.base import (
+    STATS,
+    AttentionSums,
+    Paging,
+    SequenceLayout,
+    document_mask,
+    has_varlen_kernel,
+)
+from model.attention.cache import LayerCache, Pages
 from model.attention.sparse import SparseAttention
-from model.balance import RouterSums, auxiliary_loss_sums, rank_shares
+from model.blocks.block import Block
+from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
 from model.init import initialize_parameters
-from model.layers import GatedMLP, RMSNorm, rotary_tables
-from model.loss import ModelOutput, cross_entropy_sum, token_cross_entropy
-from model.moe import ModelParts, MoELayer
-from model.parallel import ParallelGroups
+from model.layers import RMSNorm, rotary_tables, times
+from model.loss import ModelOutput, cross_entropy_sum, targets_ahead, token_cross_entropy
+from model.moe.balance import (
+    BalanceSums,
+    RouterSums,
+    balance_sums,
+    no_balance_sums,
+    rank_shares,
+)
+from model.moe.layer import ModelParts, MoELayer
+from model.parallel.groups import ParallelGroups
+from model.parallel.heads import HeadExchange
+from model.request import SUMS_ALONE, ForwardRequest, TokenBatch
 from model.routers.base import Router, RoutingRequest
 from model.weight_sums import Embedding, uses_of
 from ops.all_to_all import Communication, total_communication
 from ops.router import RouterOutput
 
 
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then a dense MLP or an MoE layer."""
+class _Hidden(NamedTuple):
+    """What the blocks leave behind."""
 
-    def __init__(self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts, layer_idx: int):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = parts.attention(config, layer_idx=layer_idx)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp: nn.Module
-        if config.is_moe_layer(layer_idx):
-            self.mlp = MoELayer(config, groups, parts, layer_idx)
-        else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+    last: torch.Tensor
+    """[B, S, D], normalised: what the head projects."""
+    attentions: list[AttentionSums]
+    """Of the sparse layers, in layer order."""
+    balances: list[RouterSums]
+    """Of the MoE layers, in layer order; those of multi-token prediction come after."""
+    routings: list[RouterOutput]
+    """Likewise."""
 
-    def forward(self, hidden: torch.Tensor, layout: SequenceLayout, request: RoutingRequest,
-                cache: KVCache | None = None
-                ) -> tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]:
-        attended, attention_sums = self.attention(self.attention_norm(hidden), layout, cache)
-        hidden = hidden + attended
-        normed = self.mlp_norm(hidden)
-        if isinstance(self.mlp, MoELayer):
-            out, sums, routing = self.mlp(normed, request)
-            return hidden + out, attention_sums, sums, routing
-        return hidden + self.mlp(normed), attention_sums, None, None
+
+class Decoded(NamedTuple):
+    """What a forward pass over pages gives."""
+
+    logits: torch.Tensor
+    """[R, vocab_size] of the tokens that were asked for."""
+    experts: torch.Tensor
+    """[B * S] fp32, experts that each token visited, as a mean over the MoE layers."""
+    expert_ids: torch.Tensor | None
+    """[B * S, MoE layers, K] int16 where they are kept, -1 for a slot without an expert."""
 
 
 class Transformer(nn.Module):
     """Token ids in, summed losses out (or logits, through `logits`).
 
     Args:
-        config: the shape; parts: builders of router, attention, dispatcher, and the balance settings.
+        config: the shape; parts: records of router, attention, dispatcher, and the balance
+            settings.
         groups: parallel groups; this rank builds only its own experts.
         seed: of the initial weights, which are the same under every parallel layout.
     """
 
-    def __init__(self, config: ModelConfig, parts: ModelParts, groups: ParallelGroups | None = None, seed: int = 0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        parts: ModelParts,
+        groups: ParallelGroups | None = None,
+        seed: int = 0,
+    ):
         super().__init__()
         groups = groups or ParallelGroups.single()
         self.config, self.balance, self.groups = config, parts.balance, groups
-        self.rank_shares = rank_shares(config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement)
+        self.exchange = HeadExchange(groups.context, groups.context_rank, groups.context_size)
+        self.rotary_size = parts.attention.rotary_size(config)
+        self.rank_shares = rank_shares(
+            config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement
+        )
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, groups, parts, i) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, groups, parts, i) for i in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.mtp = nn.ModuleList(
+            PredictionModule(config, groups, parts, k) for k in range(config.num_mtp_layers)
+        )
         initialize_parameters(self, seed, config.init_std, config.num_layers)
 
+    def moe_layers(self) -> list[MoELayer]:
+        """As ModelConfig.moe_layers has them: of the blocks, then of multi-token prediction."""
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        return [block.mlp for block in blocks if isinstance(block.mlp, MoELayer)]
+
     def routers(self) -> list[Router]:
-        """The routers of the MoE layers, in layer order."""
-        return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoELayer)]
+        """The routers of `moe_layers`. In evaluation those of multi-token prediction, which are the
+        last ones, route nothing.
+        """
+        return [layer.router for layer in self.moe_layers()]
 
     def sparse_attentions(self) -> list[SparseAttention]:
         """The attention of the layers that are sparse, in layer order."""
-        return [block.attention for block in self.blocks
-                if isinstance(block.attention, SparseAttention) and block.attention.is_sparse]
+        return [
+            block.attention
+            for block in self.blocks
+            if isinstance(block.attention, SparseAttention) and block.attention.is_sparse
+        ]
 
     def measure_communication(self, measuring: bool) -> Communication:
-        """Count from now on, or no longer, what the MoE layers exchange; returns what was counted so far."""
-        meters = [block.mlp.dispatcher.meter for block in self.blocks if isinstance(block.mlp, MoELayer)]
+        """Count from now on, or no longer, what the MoE layers and attention exchange; returns what
+        was counted so far.
+        """
+        meters = [layer.dispatcher.meter for layer in self.moe_layers()]
+        meters.append(self.exchange.meter)
         for meter in meters:
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
 
     def set_step(self, step: int) -> None:
-        """Optimisation steps done so far: sparse layers may be dense, or select with noise, early in training."""
+        """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
+        in training.
+        """
         for attention in self.sparse_attentions():
             attention.step = step
 
-    def _layout(self, positions: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dtype: torch.dtype,
-                token_ids: torch.Tensor | None = None, token_mask: torch.Tensor | None = None,
-                measure: bool = False) -> SequenceLayout:
-        cos, sin = rotary_tables(positions, self.config.attention_head_dim, self.config.rope_theta)
-        mask = None
-        if not has_varlen_kernel(positions.device, dtype) and cu_seqlens.numel() - 1 > positions.shape[0]:
+    def _layout(
+        self,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        token_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        measure: bool = False,
+        paging: Paging | None = None,
+        whole_positions: torch.Tensor | None = None,
+    ) -> SequenceLayout:
+        """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
+        here. whole_positions: where the positions are of a part of rows, those of whole ones.
+        """
+        dtype = self.embedding.weight.dtype
+        config = self.config
+        cos, sin = rotary_tables(
+            positions, self.rotary_size, config.rope_theta, config.rope_scaling
+        )
+        exchange, mask = None, None
+        if whole_positions is not None:
+            exchange, positions = self.exchange, whole_positions
+        if (
+            not has_varlen_kernel(positions.device, dtype)
+            and cu_seqlens.numel() - 1 > positions.shape[0]
+        ):
             mask = document_mask(positions)
-        return SequenceLayout(cos, sin, cu_seqlens, max_seqlen, mask, token_ids, token_mask, measure)
+        return SequenceLayout(
+            cos=cos,
+            sin=sin,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            mask=mask,
+            token_ids=None if token_ids is None else token_ids.reshape(-1),
+            token_mask=None if token_mask is None else token_mask.reshape(-1),
+            measure=measure,
+            paging=paging,
+            exchange=exchange,
+        )
 
-    def _backbone(self, input_ids: torch.Tensor, layout: SequenceLayout, request: RoutingRequest,
-                  given_ids: tuple[torch.Tensor, ...] | None = None, caches: list[KVCache] | None = None
-                  ) -> tuple[torch.Tensor, list[AttentionSums], list[RouterSums], list[RouterOutput]]:
-        hidden = self.embedding(input_ids)
-        attention_sums: list[AttentionSums] = []
-        all_sums: list[RouterSums] = []
+    def _backbone(
+        self,
+        input_ids: torch.Tensor,
+        layout: SequenceLayout,
+        request: RoutingRequest,
+        given_ids: tuple[torch.Tensor, ...] | None = None,
+        caches: Sequence[LayerCache | Pages] | None = None,
+    ) -> _Hidden:
+        """[B, S] token ids through all blocks; see ForwardRequest for given_ids."""
+        hidden = times(self.embedding(input_ids), self.config.embedding_multiplier)
+        attentions: list[AttentionSums] = []
+        balances: list[RouterSums] = []
         routings: list[RouterOutput] = []
         for i, block in enumerate(self.blocks):
-            own = request if given_ids is None else request._replace(
-                given_ids=given_ids[len(routings)] if len(routings) < len(given_ids) else None)
-            if self.config.recompute == "block" and self.training and torch.is_grad_enabled():
-                hidden, attended, sums, routing = checkpoint(block, hidden, layout, own, use_reentrant=False)
+            own = _of_layer(request, given_ids, len(routings))
+            if self._recomputes():
+                found = checkpoint(block, hidden, layout, own, use_reentrant=False)
             else:
-                hidden, attended, sums, routing = block(hidden, layout, own, caches[i] if caches is not None else None)
-            if attended is not None:
-                attention_sums.append(attended)
-            if sums is not None:
-                all_sums.append(sums)
+                found = block(hidden, layout, own, None if caches is None else caches[i])
+            hidden, attention, balance, routing = found
+
+            if attention is not None:
+                attentions.append(attention)
+            if balance is not None:
+                balances.append(balance)
                 routings.append(routing)
-        return self.norm(hidden), attention_sums, all_sums, routings
+        return _Hidden(self.norm(hidden), attentions, balances, routings)
+
+    def _recomputes(self) -> bool:
+        return self.config.recompute == "block" and self.training and torch.is_grad_enabled()
+
+    def _predict_further(
+        self,
+        found: _Hidden,
+        batch: TokenBatch,
+        layout: SequenceLayout,
+        request: RoutingRequest,
+        given_ids: tuple[torch.Tensor, ...] | None,
+    ) -> list[torch.Tensor]:
+        """ModelOutput.mtp_sums. What the modules' layers report is added to `found`."""
+        whole = batch.rows
+        sums, hidden = [], found.last
+        for number, module in enumerate(self.mtp, 1):
+            # A token without another so far ahead in its document is padding here: no later one
+            # attends to it, no expert sees it, and nothing counts it.
+            ids, there = tokens_ahead(whole, number)
+            ids, there = batch.own(ids), batch.own(there)
+            embedded = times(self.embedding(ids), self.config.embedding_multiplier)
+            own = _of_layer(request, given_ids, len(found.routings))
+            own = own._replace(token_mask=there.reshape(-1))
+            if self._recomputes():
+                out = checkpoint(module, hidden, embedded, layout, own, use_reentrant=False)
+            else:
+                out = module(hidden, embedded, layout, own)
+            hidden, _, balance, routing = out
+            if balance is not None:
+                found.balances.append(balance)
+                found.routings.append(routing)
+
+            targets = batch.own(targets_ahead(whole.targets, whole.positions, number))
+            sums.append(self._loss(hidden, targets, by_token=False)[0])
+        return sums
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = times(hidden, 1 / self.config.logits_divisor)
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
-    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens in memory at a time."""
-        def of_chunk(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
-                     ) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self._project(hidden) if weight is None else F.linear(hidden, weight)
-            by_tokens = token_cross_entropy(logits, targets) if by_token else logits.new_empty(0, dtype=torch.float32)
+    def _loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens
+        in memory at a time.
+        """
+
+        def of_chunk(
+            hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if weight is None:
+                logits = self._project(hidden)
+            else:
+                logits = F.linear(times(hidden, 1 / self.config.logits_divisor), weight)
+            by_tokens = (
+                token_cross_entropy(logits, targets)
+                if by_token
+                else logits.new_empty(0, dtype=torch.float32)
+            )
             return cross_entropy_sum(logits, targets), by_tokens
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
             return of_chunk(hidden, targets)
         hiddens, parts = hidden.flatten(0, 1).split(size), targets.flatten().split(size)
+
+        # In bf16 a weight that many chunks use would add up its gradient in bf16: see uses_of.
         weights: list[torch.Tensor] | list[None] = [None] * len(parts)
         if torch.is_grad_enabled() and hidden.dtype != torch.float32:
-            weights = uses_of((self.embedding if self.head is None else self.head).weight, len(parts))
-        sums, by_tokens = zip(*(
-            checkpoint(of_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*chunk)
-            for chunk in zip(hiddens, parts, weights, strict=True)), strict=True)
+            weights = uses_of(
+                (self.embedding if self.head is None else self.head).weight, len(parts)
+            )
+
+        sums, by_tokens = zip(
+            *(
+                checkpoint(of_chunk, *chunk, use_reentrant=False)
+                if torch.is_grad_enabled()
+                else of_chunk(*chunk)
+                for chunk in zip(hiddens, parts, weights, strict=True)
+            ),
+            strict=True,
+        )
         return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
 
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor,
-                cu_seqlens: torch.Tensor, max_seqlen: int, token_mask: torch.Tensor | None = None,
-                previous_counts: torch.Tensor | None = None, token_ids: torch.Tensor | None = None,
-                given_ids: tuple[torch.Tensor, ...] | None = None, keep_routing: bool = False,
-                with_histogram: bool | None = None, frozen: bool = False, snapshot: bool = False,
-                measure_attention: bool = False) -> ModelOutput:
-        """Sums over the micro-batch.
+    def _balance_sums(
+        self, layers: list[RouterSums], previous_counts: torch.Tensor | None, like: torch.Tensor
+    ) -> BalanceSums:
+        """Those of the MoE layers; a dense model's are zeros and empty, as `like` is."""
+        if not layers:
+            return no_balance_sums(like)
+        return balance_sums(layers, self.balance, self.groups, previous_counts)
 
-        Args:
-            input_ids, targets, positions: [B, S] int64; positions restart at 0 with each document.
-            cu_seqlens: [documents + 1] int32 over the flattened tokens; max_seqlen: the longest document.
-            token_mask: [B, S] bool, False for padding; None when nothing is padded.
-            previous_counts: scope_counts of the step's earlier micro-batches, for aux_loss_scope=global_batch.
-            token_ids: [B, S] int64 names of the tokens, for checksum and audit.
-            given_ids: [B * S, K] per MoE layer, experts to use instead of the routers' choice (replay).
-            keep_routing: return every layer's routing, in evaluation also the tokens' losses.
-            with_histogram: count the scores (None: in training).
-            frozen, snapshot: see RoutingRequest. measure_attention: fill attention_stats.
+    def forward(self, batch: TokenBatch, request: ForwardRequest = SUMS_ALONE) -> ModelOutput:
+        """Sums over the micro-batch `batch`, and what `request` asks for besides."""
+        # Attention sees whole rows; all else is of the tokens here.
+        whole = batch.rows
+        assert (batch.whole is not None) == (self.groups.context_size > 1), (
+            f"{self.groups.context_size} ranks share rows, which are to be cut (Batch.part)"
+        )
+        layout = self._layout(
+            batch.positions,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            whole.token_ids,
+            whole.token_mask,
+            request.measure_attention,
+            whole_positions=None if batch.whole is None else whole.positions,
+        )
+        counting = self.training if request.with_histogram is None else request.with_histogram
+        routing_request = RoutingRequest(
+            token_mask=None if batch.token_mask is None else batch.token_mask.reshape(-1),
+            num_bins=int(counting),
+            token_ids=None if batch.token_ids is None else batch.token_ids.reshape(-1),
+            frozen=request.frozen,
+            snapshot=request.snapshot,
+        )
+        hidden = self._backbone(batch.input_ids, layout, routing_request, request.given_ids)
+        loss_sum, token_losses = self._loss(
+            hidden.last, batch.targets, request.keep_routing and not self.training
+        )
+        further: list[torch.Tensor] = []
+        if self.training:
+            further = self._predict_further(
+                hidden, batch, layout, routing_request, request.given_ids
+            )
+        balance = self._balance_sums(hidden.balances, request.previous_counts, loss_sum)
+
+        # Attention's penalties first, then the routers': the order of a sum decides its last bit.
+        penalty_sum, attention_stats = _attention_totals(hidden.attentions, loss_sum)
+        for penalty in balance.penalties:
+            penalty_sum = penalty_sum + penalty
+
+        return ModelOutput(
+            loss_sum=loss_sum,
+            aux_sum=balance.aux_sum,
+            z_sum=balance.z_sum,
+            penalty_sum=penalty_sum,
+            counts=balance.counts,
+            scope_counts=balance.scope_counts,
+            stats=balance.stats,
+            processed=balance.processed,
+            routings=tuple(hidden.routings) if request.keep_routing else (),
+            attention_stats=attention_stats,
+            token_losses=token_losses,
+            mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+        )
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        caches: list[LayerCache] | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue
+        what they hold. last_only: those of the last position alone, [B, 1, vocab_size].
         """
-        flat_mask = None if token_mask is None else token_mask.reshape(-1)
-        flat_ids = None if token_ids is None else token_ids.reshape(-1)
-        layout = self._layout(positions, cu_seqlens, max_seqlen, self.embedding.weight.dtype, flat_ids, flat_mask,
-                              measure_attention)
-        counting = self.training if with_histogram is None else with_histogram
-        request = RoutingRequest(flat_mask, 1, int(counting), flat_ids, None, frozen, snapshot)
-        hidden, attention_sums, sums, routings = self._backbone(input_ids, layout, request, given_ids)
-        loss_sum, token_losses = self._loss(hidden, targets, keep_routing and not self.training)
-        zero = loss_sum.new_zeros(())
-        penalty_sum, attention_stats = zero, loss_sum.new_zeros((0, len(STATS)))
-        if attention_sums:
-            penalty_sum = torch.stack([s.penalty_sum for s in attention_sums]).sum()
-            attention_stats = torch.stack([s.stats for s in attention_sums])
-        if not sums:
-            empty = torch.zeros((0, 0), dtype=torch.int64, device=input_ids.device)
-            return ModelOutput(loss_sum, zero, zero, penalty_sum, empty, empty, empty, empty.sum(), (), attention_stats,
-                               token_losses)
-        counts = torch.stack([s.counts for s in sums])
-        z_sum = torch.stack([s.z_sum for s in sums]).sum()
-        if self.balance.entropy_coeff > 0:
-            penalty_sum = penalty_sum + self.balance.entropy_coeff * torch.stack([s.entropy_sum for s in sums]).sum()
-        if self.balance.orthogonality_coeff > 0:
-            orthogonality = torch.stack([s.orthogonality_sum for s in sums]).sum()
-            penalty_sum = penalty_sum + self.balance.orthogonality_coeff * orthogonality
-        aux_sum, scope_counts = zero, counts.sum(1)
-        if self.balance.aux_loss_coeff > 0:
-            score_sums = torch.stack([s.score_sums for s in sums])
-            aux_sums, scope_counts = auxiliary_loss_sums(counts, score_sums, self.balance.aux_loss_scope, self.groups,
-                                                         previous_counts)
-            aux_sum = aux_sums.sum()
-        stats = torch.stack([s.stats for s in sums])
-        return ModelOutput(loss_sum, aux_sum, z_sum, penalty_sum, counts.sum(1), scope_counts, stats,
-                           torch.stack([s.processed for s in sums]).sum(), tuple(routings) if keep_routing else (),
-                           attention_stats, token_losses)
-
-    def logits(self, input_ids: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
-        """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue what they hold."""
         batch, length = input_ids.shape
         start = caches[0].length if caches else 0
-        positions = torch.arange(start, start + length, device=input_ids.device).expand(batch, length)
-        cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device)
-        layout = self._layout(positions, cu_seqlens, length, self.embedding.weight.dtype)
-        hidden, *_ = self._backbone(input_ids, layout, RoutingRequest(), None, caches)
-        return self._project(hidden)
+        positions = torch.arange(start, start + length, device=input_ids.device).expand(
+            batch, length
+        )
+        cu_seqlens = torch.arange(
+            0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device
+        )
+        layout = self._layout(positions, cu_seqlens, length)
+        hidden = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
+        return self._project(hidden.last[:, -1:] if last_only else hidden.last)
 
-    def new_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
-        """Empty key/value caches, one per layer."""
+    @torch.no_grad()
+    def prefill(
+        self,
+        batch: TokenBatch,
+        paging: Paging,
+        pages: list[Pages],
+        last: torch.Tensor,
+        keep_routing: bool = False,
+    ) -> Decoded:
+        """The first tokens of documents, by the training forward, into pages.
+
+        batch: packed rows, or one document a row with padding behind it (token_mask); its targets
+        are not read. last: [R] int64, places among the B * S tokens whose logits are wanted.
+        """
+        layout = self._layout(
+            batch.positions,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            token_mask=batch.token_mask,
+            paging=paging,
+        )
+        return self._decoded(batch.input_ids, layout, pages, last, keep_routing)
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: torch.Tensor,
+        paging: Paging,
+        pages: list[Pages],
+        token_mask: torch.Tensor | None = None,
+        keep_routing: bool = False,
+    ) -> Decoded:
+        """The next S tokens [B, S] of B documents whose earlier ones are in the pages; logits of
+        the last of each. token_mask: [B, S] bool, False for idle rows and for padding before a row
+        that has fewer new tokens, which visit no expert.
+        """
+        batch, length = input_ids.shape
+        device = input_ids.device
+        positions = paging.lengths.unsqueeze(1) - length + torch.arange(length, device=device)
+        positions = positions.clamp_min(0)
+        cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+        layout = self._layout(positions, cu_seqlens, length, token_mask=token_mask, paging=paging)
+        last = torch.arange(1, batch + 1, device=device) * length - 1
+        return self._decoded(input_ids, layout, pages, last, keep_routing)
+
+    def _decoded(
+        self,
+        input_ids: torch.Tensor,
+        layout: SequenceLayout,
+        pages: list[Pages],
+        last: torch.Tensor,
+        keep_routing: bool,
+    ) -> Decoded:
+        request = RoutingRequest(token_mask=layout.token_mask)
+        hidden = self._backbone(input_ids, layout, request, caches=pages)
+        used = hidden.last.new_zeros(input_ids.numel(), dtype=torch.float32)
+        for routing in hidden.routings:
+            used += (routing.expert_ids >= 0).sum(-1)
+        expert_ids = None
+        if keep_routing and hidden.routings:
+            expert_ids = torch.stack([r.expert_ids for r in hidden.routings], 1).to(torch.int16)
+        logits = self._project(hidden.last.flatten(0, 1)[last])
+        return Decoded(logits, used / max(1, len(hidden.routings)), expert_ids)
+
+    def new_pages(self, num_pages: int, page_size: int) -> list[Pages]:
+        """Empty pools of pages, one per layer; see model/attention/cache.py."""
         weight = self.embedding.weight
-        return [block.attention.new_cache(batch_size, max_len, weight.dtype, weight.device) for block in self.blocks]
+        return [
+            cast(Block, block).attention.new_pages(
+                num_pages, page_size, weight.dtype, weight.device
+            )
+            for block in self.blocks
+        ]
+
+    def new_caches(self, batch_size: int, max_len: int) -> list[LayerCache]:
+        """Empty caches, one per layer."""
+        weight = self.embedding.weight
+        return [
+            cast(Block, block).attention.new_cache(batch_size, max_len, weight.dtype, weight.device)
+            for block in self.blocks
+        ]
+
+
+def _of_layer(
+    request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None, layer: int
+) -> RoutingRequest:
+    """The request for the MoE layer before which so many have routed: a replay names the experts by
+    layer.
+    """
+    if given_ids is None:
+        return request
+    return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+
+
+def _attention_totals(
+    layers: list[AttentionSums], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """penalty_sum [] and attention_stats [sparse layers, len(STATS)] of ModelOutput, as far as they
+    come from attention; without sparse layers zero and empty, as `like` is.
+    """
+    if not layers:
+        return like.new_zeros(()), like.new_zeros((0, len(STATS)))
+    penalty_sum = torch.stack([layer.penalty_sum for layer in layers]).sum()
+    return penalty_sum, torch.stack([layer.stats for layer in layers])

@@ -1,7 +1,9 @@
-"""Gradients of weights that a micro-batch uses many times: added up in fp32, rounded once to the weights' dtype.
+"""Gradients of weights that a micro-batch uses many times: added up in fp32, rounded once to the
+weights' dtype.
 
-A bf16 sum keeps eight binary digits and stops growing at 256 equal terms (docs/numerics.md). Matrix products add up in
-fp32 by themselves; looking up a token a thousand times and multiplying by the head chunk by chunk do not.
+A bf16 sum keeps eight binary digits and stops growing at 256 equal terms (docs/numerics.md). Matrix
+products add up in fp32 by themselves; looking up a token a thousand times and multiplying by the
+head chunk by chunk do not.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class Embedding(nn.Embedding):
         """ids [...] int64 -> [..., D] in the weights' dtype."""
         if self.weight.dtype == torch.float32 or not torch.is_grad_enabled():
             return super().forward(ids)
-        return _Lookup.apply(self.weight, ids)
+        found: Tensor = _Lookup.apply(self.weight, ids)  # type: ignore[no-untyped-call]
+        return found
 
 
 class _Lookup(torch.autograd.Function):
@@ -32,15 +35,19 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ids, = ctx.saved_tensors
-        return torch.ops.aten.embedding_dense_backward(grad.float(), ids, ctx.num_rows, -1, False).to(grad.dtype), None
+        (ids,) = ctx.saved_tensors
+        return torch.ops.aten.embedding_dense_backward(
+            grad.float(), ids, ctx.num_rows, -1, False
+        ).to(grad.dtype), None
 
 
 def uses_of(weight: Tensor, number: int) -> list[Tensor]:
-    """`weight` so many times, for as many products. The gradients of all uses are added up in fp32, in the order in which
-    backward meets them, and reach the weight together; every use must take part in backward once."""
+    """`weight` so many times, for as many products. The gradients of all uses are added up in fp32,
+    in the order in which backward meets them, and reach the weight together; every use must take
+    part in backward once.
+    """
     shared = _Sum(number)
-    return [_Use.apply(weight, shared) for _ in range(number)]
+    return [_Use.apply(weight, shared) for _ in range(number)]  # type: ignore[no-untyped-call]
 
 
 class _Sum:

@@ -1,1 +1,3 @@
-"""What training runs say: quality experiments that take minutes to hours, each a command that can be repeated."""
+"""What training runs say: quality experiments that take minutes to hours, each a command that can
+be repeated.
+"""

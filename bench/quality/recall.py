@@ -1,13 +1,16 @@
-"""Can a trained sparse attention find one token among many? Key-value recall with a single layer, on a CPU.
+"""Can a trained sparse attention find one token among many? Key-value recall with a single layer,
+on a CPU.
 
-`python -m bench.quality.recall [--variants drop order0 order2 dense] [--seeds 0 1 2] [--steps 1000] [--output FILE.json]`
-trains each variant with each seed, prints one JSON line per evaluation and a table of accuracies as Markdown. --models
-FOLDER keeps the trained models there and takes those it holds.
+`python -m bench.quality.recall [--variants drop order0 order2 dense] [--seeds 0 1 2] [--steps 1000]
+[--output FILE.json]` trains each variant with each seed, prints one JSON line per evaluation and a
+table of accuracies as Markdown. --models FOLDER keeps the trained models there and takes those it
+holds.
 
-The task: a context of pairs (key, value) in random order, every key once, and filler between them; then questions, keys
-whose values must be named. Every question needs one token of 96, blocks hold 8 tokens, and a query sees 5 of the 16 blocks
-exactly: the first one, its own, the one before, and two that it selects by pooled keys. Guessing gives 1/16. There are no
-positions: where a pair stands says nothing, and longer contexts are nothing new.
+The task: a context of pairs (key, value) in random order, every key once, and filler between them;
+then questions, keys whose values must be named. Every question needs one token of 96, blocks hold 8
+tokens, and a query sees 5 of the 16 blocks exactly: the first one, its own, the one before, and two
+that it selects by pooled keys. Guessing gives 1/16. There are no positions: where a pair stands
+says nothing, and longer contexts are nothing new.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 
 from bench.common import find_commit
 from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, sparse_attention
-from train.strict_json import dumps
+from train.files.strict_json import dumps
 
 NUM_KEYS, NUM_VALUES, NUM_QUESTIONS = 64, 16, 32
 FILLER, QUESTION = NUM_KEYS, NUM_VALUES
@@ -45,7 +48,9 @@ class Variant:
     noisy: bool = False
 
 
-SPEC = SparseAttentionSpec(block_size=8, top_k=2, window_size=8, num_sink_blocks=1, coarse_block_size=8)
+SPEC = SparseAttentionSpec(
+    block_size=8, top_k=2, window_size=8, num_sink_blocks=1, coarse_block_size=8
+)
 assert SPEC.num_local_blocks == 2
 VARIANTS = {
     "dense": Variant(None),
@@ -60,8 +65,9 @@ VARIANTS = {
 
 
 class Sample(NamedTuple):
-    """tokens: [B, N, 2] keys and values. answers: [B, questions]. asked_at: [B, questions] positions of the pairs asked for.
-    The questions are the last tokens."""
+    """tokens: [B, N, 2] keys and values. answers: [B, questions]. asked_at: [B, questions]
+    positions of the pairs asked for. The questions are the last tokens.
+    """
 
     tokens: Tensor
     answers: Tensor
@@ -71,24 +77,42 @@ class Sample(NamedTuple):
 def draw(batch_size: int, length: int, generator: torch.Generator) -> Sample:
     context = length - NUM_QUESTIONS
     assert context >= NUM_KEYS, (length, NUM_QUESTIONS, NUM_KEYS)
-    places = torch.rand(batch_size, context, generator=generator).argsort(1)[:, :NUM_KEYS]  # of key 0, key 1, ...
-    keys = torch.full((batch_size, context), FILLER).scatter_(1, places, torch.arange(NUM_KEYS).expand(batch_size, -1))
+    # of key 0, key 1, ...
+    places = torch.rand(batch_size, context, generator=generator).argsort(1)[:, :NUM_KEYS]
+    keys = torch.full((batch_size, context), FILLER).scatter_(
+        1, places, torch.arange(NUM_KEYS).expand(batch_size, -1)
+    )
     values = torch.randint(0, NUM_VALUES, (batch_size, context), generator=generator)
     asked = torch.rand(batch_size, NUM_KEYS, generator=generator).argsort(1)[:, :NUM_QUESTIONS]
     asked_at = places.gather(1, asked)
-    asks = torch.stack((asked + FILLER + 1, torch.full_like(asked, QUESTION)), -1)  # a key asks by a name of its own
-    return Sample(torch.cat((torch.stack((keys, values), -1), asks), 1), values.gather(1, asked_at), asked_at)
+    # a key asks by a name of its own
+    asks = torch.stack((asked + FILLER + 1, torch.full_like(asked, QUESTION)), -1)
+    return Sample(
+        torch.cat((torch.stack((keys, values), -1), asks), 1), values.gather(1, asked_at), asked_at
+    )
 
 
 class Layer(nn.Module):
-    def __init__(self, spec: SparseAttentionSpec | None, hidden_size: int = 64, num_heads: int = 2, num_kv_heads: int = 1):
+    def __init__(
+        self,
+        spec: SparseAttentionSpec | None,
+        hidden_size: int = 64,
+        num_heads: int = 2,
+        num_kv_heads: int = 1,
+    ):
         super().__init__()
         self.spec, self.num_heads, self.num_kv_heads = spec, num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads
         self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
-        self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.qkv = nn.Linear(
+            hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False
+        )
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.GELU(), nn.Linear(2 * hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, 2 * hidden_size),
+            nn.GELU(),
+            nn.Linear(2 * hidden_size, hidden_size),
+        )
 
     def forward(self, hidden: Tensor, noise: SelectionNoise | None, first_token_id: int) -> Tensor:
         batch_size, length, _ = hidden.shape
@@ -96,24 +120,38 @@ class Layer(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
         if self.spec is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            attended = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            ).transpose(1, 2)
         else:
             cu_seqlens = torch.arange(0, batch_size * length + 1, length)
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            token_ids = None if noise is None else first_token_id + torch.arange(batch_size * length)
-            attended = sparse_attention(q, k, v, cu_seqlens, self.spec, noise=noise, token_ids=token_ids).out
+            token_ids = (
+                None if noise is None else first_token_id + torch.arange(batch_size * length)
+            )
+            attended = sparse_attention(
+                q, k, v, cu_seqlens, self.spec, noise=noise, token_ids=token_ids
+            ).out
         hidden = hidden + self.out(attended.reshape(batch_size, length, -1))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
 class RecallModel(nn.Module):
-    def __init__(self, spec: SparseAttentionSpec | None, num_layers: int = 1, hidden_size: int = 64):
+    def __init__(
+        self, spec: SparseAttentionSpec | None, num_layers: int = 1, hidden_size: int = 64
+    ):
         super().__init__()
-        self.keys, self.values = nn.Embedding(2 * NUM_KEYS + 1, hidden_size), nn.Embedding(NUM_VALUES + 1, hidden_size)
+        self.keys, self.values = (
+            nn.Embedding(2 * NUM_KEYS + 1, hidden_size),
+            nn.Embedding(NUM_VALUES + 1, hidden_size),
+        )
         for table in (self.keys, self.values):
             nn.init.normal_(table.weight, std=0.3)
         self.layers = nn.ModuleList(Layer(spec, hidden_size) for _ in range(num_layers))
-        self.norm, self.head = nn.RMSNorm(hidden_size), nn.Linear(hidden_size, NUM_VALUES, bias=False)
+        self.norm, self.head = (
+            nn.RMSNorm(hidden_size),
+            nn.Linear(hidden_size, NUM_VALUES, bias=False),
+        )
 
     def forward(self, tokens: Tensor, temperature: float = 0.0, first_token_id: int = 0) -> Tensor:
         """[B, N, 2] -> logits [B, questions, values]."""
@@ -130,36 +168,69 @@ def is_right(model: RecallModel, sample: Sample) -> Tensor:
     return model(sample.tokens).argmax(-1) == sample.answers
 
 
-def train(variant: str, seed: int, steps: int, num_layers: int = 1, length: int = LENGTH, eval_interval: int = 250,
-          eval_sequences: int = 128) -> Iterator[tuple[RecallModel, dict[str, Any]]]:
+def train(
+    variant: str,
+    seed: int,
+    steps: int,
+    num_layers: int = 1,
+    length: int = LENGTH,
+    eval_interval: int = 250,
+    eval_sequences: int = 128,
+) -> Iterator[tuple[RecallModel, dict[str, Any]]]:
     """The model and an evaluation on fresh sequences, every eval_interval steps and at the end."""
     torch.manual_seed(seed)
     model = RecallModel(VARIANTS[variant].spec, num_layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     generator = torch.Generator().manual_seed(100 + seed)
-    held_out = draw(eval_sequences, length, torch.Generator().manual_seed(7))  # the same for all
+    # the same for all
+    held_out = draw(eval_sequences, length, torch.Generator().manual_seed(7))
     began = time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = (
+                PEAK_LR * min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            )
         sample = draw(BATCH_SIZE, length, generator)
         temperature = max(0.0, 1 - step / (NOISY_SHARE * steps)) if VARIANTS[variant].noisy else 0.0
-        logits = model(sample.tokens, temperature, first_token_id=step * sample.tokens[..., 0].numel())
+        logits = model(
+            sample.tokens, temperature, first_token_id=step * sample.tokens[..., 0].numel()
+        )
         loss = F.cross_entropy(logits.flatten(0, 1), sample.answers.flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % eval_interval == 0 or step + 1 == steps:
-            yield model, {"variant": variant, "seed": seed, "step": step + 1, "loss": round(loss.item(), 4),
-                          "accuracy": round(is_right(model, held_out).float().mean().item(), 4),
-                          "seconds": round(time.perf_counter() - began, 1)}
+            yield (
+                model,
+                {
+                    "variant": variant,
+                    "seed": seed,
+                    "step": step + 1,
+                    "loss": round(loss.item(), 4),
+                    "accuracy": round(is_right(model, held_out).float().mean().item(), 4),
+                    "seconds": round(time.perf_counter() - began, 1),
+                },
+            )
 
 
-def trained(variant: str, seed: int, steps: int, folder: Path | None, num_layers: int = 1, length: int = LENGTH,
-            eval_interval: int = 250) -> tuple[RecallModel, list[dict[str, Any]]]:
-    """The trained model with its evaluations, from the folder where it holds them; prints the evaluations."""
-    file = None if folder is None else folder / f"{variant}-seed{seed}-{num_layers}x{length}-{steps}steps.pt"
+def trained(
+    variant: str,
+    seed: int,
+    steps: int,
+    folder: Path | None,
+    num_layers: int = 1,
+    length: int = LENGTH,
+    eval_interval: int = 250,
+) -> tuple[RecallModel, list[dict[str, Any]]]:
+    """The trained model with its evaluations, from the folder where it holds them; prints the
+    evaluations.
+    """
+    file = (
+        None
+        if folder is None
+        else folder / f"{variant}-seed{seed}-{num_layers}x{length}-{steps}steps.pt"
+    )
     if file is not None and file.is_file():
         saved = torch.load(file)
         model = RecallModel(VARIANTS[variant].spec, num_layers)
@@ -184,10 +255,14 @@ def add_arguments(parser: argparse.ArgumentParser, variants: list[str], seeds: l
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=variants)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--dense-steps", type=int, default=300, help="of dense attention, which needs fewer")
+    parser.add_argument(
+        "--dense-steps", type=int, default=300, help="of dense attention, which needs fewer"
+    )
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--length", type=int, default=LENGTH)
-    parser.add_argument("--models", type=Path, help="keep trained models here, and take those that are here")
+    parser.add_argument(
+        "--models", type=Path, help="keep trained models here, and take those that are here"
+    )
     parser.add_argument("--output", type=Path, help="also write all numbers to this file")
 
 
@@ -200,17 +275,35 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         for variant in arguments.variants:
-            rows += trained(variant, seed, steps_of(variant, arguments), arguments.models, arguments.layers,
-                            arguments.length, arguments.eval_interval)[1]
+            rows += trained(
+                variant,
+                seed,
+                steps_of(variant, arguments),
+                arguments.models,
+                arguments.layers,
+                arguments.length,
+                arguments.eval_interval,
+            )[1]
     final = {(row["variant"], row["seed"]): row for row in rows}
     print("| variant | steps | accuracy, mean over seeds | by seed |\n|---|---|---|---|")
     for variant in arguments.variants:
         by_seed = [final[variant, seed]["accuracy"] for seed in arguments.seeds]
-        print(f"| {variant} | {steps_of(variant, arguments)} | {statistics.mean(by_seed):.4f} | "
-              f"{' '.join(f'{x:.4f}' for x in by_seed)} |")
+        print(
+            f"| {variant} | {steps_of(variant, arguments)} | {statistics.mean(by_seed):.4f} | "
+            f"{' '.join(f'{x:.4f}' for x in by_seed)} |"
+        )
     if arguments.output:
-        arguments.output.write_text(dumps({"bench": "quality.recall", "commit": find_commit(),
-                                                "torch": torch.__version__, "rows": rows}) + "\n")
+        arguments.output.write_text(
+            dumps(
+                {
+                    "bench": "quality.recall",
+                    "commit": find_commit(),
+                    "torch": torch.__version__,
+                    "rows": rows,
+                }
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

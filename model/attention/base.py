@@ -1,90 +1,161 @@
-"""What every attention sees: where documents begin, positions inside them, and the cache when generating."""
+"""What every attention sees: where documents begin, positions inside them, and the cache when
+generating.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from model.attention.cache import LayerCache, Pages
+from model.parallel.heads import HeadExchange
+
+
+class Paging(NamedTuple):
+    """Where new tokens of B rows go in a pool of pages, and what they see there; on the device."""
+
+    slots: torch.Tensor
+    """[B * S] int64, page * page_size + place of each new token; below page_size, in the scratch
+    page, for padding.
+    """
+    pages: torch.Tensor
+    """[B, P] int64, the pages of each row in the order of its tokens, then any that hold
+    finite numbers.
+    """
+    lengths: torch.Tensor
+    """[B] int64, tokens of each row with the new ones, which are the last S of them."""
+    fresh: bool
+    """The new tokens are all there is: they attend to each other, as in training."""
+
+    def visible(self, num_new: int, page_size: int, window: int | None = None) -> torch.Tensor:
+        """[B, 1, S, P * page_size] bool: what each of the last S = num_new tokens may see, of a
+        sliding window the last `window` tokens. Padding before a row that has fewer sees its first
+        token, so that it stays finite.
+        """
+        device = self.lengths.device
+        position = self.lengths.unsqueeze(1) - num_new + torch.arange(num_new, device=device)
+        place = torch.arange(self.pages.shape[1] * page_size, device=device)
+        position = position.clamp_min(0).unsqueeze(2)
+        seen = place <= position
+        if window is not None:
+            seen &= place > position - window
+        return seen.unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """How a batch of packed rows splits into documents; built once per forward and shared by all layers.
-
-    cos, sin: [B, S, head_dim / 2] fp32 rotary tables of positions within each document.
-    cu_seqlens: [documents + 1] int32 on the device, cumulative lengths over the flattened B*S tokens.
-    max_seqlen: longest document of the batch (host integer).
-    mask: [B, 1, S, S] bool, True where attention is allowed; None when every row is one document (plain causal)
-        or when the device has a variable-length kernel that reads cu_seqlens.
-    token_ids: [B * S] int64 names of the tokens, which random selection hangs on; None: positions in the batch.
-    token_mask: [B * S] bool, False for padding; None: nothing is padded.
-    measure: sparse layers fill AttentionSums.stats.
+    """How a batch of packed rows splits into documents; built once per forward and shared by all
+    layers. S tokens of each row are here; where these are a part of longer rows (`exchange`), what
+    is not said to be of them is of whole rows.
     """
 
     cos: torch.Tensor
+    """[B, S, rotary_dim / 2] fp32 rotary table of positions within each document, of the tokens
+    here.
+    """
     sin: torch.Tensor
+    """[B, S, rotary_dim / 2] fp32, likewise."""
     cu_seqlens: torch.Tensor
+    """[documents + 1] int32 on the device, cumulative lengths over the flattened B * S tokens."""
     max_seqlen: int
+    """Longest document of the batch."""
     mask: torch.Tensor | None
+    """[B, 1, S, S] bool, True where attention is allowed; None when every row is one document
+    (plain causal) or when the device has a variable-length kernel that reads cu_seqlens.
+    """
     token_ids: torch.Tensor | None = None
+    """[B * S] int64 names of the tokens, which random selection hangs on; None: positions in the
+    batch.
+    """
     token_mask: torch.Tensor | None = None
+    """[B * S] bool, False for padding; None: nothing is padded."""
     measure: bool = False
+    """Sparse layers fill AttentionSums.stats."""
+    paging: Paging | None = None
+    """Set where the cache is a pool of pages."""
+    exchange: HeadExchange | None = None
+    """Set where the tokens are a part of longer rows, which attention puts together; such an
+    attention sees some of the heads.
+    """
+    _shared: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, S, heads, ...] of the tokens here -> whole rows of the heads that this rank attends
+        with (HeadExchange); of whole rows, the tensors themselves.
+        """
+        return tensors if self.exchange is None else self.exchange.to_heads(*tensors)
+
+    def to_tokens(self, heads: torch.Tensor) -> torch.Tensor:
+        """The way back, of [B, S', heads', ...] to [B, S, heads, ...]."""
+        return heads if self.exchange is None else self.exchange.to_tokens(heads)
+
+    def own_heads(self, by_head: torch.Tensor) -> torch.Tensor:
+        """Of [heads, ...], those that this rank attends with."""
+        return by_head if self.exchange is None else self.exchange.own(by_head)
+
+    def shared(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What follows from the layout alone, made by the first layer that asks for it."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
 
 
 class AttentionSums(NamedTuple):
-    """What a sparse layer reports of a micro-batch; sums over its unpadded tokens, so that any split adds up.
-
-    penalty_sum: [] fp32, its regularisers per token, weighted by their coefficients; carries gradient.
-    stats: [len(STATS)] fp32, see STATS; zeros where nothing was measured.
+    """What a sparse layer reports of a micro-batch; sums over its unpadded tokens, so that any
+    split adds up.
     """
 
     penalty_sum: torch.Tensor
+    """[] fp32 with gradient, its regularisers per token, weighted by their coefficients."""
     stats: torch.Tensor
+    """[len(STATS)] fp32, see STATS; zeros where nothing was measured."""
 
 
-STATS = ("queries", "tail_mass", "selected_mass", "selected_blocks", "union_blocks", "tile_blocks", "audited", "error",
-         "error_squared", "certificate", "covered", "bound_violations", "mass_kl", "coherence")
-"""queries: tokens x heads measured; tail_mass, selected_mass: summed over them. selected_blocks: over tokens, mean of the
-key/value heads, times heads. union_blocks: distinct selected blocks of tiles of 16 queries; tile_blocks: selected blocks
-per query, averaged over a tile. audited: rows x heads compared with dense attention; the rest is summed over these:
-relative error (at most 1) and its square, sub-Gaussian certificate (at most 1), rows whose error it covers, rows whose
-error exceeds Theorem 1's bound (never), and the two quantities behind the regularisers."""
-
-
-class KVCache:
-    """Keys and values of one layer while generating: [B, max_len, kv_heads, head_dim], filled up to `length`."""
-
-    def __init__(self, batch_size: int, max_len: int, num_kv_heads: int, head_dim: int,
-                 dtype: torch.dtype, device: torch.device):
-        shape = (batch_size, max_len, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [B, S, kv_heads, head_dim] after what is there and return all keys and values so far.
-
-        Raises:
-            ValueError: the cache is full.
-        """
-        end = self.length + keys.shape[1]
-        if end > self.keys.shape[1]:
-            raise ValueError(f"{end} tokens do not fit the cache of {self.keys.shape[1]}")
-        self.keys[:, self.length:end] = keys
-        self.values[:, self.length:end] = values
-        self.length = end
-        return self.keys[:, :end], self.values[:, :end]
+STATS = (
+    "queries",
+    "tail_mass",
+    "selected_mass",
+    "selected_blocks",
+    "union_blocks",
+    "tile_blocks",
+    "audited",
+    "error",
+    "error_squared",
+    "certificate",
+    "covered",
+    "bound_violations",
+    "mass_kl",
+    "coherence",
+)
+"""queries: tokens x heads measured; tail_mass, selected_mass: summed over them. selected_blocks:
+over tokens, mean of the key/value heads, times heads. union_blocks: distinct selected blocks of
+tiles of 16 queries; tile_blocks: selected blocks per query, averaged over a tile. audited: rows x
+heads compared with dense attention; the rest is summed over these: relative error (at most 1) and
+its square, sub-Gaussian certificate (at most 1), rows whose error it covers, rows whose error
+exceeds Theorem 1's bound (never), and the two quantities behind the regularisers.
+"""
 
 
 class Attention(Protocol):
-    """hidden [B, S, hidden_size] -> [B, S, hidden_size], and sums where the layer is sparse; with a cache, S new tokens
-    attend to all cached ones."""
+    """hidden [B, S, hidden_size] -> [B, S, hidden_size], and sums where the layer is sparse; with a
+    cache (one of its own new_cache), S new tokens attend to all cached ones. With pages (of its own
+    new_pages) the layout's paging says what each row sees.
+    """
 
-    def __call__(self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | None = None
-                 ) -> tuple[torch.Tensor, AttentionSums | None]: ...
+    def __call__(
+        self, hidden: torch.Tensor, layout: SequenceLayout, cache: Any = None
+    ) -> tuple[torch.Tensor, AttentionSums | None]: ...
 
-    def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache: ...
+    def new_cache(
+        self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache: ...
+
+    def new_pages(
+        self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> Pages: ...
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -92,7 +163,9 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def document_mask(positions: torch.Tensor) -> torch.Tensor:
-    """[B, S] positions that restart at 0 in each document -> [B, 1, S, S] bool: same document and not in the future."""
+    """[B, S] positions that restart at 0 in each document -> [B, 1, S, S] bool: same document and
+    not in the future.
+    """
     documents = (positions == 0).cumsum(1)
     same_document = documents.unsqueeze(2) == documents.unsqueeze(1)
     order = torch.arange(positions.shape[1], device=positions.device)

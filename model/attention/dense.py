@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,34 +12,55 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention.base import AttentionSums, KVCache, SequenceLayout, has_varlen_kernel
+from model.attention.base import AttentionSums, SequenceLayout, has_varlen_kernel
+from model.attention.cache import KVCache, KVPages
 from model.config import ModelConfig
 from model.layers import RMSNorm, apply_rotary
 
 
 class DenseAttention(nn.Module):
-    """Causal attention within each document; grouped key/value heads, rotary positions, optional QK-norm.
+    """Causal attention within each document; grouped key/value heads, rotary positions, optional
+    biases and QK-norm.
 
     CUDA in half precision uses torch's variable-length kernel over cu_seqlens; everything else uses
-    scaled_dot_product_attention, with the document mask of the layout where rows hold several documents.
+    scaled_dot_product_attention, with the document mask of the layout where rows hold several
+    documents.
     """
 
-    def __init__(self, config: ModelConfig, layer_idx: int = 0):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.attention_head_dim
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        # The kernels multiply logits by 1 / sqrt(head_dim); another factor goes into the queries.
+        self.query_scale = 1.0
+        if config.attention_multiplier is not None:
+            self.query_scale = config.attention_multiplier * math.sqrt(self.head_dim)
+
         hidden_size = config.hidden_size
-        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
+        into, back = config.attention_bias != "none", config.attention_bias == "qkvo"
+        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=into)
+        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=into)
+        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=into)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=back)
+
+        # initialize_parameters leaves vectors as they are, and torch draws them at random.
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
         self.qk_norm = config.qk_norm
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
-            self.q_norm = RMSNorm(self.head_dim if per_head else self.num_heads * self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim if per_head else self.num_kv_heads * self.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(
+                self.head_dim if per_head else self.num_heads * self.head_dim, config.norm_eps
+            )
+            self.k_norm = RMSNorm(
+                self.head_dim if per_head else self.num_kv_heads * self.head_dim, config.norm_eps
+            )
 
-    def _project(self, hidden: torch.Tensor, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _project(
+        self, hidden: torch.Tensor, layout: SequenceLayout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, length, _ = hidden.shape
         q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
         if self.qk_norm == "hidden":
@@ -48,29 +70,51 @@ class DenseAttention(nn.Module):
         v = v.view(batch, length, self.num_kv_heads, self.head_dim)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rotary(q, layout.cos, layout.sin), apply_rotary(k, layout.cos, layout.sin), v
+        q = apply_rotary(q, layout.cos, layout.sin, self.query_scale)
+        return q, apply_rotary(k, layout.cos, layout.sin), v
 
-    def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    def new_cache(
+        self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
         return KVCache(batch_size, max_len, self.num_kv_heads, self.head_dim, dtype, device)
 
-    @staticmethod
-    def problems(config: ModelConfig, **arguments: Any) -> list[str]:
-        """Contradictions of the arguments with the model; the config itself has been checked."""
-        return []
+    def new_pages(
+        self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KVPages:
+        return KVPages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype, device)
 
-    def forward(self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | None = None
-                ) -> tuple[torch.Tensor, AttentionSums | None]:
-        """hidden [B, S, D] -> [B, S, D]. See model/attention/base.py for the layout and the cache."""
-        q, k, v = self._project(hidden, layout)
-        return self.o_proj(self._attend_densely(q, k, v, layout, cache).flatten(2)), None
+    def forward(
+        self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | KVPages | None = None
+    ) -> tuple[torch.Tensor, AttentionSums | None]:
+        """hidden [B, S, D] -> [B, S, D]. See model/attention/base.py for the layout and the
+        cache.
+        """
+        q, k, v = layout.to_heads(*self._project(hidden, layout))
+        out = layout.to_tokens(self._attend_densely(q, k, v, layout, cache))
+        return self.o_proj(out.flatten(2)), None
 
-    def _attend_densely(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout,
-                        cache: KVCache | None) -> torch.Tensor:
-        if cache is not None:
+    def _attend_densely(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: SequenceLayout,
+        cache: KVCache | KVPages | None,
+    ) -> torch.Tensor:
+        if isinstance(cache, KVPages):
+            assert layout.paging is not None
+            cache.write(k, v, layout.paging.slots)
+            if layout.paging.fresh:
+                return attend_packed(q, k, v, layout)
+            mask = layout.paging.visible(q.shape[1], cache.page_size)
+            return _sdpa(q, *cache.read(layout.paging.pages), mask)
+
+        # The first tokens of a cache are all there is, and need no mask of all pairs.
+        if cache is not None and cache.length:
             return self._attend_cached(q, *cache.append(k, v))
-        if has_varlen_kernel(q.device, q.dtype):
-            return self._attend_varlen(q, k, v, layout)
-        return _sdpa(q, k, v, layout.mask)
+        if cache is not None:
+            cache.append(k, v)
+        return attend_packed(q, k, v, layout)
 
     def _attend_cached(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         new, total = q.shape[1], k.shape[1]
@@ -78,21 +122,52 @@ class DenseAttention(nn.Module):
         mask = torch.arange(total, device=q.device).unsqueeze(0) <= rows
         return _sdpa(q, k, v, mask)
 
-    def _attend_varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
 
-        parameters = _parameters(varlen_attn)
-        options: dict[str, object] = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
-        if self.num_kv_heads != self.num_heads:
-            if "enable_gqa" in parameters:
-                options["enable_gqa"] = True
-            else:  # torch 2.11: repeat the key/value heads
-                groups = self.num_heads // self.num_kv_heads
-                k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-        cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
-        out = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, longest, longest,
-                          **options)
-        return out.view_as(q)
+def attend_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention within each document of packed rows, by torch's kernels.
+
+    q: [B, S, heads, head_dim]; k, v: [B, S, kv_heads, head_dim], heads a multiple of kv_heads.
+    scale: of the logits; None: 1 / sqrt(head_dim).
+    Returns [B, S, heads, head_dim].
+    """
+    if not has_varlen_kernel(q.device, q.dtype):
+        return _sdpa(q, k, v, layout.mask, scale)
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = _parameters(varlen_attn)
+    options: dict[str, Any] = (
+        {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    )
+    if scale is not None and "scale" in parameters:
+        options["scale"] = scale
+    elif scale is not None:  # the kernel divides by sqrt(head_dim)
+        q = q * (scale * math.sqrt(q.shape[-1]))
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    if num_kv_heads != num_heads:
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11: repeat the key/value heads
+            groups = num_heads // num_kv_heads
+            k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
+    # without return_aux it is the output alone
+    out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        **options,
+    )
+    return out.view_as(q)
 
 
 @functools.cache
@@ -100,8 +175,21 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None = None,
+) -> torch.Tensor:
     """[B, S, heads, head_dim] in and out; causal when no mask is given."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                         is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2])
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
     return out.transpose(1, 2)

@@ -1,4 +1,6 @@
-"""What every router is: a weight, the state its controllers move, and one call of the routing op."""
+"""What every router is: a weight, the state its controllers move, and one call of the routing
+op.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +8,62 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.config import ModelConfig, experts_of_budget
-from ops.router import MAX_SLOTS, NUM_REASONS, Reason, RouterOutput, RouteSpec, Spilled, round_to_tiles, route, spill
+from model.config import ModelConfig
+from model.routers.config import ControlLaw
+from model.routers.state import ControllerState, RouterInputs
+from ops.router import (
+    NUM_REASONS,
+    Reason,
+    RouterOutput,
+    RouteSpec,
+    Spilled,
+    round_to_tiles,
+    route,
+    spill,
+)
 
-ControlLaw = Literal["none", "quantile", "top_p", "relu", "null"]
-"""What a router's budget controller moves (model/budget.py)."""
-
-VALUE, SHARE, FALLBACK_K, LIMIT = range(4)
-"""Places in `control`: ops.router.route."""
-LEAST_BUDGET = 0.1
-"""Experts per token: less is no budget anybody means, and plain top-k, the fallback, visits one."""
 NULLS_OUT = -1e9
 """Bias that ranks a null expert behind every expert."""
-NUM_CONTROLLER_STATES = 7
-"""Length of `controller`: see model/budget.py."""
 STEPS_UNMOVED = 20
 """Steps of training without update_routers after which a router says so."""
-_MOVES = {"quantile": "cuts", "top_p": "P and budget", "relu": "penalty and budget",
-          "null": "null experts and budget"}
+_MOVES = {
+    "quantile": "cuts",
+    "top_p": "P and budget",
+    "relu": "penalty and budget",
+    "null": "null experts and budget",
+}
 log = logging.getLogger("loadstone")
 
 
 class RoutingRequest(NamedTuple):
-    """What a caller wants of a router besides the routing itself.
-
-    token_mask: [T] bool, False for padding, which visits no expert; None when nothing is padded.
-    num_segments: sequences the T tokens are made of, for sums per sequence; num_bins: of the score histogram, 0: none.
-    token_ids: [T] int64 names of the tokens in checksum and audit; None: none.
-    given_ids: [T, K] experts to use instead of the router's own choice (replay).
-    frozen: choose experts with the snapshot of the weight; snapshot: take one.
-    """
+    """What a caller wants of a router besides the routing itself."""
 
     token_mask: torch.Tensor | None = None
+    """[T] bool, False for padding, which visits no expert; None when nothing is padded."""
     num_segments: int = 1
+    """Sequences the T tokens are made of, for sums per sequence."""
     num_bins: int = 0
+    """Bins of the score histogram; 0: none."""
     token_ids: torch.Tensor | None = None
+    """[T] int64 names of the tokens in checksum and audit; None: none."""
     given_ids: torch.Tensor | None = None
+    """[T, K] experts to use instead of the router's own choice (replay)."""
     frozen: bool = False
+    """Choose experts with the snapshot of the weight."""
     snapshot: bool = False
+    """Take a snapshot of the weight."""
 
 
 class LoopWatch:
-    """Says once what a training loop has left out: a router whose state stands still trains on in silence."""
+    """Says once what a training loop has left out: a router whose state stands still trains on in
+    silence.
+    """
 
     def __init__(self) -> None:
         self.started = False
@@ -66,25 +76,34 @@ class LoopWatch:
         self.steps_unmoved = 0
 
     def look(self, router: Router) -> None:
-        """At every forward pass in training. An optimiser's steps show in the version of the weight."""
+        """At every forward pass in training. An optimiser's steps show in the version of the
+        weight.
+        """
         weight = router.weight
         if not weight.requires_grad or weight.is_inference():
             return
         warms_up = router.budget is not None and router.law != "relu"
         if self.version < 0 and not self.started and warms_up:
-            loaded = router.balance_bias.any() or router.controller.any()  # from a checkpoint
+            # from a checkpoint
+            loaded = router.balance_bias.any() or router.controller.any()
             if not loaded:
-                self._tell("start", f"{type(router).__name__} is trained without its warm start: "
-                                    "call model.budget.start_routers, or use "
-                                    "model.routing.RouterControl")
+                self._tell(
+                    "start",
+                    f"{type(router).__name__} is trained without its warm start: "
+                    "call model.moe.budget.start_routers, or use "
+                    "model.routing.RouterControl",
+                )
         if weight._version != self.version:
             self.version = weight._version
             self.steps_unmoved += 1
         if self.steps_unmoved > STEPS_UNMOVED:
-            self._tell("update", f"{type(router).__name__}: {STEPS_UNMOVED} steps of training "
-                                 f"without update_routers, so its {_MOVES[router.law]} stand still; "
-                                 "call model.budget.update_routers once per optimiser step, or use "
-                                 "model.routing.RouterControl")
+            self._tell(
+                "update",
+                f"{type(router).__name__}: {STEPS_UNMOVED} steps of training "
+                f"without update_routers, so its {_MOVES[router.law]} stand still; "
+                "call model.moe.budget.update_routers once per optimiser step, or use "
+                "model.routing.RouterControl",
+            )
 
     def _tell(self, what: str, text: str) -> None:
         if what not in self.told:
@@ -95,26 +114,41 @@ class LoopWatch:
 class Router(nn.Module):
     """Linear router in fp32 over the experts (and null experts), followed by ops.router.route.
 
-    Buffers, all fp32 whatever the precision of the model, saved with checkpoints and equal on every rank:
+    Its buffers are fp32 whatever the precision of the model, saved with checkpoints and equal on
+    every rank.
+
+    Attributes:
         balance_bias: [C], added to the scores for selection only; to the logits of ReLU routing.
-        control: [4], what the op reads (VALUE, SHARE, FALLBACK_K, LIMIT).
-        controller: [NUM_CONTROLLER_STATES], the state of the budget controller and of the fallbacks.
-        share_trim: [E], logarithm of each expert's share of the budget over an even one (laws with quantiles).
+        control: [4], what the op reads; by name: router_inputs.
+        controller: [7], the state of the budget controller and of the fallbacks; by name:
+            controller_state.
+        share_trim: [E], logarithm of each expert's share of the budget over an even one (laws with
+            quantiles).
         histogram_range: [E, 2], lowest value and bins per unit of each expert's histogram.
 
     Args:
         spec: the rule; budget: target mean of experts per token, None where the rule fixes it.
-        capacity_factor: in training an expert takes at most ceil(capacity_factor * k * T / E) of T tokens, k the budget
-            or top_k; the rest goes to the next expert with room, then nowhere (F3). None: no limit (dropless).
+        capacity_factor: in training an expert takes at most ceil(capacity_factor * k * T / E) of T
+            tokens, k the budget or top_k; the rest goes to the next expert with room, then nowhere
+            (spill). None: no limit (dropless).
+        logit_bias: learn a bias of the logits, which starts at 0.
 
-    Outside of training (`eval()`) a token's experts depend on its own logits and on the buffers alone: no capacity, no
-    rounding to tiles, and no lowered limit (F5).
+    Outside of training (`eval()`) a token's experts depend on its own logits and on the buffers
+    alone: no capacity, no rounding to tiles, and no limit that an overload has lowered.
     """
 
     law: ControlLaw = "none"
 
-    def __init__(self, config: ModelConfig, spec: RouteSpec, *, budget: float | None = None,
-                 capacity_factor: float | None = None, initial_value: float = 0.0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: RouteSpec,
+        *,
+        budget: float | None = None,
+        capacity_factor: float | None = None,
+        initial_value: float = 0.0,
+        logit_bias: bool = False,
+    ):
         super().__init__()
         problems = spec.problems()
         if problems:
@@ -125,6 +159,7 @@ class Router(nn.Module):
         self.watch = LoopWatch()
         self.max_top_k = spec.max_experts
         self.weight = nn.Parameter(torch.empty(spec.num_columns, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(spec.num_columns)) if logit_bias else None
         self.balance_bias: torch.Tensor
         self.control: torch.Tensor
         self.controller: torch.Tensor
@@ -133,10 +168,14 @@ class Router(nn.Module):
         self.snapshot_weight: torch.Tensor | None
         self.register_buffer("balance_bias", torch.zeros(spec.num_columns))
         fallback_k = float(min(spec.max_experts, max(1, round(self.target))))
-        self.register_buffer("control", torch.tensor([initial_value, 1.0, fallback_k, float(spec.max_experts)]))
-        self.register_buffer("controller", torch.zeros(NUM_CONTROLLER_STATES))
+        self.register_buffer(
+            "control", torch.tensor([initial_value, 1.0, fallback_k, float(spec.max_experts)])
+        )
+        self.register_buffer("controller", torch.zeros(len(ControllerState._fields)))
         self.register_buffer("share_trim", torch.zeros(spec.num_experts))
-        self.register_buffer("histogram_range", torch.tensor([[-1.0, 1.0]]).repeat(spec.num_experts, 1))
+        self.register_buffer(
+            "histogram_range", torch.tensor([[-1.0, 1.0]]).repeat(spec.num_experts, 1)
+        )
         self.register_buffer("snapshot_weight", None)
 
     @property
@@ -146,21 +185,27 @@ class Router(nn.Module):
 
     @property
     def has_quantile_bias(self) -> bool:
-        """The bias is this router's own: quantiles of the scores, whatever the balance settings say."""
+        """The bias is this router's own: quantiles of the scores, whatever the balance settings
+        say.
+        """
         return self.law in ("quantile", "relu", "null")
 
     def prepare_histogram(self, num_bins: int) -> None:
-        """Spread the bins over scores between -1 and 1; later steps follow the scores (model.balance.quantile_cuts)."""
+        """Spread the bins over scores between -1 and 1; later steps follow the scores
+        (model.moe.balance.quantile_cuts).
+        """
         self.histogram_range[:, 1] = max(1, num_bins) / 2
 
     def keep_snapshots(self) -> None:
-        """Hold a copy of the weight for F4."""
+        """Hold a copy of the weight, for the steps after a spike of the gradient norm."""
         self.snapshot_weight = torch.zeros(self.weight.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
-        """Move the state with the module, but never to another precision: a bf16 bias would lose its updates."""
+        """Move the state with the module, but never to another precision: a bf16 bias would lose
+        its updates.
+        """
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             moved = self._buffers[name]
             assert moved is not None
@@ -172,30 +217,52 @@ class Router(nn.Module):
         """The rule in force (expert choice selects by thresholds outside of training)."""
         return self.spec
 
-    def control_in_force(self) -> torch.Tensor:
-        """[4] fp32, `control` as the op reads it now. F5's limit answers to loads of ranks in training,
-        so it is lifted elsewhere."""
+    @property
+    def router_inputs(self) -> RouterInputs:
+        """The buffer `control` by name, to read and to write in place."""
+        return RouterInputs.of(self.control)
+
+    @property
+    def controller_state(self) -> ControllerState:
+        """The buffer `controller` by name, to read and to write in place."""
+        return ControllerState.of(self.controller)
+
+    def inputs_in_force(self) -> torch.Tensor:
+        """[4] fp32, `control` as the op reads it now. An overload's limit answers to loads of ranks
+        in training, so it is lifted elsewhere.
+        """
         if self.training:
             return self.control
         control = self.control.clone()
-        control[LIMIT] = float(self.max_top_k)
+        RouterInputs.of(control).limit.fill_(float(self.max_top_k))
         return control
 
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, C] fp32: the gates of ReLU routing are what exceeds the cut, so its bias comes before the ReLU."""
-        shift = self.balance_bias if self.law == "relu" else None
-        if self.law == "null":  # zero, but in checkpoints of earlier versions: model.budget.SHIFT_DECAY
-            shift = F.pad(self.control[VALUE].expand(self.spec.num_null_experts), (self.spec.num_experts, 0))
+        """[T, D] -> [T, C] fp32: the gates of ReLU routing are what exceeds the cut, so its bias
+        comes before the ReLU.
+        """
+        shift = None if self.bias is None else self.bias.float()
+        if self.law == "relu":
+            shift = self.balance_bias
+        # zero, but in checkpoints of earlier versions: model.moe.budget.SHIFT_DECAY
+        if self.law == "null":
+            shift = F.pad(
+                self.router_inputs.value.expand(self.spec.num_null_experts),
+                (self.spec.num_experts, 0),
+            )
         return F.linear(hidden.float(), weight.float(), shift)
 
     def _selection_bias(self, spec: RouteSpec) -> torch.Tensor | None:
-        """[C] fp32, added to the scores to rank them under `spec`. Plain top-k is of the experts alone, so in its steps null
-        experts rank behind all of them."""
+        """[C] fp32, added to the scores to rank them under `spec`. Plain top-k is of the experts
+        alone, so in its steps null experts rank behind all of them.
+        """
         if spec.mode == "expert_choice" or self.law == "relu":
             return None
         if not spec.num_null_experts:
             return self.balance_bias
-        nulls = torch.where(self.control[SHARE] < 1, NULLS_OUT, 0.0).expand(spec.num_null_experts)
+        nulls = torch.where(self.router_inputs.share < 1, NULLS_OUT, 0.0).expand(
+            spec.num_null_experts
+        )
         return self.balance_bias + F.pad(nulls, (spec.num_experts, 0))
 
     def forward(self, hidden: torch.Tensor, request: RoutingRequest | None = None) -> RouterOutput:
@@ -203,33 +270,62 @@ class Router(nn.Module):
         request = request or RoutingRequest()
         if self.training and self.law != "none" and not torch.compiler.is_compiling():
             self.watch.look(self)
+
         if request.snapshot and self.snapshot_weight is not None:
             self.snapshot_weight.copy_(self.weight.detach())
+
         logits = self._logits(hidden, self.weight)
         spec = self.mode_spec()
-        options: dict[str, Any] = {"token_mask": request.token_mask, "token_ids": request.token_ids,
-                                   "num_segments": request.num_segments}
+        options: dict[str, Any] = {
+            "token_mask": request.token_mask,
+            "token_ids": request.token_ids,
+            "num_segments": request.num_segments,
+        }
+
         if request.given_ids is not None:
             return route(logits, _given(spec), given_ids=request.given_ids, **options)
+
         bias = self._selection_bias(spec)
-        choice: dict[str, Any] = {"control": self.control_in_force(), "histogram_range": self.histogram_range,
-                                  "num_bins": request.num_bins, "bias": bias}
+        choice: dict[str, Any] = {
+            "router_inputs": self.inputs_in_force(),
+            "histogram_range": self.histogram_range,
+            "num_bins": request.num_bins,
+            "bias": bias,
+        }
+
+        # The snapshot chooses, and the present weights give the gates, so that they go on learning.
         if request.frozen and self.snapshot_weight is not None:
             with torch.no_grad():
                 stale = route(self._logits(hidden, self.snapshot_weight), spec, **choice, **options)
-            return _marked(route(logits, _given(spec), given_ids=stale.expert_ids, **options), stale, Reason.FROZEN)
+            return _marked(
+                route(logits, _given(spec), given_ids=stale.expert_ids, **options),
+                stale,
+                Reason.FROZEN,
+            )
+
         routing = route(logits, spec, **choice, **options)
         # It makes tokens compete with later ones and with other rows, so it is for training.
         if self.capacity_factor is not None and self.training:
-            capacity = math.ceil(self.capacity_factor * self.target * len(hidden) / spec.num_experts)
+            capacity = math.ceil(
+                self.capacity_factor * self.target * len(hidden) / spec.num_experts
+            )
             limits = torch.full((spec.num_experts,), capacity, device=hidden.device)
             with torch.no_grad():
                 spilled = spill(routing, logits, spec, bias, limits)
-            routing = _spilled(route(logits, _given(spec), given_ids=spilled.expert_ids, **options), routing, spilled)
+            routing = _spilled(
+                route(logits, _given(spec), given_ids=spilled.expert_ids, **options),
+                routing,
+                spilled,
+            )
+
         if self.token_rounding and self.training:
             with torch.no_grad():
                 spilled = round_to_tiles(routing, logits, spec, bias, self.token_rounding)
-            routing = _spilled(route(logits, _given(spec), given_ids=spilled.expert_ids, **options), routing, spilled)
+            routing = _spilled(
+                route(logits, _given(spec), given_ids=spilled.expert_ids, **options),
+                routing,
+                spilled,
+            )
         return routing
 
 
@@ -239,51 +335,29 @@ def _given(spec: RouteSpec) -> RouteSpec:
 
 def _spilled(routing: RouterOutput, choice: RouterOutput, spilled: Spilled) -> RouterOutput:
     """The routing after a spill, with what it did to the assignments so far."""
-    return _marked(routing, choice, Reason.OVERFLOW, spilled.moved)._replace(overflow=choice.overflow + spilled.overflow)
+    return _marked(routing, choice, Reason.OVERFLOW, spilled.moved)._replace(
+        overflow=choice.overflow + spilled.overflow
+    )
 
 
-def _marked(routing: RouterOutput, choice: RouterOutput, reason: Reason,
-            tokens: torch.Tensor | None = None) -> RouterOutput:
-    """The routing of given ids with what the choice behind them counted, and `reason` on the tokens (None: on all)."""
-    bit = torch.full_like(routing.reasons, int(reason)) if tokens is None else tokens.to(torch.uint8) * int(reason)
+def _marked(
+    routing: RouterOutput, choice: RouterOutput, reason: Reason, tokens: torch.Tensor | None = None
+) -> RouterOutput:
+    """The routing of given ids with what the choice behind them counted, and `reason` on the tokens
+    (None: on all).
+    """
+    bit = (
+        torch.full_like(routing.reasons, int(reason))
+        if tokens is None
+        else tokens.to(torch.uint8) * int(reason)
+    )
     visits = (routing.expert_ids >= 0).any(1) if tokens is None else tokens
     reasons = torch.where(visits, choice.reasons | bit, choice.reasons)
     bits = torch.arange(NUM_REASONS, device=reasons.device)
-    return routing._replace(reasons=reasons, reason_counts=(reasons.unsqueeze(1).long() >> bits & 1).sum(0),
-                            histogram=choice.histogram, null_count=choice.null_count, margin=choice.margin)
-
-
-def default_max_experts(num_columns: int, budget: float, max_experts: int | None) -> int:
-    """Slots per token: as configured, or four times the budget, which bounds memory while a router is still dense."""
-    return max_experts if max_experts is not None else min(num_columns, MAX_SLOTS, 4 * max(1, math.ceil(budget)))
-
-
-def least_experts(config: ModelConfig, min_experts: int | None) -> int:
-    """Fewest experts of a token: as configured, or none where a shared expert serves it anyway."""
-    return min_experts if min_experts is not None else int(config.num_shared_experts == 0)
-
-
-def budget_problems(config: ModelConfig, budget: float, unit: str, max_experts: int, most: int,
-                    min_experts: int = 0) -> list[str]:
-    """Contradictions of a budget, for the `problems` of the routers that have one.
-
-    max_experts, min_experts: bounds of one token; most: experts that there are to choose from.
-    """
-    if unit not in ("experts", "flops"):
-        return [f"router.budget_unit is {unit!r}; choose experts or flops"]
-    experts = experts_of_budget(config, budget, unit)
-    given = f"router.budget {budget:g} ({unit}) is {experts:.3g} experts per token"
-    least = max(LEAST_BUDGET, min_experts if min_experts <= max_experts else 0)
-    if not least <= experts <= most:
-        reason = f" (router.min_experts is {min_experts})" if min_experts > LEAST_BUDGET else ""
-        price = f"; one expert per token is {budget / experts:.4g} FLOPs" if unit == "flops" and experts > 0 else ""
-        return [f"{given}; it must be between {least:g}{reason} and {most}{price}"]
-    if experts > max_experts:
-        return [f"{given}, above router.max_experts {max_experts}"]
-    return []
-
-
-def capacity_problems(capacity_factor: float | None) -> list[str]:
-    if capacity_factor is not None and capacity_factor <= 0:
-        return [f"router.capacity_factor is {capacity_factor}; it must be positive, or null for dropless routing"]
-    return []
+    return routing._replace(
+        reasons=reasons,
+        reason_counts=(reasons.unsqueeze(1).long() >> bits & 1).sum(0),
+        histogram=choice.histogram,
+        null_count=choice.null_count,
+        margin=choice.margin,
+    )

@@ -1,4 +1,6 @@
-"""Variable-size all-to-all of rows that overlaps with other work, in both directions of autograd. See README.md."""
+"""Variable-size all-to-all of rows that overlaps with other work, in both directions of autograd.
+See README.md.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from ops.all_to_all.meter import Meter
 from ops.all_to_all.path import Hop, Path
-from ops.all_to_all.payload import PAYLOADS, decode, encode, return_payload
+from ops.all_to_all.payload import decode, encode
+from ops.all_to_all.spec import PAYLOADS, return_payload
 
 
 class Flight:
@@ -28,9 +31,13 @@ class Flight:
             self.meter.add_error(rows, decode(sent, self.width, torch.float32, payload))
         if self.homeward == back:  # along the path
             for hop in self.path[:-1]:
-                sent = self._wait(*self._send(_ordered(sent, hop.order), hop.group, hop.send, hop.receive))
+                sent = self._wait(
+                    *self._send(_ordered(sent, hop.order), hop.group, hop.send, hop.receive)
+                )
             last = self.path[-1]
-            self.pending = self._send(_ordered(sent, last.order), last.group, last.send, last.receive)
+            self.pending = self._send(
+                _ordered(sent, last.order), last.group, last.send, last.receive
+            )
         else:
             last = self.path[-1]
             self.pending = self._send(sent, last.group, last.receive, last.send)
@@ -42,21 +49,32 @@ class Flight:
         if self.homeward != back:
             rows = _unordered(rows, self.path[-1])
             for hop in reversed(self.path[:-1]):
-                rows = _unordered(self._wait(*self._send(rows, hop.group, hop.receive, hop.send)), hop)
+                rows = _unordered(
+                    self._wait(*self._send(rows, hop.group, hop.receive, hop.send)), hop
+                )
         return decode(rows, self.width, self.dtype, payload)
 
-    def _send(self, rows: Tensor, group: Any, send: list[int], receive: list[int]) -> tuple[Tensor, Any, Tensor]:
-        if group is None and not dist.is_initialized():  # one process, without torch.distributed
+    def _send(
+        self, rows: Tensor, group: Any, send: list[int], receive: list[int]
+    ) -> tuple[Tensor, Any, Tensor]:
+        # one process, without torch.distributed
+        if group is None and not dist.is_initialized():
             if len(send) != 1 or send != receive:
-                raise ValueError(f"without a process group the rows of one process stay: splits {send} and {receive} must "
-                                 "be one equal number each")
+                raise ValueError(
+                    f"without a process group the rows of one process stay: splits {send} and "
+                    f"{receive} must be one equal number each"
+                )
             return rows.clone(), None, rows
         received = rows.new_empty((sum(receive), rows.shape[1]))
         if self.meter is not None:
             away = rows.shape[0] - send[dist.get_rank(group)]
             self.meter.add_bytes(away * rows.shape[1] * rows.element_size())
         # `rows` must live until the exchange is over
-        return received, dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True), rows
+        return (
+            received,
+            dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True),
+            rows,
+        )
 
     def _wait(self, received: Tensor, work: Any, _: Tensor) -> Tensor:
         if work is None:
@@ -105,17 +123,25 @@ class _End(torch.autograd.Function):
         return grads[0].new_empty(0), None
 
 
-def begin_rows(rows: Tensor, path: Path, *, homeward: bool = False, payload: str = "native",
-               meter: Meter | None = None) -> Flight:
+def begin_rows(
+    rows: Tensor,
+    path: Path,
+    *,
+    homeward: bool = False,
+    payload: str = "native",
+    meter: Meter | None = None,
+) -> Flight:
     """Send rows along the path (homeward: against it, from where `path` ends to where it begins).
 
-    Work done between this call and `end_rows` overlaps with the slow hop; so does, in backward, the backward of that work
-    with the gradient's: autograd runs nodes in the reverse order of their making, and the two ends of an exchange are
-    nodes of their own.
+    Work done between this call and `end_rows` overlaps with the slow hop; so does, in backward, the
+    backward of that work with the gradient's: autograd runs nodes in the reverse order of their
+    making, and the two ends of an exchange are nodes of their own.
 
     Args:
-        rows: [R, D] floating, sorted by destination rank, as many as the splits of the first hop add up to.
-        payload: "native", "bf16", or "fp8" (e4m3 with a scale per 128 values; the gradient then travels in bf16).
+        rows: [R, D] floating, sorted by destination rank, as many as the splits of the first hop
+            add up to.
+        payload: "native", "bf16", or "fp8" (e4m3 with a scale per 128 values; the gradient then
+            travels in bf16).
         meter: counts bytes and waiting.
 
     Raises:
@@ -127,11 +153,12 @@ def begin_rows(rows: Tensor, path: Path, *, homeward: bool = False, payload: str
     if payload not in PAYLOADS:
         raise ValueError(f"unknown payload {payload!r}; choose {', '.join(PAYLOADS)}")
     flight = Flight(path, homeward, payload, meter)
-    flight.token = _Begin.apply(rows, flight)
+    flight.token = _Begin.apply(rows, flight)  # type: ignore[no-untyped-call]
     return flight
 
 
 def end_rows(flight: Flight) -> Tensor:
     """The rows of a flight: [R', D] in the dtype they were sent in, sorted by source rank."""
     token, flight.token = flight.token, None
-    return _End.apply(token, flight)
+    rows: Tensor = _End.apply(token, flight)  # type: ignore[no-untyped-call]
+    return rows

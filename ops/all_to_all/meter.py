@@ -1,4 +1,6 @@
-"""How many bytes leave a rank, how long it waits for others' bytes, and what rounding them costs."""
+"""How many bytes leave a rank, how long it waits for others' bytes, and what rounding them
+costs.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ import torch
 
 
 class Communication(NamedTuple):
-    """num_bytes: sent to other ranks. exposed_seconds: the device (CPU: the process) waited. payload_error: sums of the
-    squared rounding error and of the squared values of the rows sent."""
+    """num_bytes: sent to other ranks. exposed_seconds: the device (CPU: the process) waited.
+    payload_error: sums of the squared rounding error and of the squared values of the rows sent.
+    """
 
     num_bytes: float
     exposed_seconds: float
@@ -21,8 +24,11 @@ class Communication(NamedTuple):
 
 def total_communication(parts: list[Communication]) -> Communication:
     """The sum of what was counted apart, of layers or of ranks."""
-    return Communication(sum(p.num_bytes for p in parts), sum(p.exposed_seconds for p in parts),
-                         (sum(p.payload_error[0] for p in parts), sum(p.payload_error[1] for p in parts)))
+    return Communication(
+        sum(p.num_bytes for p in parts),
+        sum(p.exposed_seconds for p in parts),
+        (sum(p.payload_error[0] for p in parts), sum(p.payload_error[1] for p in parts)),
+    )
 
 
 class Meter:
@@ -44,11 +50,15 @@ class Meter:
     def add_error(self, rows: torch.Tensor, rounded: torch.Tensor) -> None:
         if self.measuring:
             rows = rows.detach().float()
-            self.errors.append(torch.stack(((rounded.float() - rows).square().sum(), rows.square().sum())))
+            self.errors.append(
+                torch.stack(((rounded.float() - rows).square().sum(), rows.square().sum()))
+            )
 
     @contextlib.contextmanager
     def waiting(self, device: torch.device) -> Iterator[None]:
-        """Around a wait: on CUDA it makes the stream wait, so that is timed; the events are read in `take`."""
+        """Around a wait: on CUDA it makes the stream wait, so that is timed; the events are read in
+        `take`.
+        """
         if not self.measuring:
             yield
         elif device.type == "cuda":

@@ -1,7 +1,9 @@
-"""The Triton backend: gathered rows, SwiGLU in the products' epilogues, sums over a token's experts without atomics.
+"""The Triton backend: gathered rows, SwiGLU in the products' epilogues, sums over a token's experts
+without atomics.
 
-Nothing here waits for the device. Shape letters: interface.py, and R = T * K, the most rows there can be; row buffers have R
-rows, of which those behind the last assignment are neither written nor read.
+Nothing here waits for the device. Shape letters: interface.py, and R = T * K, the most rows there
+can be; row buffers have R rows, of which those behind the last assignment are neither written nor
+read.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ops.compile.launch import architecture, launch
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.kernels.backward import (
     act_grad_kernel,
@@ -21,43 +24,92 @@ from ops.grouped_mlp.kernels.backward import (
 from ops.grouped_mlp.kernels.common import tile_map_kernel
 from ops.grouped_mlp.kernels.configs import Config
 from ops.grouped_mlp.kernels.forward import combine_kernel, down_kernel, up_kernel
-from ops.triton_launch import architecture, launch
 
 __all__ = ["backward", "forward", "problem"]
 
 
 def problem(dtype: torch.dtype, hidden_size: int, width: int) -> str | None:
-    """Why these kernels cannot serve; None where they can. Any sizes will do: multiples of 64 need no masks, and
-    rows of 16 bytes are loaded at once."""
+    """Why these kernels cannot serve; None where they can. Any sizes will do: multiples of 64 need
+    no masks, and rows of 16 bytes are loaded at once.
+    """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 or float16, not {dtype}"
     return None
 
 
-def forward(hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor, inverse: Tensor, offsets: Tensor,
-            keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Output [T, D], and the pre-activations [R, 2F] in row order where `keep`. Arguments: interface.grouped_mlp."""
-    (num_experts, hidden_size, width), top_k = down.shape, weights.shape[1]
+def forward(
+    hidden: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    slots: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    keep: bool,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Output [T, D], and the pre-activations [R, 2F] in row order where `keep`. Arguments:
+    interface.grouped_mlp. scales: of int8 weights, [L, 2F] and [L, D] fp32.
+    """
+    num_experts, hidden_size, width = down.shape
+    top_k = weights.shape[1]
     rows = configs.tile_rows(len(slots), num_experts, hidden.dtype)
     tiles = _tile_map(slots, offsets, rows)
+
+    # Backward needs the pre-activations alone, and makes the activations from them.
     pre = hidden.new_empty(len(slots), 2 * width) if keep else None
     act = hidden.new_empty(len(slots), width)
-    _up(hidden, gate_up, slots, offsets, tiles, act, pre, top_k, rows)
-    config = _fitting(configs.row_config(rows, width, hidden.dtype, architecture(hidden.device)), act, down)
+    up_scales, down_scales = scales or (None, None)
+    _up(hidden, gate_up, slots, offsets, tiles, act, pre, top_k, rows, up_scales)
+
+    config = _fitting(
+        configs.row_config(rows, width, hidden.dtype, architecture(hidden.device)), act, down
+    )
+
+    # With one slot a token the rows are the tokens: the product writes them in place, weighted, and
+    # zeros stand where no expert was.
     scatter = top_k == 1
     out = torch.zeros_like(hidden) if scatter else hidden.new_empty(len(slots), hidden_size)
-    launch(down_kernel, _row_grid(tiles, hidden_size, config), act, _rows(act, config),
-           _matrices(down, (config.columns, config.step), config), weights, slots, offsets, *tiles, out,
-           HIDDEN=hidden_size, WIDTH=width, SCATTER=scatter, **config.sizes)
+    launch(
+        down_kernel,
+        _row_grid(tiles, hidden_size, config),
+        act,
+        _rows(act, config),
+        _matrices(down, (config.columns, config.step), config),
+        down_scales,
+        weights,
+        slots,
+        offsets,
+        *tiles,
+        out,
+        HIDDEN=hidden_size,
+        WIDTH=width,
+        SCATTER=scatter,
+        **config.sizes,
+    )
     return out if scatter else _combine(out, inverse, weights), pre
 
 
-def backward(grad_out: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: Tensor,
-             inverse: Tensor, offsets: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weights (fp32), gate_up and down. pre: of forward; None computes it again."""
-    (num_tokens, top_k), (num_experts, hidden_size, width), num_rows = weights.shape, down.shape, len(slots)
+def backward(
+    grad_out: Tensor,
+    hidden: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    slots: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    pre: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weights (fp32), gate_up and down. pre: of forward; None computes it
+    again.
+    """
+    num_tokens, top_k = weights.shape
+    num_experts, hidden_size, width = down.shape
+    num_rows = len(slots)
     sizes = {"HIDDEN": hidden_size, "WIDTH": width}
     target = architecture(hidden.device)
+
     grad_out = grad_out.contiguous()
     rows = configs.tile_rows(num_rows, num_experts, hidden.dtype)
     tiles = _tile_map(slots, offsets, rows)
@@ -65,50 +117,136 @@ def backward(grad_out: Tensor, hidden: Tensor, weights: Tensor, gate_up: Tensor,
         pre = hidden.new_empty(num_rows, 2 * width)
         _up(hidden, gate_up, slots, offsets, tiles, None, pre, top_k, rows)
 
+    # Through the down-projection and SwiGLU, with the weights' gradient on the way: each tile of
+    # columns has a part of <grad_act, act>, and a second kernel adds them in order.
     config = _fitting(configs.act_grad_config(rows, hidden.dtype, target), down)
     num_parts = -(-width // config.columns)
     grad_pre, act = torch.empty_like(pre), hidden.new_empty(num_rows, width)
     partial = torch.empty(num_parts, num_rows, dtype=torch.float32, device=hidden.device)
     grad_weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=hidden.device)
-    launch(act_grad_kernel, _row_grid(tiles, width, config), grad_out,
-           _matrices(down, (config.step, config.columns), config), pre, weights, slots, offsets, *tiles, grad_pre, act,
-           partial, num_rows, **sizes, EXPERTS=num_experts, TOP_K=top_k, SPLITS=config.splits, **config.sizes)
-    launch(weights_grad_kernel, (-(-num_rows // 1024),), partial, inverse, grad_weights, num_rows, PARTS=num_parts,
-           BLOCK=1024, num_warps=4)
 
+    launch(
+        act_grad_kernel,
+        _row_grid(tiles, width, config),
+        grad_out,
+        _matrices(down, (config.step, config.columns), config),
+        pre,
+        weights,
+        slots,
+        offsets,
+        *tiles,
+        grad_pre,
+        act,
+        partial,
+        num_rows,
+        **sizes,
+        EXPERTS=num_experts,
+        TOP_K=top_k,
+        SPLITS=config.splits,
+        **config.sizes,
+    )
+
+    launch(
+        weights_grad_kernel,
+        (-(-num_rows // 1024),),
+        partial,
+        inverse,
+        grad_weights,
+        num_rows,
+        PARTS=num_parts,
+        BLOCK=1024,
+        num_warps=4,
+    )
+
+    # The experts' gradients, sums over their rows; an expert without rows writes zeros.
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
     config = _fitting(configs.expert_config(True, hidden.dtype, target), act)
-    launch(down_grad_kernel, _expert_grid(grad_down, config), grad_out, act,
-           _descriptor(act, (config.step, config.columns), config), slots, offsets, grad_down, **sizes, TOP_K=top_k,
-           **config.sizes)
-    config = _fitting(configs.expert_config(False, hidden.dtype, target), grad_pre)
-    launch(gate_up_grad_kernel, _expert_grid(grad_gate_up, config), grad_pre,
-           _descriptor(grad_pre, (config.step, config.rows), config), hidden, slots, offsets, grad_gate_up, **sizes,
-           TOP_K=top_k, **config.sizes)
+    launch(
+        down_grad_kernel,
+        _expert_grid(grad_down, config),
+        grad_out,
+        act,
+        _descriptor(act, (config.step, config.columns), config),
+        slots,
+        offsets,
+        grad_down,
+        **sizes,
+        TOP_K=top_k,
+        **config.sizes,
+    )
 
+    config = _fitting(configs.expert_config(False, hidden.dtype, target), grad_pre)
+    launch(
+        gate_up_grad_kernel,
+        _expert_grid(grad_gate_up, config),
+        grad_pre,
+        _descriptor(grad_pre, (config.step, config.rows), config),
+        hidden,
+        slots,
+        offsets,
+        grad_gate_up,
+        **sizes,
+        TOP_K=top_k,
+        **config.sizes,
+    )
+
+    # Back to the tokens. With one slot a token the product writes to the tokens themselves.
     config = _fitting(configs.row_config(rows, 2 * width, hidden.dtype, target), grad_pre, gate_up)
     scatter = top_k == 1
     row_grads = torch.zeros_like(hidden) if scatter else hidden.new_empty(num_rows, hidden_size)
-    launch(row_grad_kernel, _row_grid(tiles, hidden_size, config), grad_pre, _rows(grad_pre, config),
-           _matrices(gate_up, (config.step, config.columns), config), slots, offsets, *tiles, row_grads, **sizes,
-           SCATTER=scatter, **config.sizes)
+    launch(
+        row_grad_kernel,
+        _row_grid(tiles, hidden_size, config),
+        grad_pre,
+        _rows(grad_pre, config),
+        _matrices(gate_up, (config.step, config.columns), config),
+        slots,
+        offsets,
+        *tiles,
+        row_grads,
+        **sizes,
+        SCATTER=scatter,
+        **config.sizes,
+    )
     grad_hidden = row_grads if scatter else _combine(row_grads, inverse, None)
     return grad_hidden, grad_weights, grad_gate_up, grad_down
 
 
 def _tile_map(slots: Tensor, offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Expert (-1: superfluous) and first row of each row tile, int32. An expert has at most one tile that is not full."""
+    """Expert (-1: superfluous) and first row of each row tile, int32. An expert has at most one
+    tile that is not full.
+    """
     num_rows, num_experts = len(slots), len(offsets) - 1
     num_tiles = num_rows // rows + min(num_experts, num_rows)
-    expert, start = (torch.empty(num_tiles, dtype=torch.int32, device=slots.device) for _ in range(2))
-    launch(tile_map_kernel, (num_experts + 1,), offsets, expert, start, num_tiles, EXPERTS=num_experts,
-           SIZE=1 << (num_experts - 1).bit_length(), ROWS=rows, CHUNK=128, num_warps=1)
+    expert, start = (
+        torch.empty(num_tiles, dtype=torch.int32, device=slots.device) for _ in range(2)
+    )
+    launch(
+        tile_map_kernel,
+        (num_experts + 1,),
+        offsets,
+        expert,
+        start,
+        num_tiles,
+        EXPERTS=num_experts,
+        SIZE=1 << (num_experts - 1).bit_length(),
+        ROWS=rows,
+        CHUNK=128,
+        num_warps=1,
+    )
     return expert, start
 
 
 def _fitting(config: Config, *tensors: Tensor) -> Config:
-    """Without TMA where a tensor is not for it: it wants 16 bytes' alignment of the first value and of every row."""
-    fits = all(x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in tensors)
+    """Without TMA where a tensor is not for it: it wants 16 bytes' alignment of the first value and
+    of every row.
+    """
+    if any(x.dtype == torch.int8 for x in tensors):
+        return configs.int8_config(config)
+    fits = all(
+        x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
+        for x in tensors
+    )
     return config if fits else config._replace(tma=False)
 
 
@@ -121,7 +259,9 @@ def _rows(rows: Tensor, config: Config) -> TensorDescriptor | None:
     return _descriptor(rows, (config.rows, config.step), config)
 
 
-def _matrices(matrices: Tensor, block: tuple[int, ...], config: Config) -> Tensor | TensorDescriptor:
+def _matrices(
+    matrices: Tensor, block: tuple[int, ...], config: Config
+) -> Tensor | TensorDescriptor:
     """Of an expert at a time."""
     return _descriptor(matrices, (1, *block), config) or matrices
 
@@ -135,14 +275,38 @@ def _expert_grid(grad: Tensor, config: Config) -> tuple[int]:
     return (num_experts * -(-left // config.rows) * -(-right // config.columns),)
 
 
-def _up(hidden: Tensor, gate_up: Tensor, slots: Tensor, offsets: Tensor, tiles: tuple[Tensor, Tensor], act: Tensor | None,
-        pre: Tensor | None, top_k: int, rows: int) -> None:
+def _up(
+    hidden: Tensor,
+    gate_up: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    act: Tensor | None,
+    pre: Tensor | None,
+    top_k: int,
+    rows: int,
+    scales: Tensor | None = None,
+) -> None:
     num_experts, double_width, hidden_size = gate_up.shape
     width = double_width // 2
     config = _fitting(configs.up_config(rows, hidden.dtype, architecture(hidden.device)), gate_up)
     pairs = gate_up.view(num_experts, 2, width, hidden_size)
-    launch(up_kernel, _row_grid(tiles, width, config), hidden, _matrices(pairs, (2, config.columns, config.step), config),
-           slots, offsets, *tiles, act, pre, HIDDEN=hidden_size, WIDTH=width, TOP_K=top_k, **config.sizes)
+    launch(
+        up_kernel,
+        _row_grid(tiles, width, config),
+        hidden,
+        _matrices(pairs, (2, config.columns, config.step), config),
+        scales,
+        slots,
+        offsets,
+        *tiles,
+        act,
+        pre,
+        HIDDEN=hidden_size,
+        WIDTH=width,
+        TOP_K=top_k,
+        **config.sizes,
+    )
 
 
 def _combine(rows: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
@@ -150,6 +314,16 @@ def _combine(rows: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
     (num_tokens, top_k), hidden_size = inverse.shape, rows.shape[1]
     columns, num_warps = configs.combine_config(hidden_size)
     out = rows.new_empty(num_tokens, hidden_size)
-    launch(combine_kernel, (num_tokens, -(-hidden_size // columns)), rows, inverse, weights, out, HIDDEN=hidden_size,
-           TOP_K=top_k, COLUMNS=columns, num_warps=num_warps)
+    launch(
+        combine_kernel,
+        (num_tokens, -(-hidden_size // columns)),
+        rows,
+        inverse,
+        weights,
+        out,
+        HIDDEN=hidden_size,
+        TOP_K=top_k,
+        COLUMNS=columns,
+        num_warps=num_warps,
+    )
     return out

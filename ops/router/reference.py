@@ -18,54 +18,70 @@ LEAST_SUM = 1e-20
 
 
 class RouterOutput(NamedTuple):
-    """Which experts each token visits, everything that is counted on the way, and the order the experts need.
-
-    weights: [T, K] gates, fp32 (fp64 for fp64 logits), 0 where unused; with gradient.
-    expert_ids: [T, K] int32 in rank order, -1 where unused.
-    counts: [N, E] int64, assignments per segment of T / N consecutive tokens.
-    score_sums: [N, E] with gradient, sums over tokens of the scores normalised to 1 over the experts (ReLU: as they are).
-    z_sum, entropy_sum: [] with gradient, sums over tokens of log_z^2 and of the entropy of the softmax, in nats.
-    log_z: [T], log-sum-exp of the logits; margin: [T], key of the last selected minus that of the first not selected;
-        entropy: [T], nats, of the softmax. 0 for tokens that are masked or not finite.
-    reasons: [T] uint8, bits of Reason.
-    slots: [T * K] int32, flat indices t * K + k sorted by (expert, token, slot), -1 behind the last assignment.
-    inverse: [T, K] int32, where in `slots` an assignment stands; -1 where unused.
-    offsets: [E + 1] int32, first row of each expert in `slots`; the last is the number of assignments.
-    histogram: [E, B] int32, tokens by (score - alpha), alpha the key of the first not selected (top_k, top_p) or 0. With
-        null experts top_k counts over those that an expert has to beat (null_bars) while the control's share is 1; of ReLU
-        scores by (logit - alpha), so that it also shows what lies below zero. Bin b holds [lowest + b / per_unit, lowest +
-        (b + 1) / per_unit), the first and last bin what lies outside.
-    k_histogram: [K + 1] int64, unmasked tokens by number of experts. reason_counts: [8] int64, tokens by bit of Reason.
-    null_count: [] int64, null experts chosen. checksum: [] int64, sum modulo 2^64 of a mix of (token id, expert).
-    overflow: [2] int64, assignments that moved to another expert and that were dropped (spill.py); zeros of the op itself.
+    """Which experts each token visits, everything that is counted on the way, and the order the
+    experts need.
     """
 
     weights: Tensor
+    """[T, K] gates, fp32 (fp64 for fp64 logits), 0 where unused; with gradient."""
     expert_ids: Tensor
+    """[T, K] int32 in rank order, -1 where unused."""
     counts: Tensor
+    """[N, E] int64, assignments per segment of T / N consecutive tokens."""
     score_sums: Tensor
+    """[N, E] with gradient, sums over tokens of the scores normalised to 1 over the experts (ReLU:
+    as they are).
+    """
     z_sum: Tensor
+    """[] with gradient, sum over tokens of log_z^2."""
     entropy_sum: Tensor
+    """[] with gradient, sum over tokens of the entropy of the softmax, in nats."""
     log_z: Tensor
+    """[T], log-sum-exp of the logits; 0 for tokens that are masked or not finite."""
     margin: Tensor
+    """[T], key of the last selected minus that of the first not selected; 0 where there is no such
+    pair.
+    """
     entropy: Tensor
+    """[T], nats, of the softmax; 0 for tokens that are masked or not finite."""
     reasons: Tensor
+    """[T] uint8, bits of Reason."""
     slots: Tensor
+    """[T * K] int32, flat indices t * K + k sorted by (expert, token, slot), -1 behind the last
+    assignment.
+    """
     inverse: Tensor
+    """[T, K] int32, where in `slots` an assignment stands; -1 where unused."""
     offsets: Tensor
+    """[E + 1] int32, first row of each expert in `slots`; the last is the number of assignments."""
     histogram: Tensor
+    """[E, B] int32, tokens by (score - alpha), alpha the key of the first not selected (top_k,
+    top_p) or 0. With null experts top_k counts over those that an expert has to beat (null_bars)
+    while the share of the mode is 1; of ReLU scores by (logit - alpha), so that it also shows what
+    lies below zero. Bin b holds [lowest + b / per_unit, lowest + (b + 1) / per_unit), the first and
+    last bin what lies outside.
+    """
     k_histogram: Tensor
+    """[K + 1] int64, unmasked tokens by number of experts."""
     reason_counts: Tensor
+    """[NUM_REASONS] int64, tokens by bit of Reason."""
     null_count: Tensor
+    """[] int64, null experts chosen."""
     checksum: Tensor
+    """[] int64, sum modulo 2^64 of a mix of (token id, expert)."""
     overflow: Tensor
+    """[2] int64, assignments that moved to another expert and that were dropped (overflow.py);
+    zeros of the op itself.
+    """
 
 
 def score(logits: Tensor, function: str) -> Tensor:
     """[T, C] logits -> scores."""
     if function == "relu":
         return logits.relu()
-    x = logits.double()  # rounded at the end: torch's vector and scalar code differ in the last bit, which would break ties
+    # rounded at the end: torch's vector and scalar code differ in the last bit, which would break
+    # ties
+    x = logits.double()
     if function == "softmax":
         scores = x.softmax(-1)
     elif function == "sigmoid":
@@ -78,9 +94,9 @@ def score(logits: Tensor, function: str) -> Tensor:
 def normalized(scores: Tensor, logits: Tensor, function: str, used: Tensor | None = None) -> Tensor:
     """[T, N] scores over their sum, of the `used` ones (None: of all).
 
-    Where the sum is at most LEAST_SUM, the scores lie in the tail of their function, log s = slope * logit,
-    and their shares are the softmax of that: they do not vanish with the scores, which underflow. ReLU
-    scores have no tail and give zeros.
+    Where the sum is at most LEAST_SUM, the scores lie in the tail of their function, log s = slope
+    * logit, and their shares are the softmax of that: they do not vanish with the scores, which
+    underflow. ReLU scores have no tail and give zeros.
     """
     kept = scores if used is None else torch.where(used, scores, 0.0)
     total = kept.sum(-1, keepdim=True)
@@ -94,34 +110,46 @@ def normalized(scores: Tensor, logits: Tensor, function: str, used: Tensor | Non
     return torch.where(total > LEAST_SUM, shares, tail)
 
 
-def null_bars(ranked: torch.return_types.sort, n: Tensor, inside: Tensor, outside: Tensor, num_experts: int) -> Tensor:
+def null_bars(
+    ranked: torch.return_types.sort, n: Tensor, inside: Tensor, outside: Tensor, num_experts: int
+) -> Tensor:
     """[T, E]: the key of the null expert that each expert has to beat.
 
-    That is the best null expert not chosen for an expert that was, to stay in; the worst chosen one for the
-    others, to come in. A bias that all experts have in common moves neither, so the scores over these bars
-    say at which level of it how many experts are chosen. Without such a null expert it is the first key not
-    chosen, or the last chosen.
+    That is the best null expert not chosen for an expert that was, to stay in; the worst chosen one
+    for the others, to come in. A bias that all experts have in common moves neither, so the scores
+    over these bars say at which level of it how many experts are chosen. Without such a null expert
+    it is the first key not chosen, or the last chosen.
 
-    ranked: keys [T, C] of all columns; n: [T] columns that are chosen; inside, outside: [T] keys on both
-        sides of it.
+    ranked: keys [T, C] of all columns; n: [T] columns that are chosen; inside, outside: [T] keys on
+        both sides of it.
     """
     chosen = torch.arange(ranked.values.shape[1], device=n.device) < n.unsqueeze(1)
     null = ranked.indices >= num_experts
     worst_in = torch.where(null & chosen, ranked.values, torch.inf).amin(1)
     best_out = torch.where(null & ~chosen, ranked.values, -torch.inf).amax(1)
-    worst_in, best_out = torch.where(worst_in.isinf(), inside, worst_in), torch.where(best_out.isinf(), outside, best_out)
+    worst_in, best_out = (
+        torch.where(worst_in.isinf(), inside, worst_in),
+        torch.where(best_out.isinf(), outside, best_out),
+    )
     of_chosen = torch.zeros_like(chosen).scatter_(1, ranked.indices, chosen)[:, :num_experts]
     return torch.where(of_chosen, best_out.unsqueeze(1), worst_in.unsqueeze(1))
 
 
 def expert_choice_cuts(scores: Tensor, live: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Score [C] and token index [C] int32 of the last token each expert takes: it takes round(top_k * T / E) of the live
-    tokens (half to even), at least one, by (score desc, token asc). Without tokens the cut is infinite."""
+    """Score [C] and token index [C] int32 of the last token each expert takes: it takes round(top_k
+    * T / E) of the live tokens (half to even), at least one, by (score desc, token asc). Without
+    tokens the cut is infinite.
+    """
     num_tokens, num_experts = scores.shape
     if num_tokens == 0:
-        return scores.new_full((num_experts,), torch.inf), scores.new_zeros(num_experts, dtype=torch.int32)
-    ranked = scores.masked_fill(~live.unsqueeze(1), -torch.inf).sort(dim=0, descending=True, stable=True)
-    capacity = ((live.sum() * top_k).double() / num_experts).round().long().clamp(min=1)  # fp32 ends at 2^24
+        return scores.new_full((num_experts,), torch.inf), scores.new_zeros(
+            num_experts, dtype=torch.int32
+        )
+    ranked = scores.masked_fill(~live.unsqueeze(1), -torch.inf).sort(
+        dim=0, descending=True, stable=True
+    )
+    # fp32 ends at 2^24
+    capacity = ((live.sum() * top_k).double() / num_experts).round().long().clamp(min=1)
     last = (capacity - 1).clamp(max=num_tokens - 1).expand(1, num_experts)
     cut = ranked.values.gather(0, last)[0]
     return cut.masked_fill(cut.isneginf(), torch.inf), ranked.indices.gather(0, last)[0].int()
@@ -129,16 +157,17 @@ def expert_choice_cuts(scores: Tensor, live: Tensor, top_k: int) -> tuple[Tensor
 
 def limit_to_groups(keys: Tensor, spec: RouteSpec) -> Tensor:
     """Keys of experts outside the best groups become -inf (RouteSpec.num_groups)."""
-    experts = keys[:, :spec.num_experts].unflatten(1, (spec.num_groups, -1))
-    best = experts.sort(dim=-1, descending=True).values[..., :max(1, spec.top_k // spec.top_groups)].sum(-1)
-    kept = best.sort(dim=-1, descending=True, stable=True).indices[:, :spec.top_groups]
+    experts = keys[:, : spec.num_experts].unflatten(1, (spec.num_groups, -1))
+    best = experts.sort(dim=-1, descending=True).values[..., : spec.keys_of_a_group].sum(-1)
+    kept = best.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_groups]
     lost = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
     experts = experts.masked_fill(lost.unsqueeze(-1), -torch.inf)
-    return torch.cat((experts.flatten(1), keys[:, spec.num_experts:]), dim=1)
+    return torch.cat((experts.flatten(1), keys[:, spec.num_experts :]), dim=1)
 
 
 def _mix64(x: Tensor) -> Tensor:
     """splitmix64's finaliser on int64 (arithmetic modulo 2^64, logical shifts)."""
+
     def shift(v: Tensor, bits: int) -> Tensor:
         return (v >> bits) & ((1 << (64 - bits)) - 1)
 
@@ -147,124 +176,304 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ shift(x, 31)
 
 
-def reference_route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None, control: Tensor | None = None,
-                    token_mask: Tensor | None = None, given_ids: Tensor | None = None,
-                    histogram_range: Tensor | None = None, num_bins: int = 0, token_ids: Tensor | None = None,
-                    num_segments: int = 1) -> RouterOutput:
-    """See ops.router.route."""
-    num_tokens, num_columns = logits.shape
-    num_experts, num_slots = spec.num_experts, spec.max_experts
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    unmasked = torch.ones(num_tokens, dtype=torch.bool, device=x.device) if token_mask is None else token_mask
-    live = unmasked & x.isfinite().all(1)
-    x = torch.where(live.unsqueeze(1), x, 0.0)
+class _Rows(NamedTuple):
+    """The logits as they are computed with."""
 
-    # Scores and the sums of the balance.
+    x: Tensor
+    """[T, C] fp32 (fp64), 0 in rows that are not live."""
+    unmasked: Tensor
+    """[T] bool, what is no padding."""
+    live: Tensor
+    """[T] bool, unmasked and finite in every column: what is routed."""
+
+
+class _Inputs(NamedTuple):
+    """What the controllers say, on the host."""
+
+    value: float
+    """The mode's own: P of top_p, the cut of threshold and relu."""
+    share: Tensor
+    """[] fp32, share of the mode against plain top-k: the kernels blend in fp32 whatever the
+    logits.
+    """
+    plain_k: int
+    """Experts per token of that plain top-k."""
+    limit: int
+    """Most experts of a token."""
+
+    @staticmethod
+    def read(router_inputs: Tensor | None, num_slots: int, device: torch.device) -> _Inputs:
+        value, share, plain_k, limit = (
+            [0.0, 1.0, 0.0, num_slots] if router_inputs is None else router_inputs.tolist()
+        )
+        # whole numbers; what is negative or NaN counts as 0
+        plain_k, limit = (min(int(v), num_slots) if v >= 0 else 0 for v in (plain_k, limit))
+        return _Inputs(
+            value, torch.tensor(share, dtype=torch.float32, device=device), plain_k, limit
+        )
+
+
+class _Ranking(NamedTuple):
+    """Columns by (key desc, id asc)."""
+
+    keys: Tensor
+    """[T, C] in the order of the columns."""
+    order: torch.return_types.sort
+    """Keys and columns [T, C], best first."""
+    candidates: int
+    """How many of them take part; those outside the best groups come behind."""
+
+
+def reference_route(
+    logits: Tensor,
+    spec: RouteSpec,
+    bias: Tensor | None = None,
+    router_inputs: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    histogram_range: Tensor | None = None,
+    num_bins: int = 0,
+    token_ids: Tensor | None = None,
+    num_segments: int = 1,
+) -> RouterOutput:
+    """See ops.router.route. Rank the columns, say how many a row takes, fill its slots with them,
+    weigh what is in the slots, and count.
+    """
+    rows = _read(logits, token_mask)
+    x, unmasked, live = rows
     scores = score(x, spec.score_function)
     log_q = x.log_softmax(-1)
     log_z, entropy = x.logsumexp(-1) * live, -(log_q.exp() * log_q).sum(-1) * live
+    score_sums = _score_sums(x, scores, live, spec, num_segments)
+
+    inputs = _Inputs.read(router_inputs, spec.max_experts, x.device)
+    ranking = _rank(scores.detach(), live, spec, bias)
+    n, reasons = _how_many(ranking, scores.detach(), rows, spec, inputs)
+    ids, null_count = _fill(ranking, n, live, spec, given_ids)
+    weights = _weigh(x, scores, ids, spec)
+
+    margin, in_histogram, bars = _behind_the_selection(ranking, n, live, spec, inputs)
+    histogram = _histogram(x, scores, in_histogram, bars, spec, histogram_range, num_bins)
+
+    if not spec.skip_nonfinite:
+        ids = _serve_nonfinite(ids, unmasked & ~live, spec.num_experts)
+    counts, order, inverse, offsets = _count_and_sort(ids, spec.num_experts, num_segments)
+    bits = torch.arange(NUM_REASONS, device=x.device)
+    return RouterOutput(
+        weights=weights,
+        expert_ids=ids.int(),
+        counts=counts,
+        score_sums=score_sums,
+        z_sum=log_z.square().sum(),
+        entropy_sum=entropy.sum(),
+        log_z=log_z.detach(),
+        margin=margin,
+        entropy=entropy.detach(),
+        reasons=reasons.to(torch.uint8),
+        slots=order,
+        inverse=inverse,
+        offsets=offsets,
+        histogram=histogram,
+        k_histogram=torch.bincount((ids >= 0).sum(1)[unmasked], minlength=spec.max_experts + 1),
+        reason_counts=(reasons.unsqueeze(1) >> bits & 1).sum(0),
+        null_count=null_count,
+        checksum=_checksum(ids, token_ids),
+        overflow=counts.new_zeros(2),
+    )
+
+
+def _read(logits: Tensor, token_mask: Tensor | None) -> _Rows:
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    unmasked = token_mask
+    if unmasked is None:
+        unmasked = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    live = unmasked & x.isfinite().all(1)
+    return _Rows(torch.where(live.unsqueeze(1), x, 0.0), unmasked, live)
+
+
+def _score_sums(
+    x: Tensor, scores: Tensor, live: Tensor, spec: RouteSpec, num_segments: int
+) -> Tensor:
+    """[N, E] sums of every expert's share of a row's scores, null experts left out."""
+    num_experts = spec.num_experts
     shares = scores[:, :num_experts]
-    if spec.score_function != "relu" and (spec.score_function != "softmax" or spec.num_null_experts):
+    sums_to_one = spec.score_function == "softmax" and not spec.num_null_experts
+    if spec.score_function != "relu" and not sums_to_one:
         shares = normalized(shares, x[:, :num_experts], spec.score_function)
-    score_sums = (shares * live.unsqueeze(1)).view(num_segments, -1, num_experts).sum(1)
+    return (shares * live.unsqueeze(1)).view(num_segments, -1, num_experts).sum(1)
 
-    # Selection: the first n columns by (key desc, id asc).
-    with torch.no_grad():
-        value, portion, plain_k, limit = [0.0, 1.0, 0.0, num_slots] if control is None else control.tolist()
-        portion = torch.tensor(portion, dtype=torch.float32, device=x.device)  # as the kernels do, step by step
-        plain_k, limit = (min(int(v), num_slots) if v >= 0 else 0 for v in (plain_k, limit))  # NaN: 0
-        keys = scores.detach() if bias is None else scores.detach() + bias
-        if spec.mode == "expert_choice":
-            cuts, last_tokens = expert_choice_cuts(scores.detach(), live, spec.top_k)
-            late = (scores == cuts) & (torch.arange(num_tokens, device=x.device).unsqueeze(1) > last_tokens)
-            keys = (scores.detach() - cuts).masked_fill(late, -1e-37)
-        keys = torch.where(keys.isfinite(), keys, -3.0e38)  # behind every other
-        candidates = num_columns
-        if spec.top_groups < spec.num_groups:
-            keys = limit_to_groups(keys, spec)
-            candidates = spec.top_groups * num_experts // spec.num_groups + spec.num_null_experts
-        ranked = keys.sort(dim=-1, descending=True, stable=True)
-        ranked_scores = scores.detach().gather(1, ranked.indices)
-        by_mode = torch.full((num_tokens,), spec.top_k, device=x.device)
-        if spec.mode in ("threshold", "relu"):
-            by_mode = (keys > value).sum(1)
-        elif spec.mode == "expert_choice":
-            by_mode = (keys >= 0).sum(1)
-        elif spec.mode == "top_p":
-            mass_before = ranked_scores.cumsum(1) - ranked_scores
-            total = 1.0 if spec.score_function == "softmax" else scores.detach().sum(1, keepdim=True)
-            by_mode = (mass_before < value * total)[:, :candidates].sum(1)
-        most = min(num_slots, candidates)
-        limit = min(limit, most)
-        n = by_mode.clamp(max=most)
-        if portion < 1:
-            by_mode = n = ((1 - portion) * plain_k + portion * n.float() + 0.5).floor().long()
-        reasons = (by_mode == 0) * int(Reason.EMPTY) + (by_mode > limit) * int(Reason.CAPPED)
-        reasons += ((n > 0) & (n < spec.min_experts)) * int(Reason.RAISED) + int(portion < 1) * int(Reason.OVERRIDDEN)
-        n = n.clamp(min=spec.min_experts).clamp(max=limit)
-        if spec.mode == "given":
-            reasons, n = torch.zeros_like(reasons), torch.zeros_like(n)
-        reasons = torch.where(live, reasons, 0) + (unmasked & ~live) * int(Reason.NONFINITE)
-        n = torch.where(live, n, 0)
 
-        # What stands behind the selection: the margin and the threshold of the histogram.
-        padded = F.pad(ranked.values, (1, 1), value=-torch.inf)
-        inside, outside = padded.gather(1, n.unsqueeze(1))[:, 0], padded.gather(1, n.unsqueeze(1) + 1)[:, 0]
-        margin = torch.where((n > 0) & outside.isfinite(), inside - outside, 0.0)
-        ranks_alone = spec.mode in ("top_k", "top_p")
-        alpha = outside if ranks_alone else torch.zeros_like(outside)
-        in_histogram, bars = live & alpha.isfinite(), alpha.unsqueeze(1)
-        if spec.mode == "top_k" and spec.num_null_experts and portion >= 1:
-            in_histogram, bars = in_histogram & (n > 0), null_bars(ranked, n, inside, outside, num_experts)
+@torch.no_grad()
+def _rank(scores: Tensor, live: Tensor, spec: RouteSpec, bias: Tensor | None) -> _Ranking:
+    """Keys are scores with their bias; of expert choice they are scores over the expert's cut."""
+    keys = scores if bias is None else scores + bias
+    if spec.mode == "expert_choice":
+        cuts, last_tokens = expert_choice_cuts(scores, live, spec.top_k)
+        token = torch.arange(len(scores), device=scores.device).unsqueeze(1)
+        # of the tokens at the cut an expert takes the first ones
+        late = (scores == cuts) & (token > last_tokens)
+        keys = (scores - cuts).masked_fill(late, -1e-37)
+    keys = torch.where(keys.isfinite(), keys, -3.0e38)  # behind every other
 
-        # Slots: the selected experts in rank order, null experts left out.
-        if given_ids is not None:
-            ids = torch.where(live.unsqueeze(1) & (given_ids < num_experts), given_ids.long(), -1)
-        else:
-            chosen = torch.where(torch.arange(num_columns, device=x.device) < n.unsqueeze(1), ranked.indices, -1)
-            null_count = (chosen >= num_experts).sum()
-            chosen = torch.where(chosen >= num_experts, -1, chosen)
-            first = (chosen < 0).to(torch.int8).sort(dim=1, stable=True).indices[:, :num_slots]
-            ids = chosen.gather(1, first)
-        null_count = torch.zeros((), dtype=torch.int64, device=x.device) if spec.mode == "given" else null_count
-        used = ids >= 0
-    weights = torch.where(used, scores.gather(1, ids.clamp_min(0)), 0.0)
+    candidates = spec.num_columns
+    if spec.limits_groups:
+        keys = limit_to_groups(keys, spec)
+        candidates = spec.top_groups * spec.num_experts // spec.num_groups + spec.num_null_experts
+    return _Ranking(keys, keys.sort(dim=-1, descending=True, stable=True), candidates)
+
+
+@torch.no_grad()
+def _how_many(
+    ranking: _Ranking, scores: Tensor, rows: _Rows, spec: RouteSpec, inputs: _Inputs
+) -> tuple[Tensor, Tensor]:
+    """n [T], how many of its columns a row takes, and reasons [T] int64: README, Selection, whose
+    four steps these are. A row that is not live takes none.
+    """
+    asked = _asked(ranking, scores, spec, inputs.value)
+    most = min(spec.max_experts, ranking.candidates)
+    limit = min(inputs.limit, most)
+
+    # 1 and 2: what there is room for, blended with plain top-k.
+    n = asked.clamp(max=most)
+    if inputs.share < 1:
+        plain, own = (1 - inputs.share) * inputs.plain_k, inputs.share * n.float()
+        asked = n = (plain + own + 0.5).floor().long()
+
+    # 3: reasons are judged on what was asked for.
+    reasons = (asked == 0) * int(Reason.EMPTY) + (asked > limit) * int(Reason.CAPPED)
+    reasons += ((n > 0) & (n < spec.min_experts)) * int(Reason.RAISED)
+    reasons += int(inputs.share < 1) * int(Reason.OVERRIDDEN)
+
+    # 4: the limit wins over min_experts.
+    n = n.clamp(min=spec.min_experts).clamp(max=limit)
+
+    if spec.mode == "given":
+        reasons, n = torch.zeros_like(reasons), torch.zeros_like(n)
+    lost = rows.unmasked & ~rows.live
+    reasons = torch.where(rows.live, reasons, 0) + lost * int(Reason.NONFINITE)
+    return torch.where(rows.live, n, 0), reasons
+
+
+def _asked(ranking: _Ranking, scores: Tensor, spec: RouteSpec, value: float) -> Tensor:
+    """[T] int64: the columns that the mode asks for."""
+    if spec.mode in ("threshold", "relu"):
+        return (ranking.keys > value).sum(1)
+    if spec.mode == "expert_choice":
+        return (ranking.keys >= 0).sum(1)
+    if spec.mode == "top_p":
+        ranked_scores = scores.gather(1, ranking.order.indices)
+        mass_before = ranked_scores.cumsum(1) - ranked_scores
+        total = 1.0 if spec.score_function == "softmax" else scores.sum(1, keepdim=True)
+        return (mass_before < value * total)[:, : ranking.candidates].sum(1)
+    return torch.full((len(scores),), spec.top_k, device=scores.device)
+
+
+@torch.no_grad()
+def _fill(
+    ranking: _Ranking, n: Tensor, live: Tensor, spec: RouteSpec, given_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ids [T, K] int64, the experts among the first n columns in rank order or the given ones, -1
+    where unused; and [] int64, how many null experts were among them.
+    """
+    num_experts = spec.num_experts
+    if given_ids is not None:
+        known = live.unsqueeze(1) & (given_ids < num_experts)
+        ids = torch.where(known, given_ids.long(), -1)
+        return ids, torch.zeros((), dtype=torch.int64, device=n.device)
+    rank = torch.arange(spec.num_columns, device=n.device)
+    chosen = torch.where(rank < n.unsqueeze(1), ranking.order.indices, -1)
+    null_count = (chosen >= num_experts).sum()
+    chosen = torch.where(chosen >= num_experts, -1, chosen)
+    # a stable sort moves the experts to the front, in their order
+    first = (chosen < 0).to(torch.int8).sort(dim=1, stable=True).indices[:, : spec.max_experts]
+    return chosen.gather(1, first), null_count
+
+
+def _weigh(x: Tensor, scores: Tensor, ids: Tensor, spec: RouteSpec) -> Tensor:
+    """[T, K] gates of the experts in the slots."""
+    used, expert = ids >= 0, ids.clamp_min(0)
+    weights = torch.where(used, scores.gather(1, expert), 0.0)
     if spec.normalize_weights:
-        weights = normalized(weights, x.gather(1, ids.clamp_min(0)), spec.score_function, used)
-    weights = weights * spec.scaling_factor
-    with torch.no_grad():
-        if not spec.skip_nonfinite:  # F0: no shared expert serves the row
-            spread = torch.full_like(ids, -1)
-            spread[:, 0] = torch.arange(num_tokens, device=x.device) % num_experts
-            ids = torch.where((unmasked & ~live).unsqueeze(1), spread, ids)
+        weights = normalized(weights, x.gather(1, expert), spec.score_function, used)
+    return weights * spec.scaling_factor
 
-        # Counts, histograms, permutation.
-        keyed = torch.where(ids < 0, num_experts, ids)
-        table = torch.zeros(num_segments, num_experts + 1, dtype=torch.int64, device=x.device)
-        counts = table.scatter_add_(1, keyed.view(num_segments, -1), torch.ones_like(keyed).view(num_segments, -1))
-        counts = counts[:, :num_experts]
-        k_histogram = torch.bincount((ids >= 0).sum(1)[unmasked], minlength=num_slots + 1)
-        bits = torch.arange(NUM_REASONS, device=x.device)
-        reason_counts = (reasons.unsqueeze(1) >> bits & 1).sum(0)
-        histogram = torch.zeros(num_experts, num_bins, dtype=torch.int32, device=x.device)
-        if num_bins and spec.mode != "given":
-            assert histogram_range is not None
-            counted = x.detach() if spec.score_function == "relu" else scores
-            place = (counted[:, :num_experts] - bars).float()
-            place = ((place - histogram_range[:, 0]) * histogram_range[:, 1]).clamp(0, num_bins - 1).nan_to_num().int()
-            place = place[in_histogram] + num_bins * torch.arange(num_experts, device=x.device, dtype=torch.int32)
-            histogram = torch.bincount(place.flatten(), minlength=num_experts * num_bins).int()
-            histogram = histogram.view(num_experts, num_bins)
-        order = keyed.flatten().sort(stable=True).indices.int()
-        offsets = F.pad(counts.sum(0).cumsum(0), (1, 0)).int()
-        rank = torch.arange(num_tokens * num_slots, device=x.device, dtype=torch.int32)
-        slots = torch.where(rank < offsets[-1], order, -1)
-        inverse = torch.empty_like(rank).scatter_(0, order.long(), rank).view(num_tokens, num_slots)
-        inverse = torch.where(ids >= 0, inverse, -1)
-        checksum = torch.zeros((), dtype=torch.int64, device=x.device)
-        if token_ids is not None:
-            mixed = _mix64(token_ids.unsqueeze(1) * 2049 + ids + 1)
-            checksum = torch.where(ids >= 0, mixed, 0).sum()
-    return RouterOutput(weights, ids.int(), counts, score_sums, log_z.square().sum(), entropy.sum(), log_z.detach(), margin,
-                        entropy.detach(), reasons.to(torch.uint8), slots, inverse, offsets, histogram, k_histogram,
-                        reason_counts, null_count, checksum, counts.new_zeros(2))
+
+@torch.no_grad()
+def _behind_the_selection(
+    ranking: _Ranking, n: Tensor, live: Tensor, spec: RouteSpec, inputs: _Inputs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """margin [T]; the rows [T] bool that count in the histogram; and what their scores are counted
+    over, [T, 1] or [T, E].
+    """
+    padded = F.pad(ranking.order.values, (1, 1), value=-torch.inf)
+    inside = padded.gather(1, n.unsqueeze(1))[:, 0]
+    outside = padded.gather(1, n.unsqueeze(1) + 1)[:, 0]
+    margin = torch.where((n > 0) & outside.isfinite(), inside - outside, 0.0)
+
+    ranks_alone = spec.mode in ("top_k", "top_p")
+    alpha = outside if ranks_alone else torch.zeros_like(outside)
+    counted, bars = live & alpha.isfinite(), alpha.unsqueeze(1)
+    if spec.mode == "top_k" and spec.num_null_experts and inputs.share >= 1:
+        counted = counted & (n > 0)
+        bars = null_bars(ranking.order, n, inside, outside, spec.num_experts)
+    return margin, counted, bars
+
+
+@torch.no_grad()
+def _histogram(
+    x: Tensor,
+    scores: Tensor,
+    in_histogram: Tensor,
+    bars: Tensor,
+    spec: RouteSpec,
+    histogram_range: Tensor | None,
+    num_bins: int,
+) -> Tensor:
+    """[E, B] int32: see RouterOutput.histogram."""
+    num_experts = spec.num_experts
+    if not num_bins or spec.mode == "given":
+        return torch.zeros(num_experts, num_bins, dtype=torch.int32, device=x.device)
+    assert histogram_range is not None
+    lowest, per_unit = histogram_range.unbind(1)
+    counted = x if spec.score_function == "relu" else scores
+    place = (counted[:, :num_experts] - bars).float()
+    place = ((place - lowest) * per_unit).clamp(0, num_bins - 1).nan_to_num().int()
+    expert = torch.arange(num_experts, device=x.device, dtype=torch.int32)
+    place = place[in_histogram] + num_bins * expert
+    found = torch.bincount(place.flatten(), minlength=num_experts * num_bins).int()
+    return found.view(num_experts, num_bins)
+
+
+def _serve_nonfinite(ids: Tensor, lost: Tensor, num_experts: int) -> Tensor:
+    """[T, K]: no shared expert serves the rows that are not finite, so that row t visits expert
+    t mod E, with gate 0.
+    """
+    spread = torch.full_like(ids, -1)
+    spread[:, 0] = torch.arange(len(ids), device=ids.device) % num_experts
+    return torch.where(lost.unsqueeze(1), spread, ids)
+
+
+def _count_and_sort(
+    ids: Tensor, num_experts: int, num_segments: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """counts, slots, inverse and offsets of RouterOutput."""
+    num_tokens, num_slots = ids.shape
+    keyed = torch.where(ids < 0, num_experts, ids)  # unused slots come last
+    table = torch.zeros(num_segments, num_experts + 1, dtype=torch.int64, device=ids.device)
+    by_segment = keyed.view(num_segments, -1)
+    counts = table.scatter_add_(1, by_segment, torch.ones_like(by_segment))[:, :num_experts]
+
+    order = keyed.flatten().sort(stable=True).indices.int()
+    offsets = F.pad(counts.sum(0).cumsum(0), (1, 0)).int()
+    rank = torch.arange(num_tokens * num_slots, device=ids.device, dtype=torch.int32)
+    slots = torch.where(rank < offsets[-1], order, -1)
+    inverse = torch.empty_like(rank).scatter_(0, order.long(), rank).view(num_tokens, num_slots)
+    return counts, slots, torch.where(ids >= 0, inverse, -1), offsets
+
+
+def _checksum(ids: Tensor, token_ids: Tensor | None) -> Tensor:
+    """[] int64: see RouterOutput.checksum."""
+    if token_ids is None:
+        return torch.zeros((), dtype=torch.int64, device=ids.device)
+    mixed = _mix64(token_ids.unsqueeze(1) * 2049 + ids + 1)
+    return torch.where(ids >= 0, mixed, 0).sum()

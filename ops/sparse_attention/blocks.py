@@ -1,7 +1,8 @@
 """Where blocks lie: tables from cu_seqlens, made on the device without asking it anything.
 
-Blocks start at document starts and never straddle documents. The number of blocks is only known on the device, so tables
-have `num_blocks(...)` rows, an upper bound; the rows beyond the real ones are empty (start = end = T).
+Blocks start at document starts and never straddle documents. The number of blocks is only known on
+the device, so tables have `num_blocks(...)` rows, an upper bound; the rows beyond the real ones are
+empty (start = end = T).
 """
 
 from __future__ import annotations
@@ -15,31 +16,43 @@ from ops.sparse_attention.spec import SparseAttentionSpec
 
 
 class BlockTable(NamedTuple):
-    """M blocks of T tokens; int32. Everything a query may do with a block follows from the query's own block.
-
-    start, end: [M] token range of a block. first: [M] first block of the block's document.
-    sink_end, local_start: [M] for queries in block b: blocks [first, sink_end) and [local_start, b] are exact for all of
-        them, blocks [sink_end, local_start) are the candidates; sink_end == local_start: there are none.
-    doc_end: [M] token at which the block's document ends.
-    block_of: [T] block of a token.
+    """M blocks of T tokens; int32. Everything a query may do with a block follows from the query's
+    own block.
     """
 
     start: Tensor
+    """[M] first token of a block."""
     end: Tensor
+    """[M] token behind its last."""
     first: Tensor
+    """[M] first block of the block's document."""
     sink_end: Tensor
+    """[M] for queries in block b: blocks [first, sink_end) are exact for all of them."""
     local_start: Tensor
+    """[M] for queries in block b: blocks [local_start, b] are exact for all of them, and blocks
+    [sink_end, local_start) are the candidates; sink_end == local_start: there are none.
+    """
     doc_end: Tensor
+    """[M] token at which the block's document ends."""
     block_of: Tensor
+    """[T] block of a token."""
+    cu_seqlens: Tensor
+    """[documents + 1] of any integer type, what the table was made of."""
 
 
 def num_blocks(num_tokens: int, num_documents: int, block_size: int) -> int:
-    """Upper bound on the number of blocks, known without the lengths: each document adds at most one partial block."""
+    """Upper bound on the number of blocks, known without the lengths: each document adds at most
+    one partial block.
+    """
     return num_tokens // block_size + min(num_documents, num_tokens)
 
 
-def block_ranges(cu_seqlens: Tensor, num_tokens: int, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(start, end, first, document) of every block, each [M] int64; documents of empty rows are arbitrary."""
+def block_ranges(
+    cu_seqlens: Tensor, num_tokens: int, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(start, end, first, document) of every block, each [M] int64; documents of empty rows are
+    arbitrary.
+    """
     cu = cu_seqlens.long()
     per_document = -(-(cu[1:] - cu[:-1]) // block_size)
     last = per_document.cumsum(0)
@@ -63,15 +76,27 @@ def block_table(cu_seqlens: Tensor, num_tokens: int, spec: SparseAttentionSpec) 
     doc_end = torch.where(start < num_tokens, cu[document + 1], num_tokens)
     token = torch.arange(num_tokens, device=cu.device)
     block_of = torch.searchsorted(end.contiguous(), token, right=True)
-    return BlockTable(*(x.int() for x in (start, end, first, sink_end, local_start, doc_end, block_of)))
+    return BlockTable(
+        start=start.int(),
+        end=end.int(),
+        first=first.int(),
+        sink_end=sink_end.int(),
+        local_start=local_start.int(),
+        doc_end=doc_end.int(),
+        block_of=block_of.int(),
+        cu_seqlens=cu_seqlens,
+    )
 
 
-def query_tiles(table: BlockTable, cu_seqlens: Tensor, num_tokens: int, tile_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(start, end, block) of query tiles that never cross a block, each [tiles] int32; empty tiles have start = end = T.
+def query_tiles(
+    table: BlockTable, num_tokens: int, tile_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(start, end, block) of query tiles that never cross a block, each [tiles] int32; empty tiles
+    have start = end = T.
 
     tile_size divides the block size.
     """
-    start, end, _, _ = block_ranges(cu_seqlens, num_tokens, tile_size)
+    start, end, _, _ = block_ranges(table.cu_seqlens, num_tokens, tile_size)
     if not num_tokens:
         return start.int(), end.int(), start.int()
     return start.int(), end.int(), table.block_of[start.clamp_max(num_tokens - 1)]

@@ -1,11 +1,14 @@
-"""The op on a CPU in plain torch: matrix products over chunks of queries, closed-form backward, memory O(T).
+"""The op on a CPU in plain torch: matrix products over chunks of queries, closed-form backward,
+memory O(T).
 
-Window, first blocks and coarse entries are contiguous for a chunk of queries, so they are dense products under masks. So
-are the candidates of queries that have few of them. Other selected blocks are walked key-side: the queries that chose a
-block are gathered, one product serves them all, and their running softmax is updated, which moves block_size / G times
-less memory than gathering blocks for every query.
+Window, first blocks and coarse entries are contiguous for a chunk of queries, so they are dense
+products under masks. So are the candidates of queries that have few of them. Other selected blocks
+are walked key-side: the queries that chose a block are gathered, one product serves them all, and
+their running softmax is updated, which moves block_size / G times less memory than gathering blocks
+for every query.
 
-Rows of queries are [Hk, T, G, d] here, fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs.
+Rows of queries are [Hk, T, G, d] here, fp32 (fp64 for fp64 inputs) whatever the dtype of the
+inputs.
 """
 
 from __future__ import annotations
@@ -20,16 +23,19 @@ from torch import Tensor
 
 from ops.sparse_attention.blocks import BlockTable
 from ops.sparse_attention.entries import CoarseEntries, pool_groups
-from ops.sparse_attention.noise import gumbel, selection_counter
+from ops.sparse_attention.noise import drawing_heads, gumbel, selection_counter
+from ops.sparse_attention.problem import DecodeProblem, Problem
 from ops.sparse_attention.ranking import choose_blocks, rank_keys, rank_values
-from ops.sparse_attention.spec import SparseAttentionSpec
+from ops.sparse_attention.spec import SelectionNoise, SparseAttentionSpec
 
 _NEVER = float("-inf")
 _ELEMENTS = 2**21
 """Logits of one chunk: 8 MiB in fp32, near the size of a core's share of the last-level cache."""
 _MAX_QUERIES = 256
 _NEAR = 512
-"""Candidate tokens up to which a masked product over all of them beats walking the selected blocks."""
+"""Candidate tokens up to which a masked product over all of them beats walking the selected
+blocks.
+"""
 _GATHERED = 64
 """Queries that are gathered for a selected block at a time."""
 
@@ -52,15 +58,21 @@ def pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> 
 
 
 def pool_spans(k: Tensor, v: Tensor, spans: Tensor, size: int) -> CoarseEntries:
-    """Means and variance over every `size` consecutive ones of the tokens `spans` [n]: [Hk, n / size, d] each."""
+    """Means and variance over every `size` consecutive ones of the tokens `spans` [n]: [Hk, n /
+    size, d] each.
+    """
     real = real_dtype(k.dtype)
     keys, values = (x[spans].to(real).transpose(0, 1).unflatten(1, (-1, size)) for x in (k, v))
     return pool_groups(keys, values)
 
 
-def pool_spans_backward(k: Tensor, spans: Tensor, size: int, mean: Tensor, grads: CoarseEntries, dk: Tensor,
-                        dv: Tensor) -> None:
-    """Add to dk, dv [Hk, T, d] what reaches the tokens `spans` through their pooled entries; mean: [Hk, n / size, d]."""
+def pool_spans_backward(
+    k: Tensor, spans: Tensor, size: int, mean: Tensor, grads: CoarseEntries, dk: Tensor, dv: Tensor
+) -> None:
+    """Add to dk, dv [Hk, T, d] what reaches the tokens `spans` through their pooled entries; mean:
+    [Hk, n / size, d].
+    """
+
     def spread(x: Tensor) -> Tensor:
         return x.repeat_interleave(size, 1)
 
@@ -79,19 +91,26 @@ def token_spans(start: Tensor, length: int) -> Tensor:
 
 
 class Chunk(NamedTuple):
-    """Queries [begin, end) and what a contiguous product must cover for them: tokens [window, end), first blocks
-    [sink_begin, sink_end), blocks [low, high) whose entries may be in the tail, blocks [near_low, near_high) that its
-    near queries may have selected."""
+    """A run of queries and what contiguous products must cover for them; ranges are half open."""
 
     begin: int
+    """The first query."""
     end: int
+    """The end of the queries, and of the window's tokens."""
     window: int
+    """The first token of any query's window."""
     sink_begin: int
+    """The first token of first blocks that lie apart from the window."""
     sink_end: int
+    """The end of those tokens; sink_begin where there are none."""
     low: int
+    """The first block whose entries may be in the tail."""
     high: int
+    """The end of those blocks; low where there are none."""
     near_low: int
+    """The first block that a near query may have selected."""
     near_high: int
+    """The end of those blocks; near_low where there are none."""
 
     @property
     def rows(self) -> slice:
@@ -102,35 +121,48 @@ class _Tokens(NamedTuple):
     """Block limits of every query, [T] int64: tokens for the exact parts, blocks for the tail."""
 
     window_start: Tensor
+    """First token of the window."""
     sink_start: Tensor
+    """First token of the document."""
     sink_stop: Tensor
+    """End of the first blocks; sink_start where the window covers them."""
     tail_low: Tensor
+    """First block whose entries may be in the tail."""
     tail_high: Tensor
+    """End of those blocks."""
     near: Tensor
     """[T] bool: few candidates, whose selected ones are a masked product."""
 
 
 def _limits(table: BlockTable, spec: SparseAttentionSpec, exact: bool) -> _Tokens:
     own = table.block_of.long()
-    first, sink_end, local = (x[own].long() for x in (table.first, table.sink_end, table.local_start))
+    first, sink_end, local = (
+        x[own].long() for x in (table.first, table.sink_end, table.local_start)
+    )
     start = table.start.long()
     low, high = (sink_end, local) if exact else (first, own)
     # where the first blocks reach the window, the window's own product covers them
-    sink_stop = torch.where(sink_end < local, start[sink_end.clamp_max(len(start) - 1)], start[first])
+    sink_stop = torch.where(
+        sink_end < local, start[sink_end.clamp_max(len(start) - 1)], start[first]
+    )
     window = torch.where(sink_end < local, start[local], start[first])
-    near = (high > low) & ((high - low) * spec.block_size <= max(_NEAR, 2 * spec.top_k * spec.block_size))
+    near = (high > low) & (
+        (high - low) * spec.block_size <= max(_NEAR, 2 * spec.top_k * spec.block_size)
+    )
     return _Tokens(window, start[first], sink_stop, low, high, near)
 
 
-def _chunks(limits: _Tokens, num_tokens: int, num_heads: int, entries_per_block: int, max_queries: int
-            ) -> Iterator[Chunk]:
-    """Runs of consecutive queries. A document whose first blocks lie apart from its windows begins a run of its own, so
-    that a run has one range of such blocks."""
+def _chunks(
+    limits: _Tokens, num_tokens: int, num_heads: int, entries_per_block: int, max_queries: int
+) -> Iterator[Chunk]:
+    """Runs of consecutive queries. A document whose first blocks lie apart from its windows begins
+    a run of its own, so that a run has one range of such blocks.
+    """
     starts = limits.sink_start[limits.sink_stop > limits.sink_start].unique().tolist()
     begin = 0
     while begin < num_tokens:
-        width = begin - int(limits.window_start[begin]) + 64 + entries_per_block * max(
-            0, int(limits.tail_high[begin]) - int(limits.tail_low[begin]))
+        in_tail = max(0, int(limits.tail_high[begin]) - int(limits.tail_low[begin]))
+        width = begin - int(limits.window_start[begin]) + 64 + entries_per_block * in_tail
         end = min(num_tokens, begin + max(16, min(max_queries, _ELEMENTS // (num_heads * width))))
         following = bisect_right(starts, begin)
         if following < len(starts):
@@ -142,57 +174,87 @@ def _chunks(limits: _Tokens, num_tokens: int, num_heads: int, entries_per_block:
 def _chunk(limits: _Tokens, begin: int, end: int) -> Chunk:
     rows = slice(begin, end)
     window, sink_start, sink_stop, tail_low, tail_high, near = (x[rows] for x in limits)
-    tail, sinks = tail_high > tail_low, sink_stop > sink_start
-    low, high, sink_begin, sink_end, near_low, near_high = 0, 0, 0, 0, 0, 0
+    tail = tail_high > tail_low
+    sinks = sink_stop > sink_start
+    # Empty ranges stay [0, 0).
+    near_low, near_high = 0, 0
+    low, high = 0, 0
+    sink_begin, sink_end = 0, 0
     if near.any():
         near_low, near_high = int(tail_low[near].min()), int(tail_high[near].max())
     if tail.any():
         low, high = int(tail_low[tail].min()), int(tail_high[tail].max())
     if sinks.any():
         sink_begin, sink_end = int(sink_start[sinks].min()), int(sink_stop[sinks].max())
-    return Chunk(begin, end, int(window.min()), sink_begin, sink_end, low, high, near_low, near_high)
+    return Chunk(
+        begin, end, int(window.min()), sink_begin, sink_end, low, high, near_low, near_high
+    )
 
 
 class _Part(NamedTuple):
-    """Entries of one softmax that a chunk of queries shares. keys, values: [Hk, L, d]; var [Hk, L, d] for coarse ones;
-    mask: [Hk or 1, n, 1, L], True where a query sees the entry; at: where keys and values came from (token range, or
-    entry range of coarse ones). is_selected: tokens of selected blocks."""
+    """Entries of one softmax that a chunk of queries shares."""
 
     keys: Tensor
+    """[Hk, L, d]"""
     values: Tensor
+    """[Hk, L, d]"""
     var: Tensor | None
+    """[Hk, L, d] for coarse entries."""
     mask: Tensor
+    """[Hk or 1, n, 1, L], True where a query sees the entry."""
     at: slice
+    """Where keys and values came from: a range of tokens, or of coarse entries."""
     is_selected: bool = False
+    """Whether these are tokens of selected blocks."""
 
 
-class Problem:
-    """Inputs as rows [Hk, T, G, d] in the dtype computed in, and what every pass needs."""
+class Rows:
+    """A problem's tensors as rows [Hk, T, G, d] in the dtype computed in, and what every pass
+    needs.
+    """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
-                 spec: SparseAttentionSpec, bias: Tensor | None, exact: bool, coarse: bool):
-        self.spec, self.table, self.exact, self.coarse = spec, table, exact, coarse
+    def __init__(self, problem: Problem):
+        q, table, spec = problem.q, problem.table, problem.spec
+        self.spec = spec
+        self.table = table
+        self.exact = problem.exact
+        self.coarse = problem.coarse
         self.num_tokens, self.num_heads, self.dim = q.shape
-        self.kv_heads = k.shape[1]
+        self.kv_heads = problem.k.shape[1]
         self.group = self.num_heads // self.kv_heads
-        self.scale = self.dim ** -0.5
+        self.scale = self.dim**-0.5
+
+        # One dtype for all of it: the running sums are fp32 whatever the inputs are.
         real = real_dtype(q.dtype)
-        self.q, self.bias = self.rows(q.to(real)), None if bias is None else self.rows(bias.to(real)).unsqueeze(-1)
-        self.k, self.v = (x.to(real).transpose(0, 1).contiguous() for x in (k, v))
-        self.entries = None if entries is None else CoarseEntries(*(x.to(real) for x in entries))
-        self.selected = selected.long()
-        self.limits = _limits(table, spec, exact)
+        self.q = self.rows(q.to(real))
+        self.bias = None
+        if problem.bias is not None:
+            self.bias = self.rows(problem.bias.to(real)).unsqueeze(-1)
+        self.k, self.v = (x.to(real).transpose(0, 1).contiguous() for x in (problem.k, problem.v))
+        self.entries = None
+        if problem.entries is not None:
+            self.entries = CoarseEntries(*(x.to(real) for x in problem.entries))
+
+        # The limits of every query, and the blocks' starts on the host: once for all passes.
+        self.selected = problem.selected.long()
+        self.limits = _limits(table, spec, problem.exact)
         self.start = table.start.tolist()
 
     def rows(self, x: Tensor) -> Tensor:
         """[T, H, ...] -> [Hk, T, G, ...] contiguous."""
-        return x.view(self.num_tokens, self.kv_heads, self.group, *x.shape[2:]).transpose(0, 1).contiguous()
+        return (
+            x.view(self.num_tokens, self.kv_heads, self.group, *x.shape[2:])
+            .transpose(0, 1)
+            .contiguous()
+        )
 
     def by_token(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1).reshape(self.num_tokens, self.num_heads, *x.shape[3:])
 
     def chunks(self, max_queries: int = _MAX_QUERIES) -> Iterator[Chunk]:
-        return _chunks(self.limits, self.num_tokens, self.num_heads, self.spec.entries_per_block, max_queries)
+        return _chunks(
+            self.limits, self.num_tokens, self.num_heads, self.spec.entries_per_block, max_queries
+        )
 
     def last(self) -> Chunk:
         """The last query alone."""
@@ -211,7 +273,8 @@ class Problem:
         yield _Part(self.k[:, at], self.v[:, at], None, mask[None, :, None], at)
         if chunk.sink_end > chunk.sink_begin:
             at = slice(chunk.sink_begin, chunk.sink_end)
-            mask = torch.arange(at.start, at.stop, device=self.q.device) < limits.sink_stop[rows].unsqueeze(1)
+            token = torch.arange(at.start, at.stop, device=self.q.device)
+            mask = token < limits.sink_stop[rows].unsqueeze(1)
             mask &= limits.sink_start[rows].unsqueeze(1) == chunk.sink_begin
             yield _Part(self.k[:, at], self.v[:, at], None, mask[None, :, None], at)
         if self.selected.shape[2] and chunk.near_high > chunk.near_low:
@@ -219,13 +282,18 @@ class Problem:
 
     def _taken(self, rows: slice, low: int, high: int) -> Tensor:
         """[Hk, n, high - low] bool: blocks that a query selected."""
-        taken = torch.zeros(self.kv_heads, rows.stop - rows.start, high - low + 1, dtype=torch.bool, device=self.q.device)
+        width = high - low
+        shape = (self.kv_heads, rows.stop - rows.start, width + 1)
+        taken = torch.zeros(shape, dtype=torch.bool, device=self.q.device)
+        # Blocks outside the range go to one more column, which is cut off.
         column = self.selected[:, rows] - low
-        return taken.scatter_(2, torch.where((column >= 0) & (column < high - low), column, high - low), True)[..., :-1]
+        column = torch.where((column >= 0) & (column < width), column, width)
+        return taken.scatter_(2, column, True)[..., :-1]
 
     def _near(self, chunk: Chunk) -> _Part:
         at = slice(self.start[chunk.near_low], int(self.table.end[chunk.near_high - 1]))
-        taken = self._taken(chunk.rows, chunk.near_low, chunk.near_high) & self.limits.near[chunk.rows].unsqueeze(1)
+        taken = self._taken(chunk.rows, chunk.near_low, chunk.near_high)
+        taken = taken & self.limits.near[chunk.rows].unsqueeze(1)
         column = self.table.block_of[at].long() - chunk.near_low
         return _Part(self.k[:, at], self.v[:, at], None, taken[..., column].unsqueeze(2), at, True)
 
@@ -233,7 +301,9 @@ class Problem:
         limits, rows, r = self.limits, chunk.rows, self.spec.entries_per_block
         assert self.entries is not None
         block = torch.arange(chunk.low, chunk.high, device=self.q.device)
-        mask = ((block >= limits.tail_low[rows].unsqueeze(1)) & (block < limits.tail_high[rows].unsqueeze(1)))[None]
+        above = block >= limits.tail_low[rows].unsqueeze(1)
+        below = block < limits.tail_high[rows].unsqueeze(1)
+        mask = (above & below)[None]
         if self.exact and self.selected.shape[2]:
             mask = mask & ~self._taken(rows, chunk.low, chunk.high)
         at = slice(chunk.low * r, chunk.high * r)
@@ -241,13 +311,17 @@ class Problem:
         return _Part(keys, values, var, mask.repeat_interleave(r, -1).unsqueeze(2), at)
 
     def logits(self, part: _Part, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """[Hk, n, G, L] logits, -inf where masked, and their variance terms (None: there are none)."""
+        """[Hk, n, G, L] logits, -inf where masked, and their variance terms (None: there are
+        none).
+        """
         q = self.q[:, rows]
         z = _product(q, part.keys).mul_(self.scale)
         kappa = None
         if part.var is not None:
             if self.spec.order == 2:
-                kappa = _product(q.square().mul_(0.5 * self.scale**2), part.var).clamp_(max=self.spec.max_variance)
+                kappa = _product(q.square().mul_(0.5 * self.scale**2), part.var).clamp_(
+                    max=self.spec.max_variance
+                )
                 z += kappa
             z += math.log(self.spec.coarse_block_size)
             if self.bias is not None:
@@ -255,7 +329,9 @@ class Problem:
         return z.masked_fill_(~part.mask, _NEVER), kappa
 
     def choices(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """(head, tokens of a block, the far queries that selected it in rising order), blocks in rising order."""
+        """(head, tokens of a block, the far queries that selected it in rising order), blocks in
+        rising order.
+        """
         if not self.exact or not self.selected.shape[2] or self.limits.near.all():
             return
         for head in range(self.kv_heads):
@@ -266,18 +342,26 @@ class Problem:
             at = 0
             for m, count in zip(ids.tolist(), counts.tolist(), strict=True):
                 if m >= 0:
-                    yield head, slice(self.start[m], int(self.table.end[m])), queries[at:at + count]
+                    yield (
+                        head,
+                        slice(self.start[m], int(self.table.end[m])),
+                        queries[at : at + count],
+                    )
                 at += count
 
 
 def _product(rows: Tensor, keys: Tensor) -> Tensor:
     """[Hk, n, G, d] x [Hk, L, d] -> [Hk, n, G, L]."""
-    return torch.matmul(rows.flatten(1, 2), keys.transpose(1, 2)).unflatten(1, rows.shape[1:3])
+    product: Tensor = torch.matmul(rows.flatten(1, 2), keys.transpose(1, 2)).unflatten(
+        1, rows.shape[1:3]
+    )
+    return product
 
 
 def _gather(probs: Tensor, values: Tensor) -> Tensor:
     """[Hk, n, G, L] x [Hk, L, d] -> [Hk, n, G, d]."""
-    return torch.matmul(probs.flatten(1, 2), values).unflatten(1, probs.shape[1:3])
+    gathered: Tensor = torch.matmul(probs.flatten(1, 2), values).unflatten(1, probs.shape[1:3])
+    return gathered
 
 
 def _collect(probs: Tensor, rows: Tensor) -> Tensor:
@@ -285,21 +369,24 @@ def _collect(probs: Tensor, rows: Tensor) -> Tensor:
     return torch.matmul(probs.flatten(1, 2).transpose(1, 2), rows.flatten(1, 2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
-           spec: SparseAttentionSpec, bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool
-           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See interface.Backend.attend."""
-    p = Problem(q, k, v, entries, selected, table, spec, bias, exact, coarse)
+    p, sink = Rows(problem), problem.sink
     out = torch.zeros_like(p.q)
     lse = p.q.new_full(p.q.shape[:3], _NEVER)
     tail, near = lse.clone(), lse.clone()
+
+    # Everything that a chunk reads in one piece goes first, under one maximum per row, so that no
+    # running softmax is needed here.
     for chunk in p.chunks():
         rows = chunk.rows
         parts = [(part, p.logits(part, rows)[0]) for part in p.parts(chunk)]
         if not parts:
             continue
+
         # rows without any entry have a maximum of -inf; any finite number does for them
-        top = torch.stack([z.amax(-1) for _, z in parts]).amax(0).clamp_min(torch.finfo(p.q.dtype).min)
+        top = torch.stack([z.amax(-1) for _, z in parts]).amax(0)
+        top = top.clamp_min(torch.finfo(p.q.dtype).min)
         total = torch.zeros_like(top)
         for part, z in parts:
             probs = z.sub_(top.unsqueeze(-1)).exp_()
@@ -312,47 +399,72 @@ def attend(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selec
             out[:, rows] += _gather(probs, part.values)
         lse[:, rows] = total.log() + top
         out[:, rows] /= torch.where(total > 0, total, 1.0).unsqueeze(-1)
+
+    # Selected blocks that lie far apart follow, key-side. Each update is a running softmax: the
+    # row's old share shrinks by exp(old - new).
     before = lse.clone()
     for head, tokens, everyone in p.choices():
         for some in everyone.split(_GATHERED):
-            # Products of one shape: how a BLAS sums depends on it, and later queries must not show in earlier outputs.
+            # Products of one shape: how a BLAS sums depends on it, and later queries must not show
+            # in earlier outputs.
             queries = torch.cat([some, some[-1:].expand(_GATHERED - len(some))])
+
             z = torch.matmul(p.q[head, queries].flatten(0, 1), p.k[head, tokens].T).mul_(p.scale)
             z = z.view(_GATHERED, p.group, -1)
             old = lse[head, queries]
             new = torch.logaddexp(old, torch.logsumexp(z, -1))
             probs = z.sub_(new.unsqueeze(-1)).exp_()
-            update = torch.matmul(probs.flatten(0, 1), p.v[head, tokens]).view(_GATHERED, p.group, -1)
+
+            update = torch.matmul(probs.flatten(0, 1), p.v[head, tokens])
+            update = update.view(_GATHERED, p.group, -1)
             update.add_(out[head, queries] * (old - new).exp_().unsqueeze(-1))
-            out[head].index_copy_(0, some, update[:len(some)])
-            lse[head].index_copy_(0, some, new[:len(some)])
+            out[head].index_copy_(0, some, update[: len(some)])
+            lse[head].index_copy_(0, some, new[: len(some)])
+
+    # The sink has a logit but no value: it widens the denominator and shrinks the rest.
     without_sink = lse
     if sink is not None:
         lse = torch.logaddexp(lse, sink.to(lse.dtype).view(p.kv_heads, 1, p.group))
         out *= (without_sink - lse).exp().unsqueeze(-1)
+
+    # Rows without any entry would give -inf - -inf here. The far blocks have no mass of their own
+    # on record: it is what the denominator grew by since `before`.
     some = without_sink > _NEVER
     tail_mass = torch.where(some, (tail - lse).exp(), 0.0)
-    selected_mass = torch.where(some, (near - lse).exp() + (without_sink - lse).exp() - (before - lse).exp(), 0.0)
-    return p.by_token(out).to(q.dtype), p.by_token(lse), p.by_token(tail_mass), p.by_token(selected_mass)
+    selected_mass = torch.where(
+        some, (near - lse).exp() + (without_sink - lse).exp() - (before - lse).exp(), 0.0
+    )
+    return (
+        p.by_token(out).to(problem.q.dtype),
+        p.by_token(lse),
+        p.by_token(tail_mass),
+        p.by_token(selected_mass),
+    )
 
 
-def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
-                    spec: SparseAttentionSpec, bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool,
-                    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def attend_backward(
+    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See interface.Backend.attend_backward."""
-    p = Problem(q, k, v, entries, selected, table, spec, bias, exact, coarse)
+    p, sink = Rows(problem), problem.sink
+    table, spec = problem.table, problem.spec
     real = p.q.dtype
+
+    # delta is what the softmax's own derivative takes off every logit: dz = p (dp - delta).
     do = p.rows(dout.to(real))
     delta = (do * p.rows(out.to(real))).sum(-1)
     if dlse is not None:
         delta -= p.rows(dlse.to(real))
+
     # a row without entries has lse = -inf; +inf makes all its probabilities zero
     lse = p.rows(lse.to(real))
     lse = lse.masked_fill(lse == _NEVER, float("inf"))
+
     dq, dk, dv = torch.zeros_like(p.q), torch.zeros_like(p.k), torch.zeros_like(p.v)
-    dbias = None if bias is None else torch.zeros_like(p.bias)
+    dbias = None if p.bias is None else torch.zeros_like(p.bias)
     grads = None if p.entries is None else CoarseEntries(*(torch.zeros_like(x) for x in p.entries))
+
+    # What a chunk reads in one piece. Probabilities come from lse again instead of being kept.
     for chunk in p.chunks():
         rows = chunk.rows
         for part in p.parts(chunk):
@@ -362,6 +474,8 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | No
             dvalues = _collect(probs, do[:, rows])
             dq[:, rows] += _gather(dz, part.keys).mul_(p.scale)
             dkeys = _collect(dz, p.q[:, rows]).mul_(p.scale)
+
+            # Tokens are done here; what reached coarse entries is collected until the end.
             if part.var is None:
                 dk[:, part.at] += dkeys
                 dv[:, part.at] += dvalues
@@ -371,72 +485,133 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | No
             grads.value_mean[:, part.at] += dvalues
             if dbias is not None:
                 dbias[:, rows] += dz.sum(-1, keepdim=True)
+
+            # The variance term adds 0.5 scale^2 q^2 . var to a logit, and nothing where it was cut
+            # at max_variance.
             if kappa is not None:
                 dz *= kappa < spec.max_variance
                 dq[:, rows] += _gather(dz, part.var).mul_(p.scale**2).mul_(p.q[:, rows])
-                grads.key_var[:, part.at] += _collect(dz, p.q[:, rows].square()).mul_(0.5 * p.scale**2)
+                grads.key_var[:, part.at] += _collect(dz, p.q[:, rows].square()).mul_(
+                    0.5 * p.scale**2
+                )
+
+    # Selected blocks that lie far apart, in the order of the forward pass.
     for head, tokens, queries in p.choices():
-        rows, d_rows = p.q[head, queries].flatten(0, 1), do[head, queries].flatten(0, 1)
+        q_rows, d_rows = p.q[head, queries].flatten(0, 1), do[head, queries].flatten(0, 1)
         keys, values = p.k[head, tokens], p.v[head, tokens]
-        probs = torch.matmul(rows, keys.T).mul_(p.scale).sub_(lse[head, queries].view(-1, 1)).exp_()
+        logits = torch.matmul(q_rows, keys.T).mul_(p.scale)
+        probs = logits.sub_(lse[head, queries].view(-1, 1)).exp_()
         dz = torch.matmul(d_rows, values.T).sub_(delta[head, queries].view(-1, 1)).mul_(probs)
         dv[head, tokens] += torch.matmul(probs.T, d_rows)
-        dk[head, tokens] += torch.matmul(dz.T, rows).mul_(p.scale)
-        dq[head].index_add_(0, queries, torch.matmul(dz, keys).mul_(p.scale).view(len(queries), p.group, -1))
+        dk[head, tokens] += torch.matmul(dz.T, q_rows).mul_(p.scale)
+        dq[head].index_add_(
+            0, queries, torch.matmul(dz, keys).mul_(p.scale).view(len(queries), p.group, -1)
+        )
+
+    # From the entries back to the tokens they were pooled from.
     if p.entries is not None and grads is not None:
         complete, r = complete_blocks(table, spec), spec.entries_per_block
-        mean, *dentries = (x.unflatten(1, (-1, r))[:, complete].flatten(1, 2) for x in (p.entries.key_mean, *grads))
-        pool_spans_backward(k, token_spans(table.start[complete], spec.block_size), spec.coarse_block_size, mean,
-                            CoarseEntries(*dentries), dk, dv)
+        mean, *dentries = (
+            x.unflatten(1, (-1, r))[:, complete].flatten(1, 2) for x in (p.entries.key_mean, *grads)
+        )
+        pool_spans_backward(
+            problem.k,
+            token_spans(table.start[complete], spec.block_size),
+            spec.coarse_block_size,
+            mean,
+            CoarseEntries(*dentries),
+            dk,
+            dv,
+        )
+
+    # The sink has no value, so that only -p delta remains of its dz.
     dsink = None
     if sink is not None:
         sinks = sink.to(real).view(p.kv_heads, 1, p.group)
         dsink = -((sinks - lse).exp() * delta).sum(1).view(-1).to(sink.dtype)
-    return (p.by_token(dq).to(q.dtype), dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype),
-            None if dbias is None else p.by_token(dbias.squeeze(-1)), dsink)
+    return (
+        p.by_token(dq).to(problem.q.dtype),
+        dk.transpose(0, 1).to(problem.k.dtype),
+        dv.transpose(0, 1).to(problem.v.dtype),
+        None if dbias is None else p.by_token(dbias.squeeze(-1)),
+        dsink,
+    )
 
 
-def rank(q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Tensor, spec: SparseAttentionSpec,
-         hashed: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def rank(
+    q: Tensor,
+    entries: CoarseEntries,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+    hashed: Tensor | None,
+    noise: SelectionNoise,
+) -> tuple[Tensor, Tensor]:
     """See interface.Backend.rank."""
-    num_tokens, num_heads, _ = q.shape
-    kv_heads = entries.key_mean.shape[0]
-    p = Problem(q, q[:, :kv_heads], q[:, :kv_heads], entries, q.new_empty(kv_heads, num_tokens, 0), table, spec, None,
-                 False, True)
+    num_tokens, kv_heads = len(q), entries.key_mean.shape[0]
+    # Keys and values have no part in it; slices of the queries stand for them.
+    p = Rows(
+        Problem(
+            q=q,
+            k=q[:, :kv_heads],
+            v=q[:, :kv_heads],
+            bias=None,
+            sink=None,
+            selected=q.new_empty(kv_heads, num_tokens, 0),
+            entries=entries,
+            table=table,
+            spec=spec,
+            exact=False,
+            coarse=True,
+        )
+    )
+
     keys = torch.full((kv_heads, num_tokens, spec.top_k), -1, dtype=torch.int64, device=q.device)
     candidate_mass = torch.zeros(kv_heads, num_tokens, device=q.device)
     low, high = (x[table.block_of.long()].long() for x in (table.sink_end, table.local_start))
-    head = torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
+    first_head, num_heads = drawing_heads(noise, kv_heads)
+    head = first_head + torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
+
     for chunk in p.chunks():
         rows = chunk.rows
         if not (high[rows] > low[rows]).any():
             continue
         part = p._tail(chunk)
         z, kappa = p.logits(part, rows)
+
+        # The estimate normalises over every past entry; candidates are only part of them.
         block = torch.arange(chunk.low, chunk.high, device=q.device)
         candidate = (block >= low[rows].unsqueeze(1)) & (block < high[rows].unsqueeze(1))
         lse = torch.logsumexp(z, -1, keepdim=True)
         probs = torch.where(part.mask, (z - lse).exp(), 0.0)
         values, mass = rank_values(z, kappa, probs, spec)
         candidate_mass[:, rows] = torch.where(candidate, mass, 0.0).sum(-1)
-        if temperature > 0:
+
+        # Counters start at the document's first block: packing does not change what is drawn.
+        if noise.temperature > 0:
             assert hashed is not None
-            counter = selection_counter(block - table.first[table.block_of[rows].long()].long().unsqueeze(1), head, kv_heads)
-            values = values + temperature * gumbel(hashed[rows].unsqueeze(1), counter)
+            first = table.first[table.block_of[rows].long()].long().unsqueeze(1)
+            counter = selection_counter(block - first, head, num_heads)
+            values = values + noise.temperature * gumbel(hashed[rows].unsqueeze(1), counter)
+
+        # Score and block id are one integer, so that ties fall to the lower id on any device.
         packed = torch.where(candidate, rank_keys(values, block), -1)
-        keys[:, rows, :min(spec.top_k, len(block))] = packed.topk(min(spec.top_k, len(block)), -1).values
+        found = min(spec.top_k, len(block))
+        keys[:, rows, :found] = packed.topk(found, -1).values
     return keys, candidate_mass
 
 
-def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, length: int, spec: SparseAttentionSpec,
-           bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool) -> tuple[Tensor, Tensor]:
+def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
     """See interface.decode."""
+    q, keys, values, entries, length, spec, bias, sink, exact, coarse = problem
     num_rows, heads, dim = q.shape
-    kv_heads, size, r, real = keys.shape[2], spec.block_size, spec.entries_per_block, real_dtype(q.dtype)
+    kv_heads = keys.shape[2]
+    size = spec.block_size
+    r = spec.entries_per_block
+    real = real_dtype(q.dtype)
     rows = q.to(real).view(num_rows, kv_heads, heads // kv_heads, dim)
     scale = dim**-0.5
     own, sink_end, local = decode_limits(length, spec)
-    parts: list[tuple[Tensor, Tensor]] = []  # (logits [N, Hk, G, L], values [N, Hk, L, d])
+    parts: list[tuple[Tensor, Tensor]] = []  # logits [N, Hk, G, L], values [N, Hk, L, d]
 
     def add(k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         z = torch.matmul(rows, k.transpose(2, 3)) * scale
@@ -446,36 +621,56 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, leng
         add(*(x[:, begin:end].to(real).transpose(1, 2) for x in (keys, values)))
 
     if exact:
-        add_tokens(local * size if sink_end < local else 0, length)  # else the first blocks reach the window
+        # Where the first blocks reach the window, one product covers both: none counts twice.
+        add_tokens(local * size if sink_end < local else 0, length)
         if sink_end < local:
             add_tokens(0, sink_end * size)
+
+    # Coarse logits serve the choice of blocks as well, so they are due even without a tail.
     low, high = (sink_end, local) if exact else (0, own)
     wants_tail = spec.has_tail(exact, coarse)
     if low < high and (wants_tail or spec.top_k):
-        mean, value, var = (x[:, :, :own * r].to(real) for x in entries)
+        mean, value, var = (x[:, :, : own * r].to(real) for x in entries)
         c = torch.matmul(rows, mean.transpose(2, 3)) * scale + math.log(spec.coarse_block_size)
         kappa = None
         if spec.order == 2:
-            kappa = torch.matmul(rows.square() * (0.5 * scale**2), var.transpose(2, 3)).clamp_(max=spec.max_variance)
+            kappa = torch.matmul(rows.square() * (0.5 * scale**2), var.transpose(2, 3)).clamp_(
+                max=spec.max_variance
+            )
             c += kappa
+
         block = torch.arange(own, device=q.device)
         tail = ((block >= low) & (block < high)).expand(num_rows, kv_heads, -1)
+
+        # A chosen block takes part by its tokens and leaves the tail. Slots without a block go to a
+        # column behind the last one, which is cut off.
         if exact and spec.top_k:
             chosen = choose_blocks(c, kappa, block, sink_end, local, spec)  # [N, Hk, K]
             taken = torch.zeros(num_rows, kv_heads, own + 1, dtype=torch.bool, device=q.device)
             tail = tail & ~taken.scatter_(2, torch.where(chosen >= 0, chosen, own), True)[..., :-1]
-            at = (chosen.clamp_min(0).unsqueeze(-1) * size + torch.arange(size, device=q.device)).flatten(2)
+            at = chosen.clamp_min(0).unsqueeze(-1) * size + torch.arange(size, device=q.device)
+            at = at.flatten(2)
             row = torch.arange(num_rows, device=q.device).view(-1, 1, 1)
             head = torch.arange(kv_heads, device=q.device).view(1, -1, 1)
-            add(keys[row, at, head].to(real), values[row, at, head].to(real),
-                (chosen >= 0).repeat_interleave(size, -1).unsqueeze(2))
+            add(
+                keys[row, at, head].to(real),
+                values[row, at, head].to(real),
+                (chosen >= 0).repeat_interleave(size, -1).unsqueeze(2),
+            )
+
+        # The bias comes after the choice: it is no part of the ranking.
         if wants_tail:
             if bias is not None:
                 c = c + bias.to(real).view(num_rows, kv_heads, -1, 1)
-            parts.append((c.masked_fill(~tail.repeat_interleave(r, -1).unsqueeze(2), _NEVER), value))
+            in_tail = tail.repeat_interleave(r, -1).unsqueeze(2)
+            parts.append((c.masked_fill(~in_tail, _NEVER), value))
+
     logits = [z for z, _ in parts]
-    if not logits and sink is None:  # the coarse branch alone, before the first complete block
+
+    # the coarse branch alone, before the first complete block
+    if not logits and sink is None:
         return torch.zeros_like(q), rows.new_full((num_rows, heads), _NEVER)
+
     if sink is not None:
         logits.append(sink.to(real).view(1, kv_heads, -1, 1).expand(num_rows, -1, -1, -1))
     lse = torch.logsumexp(torch.cat(logits, -1), -1, keepdim=True)
@@ -486,7 +681,9 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, leng
 
 
 def decode_limits(length: int, spec: SparseAttentionSpec) -> tuple[int, int, int]:
-    """(own block, sink_end, local_start) of the last of `length` tokens of a document; see BlockTable."""
+    """(own block, sink_end, local_start) of the last of `length` tokens of a document; see
+    BlockTable.
+    """
     own = (length - 1) // spec.block_size
     dense = own * spec.block_size < spec.min_sparse_length
     local = 0 if dense else max(0, own - spec.num_local_blocks + 1)

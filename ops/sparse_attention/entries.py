@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class CoarseEntries(NamedTuple):
-    """Per group of coarse_block_size tokens of a complete block, in the dtype of the keys; entry e belongs to block
-    e // entries_per_block. Entries of incomplete blocks are finite and unused.
+    """Per group of coarse_block_size tokens of a complete block, in the dtype of the keys; entry e
+    belongs to block e // entries_per_block. Entries of incomplete blocks are finite and unused.
 
-    key_mean, value_mean: [Hk, M * r, d]. key_var: [Hk, M * r, d] elementwise mean squared distance of the keys from
-    their mean.
+    key_mean, value_mean: [Hk, M * r, d]. key_var: [Hk, M * r, d] elementwise mean squared distance
+        of the keys from their mean.
     """
 
     key_mean: Tensor

@@ -16,7 +16,20 @@ from ops.sparse_attention import chunked
 from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.hierarchy import attend_in_two_levels, decode_in_two_levels
-from ops.sparse_attention.noise import draw_top_k, gumbel, selection_counter, token_hash
+from ops.sparse_attention.noise import (
+    NO_NOISE,
+    draw_top_k,
+    drawing_heads,
+    gumbel,
+    selection_counter,
+    token_hash,
+)
+from ops.sparse_attention.problem import (
+    GRADIENTS,
+    DecodeProblem,
+    Problem,
+    nothing_selected,
+)
 from ops.sparse_attention.ranking import block_of_key, until_covered, value_of_key
 from ops.sparse_attention.spec import SelectionNoise, SparseAttentionSpec
 
@@ -28,62 +41,89 @@ MAX_GROUP = 16
 
 
 class AttentionOutput(NamedTuple):
-    """out: [T, H, d] in the dtype of q. lse: [T, H] fp32 (fp64), natural logarithm of the softmax's denominator.
-    tail_mass, selected_mass: [T, H], shares of the softmax that went to coarse entries and to selected blocks (no
-    gradient). selected: [Hk, T, K] int32 block ids in rising order, then -1."""
+    """Attended values, and where the softmax went."""
 
     out: Tensor
+    """[T, H, d] in the dtype of q."""
     lse: Tensor
+    """[T, H] fp32 (fp64), natural logarithm of the softmax's denominator."""
     tail_mass: Tensor
+    """[T, H], share of the softmax that went to coarse entries; no gradient."""
     selected_mass: Tensor
+    """[T, H], share of the softmax that went to selected blocks; no gradient."""
     selected: Tensor
+    """[Hk, T, K] int32 block ids in rising order, then -1."""
 
 
 class Backend(Protocol):
     """What a device implements. Tensors as in sparse_attention; table: blocks.block_table."""
 
-    def pool(self, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> CoarseEntries: ...
+    def pool(
+        self, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec
+    ) -> CoarseEntries: ...
 
-    def rank(self, q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Tensor, spec: SparseAttentionSpec,
-             hashed: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-        """Keys [Hk, T, top_k] int64 of the best candidates, falling, -1 where there are no more (README, Select), and the
-        candidates' estimated mass [Hk, T] fp32 summed over the group. hashed: [T] token_hash, None at temperature 0."""
+    def rank(
+        self,
+        q: Tensor,
+        entries: CoarseEntries,
+        table: BlockTable,
+        spec: SparseAttentionSpec,
+        hashed: Tensor | None,
+        noise: SelectionNoise,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys [Hk, T, top_k] int64 of the best candidates, falling, -1 where there are no more
+        (README, Select), and the candidates' estimated mass [Hk, T] fp32 summed over the group.
+        hashed: [T] token_hash, None at temperature 0.
+        """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
-               cu_seqlens: Tensor, spec: SparseAttentionSpec, bias: Tensor | None, sink: Tensor | None, exact: bool,
-               coarse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(out, lse, tail_mass, selected_mass)."""
+    def attend(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(out, lse, tail_mass, selected_mass) of AttentionOutput."""
 
-    def attend_backward(self, q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor,
-                        table: BlockTable, cu_seqlens: Tensor, spec: SparseAttentionSpec, bias: Tensor | None,
-                        sink: Tensor | None, exact: bool, coarse: bool, out: Tensor, lse: Tensor, dout: Tensor,
-                        dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Gradients of q, k, v, bias, sink."""
+    def attend_backward(
+        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Gradients of q, k, v, bias, sink in their dtypes, from what attend gave and the gradients
+        of it.
+        """
 
-    def decode(self, q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, length: int, spec: SparseAttentionSpec,
-               bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool) -> tuple[Tensor, Tensor]:
-        """See decode."""
+    def decode(self, problem: DecodeProblem) -> tuple[Tensor, Tensor]:
+        """(out [N, H, d], lse [N, H]): see decode."""
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAttentionSpec, *,
-                     bias: Tensor | None = None, sink: Tensor | None = None, noise: SelectionNoise | None = None,
-                     token_ids: Tensor | None = None, selected: Tensor | None = None, exact: bool = True,
-                     coarse: bool = True, backend: str | None = None) -> AttentionOutput:
-    """Causal grouped-query attention over packed documents: window, selected blocks and pooled rest in one softmax.
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    spec: SparseAttentionSpec,
+    *,
+    bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    noise: SelectionNoise | None = None,
+    token_ids: Tensor | None = None,
+    selected: Tensor | None = None,
+    exact: bool = True,
+    coarse: bool = True,
+    backend: str | None = None,
+) -> AttentionOutput:
+    """Causal grouped-query attention over packed documents: window, selected blocks and pooled rest
+    in one softmax.
 
     Args:
         q: [T, H, d]; k, v: [T, Hk, d], rotary positions applied; fp32, bf16, fp16 (fp64 on a CPU).
         cu_seqlens: [documents + 1] integers on the device, from 0 to T, not falling.
-        bias: [T, H], added to the logits of coarse entries (learned offset and trust). sink: [H], a logit of value zero.
-        noise: randomness of the selection, in training; token_ids: [T] int64 names of the tokens it hangs on (None:
-            positions in the batch).
-        selected: [Hk, T, K] int32 block ids to use instead of selecting, -1 for none; candidates only, without repeats.
-        exact, coarse: branches that take part; without the exact one, coarse entries stand for every complete past block.
+        bias: [T, H], added to the logits of coarse entries (learned offset and trust). sink: [H], a
+            logit of value zero.
+        noise: randomness of the selection, in training; token_ids: [T] int64 names of the tokens it
+            hangs on (None: positions in the batch).
+        selected: [Hk, T, K] int32 block ids to use instead of selecting, -1 for none; candidates
+            only, without repeats. exact, coarse: branches that take part; without the exact one,
+            coarse entries stand for every complete past block.
         backend: "triton" (CUDA) or "chunked" (any device); None: the device's.
 
     Returns:
-        AttentionOutput; gradients flow from out and lse to q, k, v, bias and sink in closed form. Deterministic. Equal to
-        dense attention for documents up to spec.dense_length tokens.
+        AttentionOutput; gradients flow from out and lse to q, k, v, bias and sink in closed form.
+        Deterministic. Equal to dense attention for documents up to spec.dense_length tokens.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
@@ -91,124 +131,172 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: 
     _check(q, k, v, cu_seqlens, spec, bias, sink, token_ids, selected, exact, coarse)
     chosen = _backend(backend or select_backend(q, k, spec))
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    num_tokens, kv_heads = len(q), k.shape[1]
-    table = block_table(cu_seqlens, num_tokens, spec)
+    wants_tail = spec.has_tail(exact, coarse)
+    problem = Problem(
+        q=q,
+        k=k,
+        v=v,
+        bias=None if bias is None else bias.contiguous(),
+        sink=sink,
+        selected=nothing_selected(q, k.shape[1]) if selected is None else selected,
+        entries=None,
+        table=block_table(cu_seqlens, len(q), spec),
+        spec=spec,
+        exact=exact,
+        coarse=wants_tail,
+    )
     if spec.num_levels == 2:
         if selected is not None or not exact or not coarse:
             raise ValueError("num_levels=2 selects by itself and has no branches to leave out")
-        return AttentionOutput._make(attend_in_two_levels(q, k, v, table, spec, bias, sink, noise, token_ids))
+        return AttentionOutput._make(attend_in_two_levels(problem, noise, token_ids))
     if selected is not None and selected.device.type == "cpu":
-        _check_candidates(selected, table)
-    wants_tail = spec.has_tail(exact, coarse)
+        _check_candidates(selected, problem.table)
+
+    # Entries are pooled for the tail, for the selection, or for both.
     ranks = exact and selected is None and spec.top_k > 0
-    with torch.no_grad():
-        entries = chosen.pool(k, v, table, spec) if wants_tail or ranks else None
-        if selected is None:
-            selected = q.new_full((kv_heads, num_tokens, 0), -1, dtype=torch.int32)
-            if ranks and entries is not None:
-                selected = select(q, entries, table, cu_seqlens, spec, noise, token_ids, chosen)
-    bias = None if bias is None else bias.contiguous()
-    found = _Attend.apply(q, k, v, bias, sink, entries, selected, table, cu_seqlens, spec, exact, wants_tail, chosen)
-    return AttentionOutput._make((*found, selected))
+    if wants_tail or ranks:
+        with torch.no_grad():
+            entries = chosen.pool(k, v, problem.table, spec)
+            if ranks:
+                found = select(q, entries, problem.table, spec, noise, token_ids, chosen)
+                problem = problem._replace(selected=found)
+        if wants_tail:
+            problem = problem._replace(entries=entries)
+    out, lse, tail_mass, selected_mass = _Attend.apply(*problem, chosen)  # type: ignore[no-untyped-call]
+    return AttentionOutput(out, lse, tail_mass, selected_mass, problem.selected)
 
 
-def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, length: int, spec: SparseAttentionSpec, *,
-           bias: Tensor | None = None, sink: Tensor | None = None, exact: bool = True, coarse: bool = True,
-           backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of one new token a row to a key/value cache; what sparse_attention gives for that token, without noise.
+def decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    entries: CoarseEntries,
+    length: int,
+    spec: SparseAttentionSpec,
+    *,
+    bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    exact: bool = True,
+    coarse: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token a row to a key/value cache; what sparse_attention gives for that
+    token, without noise.
 
     Args:
-        q: [N, H, d], tokens number `length` (from 1) of N documents. keys, values: [N, at least length, Hk, d], theirs
-            included. entries: [N, Hk, max_blocks * r, d], valid for complete blocks: EntryCache.entries. bias: [N, H];
-            sink: [H]. exact, coarse: branches that take part.
+        q: [N, H, d], tokens number `length` (from 1) of N documents. keys, values: [N, at least
+            length, Hk, d], theirs included. entries: [N, Hk, max_blocks * r, d], valid for complete
+            blocks: EntryCache.entries. bias: [N, H]; sink: [H]. exact, coarse: branches that take
+            part.
 
     Returns:
         (out [N, H, d], lse [N, H]). No gradient.
     """
     if not 1 <= length <= keys.shape[1]:
-        raise ValueError(f"length {length} must be between 1 and the {keys.shape[1]} tokens the cache holds")
+        raise ValueError(
+            f"length {length} must be between 1 and the {keys.shape[1]} tokens the cache holds"
+        )
+    problem = DecodeProblem(
+        q=q.contiguous(),
+        keys=keys,
+        values=values,
+        entries=entries,
+        length=length,
+        spec=spec,
+        bias=bias,
+        sink=sink,
+        exact=exact,
+        coarse=coarse,
+    )
     with torch.no_grad():
         if spec.num_levels == 2:
-            return decode_in_two_levels(q, keys, values, length, spec, bias, sink)
+            return decode_in_two_levels(problem)
         chosen = _backend(backend or select_backend(q, keys.flatten(0, 1), spec))
-        return chosen.decode(q.contiguous(), keys, values, entries, length, spec, bias, sink, exact, coarse)
+        return chosen.decode(problem)
 
 
-def select(q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Tensor, spec: SparseAttentionSpec,
-           noise: SelectionNoise | None, token_ids: Tensor | None, backend: Backend) -> Tensor:
+def select(
+    q: Tensor,
+    entries: CoarseEntries,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+    noise: SelectionNoise | None,
+    token_ids: Tensor | None,
+    backend: Backend,
+) -> Tensor:
     """[Hk, T, K] int32: selected blocks in rising order, then -1."""
     num_tokens, kv_heads = len(q), entries.key_mean.shape[0]
-    hashed, temperature = None, 0.0
-    if noise is not None and (noise.temperature > 0 or noise.min_top_k is not None):
+    hashed, noise = None, noise or NO_NOISE
+    if noise.temperature > 0 or noise.min_top_k is not None:
         ids = torch.arange(num_tokens, device=q.device) if token_ids is None else token_ids
-        hashed, temperature = token_hash(noise.seed, ids), noise.temperature
-    keys, candidate_mass = backend.rank(q, entries, table, cu_seqlens, spec, hashed, temperature)
+        hashed = token_hash(noise.seed, ids)
+
+    keys, candidate_mass = backend.rank(q, entries, table, spec, hashed, noise)
     block = block_of_key(keys)
+
+    # Fewer than top_k of them where the noise drew fewer.
     if hashed is not None:
         counts = draw_top_k(hashed, kv_heads, spec.top_k, noise)
         if counts is not None:
-            block = block.masked_fill(torch.arange(spec.top_k, device=q.device) >= counts.unsqueeze(-1), -1)
+            block = block.masked_fill(
+                torch.arange(spec.top_k, device=q.device) >= counts.unsqueeze(-1), -1
+            )
+
+    # Fewer where the mass is covered. Keys hold the score with its noise, which comes off again:
+    # top_p is a share of the estimated mass.
     if spec.top_p is not None:
         values = value_of_key(keys)
-        if temperature > 0:
+        if noise.temperature > 0:
             assert hashed is not None
-            head = torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
+            first, total = drawing_heads(noise, kv_heads)
+            head = first + torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
             in_document = block - table.first[table.block_of.long()].long().unsqueeze(-1)
-            values = values - temperature * gumbel(hashed.view(1, -1, 1), selection_counter(in_document, head, kv_heads))
+            values = values - noise.temperature * gumbel(
+                hashed.view(1, -1, 1), selection_counter(in_document, head, total)
+            )
         mass = torch.where(block >= 0, values.exp(), 0.0)
-        block = until_covered(block, mass, candidate_mass.unsqueeze(-1), q.shape[1] // kv_heads, spec.top_p)
+        block = until_covered(
+            block, mass, candidate_mass.unsqueeze(-1), q.shape[1] // kv_heads, spec.top_p
+        )
+
+    # Rising order with the unused ones last, which a number above all ids does in one sort.
     far = torch.iinfo(torch.int32).max
     rising = torch.where(block < 0, far, block).int().sort(-1).values
     return torch.where(rising == far, -1, rising)
 
 
 class _Attend(torch.autograd.Function):
+    """apply(*problem, backend) -> (out, lse, tail_mass, selected_mass)."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None,
-                entries: CoarseEntries | None, selected: Tensor, table: BlockTable, cu_seqlens: Tensor,
-                spec: SparseAttentionSpec, exact: bool, coarse: bool, backend: Backend) -> tuple[Tensor, ...]:
-        used = entries if coarse else None
-        out, lse, tail_mass, selected_mass = backend.attend(q, k, v, used, selected, table, cu_seqlens, spec, bias, sink,
-                                                            exact, coarse)
-        ctx.save_for_backward(q, k, v, bias, sink, selected, cu_seqlens, out, lse, *table, *(used or ()))
-        ctx.settings = spec, exact, coarse, backend
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        problem, backend = Problem(*given[:-1]), given[-1]
+        out, lse, tail_mass, selected_mass = backend.attend(problem)
+        ctx.save_for_backward(*problem.tensors(), out, lse)
+        ctx.settings = problem.spec, problem.exact, problem.coarse
+        ctx.backend = backend
         ctx.mark_non_differentiable(tail_mass, selected_mass)
         ctx.set_materialize_grads(False)
         return out, lse, tail_mass, selected_mass
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, sink, selected, cu_seqlens, out, lse, *rest = ctx.saved_tensors
-        spec, exact, coarse, backend = ctx.settings
-        table = BlockTable(*rest[:len(BlockTable._fields)])
-        entries = CoarseEntries(*rest[len(BlockTable._fields):]) if coarse else None
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        problem = Problem.of_tensors(tensors, *ctx.settings)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        grads = backend.attend_backward(q, k, v, entries, selected, table, cu_seqlens, spec, bias, sink, exact, coarse, out,
-                                        lse, dout, None if dlse is None else dlse.contiguous())
-        return (*grads, *(None,) * 8)
-
-
-class _Chunked:
-    """The CPU backend; it needs no cu_seqlens, as the table says all."""
-
-    pool = staticmethod(chunked.pool)
-    rank = staticmethod(chunked.rank)
-    decode = staticmethod(chunked.decode)
-
-    @staticmethod
-    def attend(q, k, v, entries, selected, table, cu_seqlens, spec, bias, sink, exact, coarse):
-        return chunked.attend(q, k, v, entries, selected, table, spec, bias, sink, exact, coarse)
-
-    @staticmethod
-    def attend_backward(q, k, v, entries, selected, table, cu_seqlens, spec, bias, sink, exact, coarse, out, lse, dout,
-                        dlse):
-        return chunked.attend_backward(q, k, v, entries, selected, table, spec, bias, sink, exact, coarse, out, lse, dout,
-                                       dlse)
+        dlse = None if dlse is None else dlse.contiguous()
+        grads = ctx.backend.attend_backward(problem, out, lse, dout, dlse)
+        without = len(Problem._fields) + 1 - GRADIENTS
+        return (*grads, *(None,) * without)
 
 
 def select_backend(q: Tensor, k: Tensor, spec: SparseAttentionSpec) -> str:
-    """"triton" on CUDA for the shapes the kernels are built for, else "chunked"; said once."""
-    reason = _not_triton(q.device.type, q.shape[-1], q.shape[1] // k.shape[1], spec.block_size, str(q.dtype))
+    """ "triton" on CUDA for the shapes the kernels are built for, else "chunked"; said once."""
+    reason = _not_triton(
+        q.device.type, q.shape[-1], q.shape[1] // k.shape[1], spec.block_size, str(q.dtype)
+    )
     _announce(reason or "Triton kernels")
     return "triton" if reason is None else "chunked"
 
@@ -217,9 +305,17 @@ def _not_triton(device: str, head_dim: int, group: int, block_size: int, dtype: 
     """Why the kernels cannot take this call; None: they can."""
     if device != "cuda":
         return f"chunked torch ({device})"
-    if head_dim not in HEAD_DIMS or block_size not in BLOCK_SIZES or group > MAX_GROUP or dtype == "torch.float64":
-        return (f"chunked torch: head_dim {head_dim}, block_size {block_size}, {group} heads a group and {dtype} are not "
-                f"what the Triton kernels take (head_dim {HEAD_DIMS}, block_size {BLOCK_SIZES}, at most {MAX_GROUP} heads)")
+    if (
+        head_dim not in HEAD_DIMS
+        or block_size not in BLOCK_SIZES
+        or group > MAX_GROUP
+        or dtype == "torch.float64"
+    ):
+        return (
+            f"chunked torch: head_dim {head_dim}, block_size {block_size}, {group} heads a group "
+            f"and {dtype} are not what the Triton kernels take (head_dim {HEAD_DIMS}, block_size "
+            f"{BLOCK_SIZES}, at most {MAX_GROUP} heads)"
+        )
     return None
 
 
@@ -230,7 +326,7 @@ def _announce(text: str) -> None:
 
 def _backend(name: str) -> Backend:
     if name == "chunked":
-        return _Chunked()
+        return chunked
     if name == "triton":
         from ops.sparse_attention import triton_backend
 
@@ -247,36 +343,83 @@ def _check_candidates(selected: Tensor, table: BlockTable) -> None:
     wrong[..., 1:] |= (ordered[..., 1:] >= 0) & (ordered[..., 1:] == ordered[..., :-1])
     if wrong.any():
         head, token, _ = (int(x) for x in wrong.nonzero()[0])
-        raise ValueError(f"selected {selected[head, token].tolist()} of token {token} must be distinct blocks among its "
-                         f"candidates, {int(low[token])} to {int(high[token]) - 1}, or -1")
+        raise ValueError(
+            f"selected {selected[head, token].tolist()} of token {token} must be distinct blocks "
+            f"among its candidates, {int(low[token])} to {int(high[token]) - 1}, or -1"
+        )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spec: SparseAttentionSpec, bias: Tensor | None,
-           sink: Tensor | None, token_ids: Tensor | None, selected: Tensor | None, exact: bool, coarse: bool) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    spec: SparseAttentionSpec,
+    bias: Tensor | None,
+    sink: Tensor | None,
+    token_ids: Tensor | None,
+    selected: Tensor | None,
+    exact: bool,
+    coarse: bool,
+) -> None:
     if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [T, heads, head_dim] and [T, kv_heads, "
-                         "head_dim]")
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [T, heads, head_dim] and [T, "
+            "kv_heads, head_dim]"
+        )
+
     if v.shape != k.shape:
-        raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}; latent (MLA) layouts, whose values "
-                         "are narrower than their keys, are not supported: use attention=dense")
+        raise ValueError(
+            f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}; latent (MLA) layouts, "
+            "whose values are narrower than their keys, are not supported: use attention=dense"
+        )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} heads cannot be shared evenly by {k.shape[1]} key/value heads")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one of fp32, bf16, fp16 (fp64)")
+        raise ValueError(
+            f"{q.shape[1]} heads cannot be shared evenly by {k.shape[1]} key/value heads"
+        )
+
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ValueError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one of fp32, bf16, fp16 "
+            "(fp64)"
+        )
+
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} must be [documents + 1] integers")
+        raise ValueError(
+            f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} must be [documents + 1] "
+            "integers"
+        )
+
+    # Reading them would make a GPU wait, so only a CPU's are checked.
     if cu_seqlens.device.type == "cpu":
         lengths = cu_seqlens.diff()
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(q) or (lengths < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to the {len(q)} tokens of q; it goes from {int(cu_seqlens[0])} "
-                             f"to {int(cu_seqlens[-1])}" + (" and falls in between" if (lengths < 0).any() else ""))
-    for name, tensor, shape in (("bias", bias, (len(q), q.shape[1])), ("sink", sink, (q.shape[1],)),
-                                ("token_ids", token_ids, (len(q),))):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the {len(q)} tokens of q; it goes from "
+                f"{int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+                + (" and falls in between" if (lengths < 0).any() else "")
+            )
+
+    for name, tensor, shape in (
+        ("bias", bias, (len(q), q.shape[1])),
+        ("sink", sink, (q.shape[1],)),
+        ("token_ids", token_ids, (len(q),)),
+    ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if selected is not None and (selected.dim() != 3 or selected.shape[:2] != (k.shape[1], len(q))):
-        raise ValueError(f"selected has shape {tuple(selected.shape)}, expected ({k.shape[1]}, {len(q)}, K)")
+        raise ValueError(
+            f"selected has shape {tuple(selected.shape)}, expected ({k.shape[1]}, {len(q)}, K)"
+        )
+
     if spec.tail in ("ht", "ht_cv"):
-        raise ValueError(f"tail={spec.tail} is sampled: call ops.sparse_attention.estimator.estimate")
+        raise ValueError(
+            f"tail={spec.tail} is sampled: call ops.sparse_attention.estimator.estimate"
+        )
     if not exact and not coarse:
         raise ValueError("without the exact and the coarse branch nothing is left to attend to")

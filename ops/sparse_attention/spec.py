@@ -7,78 +7,125 @@ from dataclasses import dataclass
 from typing import Literal
 
 SMALLEST = 2.0**-126
-"""Masses are raised to this, the smallest normal fp32, before their logarithm, so that blocks of no mass keep the order of
-their ids."""
+"""Masses are raised to this, the smallest normal fp32, before their logarithm, so that blocks of no
+mass keep the order of their ids.
+"""
 TRUST = 1e-3
 """Floor of the share of a coarse entry's mass that score=error_gain ranks by (README, Select)."""
 
 
 @dataclass(frozen=True)
 class SparseAttentionSpec:
-    """Settings of one attention layer. Formulas in README.md.
-
-    block_size: tokens of a selectable block. top_k: blocks selected per query and key/value head, beside the forced ones.
-    window_size: tokens up to and with the query that are always exact, rounded up to blocks. num_sink_blocks: first
-        blocks of a document that are always exact.
-    coarse_block_size: tokens pooled into one coarse entry. order: 0 means, 2 adds the variance term, which
-        max_variance bounds from above.
-    score: rank of a block: "prob" (estimated mass, summed over the heads of the group), "max" (largest logit), or
-        "error_gain" (estimated mass times the share of it that the variance term made).
-    tail: what is not selected is "coarse" (pooled), "drop"ped, or estimated from sampled blocks: "ht" (Horvitz-Thompson)
-        and "ht_cv" (with the coarse entries, without variance term, as control variate), num_samples blocks per query.
-    top_p: of the candidates' and forced blocks' estimated mass, how much the selection must cover; fewer than top_k
-        blocks are taken where that is enough. None: always top_k.
-    min_sparse_length: queries at positions below this in their document attend densely (blocks that begin below it), and
-        so do shorter documents altogether. A rule on positions keeps the op causal and decoding equal to training.
-    num_levels: 2 selects among super-blocks of `fanout` blocks first and opens `num_expanded` of them.
-    """
+    """Settings of one attention layer. Formulas in README.md."""
 
     block_size: int = 64
+    """Tokens of a selectable block."""
     top_k: int = 16
+    """Blocks selected per query and key/value head, beside the forced ones."""
     window_size: int = 512
+    """Tokens up to and with the query that are always exact, rounded up to blocks."""
     num_sink_blocks: int = 1
+    """First blocks of a document that are always exact."""
     coarse_block_size: int = 32
+    """Tokens pooled into one coarse entry."""
     order: Literal[0, 2] = 2
+    """Terms of a coarse entry's logit: 0 has the means alone, 2 adds the variance term."""
     max_variance: float = 4.0
+    """Upper bound of the variance term."""
     score: Literal["prob", "max", "error_gain"] = "prob"
+    """What ranks a block: "prob" (estimated mass, summed over the heads of the group), "max"
+    (largest logit), or "error_gain" (estimated mass times the share of it that the variance term
+    made).
+    """
     tail: Literal["coarse", "drop", "ht", "ht_cv"] = "coarse"
+    """What becomes of the blocks that are not selected: they are "coarse" (pooled), "drop"ped, or
+    estimated from sampled blocks, by "ht" (Horvitz-Thompson) or by "ht_cv" (with the coarse
+    entries, without variance term, as control variate).
+    """
     num_samples: int = 4
+    """Blocks that tail "ht" and "ht_cv" sample per query."""
     top_p: float | None = None
+    """Share of the candidates' and forced blocks' estimated mass that the selection must cover;
+    fewer than top_k blocks are taken where that is enough. None: always top_k.
+    """
     min_sparse_length: int = 0
+    """Queries at positions below this in their document attend densely (blocks that begin below
+    it), and so do shorter documents altogether. A rule on positions keeps the op causal and
+    decoding equal to training.
+    """
     num_levels: Literal[1, 2] = 1
+    """2 selects among super-blocks first, and then among the blocks of those that it opened."""
     fanout: int = 8
+    """Blocks of a super-block."""
     num_expanded: int = 4
+    """Super-blocks that are opened per query and key/value head."""
 
     def __post_init__(self) -> None:
-        found = [f"{name} is {getattr(self, name)}; it must be at least {least}"
-                 for name, least in (("block_size", 1), ("top_k", 0), ("window_size", 0), ("num_sink_blocks", 0),
-                                     ("coarse_block_size", 1), ("min_sparse_length", 0), ("num_samples", 1),
-                                     ("fanout", 2), ("num_expanded", 1))
-                 if getattr(self, name) < least]
+        found = [
+            f"{name} is {getattr(self, name)}; it must be at least {least}"
+            for name, least in (
+                ("block_size", 1),
+                ("top_k", 0),
+                ("window_size", 0),
+                ("num_sink_blocks", 0),
+                ("coarse_block_size", 1),
+                ("min_sparse_length", 0),
+                ("num_samples", 1),
+                ("fanout", 2),
+                ("num_expanded", 1),
+            )
+            if getattr(self, name) < least
+        ]
+
         if self.coarse_block_size >= 1 and self.block_size % self.coarse_block_size:
-            found.append(f"block_size {self.block_size} is not divisible by coarse_block_size {self.coarse_block_size}")
-        for name, allowed in (("order", (0, 2)), ("score", ("prob", "max", "error_gain")),
-                              ("tail", ("coarse", "drop", "ht", "ht_cv")), ("num_levels", (1, 2))):
+            found.append(
+                f"block_size {self.block_size} is not divisible by coarse_block_size "
+                f"{self.coarse_block_size}"
+            )
+
+        for name, allowed in (
+            ("order", (0, 2)),
+            ("score", ("prob", "max", "error_gain")),
+            ("tail", ("coarse", "drop", "ht", "ht_cv")),
+            ("num_levels", (1, 2)),
+        ):
             if getattr(self, name) not in allowed:
-                found.append(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+                found.append(
+                    f"{name} is {getattr(self, name)!r}; choose one of "
+                    f"{', '.join(map(str, allowed))}"
+                )
+
         if not (self.max_variance >= 0 and math.isfinite(self.max_variance)):
-            found.append(f"max_variance is {self.max_variance}; it must be a finite number, 0 or more")
+            found.append(
+                f"max_variance is {self.max_variance}; it must be a finite number, 0 or more"
+            )
+
         if self.top_p is not None and not 0 < self.top_p <= 1:
             found.append(f"top_p is {self.top_p}; it must be in (0, 1], or null")
         if self.top_p is not None and self.score != "prob":
-            found.append(f"top_p is a share of estimated mass, which score={self.score} does not rank by; use score=prob")
+            found.append(
+                f"top_p is a share of estimated mass, which score={self.score} does not rank by; "
+                "use score=prob"
+            )
+
         if self.score == "error_gain" and self.order == 0:
             found.append("score=error_gain ranks by the variance term; it needs order=2")
         if self.num_levels == 2 and self.tail != "coarse":
-            found.append(f"num_levels=2 keeps closed super-blocks as coarse entries; it needs tail=coarse, not {self.tail}")
+            found.append(
+                "num_levels=2 keeps closed super-blocks as coarse entries; it needs tail=coarse, "
+                f"not {self.tail}"
+            )
         if self.num_levels == 2 and self.top_p is not None:
             found.append("top_p is defined over one level of blocks; use num_levels=1")
+
         if found:
             raise ValueError("\n".join(found))
 
     @property
     def num_local_blocks(self) -> int:
-        """Blocks that are always exact up to and with the query's own, so that window_size tokens are covered."""
+        """Blocks that are always exact up to and with the query's own, so that window_size tokens
+        are covered.
+        """
         return max(1, -(-(self.window_size + self.block_size - 1) // self.block_size))
 
     @property
@@ -97,18 +144,26 @@ class SparseAttentionSpec:
 
 @dataclass(frozen=True)
 class SelectionNoise:
-    """Randomness of the selection in training; the same seed and token ids give the same draw anywhere, at any time.
-
-    temperature: of the Gumbel noise on log scores (on the logits for score=max). min_top_k: the number of blocks is drawn
-    per query and head uniformly from [min_top_k, top_k]; None: always top_k.
+    """Randomness of the selection in training; the same seed and token ids give the same draw
+    anywhere, at any time.
     """
 
     seed: int = 0
     temperature: float = 0.0
+    """Of the Gumbel noise on log scores (on the logits for score=max)."""
     min_top_k: int | None = None
+    """The number of blocks is drawn per query and head uniformly from [min_top_k, top_k]; None:
+    always top_k.
+    """
+    first_kv_head: int = 0
+    """Place of the call's first key/value head in the layer."""
+    num_kv_heads: int | None = None
+    """Key/value heads of the layer, on which the draws hang; None: those of the call."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be a finite number, 0 or more")
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be a finite number, 0 or more"
+            )
         if self.min_top_k is not None and self.min_top_k < 0:
             raise ValueError(f"min_top_k is {self.min_top_k}; it must not be negative, or null")

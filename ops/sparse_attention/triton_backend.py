@@ -1,7 +1,8 @@
-"""The Triton backend: tables and lists by torch, the rest by the kernels. Nothing here waits for the device.
+"""The Triton backend: tables and lists by torch, the rest by the kernels. Nothing here waits for
+the device.
 
-Shape letters: T tokens, H heads, Hk key/value heads, G heads of a group, d head dimension, M blocks, r entries of a block,
-K selected blocks, P parts of a sum.
+Shape letters: T tokens, H heads, Hk key/value heads, G heads of a group, d head dimension, M
+blocks, r entries of a block, K selected blocks, P parts of a sum.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ops.compile.launch import architecture, launch
 from ops.sparse_attention.blocks import BlockTable, query_tiles
 from ops.sparse_attention.chunked import decode_limits
 from ops.sparse_attention.entries import CoarseEntries
@@ -26,19 +28,26 @@ from ops.sparse_attention.kernels.backward import (
     query_grad_kernel,
 )
 from ops.sparse_attention.kernels.configs import next_power_of_two
-from ops.sparse_attention.kernels.decode import decode_attend_kernel, decode_combine_kernel, decode_score_kernel
+from ops.sparse_attention.kernels.decode import (
+    decode_attend_kernel,
+    decode_combine_kernel,
+    decode_score_kernel,
+)
 from ops.sparse_attention.kernels.forward import attend_kernel
 from ops.sparse_attention.kernels.lists import list_kernel, mark_kernel
 from ops.sparse_attention.kernels.pool import pool_kernel
 from ops.sparse_attention.kernels.rank import rank_kernel
+from ops.sparse_attention.noise import drawing_heads
+from ops.sparse_attention.problem import DecodeProblem, Problem
 from ops.sparse_attention.ranking import choose_blocks
-from ops.sparse_attention.spec import TRUST, SparseAttentionSpec
-from ops.triton_launch import architecture, launch
+from ops.sparse_attention.spec import TRUST, SelectionNoise, SparseAttentionSpec
 
 __all__ = ["CoarseEntries", "attend", "attend_backward", "decode", "pool", "rank"]
 
 PART_QUERIES = 2048
-"""Queries of one program of the key gradient: a document's first blocks are attended by all of them."""
+"""Queries of one program of the key gradient: a document's first blocks are attended by all of
+them.
+"""
 ENTRY_PROGRAMS = 1024
 """Aim for the number of programs of the entry gradient, several waves of any GPU."""
 TAIL_RUNS = 64
@@ -48,137 +57,350 @@ SCRATCH = 2**28
 
 
 def pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> CoarseEntries:
-    """k, v: [T, Hk, d] -> entries [Hk, M * r, d] of every block; of incomplete ones finite and unused."""
-    (_, kv_heads, dim), num_blocks, r = k.shape, len(table.start), spec.entries_per_block
+    """k, v: [T, Hk, d] -> entries [Hk, M * r, d] of every block; of incomplete ones finite and
+    unused.
+    """
+    _, kv_heads, dim = k.shape
+    num_blocks = len(table.start)
+    r = spec.entries_per_block
     mean, value, var = (k.new_empty(kv_heads, num_blocks * r, dim) for _ in range(3))
-    launch(pool_kernel, (num_blocks, kv_heads), k, v, table.start, table.end, mean, value, var, num_blocks, kv_heads,
-           ENTRIES=r, TOKENS=spec.coarse_block_size, DIM=dim, num_warps=4)
+    launch(
+        pool_kernel,
+        (num_blocks, kv_heads),
+        k,
+        v,
+        table.start,
+        table.end,
+        mean,
+        value,
+        var,
+        num_blocks,
+        kv_heads,
+        ENTRIES=r,
+        TOKENS=spec.coarse_block_size,
+        DIM=dim,
+        num_warps=4,
+    )
     return CoarseEntries(mean, value, var)
 
 
-def rank(q: Tensor, entries: CoarseEntries, table: BlockTable, cu_seqlens: Tensor, spec: SparseAttentionSpec,
-         hashed: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Keys [Hk, T, top_k] int64 of the best candidates, falling, -1 where there are no more (README, Select), and the
-    candidates' estimated mass [Hk, T] fp32, summed over the group. hashed: [T] token_hash, None at temperature 0."""
+def rank(
+    q: Tensor,
+    entries: CoarseEntries,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+    hashed: Tensor | None,
+    noise: SelectionNoise,
+) -> tuple[Tensor, Tensor]:
+    """Keys [Hk, T, top_k] int64 of the best candidates, falling, -1 where there are no more
+    (README, Select), and the candidates' estimated mass [Hk, T] fp32, summed over the group.
+    hashed: [T] token_hash, None at temperature 0.
+    """
     num_tokens, num_heads, dim = q.shape
     kv_heads, r = entries.key_mean.shape[0], spec.entries_per_block
     group = num_heads // kv_heads
     config = configs.rank_config(dim, group, spec.block_size, r, q.dtype)
-    tiles = query_tiles(table, cu_seqlens, num_tokens, config.queries)
+
+    tiles = query_tiles(table, num_tokens, config.queries)
     keys = torch.empty(kv_heads, num_tokens, spec.top_k, dtype=torch.int64, device=q.device)
     mass = torch.empty(kv_heads, num_tokens, dtype=torch.float32, device=q.device)
-    launch(rank_kernel, (len(tiles[0]), kv_heads), q, entries.key_mean, entries.key_var, hashed if temperature > 0 else None,
-           *tiles, table.first, table.sink_end, table.local_start, keys, mass, num_tokens, len(table.start), kv_heads,
-           dim**-0.5, spec.max_variance, math.log2(spec.coarse_block_size), float(temperature), TRUST, GROUP=group,
-           QUERIES=config.queries, HEADS=config.heads, DIM=dim, ENTRIES=r, BLOCKS=config.columns // r, ORDER=spec.order,
-           SCORE=spec.score, TOP_K=spec.top_k, SLOTS=next_power_of_two(spec.top_k), **config.options)
+
+    launch(
+        rank_kernel,
+        (len(tiles[0]), kv_heads),
+        q,
+        entries.key_mean,
+        entries.key_var,
+        hashed if noise.temperature > 0 else None,
+        *tiles,
+        table.first,
+        table.sink_end,
+        table.local_start,
+        keys,
+        mass,
+        num_tokens,
+        len(table.start),
+        kv_heads,
+        dim**-0.5,
+        spec.max_variance,
+        math.log2(spec.coarse_block_size),
+        float(noise.temperature),
+        *drawing_heads(noise, kv_heads),
+        TRUST,
+        GROUP=group,
+        QUERIES=config.queries,
+        HEADS=config.heads,
+        DIM=dim,
+        ENTRIES=r,
+        BLOCKS=config.columns // r,
+        ORDER=spec.order,
+        SCORE=spec.score,
+        TOP_K=spec.top_k,
+        SLOTS=next_power_of_two(spec.top_k),
+        **config.options,
+    )
     return keys, mass
 
 
 class _Tiles(NamedTuple):
-    """Query tiles, [tiles] int32 each (blocks.query_tiles)."""
+    """Query tiles (blocks.query_tiles)."""
 
     start: Tensor
+    """[tiles] int32, the first token of each."""
     end: Tensor
+    """[tiles] int32, the token behind the last of each."""
     block: Tensor
+    """[tiles] int32, the block that each lies in."""
 
 
 class _Selection(NamedTuple):
-    """What tiles [first_tile, first_tile + num_tiles) selected (kernels/lists.py); None: nothing is selected."""
+    """What tiles [first_tile, first_tile + num_tiles) selected (kernels/lists.py); None: nothing is
+    selected.
+    """
 
     first_tile: int
     num_tiles: int
     list_size: int
+    """Room for the blocks of one tile."""
     bits: Tensor | None
+    """[Hk, num_tiles, M] int32: bit i of a word is set where query i of the tile selected the
+    block.
+    """
     blocks: Tensor | None
+    """[Hk, num_tiles, list_size] int32, the blocks that any query of the tile selected, rising."""
     words: Tensor | None
+    """[Hk, num_tiles, list_size] int32, their words of `bits`."""
     counts: Tensor | None
+    """[Hk, num_tiles] int32, how many there are."""
 
 
-def _tile_runs(selected: Tensor, tiles: _Tiles, table: BlockTable, queries: int, uses: bool) -> Iterator[_Selection]:
-    """Selections of runs of tiles, of at most SCRATCH words of 32 bits / 2 each. selected: [Hk, T, K]."""
-    (kv_heads, num_tokens, top_k), num_blocks, num_tiles = selected.shape, len(table.start), len(tiles.start)
+def _tile_runs(
+    selected: Tensor, tiles: _Tiles, table: BlockTable, queries: int, uses: bool
+) -> Iterator[_Selection]:
+    """Yield the selections of runs of tiles, of at most SCRATCH / 2 words of 32 bits each.
+
+    selected: [Hk, T, K].
+    """
+    kv_heads, num_tokens, top_k = selected.shape
+    num_blocks = len(table.start)
+    num_tiles = len(tiles.start)
     if not uses:
         yield _Selection(0, num_tiles, 0, None, None, None, None)
         return
+
+    # A tile cannot select more than all of its queries together, nor more blocks than there are.
     list_size = min(queries * top_k, num_blocks)
     step = max(1, SCRATCH // 2 // max(1, kv_heads * num_blocks))
     for first in range(0, num_tiles, step):
         count = min(step, num_tiles - first)
+
+        # The words must start at zero: mark_kernel only sets bits. Lists are written up to their
+        # counts and may start as they are.
         bits = torch.zeros(kv_heads, count, num_blocks, dtype=torch.int32, device=selected.device)
-        blocks, words = (torch.empty(kv_heads, count, list_size, dtype=torch.int32, device=selected.device)
-                         for _ in range(2))
+        blocks, words = (
+            torch.empty(kv_heads, count, list_size, dtype=torch.int32, device=selected.device)
+            for _ in range(2)
+        )
         counts = torch.empty(kv_heads, count, dtype=torch.int32, device=selected.device)
-        launch(mark_kernel, (count, kv_heads), selected, tiles.start, tiles.end, bits, num_tokens, num_blocks, count, first,
-               QUERIES=queries, TOP_K=top_k, SLOTS=next_power_of_two(top_k), num_warps=4)
-        launch(list_kernel, (count, kv_heads), bits, tiles.block, table.sink_end, table.local_start, blocks, words, counts,
-               num_blocks, count, first, list_size, CHUNK=128, num_warps=1)
+
+        launch(
+            mark_kernel,
+            (count, kv_heads),
+            selected,
+            tiles.start,
+            tiles.end,
+            bits,
+            num_tokens,
+            num_blocks,
+            count,
+            first,
+            QUERIES=queries,
+            TOP_K=top_k,
+            SLOTS=next_power_of_two(top_k),
+            num_warps=4,
+        )
+
+        launch(
+            list_kernel,
+            (count, kv_heads),
+            bits,
+            tiles.block,
+            table.sink_end,
+            table.local_start,
+            blocks,
+            words,
+            counts,
+            num_blocks,
+            count,
+            first,
+            list_size,
+            CHUNK=128,
+            num_warps=1,
+        )
         yield _Selection(first, count, list_size, bits, blocks, words, counts)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
-           cu_seqlens: Tensor, spec: SparseAttentionSpec, bias: Tensor | None, sink: Tensor | None, exact: bool,
-           coarse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [T, H, d], lse [T, H] fp32, tail_mass [T, H] fp32, selected_mass [T, H] fp32); selected: [Hk, T, K] int32
-    candidates of each query in any order, without repeats, -1 for none."""
+def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out [T, H, d], lse [T, H] fp32, tail_mass [T, H] fp32, selected_mass [T, H] fp32)."""
+    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse = problem
     num_tokens, num_heads, dim = q.shape
     kv_heads, num_blocks = k.shape[1], len(table.start)
     group = num_heads // kv_heads
+
     config = configs.attend_config(dim, group, spec.block_size, q.dtype, architecture(q.device))
-    tiles = _Tiles(*query_tiles(table, cu_seqlens, num_tokens, config.queries))
+    tiles = _Tiles(*query_tiles(table, num_tokens, config.queries))
+
     out = torch.empty_like(q)
-    lse, tail_mass, selected_mass = (torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
-                                     for _ in range(3))
+    lse, tail_mass, selected_mass = (
+        torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device) for _ in range(3)
+    )
+
+    # Runs of tiles write different rows of the outputs, so that their order does not matter.
     uses_selected = exact and selected.shape[2] > 0
     for run in _tile_runs(selected, tiles, table, config.queries, uses_selected):
-        launch(attend_kernel, (run.num_tiles, kv_heads), q, k, v, *_entry_tensors(entries, coarse), _fp32(bias), _fp32(sink),
-               run.bits, run.blocks, run.words, run.counts, *tiles, table.start, table.first, table.sink_end,
-               table.local_start, out, lse, tail_mass, selected_mass, num_blocks, run.num_tiles, run.first_tile,
-               run.list_size, kv_heads, dim**-0.5, spec.max_variance, math.log2(spec.coarse_block_size), GROUP=group,
-               QUERIES=config.queries, HEADS=config.heads, COLUMNS=config.columns, DIM=dim, BLOCK=spec.block_size,
-               ENTRIES=spec.entries_per_block, ORDER=spec.order, EXACT=exact, COARSE=coarse, SELECTED=uses_selected,
-               **config.options)
+        launch(
+            attend_kernel,
+            (run.num_tiles, kv_heads),
+            q,
+            k,
+            v,
+            *_entry_tensors(entries, coarse),
+            _fp32(bias),
+            _fp32(sink),
+            run.bits,
+            run.blocks,
+            run.words,
+            run.counts,
+            *tiles,
+            table.start,
+            table.first,
+            table.sink_end,
+            table.local_start,
+            out,
+            lse,
+            tail_mass,
+            selected_mass,
+            num_blocks,
+            run.num_tiles,
+            run.first_tile,
+            run.list_size,
+            kv_heads,
+            dim**-0.5,
+            spec.max_variance,
+            math.log2(spec.coarse_block_size),
+            GROUP=group,
+            QUERIES=config.queries,
+            HEADS=config.heads,
+            COLUMNS=config.columns,
+            DIM=dim,
+            BLOCK=spec.block_size,
+            ENTRIES=spec.entries_per_block,
+            ORDER=spec.order,
+            EXACT=exact,
+            COARSE=coarse,
+            SELECTED=uses_selected,
+            **config.options,
+        )
     return out, lse, tail_mass, selected_mass
 
 
-def attend_backward(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
-                    cu_seqlens: Tensor, spec: SparseAttentionSpec, bias: Tensor | None, sink: Tensor | None, exact: bool,
-                    coarse: bool, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def attend_backward(
+    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, bias and sink in their dtypes."""
+    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse = problem
     num_tokens, num_heads, dim = q.shape
     kv_heads, num_blocks = k.shape[1], len(table.start)
     group = num_heads // kv_heads
+
+    # delta = out . dout - dlse is in every dz, so it is there before anything else.
     delta = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
-    launch(delta_kernel, (-(-num_tokens * num_heads // 32),), out, dout, _fp32(dlse), delta, num_tokens * num_heads, ROWS=32,
-           DIM=dim, num_warps=4)
+    launch(
+        delta_kernel,
+        (-(-num_tokens * num_heads // 32),),
+        out,
+        dout,
+        _fp32(dlse),
+        delta,
+        num_tokens * num_heads,
+        ROWS=32,
+        DIM=dim,
+        num_warps=4,
+    )
+
     config = configs.query_grad_config(dim, group, spec.block_size, q.dtype, architecture(q.device))
-    tiles = _Tiles(*query_tiles(table, cu_seqlens, num_tokens, config.queries))
+    tiles = _Tiles(*query_tiles(table, num_tokens, config.queries))
+
+    # Every query has a tile and writes its dq; without coarse entries nobody writes dbias.
     dq = torch.empty_like(q)
     dbias = None
     if bias is not None:
         dbias = torch.empty_like(lse) if coarse else torch.zeros_like(lse)
     entry_grads = None
+
     uses_selected = exact and selected.shape[2] > 0
     for run in _tile_runs(selected, tiles, table, config.queries, uses_selected):
-        launch(query_grad_kernel, (run.num_tiles, kv_heads), q, k, v, *_entry_tensors(entries, coarse), _fp32(bias),
-               run.bits, run.blocks, run.words, run.counts, dout, lse, delta, *tiles, table.start, table.first,
-               table.sink_end, table.local_start, dq, dbias if coarse else None, num_blocks, run.num_tiles, run.first_tile,
-               run.list_size, kv_heads, dim**-0.5, spec.max_variance, math.log2(spec.coarse_block_size), GROUP=group,
-               QUERIES=config.queries, HEADS=config.heads, COLUMNS=config.columns, DIM=dim, BLOCK=spec.block_size,
-               ENTRIES=spec.entries_per_block, ORDER=spec.order, EXACT=exact, COARSE=coarse, SELECTED=uses_selected,
-               **config.options)
+        launch(
+            query_grad_kernel,
+            (run.num_tiles, kv_heads),
+            q,
+            k,
+            v,
+            *_entry_tensors(entries, coarse),
+            _fp32(bias),
+            run.bits,
+            run.blocks,
+            run.words,
+            run.counts,
+            dout,
+            lse,
+            delta,
+            *tiles,
+            table.start,
+            table.first,
+            table.sink_end,
+            table.local_start,
+            dq,
+            dbias if coarse else None,
+            num_blocks,
+            run.num_tiles,
+            run.first_tile,
+            run.list_size,
+            kv_heads,
+            dim**-0.5,
+            spec.max_variance,
+            math.log2(spec.coarse_block_size),
+            GROUP=group,
+            QUERIES=config.queries,
+            HEADS=config.heads,
+            COLUMNS=config.columns,
+            DIM=dim,
+            BLOCK=spec.block_size,
+            ENTRIES=spec.entries_per_block,
+            ORDER=spec.order,
+            EXACT=exact,
+            COARSE=coarse,
+            SELECTED=uses_selected,
+            **config.options,
+        )
+
+        # The entries' gradients read the same words of bits, while this run's are at hand.
         if coarse:
-            assert entries is not None
-            entry_grads = _entry_grads(q, entries, table, tiles, run, spec, bias, exact, dout, lse, delta, entry_grads)
-    dk, dv = _key_grads(q, k, v, entries, selected, table, spec, exact, dout, lse, delta, entry_grads)
+            entry_grads = _entry_grads(problem, tiles, run, dout, lse, delta, entry_grads)
+
+    # The tokens' last, as what reached the entries goes on to them.
+    dk, dv = _key_grads(problem, dout, lse, delta, entry_grads)
     dsink = None
     if sink is not None:
         dsink = -(torch.exp(sink.float() - lse) * delta).sum(0).to(sink.dtype)
-    return dq, dk, dv, None if bias is None or dbias is None else dbias.to(bias.dtype), dsink
+    if bias is not None and dbias is not None:
+        dbias = dbias.to(bias.dtype)
+    return dq, dk, dv, dbias, dsink
 
 
-def _entry_tensors(entries: CoarseEntries | None, coarse: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _entry_tensors(
+    entries: CoarseEntries | None, coarse: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not coarse:
         return None, None, None
     assert entries is not None
@@ -192,8 +414,9 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 def _parts(counts: Tensor, size: int, num_parts: int) -> tuple[Tensor, Tensor]:
     """Cut items of `counts` elements into parts of at most `size`.
 
-    counts: [..., n] int64 -> item of each part [..., num_parts] int32 (n: unused), first part of each item [..., n + 1]
-    int32. num_parts must bound the number of parts; it is known without asking the device.
+    counts: [..., n] int64 -> item of each part [..., num_parts] int32 (n: unused), first part of
+        each item [..., n + 1] int32. num_parts must bound the number of parts; it is known without
+        asking the device.
     """
     last = ((counts + size - 1) // size).cumsum(-1)
     part = torch.arange(num_parts, device=counts.device).expand(*counts.shape[:-1], -1).contiguous()
@@ -202,132 +425,368 @@ def _parts(counts: Tensor, size: int, num_parts: int) -> tuple[Tensor, Tensor]:
     return item.int(), first.int()
 
 
-def _entry_grads(q: Tensor, entries: CoarseEntries, table: BlockTable, tiles: _Tiles, run: _Selection,
-                 spec: SparseAttentionSpec, bias: Tensor | None, exact: bool, dout: Tensor, lse: Tensor, delta: Tensor,
-                 grads: Tensor | None) -> Tensor:
-    """[3, Hk, M * r, d] fp32, gradients of key mean, value mean and variance by the tiles of a run; added to `grads`."""
+def _entry_grads(
+    problem: Problem,
+    tiles: _Tiles,
+    run: _Selection,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grads: Tensor | None,
+) -> Tensor:
+    """[3, Hk, M * r, d] fp32, gradients of key mean, value mean and variance by the tiles of a run;
+    added to `grads`.
+    """
+    q, entries, table, spec = problem.q, problem.entries, problem.table, problem.spec
+    assert entries is not None
     num_heads, dim = q.shape[1:]
     kv_heads, num_entries, _ = entries.key_mean.shape
     num_blocks, r = len(table.start), spec.entries_per_block
     group = num_heads // kv_heads
+
     config = configs.entry_grad_config(dim, group, spec.block_size, q.dtype)
-    tile_size = configs.query_grad_config(dim, group, spec.block_size, q.dtype, architecture(q.device)).queries
+    tile_size = configs.query_grad_config(
+        dim, group, spec.block_size, q.dtype, architecture(q.device)
+    ).queries
+
+    # A part is a chunk of entries by at most `size` tiles. No chunk has more than all tiles of the
+    # run, which bounds the parts without asking the device.
     num_chunks = -(-num_entries // config.columns)
     size = max(32, num_chunks * run.num_tiles * kv_heads // ENTRY_PROGRAMS)
     num_parts = num_chunks + num_chunks * run.num_tiles // size
-    # Tiles that have entries of a chunk in their tail lie behind the windows of its first block, in its last document.
+
+    # Tiles that have entries of a chunk in their tail lie behind the windows of its first block, in
+    # its last document.
     chunk = torch.arange(num_chunks, device=q.device)
-    begin = chunk * config.columns // r + (spec.num_local_blocks if exact else 1)
+    begin = chunk * config.columns // r + (spec.num_local_blocks if problem.exact else 1)
     last = (((chunk + 1) * config.columns - 1) // r).clamp_max(num_blocks - 1)
     starts = torch.nn.functional.pad(table.start, (0, 1), value=len(q))
     limits = torch.stack([starts[begin.clamp_max(num_blocks)], table.doc_end[last]])
-    low, high = torch.searchsorted(tiles.start, limits).clamp(run.first_tile, run.first_tile + run.num_tiles).unbind()
+    low, high = (
+        torch.searchsorted(tiles.start, limits)
+        .clamp(run.first_tile, run.first_tile + run.num_tiles)
+        .unbind()
+    )
     part_chunk, first_part = _parts((high - low).clamp_min(0), size, num_parts)
-    partial = torch.empty(kv_heads, num_parts, 3, config.columns, dim, dtype=torch.float32, device=q.device)
-    launch(entry_grad_kernel, (num_parts, kv_heads), q, *entries, _fp32(bias), run.bits, dout, lse, delta, *tiles,
-           table.first, table.sink_end, table.local_start, part_chunk, first_part, low.int(), high.int(), partial,
-           num_blocks, num_chunks, num_parts, run.num_tiles, run.first_tile, size, kv_heads, dim**-0.5, spec.max_variance,
-           math.log2(spec.coarse_block_size), GROUP=group, TILE=tile_size, QUERIES=config.queries, HEADS=config.heads,
-           COLUMNS=config.columns, DIM=dim, ENTRIES=r, ORDER=spec.order, EXACT=exact,
-           SELECTED=run.bits is not None, **config.options)
+
+    partial = torch.empty(
+        kv_heads, num_parts, 3, config.columns, dim, dtype=torch.float32, device=q.device
+    )
+    launch(
+        entry_grad_kernel,
+        (num_parts, kv_heads),
+        q,
+        *entries,
+        _fp32(problem.bias),
+        run.bits,
+        dout,
+        lse,
+        delta,
+        *tiles,
+        table.first,
+        table.sink_end,
+        table.local_start,
+        part_chunk,
+        first_part,
+        low.int(),
+        high.int(),
+        partial,
+        num_blocks,
+        num_chunks,
+        num_parts,
+        run.num_tiles,
+        run.first_tile,
+        size,
+        kv_heads,
+        dim**-0.5,
+        spec.max_variance,
+        math.log2(spec.coarse_block_size),
+        GROUP=group,
+        TILE=tile_size,
+        QUERIES=config.queries,
+        HEADS=config.heads,
+        COLUMNS=config.columns,
+        DIM=dim,
+        ENTRIES=r,
+        ORDER=spec.order,
+        EXACT=problem.exact,
+        SELECTED=run.bits is not None,
+        **config.options,
+    )
+
+    # Sums in the order of the parts: no atomics, equal inputs give equal bits.
     add = grads is not None
     if grads is None:
         grads = torch.empty(3, kv_heads, num_entries, dim, dtype=torch.float32, device=q.device)
-    launch(entry_grad_sum_kernel, (num_chunks, kv_heads, 3 if spec.order == 2 else 2), partial, first_part, grads,
-           num_entries, num_parts, kv_heads, dim**-0.5, COLUMNS=config.columns, DIM=dim, ORDER=spec.order, ADD=add,
-           num_warps=4)
+    launch(
+        entry_grad_sum_kernel,
+        (num_chunks, kv_heads, 3 if spec.order == 2 else 2),
+        partial,
+        first_part,
+        grads,
+        num_entries,
+        num_parts,
+        kv_heads,
+        dim**-0.5,
+        COLUMNS=config.columns,
+        DIM=dim,
+        ORDER=spec.order,
+        ADD=add,
+        num_warps=4,
+    )
     return grads
 
 
-def _key_grads(q: Tensor, k: Tensor, v: Tensor, entries: CoarseEntries | None, selected: Tensor, table: BlockTable,
-               spec: SparseAttentionSpec, exact: bool, dout: Tensor, lse: Tensor, delta: Tensor, entry_grads: Tensor | None
-               ) -> tuple[Tensor, Tensor]:
+def _key_grads(
+    problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, entry_grads: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """dk, dv: [T, Hk, d]: of the tokens' own logits, and of the entries they are pooled in."""
-    (num_tokens, num_heads, dim), kv_heads, num_blocks = q.shape, k.shape[1], len(table.start)
-    group, top_k = num_heads // kv_heads, selected.shape[2]
+    q, k, v, _, _, selected, entries, table, spec, exact, _ = problem
+    num_tokens, num_heads, dim = q.shape
+    kv_heads = k.shape[1]
+    num_blocks = len(table.start)
+    group = num_heads // kv_heads
+    top_k = selected.shape[2]
     config = configs.key_grad_config(dim, group, spec.block_size, q.dtype)
     columns, block_size = config.columns, spec.block_size
+
     dk, dv = torch.empty_like(k), torch.empty_like(v)
+
     num_parts, first_part = 1, None
     if exact:
-        # Every query attends to its window and the first blocks, or to its whole short document, and to what it selected.
+        # Every query attends to its window and the first blocks, or to its whole short document,
+        # and to what it selected.
         dense = min(num_blocks, -(-spec.min_sparse_length // block_size))
-        num_parts = num_blocks + num_tokens * (
-            max(dense, spec.num_local_blocks + spec.num_sink_blocks) + top_k) // PART_QUERIES
+        most = max(dense, spec.num_local_blocks + spec.num_sink_blocks) + top_k
+        num_parts = num_blocks + num_tokens * most // PART_QUERIES
+
+        # A block's queries are of two kinds: a run of tokens that attend to it without being asked,
+        # and those that selected it, which a stable sort puts in rising order.
         block = torch.arange(num_blocks, device=q.device, dtype=torch.int32)
         starts = torch.nn.functional.pad(table.start, (0, 1), value=num_tokens)
-        beyond = starts[torch.searchsorted(table.local_start, block, right=True)]  # first token whose window is later
-        forced = torch.where(block < table.first + spec.num_sink_blocks, table.doc_end,
-                             torch.minimum(beyond, table.doc_end)) - table.start
+        # first token whose window is later
+        beyond = starts[torch.searchsorted(table.local_start, block, right=True)]
+        in_window = torch.minimum(beyond, table.doc_end)
+        is_sink = block < table.first + spec.num_sink_blocks
+        forced = torch.where(is_sink, table.doc_end, in_window) - table.start
         chosen = torch.where(selected < 0, num_blocks, selected).reshape(kv_heads, -1)
         chosen, order = torch.sort(chosen, dim=1, stable=True)
         chosen_by = (order // max(1, top_k)).int()
-        bounds = torch.arange(num_blocks + 1, device=q.device, dtype=chosen.dtype).expand(kv_heads, -1).contiguous()
+        bounds = torch.arange(num_blocks + 1, device=q.device, dtype=chosen.dtype)
+        bounds = bounds.expand(kv_heads, -1).contiguous()
         chosen_from = torch.searchsorted(chosen, bounds)
+
         part_block, first_part = _parts(forced + chosen_from.diff(dim=1), PART_QUERIES, num_parts)
         chosen_from = chosen_from.int()
+
+    # Key/value heads go in steps, as the partial sums of all at once may be too large.
     step = min(kv_heads, max(1, SCRATCH // max(1, num_parts * 2 * block_size * dim * 4)))
     for first_head in range(0, kv_heads, step):
         heads = min(step, kv_heads - first_head)
         partial = None
         if exact:
-            partial = torch.empty(heads, num_parts, 2, block_size, dim, dtype=torch.float32, device=q.device)
-            launch(key_grad_kernel, (num_parts * (block_size // columns), heads), q, k, v, dout, lse, delta, chosen_by,
-                   chosen_from, forced, table.start, table.end, part_block, first_part, partial, num_tokens, num_blocks,
-                   num_parts, first_head, kv_heads, chosen_by.shape[1], PART_QUERIES, dim**-0.5, GROUP=group,
-                   QUERIES=config.queries, HEADS=config.heads, COLUMNS=columns, DIM=dim, BLOCK=block_size,
-                   **config.options)
-        launch(key_grad_sum_kernel, (num_blocks * (block_size // columns), heads), partial, first_part, k,
-               None if entries is None else entries.key_mean, entry_grads, table.start, table.end, dk, dv, num_blocks,
-               num_parts, first_head, kv_heads, 0 if entry_grads is None else entry_grads.stride(0), dim**-0.5,
-               TOKENS=spec.coarse_block_size, DIM=dim, BLOCK=block_size, COLUMNS=columns, ENTRIES=spec.entries_per_block,
-               ORDER=spec.order, EXACT=exact, COARSE=entry_grads is not None, num_warps=8)
+            partial = torch.empty(
+                heads, num_parts, 2, block_size, dim, dtype=torch.float32, device=q.device
+            )
+
+            launch(
+                key_grad_kernel,
+                (num_parts * (block_size // columns), heads),
+                q,
+                k,
+                v,
+                dout,
+                lse,
+                delta,
+                chosen_by,
+                chosen_from,
+                forced,
+                table.start,
+                table.end,
+                part_block,
+                first_part,
+                partial,
+                num_tokens,
+                num_blocks,
+                num_parts,
+                first_head,
+                kv_heads,
+                chosen_by.shape[1],
+                PART_QUERIES,
+                dim**-0.5,
+                GROUP=group,
+                QUERIES=config.queries,
+                HEADS=config.heads,
+                COLUMNS=columns,
+                DIM=dim,
+                BLOCK=block_size,
+                **config.options,
+            )
+
+        launch(
+            key_grad_sum_kernel,
+            (num_blocks * (block_size // columns), heads),
+            partial,
+            first_part,
+            k,
+            None if entries is None else entries.key_mean,
+            entry_grads,
+            table.start,
+            table.end,
+            dk,
+            dv,
+            num_blocks,
+            num_parts,
+            first_head,
+            kv_heads,
+            0 if entry_grads is None else entry_grads.stride(0),
+            dim**-0.5,
+            TOKENS=spec.coarse_block_size,
+            DIM=dim,
+            BLOCK=block_size,
+            COLUMNS=columns,
+            ENTRIES=spec.entries_per_block,
+            ORDER=spec.order,
+            EXACT=exact,
+            COARSE=entry_grads is not None,
+            num_warps=8,
+        )
     return dk, dv
 
 
-def decode(q: Tensor, keys: Tensor, values: Tensor, entries: CoarseEntries, length: int, spec: SparseAttentionSpec,
-           bias: Tensor | None, sink: Tensor | None, exact: bool, coarse: bool) -> tuple[Tensor, Tensor]:
-    """See interface.decode. Parts of the softmax are separate programs: each exact block, and runs of entries."""
+def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
+    """See interface.decode. Parts of the softmax are separate programs: each exact block, and runs
+    of entries.
+    """
+    q, keys, values, entries, length, spec, bias, sink, exact, coarse = problem
     num_rows, num_heads, dim = q.shape
-    kv_heads, r, block_size = keys.shape[2], spec.entries_per_block, spec.block_size
+    kv_heads = keys.shape[2]
+    r = spec.entries_per_block
+    block_size = spec.block_size
     group = num_heads // kv_heads
     own, sink_end, local = decode_limits(length, spec)
     low, high = (sink_end, local) if exact else (0, own)
     config = configs.decode_config(dim, group, block_size, q.dtype)
-    num_entries, num_runs, run_size = own * r, 0, 1
+
+    # The length is one for all rows and known on the host, so that the forced blocks are too.
+    num_entries = own * r
+    num_runs, run_size = 0, 1
     blocks = [torch.arange(0, device=q.device)]
     if exact:
-        blocks = [torch.arange(sink_end, device=q.device), torch.arange(local, own + 1, device=q.device)]
+        blocks = [
+            torch.arange(sink_end, device=q.device),
+            torch.arange(local, own + 1, device=q.device),
+        ]
     exact_blocks = torch.cat(blocks).int().expand(num_rows, kv_heads, -1)
+
+    # Column `own` takes what selected no block; no entry reads it.
     excluded = torch.zeros(num_rows, kv_heads, own + 1, dtype=torch.int8, device=q.device)
     logits = None
+
+    # Logits of all entries are written once: the choice reads them, and then the tail.
     if low < high:
         logits = torch.empty(num_rows, num_heads, num_entries, dtype=torch.float32, device=q.device)
         kappa = torch.empty_like(logits) if spec.order == 2 else None
-        launch(decode_score_kernel, (-(-num_entries // 64), kv_heads, num_rows), q, entries.key_mean, entries.key_var,
-               logits, kappa, num_entries, kv_heads, *entries.key_mean.stride()[:2], dim**-0.5, spec.max_variance,
-               math.log(spec.coarse_block_size), GROUP=group, HEADS=config.heads, COLUMNS=64, DIM=dim, ORDER=spec.order,
-               num_warps=config.num_warps)
+        launch(
+            decode_score_kernel,
+            (-(-num_entries // 64), kv_heads, num_rows),
+            q,
+            entries.key_mean,
+            entries.key_var,
+            logits,
+            kappa,
+            num_entries,
+            kv_heads,
+            *entries.key_mean.stride()[:2],
+            dim**-0.5,
+            spec.max_variance,
+            math.log(spec.coarse_block_size),
+            GROUP=group,
+            HEADS=config.heads,
+            COLUMNS=64,
+            DIM=dim,
+            ORDER=spec.order,
+            num_warps=config.num_warps,
+        )
+
         if exact and spec.top_k:
             heads = (kv_heads, group)
-            chosen = choose_blocks(logits.unflatten(1, heads), None if kappa is None else kappa.unflatten(1, heads),
-                             torch.arange(own, device=q.device), low, high, spec)
+            chosen = choose_blocks(
+                logits.unflatten(1, heads),
+                None if kappa is None else kappa.unflatten(1, heads),
+                torch.arange(own, device=q.device),
+                low,
+                high,
+                spec,
+            )
             exact_blocks = torch.cat([exact_blocks, chosen.int()], -1)
             excluded.scatter_(2, torch.where(chosen < 0, own, chosen), 1)
+
         if spec.has_tail(exact, coarse):
             run_size = -(-(high - low) * r // TAIL_RUNS // 64) * 64
             num_runs = -(-(high - low) * r // run_size)
+
     exact_blocks = exact_blocks.contiguous()
     num_exact = exact_blocks.shape[-1]
     num_parts = num_exact + num_runs
-    peak, mass = (torch.empty(num_rows, num_heads, num_parts, dtype=torch.float32, device=q.device) for _ in range(2))
+    peak, mass = (
+        torch.empty(num_rows, num_heads, num_parts, dtype=torch.float32, device=q.device)
+        for _ in range(2)
+    )
     acc = torch.empty(num_rows, num_heads, num_parts, dim, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=q.device)
-    launch(decode_attend_kernel, (num_parts, kv_heads, num_rows), q, keys, values, entries.value_mean, logits, _fp32(bias),
-           exact_blocks, excluded, peak, mass, acc, length, num_exact, num_parts, own + 1, num_entries, low * r, high * r,
-           run_size, kv_heads, *keys.stride()[:3], *entries.value_mean.stride()[:2], dim**-0.5, GROUP=group,
-           HEADS=config.heads, COLUMNS=config.columns, RUN=64, DIM=dim, BLOCK=block_size, ENTRIES=r, **config.options)
-    launch(decode_combine_kernel, (num_rows * num_heads,), peak, mass, acc, _fp32(sink), out, lse, num_parts, num_heads,
-           DIM=dim, num_warps=2)
+
+    launch(
+        decode_attend_kernel,
+        (num_parts, kv_heads, num_rows),
+        q,
+        keys,
+        values,
+        entries.value_mean,
+        logits,
+        _fp32(bias),
+        exact_blocks,
+        excluded,
+        peak,
+        mass,
+        acc,
+        length,
+        num_exact,
+        num_parts,
+        own + 1,
+        num_entries,
+        low * r,
+        high * r,
+        run_size,
+        kv_heads,
+        *keys.stride()[:3],
+        *entries.value_mean.stride()[:2],
+        dim**-0.5,
+        GROUP=group,
+        HEADS=config.heads,
+        COLUMNS=config.columns,
+        RUN=64,
+        DIM=dim,
+        BLOCK=block_size,
+        ENTRIES=r,
+        **config.options,
+    )
+
+    # The parts' softmaxes have peaks of their own; they are brought to one in the order of the
+    # parts.
+    launch(
+        decode_combine_kernel,
+        (num_rows * num_heads,),
+        peak,
+        mass,
+        acc,
+        _fp32(sink),
+        out,
+        lse,
+        num_parts,
+        num_heads,
+        DIM=dim,
+        num_warps=2,
+    )
     return out, lse

@@ -1,6 +1,8 @@
-"""Move rows over gloo ranks and compare with definitions that every rank computes alone; print the largest errors.
+"""Move rows over gloo ranks and compare with definitions that every rank computes alone; print the
+largest errors.
 
-Every case prints one JSON line {"check", "case", "errors"}: the maximum over ranks, 0.0 where results must be equal.
+Every case prints one JSON line {"check", "case", "errors"}: the maximum over ranks, 0.0 where
+results must be equal.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import tiny_config
 
 from model.config import ExpertsConfig
-from model.dispatch import AllToAllDispatcher, LocalDispatcher
-from model.experts import Experts
-from model.parallel import ParallelGroups, destroy_parallel, initialize_parallel
-from model.placement import LayerPlacement
+from model.dispatch.config import AllToAllConfig, LocalDispatcherConfig
+from model.moe.experts import Experts
+from model.parallel.groups import ParallelGroups, destroy_parallel, initialize_parallel
+from model.placement.record import LayerPlacement
 from ops.all_to_all import Hop, begin_rows, end_rows, exchange_counts
 from ops.router import RouterOutput, RouteSpec, reference_route
 from ops.testing import draw_expert_ids
@@ -58,17 +60,23 @@ def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return difference(ours, expected) / max(float(expected.abs().max()), 1e-9) if ours.numel() else 0.0
+    return (
+        difference(ours, expected) / max(float(expected.abs().max()), 1e-9) if ours.numel() else 0.0
+    )
 
 
 def check_exchange(splits: list[list[int]], groups: ParallelGroups) -> dict[str, float]:
-    """The definition in ops/all_to_all/README.md, and the same with rows and columns swapped for the gradient."""
+    """The definition in ops/all_to_all/README.md, and the same with rows and columns swapped for
+    the gradient.
+    """
     size, rank = groups.expert_size, groups.expert_rank
     table = torch.tensor(splits)[:size, :size]
 
     def definition(parts: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
         """parts[r]: the rows of rank r, counts[r, s] of them for rank s."""
-        return torch.cat([part.split(row.tolist())[rank] for part, row in zip(parts, counts, strict=True)])
+        return torch.cat(
+            [part.split(row.tolist())[rank] for part, row in zip(parts, counts, strict=True)]
+        )
 
     sent = [normal(int(n), 3, seed=10 + r) for r, n in enumerate(table.sum(1))]
     grads = [normal(int(n), 3, seed=20 + r) for r, n in enumerate(table.sum(0))]
@@ -78,16 +86,23 @@ def check_exchange(splits: list[list[int]], groups: ParallelGroups) -> dict[str,
     received.backward(grads[rank])
     home = end_rows(begin_rows(received.detach(), path, homeward=True))
     counts = torch.stack((table[rank], -table[rank]), dim=1)
-    return {"rows": difference(received, definition(sent, table)), "homeward": difference(home, rows),
-            "gradient": difference(rows.grad, definition(grads, table.T)),
-            "counts": difference(exchange_counts(counts, groups.expert).double(),
-                                 torch.stack((table[:, rank], -table[:, rank]), dim=1).double())}
+    return {
+        "rows": difference(received, definition(sent, table)),
+        "homeward": difference(home, rows),
+        "gradient": difference(rows.grad, definition(grads, table.T)),
+        "counts": difference(
+            exchange_counts(counts, groups.expert).double(),
+            torch.stack((table[:, rank], -table[:, rank]), dim=1).double(),
+        ),
+    }
 
 
 def routing_of(gates: torch.Tensor, expert_ids: torch.Tensor) -> RouterOutput:
     """The routing that sends every token to its given experts, with these gates."""
     spec = RouteSpec(NUM_EXPERTS, "given", max_experts=expert_ids.shape[1], normalize_weights=False)
-    return reference_route(torch.zeros(len(gates), NUM_EXPERTS), spec, given_ids=expert_ids)._replace(weights=gates)
+    return reference_route(
+        torch.zeros(len(gates), NUM_EXPERTS), spec, given_ids=expert_ids
+    )._replace(weights=gates)
 
 
 def placed(num_ranks: int, lent: int) -> LayerPlacement:
@@ -100,35 +115,60 @@ def placed(num_ranks: int, lent: int) -> LayerPlacement:
 
 
 def variants(size: int) -> dict[str, dict]:
-    """Arguments of AllToAllDispatcher, "lent" experts of a placement, and whether rows travel by nodes."""
+    """Fields of AllToAllConfig, "lent" experts of a placement, and whether rows travel by
+    nodes.
+    """
     own = NUM_EXPERTS // size
     found: dict[str, dict] = {
-        "plain": {}, "chunks": {"num_chunks": own}, "fixed": {"buffer_factor": float(size)},
-        "fixed_chunks": {"buffer_factor": float(NUM_EXPERTS), "num_chunks": own}, "placed": {"lent": 0}, "lent": {"lent": 2},
-        "bf16": {"payload": "bf16", "num_chunks": own}, "fp8": {"payload": "fp8"},
+        "plain": {},
+        "chunks": {"num_chunks": own},
+        "fixed": {"buffer_factor": float(size)},
+        "fixed_chunks": {"buffer_factor": float(NUM_EXPERTS), "num_chunks": own},
+        "placed": {"lent": 0},
+        "lent": {"lent": 2},
+        "bf16": {"payload": "bf16", "num_chunks": own},
+        "fp8": {"payload": "fp8"},
         "lent_fixed_chunks": {"lent": 1, "buffer_factor": float(NUM_EXPERTS), "num_chunks": own},
-        "evaluation": {"buffer_factor": 0.01, "dropless": True}}
+        "evaluation": {"buffer_factor": 0.01, "dropless": True},
+    }
     if size == 4:
-        found |= {"nodes": {"nodes": True}, "nodes_chunks": {"nodes": True, "num_chunks": 2},
-                  "nodes_fixed_lent": {"nodes": True, "buffer_factor": 4.0, "lent": 1}}
+        found |= {
+            "nodes": {"nodes": True},
+            "nodes_chunks": {"nodes": True, "num_chunks": 2},
+            "nodes_fixed_lent": {"nodes": True, "buffer_factor": 4.0, "lent": 1},
+        }
     return found
 
 
-def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: ParallelGroups) -> dict[str, float]:
-    """Every variant on this rank's tokens against LocalDispatcher on the tokens of the whole group."""
-    config = tiny_config(hidden_size=HIDDEN, num_experts=NUM_EXPERTS, expert_intermediate_size=WIDTH)
+def check_dispatcher(
+    tokens_per_rank: list[int], top_k: int, load: str, groups: ParallelGroups
+) -> dict[str, float]:
+    """Every variant on this rank's tokens against LocalDispatcher on the tokens of the whole
+    group.
+    """
+    config = tiny_config(
+        hidden_size=HIDDEN, num_experts=NUM_EXPERTS, expert_intermediate_size=WIDTH
+    )
     sizes = [tokens_per_rank[r] for r in dist.get_process_group_ranks(groups.expert)]
-    start = sum(sizes[:groups.expert_rank])
+    start = sum(sizes[: groups.expert_rank])
     mine = slice(start, start + sizes[groups.expert_rank])
     total = sum(sizes)
-    expert_ids = draw_expert_ids(total, NUM_EXPERTS, top_k, load, seed=groups.data_rank // groups.expert_size)
+    expert_ids = draw_expert_ids(
+        total, NUM_EXPERTS, top_k, load, seed=groups.stage_rank // groups.expert_size
+    )
     gates = normal(total, top_k, seed=1).masked_fill(expert_ids < 0, 0.0)
     hidden, out_grad = normal(total, HIDDEN, seed=2), normal(total, HIDDEN, seed=3)
-    gate_up, down = normal(NUM_EXPERTS, 2 * WIDTH, HIDDEN, seed=4), normal(NUM_EXPERTS, HIDDEN, WIDTH, seed=5)
+    gate_up, down = (
+        normal(NUM_EXPERTS, 2 * WIDTH, HIDDEN, seed=4),
+        normal(NUM_EXPERTS, HIDDEN, WIDTH, seed=5),
+    )
 
-    def layer(dispatcher, experts: Experts, tokens: slice, identity: bool = False, dropless: bool = False
-              ) -> list[torch.Tensor]:
-        """Output, gradients of hidden and gates, of the weights by global expert; assignments computed here."""
+    def layer(
+        dispatcher, experts: Experts, tokens: slice, identity: bool = False, dropless: bool = False
+    ) -> list[torch.Tensor]:
+        """Output, gradients of hidden and gates, of the weights by global expert; assignments
+        computed here.
+        """
         leaves = [hidden[tokens].clone().requires_grad_(), gates[tokens].clone().requires_grad_()]
         ids = list(experts.global_ids)
         with torch.no_grad():
@@ -136,18 +176,30 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
             experts.down.copy_(down[ids])
         used = (expert_ids[tokens] >= 0).double() if identity else leaves[1]
         loan = experts.lend()
-        dispatched = dispatcher.start(leaves[0], routing_of(used, expert_ids[tokens]), dropless=dropless)
+        dispatched = dispatcher.start(
+            leaves[0], routing_of(used, expert_ids[tokens]), dropless=dropless
+        )
         stacks = experts.stacks(dispatcher.chunk_sizes, loan)
         if identity:
             return [dispatched.finish(lambda chunk, rows: rows.hidden)[0]]
         out, processed = dispatched.finish(lambda chunk, rows: experts(stacks[chunk], rows))
         grads = torch.autograd.grad(out, [*leaves, experts.gate_up, experts.down], out_grad[tokens])
         order = torch.tensor(ids).argsort()
-        return [out.detach(), *grads[:2], grads[2][order], grads[3][order], torch.tensor(ids)[order], processed]
+        return [
+            out.detach(),
+            *grads[:2],
+            grads[2][order],
+            grads[3][order],
+            torch.tensor(ids)[order],
+            processed,
+        ]
 
     single = ParallelGroups.single()
-    expected = layer(LocalDispatcher(config, single), Experts(config, single, ExpertsConfig("reference")).double(),
-                     slice(None))
+    expected = layer(
+        LocalDispatcherConfig().build(config, single),
+        Experts(config, single, ExpertsConfig("reference")).double(),
+        slice(None),
+    )
     errors: dict[str, float] = {}
     plain: list[torch.Tensor] = []
     for name, options in variants(groups.expert_size).items():
@@ -155,49 +207,82 @@ def check_dispatcher(tokens_per_rank: list[int], top_k: int, load: str, groups: 
         dropless = options.pop("dropless", False)
         if "buffer_factor" in options and not dropless and len(set(sizes)) > 1:
             continue  # fixed buffers need as many tokens on every rank
-        own_groups = groups if options.pop("nodes", False) else dataclasses.replace(groups, nodes=None)
+        own_groups = (
+            groups if options.pop("nodes", False) else dataclasses.replace(groups, nodes=None)
+        )
         placement = placed(groups.expert_size, options.pop("lent")) if "lent" in options else None
-        dispatcher = AllToAllDispatcher(config, own_groups, placement, **options)
+        dispatcher = AllToAllConfig(**options).build(config, own_groups, placement)
         experts = Experts(config, own_groups, ExpertsConfig(), placement).double()
         found = layer(dispatcher, experts, mine, dropless=dropless)
         held = found[5]
-        pairs = zip(found[:5], (expected[0][mine], expected[1][mine], expected[2][mine], expected[3][held],
-                                expected[4][held]), strict=True)
+        pairs = zip(
+            found[:5],
+            (
+                expected[0][mine],
+                expected[1][mine],
+                expected[2][mine],
+                expected[3][held],
+                expected[4][held],
+            ),
+            strict=True,
+        )
         rounds = "payload" in options
         errors[name] = max(relative(a, b) if rounds else difference(a, b) for a, b in pairs)
         processed = found[6].clone()
         dist.all_reduce(processed, group=groups.expert)
         errors[f"{name} processed"] = abs(int(processed) - int((expert_ids >= 0).sum()))
         plain = plain or found
-        if placement is None and not rounds:  # every expert sees the same rows in the same order: the same bits
-            errors[f"{name} bits"] = max(difference(a, b) for a, b in zip(found[:5], plain[:5], strict=True))
+        # every expert sees the same rows in the same order: the same bits
+        if placement is None and not rounds:
+            errors[f"{name} bits"] = max(
+                difference(a, b) for a, b in zip(found[:5], plain[:5], strict=True)
+            )
         if rounds:
             continue
-        # Identity experts with gates of 1 in every used slot: each token comes home as often as it was sent.
+        # Identity experts with gates of 1 in every used slot: each token comes home as often as it
+        # was sent.
         home = layer(dispatcher, experts, mine, identity=True, dropless=dropless)[0]
-        errors[f"{name} token order"] = difference(home, hidden[mine] * (expert_ids[mine] >= 0).sum(1, keepdim=True))
+        errors[f"{name} token order"] = difference(
+            home, hidden[mine] * (expert_ids[mine] >= 0).sum(1, keepdim=True)
+        )
     return errors
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # with the next line: fresh memory holds NaN
+    # with the next line: fresh memory holds NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     dist.init_process_group("gloo")
     for expert_parallel_size in (2, 4):
         groups = initialize_parallel(expert_parallel_size, ranks_per_node=2)
-        results = [("exchange", case, check_exchange(splits, groups)) for case, splits in SPLITS.items()]
-        results += [("dispatcher", case, check_dispatcher(*routing, groups)) for case, routing in ROUTINGS.items()]
+        results = [
+            ("exchange", case, check_exchange(splits, groups)) for case, splits in SPLITS.items()
+        ]
+        results += [
+            ("dispatcher", case, check_dispatcher(*routing, groups))
+            for case, routing in ROUTINGS.items()
+        ]
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, results)
         for same_case in zip(*everyone, strict=True):
             check, case, errors = same_case[0]
             # NaN must not win a comparison, hence the `not <=`.
-            worst = {name: max((r[2][name] for r in same_case), key=lambda e: e if e <= 1e300 else 1e300)
-                     for name in errors}
+            worst = {
+                name: max((r[2][name] for r in same_case), key=lambda e: e if e <= 1e300 else 1e300)
+                for name in errors
+            }
             if dist.get_rank() == 0:
-                print(json.dumps({"check": check, "case": f"{case}-ep{expert_parallel_size}", "errors": worst}),
-                      flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "check": check,
+                            "case": f"{case}-ep{expert_parallel_size}",
+                            "errors": worst,
+                        }
+                    ),
+                    flush=True,
+                )
         destroy_parallel()
     dist.destroy_process_group()
 

@@ -2,45 +2,92 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from model.attention.dense import DenseAttention
-from model.attention.sparse import SparseAttention
-from model.config import BalanceConfig, ExpertsConfig, ModelConfig
-from model.dispatch import AllToAllDispatcher
-from model.moe import ModelParts
-from model.parallel import ParallelGroups
-from model.placement import Placement
-from model.routers.base import Router
-from model.routers.top_k import TopKRouter
+from model.attention.config import (
+    AttentionConfig,
+    DenseAttentionConfig,
+    MlaConfig,
+    SparseAttentionConfig,
+    WindowedAttentionConfig,
+)
+from model.config import BalanceConfig, ExpertsConfig, ModelConfig, RopeScaling
+from model.dispatch.config import AllToAllConfig
+from model.moe.layer import ModelParts
+from model.parallel.groups import ParallelGroups
+from model.placement.record import Placement
+from model.request import TokenBatch
+from model.routers.config import RouterConfig, TopKConfig
 from model.transformer import Transformer
 
 VOCAB_SIZE = 64
+LATENT = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
+LATENT_SHAPE = dict(num_kv_heads=4, qk_norm="none")
+"""A tiny MlaConfig, and what it asks of tiny_config."""
 
 
 def tiny_config(**changes) -> ModelConfig:
-    shape = dict(vocab_size=VOCAB_SIZE, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=32,
-                 num_experts=8, expert_intermediate_size=24, max_seq_len=64, num_dense_layers=1, num_shared_experts=1,
-                 qk_norm="head", init_std=0.1)
-    return ModelConfig(**{**shape, **changes})
+    shape = dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=32,
+        num_experts=8,
+        expert_intermediate_size=24,
+        max_seq_len=64,
+        num_dense_layers=1,
+        num_shared_experts=1,
+        qk_norm="head",
+        init_std=0.1,
+    )
+    shape |= changes
+    if isinstance(scaling := shape.get("rope_scaling"), dict):  # a case that came as JSON
+        shape["rope_scaling"] = RopeScaling(**scaling)
+    return ModelConfig(**shape)
 
 
-def build(config: ModelConfig, balance: BalanceConfig, groups: ParallelGroups | None = None, seed: int = 7,
-          router: type[Router] = TopKRouter, attention: dict | None = None, dispatcher: dict | None = None,
-          experts: ExpertsConfig | None = None, placement: Placement | None = None, **options) -> Transformer:
-    """attention: arguments of sparse attention; None: dense. dispatcher: arguments of AllToAllDispatcher."""
-    options = {"top_k": 2, **options} if router is TopKRouter else options
-    attend = DenseAttention if attention is None else functools.partial(SparseAttention, **attention)
-    parts = ModelParts(functools.partial(router, **options), attend,
-                       functools.partial(AllToAllDispatcher, **(dispatcher or {})), balance, experts or ExpertsConfig(),
-                       placement)
+def build(
+    config: ModelConfig,
+    balance: BalanceConfig,
+    groups: ParallelGroups | None = None,
+    seed: int = 7,
+    router: type[RouterConfig] = TopKConfig,
+    attention: dict | AttentionConfig | None = None,
+    dispatcher: dict | None = None,
+    experts: ExpertsConfig | None = None,
+    placement: Placement | None = None,
+    **options,
+) -> Transformer:
+    """attention: a record, or fields of SparseAttentionConfig, MlaConfig or (with a window)
+    WindowedAttentionConfig; None: dense. dispatcher: fields of AllToAllConfig.
+    """
+    options = {"top_k": 2, **options} if router is TopKConfig else options
+    attend: AttentionConfig = DenseAttentionConfig()
+    if isinstance(attention, AttentionConfig):
+        attend = attention
+    elif attention is not None and "kv_lora_rank" in attention:
+        attend = MlaConfig(**attention)
+    elif attention is not None and "window" in attention:
+        attend = WindowedAttentionConfig(**attention)
+    elif attention is not None:
+        attend = SparseAttentionConfig(**attention)
+    parts = ModelParts(
+        router(**options),
+        attend,
+        AllToAllConfig(**(dispatcher or {})),
+        balance,
+        experts or ExpertsConfig(),
+        placement,
+    )
     return Transformer(config, parts, groups, seed)
 
 
 def batch(step: int, micro_step: int, rows: int, length: int = 16) -> dict:
-    """Deterministic packed rows with uneven documents, masked targets and a padded tail; differs in every row."""
+    """Deterministic packed rows with uneven documents, masked targets and a padded tail; differs in
+    every row.
+    """
     gen = torch.Generator().manual_seed(1000 * step + micro_step)
     input_ids = torch.randint(0, VOCAB_SIZE, (rows, length), generator=gen)
     targets = torch.randint(0, VOCAB_SIZE, (rows, length), generator=gen)
@@ -54,15 +101,22 @@ def batch(step: int, micro_step: int, rows: int, length: int = 16) -> dict:
             padded = int(torch.randint(1, 5, (1,), generator=gen))
             targets[row, -padded:] = -100
             mask[row, -padded:] = False
-    token_ids = (step * 10 + micro_step) * rows * length + torch.arange(rows * length).view(rows, length)
-    return {"input_ids": input_ids, "targets": targets, "positions": positions, "token_mask": mask, "token_ids": token_ids}
+    token_ids = (step * 10 + micro_step) * rows * length + torch.arange(rows * length).view(
+        rows, length
+    )
+    return {
+        "input_ids": input_ids,
+        "targets": targets,
+        "positions": positions,
+        "token_mask": mask,
+        "token_ids": token_ids,
+    }
 
 
-def take(full: dict, start: int, stop: int) -> dict:
+def take(full: dict, start: int, stop: int) -> TokenBatch:
     """Rows start..stop of a batch, with cu_seqlens of their own."""
     part = {name: tensor[start:stop] for name, tensor in full.items()}
     starts = (part["positions"].flatten() == 0).nonzero().flatten()
     total = part["positions"].numel()
-    part["cu_seqlens"] = torch.cat((starts, torch.tensor([total]))).to(torch.int32)
-    part["max_seqlen"] = int(part["cu_seqlens"].diff().max())
-    return part
+    cu_seqlens = torch.cat((starts, torch.tensor([total]))).to(torch.int32)
+    return TokenBatch(**part, cu_seqlens=cu_seqlens, max_seqlen=int(cu_seqlens.diff().max()))

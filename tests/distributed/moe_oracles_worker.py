@@ -1,7 +1,9 @@
-"""Run our MoE layer and those of other libraries on the same weights and tokens, and print the largest errors.
+"""Run our MoE layer and those of other libraries on the same weights and tokens, and print the
+largest errors.
 
-Every oracle, case and expert parallel size prints one JSON line {"oracle", "case", "ep", "errors", "idle"}: the errors of
-the output and every gradient over the oracle's largest value, and how many experts of the ranks got no token.
+Every oracle, case and expert parallel size prints one JSON line {"oracle", "case", "ep", "errors",
+"idle"}: the errors of the output and every gradient over the oracle's largest value, and how many
+experts of the ranks got no token.
 """
 
 from __future__ import annotations
@@ -17,21 +19,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.peers import MoE, Weights, deepspeed, hugging_face, megatron, ours
-from model.parallel import ParallelGroups, destroy_parallel, initialize_parallel
+from model.parallel.groups import ParallelGroups, destroy_parallel, initialize_parallel
 
 # E, K, D, F, skew of bench.peers.Weights.draw.
-CASES = {"few": (8, 2, 32, 24, 0.0), "many": (16, 4, 24, 12, 0.0), "idle": (8, 2, 32, 24, 6.0), "all": (4, 4, 16, 8, 0.0)}
+CASES = {
+    "few": (8, 2, 32, 24, 0.0),
+    "many": (16, 4, 24, 12, 0.0),
+    "idle": (8, 2, 32, 24, 6.0),
+    "all": (4, 4, 16, 8, 0.0),
+}
 LENGTHS = (13, 9)
 """Tokens of a sequence by rank; every rank has two."""
 # Our router's settings, and the layer of (weights, top_k, groups).
 ORACLES: dict[str, tuple[dict, Callable[[Weights, int, ParallelGroups], MoE]]] = {
     "mixtral": ({}, lambda w, k, _: hugging_face(w, k, "mixtral")),
     "qwen3_moe": ({}, lambda w, k, _: hugging_face(w, k, "qwen3_moe")),
-    "olmoe": ({"normalize_weights": False}, lambda w, k, _: hugging_face(w, k, "olmoe", normalize_weights=False)),
+    "olmoe": (
+        {"normalize_weights": False},
+        lambda w, k, _: hugging_face(w, k, "olmoe", normalize_weights=False),
+    ),
     "megatron": ({}, megatron),
-    "megatron_raw": ({"normalize_weights": False}, lambda w, k, g: megatron(w, k, g, normalize_weights=False)),
-    "megatron_sigmoid": ({"score_function": "sigmoid", "scaling_factor": 2.5},
-                         lambda w, k, g: megatron(w, k, g, "sigmoid", scaling_factor=2.5)),
+    "megatron_raw": (
+        {"normalize_weights": False},
+        lambda w, k, g: megatron(w, k, g, normalize_weights=False),
+    ),
+    "megatron_sigmoid": (
+        {"score_function": "sigmoid", "scaling_factor": 2.5},
+        lambda w, k, g: megatron(w, k, g, "sigmoid", scaling_factor=2.5),
+    ),
     "deepspeed": ({}, lambda w, k, g: deepspeed(w, k, g.expert_size)),
     "deepspeed_capacity": ({}, lambda w, k, g: deepspeed(w, k, g.expert_size, 2 * max(LENGTHS))),
 }
@@ -46,18 +61,28 @@ def draw_tokens(rank: int, hidden_size: int) -> tuple[Tensor, Tensor]:
 
 
 def whole_group(oracle: MoE, groups: ParallelGroups, num_experts: int) -> dict[str, Tensor]:
-    """A layer that holds all experts, on the tokens of the whole expert group; the part of this rank. The router's gradient
-    stays a sum over the ranks."""
+    """A layer that holds all experts, on the tokens of the whole expert group; the part of this
+    rank. The router's gradient stays a sum over the ranks.
+    """
     ranks = dist.get_process_group_ranks(groups.expert)
     parts = [draw_tokens(rank, oracle.router.shape[1]) for rank in ranks]
-    hidden, grad = (torch.cat([part[i].flatten(0, 1) for part in parts]).unsqueeze(0) for i in range(2))
+    hidden, grad = (
+        torch.cat([part[i].flatten(0, 1) for part in parts]).unsqueeze(0) for i in range(2)
+    )
     found = oracle.named(oracle.forward_backward(hidden, grad))
-    mine = slice(start := sum(part[0][..., 0].numel() for part in parts[:groups.expert_rank]),
-                 start + parts[groups.expert_rank][0][..., 0].numel())
+    mine = slice(
+        start := sum(part[0][..., 0].numel() for part in parts[: groups.expert_rank]),
+        start + parts[groups.expert_rank][0][..., 0].numel(),
+    )
     local = groups.local_experts(num_experts)
     held = slice(local.start, local.stop)
-    return {"out": found["out"][0, mine], "hidden": found["hidden"][0, mine], "router": found["router"],
-            "gate_up": found["gate_up"][held], "down": found["down"][held]}
+    return {
+        "out": found["out"][0, mine],
+        "hidden": found["hidden"][0, mine],
+        "router": found["router"],
+        "gate_up": found["gate_up"][held],
+        "down": found["down"][held],
+    }
 
 
 def compare(oracle: str, case: str, groups: ParallelGroups) -> tuple[dict[str, float], int]:
@@ -77,7 +102,9 @@ def compare(oracle: str, case: str, groups: ParallelGroups) -> tuple[dict[str, f
     errors = {}
     for name, theirs in expected.items():
         # Over the largest value of all ranks: one without work has only zeros.
-        worst = torch.stack(((found[name].reshape(theirs.shape) - theirs).abs().max(), theirs.abs().max()))
+        worst = torch.stack(
+            ((found[name].reshape(theirs.shape) - theirs).abs().max(), theirs.abs().max())
+        )
         dist.all_reduce(worst.nan_to_num_(torch.inf), op=dist.ReduceOp.MAX)
         errors[name] = float(worst[0] / worst[1])
     idle = (found["down"].flatten(1).abs().amax(1) == 0).sum()
@@ -94,8 +121,18 @@ def main() -> None:
             for case in CASES:
                 errors, idle = compare(oracle, case, groups)
                 if dist.get_rank() == 0:
-                    print(json.dumps({"oracle": oracle, "case": case, "ep": expert_parallel_size, "errors": errors,
-                                      "idle": idle}), flush=True)
+                    print(
+                        json.dumps(
+                            {
+                                "oracle": oracle,
+                                "case": case,
+                                "ep": expert_parallel_size,
+                                "errors": errors,
+                                "idle": idle,
+                            }
+                        ),
+                        flush=True,
+                    )
         destroy_parallel()
     dist.destroy_process_group()
 

@@ -1,7 +1,9 @@
-"""Train the same tiny model under DeepSpeed on this many ranks and in one plain process; print the differences.
+"""Train the same tiny model under DeepSpeed on this many ranks and in one plain process; print the
+differences.
 
-Each case of argv[1] (JSON list) prints one JSON line: relative errors of loss, every gradient, the global gradient
-norm, first moments (which show clipping, as Adam's update hides scale) and parameters after a few steps.
+Each case of argv[1] (JSON list) prints one JSON line: relative errors of loss, every gradient, the
+global gradient norm, first moments (which show clipping, as Adam's update hides scale) and
+parameters after a few steps.
 """
 
 from __future__ import annotations
@@ -11,85 +13,140 @@ import dataclasses
 import functools
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+
+from model.moe import balance as balance_module
+from model.parallel.heads import HeadExchange
+from model.request import ForwardRequest, TokenBatch, part_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import batch, build, take, tiny_config
 
 from model.attention.base import STATS
-from model.balance import unpack_stats
-from model.budget import start_routers, update_routers
+from model.attention.sparse import SparseAttention
 from model.config import BalanceConfig, BudgetConfig, ExpertsConfig, FailSafeConfig
-from model.experts import Experts
-from model.loss import IGNORE_INDEX, training_loss
-from model.parallel import ParallelGroups, destroy_parallel, initialize_parallel
-from model.placement import LayerPlacement, Placement
-from model.routers.relu import ReLURouter
-from model.routers.threshold import ThresholdRouter
-from model.routers.top_k import NullExpertsRouter, TopKRouter
-from model.routers.top_p import TopPRouter
-from train.config import OptimConfig, TrainConfig
-from train.engine import Engine, import_deepspeed
-from train.optim import build_optimizer
+from model.loss import IGNORE_INDEX, targets_ahead, training_loss
+from model.moe.balance import unpack_stats
+from model.moe.budget import start_routers, update_routers
+from model.moe.experts import Experts
+from model.parallel.groups import ParallelGroups, destroy_parallel, initialize_parallel
+from model.placement.record import LayerPlacement, Placement
+from model.routers.config import (
+    NullExpertsConfig,
+    ReLUConfig,
+    ThresholdConfig,
+    TopKConfig,
+    TopPConfig,
+)
+from train.config.training import OptimConfig, TrainConfig
+from train.engine.deepspeed import Engine
+from train.engine.library import import_deepspeed
+from train.engine.muon.masters import place_matrices
+from train.engine.muon.optimizer import MOMENTUM, Muon
+from train.engine.optimizer import build_optimizer
 
 ROWS, STEPS = 8, 4  # rows of one micro-batch over all ranks
-ROUTERS = {"top_k": (TopKRouter, {}), "top_p": (TopPRouter, {"budget": 2.0, "initial_top_p": 0.35}),
-           "threshold": (ThresholdRouter, {"budget": 2.0}), "relu": (ReLURouter, {"budget": 2.0}),
-           "null_experts": (NullExpertsRouter, {"top_k": 4, "num_null_experts": 4, "budget": 2.0}),
-           "group_limited": (TopKRouter, {"num_groups": 4, "top_groups": 2}),
-           "capacity": (TopKRouter, {"capacity_factor": 8.0})}
+ROUTERS = {
+    "top_k": (TopKConfig, {}),
+    "top_p": (TopPConfig, {"budget": 2.0, "initial_top_p": 0.35}),
+    "threshold": (ThresholdConfig, {"budget": 2.0}),
+    "relu": (ReLUConfig, {"budget": 2.0}),
+    "null_experts": (NullExpertsConfig, {"top_k": 4, "num_null_experts": 4, "budget": 2.0}),
+    "group_limited": (TopKConfig, {"num_groups": 4, "top_groups": 2}),
+    "biased": (TopKConfig, {"bias": True}),
+    "capacity": (TopKConfig, {"capacity_factor": 8.0}),
+}
 BUDGET, FAIL_SAFE = BudgetConfig(warm_start_steps=1, blend_steps=2), FailSafeConfig()
 
 
 def counts_of(step: int, num_micro: int) -> tuple[int, int]:
     batches = [batch(step, m, ROWS) for m in range(num_micro)]
-    return (sum(int((b["targets"] != IGNORE_INDEX).sum()) for b in batches),
-            sum(int(b["token_mask"].sum()) for b in batches))
+    return (
+        sum(int((b["targets"] != IGNORE_INDEX).sum()) for b in batches),
+        sum(int(b["token_mask"].sum()) for b in batches),
+    )
+
+
+def mtp_targets_of(step: int, num_micro: int, num_modules: int) -> list[int]:
+    batches = [batch(step, m, ROWS) for m in range(num_micro)]
+    return [
+        sum(
+            int((targets_ahead(b["targets"], b["positions"], k) != IGNORE_INDEX).sum())
+            for b in batches
+        )
+        for k in range(1, num_modules + 1)
+    ]
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor, floor: float = 1e-12) -> float:
-    """Error over the reference's norm, or over `floor` where that norm is smaller (rounding of near-zero gradients)."""
-    return float((ours.double() - reference.double()).norm() / reference.double().norm().clamp_min(floor))
+    """Error over the reference's norm, or over `floor` where that norm is smaller (rounding of
+    near-zero gradients).
+    """
+    return float(
+        (ours.double() - reference.double()).norm() / reference.double().norm().clamp_min(floor)
+    )
 
 
 def local_parts(model: torch.nn.Module) -> dict[str, list[int]]:
     """Global ids of the experts stacked in each expert parameter, by its name."""
-    return {f"{name}.{key}": list(module.global_ids) for name, module in model.named_modules() if isinstance(module, Experts)
-            for key, _ in module.named_parameters(recurse=False)}
+    return {
+        f"{name}.{key}": list(module.global_ids)
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for key, _ in module.named_parameters(recurse=False)
+    }
 
 
 def shuffled_placement(num_experts: int, num_layers: int, num_ranks: int, lent: int) -> Placement:
-    """Another order of the experts in every layer, and the first foreign experts lent to every rank."""
+    """Another order of the experts in every layer, and the first foreign experts lent to every
+    rank.
+    """
     layers = []
     for layer in range(num_layers):
         order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(layer)).tolist()
         bare = LayerPlacement(tuple(order), tuple(() for _ in range(num_ranks)))
-        replicas = tuple(tuple([e for e in order if bare.owner(e) != rank][:lent]) for rank in range(num_ranks))
+        replicas = tuple(
+            tuple([e for e in order if bare.owner(e) != rank][:lent]) for rank in range(num_ranks)
+        )
         layers.append(LayerPlacement(tuple(order), replicas))
     return Placement(num_ranks, tuple(layers))
 
 
-def move_controllers(own: list, reference: list, own_stats: torch.Tensor, reference_stats: torch.Tensor,
-                     balance: BalanceConfig) -> float:
-    """One controller step on both sides; the largest difference of their states. The ranks' statistics are summed here."""
+def move_controllers(
+    own: list,
+    reference: list,
+    own_stats: torch.Tensor,
+    reference_stats: torch.Tensor,
+    balance: BalanceConfig,
+) -> float:
+    """One controller step on both sides; the largest difference of their states. The ranks'
+    statistics are summed here.
+    """
     if not own:
         return 0.0
     dist.all_reduce(own_stats)
     for routers, stats in ((own, own_stats), (reference, reference_stats)):
         layers = unpack_stats(stats, routers[0].spec.num_experts, routers[0].max_top_k)
         update_routers(routers, layers, balance, BUDGET, FAIL_SAFE)
-    pairs = [(a, b) for mine, theirs in zip(own, reference, strict=True)
-             for (name, a), b in zip(mine.named_buffers(), theirs.buffers(), strict=True) if name != "histogram_range"]
+    pairs = [
+        (a, b)
+        for mine, theirs in zip(own, reference, strict=True)
+        for (name, a), b in zip(mine.named_buffers(), theirs.buffers(), strict=True)
+        if name != "histogram_range"
+    ]
     assert all(a.dtype == torch.float32 for a, _ in pairs), "a controller lost its precision"
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def compare_attention(own: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference of the sparse layers' statistics, relative to each; the ranks' own are summed here. Union factors
-    are left out: their tiles of queries follow the batch."""
+    """Largest difference of the sparse layers' statistics, relative to each; the ranks' own are
+    summed here. Union factors are left out: their tiles of queries follow the batch.
+    """
     if not own.numel():
         return 0.0
     dist.all_reduce(own)
@@ -98,10 +155,66 @@ def compare_attention(own: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @functools.cache
-def groups_for(expert_parallel_size: int, ranks_per_node: int | None) -> ParallelGroups:
-    """Groups are made once per size: each set of gloo groups holds threads until the process ends."""
+def groups_for(
+    expert_parallel_size: int, ranks_per_node: int | None, context_parallel_size: int
+) -> ParallelGroups:
+    """Groups are made once per size: each set of gloo groups holds threads until the process
+    ends.
+    """
     destroy_parallel()
-    return initialize_parallel(expert_parallel_size, ranks_per_node=ranks_per_node)
+    return initialize_parallel(
+        expert_parallel_size,
+        ranks_per_node=ranks_per_node,
+        context_parallel_size=context_parallel_size,
+    )
+
+
+def own_tokens(full: dict, groups: ParallelGroups) -> TokenBatch:
+    """This rank's rows of a batch, and of those its part."""
+    share = ROWS // groups.rows_size
+    rows = take(full, groups.rows_rank * share, (groups.rows_rank + 1) * share)
+    if groups.context_size == 1:
+        return rows
+    length = rows.input_ids.shape[1] // groups.context_size
+    return part_of(rows, groups.context_rank * length, length)
+
+
+def fault(case: dict, engine: Engine) -> AbstractContextManager:
+    """A mistake that context parallelism invites, made in the ranks on purpose."""
+    name = case.get("fault")
+    if name is None:
+        return nullcontext()
+    noise, sums = SparseAttention._noise, SparseAttention._sums
+    auxiliary = balance_module.auxiliary_loss_sums
+
+    def others(exchange: HeadExchange, by_head: torch.Tensor) -> torch.Tensor:
+        return by_head.chunk(exchange.size)[exchange.size - 1 - exchange.rank]
+
+    def of_local_heads(attention: SparseAttention, layout):
+        found = noise(attention, layout)
+        if found is None:
+            return None
+        return dataclasses.replace(found, first_kv_head=0, num_kv_heads=None)
+
+    def over_local_heads(attention: SparseAttention, q, *rest):
+        found = sums(attention, q, *rest)
+        return found._replace(penalty_sum=found.penalty_sum * attention.num_heads / q.shape[1])
+
+    def of_own_tokens(counts, score_sums, scope, groups, previous):
+        alone = dataclasses.replace(groups, context_size=1)
+        return auxiliary(counts, score_sums, scope, alone, previous)
+
+    if name == "scaled by rows":
+        engine.loss_factor = engine.groups.rows_size
+        return nullcontext()
+    return {
+        "sinks of other heads": patch.object(HeadExchange, "own", others),
+        "noise of local heads": patch.object(SparseAttention, "_noise", of_local_heads),
+        "means over local heads": patch.object(SparseAttention, "_sums", over_local_heads),
+        "sequences of own tokens": patch.object(
+            balance_module, "auxiliary_loss_sums", of_own_tokens
+        ),
+    }[name]
 
 
 def run_case(case: dict) -> dict:
@@ -109,66 +222,121 @@ def run_case(case: dict) -> dict:
     config = tiny_config(**case.get("model", {}))
     kind, options = ROUTERS[case.get("router", "top_k")]
     options = {**options, "attention": case.get("attention")}
-    balance = BalanceConfig(**{"aux_loss_coeff": 0.05, "aux_loss_scope": case["scope"], "z_loss_coeff": 0.01,
-                               **case.get("balance", {})})
-    # A large eps makes the update nearly linear in the gradient, so that a wrong scale shows and rounding does not grow.
-    optim = OptimConfig(lr=0.01, weight_decay=0.1, eps=0.1, decay_style="constant")
-    world, rank = dist.get_world_size(), dist.get_rank()
-    train = TrainConfig(num_steps=STEPS, seq_len=16, micro_batch_size=ROWS // world,
-                        global_batch_size=ROWS * num_micro, clip_grad_norm=clip, precision=precision)
+    balance = BalanceConfig(
+        **{
+            "aux_loss_coeff": 0.05,
+            "aux_loss_scope": case["scope"],
+            "z_loss_coeff": 0.01,
+            **case.get("balance", {}),
+        }
+    )
+    # A large eps makes the update nearly linear in the gradient, so that a wrong scale shows and
+    # rounding does not grow.
+    optim = OptimConfig(
+        lr=0.01, weight_decay=0.1, eps=0.1, decay_style="constant", **case.get("optim", {})
+    )
+    world = dist.get_world_size()
+    train = TrainConfig(
+        num_steps=STEPS,
+        seq_len=16,
+        micro_batch_size=ROWS * case.get("cp", 1) // world,
+        global_batch_size=ROWS * num_micro,
+        clip_grad_norm=clip,
+        precision=precision,
+    )
 
-    # The reference computes with the definition, so that backend of the experts and chunks of the loss are compared as well.
-    master = build(dataclasses.replace(config, loss_chunk_size=0), balance, router=kind,
-                   experts=ExpertsConfig(backend="reference"), **options)
+    # The reference computes with the definition, so that backend of the experts and chunks of the
+    # loss are compared as well.
+    master = build(
+        dataclasses.replace(config, loss_chunk_size=0),
+        balance,
+        router=kind,
+        experts=ExpertsConfig(backend="reference"),
+        **options,
+    )
     start_routers(master.routers(), BUDGET, FAIL_SAFE)
     reference_optimizer = build_optimizer(master, optim, "experts")
-    # In bf16 the reference computes with a rounded copy of fp32 masters, as ZeRO does; in fp32 it is the master itself.
+    if isinstance(reference_optimizer, Muon):
+        place_matrices(reference_optimizer, master, None, 0, torch.device("cpu"))
+    # In bf16 the reference computes with a rounded copy of fp32 masters, as ZeRO does; in fp32 it
+    # is the master itself.
     reference = copy.deepcopy(master).to(torch.bfloat16) if precision == "bf16" else master
-    groups = groups_for(case["ep"], case.get("ranks_per_node"))
+    groups = groups_for(case["ep"], case.get("ranks_per_node"), case.get("cp", 1))
     placement = None
     if "lent" in case:
-        placement = shuffled_placement(config.num_experts, len(config.moe_layers), case["ep"], case["lent"])
-    own_model = build(config, balance, groups, router=kind, dispatcher=case.get("dispatcher"), placement=placement,
-                      experts=ExpertsConfig(**case.get("experts", {})), **options)
+        placement = shuffled_placement(
+            config.num_experts, len(config.moe_layers), case["ep"], case["lent"]
+        )
+    own_model = build(
+        config,
+        balance,
+        groups,
+        router=kind,
+        dispatcher=case.get("dispatcher"),
+        placement=placement,
+        experts=ExpertsConfig(**case.get("experts", {})),
+        **options,
+    )
     parts = local_parts(own_model)
     start_routers(own_model.routers(), BUDGET, FAIL_SAFE)
-    engine = Engine(own_model, groups, train, optim,
-                    {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}})
-    errors = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "moment": 0.0, "parameter": 0.0, "controller": 0.0,
-              "attention": 0.0}
+    engine = Engine(
+        own_model,
+        groups,
+        train,
+        optim,
+        {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}},
+    )
+    errors = {
+        "loss": 0.0,
+        "gradient": 0.0,
+        "norm": 0.0,
+        "moment": 0.0,
+        "parameter": 0.0,
+        "controller": 0.0,
+        "attention": 0.0,
+    }
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
-    for step in range(STEPS):
+    for step in range(case.get("steps", STEPS)):
         num_targets, num_tokens = counts_of(step, num_micro)
+        mtp = (0.3, mtp_targets_of(step, num_micro, config.num_mtp_layers))
         reference.zero_grad()
         reference_loss, previous = 0.0, None
         reference_stats, own_stats, reference_attention, own_attention = [], [], [], []
         for model in (reference, engine.module):
             model.set_step(step)
         for micro in range(num_micro):
-            output = reference(**take(batch(step, micro, ROWS), 0, ROWS), previous_counts=previous,
-                               measure_attention=True)
+            output = reference(
+                take(batch(step, micro, ROWS), 0, ROWS),
+                ForwardRequest(previous_counts=previous, measure_attention=True),
+            )
             previous = output.scope_counts
             reference_attention.append(output.attention_stats)
             reference_stats.append(output.stats)
-            loss = training_loss(output, num_targets, num_tokens, balance)
+            loss = training_loss(output, num_targets, num_tokens, balance, *mtp)
             loss.backward()
             reference_loss += float(loss)
         own = torch.zeros((), dtype=torch.float64)
         previous = None
         for micro in range(num_micro):
-            share = ROWS // world
-            output = engine.forward(**take(batch(step, micro, ROWS), rank * share, (rank + 1) * share),
-                                    previous_counts=previous, measure_attention=True)
-            previous = output.scope_counts
-            own_attention.append(output.attention_stats)
-            own_stats.append(output.stats)
-            loss = training_loss(output, num_targets, num_tokens, balance)
-            engine.backward(loss, is_last=micro == num_micro - 1)
+            with fault(case, engine):
+                output = engine.forward(
+                    own_tokens(batch(step, micro, ROWS), groups),
+                    ForwardRequest(previous_counts=previous, measure_attention=True),
+                )
+                previous = output.scope_counts
+                own_attention.append(output.attention_stats)
+                own_stats.append(output.stats)
+                loss = training_loss(output, num_targets, num_tokens, balance, *mtp)
+                engine.backward(loss, is_last=micro == num_micro - 1)
             own += loss.detach().double()
         dist.all_reduce(own)
-        errors["attention"] = max(errors["attention"], compare_attention(sum(own_attention), sum(reference_attention)))
+        errors["attention"] = max(
+            errors["attention"], compare_attention(sum(own_attention), sum(reference_attention))
+        )
         errors["loss"] = max(errors["loss"], abs(float(own) - reference_loss) / abs(reference_loss))
-        floor = 1e-2 * float(torch.stack([p.grad.double().norm() for p in computed.values()]).norm())
+        floor = 1e-2 * float(
+            torch.stack([p.grad.double().norm() for p in computed.values()]).norm()
+        )
         for name, parameter in engine.named_parameters():
             gradient = engine.full_gradient(parameter)
             assert gradient is not None, f"{name} has no gradient"
@@ -176,23 +344,48 @@ def run_case(case: dict) -> dict:
             errors["gradient"] = max(errors["gradient"], relative(gradient, expected, floor))
         for name in masters:
             masters[name].grad = computed[name].grad.to(masters[name].dtype)
-        norm = torch.nn.utils.clip_grad_norm_(master.parameters(), clip if clip > 0 else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(
+            master.parameters(), clip if clip > 0 else float("inf")
+        )
         reference_optimizer.step()
         with torch.no_grad():
             for name in masters:
                 computed[name].copy_(masters[name])
         errors["norm"] = max(errors["norm"], abs(engine.step() - float(norm)) / float(norm))
-        errors["controller"] = max(errors["controller"], move_controllers(
-            engine.module.routers(), reference.routers(), sum(own_stats), sum(reference_stats), balance))
+        errors["controller"] = max(
+            errors["controller"],
+            move_controllers(
+                engine.module.routers(),
+                reference.routers(),
+                sum(own_stats),
+                sum(reference_stats),
+                balance,
+            ),
+        )
     engine.prepare_gather()
-    floor = 1e-2 * float(torch.stack([s["exp_avg"].norm() for s in reference_optimizer.state.values()]).norm())
+    moments = {}
+    for parameter, state in reference_optimizer.state.items():
+        key = MOMENTUM if MOMENTUM in state else "exp_avg"
+        moments[parameter] = (key, state[key])
+    floor = 1e-2 * float(torch.stack([m.norm() for _, m in moments.values()]).norm())
     for name, parameter in engine.named_parameters():
         expected = masters[name]
-        moment = reference_optimizer.state[expected]["exp_avg"]
-        errors["parameter"] = max(errors["parameter"], relative(engine.gather_state(parameter, "fp32"),
-                                                                expected[parts.get(name, slice(None))]))
-        errors["moment"] = max(errors["moment"], relative(engine.gather_state(parameter, "exp_avg"),
-                                                          moment[parts.get(name, slice(None))], floor))
+        key, moment = moments[expected]
+        assert key in engine.state_keys(parameter)
+        errors["parameter"] = max(
+            errors["parameter"],
+            relative(
+                engine.gather_state(parameter, "fp32"), expected[parts.get(name, slice(None))]
+            ),
+        )
+        errors["moment"] = max(
+            errors["moment"],
+            relative(
+                engine.gather_state(parameter, key),
+                moment[parts.get(name, slice(None))],
+                floor,
+            ),
+        )
     engine.close()
     everyone = [None] * world
     dist.all_gather_object(everyone, errors)

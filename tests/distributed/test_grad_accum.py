@@ -1,4 +1,6 @@
-"""Gradients of bf16 weights are added up in fp32, over micro-batches and over ranks, under every ZeRO stage."""
+"""Gradients of bf16 weights are added up in fp32, over micro-batches and over ranks, under every
+ZeRO stage.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,30 @@ import pytest
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
-def case(zero: int, ep: int = 1, dtype: str = "fp32", counts: tuple[int, ...] = (32, 128), **zero_options) -> dict:
-    return {"zero": zero, "ep": ep, "grad_accum_dtype": dtype, "micro_batches": list(counts),
-            "zero_options": zero_options}
+def case(
+    zero: int, ep: int = 1, dtype: str = "fp32", counts: tuple[int, ...] = (32, 128), **zero_options
+) -> dict:
+    return {
+        "zero": zero,
+        "ep": ep,
+        "grad_accum_dtype": dtype,
+        "micro_batches": list(counts),
+        "zero_options": zero_options,
+    }
 
 
-ONE_RANK = [*(case(zero) for zero in (1, 2, 3)), *(case(zero, dtype="bf16", counts=(32,)) for zero in (1, 2, 3))]
-TWO_RANKS = [*(case(zero, 2) for zero in (1, 2, 3)),
-             *(case(zero, 1, counts=(32,), **OFFLOAD) for zero in (1, 2)),
-             case(3, 2, counts=(32,), offload_param={"device": "cpu"}, **OFFLOAD)]
-THREE_RANKS = [case(zero, counts=(8,)) for zero in (1, 2)]  # a number that bf16 does not divide by exactly
+ONE_RANK = [
+    *(case(zero) for zero in (1, 2, 3)),
+    *(case(zero, dtype="bf16", counts=(32,)) for zero in (1, 2, 3)),
+]
+TWO_RANKS = [
+    *(case(zero, 2, counts=(32,)) for zero in (1, 2, 3)),
+    *(case(zero, 1, counts=(32,), **OFFLOAD) for zero in (1, 2)),
+    case(3, 2, counts=(32,), offload_param={"device": "cpu"}, **OFFLOAD),
+]
+LONG = [case(zero, 2) for zero in (1, 2, 3)]
+# a number that bf16 does not divide by exactly
+THREE_RANKS = [case(zero, counts=(8,)) for zero in (1, 2)]
 
 
 def check(rows: list[dict], cases: list[dict]) -> None:
@@ -39,6 +55,11 @@ def test_the_gradient_of_equal_micro_batches_is_exact_on_one_rank(run_ranks):
 @pytest.mark.slow
 def test_the_gradient_of_equal_micro_batches_is_exact_on_two_ranks(run_ranks):
     check(run_ranks("distributed/grad_accum_worker.py", 2, json.dumps(TWO_RANKS)), TWO_RANKS)
+
+
+@pytest.mark.nightly
+def test_it_is_exact_over_more_micro_batches_on_two_ranks(run_ranks):
+    check(run_ranks("distributed/grad_accum_worker.py", 2, json.dumps(LONG)), LONG)
 
 
 @pytest.mark.slow

@@ -6,9 +6,18 @@ import json
 
 import pytest
 
-CASES = [{"zero": zero, "precision": precision, "where": where}
-         for zero, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
-         for where in ("loss", "dense", "expert")]
+CASES = [
+    {"zero": zero, "precision": precision, "where": where}
+    for zero, precision in (
+        (0, "fp32"),
+        (1, "fp32"),
+        (1, "bf16"),
+        (2, "bf16"),
+        (3, "fp32"),
+        (3, "bf16"),
+    )
+    for where in ("loss", "dense", "expert")
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +26,9 @@ def results(run_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES])
+@pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES]
+)
 def test_a_poisoned_step_is_seen_by_all_ranks_and_changes_nothing(results, case):
     assert results[case]["finite"] == [[True, False, True]] * 2
     assert results[case]["changed"] == [[], []]

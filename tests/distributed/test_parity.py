@@ -1,6 +1,7 @@
 """Expert parallelism under ZeRO trains exactly as one process does.
 
-This is also the contract test of DeepSpeed's private parts that train/engine.py relies on.
+This is also the contract test of DeepSpeed's private parts that train/engine/deepspeed.py relies
+on.
 """
 
 from __future__ import annotations
@@ -10,81 +11,370 @@ import json
 
 import pytest
 
+from tests.pairwise import cover
+
 SCOPES = ("sequence", "batch", "global_batch")
-FP32_TOLERANCE = {"loss": 2e-6, "gradient": 1e-5, "norm": 5e-6, "moment": 1e-5, "parameter": 1e-6, "controller": 1e-5,
-                  "attention": 1e-4}
-# Rounding flips a few expert choices, which moves single router and expert gradients visibly but loss and norm hardly.
-BF16_TOLERANCE = {"loss": 1e-3, "gradient": 0.4, "norm": 2e-2, "moment": 0.3, "parameter": 1e-2,
-                  "controller": 0.1, "attention": 0.1}
+FP32_TOLERANCE = {
+    "loss": 2e-6,
+    "gradient": 1e-5,
+    "norm": 5e-6,
+    "moment": 1e-5,
+    "parameter": 1e-6,
+    "controller": 1e-5,
+    "attention": 1e-4,
+}
+# Rounding flips a few expert choices, which moves single router and expert gradients visibly but
+# loss and norm hardly.
+BF16_TOLERANCE = {
+    "loss": 1e-3,
+    "gradient": 0.4,
+    "norm": 2e-2,
+    "moment": 0.3,
+    "parameter": 1e-2,
+    "controller": 0.1,
+    "attention": 0.1,
+}
 
 
-def matrix(expert_sizes: tuple[int, ...]) -> list[dict]:
-    cases = itertools.product(expert_sizes, (0, 1, 2, 3), (1, 2), (0.0, 0.5))
-    return [{"ep": ep, "zero": zero, "accumulation": accumulation, "clip": clip, "scope": SCOPES[i % 3]}
-            for i, (ep, zero, accumulation, clip) in enumerate(cases)]
+def matrix(
+    expert_sizes: tuple[int, ...], whole: bool = False, scopes: tuple[str, ...] = SCOPES
+) -> list[dict]:
+    """Settings in which every two values of two columns meet; whole: every combination, as nightly
+    runs have it, with the scopes in turn. scopes: one alone says nothing of the scopes, and takes
+    half the cases.
+    """
+    columns = (expert_sizes, (0, 1, 2, 3), (1, 2), (0.0, 0.5))
+    if whole:
+        cases = [
+            (*case, scopes[i % len(scopes)]) for i, case in enumerate(itertools.product(*columns))
+        ]
+    else:
+        cases = list(cover(itertools.product(*columns, scopes)))
+    return [
+        {"ep": ep, "zero": zero, "accumulation": accumulation, "clip": clip, "scope": scope}
+        for ep, zero, accumulation, clip, scope in cases
+    ]
 
 
+FEATURES = {
+    "attention_bias": "qkvo",
+    "attention_multiplier": 0.3,
+    "rotary_dim": 2,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_seq_len": 8},
+    "shared_expert_gate": True,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_divisor": 1.5,
+}
+"""What some published families have and most do without."""
+GPT_OSS = {
+    "router": "biased",
+    "attention": {"window": 5, "sinks": True},
+    "model": {
+        "attention_bias": "qkvo",
+        "activation": "clamped_swiglu",
+        "expert_bias": True,
+        "num_shared_experts": 0,
+        "num_dense_layers": 0,
+    },
+}
 VARIANTS = [
-    {"ep": 2, "zero": 3, "accumulation": 2, "clip": 0.5, "scope": "batch",
-     "model": {"tie_embeddings": True, "loss_chunk_size": 24}},
-    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "global_batch",
-     "model": {"recompute": "block", "loss_chunk_size": 7}},
-    {"ep": 2, "zero": 1, "accumulation": 2, "clip": 0.5, "scope": "global_batch", "model": {"recompute": "block"}},
-    {"ep": 2, "zero": 2, "accumulation": 1, "clip": 0.5, "scope": "batch", "model": {"tie_embeddings": True}},
-    {"ep": 1, "zero": 1, "accumulation": 2, "clip": 0.5, "scope": "batch", "model": {"num_experts": 0}},
-    {"ep": 2, "zero": 2, "accumulation": 1, "clip": 0.5, "scope": "batch",
-     "zero_options": {"offload_optimizer": {"device": "cpu"}}},
-    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch",
-     "zero_options": {"stage3_param_persistence_threshold": 0}},
+    {"ep": 2, "zero": 3, "accumulation": 2, "clip": 0.5, "scope": "batch", **GPT_OSS},
+    {"ep": 2, "zero": 1, "accumulation": 1, "clip": 0.5, "scope": "batch", **GPT_OSS, "lent": 1},
+    {
+        "ep": 2,
+        "zero": 3,
+        "accumulation": 2,
+        "clip": 0.5,
+        "scope": "batch",
+        "model": {**FEATURES, "recompute": "block", "loss_chunk_size": 24},
+    },
+    {
+        "ep": 2,
+        "zero": 1,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "batch",
+        "model": {**FEATURES, "tie_embeddings": True},
+    },
+    {
+        "ep": 2,
+        "zero": 3,
+        "accumulation": 2,
+        "clip": 0.5,
+        "scope": "batch",
+        "model": {"tie_embeddings": True, "loss_chunk_size": 24},
+    },
+    {
+        "ep": 2,
+        "zero": 3,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "global_batch",
+        "model": {"recompute": "block", "loss_chunk_size": 7},
+    },
+    {
+        "ep": 2,
+        "zero": 1,
+        "accumulation": 2,
+        "clip": 0.5,
+        "scope": "global_batch",
+        "model": {"recompute": "block"},
+    },
+    {
+        "ep": 2,
+        "zero": 2,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "batch",
+        "model": {"tie_embeddings": True},
+    },
+    {
+        "ep": 1,
+        "zero": 1,
+        "accumulation": 2,
+        "clip": 0.5,
+        "scope": "batch",
+        "model": {"num_experts": 0},
+    },
+    {
+        "ep": 2,
+        "zero": 2,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "batch",
+        "zero_options": {"offload_optimizer": {"device": "cpu"}},
+    },
+    {
+        "ep": 2,
+        "zero": 3,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "batch",
+        "zero_options": {"stage3_param_persistence_threshold": 0},
+    },
     {"ep": 2, "zero": 1, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
     {"ep": 2, "zero": 2, "accumulation": 2, "clip": 0.5, "scope": "batch", "precision": "bf16"},
     {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
-    {"ep": 2, "zero": 3, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16",
-     "model": {"loss_chunk_size": 24}},
-    {"ep": 2, "zero": 3, "accumulation": 2, "clip": 0.5, "scope": "batch", "precision": "bf16",
-     "model": {"tie_embeddings": True, "loss_chunk_size": 24}, "zero_options": {"stage3_param_persistence_threshold": 0}},
+    {
+        "ep": 2,
+        "zero": 3,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "batch",
+        "precision": "bf16",
+        "model": {"loss_chunk_size": 24},
+    },
+    {
+        "ep": 2,
+        "zero": 3,
+        "accumulation": 2,
+        "clip": 0.5,
+        "scope": "batch",
+        "precision": "bf16",
+        "model": {"tie_embeddings": True, "loss_chunk_size": 24},
+        "zero_options": {"stage3_param_persistence_threshold": 0},
+    },
 ]
 
 
 # Routers with controllers, whose state must be the same as in one process, step by step.
-ROUTERS = [{"ep": 2, "zero": zero, "accumulation": accumulation, "clip": 0.5, "scope": scope, "router": router,
-            "balance": balance}
-           for router, balance in (
-               ("top_p", {"bias_update": "quantile"}), ("threshold", {}), ("relu", {"aux_loss_coeff": 0.0}),
-               ("null_experts", {"bias_update": "quantile"}), ("group_limited", {}), ("capacity", {}),
-               ("top_k", {"bias_update": "sign", "bias_update_rate": 0.01}),
-               ("top_p", {"entropy_coeff": 0.02, "orthogonality_coeff": 0.02}))
-           for zero, accumulation, scope in ((1, 2, "global_batch"), (3, 1, "batch"))]
+ROUTERS = [
+    {
+        "ep": 2,
+        "zero": zero,
+        "accumulation": accumulation,
+        "clip": 0.5,
+        "scope": scope,
+        "router": router,
+        "balance": balance,
+    }
+    for router, balance in (
+        ("top_p", {"bias_update": "quantile"}),
+        ("threshold", {}),
+        ("relu", {"aux_loss_coeff": 0.0}),
+        ("null_experts", {"bias_update": "quantile"}),
+        ("group_limited", {}),
+        ("capacity", {}),
+        ("top_k", {"bias_update": "sign", "bias_update_rate": 0.01}),
+        ("top_p", {"entropy_coeff": 0.02, "orthogonality_coeff": 0.02}),
+    )
+    for zero, accumulation, scope in ((1, 2, "global_batch"), (3, 1, "batch"))
+]
 
 
-# Sparse layers with noise in the selection, regularisers on audited rows and every learned correction; then the gated
-# form after a dense step.
+# Sparse layers with noise in the selection, regularisers on audited rows and every learned
+# correction; then the gated form after a dense step.
 SPARSE = {"block_size": 2, "coarse_block_size": 2, "top_k": 2, "window_size": 1, "audit_rows": 0.5}
-ATTENTIONS = [{"ep": 2, "zero": zero, "accumulation": accumulation, "clip": 0.5, "scope": "batch", "attention": attention}
-              for attention in ({**SPARSE, "noise_steps": 3, "min_top_k": 1, "offset": True, "trust": True, "sink": True,
-                                 "mass_kl_coeff": 0.1, "coherence_coeff": 0.1, "alignment_coeff": 0.1},
-                                {**SPARSE, "merge": "gated", "dense_steps": 1, "dense_layers": [0]})
-              for zero, accumulation in ((1, 2), (3, 1))]
+LEARNED = {
+    **SPARSE,
+    "noise_steps": 3,
+    "min_top_k": 1,
+    "offset": True,
+    "trust": True,
+    "sink": True,
+    "mass_kl_coeff": 0.1,
+    "coherence_coeff": 0.1,
+    "alignment_coeff": 0.1,
+}
+GATED = {**SPARSE, "merge": "gated", "dense_steps": 1, "dense_layers": [0]}
+ATTENTIONS = [
+    {
+        "ep": 2,
+        "zero": zero,
+        "accumulation": accumulation,
+        "clip": 0.5,
+        "scope": "batch",
+        "attention": attention,
+    }
+    for attention in (LEARNED, GATED)
+    for zero, accumulation in ((1, 2), (3, 1))
+]
 ATTENTIONS.append({**ATTENTIONS[0], "ep": 1, "zero": 2, "model": {"recompute": "block"}})
 
 
+# Latent attention under every stage, with and without a latent for queries, and recomputed.
+LATENT = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+LATENTS = [
+    {
+        "ep": ep,
+        "zero": zero,
+        "accumulation": accumulation,
+        "clip": 0.5,
+        "scope": "batch",
+        "attention": {**LATENT, "q_lora_rank": rank},
+        "model": {"num_kv_heads": 4, "qk_norm": "none", "recompute": recompute},
+        **more,
+    }
+    for ep, zero, accumulation, rank, recompute, more in (
+        (2, 0, 1, 12, "none", {}),
+        (1, 1, 2, None, "none", {}),
+        (2, 2, 2, 12, "block", {}),
+        (2, 3, 1, 12, "block", {"zero_options": {"stage3_param_persistence_threshold": 0}}),
+        (2, 3, 2, None, "none", {"precision": "bf16"}),
+    )
+]
+
+
+# Modules of multi-token prediction, whose routers have controllers as all others have.
+PREDICTIONS = [
+    {
+        "ep": ep,
+        "zero": zero,
+        "accumulation": accumulation,
+        "clip": 0.5,
+        "scope": scope,
+        "model": {"num_mtp_layers": modules, **model},
+        **more,
+    }
+    for ep, zero, accumulation, scope, modules, model, more in (
+        (2, 0, 1, "batch", 1, {}, {}),
+        (2, 1, 2, "global_batch", 2, {"loss_chunk_size": 24}, {}),
+        (1, 2, 2, "sequence", 1, {"tie_embeddings": True, "recompute": "block"}, {}),
+        (
+            *(2, 3, 1, "global_batch", 2),
+            {"recompute": "block", "loss_chunk_size": 24, "tie_embeddings": True},
+            {
+                "router": "top_k",
+                "balance": {"bias_update": "sign", "bias_update_rate": 0.01},
+                "zero_options": {"stage3_param_persistence_threshold": 0},
+            },
+        ),
+        (
+            *(2, 3, 2, "batch", 1, {"tie_embeddings": True, "loss_chunk_size": 24}),
+            {"precision": "bf16"},
+        ),
+        (
+            *(2, 2, 1, "batch", 1, {"num_kv_heads": 4, "qk_norm": "none"}),
+            {"attention": LATENT, "router": "top_p", "balance": {"bias_update": "quantile"}},
+        ),
+    )
+]
+
+
+# Muon under every stage, of whole and of cut matrices, beside AdamW for the rest. In fp32, since
+# Newton-Schulz raises the rounding of the gradient's smallest singular values to size.
+def muon(ep: int, zero: int, accumulation: int = 1, **more) -> dict:
+    optim = {"optimizer": "muon", "orthogonalize_dtype": "fp32", **more.pop("optim", {})}
+    return {
+        "ep": ep,
+        "zero": zero,
+        "accumulation": accumulation,
+        "clip": 0.5,
+        "scope": "batch",
+        "optim": optim,
+        **more,
+    }
+
+
+MUON = [muon(2, 0), muon(2, 1, 2), muon(1, 2), muon(2, 3)]
+MUON_NIGHTLY = [
+    *(muon(1, 0), muon(1, 1, 2), muon(2, 2, 2), muon(1, 3, 2)),
+    muon(2, 2, zero_options={"offload_optimizer": {"device": "cpu"}}),
+    muon(2, 3, zero_options={"offload_optimizer": {"device": "cpu"}}),
+    muon(2, 3, zero_options={"stage3_param_persistence_threshold": 0, "sub_group_size": 700}),
+    muon(2, 3, lent=1, router="top_p", dispatcher={"num_chunks": 2}),
+    muon(2, 2, optim={"nesterov": False, "momentum": 0.8}, model={"num_mtp_layers": 1}),
+    muon(2, 1, precision="bf16", optim={"orthogonalize_dtype": "bf16"}),
+    muon(2, 3, precision="bf16", optim={"orthogonalize_dtype": "bf16"}),
+]
+
+
 # How rows travel, who serves which expert, and what is kept for backward.
-DISPATCHES = [{"ep": ep, "zero": zero, "accumulation": accumulation, "clip": 0.5, "scope": "batch", "router": router,
-               "dispatcher": dispatcher, **more}
-              for zero, accumulation in ((1, 2), (3, 1))
-              for ep, router, dispatcher, more in (
-                  (2, "top_p", {"num_chunks": 2}, {"lent": 1}),
-                  (2, "capacity", {"num_chunks": 3, "buffer_factor": 8.0}, {"experts": {"recompute": True}}),
-                  (2, "threshold", {"buffer_factor": 2.0}, {"lent": 0, "model": {"recompute": "block"}}),
-                  (2, "top_k", {}, {"lent": 2, "experts": {"backend": "grouped_mm"}}))]
-NODES = [{"ep": 4, "zero": 2, "accumulation": 1, "clip": 0.5, "scope": "batch", "router": "top_p", "ranks_per_node": 2,
-          "dispatcher": dispatcher, "lent": 1} for dispatcher in ({"num_chunks": 2}, {"buffer_factor": 4.0})]
+DISPATCHES = [
+    {
+        "ep": ep,
+        "zero": zero,
+        "accumulation": accumulation,
+        "clip": 0.5,
+        "scope": "batch",
+        "router": router,
+        "dispatcher": dispatcher,
+        **more,
+    }
+    for zero, accumulation in ((1, 2), (3, 1))
+    for ep, router, dispatcher, more in (
+        (2, "top_p", {"num_chunks": 2}, {"lent": 1}),
+        (2, "capacity", {"num_chunks": 3, "buffer_factor": 8.0}, {"experts": {"recompute": True}}),
+        (2, "threshold", {"buffer_factor": 2.0}, {"lent": 0, "model": {"recompute": "block"}}),
+        (2, "top_k", {}, {"lent": 2, "experts": {"backend": "grouped_mm"}}),
+    )
+]
+NODES = [
+    {
+        "ep": 4,
+        "zero": 2,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "batch",
+        "router": "top_p",
+        "ranks_per_node": 2,
+        "dispatcher": dispatcher,
+        "lent": 1,
+    }
+    for dispatcher in ({"num_chunks": 2}, {"buffer_factor": 4.0})
+]
 
 
-# With 32 experts and 64 assignments a rank, some experts get no token on one of their two replicas: their gradient must
-# still exist there, or the reduction over the replicas waits for ever.
-STARVED = [{"ep": 2, "zero": zero, "accumulation": 1, "clip": 0.5, "scope": "batch", "model": {"num_experts": 32}}
-           for zero in (0, 1, 2, 3)]
+# With 32 experts and 64 assignments a rank, some experts get no token on one of their two replicas:
+# their gradient must still exist there, or the reduction over the replicas waits for ever.
+STARVED = [
+    {
+        "ep": 2,
+        "zero": zero,
+        "accumulation": 1,
+        "clip": 0.5,
+        "scope": "batch",
+        "model": {"num_experts": 32},
+    }
+    for zero in (0, 1, 2, 3)
+]
 
 
 def check(rows: list[dict], cases: list[dict]) -> None:
@@ -92,7 +382,15 @@ def check(rows: list[dict], cases: list[dict]) -> None:
     wrong = []
     for row in rows:
         tolerance = BF16_TOLERANCE if row["case"].get("precision") == "bf16" else FP32_TOLERANCE
-        wrong += [(row["case"], name, error) for name, error in row["errors"].items() if not error <= tolerance[name]]
+        if tolerance is BF16_TOLERANCE and row["case"].get("optim"):
+            # what bf16 rounds in a gradient is a part of its small singular values, made large
+            tolerance = {**tolerance, "parameter": 3e-2}
+        tolerance = {**tolerance, **row["case"].get("tolerance", {})}
+        wrong += [
+            (row["case"], name, error)
+            for name, error in row["errors"].items()
+            if not error <= tolerance[name]
+        ]
     assert not wrong, "\n".join(map(str, wrong))
 
 
@@ -104,7 +402,8 @@ def test_two_ranks_train_as_one_process(run_ranks):
 
 @pytest.mark.slow
 def test_four_ranks_train_as_one_process(run_ranks):
-    cases = matrix((2, 4)) + STARVED + NODES + [{**case, "ep": 4, "zero": 2} for case in ROUTERS[::4]]
+    controllers = [{**case, "ep": 4, "zero": 2} for case in ROUTERS[::4]]
+    cases = matrix((2, 4), scopes=("global_batch",)) + STARVED + NODES + controllers
     check(run_ranks("distributed/parity_worker.py", 4, json.dumps(cases)), cases)
 
 
@@ -124,6 +423,32 @@ def test_sparse_attention_trains_as_one_process(run_ranks):
 
 
 @pytest.mark.slow
+def test_latent_attention_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(LATENTS)), LATENTS)
+
+
+@pytest.mark.slow
+def test_multi_token_prediction_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(PREDICTIONS)), PREDICTIONS)
+
+
+@pytest.mark.slow
+def test_muon_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(MUON)), MUON)
+
+
+@pytest.mark.nightly
+def test_muon_under_every_layout_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(MUON_NIGHTLY)), MUON_NIGHTLY)
+
+
+@pytest.mark.nightly
+def test_muon_on_four_ranks_trains_as_one_process(run_ranks):
+    cases = [muon(ep, zero) for ep in (2, 4) for zero in (0, 1, 2, 3)]
+    check(run_ranks("distributed/parity_worker.py", 4, json.dumps(cases)), cases)
+
+
+@pytest.mark.slow
 def test_eight_ranks_route_and_train_as_one_process(run_ranks):
     cases = [{**ROUTERS[2], "ep": 8}]
     check(run_ranks("distributed/parity_worker.py", 8, json.dumps(cases)), cases)
@@ -132,3 +457,10 @@ def test_eight_ranks_route_and_train_as_one_process(run_ranks):
 @pytest.mark.slow
 def test_routers_with_controllers_train_as_one_process(run_ranks):
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(ROUTERS)), ROUTERS)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("world_size", "expert_sizes"), [(2, (1, 2)), (4, (2, 4))])
+def test_every_combination_trains_as_one_process(run_ranks, world_size, expert_sizes):
+    cases = matrix(expert_sizes, whole=True)
+    check(run_ranks("distributed/parity_worker.py", world_size, json.dumps(cases)), cases)

@@ -1,7 +1,9 @@
-"""Training with a router that goes wrong on purpose: python tests/end_to_end/planted.py FAULT [overrides of launch.train].
+"""Training with a router that goes wrong on purpose: python tests/end_to_end/planted.py FAULT
+[overrides of launch.train].
 
-From step 6 on the selection bias of the first MoE layer is moved after every step: "collapse" sends every token to expert 0,
-"dead" sends nobody to it, "drift" lets every layer choose more experts from step to step.
+From step 6 on the selection bias of the first MoE layer is moved after every step: "collapse" sends
+every token to expert 0, "dead" sends nobody to it, "drift" lets every layer choose more experts
+from step to step.
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.common import run_main
+from launch.command.main import run_main
 from launch.train import train
-from train import loop
+from train.guard import routing
 
 FIRST_STEP = 6
 
 
 def plant(fault: str) -> None:
-    update, steps = loop.update_routers, [0]
+    update, steps = routing.update_routers, [0]
 
     def planted(routers: list[Any], *arguments: Any, **options: Any) -> None:
         update(routers, *arguments, **options)
@@ -33,7 +35,7 @@ def plant(fault: str) -> None:
         else:
             routers[0].balance_bias[0] = 100.0 if fault == "collapse" else -100.0
 
-    loop.update_routers = planted
+    routing.update_routers = planted
 
 
 if __name__ == "__main__":

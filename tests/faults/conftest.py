@@ -28,6 +28,7 @@ def reference(tmp_path_factory, data):
 
     def losses(*overrides: str) -> dict[int, float]:
         return reference_losses(folder, data, *overrides)
+
     return losses
 
 

@@ -1,7 +1,7 @@
 """One job in the laboratory with one fault: what happened, as a frozen record.
 
-    outcome = run(cluster, folder, data, fault="kill@1:7")
-    outcome.code, outcome.verdict["kind"], outcome.detection_seconds, outcome.losses, outcome.leftovers
+outcome = run(cluster, folder, data, fault="kill@1:7")
+outcome.code, outcome.verdict["kind"], outcome.detection_seconds, outcome.losses, outcome.leftovers
 """
 
 from __future__ import annotations
@@ -29,13 +29,22 @@ NUM_STEPS, SAVE_INTERVAL = 14, 4
 TIMEOUT = 8.0
 """watchdog.timeout_seconds of every scenario: the bound that detection is measured against."""
 SETTLE = 1.5 + 1.0
-"""What a verdict may take beyond the evidence: the judge waits for a better cause, and reports are periodic."""
+"""What a verdict may take beyond the evidence: the judge waits for a better cause, and reports are
+periodic.
+"""
 SETTINGS = (
-    *TINY, f"train.num_steps={NUM_STEPS}", "train.global_batch_size=4", "parallel.expert_parallel_size=2",
-    f"checkpoint.save_interval={SAVE_INTERVAL}", "checkpoint.keep_last=4", "checkpoint.grace_seconds=30",
-    f"watchdog.timeout_seconds={TIMEOUT:g}", "watchdog.startup_seconds=60", "launch.restart_delay_seconds=0.5",
+    *TINY,
+    f"train.num_steps={NUM_STEPS}",
+    "train.global_batch_size=4",
+    "parallel.expert_parallel_size=2",
+    f"checkpoint.save_interval={SAVE_INTERVAL}",
+    "checkpoint.keep_last=4",
+    "checkpoint.grace_seconds=30",
+    f"watchdog.timeout_seconds={TIMEOUT:g}",
+    "watchdog.startup_seconds=60",
+    "launch.restart_delay_seconds=0.5",
 )
-SUPERVISED = Path("launch/supervisor.py")
+SUPERVISED = Path("launch/job/supervisor.py")
 
 
 @dataclass(frozen=True)
@@ -88,17 +97,28 @@ class Outcome:
 
     @property
     def steps_lost(self) -> int | None:
-        """Finished steps that had to be done again after the first fault; None: it did not go on."""
+        """Finished steps that had to be done again after the first fault; None: it did not go
+        on.
+        """
         if not self.resumed_steps:
             return None
         return max(0, self.faults[0]["step"] - 1 - self.resumed_steps[0])
 
     def report(self) -> str:
         """All one needs to see why a scenario went wrong."""
-        parts = [f"exit code {self.code} after {self.wall_seconds:.1f} s; faults {json.dumps(self.faults)}",
-                 *(json.dumps(event) for event in self.events)]
-        parts += [f"left over on {node}: {process}" for node, found in self.leftovers.items() for process in found]
-        return "\n".join([*parts, f"--- the end of {self.run_dir.parent / 'log'}", self.log[-6000:]])
+        parts = [
+            f"exit code {self.code} after {self.wall_seconds:.1f} s; faults "
+            f"{json.dumps(self.faults)}",
+            *(json.dumps(event) for event in self.events),
+        ]
+        parts += [
+            f"left over on {node}: {process}"
+            for node, found in self.leftovers.items()
+            for process in found
+        ]
+        return "\n".join(
+            [*parts, f"--- the end of {self.run_dir.parent / 'log'}", self.log[-6000:]]
+        )
 
 
 Act = Callable[["Job"], Any]
@@ -133,19 +153,29 @@ class Job:
         self.wait(lambda: self.step >= step, f"step {step} was logged")
 
     def record(self, kind: str, **facts: Any) -> None:
-        """Note a fault about to be made from outside, in the midst of the step after the last logged one."""
-        self.faults.append({"fault": kind, "kind": kind, "time": time.time(), "step": self.step + 1, **facts})
+        """Note a fault about to be made from outside, in the midst of the step after the last
+        logged one.
+        """
+        self.faults.append(
+            {"fault": kind, "kind": kind, "time": time.time(), "step": self.step + 1, **facts}
+        )
 
     def supervisor(self) -> Process:
         """The process of the command itself, below nsenter."""
-        found = [p for p in self.cluster.login.processes() if "-m launch.train" in p.command and "RANK" not in p.environment]
+        found = [
+            p
+            for p in self.cluster.login.processes()
+            if "-m launch.train" in p.command and "RANK" not in p.environment
+        ]
         known = {p.pid for p in found}
         top = [p for p in found if p.parent not in known]
         assert top, f"no command runs on the login node\n{tail(self.log)}"
         return top[0]
 
     def launcher(self) -> Process:
-        found = [p for p in self.cluster.login.processes() if "deepspeed.launcher.runner" in p.command]
+        found = [
+            p for p in self.cluster.login.processes() if "deepspeed.launcher.runner" in p.command
+        ]
         assert found, f"no launcher runs\n{tail(self.log)}"
         return found[0]
 
@@ -154,19 +184,36 @@ class Job:
         os.kill(process.pid, number)
 
 
-def run(cluster: Cluster, folder: Path, data: Sequence[str], *overrides: str, fault: str = "", pace: float = 0.0,
-        act: Act | None = None, max_restarts: int = 2, limit: float = 150, settle: float = 3.0, run_dir: Path | None = None,
-        **environment: str) -> Outcome:
-    """One job over the cluster's hosts, num_nodes 2 of them unless told otherwise, from start to end.
+def run(
+    cluster: Cluster,
+    folder: Path,
+    data: Sequence[str],
+    *overrides: str,
+    fault: str = "",
+    pace: float = 0.0,
+    act: Act | None = None,
+    max_restarts: int = 2,
+    limit: float = 150,
+    settle: float = 3.0,
+    run_dir: Path | None = None,
+    **environment: str,
+) -> Outcome:
+    """One job over the cluster's hosts, num_nodes 2 of them unless told otherwise, from start to
+    end.
 
     Args:
         data: overrides that name the data (tests/end_to_end/commandline.py::write_text).
-        fault, pace: for tests/faults/site. act: called with the Job once it runs, in place of an injected fault.
-        limit: seconds after which the command is killed. settle: seconds in which processes may go after the command.
+        fault, pace: for tests/faults/site. act: called with the Job once it runs, in place of an
+            injected fault.
+        limit: seconds after which the command is killed. settle: seconds in which processes may go
+            after the command.
         environment: variables of the shell that starts the command.
     """
     run_dir = run_dir or folder / "run"
     arguments = [*command(cluster, folder, data, fault, pace, max_restarts), *overrides]
+    if any(a.startswith("resume=") for a in overrides) and not fault and not pace:
+        # the saved one holds a PYTHONPATH, which needs a word of ours
+        arguments.append("launch.env={}")
     if not any(a.startswith(("resume=", "run_dir=")) for a in arguments):
         arguments.append(f"run_dir={run_dir}")
     log, started = folder / "log", time.monotonic()
@@ -187,23 +234,49 @@ def run(cluster: Cluster, folder: Path, data: Sequence[str], *overrides: str, fa
     if code is not None:
         while time.monotonic() - ended < settle and cluster.job():
             time.sleep(0.1)
-    return Outcome(run_dir, code, tuple(job.events()), tuple([*injected(folder), *job.faults]), job_losses(job),
-                   log.read_text(errors="replace"), cluster.job(), round(time.monotonic() - ended, 1),
-                   round(ended - started, 1))
+    return Outcome(
+        run_dir,
+        code,
+        tuple(job.events()),
+        tuple([*injected(folder), *job.faults]),
+        job_losses(job),
+        log.read_text(errors="replace"),
+        cluster.job(),
+        round(time.monotonic() - ended, 1),
+        round(ended - started, 1),
+    )
 
 
-def command(cluster: Cluster, folder: Path, data: Sequence[str], fault: str = "", pace: float = 0.0,
-            max_restarts: int = 2) -> list[str]:
+def command(
+    cluster: Cluster,
+    folder: Path,
+    data: Sequence[str],
+    fault: str = "",
+    pace: float = 0.0,
+    max_restarts: int = 2,
+) -> list[str]:
     """What a user would type after `python`, on the login node."""
     hostfile = cluster.folder / "hostfile"
     if not hostfile.exists():
         cluster.hostfile()
-    arguments = ["-m", "launch.train", *SETTINGS, *data, "launch=deepspeed", f"launch.hostfile={hostfile}",
-                 "launch.num_nodes=2", "launch.num_devices=1"]
+    arguments = [
+        "-m",
+        "launch.train",
+        *SETTINGS,
+        *data,
+        "launch=deepspeed",
+        f"launch.hostfile={hostfile}",
+        "launch.num_nodes=2",
+        "launch.num_devices=1",
+    ]
     if not (HERE.parent.parent / SUPERVISED).exists():
         return arguments
-    return [*arguments, f"launch.listen_addr={cluster.login.address}", f"launch.max_restarts={max_restarts}",
-            *injection(folder, fault, pace)]
+    return [
+        *arguments,
+        f"launch.listen_addr={cluster.login.address}",
+        f"launch.max_restarts={max_restarts}",
+        *injection(folder, fault, pace),
+    ]
 
 
 def injection(folder: Path, fault: str, pace: float) -> list[str]:
@@ -211,14 +284,21 @@ def injection(folder: Path, fault: str, pace: float) -> list[str]:
     if not fault and not pace:
         return []
     (folder / "faults").mkdir(parents=True, exist_ok=True)
-    values = {"PYTHONPATH": HERE / "site", "LOADSTONE_FAULT": fault, "LOADSTONE_FAULT_DIR": folder / "faults",
-              "LOADSTONE_PACE": f"{pace:g}"}
+    values = {
+        "PYTHONPATH": HERE / "site",
+        "LOADSTONE_FAULT": fault,
+        "LOADSTONE_FAULT_DIR": folder / "faults",
+        "LOADSTONE_PACE": f"{pace:g}",
+    }
     return [f"+launch.env.{name}='{value}'" for name, value in values.items()]
 
 
 def injected(folder: Path) -> list[dict[str, Any]]:
     """Faults that have struck, in order."""
-    return sorted((json.loads(p.read_text()) for p in (folder / "faults").glob("*.json")), key=lambda fact: fact["time"])
+    return sorted(
+        (json.loads(p.read_text()) for p in (folder / "faults").glob("*.json")),
+        key=lambda fact: fact["time"],
+    )
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -247,10 +327,26 @@ def tail(log: Path, characters: int = 6000) -> str:
 def reference(folder: Path, data: tuple[str, ...], *overrides: str) -> dict[int, float]:
     """Losses of the uninterrupted job, two ranks on this machine, no laboratory."""
     name = "reference" + "".join(c if c.isalnum() else "-" for c in "".join(overrides))
-    line = [sys.executable, "-m", "launch.train", *SETTINGS, *data, "launch=deepspeed", "launch.num_devices=2",
-            f"run_dir={folder / name}", *overrides]
-    done = subprocess.run(line, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    line = [
+        sys.executable,
+        "-m",
+        "launch.train",
+        *SETTINGS,
+        *data,
+        "launch=deepspeed",
+        "launch.num_devices=2",
+        f"run_dir={folder / name}",
+        *overrides,
+    ]
+    done = subprocess.run(
+        line,
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return losses(folder / name)
 
@@ -260,10 +356,18 @@ def tabulate(outcome: Outcome, fault: str, bound: float | None, result: str) -> 
     path = os.environ.get("LOADSTONE_FAULT_TABLE")
     if not path:
         return
-    row = {"fault": fault, "bound_seconds": bound,
-           "detection_seconds": outcome.detection_seconds if outcome.verdicts and outcome.faults else None,
-           "verdict": outcome.verdicts[0]["kind"] if outcome.verdicts else None,
-           "message": outcome.verdicts[0]["message"] if outcome.verdicts else None, "code": outcome.code,
-           "restarts": outcome.restarts, "steps_lost": outcome.steps_lost if outcome.faults else None, "outcome": result}
+    row = {
+        "fault": fault,
+        "bound_seconds": bound,
+        "detection_seconds": outcome.detection_seconds
+        if outcome.verdicts and outcome.faults
+        else None,
+        "verdict": outcome.verdicts[0]["kind"] if outcome.verdicts else None,
+        "message": outcome.verdicts[0]["message"] if outcome.verdicts else None,
+        "code": outcome.code,
+        "restarts": outcome.restarts,
+        "steps_lost": outcome.steps_lost if outcome.faults else None,
+        "outcome": result,
+    }
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")

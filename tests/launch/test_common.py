@@ -11,20 +11,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from launch.common import _is_ours, literal, load_config, plain, quoted, typed
-from launch.environment import first_host
+from launch.config.overrides import literal, plain, quoted, typed
+from launch.process.environment import first_host
+from launch.saved.files import load_config
 from ops.all_to_all import Hop, begin_rows
+from train.rank.errors import is_ours
 
 
-@pytest.mark.parametrize(("node_list", "host"), [("gpu[003-007,9],other", "gpu003"), ("a,b", "a"), ("single", "single"),
-                                                 ("n[1,5]", "n1"), ("127.0.0.1", "127.0.0.1")])
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [
+        ("gpu[003-007,9],other", "gpu003"),
+        ("a,b", "a"),
+        ("single", "single"),
+        ("n[1,5]", "n1"),
+        ("127.0.0.1", "127.0.0.1"),
+    ],
+)
 def test_first_host_of_a_slurm_list(node_list, host):
     assert first_host(node_list) == host
 
 
-PATHS = ["/a b/c.yaml", "/it's/c=d.yaml", "/ü/{x}[y],z", "back\\slash", "/ends\\", "/ends\\\\",
-         "/both\\'", "\\\\'", "/${oc.env:HOME}/x", "\\${a}", "\\\\${a}", "/${", "$", "${}'\\", "$$${a}",
-         "line\nfeed", "\\\n", "", "null", "1", "true", " ", "#", "%(x)s", "~", "a: b"]
+PATHS = [
+    "/a b/c.yaml",
+    "/it's/c=d.yaml",
+    "/ü/{x}[y],z",
+    "back\\slash",
+    "/ends\\",
+    "/ends\\\\",
+    "/both\\'",
+    "\\\\'",
+    "/${oc.env:HOME}/x",
+    "\\${a}",
+    "\\\\${a}",
+    "/${",
+    "$",
+    "${}'\\",
+    "$$${a}",
+    "line\nfeed",
+    "\\\n",
+    "",
+    "null",
+    "1",
+    "true",
+    " ",
+    "#",
+    "%(x)s",
+    "~",
+    "a: b",
+]
 
 
 def read_back(path: str) -> str:
@@ -65,7 +100,7 @@ def test_resolved_values_stay_what_they_are_in_a_saved_config(tmp_path, path):
 def test_our_checks_are_told_from_errors_inside_libraries():
     with pytest.raises(ValueError) as ours:
         begin_rows(torch.zeros(3, 1), (Hop(None, [1], [1]),))
-    assert _is_ours(ours.value)
+    assert is_ours(ours.value)
     with pytest.raises(ValueError) as theirs:
         torch.distributed.init_process_group("no such backend")
-    assert not _is_ours(theirs.value)
+    assert not is_ours(theirs.value)

@@ -7,15 +7,24 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import common, train
-from launch.environment import adopt_rank, first_host, hosts_of
-from launch.spawn import Rendezvous, command
-from train.config import LaunchConfig
-from train.runtime import process_group
+from launch import train
+from launch.launchers.start import Rendezvous, command
+from launch.process import identity
+from launch.process.environment import adopt_rank, first_host, hosts_of
+from tests.lone import without_place
+from train.config.launching import LaunchConfig
+from train.rank.runtime import process_group
 
 PREFIXES = ("SLURM", "OMPI", "PMI", "MPI", "MV2", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER")
-STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
-        "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "41"}
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_JOB_ID": "41",
+}
 SHELL = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8"}
 PTY = {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "35123"}
 MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -24,50 +33,72 @@ MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COM
 @pytest.fixture
 def place(monkeypatch):
     """place(variables) -> (RANK, LOCAL_RANK, WORLD_SIZE) of a process with them, or None."""
+
     def found(variables: dict[str, str], terminal: bool = False) -> tuple[str, ...] | None:
         for name in [n for n in os.environ if n.startswith(PREFIXES)]:
             monkeypatch.delenv(name)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.setenv(name, "")  # so that what is adopted is taken back
-            monkeypatch.delenv(name)
+        without_place(monkeypatch)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(os, "isatty", lambda descriptor: terminal)
         adopt_rank()
-        if not common.is_worker():
+        if not identity.is_worker():
             return None
         return os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]
+
     return found
 
 
-@pytest.mark.parametrize(("variables", "rank"), [
-    (STEP, ("3", "1", "8")),
-    ({**STEP, "SLURM_NTASKS": "64"}, ("3", "1", "8")),  # a step of 8 in an allocation of 64
-    ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "8"}, ("3", "1", "8")),  # Slurm's PMI
-    ({**STEP, "SLURM_PTY_PORT": "35123"}, ("3", "1", "8")),  # srun in the shell of srun --pty
-    (MPI, ("2", "0", "4")),
-    ({**STEP, **MPI}, ("2", "0", "4")),  # mpirun starts its servants through srun
-    ({**STEP, "PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}, ("5", "1", "8")),
-    ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **STEP, **MPI}, ("1", "1", "2")),
-    ({"RANK": "1", "WORLD_SIZE": "2", **MPI}, ("2", "0", "4"))])  # RANK of a machine
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        (STEP, ("3", "1", "8")),
+        # a step of 8 in an allocation of 64
+        ({**STEP, "SLURM_NTASKS": "64"}, ("3", "1", "8")),
+        ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "8"}, ("3", "1", "8")),  # Slurm's PMI
+        # srun in the shell of srun --pty
+        ({**STEP, "SLURM_PTY_PORT": "35123"}, ("3", "1", "8")),
+        (MPI, ("2", "0", "4")),
+        ({**STEP, **MPI}, ("2", "0", "4")),  # mpirun starts its servants through srun
+        ({**STEP, "PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}, ("5", "1", "8")),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **STEP, **MPI}, ("1", "1", "2")),
+        ({"RANK": "1", "WORLD_SIZE": "2", **MPI}, ("2", "0", "4")),
+    ],
+)  # RANK of a machine
 def test_a_rank_is_what_the_nearest_launcher_has_started(place, variables, rank):
     assert place(variables) == rank
 
 
-@pytest.mark.parametrize(("variables", "terminal"), [
-    (SHELL, False),  # a batch script
-    ({**SHELL, "SLURM_STEP_ID": "4294967291"}, False),
-    ({**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, True),  # salloc
-    ({**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "8"}, True),
-    (PTY, True),  # srun --pty bash, in an allocation of eight tasks
-    ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, True),
-    ({**SHELL, "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "0", "PMI_SIZE": "1"},
-     True),
-    ({**MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, False),  # mpirun -n 1
-    ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0"}, False),  # set per machine
-    ({"LOCAL_RANK": "0"}, False), ({}, False)])
+@pytest.mark.parametrize(
+    ("variables", "terminal"),
+    [
+        (SHELL, False),  # a batch script
+        ({**SHELL, "SLURM_STEP_ID": "4294967291"}, False),
+        # salloc
+        ({**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, True),
+        ({**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "8"}, True),
+        (PTY, True),  # srun --pty bash, in an allocation of eight tasks
+        ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, True),
+        (
+            {
+                **SHELL,
+                "SLURM_STEP_ID": "1",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "PMI_RANK": "0",
+                "PMI_SIZE": "1",
+            },
+            True,
+        ),
+        # mpirun -n 1
+        ({**MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, False),
+        # set per machine
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0"}, False),
+        ({"LOCAL_RANK": "0"}, False),
+        ({}, False),
+    ],
+)
 def test_a_shell_in_an_allocation_and_a_process_alone_are_no_ranks(place, variables, terminal):
-    assert place(variables, terminal) is None and common.rank() == 0
+    assert place(variables, terminal) is None and identity.rank() == 0
 
 
 def test_steps_of_a_job_meet_at_ports_of_their_own(place):
@@ -103,6 +134,7 @@ def test_a_rank_does_not_start_ranks(place, monkeypatch):
     found = SimpleNamespace(runtime=SimpleNamespace(choices={"launch": "deepspeed"}))
     monkeypatch.setattr(train.HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(train.HydraConfig, "get", lambda: found)
+    monkeypatch.setattr(train, "with_saved_config", lambda config: config)
     with pytest.raises(ValueError, match=r"launch=deepspeed starts the ranks, but .* rank 3 of 8"):
         train.train(SimpleNamespace(resume=None))
 
@@ -112,14 +144,25 @@ def test_srun_starts_as_many_agents_as_the_run_has_ranks():
     assert "--ntasks=6" in line  # of SLURM_NTASKS tasks in the allocation
 
 
-@pytest.mark.parametrize(("text", "hosts"), [
-    ("n1", "n1"), ("a,b", "a b"), ("gpu[003-005,9],other", "gpu003 gpu004 gpu005 gpu9 other"),
-    ("rack1-[01,05]-gpu", "rack1-01-gpu rack1-05-gpu"), ("n[098-101]", "n098 n099 n100 n101"),
-    ("n[8-11]", "n8 n9 n10 n11"), ("r[1-2]n[3-4]", "r1n3 r1n4 r2n3 r2n4"),
-    ("r[1-2]n[08-10]-ib,login", "r1n08-ib r1n09-ib r1n10-ib r2n08-ib r2n09-ib r2n10-ib login"),
-    ("c[1,[3-4]]x", "c1x c3x c4x"), ("dgx[a,b[1-2]]", "dgxa dgxb1 dgxb2"),
-    ("10.0.0.[1-2]", "10.0.0.1 10.0.0.2"), ("a-b[1-2],c", "a-b1 a-b2 c"), ("x[0-0]", "x0"),
-    ("127.0.0.1", "127.0.0.1")])
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("n1", "n1"),
+        ("a,b", "a b"),
+        ("gpu[003-005,9],other", "gpu003 gpu004 gpu005 gpu9 other"),
+        ("rack1-[01,05]-gpu", "rack1-01-gpu rack1-05-gpu"),
+        ("n[098-101]", "n098 n099 n100 n101"),
+        ("n[8-11]", "n8 n9 n10 n11"),
+        ("r[1-2]n[3-4]", "r1n3 r1n4 r2n3 r2n4"),
+        ("r[1-2]n[08-10]-ib,login", "r1n08-ib r1n09-ib r1n10-ib r2n08-ib r2n09-ib r2n10-ib login"),
+        ("c[1,[3-4]]x", "c1x c3x c4x"),
+        ("dgx[a,b[1-2]]", "dgxa dgxb1 dgxb2"),
+        ("10.0.0.[1-2]", "10.0.0.1 10.0.0.2"),
+        ("a-b[1-2],c", "a-b1 a-b2 c"),
+        ("x[0-0]", "x0"),
+        ("127.0.0.1", "127.0.0.1"),
+    ],
+)
 def test_a_list_of_hosts_is_read_as_slurm_reads_it(text, hosts):
     assert list(hosts_of(text)) == hosts.split() and first_host(text) == hosts.split()[0]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch.judge import SETTLE_SECONDS, Judge
-from train.config import WatchdogConfig
+from launch.job.judge import SETTLE_SECONDS, Judge
+from train.config.launching import WatchdogConfig
 
 TIMEOUT, STARTUP = 10.0, 120.0
 
@@ -16,8 +16,18 @@ class Job:
     def __init__(self, world_size: int = 4):
         self.judge = Judge(world_size, WatchdogConfig(TIMEOUT, STARTUP), 0.0)
         self.now = 0.0
-        self.facts = {rank: {"step": 5, "phase": "forward", "beats": 50, "silent": 0.1, "idle": 0.2, "usual": 0.5,
-                             "state": "R"} for rank in range(world_size)}
+        self.facts = {
+            rank: {
+                "step": 5,
+                "phase": "forward",
+                "beats": 50,
+                "silent": 0.1,
+                "idle": 0.2,
+                "usual": 0.5,
+                "state": "R",
+            }
+            for rank in range(world_size)
+        }
         self.silent: set[int] = set()
         self.run(1)
 
@@ -40,7 +50,9 @@ class Job:
         return None
 
     def exit(self, rank: int, code: int, **facts):
-        self.judge.report(rank, self.host(rank), self.now, {**self.facts[rank], "exit_code": code, **facts})
+        self.judge.report(
+            rank, self.host(rank), self.now, {**self.facts[rank], "exit_code": code, **facts}
+        )
         self.silent.add(rank)
 
     def stuck(self, *ranks: int, key: str = "idle", **facts):
@@ -178,3 +190,66 @@ def test_the_finished_step_is_the_slowest_ranks():
     job.facts[2]["step"] = 4
     job.run(0.5)
     assert job.judge.step == 3
+
+
+class Starting(Job):
+    """Of two ranks only the second has come to its supervisor yet, and its process is not importing
+    for long.
+    """
+
+    def __init__(self, **facts):
+        super().__init__(2)
+        self.judge = Judge(2, WatchdogConfig(TIMEOUT, STARTUP), 0.0)
+        self.facts = {
+            1: {"step": 0, "phase": "spawn", "beats": 0, "silent": 0.1, "idle": 0.2, "state": "R"}
+            | facts
+        }
+
+
+def test_an_agent_that_dies_before_it_reports_is_named_and_not_the_one_its_launcher_then_ends():
+    job = Starting()
+    job.run(1)
+    job.facts[1]["asked"] = True
+    verdict = job.run(SETTLE_SECONDS + 1)
+    assert verdict.kind == "startup" and verdict.ranks == ()
+    assert "ranks 0 did not report, and the launcher told the others to end" in verdict.message
+
+
+def test_so_it_is_when_the_others_are_gone_as_well():
+    """DeepSpeed's launcher ends the whole tree of the other agents, and kills what does not go."""
+    job = Starting()
+    job.run(1)
+    job.exit(1, -15, told=True, asked=True)
+    job.judge.disconnected(1, job.now)
+    job.judge.launcher_exit(247, job.now)
+    verdict = job.run(SETTLE_SECONDS + 1)
+    assert (
+        verdict.kind == "startup"
+        and "ranks 0 did not report, and the launcher has ended" in verdict.message
+    )
+
+
+def test_a_rank_that_fails_by_itself_is_named_although_others_have_not_reported():
+    job = Starting()
+    job.exit(1, 1, failure="config", message="no such file")
+    job.judge.launcher_exit(1, job.now)
+    verdict = job.run(SETTLE_SECONDS + 1)
+    assert (verdict.kind, verdict.ranks) == ("config", (1,))
+
+
+def test_a_scheduler_that_stops_everybody_while_they_start_is_no_fault():
+    job = Starting(asked=True)
+    job.judge.stopping = True
+    assert job.run(SETTLE_SECONDS + 3) is None
+
+
+def test_an_agent_that_dies_while_its_rank_starts_is_named_and_not_the_rank_its_launcher_ends():
+    job = Job(2)
+    for facts in job.facts.values():
+        facts |= {"step": 0, "phase": "spawn", "beats": 0}
+    job.run(0.5)
+    job.silent.add(0)
+    job.judge.disconnected(0, job.now)
+    job.exit(1, -15, told=True, asked=True)
+    verdict = job.run(6)
+    assert (verdict.kind, verdict.ranks) == ("lost", (0,))

@@ -11,28 +11,42 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from launch import place as command
-from launch.validate import ConfigError
-from model.placement import LayerPlacement, Placement
-from model.placement_plan import imbalance, plan_layer
+from launch.config.build import ConfigError
+from launch.place import command, measure
+from launch.place.settings import Layout, PlaceConfig
+from launch.saved.run import load_run
+from model.placement.planner import imbalance, plan_layer
+from model.placement.record import LayerPlacement, Placement
 from ops.router import RouterOutput
-from train.audit import FOLDER, AuditLog
-from train.config import AuditConfig
+from train.audit.format import FOLDER
+from train.audit.log import AuditLog
+from train.config.watching import AuditConfig
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 NUM_EXPERTS, LAYERS, TOKENS = 8, (1, 2), 64
 HOT = {1: (0, 1), 2: (6, 7)}
-"""In each layer two experts with a hundred assignments a step; the others have ten. In order, one of four ranks has both."""
+"""In each layer two experts with a hundred assignments a step; the others have ten. In order, one
+of four ranks has both.
+"""
 
 
 def make_run(folder: Path, *overrides: str, steps: int = 10, drift: bool = False) -> Path:
-    """A run directory as training leaves it. Odd experts meet odd ones and even experts even ones. drift: in the later half
-    of the steps, the experts are hot that a plan made on the earlier half puts on one rank."""
+    """A run directory as training leaves it. Odd experts meet odd ones and even experts even ones.
+    drift: in the later half of the steps, the experts are hot that a plan made on the earlier half
+    puts on one rank.
+    """
     folder.mkdir()
     with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose("train", overrides=["model.vocab_size=300", f"model.num_layers={max(LAYERS) + 1}",
-                                             f"model.num_experts={NUM_EXPERTS}", "model.num_dense_layers=1",
-                                             *overrides])
+        config = compose(
+            "train",
+            overrides=[
+                "model.vocab_size=300",
+                f"model.num_layers={max(LAYERS) + 1}",
+                f"model.num_experts={NUM_EXPERTS}",
+                "model.num_dense_layers=1",
+                *overrides,
+            ],
+        )
     OmegaConf.save(config, folder / "config.yaml")
     lines = []
     log = AuditLog(folder / FOLDER, AuditConfig(sample_one_in=2), LAYERS, 0)
@@ -44,12 +58,22 @@ def make_run(folder: Path, *overrides: str, steps: int = 10, drift: bool = False
                 together = plan_layer(row, 4).experts[:2]
                 row[:] = 10
                 row[[*together]] = 100
-        lines.append(json.dumps({"step": 10 * step, "tokens": TOKENS * step, "counts": counts.tolist()}))
-        ids = torch.stack((torch.arange(TOKENS) % NUM_EXPERTS, (torch.arange(TOKENS) + 2 * step) % NUM_EXPERTS), 1).int()
+        lines.append(
+            json.dumps({"step": 10 * step, "tokens": TOKENS * step, "counts": counts.tolist()})
+        )
+        ids = torch.stack(
+            (torch.arange(TOKENS) % NUM_EXPERTS, (torch.arange(TOKENS) + 2 * step) % NUM_EXPERTS), 1
+        ).int()
         ids[:, 1] = torch.where(ids[:, 1] == ids[:, 0], -1, ids[:, 1])
         unused = dict.fromkeys(RouterOutput._fields, torch.zeros(TOKENS))
-        out = RouterOutput(**{**unused, "expert_ids": ids, "weights": (ids >= 0).float(),
-                              "reasons": torch.zeros(TOKENS, dtype=torch.uint8)})
+        out = RouterOutput(
+            **{
+                **unused,
+                "expert_ids": ids,
+                "weights": (ids >= 0).float(),
+                "reasons": torch.zeros(TOKENS, dtype=torch.uint8),
+            }
+        )
         first = TOKENS * (step - 1)
         log.add(10 * step, torch.arange(first, first + TOKENS).view(1, -1), None, (out, out))
         log.end_step(10 * step, first, [step, step])
@@ -65,7 +89,9 @@ def run(tmp_path_factory) -> Path:
 
 def ask(run: Path | str | None, capsys, **settings) -> tuple[list[str], dict]:
     """Lines and final JSON of `python -m launch.place run=RUN ...`."""
-    config = OmegaConf.merge(OmegaConf.load(Path(CONF) / "place.yaml"), {"run": run and str(run), **settings})
+    config = OmegaConf.merge(
+        OmegaConf.load(Path(CONF) / "place.yaml"), {"run": run and str(run), **settings}
+    )
     assert isinstance(config, type(OmegaConf.create()))
     command.main(config)
     *lines, last = capsys.readouterr().out.strip().splitlines()
@@ -84,13 +110,19 @@ def test_the_plan_levels_the_ranks_and_holds_on_later_steps(run, capsys):
     placement = Placement.load(run / "placement.json")
     assert placement.problems(NUM_EXPERTS, 2, 4) == []
     assert placement.layers[0] == plan_layer([1000, 1000, *[100] * 6], 4)
-    assert lines[-1] == f"next: python -m launch.train resume={run} parallel.placement={run}/placement.json"
+    assert (
+        lines[-1]
+        == f"next: python -m launch.train resume={run} parallel.placement={run}/placement.json"
+    )
 
 
 def test_replicas_are_counted(run, capsys, tmp_path):
     lines, result = ask(run, capsys, replicas_per_rank=1, output=str(tmp_path / "p.json"))
     assert result["imbalance"]["planned"] < 1.2
-    assert [(layer["replicas"], layer["replicated_experts"]) for layer in result["layers"]] == [(4, 2), (4, 2)]
+    assert [(layer["replicas"], layer["replicated_experts"]) for layer in result["layers"]] == [
+        (4, 2),
+        (4, 2),
+    ]
     assert all(len(lent) == 1 for lent in Placement.load(tmp_path / "p.json").layers[0].replicas)
     assert any("replicas of experts" in line for line in lines)
 
@@ -115,22 +147,31 @@ def test_only_the_last_lines_count_if_asked(tmp_path, capsys):
     run = make_run(tmp_path / "run", "parallel=ep4", drift=True)
     _, result = ask(run, capsys, last_steps=4, ranks_per_node=2)
     assert result["steps"] == [70, 100] and result["lines"] == 4
-    assert result["held_out"]["imbalance"]["planned"] == pytest.approx(result["imbalance"]["planned"])
-    measured = command.measure(command.PlaceConfig(str(run), last_steps=4), command.load_run(str(run)).model,
-                               command.Layout(4, 2, 0))
+    assert result["held_out"]["imbalance"]["planned"] == pytest.approx(
+        result["imbalance"]["planned"]
+    )
+    measured = measure.measure(
+        PlaceConfig(str(run), last_steps=4),
+        load_run(str(run)).model,
+        Layout(4, 2, 0),
+    )
     assert measured.step.tolist() == [70, 80, 90, 100]
-    from train.audit import read_records
+    from train.audit.records import read_records
+
     records = read_records(run / FOLDER)
-    pairs = [int((records.sampled & (records.step > a) & (records.step <= b) & (records.k == 2)).sum())
-             for a, b in ((60, 80), (80, 100))]
+    pairs = [
+        int((records.sampled & (records.step > a) & (records.step <= b) & (records.k == 2)).sum())
+        for a, b in ((60, 80), (80, 100))
+    ]
     assert measured.together.sum((1, 2, 3)).tolist() == [2 * n for n in pairs] and min(pairs) > 0
 
 
 def test_large_audits_are_read_in_pieces(run, monkeypatch, capsys, tmp_path):
     output = str(tmp_path / "p.json")
     _, whole = ask(run, capsys, ranks_per_node=2, output=output)
-    monkeypatch.setattr(command, "MAX_AUDIT_BYTES", 0)
-    monkeypatch.setattr(command, "AUDIT_STEPS", 5)
+    size = sum(path.stat().st_size for path in (run / FOLDER).glob("records-*.bin"))
+    monkeypatch.setattr(measure, "MAX_AUDIT_BYTES", size - 1)
+    monkeypatch.setattr(measure, "AUDIT_STEPS", 5)
     assert ask(run, capsys, ranks_per_node=2, output=output)[1] == whole
 
 
@@ -139,7 +180,9 @@ def test_co_activation_counts_pairs_of_a_token():
     visits = g.random((9000, 6)) < 0.3
     owner, experts = np.nonzero(visits)
     together = visits.T.astype(int) @ visits
-    np.testing.assert_array_equal(command.co_activation(owner, experts, 9000, 6), together * ~np.eye(6, dtype=bool))
+    np.testing.assert_array_equal(
+        measure.co_activation(owner, experts, 9000, 6), together * ~np.eye(6, dtype=bool)
+    )
 
 
 def test_without_audit_nodes_are_not_told_apart(tmp_path, capsys):
@@ -154,7 +197,9 @@ def test_the_runs_own_placement_is_what_the_plan_is_held_against(run, tmp_path, 
     loads[[0, 1]] = 100
     own = LayerPlacement((0, 2, 1, 3, 4, 6, 5, 7), ((),) * 4)
     Placement(4, (own, own)).save(tmp_path / "own.json")
-    other = make_run(tmp_path / "run", "parallel=ep4", f"parallel.placement={tmp_path / 'own.json'}")
+    other = make_run(
+        tmp_path / "run", "parallel=ep4", f"parallel.placement={tmp_path / 'own.json'}"
+    )
     lines, result = ask(other, capsys)
     assert lines[0] == f"now: {tmp_path / 'own.json'}"
     assert result["layers"][0]["imbalance"]["now"] == pytest.approx(imbalance(loads, own))
@@ -166,32 +211,57 @@ def test_the_runs_own_placement_is_what_the_plan_is_held_against(run, tmp_path, 
 def test_another_size_is_in_the_next_command(run, tmp_path, capsys):
     lines, result = ask(run, capsys, expert_parallel_size=2, output=str(tmp_path / "a file.json"))
     assert result["expert_parallel_size"] == 2
-    assert lines[-2].endswith("parallel.expert_parallel_size=2") and "multiple of 2 ranks" in lines[-1]
+    assert (
+        lines[-2].endswith("parallel.expert_parallel_size=2") and "multiple of 2 ranks" in lines[-1]
+    )
     assert f"parallel.placement='\"'\"'{tmp_path}/a file.json'\"'\"''" in lines[-2]
 
 
 def test_torn_lines_are_skipped(run, tmp_path):
     lines = (run / "routing.jsonl").read_text().splitlines()
-    text = "\n".join([lines[0], lines[1][:40], "[]", "{}", '{"step": null, "counts": 1}',
-                      '{"step": 1, "counts": [[1], [1, 2]]}', lines[2], lines[3][:-1]])
+    text = "\n".join(
+        [
+            lines[0],
+            lines[1][:40],
+            "[]",
+            "{}",
+            '{"step": null, "counts": 1}',
+            '{"step": 1, "counts": [[1], [1, 2]]}',
+            lines[2],
+            lines[3][:-1],
+        ]
+    )
     (tmp_path / "routing.jsonl").write_text(text)
-    step, loads = command.read_loads(tmp_path / "routing.jsonl", (2, NUM_EXPERTS))
+    _, step, loads = measure.read_loads(tmp_path / "routing.jsonl", (2, NUM_EXPERTS))
     assert step.tolist() == [10, 30] and loads.shape == (2, 2, NUM_EXPERTS)
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"run": None}, "give run=DIR"), ({"run": "nowhere"}, "config.yaml does not exist; give a run directory"),
-    ({"expert_parallel_size": 3}, "model.num_experts 8 is not divisible by expert_parallel_size 3"),
-    ({"expert_parallel_size": 1}, "expert_parallel_size is 1: one rank holds all experts"),
-    ({"expert_parallel_size": 0}, "expert_parallel_size is 0; it must be at least 1"),
-    ({"ranks_per_node": 3}, "ranks_per_node 3 does not divide expert_parallel_size 4"),
-    ({"replicas_per_rank": 7}, "replicas_per_rank is 7; the experts that a rank does not own are 6"),
-    ({"replicas_per_rank": -1}, "must not be negative"), ({"last_steps": 1}, "last_steps is 1; it must be at least 2"),
-    ({"replicas": 1}, "unknown key replicas: did you mean replicas_per_rank"),
-    ({"last_steps": "x"}, "last_steps is 'x'; it must be int"),
-    ({"output": "/nowhere/p.json"}, "output=/nowhere/p.json cannot be written")])
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"run": None}, "give run=DIR"),
+        ({"run": "nowhere"}, "config.yaml does not exist; give a run directory"),
+        (
+            {"expert_parallel_size": 3},
+            "model.num_experts 8 is not divisible by expert_parallel_size 3",
+        ),
+        ({"expert_parallel_size": 1}, "expert_parallel_size is 1: one rank holds all experts"),
+        ({"expert_parallel_size": 0}, "expert_parallel_size is 0; it must be at least 1"),
+        ({"ranks_per_node": 3}, "ranks_per_node 3 does not divide expert_parallel_size 4"),
+        (
+            {"replicas_per_rank": 7},
+            "replicas_per_rank is 7; the experts that a rank does not own are 6",
+        ),
+        ({"replicas_per_rank": -1}, "must not be negative"),
+        ({"last_steps": 1}, "last_steps is 1; it must be at least 2"),
+        ({"replicas": 1}, "unknown key replicas: did you mean replicas_per_rank"),
+        ({"last_steps": "x"}, "last_steps is 'x'; it must be int"),
+        ({"output": "/nowhere/p.json"}, "output=/nowhere/p.json cannot be written"),
+    ],
+)
 def test_mistakes_get_a_sentence(run, capsys, settings, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
         ask(capsys=capsys, **{"run": run, **settings})
@@ -204,8 +274,14 @@ def test_several_mistakes_are_told_together(run, capsys):
     assert len(error.value.problems) == 2
 
 
-@pytest.mark.parametrize(("text", "words"), [(None, "has not reached its first log step"), ("", "has 0 usable lines"),
-                                             ('{"step": 1, "counts": [[1]]}', "belongs to another run")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "has not reached its first log step"),
+        ("", "has 0 usable lines"),
+        ('{"step": 1, "counts": [[1]]}', "belongs to another run"),
+    ],
+)
 def test_runs_that_measured_nothing_are_told_why(tmp_path, capsys, text, words):
     run = make_run(tmp_path / "run", "parallel=ep4", steps=1)
     if text is None:
@@ -230,4 +306,4 @@ def test_a_dense_model_has_nothing_to_place(tmp_path, capsys):
         ask(run, capsys, expert_parallel_size=2)
 
 
-# --- a real run ------------------------------------------------------------------------------------------------------
+# --- a real run -----------------------------------------------------------------------------------

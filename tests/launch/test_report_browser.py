@@ -1,11 +1,15 @@
-"""The report in a real browser: what it draws, how it follows the scrubber, how it fits a phone and stands hostile text."""
+"""The report in a real browser: what it draws, how it follows the scrubber, how it fits a phone and
+stands hostile text.
+"""
 
 from __future__ import annotations
 
 import base64
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -15,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.report_data import read_run
-from launch.report_page import CHARTS, render
+from launch.report.page import CHARTS, render
+from launch.runs.run import read_run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is not installed")
 
 
@@ -26,7 +32,8 @@ class Browser:
     """Headless Chromium, driven by DevTools messages over a pipe (no port, no package)."""
 
     def __init__(self, profile: Path):
-        here, theirs = os.pipe(), os.pipe()  # we write to here[1], they write to theirs[1]
+        # we write to here[1], they write to theirs[1]
+        here, theirs = os.pipe(), os.pipe()
         os.set_inheritable(here[0], True)
         os.set_inheritable(theirs[1], True)
 
@@ -36,9 +43,22 @@ class Browser:
             os.dup2(writes, 4)
 
         self.process = subprocess.Popen(
-            [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
-             "--force-color-profile=srgb", f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [
+                str(CHROMIUM),
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--remote-debugging-pipe",
+                "--no-first-run",
+                "--force-color-profile=srgb",
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
+            preexec_fn=connect,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(here[0])
         os.close(theirs[1])
         self.writer, self.reader = here[1], theirs[0]
@@ -46,7 +66,9 @@ class Browser:
         self.problems: list[str] = []
         self.requests: list[str] = []
         page = next(t for t in self.ask("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        self.session = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
@@ -57,7 +79,7 @@ class Browser:
             message["sessionId"] = self.session
         data = json.dumps(message).encode() + b"\0"
         while data:
-            data = data[os.write(self.writer, data):]
+            data = data[os.write(self.writer, data) :]
         while True:
             while b"\0" not in self.rest:
                 piece = os.read(self.reader, 1 << 20)
@@ -70,33 +92,60 @@ class Browser:
                 return answer["result"]
             kind, facts = answer.get("method"), answer.get("params", {})
             if kind == "Runtime.exceptionThrown":
-                self.problems.append(facts["exceptionDetails"]["exception"].get("description", "exception"))
+                self.problems.append(
+                    facts["exceptionDetails"]["exception"].get("description", "exception")
+                )
             elif kind == "Log.entryAdded" and facts["entry"]["level"] == "error":
                 self.problems.append(facts["entry"]["text"])
             elif kind == "Network.requestWillBeSent":
                 self.requests.append(facts["request"]["url"])
 
     def run(self, expression: str) -> Any:
-        result = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self.ask(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def open(self, page: Path, fragment: str = "", width: int = 1280, height: int = 800, dark: bool = False) -> float:
-        """Load a page and wait until it has drawn everything; returns the milliseconds that took, by its own clock."""
+    def open(
+        self,
+        page: Path,
+        fragment: str = "",
+        width: int = 1280,
+        height: int = 800,
+        dark: bool = False,
+    ) -> float:
+        """Load a page and wait until it has drawn everything; returns the milliseconds that took,
+        by its own clock.
+        """
         self.problems, self.requests = [], []
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.ask("Emulation.setEmulatedMedia",
-                 features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.ask(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self.ask("Page.navigate", url="about:blank")
         self.ask("Page.navigate", url=page.resolve().as_uri() + fragment)
         for _ in range(600):
-            if ready := self.run("location.protocol === 'file:' && document.documentElement?.dataset.ready"):
+            if ready := self.run(
+                "location.protocol === 'file:' && document.documentElement?.dataset.ready"
+            ):
                 return float(ready)
             time.sleep(0.05)
         raise AssertionError(f"{page} is not ready after 30 s: {self.problems}")
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.ask("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+            )
+        )
 
     def close(self) -> None:
         self.process.kill()
@@ -105,11 +154,14 @@ class Browser:
         os.close(self.reader)
 
 
-# --- runs and pages --------------------------------------------------------------------------------------------------
+# --- runs and pages -------------------------------------------------------------------------------
+
 
 def _sibling() -> Any:
     """test_report.py, which writes the runs; tests are no package."""
-    spec = importlib.util.spec_from_file_location("report_runs", Path(__file__).with_name("test_report.py"))
+    spec = importlib.util.spec_from_file_location(
+        "report_runs", Path(__file__).with_name("test_report.py")
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -130,14 +182,19 @@ def browser(tmp_path_factory):
 def page(tmp_path_factory) -> Path:
     """One run with a collapse, and an alarm whose text attacks."""
     run = runs.make_run(tmp_path_factory.mktemp("one") / "run", steps=30, collapse=20)
-    runs.write_lines(run / "alarms.jsonl", [runs.alarm(20, layer=3, expert=5, message=runs.HOSTILE, action="stop")])
+    runs.write_lines(
+        run / "alarms.jsonl",
+        [runs.alarm(20, layer=3, expert=5, message=runs.HOSTILE, action="stop")],
+    )
     return write_page([run])
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    return write_page([runs.make_run(folder / name, steps=steps) for name, steps in (("short", 8), ("long", 12))])
+    return write_page(
+        [runs.make_run(folder / name, steps=steps) for name, steps in (("short", 8), ("long", 12))]
+    )
 
 
 def write_page(folders: list[Path], refresh_seconds: float | None = None) -> Path:
@@ -150,9 +207,15 @@ def routing_line(page: Path, step: int) -> dict[str, Any]:
     return json.loads((page.parent / "routing.jsonl").read_text().splitlines()[step - 1])
 
 
-BUSIEST = "(e => [+e.dataset.layer, +e.dataset.expert, +e.dataset.load])(document.querySelector('#busiest li'))"
+BUSIEST = (
+    "(e => [+e.dataset.layer, +e.dataset.expert, "
+    "+e.dataset.load])(document.querySelector('#busiest li'))"
+)
 SHARES = "[...document.querySelectorAll('#k-bars rect')].map(r => +r.dataset.share)"
-PIXELS = "document.getElementById('heatmap').toDataURL().length + document.getElementById('heatmap').toDataURL()"
+PIXELS = (
+    "document.getElementById('heatmap').toDataURL().length + "
+    "document.getElementById('heatmap').toDataURL()"
+)
 SETTLED = "new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))"
 
 
@@ -162,19 +225,28 @@ def expect_frame(browser: Browser, page: Path, step: int) -> None:
     load = np.array(line["counts"]) / np.mean(line["counts"], axis=1, keepdims=True)
     layer, expert, shown = browser.run(BUSIEST)
     row = runs.LAYERS.index(layer)
-    assert shown == pytest.approx(load[row, expert], rel=0.03) and load[row, expert] >= 0.95 * load.max()
+    assert (
+        shown == pytest.approx(load[row, expert], rel=0.03)
+        and load[row, expert] >= 0.95 * load.max()
+    )
     shares = np.array(line["k_histogram"]).sum(0) / np.sum(line["k_histogram"])
     assert browser.run(SHARES) == pytest.approx(shares[:3].tolist(), abs=1e-4)
     assert browser.run("document.getElementById('frame').dataset.step") == str(step)
 
 
-# --- tests -----------------------------------------------------------------------------------------------------------
+# --- tests ----------------------------------------------------------------------------------------
+
 
 def test_it_opens_without_errors_requests_or_attacks(browser, page):
     browser.open(page)
-    assert browser.problems == [] and set(browser.requests) <= {"about:blank", page.resolve().as_uri()}
+    assert browser.problems == [] and set(browser.requests) <= {
+        "about:blank",
+        page.resolve().as_uri(),
+    }
     assert browser.run("document.querySelectorAll('img').length") == 0
-    assert "layer 3: expert 5 takes 92% of assignments" in browser.run("document.getElementById('overview').innerText")
+    assert "layer 3: expert 5 takes 92% of assignments" in browser.run(
+        "document.getElementById('overview').innerText"
+    )
     assert browser.run("document.getElementById('overview').getBoundingClientRect().top") < 200
 
 
@@ -185,7 +257,10 @@ def test_the_scrubber_moves_heatmap_and_histogram(browser, page):
     browser.run("location.hash = '#step=25'; " + SETTLED)
     expect_frame(browser, page, 25)
     assert browser.run(BUSIEST)[:2] == [3, 5] and browser.run(PIXELS) != before
-    browser.run(f"s = document.getElementById('scrubber'); s.value = 3; s.dispatchEvent(new Event('input')); {SETTLED}")
+    browser.run(
+        "s = document.getElementById('scrubber'); s.value = 3; s.dispatchEvent(new "
+        f"Event('input')); {SETTLED}"
+    )
     expect_frame(browser, page, 4)
     assert "step=4" in browser.run("location.hash")
     for key, step in (("ArrowRight", 5), ("ArrowLeft", 4), ("ArrowLeft", 3)):
@@ -209,17 +284,24 @@ def test_play_runs_to_the_end(browser, page):
 def test_nothing_is_too_wide_or_overlaps(browser, two, width, dark):
     browser.open(two, width=width, dark=dark)
     assert browser.run("document.documentElement.scrollWidth") <= width
-    assert browser.run("""(() => {  // texts of one drawing that lie on one another
+    assert (
+        browser.run("""(() => {  // texts of one drawing that lie on one another
         const hits = [];
         for (const svg of document.querySelectorAll('figure svg[role=img]')) {
-            const boxes = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
-            const meet = (p, q) => p.left < q.right && q.left < p.right && p.top + 3 < q.bottom && q.top + 3 < p.bottom;
-            boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => meet(p, q) && hits.push(`${a} on ${b}`)));
+            const boxes = [...svg.querySelectorAll('text')].map(
+                t => [t.textContent, t.getBoundingClientRect()]);
+            const meet = (p, q) => p.left < q.right && q.left < p.right &&
+                p.top + 3 < q.bottom && q.top + 3 < p.bottom;
+            boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(
+                ([b, q]) => meet(p, q) && hits.push(`${a} on ${b}`)));
         }
-        return hits; })()""") == []
+        return hits; })()""")
+        == []
+    )
     contrast = browser.run("""(() => {
         const linear = x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
-        const light = name => rgb(name).reduce((sum, x, i) => sum + [0.2126, 0.7152, 0.0722][i] * linear(x / 255), 0.05);
+        const light = name => rgb(name).reduce(
+            (sum, x, i) => sum + [0.2126, 0.7152, 0.0722][i] * linear(x / 255), 0.05);
         const ground = light('card');
         return ['text', 'muted', 'accent', 'critical', 'warning', 'fine'].map(light).map(
             l => Math.max(l, ground) / Math.min(l, ground)); })()""")
@@ -228,21 +310,74 @@ def test_nothing_is_too_wide_or_overlaps(browser, two, width, dark):
 
 def test_figures_and_controls_have_names(browser, two):
     browser.open(two)
-    assert browser.run("""[...document.querySelectorAll('figure canvas, figure svg[role=img]')]
-        .filter(e => e.getClientRects().length && !(e.getAttribute('aria-label') || '').length).length""") == 0
-    assert browser.run("""[...document.querySelectorAll('button, select, input')]
-        .filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim()).length""") == 0
-    assert browser.run("document.getElementById('scrubber').getAttribute('aria-valuetext')") == "step 8, 8 of 8"
+    assert (
+        browser.run("""[...document.querySelectorAll('figure canvas, figure svg[role=img]')]
+        .filter(e => e.getClientRects().length && !(e.getAttribute('aria-label') || '').length)
+        .length""")
+        == 0
+    )
+    assert (
+        browser.run("""[...document.querySelectorAll('button, select, input')]
+        .filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim())
+        .length""")
+        == 0
+    )
+    assert (
+        browser.run("document.getElementById('scrubber').getAttribute('aria-valuetext')")
+        == "step 8, 8 of 8"
+    )
 
 
 def test_runs_are_overlaid_and_can_be_chosen(browser, two):
     browser.open(two)
-    lines = """[...document.querySelectorAll('[data-chart="Loss by tokens"] path')].map(p => p.dataset.run)"""
+    lines = """[...document.querySelectorAll('[data-chart="Loss by tokens"] path')]
+        .map(p => p.dataset.run)"""
     assert browser.run(lines) == ["short", "short", "long", "long"]
-    browser.run("s = document.getElementById('run'); s.value = 1; s.dispatchEvent(new Event('change'))")
+    browser.run(
+        "s = document.getElementById('run'); s.value = 1; s.dispatchEvent(new Event('change'))"
+    )
     browser.run("new Promise(r => setTimeout(r, 100))")
     assert browser.run("document.getElementById('frame').dataset.step") == "12"
     assert browser.run("location.hash") == "" or "run=1" in browser.run("location.hash")
+
+
+def drawn(browser: Browser, chart: str, of: str) -> list[list[float]]:
+    """Heights of a path of a chart, from its top."""
+    found = browser.run(
+        f"[...document.querySelectorAll('[data-chart=\"{chart}\"] path{of}')]"
+        ".map(p => p.getAttribute('d'))"
+    )
+    return [[float(y) for y in re.findall(r"[ML][\d.]+ ([-\d.]+)", path)] for path in found]
+
+
+def test_the_loss_can_be_smoothed_and_drawn_by_its_logarithm(browser, page):
+    browser.open(page)
+    chart, line = "Loss by tokens", '[data-series="train/loss"]'
+    (plain,) = drawn(browser, chart, line)
+    assert drawn(browser, chart, "[data-raw]") == []
+
+    # the fixture's loss falls by as much each step: its mean over the past lies above it
+    browser.run("s = document.getElementById('smooth'); s.value = 0.8; s.oninput()")
+    (smooth,), (raw,) = drawn(browser, chart, line), drawn(browser, chart, "[data-raw]")
+    assert raw == plain and smooth[0] == raw[0]
+    fall = (raw[-1] - raw[0]) / (len(raw) - 1)
+    weights = [0.8**i for i in range(len(raw))]
+    lag = sum(i * w for i, w in enumerate(weights)) / sum(weights)
+    assert raw[-1] - smooth[-1] == pytest.approx(lag * fall, abs=0.2)
+    assert "0.80" in browser.run("document.getElementById('smooth-is').textContent")
+    assert drawn(browser, "Experts per token", "[data-raw]") == []
+
+    browser.run("s.value = 0; s.oninput(); l = document.getElementById('log'); l.click()")
+    (logarithmic,) = drawn(browser, chart, line)
+    losses = [6 - 0.1 * step for step in range(1, len(plain) + 1)]
+    spans = [(y - logarithmic[0]) / (logarithmic[-1] - logarithmic[0]) for y in logarithmic]
+    wanted = [math.log(losses[0] / loss) / math.log(losses[0] / losses[-1]) for loss in losses]
+    assert spans == pytest.approx(wanted, abs=0.01)
+    ticks = browser.run(
+        f"[...document.querySelectorAll('[data-chart=\"{chart}\"] svg text')]"
+        ".map(t => t.textContent)"
+    )
+    assert "4" in ticks and browser.problems == []
 
 
 def test_the_theme_can_be_chosen(browser, page):
@@ -268,8 +403,12 @@ def test_a_watched_page_reloads_and_keeps_its_place(browser, tmp_path):
 
 
 def test_one_record_and_dense_models_open(browser, tmp_path):
-    for number, run in enumerate((runs.make_run(tmp_path / "one", steps=1), runs.write_config(
-            tmp_path / "dense", "model.num_experts=0", "router.top_k=0"))):
+    for number, run in enumerate(
+        (
+            runs.make_run(tmp_path / "one", steps=1),
+            runs.write_config(tmp_path / "dense", "model.num_experts=0", "router.top_k=0"),
+        )
+    ):
         if number:
             runs.write_lines(run / "metrics.jsonl", [{"step": 1, "tokens": 5, "train/loss": 3.0}])
         browser.open(write_page([run]))
@@ -278,34 +417,62 @@ def test_one_record_and_dense_models_open(browser, tmp_path):
 
 
 def test_an_old_browser_is_told_why_the_heatmap_is_missing(browser, page):
-    script = browser.ask("Page.addScriptToEvaluateOnNewDocument", source="delete window.DecompressionStream")["identifier"]
+    script = browser.ask(
+        "Page.addScriptToEvaluateOnNewDocument", source="delete window.DecompressionStream"
+    )["identifier"]
     browser.open(page)
     browser.ask("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
     assert browser.problems == []
-    assert "no DecompressionStream" in browser.run("document.getElementById('frames-missing').innerText")
+    assert "no DecompressionStream" in browser.run(
+        "document.getElementById('frames-missing').innerText"
+    )
 
 
 @pytest.mark.slow
 def test_a_large_run_is_small_and_opens_fast(browser, tmp_path):
-    """48 layers of 256 experts, 2,000 lines of loads that vary by a quarter at random: nothing for deflate to find."""
-    run = runs.write_config(tmp_path / "run", "model.num_layers=48", "model.num_dense_layers=0", "model.num_experts=256",
-                            "model.top_k=8")
+    """48 layers of 256 experts, 2,000 lines of loads that vary by a quarter at random: nothing for
+    deflate to find.
+    """
+    run = runs.write_config(
+        tmp_path / "run",
+        "model.num_layers=48",
+        "model.num_dense_layers=0",
+        "model.num_experts=256",
+        "model.top_k=8",
+    )
     rng = np.random.default_rng(0)
-    tables = [json.dumps(np.maximum(0, rng.normal(4096, 1024, (48, 256))).astype(int).tolist()) for _ in range(150)]
+    tables = [
+        json.dumps(np.maximum(0, rng.normal(4096, 1024, (48, 256))).astype(int).tolist())
+        for _ in range(150)
+    ]
     histogram = json.dumps([[0] * 7 + [100, 800, 124]] * 48)
     with (run / "routing.jsonl").open("w") as file:
         for step in range(2000):
-            file.write(f'{{"step": {step}, "tokens": {step * 131072}, "counts": {tables[step * 37 % 150]}, '
-                       f'"k_histogram": {histogram}}}\n')
+            file.write(
+                f'{{"step": {step}, "tokens": {step * 131072}, "counts": '
+                f"{tables[step * 37 % 150]}, "
+                f'"k_histogram": {histogram}}}\n'
+            )
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(2000):
-            file.write(json.dumps({"step": step, "tokens": step * 131072, **{key: float(rng.random()) for chart in CHARTS
-                                                                            for key, _ in chart.series}}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "step": step,
+                        "tokens": step * 131072,
+                        **{key: float(rng.random()) for chart in CHARTS for key, _ in chart.series},
+                    }
+                )
+                + "\n"
+            )
     started = time.process_time()
     page = write_page([run])
     built = time.process_time() - started
     opened = min(browser.open(page) for _ in range(2))
-    print(f"built in {built:.1f} s of processor time, {page.stat().st_size / 1e6:.2f} MB, open in {opened / 1000:.2f} s")
+    print(
+        f"built in {built:.1f} s of processor time, {page.stat().st_size / 1e6:.2f} MB, open in "
+        f"{opened / 1000:.2f} s"
+    )
     assert page.stat().st_size < 15e6 and opened < 3000 and built < 30
     assert browser.run("document.getElementById('scrubber').max") == "487"
     assert "488 of 2,000 lines" in browser.run("document.querySelector('footer').innerText")

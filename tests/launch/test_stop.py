@@ -4,6 +4,7 @@ evaluation is no result."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -14,21 +15,31 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 import launch.generate
-import train.data.prepare
-from launch import follower
-from launch.common import ROOT, plain
-from launch.exits import FAILURES
-from launch.judge import Judge, Verdict
-from launch.supervisor import Peer, Supervisor
-from launch.train import save_config, supervise, with_saved_config
-from launch.validate import parse
+from launch.config.overrides import plain
+from launch.config.parse import parse
+from launch.job import follower
+from launch.job.judge import Judge, Verdict
+from launch.job.supervisor import Peer, Supervisor
+from launch.process.exits import FAILURES
+from launch.process.identity import ROOT
+from launch.saved.files import save_config
+from launch.saved.resume import with_saved_config
+from launch.train import supervise
 from tests.end_to_end.commandline import TINY, losses, write_text
-from train import heartbeat
-from train.config import CheckpointConfig, WatchdogConfig
-from train.probe import RoutingProbe
+from train.config.launching import WatchdogConfig
+from train.config.training import CheckpointConfig
+from train.data.shards.parts import Parts
+from train.observe.probe import RoutingProbe
+from train.rank import heartbeat
 
-SETTINGS = (*TINY, "train.num_steps=4", "train.eval_interval=2", "train.eval_max_sequences=6",
-            "checkpoint.save_interval=3", "train.sample_prompt=the")
+SETTINGS = (
+    *TINY,
+    "train.num_steps=4",
+    "train.eval_interval=2",
+    "train.eval_max_sequences=6",
+    "checkpoint.save_interval=3",
+    "train.sample_prompt=the",
+)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -80,36 +91,56 @@ def at_beat(monkeypatch, number: signal.Signals, step: int, phase: str, times: i
             seen.append(name)
             if len(seen) == times:
                 signal.raise_signal(number)
+
     monkeypatch.setattr(heartbeat, "beat", beat)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
-@pytest.mark.parametrize(("step", "phase", "times", "saved"), [
-    (1, "data", 1, 0), (1, "forward", 2, 1), (2, "backward", 1, 2), (2, "step", 1, 2),
-    (2, "log", 1, 2), (2, "evaluate", 1, 2), (2, "evaluate", 3, 2), (2, "save", 1, 2),
-    (3, "save", 1, 3), (4, "data", 1, 3)], ids=str)
-def test_it_saves_what_was_trained_in_every_phase(tmp_path, data, monkeypatch, number, step, phase,
-                                                  times, saved):
+@pytest.mark.parametrize(
+    ("step", "phase", "times", "saved"),
+    [
+        (1, "data", 1, 0),
+        (1, "forward", 2, 1),
+        (2, "backward", 1, 2),
+        (2, "step", 1, 2),
+        (2, "log", 1, 2),
+        (2, "evaluate", 1, 2),
+        (2, "evaluate", 3, 2),
+        (2, "save", 1, 2),
+        (3, "save", 1, 3),
+        (4, "data", 1, 3),
+    ],
+    ids=str,
+)
+def test_it_saves_what_was_trained_in_every_phase(
+    tmp_path, data, monkeypatch, number, step, phase, times, saved
+):
     before = [signal.getsignal(n) for n in SIGNALS]
     at_beat(monkeypatch, number, step, phase, times)
     result = train_here(tmp_path / "run", data)
     assert (result["stopped"], result["step"]) == (True, saved)
     assert checkpoints(tmp_path / "run")[-1:] == ([saved] if saved else [])
-    assert sorted(losses(tmp_path / "run")) == list(range(1, saved + 1))  # a step is logged once
+    # a step is logged once
+    assert sorted(losses(tmp_path / "run")) == list(range(1, saved + 1))
     assert before == [signal.getsignal(n) for n in SIGNALS]
 
 
-@pytest.mark.parametrize(("step", "phase", "times"), [
-    (1, "data", 1), (2, "evaluate", 2), (3, "save", 1), (4, "evaluate", 4)], ids=str)
-def test_a_stopped_run_goes_on_as_if_nobody_had_stopped_it(tmp_path, data, reference, monkeypatch,
-                                                           step, phase, times):
+@pytest.mark.parametrize(
+    ("step", "phase", "times"),
+    [(1, "data", 1), (2, "evaluate", 2), (3, "save", 1), (4, "evaluate", 4)],
+    ids=str,
+)
+def test_a_stopped_run_goes_on_as_if_nobody_had_stopped_it(
+    tmp_path, data, reference, monkeypatch, step, phase, times
+):
     with monkeypatch.context() as patch:
         at_beat(patch, signal.SIGTERM, step, phase, times)
         assert train_here(tmp_path / "run", data)["stopped"]
     resumed = train_here(tmp_path / "run", data, f"resume={tmp_path / 'run'}")
     assert not resumed["stopped"] and losses(tmp_path / "run") == losses(reference)
     assert resumed["val_loss"] == json.loads((reference / "result.json").read_text())["val_loss"]
-    assert evaluations(tmp_path / "run") == evaluations(reference)  # the one that was left, too
+    # the one that was left, too
+    assert evaluations(tmp_path / "run") == evaluations(reference)
 
 
 def test_an_evaluation_that_was_left_is_no_result(tmp_path, data, monkeypatch):
@@ -137,6 +168,7 @@ def test_the_probe_of_a_whole_evaluation_is_kept(tmp_path, data, monkeypatch):
     def measured(self, step):
         signal.raise_signal(signal.SIGTERM)
         return measure(self, step)
+
     monkeypatch.setattr(RoutingProbe, "measure", measured)
     result = train_here(tmp_path / "run", data)
     assert (result["stopped"], result["step"]) == (True, 2) and evaluations(tmp_path / "run") == [2]
@@ -145,22 +177,24 @@ def test_the_probe_of_a_whole_evaluation_is_kept(tmp_path, data, monkeypatch):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
-def test_preparation_is_left_without_a_trace_and_the_run_can_begin_later(tmp_path, data, reference,
-                                                                         monkeypatch, number):
+def test_preparation_is_left_at_once_and_the_run_can_begin_later(
+    tmp_path, data, reference, monkeypatch, number
+):
     data = [*data[:-1], f"data.cache_dir={tmp_path / 'cache'}"]
-    encode, counted = train.data.prepare._encode, []
+    write, asked = Parts.write, os.getpid()
 
-    def encoded(texts, tokenizer):
-        for found in encode(texts, tokenizer):
-            counted.append(1)
-            if len(counted) == 5:
-                signal.raise_signal(number)
-            yield found
+    def written(*arguments):
+        os.kill(asked, number)
+        time.sleep(60)  # it is ended before
+        write(*arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(train.data.prepare, "_encode", encoded)
+        patch.setattr(Parts, "write", written)
         result = train_here(tmp_path / "run", data)
-    assert (result["stopped"], result["step"]) == (True, 0) and len(counted) == 5
-    assert not list((tmp_path / "cache").iterdir())
+    assert (result["stopped"], result["step"]) == (True, 0)
+    # the tokenizer that was trained stays for the next start, and no half of a shard
+    (left,) = (tmp_path / "cache").iterdir()
+    assert sorted(path.name for path in left.iterdir()) == ["lock", "tokenizer.json"]
     assert not train_here(tmp_path / "run", data, f"resume={tmp_path / 'run'}")["stopped"]
     assert losses(tmp_path / "run") == losses(reference)
 
@@ -173,6 +207,7 @@ def test_the_last_sample_is_cut_short_and_the_run_is_done(tmp_path, data, monkey
             if i == 2:
                 signal.raise_signal(signal.SIGTERM)
             yield piece
+
     monkeypatch.setattr(launch.generate, "sample", pieces)
     result = train_here(tmp_path / "run", data)
     words = capsys.readouterr().out
@@ -180,13 +215,14 @@ def test_the_last_sample_is_cut_short_and_the_run_is_done(tmp_path, data, monkey
     assert json.loads(words.splitlines()[-1])["val_loss"] == result["val_loss"]
 
 
-# --- with a supervisor ---------------------------------------------------------------------------
+# --- with a supervisor ----------------------------------------------------------------------------
 
 
 def watched(*numbers: signal.Signals) -> Verdict | None:
     """What a supervisor makes of signals, one at every look, of a rank that is slow to save."""
     supervisor = object.__new__(Supervisor)
     supervisor.limits, supervisor.peers = WatchdogConfig(), []
+    supervisor.address_file, supervisor.kept = Path("supervisor.json"), []
     supervisor.config = SimpleNamespace(checkpoint=CheckpointConfig(grace_seconds=1000.0))
     supervisor.stop_asked = supervisor.interrupts = 0
     supervisor.judge = Judge(1, supervisor.limits, time.monotonic())
@@ -198,14 +234,22 @@ def watched(*numbers: signal.Signals) -> Verdict | None:
             supervisor._asked_to_stop(number, None)
         state = {"exit_code": 0, "phase": "done"} if number == "done" else {"phase": "save"}
         supervisor.judge.report(0, "here", time.monotonic(), state)
+
     supervisor.listen = listen
     return supervisor._watch(SimpleNamespace(poll=lambda: None))
 
 
-@pytest.mark.parametrize(("numbers", "kind"), [
-    ((signal.SIGTERM, signal.SIGTERM), None), ((signal.SIGUSR1, signal.SIGTERM), None),
-    ((signal.SIGINT,), None), ((signal.SIGTERM, signal.SIGINT), None),
-    ((signal.SIGINT, signal.SIGINT), "interrupted")], ids=str)
+@pytest.mark.parametrize(
+    ("numbers", "kind"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), None),
+        ((signal.SIGUSR1, signal.SIGTERM), None),
+        ((signal.SIGINT,), None),
+        ((signal.SIGTERM, signal.SIGINT), None),
+        ((signal.SIGINT, signal.SIGINT), "interrupted"),
+    ],
+    ids=str,
+)
 def test_only_a_second_ctrl_c_ends_a_job_before_it_has_saved(numbers, kind):
     verdict = watched(*numbers)
     assert (verdict and verdict.kind) == kind
@@ -220,6 +264,7 @@ def test_a_further_node_that_is_told_to_stop_has_the_supervisor_stop_the_job(mon
             return [{"order": "end", "code": 0}]
         signal.raise_signal(signal.SIGTERM)
         return []
+
     line = SimpleNamespace(send=sent.append, receive=receive, close=lambda: None)
     monkeypatch.setattr(follower, "_join", lambda path, node: line)
     config = SimpleNamespace(launch=SimpleNamespace(node_rank=1))

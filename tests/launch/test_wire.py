@@ -1,4 +1,6 @@
-"""The connection between supervisor and agents: whole messages, limits, proof on both ends, and what an attacker can do."""
+"""The connection between supervisor and agents: whole messages, limits, proof on both ends, and
+what an attacker can do.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervisor import HANDSHAKE_SECONDS, MAX_STRANGERS, Supervisor, connection_limit
-from launch.wire import MAX_GREETING, MAX_LINE, Closed, JobFile, Line, Stranger, join, new_nonce, new_token
-from train.config import CheckpointConfig, LaunchConfig, WatchdogConfig
+from launch.job.supervisor import HANDSHAKE_SECONDS, MAX_STRANGERS, Supervisor, connection_limit
+from launch.job.wire import (
+    MAX_GREETING,
+    MAX_LINE,
+    Closed,
+    JobFile,
+    Line,
+    Stranger,
+    join,
+    new_nonce,
+    new_token,
+)
+from train.config.launching import LaunchConfig, WatchdogConfig
+from train.config.training import CheckpointConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,8 +55,13 @@ def sealed(pair):
 @pytest.fixture
 def supervisor(tmp_path):
     """A supervisor of two ranks that listens, without a launcher."""
+
     class Config:
-        launch, watchdog, checkpoint = LaunchConfig("deepspeed", num_devices=2), WatchdogConfig(5, 10), CheckpointConfig()
+        launch, watchdog, checkpoint = (
+            LaunchConfig("deepspeed", num_devices=2),
+            WatchdogConfig(5, 10),
+            CheckpointConfig(),
+        )
 
     made = Supervisor(Config(), tmp_path, [], lambda size: [], {})
     server = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -63,8 +81,8 @@ def listen(supervisor: Supervisor, rounds: int = 5) -> None:
 
 def started(supervisor: Supervisor) -> Supervisor:
     """As one_attempt leaves it once its ranks may join."""
-    from launch.judge import Judge
-    from launch.spawn import Rendezvous
+    from launch.job.judge import Judge
+    from launch.launchers.start import Rendezvous
 
     supervisor.judge = Judge(2, supervisor.limits, time.monotonic())
     supervisor.rendezvous = Rendezvous("127.0.0.1", 29500)
@@ -124,7 +142,7 @@ def test_what_is_no_message_ends_the_connection(pair, bad):
     with pytest.raises(Closed):
         sent = 0
         while sent < len(bad):
-            sent += left.socket.send(bad[sent:sent + 60000])
+            sent += left.socket.send(bad[sent : sent + 60000])
             right.receive()
         raise AssertionError("accepted")
 
@@ -158,7 +176,8 @@ def test_what_starts_the_ranks_is_for_its_owner_alone(tmp_path):
             JobFile.load(path)
 
 
-# --- sealed lines ------------------------------------------------------------------------------------------------------
+# --- sealed lines ---------------------------------------------------------------------------------
+
 
 def test_sealed_messages_arrive_whole_and_in_order(sealed):
     supervisor, agent = sealed
@@ -175,8 +194,12 @@ def test_sealed_messages_arrive_whole_and_in_order(sealed):
 def test_a_seal_belongs_to_its_token_and_nonces(pair, token, nonces):
     right, ours, theirs = new_token(), new_nonce(), new_nonce()
     pair[0].seal(right, ours, theirs, is_supervisor=True)
-    pair[1].seal(right if token == "right" else new_token(), ours, theirs if nonces == "right" else new_nonce(),
-                 is_supervisor=False)
+    pair[1].seal(
+        right if token == "right" else new_token(),
+        ours,
+        theirs if nonces == "right" else new_nonce(),
+        is_supervisor=False,
+    )
     pair[1].send({"rank": 0})
     with pytest.raises(Stranger):
         pair[0].receive()
@@ -195,30 +218,44 @@ def lines_of(line: Line, *messages: dict) -> list[bytes]:
     return captured
 
 
-@pytest.mark.parametrize("attack", ["sent twice", "left out", "swapped", "changed", "sent back", "without a seal"])
+@pytest.mark.parametrize(
+    "attack", ["sent twice", "left out", "swapped", "changed", "sent back", "without a seal"]
+)
 def test_a_line_out_of_its_place_ends_the_connection(sealed, attack):
     supervisor, agent = sealed
     first, second = lines_of(agent, {"order": "ping"}, {"order": "abort"})
-    sent = {"sent twice": first + first, "left out": second, "swapped": second + first,
-            "changed": first.replace(b"ping", b"stop"), "without a seal": b'{"order": "abort"}\n',
-            "sent back": lines_of(supervisor, {"order": "ping"})[0]}[attack]
+    sent = {
+        "sent twice": first + first,
+        "left out": second,
+        "swapped": second + first,
+        "changed": first.replace(b"ping", b"stop"),
+        "without a seal": b'{"order": "abort"}\n',
+        "sent back": lines_of(supervisor, {"order": "ping"})[0],
+    }[attack]
     agent.socket.send(sent)
     with pytest.raises(Stranger):
         supervisor.receive()
 
 
-# --- attacks on the supervisor -----------------------------------------------------------------------------------------
+# --- attacks on the supervisor --------------------------------------------------------------------
 
 GREETING = json.dumps({"nonce": new_nonce()}).encode() + b"\n"
 SEALED_BY_NOBODY = b"0" * 64 + b" "
 ATTACKS = {
-    "not ascii": '{"proof": "é"}\n'.encode(), "nested": b"[" * 200000 + b"\n", "nested briefly": b"[" * 4000 + b"\n",
-    "no nonce": b'{"rank": 0}\n', "nonce of another kind": b'{"nonce": ["x"]}\n', "endless": b"x" * 10 * MAX_GREETING,
-    "binary": bytes(range(256)) * 8 + b"\n", "a number": b"1" * 5000 + b"\n", "not a number": b"NaN\n",
+    "not ascii": '{"proof": "é"}\n'.encode(),
+    "nested": b"[" * 200000 + b"\n",
+    "nested briefly": b"[" * 4000 + b"\n",
+    "no nonce": b'{"rank": 0}\n',
+    "nonce of another kind": b'{"nonce": ["x"]}\n',
+    "endless": b"x" * 10 * MAX_GREETING,
+    "binary": bytes(range(256)) * 8 + b"\n",
+    "a number": b"1" * 5000 + b"\n",
+    "not a number": b"NaN\n",
     "empty": b"\n" * 4000,
     "hello without a seal": GREETING + b'{"rank": 0, "attempt": 0, "host": "x"}\n',
     "a wrong seal": GREETING + SEALED_BY_NOBODY + b'{"rank": 0, "attempt": 0, "host": "x"}\n',
-    "a seal that is not ascii": GREETING + b"\xc3\xa9" * 32 + b" {}\n", "half a seal": GREETING + b"00\n",
+    "a seal that is not ascii": GREETING + b"\xc3\xa9" * 32 + b" {}\n",
+    "half a seal": GREETING + b"00\n",
     "nested under a wrong seal": GREETING + SEALED_BY_NOBODY + b"[" * 3000 + b"\n",
 }
 
@@ -232,14 +269,15 @@ def test_whatever_a_stranger_sends_costs_his_connection_alone(supervisor, attack
         left = ATTACKS[attack]
         for _ in range(40):
             try:
-                left = left[stranger.send(left):] if left else left
+                left = left[stranger.send(left) :] if left else left
             except BlockingIOError:
                 pass
             except OSError:
                 break  # the supervisor has closed
             supervisor.listen(0.02)
         assert not any(peer.known or peer.line.proved for peer in supervisor.peers)
-        line, welcome = joined(supervisor, rank=1, host="h", attempt=0)  # the job goes on
+        # the job goes on
+        line, welcome = joined(supervisor, rank=1, host="h", attempt=0)
         assert welcome["timeout"] == 5 and [p.rank for p in supervisor.peers if p.known] == [1]
         line.close()
 
@@ -256,11 +294,23 @@ def test_a_message_of_the_wrong_form_costs_its_sender_alone(supervisor, capsys):
     first, _ = joined(supervisor, rank=0, host="h", attempt=0)
     second, _ = joined(supervisor, rank=1, host="h", attempt=0)
     first.send({"silent": "not a number", "idle": {}, "beats": [], "step": None, "phase": 3})
-    second.send({"step": 3, "phase": "forward", "beats": 1, "silent": 0.0, "idle": 0.0, "usual": None, "state": "R",
-                 "orphaned": False})
+    second.send(
+        {
+            "step": 3,
+            "phase": "forward",
+            "beats": 1,
+            "silent": 0.0,
+            "idle": 0.0,
+            "usual": None,
+            "state": "R",
+            "orphaned": False,
+        }
+    )
     listen(supervisor)
     assert {p.rank for p in supervisor.peers} == {1}
-    assert supervisor.judge.ranks[0].step == 0 and supervisor.judge.verdict(time.monotonic()) is None
+    assert (
+        supervisor.judge.ranks[0].step == 0 and supervisor.judge.verdict(time.monotonic()) is None
+    )
     assert supervisor.judge.ranks[1].step == 3
     for hello in ({"rank": "x", "host": "h", "attempt": 0}, {"host": "h"}, {"node": None}):
         with pytest.raises(OSError):
@@ -271,7 +321,9 @@ def test_a_message_of_the_wrong_form_costs_its_sender_alone(supervisor, capsys):
 
 
 def test_silent_connections_do_not_keep_a_rank_out(supervisor):
-    """Four times as many as the supervisor keeps, all mute: the oldest make room, and those who stay too long go."""
+    """Four times as many as the supervisor keeps, all mute: the oldest make room, and those who
+    stay too long go.
+    """
     started(supervisor)
     mute = []
     for _ in range(4 * MAX_STRANGERS):
@@ -298,7 +350,8 @@ def test_connections_stay_below_the_limit_on_open_files(monkeypatch):
         connection_limit(2000)
 
 
-# --- attacks on an agent -----------------------------------------------------------------------------------------------
+# --- attacks on an agent --------------------------------------------------------------------------
+
 
 def test_a_listener_that_says_nothing_is_given_up_in_time():
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -310,8 +363,17 @@ def test_a_listener_that_says_nothing_is_given_up_in_time():
         join(JobFile("127.0.0.1", 1, new_token()), 1.0, rank=0)
 
 
-WELCOME = {"welcome": {"timeout": 20, "grace": 5, "rendezvous": {}, "env": {"ANY": "thing"}, "secrets_file": None,
-                       "failures": "none", "command": ["timeit", "-n1", "-r1", "open({mark!r}, 'w')"]}}
+WELCOME = {
+    "welcome": {
+        "timeout": 20,
+        "grace": 5,
+        "rendezvous": {},
+        "env": {"ANY": "thing"},
+        "secrets_file": None,
+        "failures": "none",
+        "command": ["timeit", "-n1", "-r1", "open({mark!r}, 'w')"],
+    }
+}
 
 
 @pytest.mark.parametrize("answer", ["plain", "sealed with another token", "reflected"])
@@ -320,6 +382,7 @@ def test_an_agent_does_not_obey_a_listener_without_the_token(tmp_path, answer):
     mark = tmp_path / "executed"
     words = json.loads(json.dumps(WELCOME).replace("{mark!r}", repr(str(mark))))
     with socket.create_server(("127.0.0.1", 0)) as server:
+
         def impostor() -> None:
             connection, _ = server.accept()
             line, nonce = Line(connection), new_nonce()
@@ -350,11 +413,26 @@ def test_an_agent_starts_nothing_of_a_file_that_others_could_write(tmp_path):
     path = tmp_path / "supervisor.json"
     JobFile("127.0.0.1", 1, new_token(), ("x",)).save(path)
     path.chmod(0o622)
-    done = subprocess.run([sys.executable, "-m", "launch.agent", str(path), "0"], cwd=ROOT, text=True, capture_output=True,
-                          env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.job.agent", str(path), "0"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+        check=False,
+        timeout=60,
+    )
     assert done.returncode != 0 and "mode 600" in done.stderr
 
 
 def test_what_watches_the_ranks_imports_none_of_their_libraries():
-    code = "import sys, launch.agent, train.lock; print({'torch', 'deepspeed'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "set()\n"
+    code = (
+        "import sys, launch.job.agent, train.rank.lock; print({'torch', 'deepspeed'} & "
+        "set(sys.modules))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], text=True, capture_output=True, check=True
+        ).stdout
+        == "set()\n"
+    )

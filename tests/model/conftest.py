@@ -1,4 +1,6 @@
-"""Lets the tests of this folder import tests/distributed/common.py: one tiny model for single and many ranks."""
+"""Lets the tests of this folder import tests/distributed/common.py: one tiny model for single and
+many ranks.
+"""
 
 from __future__ import annotations
 

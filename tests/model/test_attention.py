@@ -8,10 +8,12 @@ import pytest
 import torch
 from common import VOCAB_SIZE, build, tiny_config
 
-from model.attention.base import KVCache, SequenceLayout, document_mask
+from model.attention.base import SequenceLayout, document_mask
+from model.attention.cache import KVCache
 from model.attention.dense import DenseAttention
 from model.config import BalanceConfig
 from model.layers import apply_rotary, rotary_tables
+from model.request import TokenBatch
 
 QK_NORMS = ("none", "head", "hidden")
 DOCUMENTS = ((3, 1, 4), (5, 3))  # lengths, per row
@@ -24,7 +26,9 @@ def packed_positions(documents=DOCUMENTS) -> torch.Tensor:
 def document_ids(documents=DOCUMENTS) -> torch.Tensor:
     """[B, S]: a number per document, all different."""
     lengths = [n for row in documents for n in row]
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(len(documents), -1)
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(
+        len(documents), -1
+    )
 
 
 def cu_seqlens_of(positions: torch.Tensor) -> torch.Tensor:
@@ -32,13 +36,18 @@ def cu_seqlens_of(positions: torch.Tensor) -> torch.Tensor:
     return torch.cat((starts, torch.tensor([positions.numel()]))).to(torch.int32)
 
 
-def packed_logits(model, input_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_logits(
+    model, input_ids: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, S, V] of packed rows, and the embedded tokens [B, S, D] they came from."""
     seen = {}
-    hooks = [model.head.register_forward_hook(lambda m, i, o: seen.update(logits=o)),
-             model.embedding.register_forward_hook(lambda m, i, o: seen.update(embedded=o))]
+    hooks = [
+        model.head.register_forward_hook(lambda m, i, o: seen.update(logits=o)),
+        model.embedding.register_forward_hook(lambda m, i, o: seen.update(embedded=o)),
+    ]
     cu_seqlens = cu_seqlens_of(positions)
-    model(input_ids, torch.zeros_like(input_ids), positions, cu_seqlens, int(cu_seqlens.diff().max()))
+    longest = int(cu_seqlens.diff().max())
+    model(TokenBatch(input_ids, torch.zeros_like(input_ids), positions, cu_seqlens, longest))
     for hook in hooks:
         hook.remove()
     return seen["logits"], seen["embedded"]
@@ -53,7 +62,7 @@ def model_of(**changes):
 
 
 def attention_of(config, seed: int = 0) -> DenseAttention:
-    module = DenseAttention(config, layer_idx=0)
+    module = DenseAttention(config)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():  # norm gains too, so that they matter
@@ -64,19 +73,27 @@ def attention_of(config, seed: int = 0) -> DenseAttention:
 def layout_of(positions: torch.Tensor, config) -> SequenceLayout:
     cos, sin = rotary_tables(positions, config.attention_head_dim, config.rope_theta)
     cu_seqlens = cu_seqlens_of(positions)
-    return SequenceLayout(cos, sin, cu_seqlens, int(cu_seqlens.diff().max()), document_mask(positions))
+    return SequenceLayout(
+        cos, sin, cu_seqlens, int(cu_seqlens.diff().max()), document_mask(positions)
+    )
 
 
 def plain_attention(module: DenseAttention, config, hidden: torch.Tensor) -> torch.Tensor:
-    """The definition for one document [S, D], head by head in fp64, with rotation as complex multiplication."""
+    """The definition for one document [S, D], head by head in fp64, with rotation as complex
+    multiplication.
+    """
     hidden, head_dim = hidden.double(), config.attention_head_dim
     q, k, v = (hidden @ p.weight.double().T for p in (module.q_proj, module.k_proj, module.v_proj))
 
     def norm(x, layer):
-        return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * layer.weight.double()
+        return (
+            x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * layer.weight.double()
+        )
 
     def rotate(x):
-        frequency = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        frequency = config.rope_theta ** -(
+            torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        )
         angle = torch.arange(len(x), dtype=torch.float64).unsqueeze(1) * frequency
         turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((turned.real, turned.imag), -1)
@@ -86,12 +103,15 @@ def plain_attention(module: DenseAttention, config, hidden: torch.Tensor) -> tor
     heads = []
     for h in range(config.num_heads):
         g = h // (config.num_heads // config.num_kv_heads)
-        query, key = q[:, h * head_dim:(h + 1) * head_dim], k[:, g * head_dim:(g + 1) * head_dim]
+        query, key = (
+            q[:, h * head_dim : (h + 1) * head_dim],
+            k[:, g * head_dim : (g + 1) * head_dim],
+        )
         if config.qk_norm == "head":
             query, key = norm(query, module.q_norm), norm(key, module.k_norm)
         scores = rotate(query) @ rotate(key).T / math.sqrt(head_dim)
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
-        heads.append(scores.softmax(-1) @ v[:, g * head_dim:(g + 1) * head_dim])
+        heads.append(scores.softmax(-1) @ v[:, g * head_dim : (g + 1) * head_dim])
     return torch.cat(heads, -1) @ module.o_proj.weight.double().T
 
 
@@ -106,7 +126,7 @@ def test_a_token_depends_on_exactly_the_earlier_tokens_of_its_document(num_exper
         for i in range(length):
             (gradient,) = torch.autograd.grad(logits[row, i] @ probe, embedded, retain_graph=True)
             allowed = torch.zeros(rows, length, dtype=torch.bool)
-            allowed[row, :i + 1] = documents[row, :i + 1] == documents[row, i]
+            allowed[row, : i + 1] = documents[row, : i + 1] == documents[row, i]
             assert torch.equal(gradient.norm(dim=-1) > 0, allowed), f"row {row} token {i}"
 
 
@@ -127,7 +147,9 @@ def test_a_packed_row_equals_its_documents_run_alone():
     packed, _ = packed_logits(model, ids, positions)
     for document in range(int(documents.max()) + 1):
         inside = documents == document
-        torch.testing.assert_close(packed[inside], model.logits(ids[inside].unsqueeze(0))[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            packed[inside], model.logits(ids[inside].unsqueeze(0))[0], rtol=0, atol=1e-6
+        )
 
 
 def test_rows_of_one_document_need_no_mask():
@@ -143,7 +165,9 @@ def test_rows_of_one_document_need_no_mask():
 def test_attention_matches_the_definition(qk_norm, num_kv_heads):
     config = tiny_config(qk_norm=qk_norm, num_kv_heads=num_kv_heads, head_dim=6)
     module, positions, documents = attention_of(config), packed_positions(), document_ids()
-    hidden = torch.randn(*positions.shape, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(
+        *positions.shape, config.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     out, _ = module(hidden, layout_of(positions, config))
     for document in range(int(documents.max()) + 1):
         inside = documents == document
@@ -162,8 +186,12 @@ def test_grouped_heads_equal_repeated_key_value_heads(qk_norm):
     full.load_state_dict(weights)
     positions = packed_positions()
     hidden = torch.randn(*positions.shape, 16, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(full(hidden, layout_of(positions, full_config)),
-                               grouped(hidden, layout_of(positions, grouped_config)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        full(hidden, layout_of(positions, full_config)),
+        grouped(hidden, layout_of(positions, grouped_config)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
@@ -172,7 +200,9 @@ def test_qk_norm_removes_the_scale_of_queries_and_keys(qk_norm, projection):
     """Of all heads together for "hidden"; of every head alone for "head"."""
     config = tiny_config(qk_norm=qk_norm, norm_eps=1e-12)
     module, positions = attention_of(config), packed_positions()
-    hidden = torch.randn(*positions.shape, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(
+        *positions.shape, config.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     before, _ = module(hidden, layout_of(positions, config))
 
     def change_after_scaling(rows: slice) -> float:
@@ -182,7 +212,10 @@ def test_qk_norm_removes_the_scale_of_queries_and_keys(qk_norm, projection):
         weight[rows] /= 3.0
         return float((after - before).detach().abs().max())
 
-    whole, first_head = change_after_scaling(slice(None)), change_after_scaling(slice(config.attention_head_dim))
+    whole, first_head = (
+        change_after_scaling(slice(None)),
+        change_after_scaling(slice(config.attention_head_dim)),
+    )
     assert (whole < 1e-5) == (qk_norm != "none"), whole
     assert (first_head < 1e-5) == (qk_norm == "head"), first_head
 
@@ -191,8 +224,10 @@ def test_rotary_scores_depend_on_relative_position_only():
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
 
     def score(query_position: int, key_position: int) -> float:
-        turned = [apply_rotary(x, *rotary_tables(torch.tensor([[p]]), 8, 10000.0))
-                  for x, p in ((q, query_position), (k, key_position))]
+        turned = [
+            apply_rotary(x, *rotary_tables(torch.tensor([[p]]), 8, 10000.0))
+            for x, p in ((q, query_position), (k, key_position))
+        ]
         return float((turned[0] * turned[1]).sum())
 
     for shift in (1, 17, 300):

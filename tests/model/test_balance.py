@@ -1,4 +1,6 @@
-"""Load balance: sums, auxiliary losses, the loss-free bias and the metrics, against plain definitions."""
+"""Load balance: sums, auxiliary losses, the loss-free bias and the metrics, against plain
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import pytest
 import torch
 from common import batch, build, take, tiny_config
 
-from model.balance import (
+from model.config import BalanceConfig
+from model.loss import training_loss
+from model.moe.balance import (
     auxiliary_loss_sums,
     balance_metrics,
     histogram_quantile,
@@ -16,9 +20,8 @@ from model.balance import (
     unpack_stats,
     update_balance_bias,
 )
-from model.config import BalanceConfig
-from model.loss import training_loss
-from model.parallel import ParallelGroups
+from model.parallel.groups import ParallelGroups
+from model.request import ForwardRequest
 from ops.router import Reason, RouterOutput, RouteSpec, route
 
 SCOPES = ("sequence", "batch", "global_batch")
@@ -30,11 +33,24 @@ def balance_of(scope: str) -> BalanceConfig:
     return BalanceConfig(aux_loss_coeff=0.01, aux_loss_scope=scope)  # type: ignore[arg-type]
 
 
-def routing_of(logits: torch.Tensor, mask: torch.Tensor | None = None, score_function: str = "softmax",
-               scope: str = "batch", given_ids: torch.Tensor | None = None, **options) -> RouterOutput:
+def routing_of(
+    logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    score_function: str = "softmax",
+    scope: str = "batch",
+    given_ids: torch.Tensor | None = None,
+    **options,
+) -> RouterOutput:
     """logits [T, E] -> the routing of a top-K router, or of the ids given."""
     spec = RouteSpec(E, "top_k" if given_ids is None else "given", score_function, K, max_experts=K)
-    return route(logits, spec, token_mask=mask, given_ids=given_ids, num_segments=B if scope == "sequence" else 1, **options)
+    return route(
+        logits,
+        spec,
+        token_mask=mask,
+        given_ids=given_ids,
+        num_segments=B if scope == "sequence" else 1,
+        **options,
+    )
 
 
 def scores_of(logits: torch.Tensor, score_function: str = "softmax") -> torch.Tensor:
@@ -47,13 +63,24 @@ def random_logits(seed: int = 0) -> torch.Tensor:
 
 def aux_of(routing: RouterOutput, scope: str, previous_counts=None) -> torch.Tensor:
     """Auxiliary loss of one layer, summed over its tokens, the way Transformer computes it."""
-    return auxiliary_loss_sums(routing.counts.unsqueeze(0), routing.score_sums.unsqueeze(0), scope,
-                               ParallelGroups.single(), previous_counts)[0][0]
+    return auxiliary_loss_sums(
+        routing.counts.unsqueeze(0),
+        routing.score_sums.unsqueeze(0),
+        scope,
+        ParallelGroups.single(),
+        previous_counts,
+    )[0][0]
 
 
-def plain_aux(routing: RouterOutput, all_scores: torch.Tensor, tokens: list[int],
-              other_counts: list[int] | None = None) -> float:
-    """Switch eq. 4 times the number of tokens: N * E * sum_e f_e * P_e over `tokens` (f may see `other_counts` too)."""
+def plain_aux(
+    routing: RouterOutput,
+    all_scores: torch.Tensor,
+    tokens: list[int],
+    other_counts: list[int] | None = None,
+) -> float:
+    """Switch eq. 4 times the number of tokens: N * E * sum_e f_e * P_e over `tokens` (f may see
+    `other_counts` too).
+    """
     counts = list(other_counts or [0] * E)
     for t in tokens:
         for e in routing.expert_ids[t].tolist():
@@ -63,7 +90,11 @@ def plain_aux(routing: RouterOutput, all_scores: torch.Tensor, tokens: list[int]
         scores = all_scores[t].tolist()
         for e in range(E):
             mean_probability[e] += scores[e] / sum(scores) / len(tokens)
-    return len(tokens) * E * sum(c / sum(counts) * p for c, p in zip(counts, mean_probability, strict=True))
+    return (
+        len(tokens)
+        * E
+        * sum(c / sum(counts) * p for c, p in zip(counts, mean_probability, strict=True))
+    )
 
 
 def padded_mask() -> torch.Tensor:
@@ -74,7 +105,8 @@ def padded_mask() -> torch.Tensor:
     return mask.flatten()
 
 
-# --- the auxiliary loss ----------------------------------------------------------------------------------------------
+# --- the auxiliary loss ---------------------------------------------------------------------------
+
 
 @every_scope
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
@@ -84,19 +116,26 @@ def test_auxiliary_loss_follows_its_definition(scope, score_function, masked):
     logits = random_logits()
     routing = routing_of(logits, mask if masked else None, score_function, scope)
     kept = [t for t in range(B * S) if mask[t]]
-    spans = [kept] if scope != "sequence" else [[t for t in kept if t // S == row] for row in range(B)]
-    expected = sum(plain_aux(routing, scores_of(logits, score_function), span) for span in spans if span)
+    spans = (
+        [kept] if scope != "sequence" else [[t for t in kept if t // S == row] for row in range(B)]
+    )
+    expected = sum(
+        plain_aux(routing, scores_of(logits, score_function), span) for span in spans if span
+    )
     assert float(aux_of(routing, scope)) == pytest.approx(expected, rel=1e-5)
 
 
 @every_scope
 def test_uniform_scores_and_even_load_give_one_per_token_and_layer(scope):
-    even = torch.arange(B * S * K).view(B * S, K) % E  # no row divides evenly by itself: uniform scores suffice
-    assert float(aux_of(routing_of(torch.zeros(B * S, E), scope=scope, given_ids=even), scope)) == pytest.approx(B * S)
+    # no row divides evenly by itself: uniform scores suffice
+    even = torch.arange(B * S * K).view(B * S, K) % E
+    assert float(
+        aux_of(routing_of(torch.zeros(B * S, E), scope=scope, given_ids=even), scope)
+    ) == pytest.approx(B * S)
     model = build(tiny_config(), balance_of(scope))
     for router in model.routers():
         torch.nn.init.zeros_(router.weight)
-    output = model(**take(batch(0, 0, B), 0, B))
+    output = model(take(batch(0, 0, B), 0, B))
     num_tokens = int(batch(0, 0, B)["token_mask"].sum())
     assert output.aux_sum.item() == pytest.approx(len(model.routers()) * num_tokens, rel=1e-5)
 
@@ -106,7 +145,9 @@ def test_everything_on_one_expert_gives_the_number_of_experts(scope):
     """With one expert a token and certain scores: the worst case of eq. 4."""
     logits, only = torch.zeros(B * S, E), torch.tensor([[4, -1]]).repeat(B * S, 1)
     logits[:, 4] = 100.0
-    assert float(aux_of(routing_of(logits, scope=scope, given_ids=only), scope)) == pytest.approx(E * B * S)
+    assert float(aux_of(routing_of(logits, scope=scope, given_ids=only), scope)) == pytest.approx(
+        E * B * S
+    )
 
 
 @every_scope
@@ -119,7 +160,9 @@ def test_masked_tokens_change_nothing(scope):
     for name in ("counts", "score_sums", "z_sum", "entropy_sum", "k_histogram", "reason_counts"):
         assert torch.equal(getattr(after, name), getattr(before, name)), name
     kept = routing_of(logits)
-    assert before.counts.sum(0).tolist() == [int((kept.expert_ids[mask] == e).sum()) for e in range(E)]
+    assert before.counts.sum(0).tolist() == [
+        int((kept.expert_ids[mask] == e).sum()) for e in range(E)
+    ]
     torch.testing.assert_close(before.score_sums.sum(0), scores_of(logits)[mask].sum(0))
     torch.testing.assert_close(before.z_sum, logits.logsumexp(-1)[mask].square().sum())
 
@@ -138,7 +181,9 @@ def test_the_gradient_lowers_the_scores_of_overloaded_experts(scope):
 
 @every_scope
 def test_load_fractions_carry_no_gradient(scope):
-    """The gradient with respect to the scores is E * f_e, through the softmax: nothing comes through f."""
+    """The gradient with respect to the scores is E * f_e, through the softmax: nothing comes
+    through f.
+    """
     logits = random_logits().requires_grad_()
     routing = routing_of(logits, scope=scope)
     aux_of(routing, scope).backward()
@@ -154,9 +199,16 @@ def test_global_batch_scope_counts_the_earlier_micro_batches():
     previous, seen = None, [0] * E
     for micro in (random_logits(seed) for seed in range(3)):
         routing = routing_of(micro)
-        aux, scope_counts = auxiliary_loss_sums(routing.counts.unsqueeze(0), routing.score_sums.unsqueeze(0),
-                                                "global_batch", ParallelGroups.single(), previous)
-        assert float(aux) == pytest.approx(plain_aux(routing, scores_of(micro), list(range(B * S)), seen), rel=1e-5)
+        aux, scope_counts = auxiliary_loss_sums(
+            routing.counts.unsqueeze(0),
+            routing.score_sums.unsqueeze(0),
+            "global_batch",
+            ParallelGroups.single(),
+            previous,
+        )
+        assert float(aux) == pytest.approx(
+            plain_aux(routing, scores_of(micro), list(range(B * S)), seen), rel=1e-5
+        )
         seen = [n + int((routing.expert_ids == e).sum()) for e, n in enumerate(seen)]
         assert scope_counts.tolist() == [seen]
         previous = scope_counts
@@ -166,22 +218,27 @@ def test_global_batch_scope_counts_the_earlier_micro_batches():
 def test_other_scopes_ignore_the_earlier_micro_batches(scope):
     model = build(tiny_config(), balance_of(scope))
     inputs = take(batch(0, 0, B), 0, B)
-    first = model(**inputs)
-    again = model(**inputs, previous_counts=first.scope_counts * 5 + torch.arange(8))
-    assert torch.equal(again.aux_sum, first.aux_sum) and torch.equal(again.scope_counts, first.counts)
+    first = model(inputs)
+    again = model(inputs, ForwardRequest(previous_counts=first.scope_counts * 5 + torch.arange(8)))
+    assert torch.equal(again.aux_sum, first.aux_sum) and torch.equal(
+        again.scope_counts, first.counts
+    )
 
 
 @pytest.mark.parametrize("scope", ["batch", "global_batch"])
 def test_layers_are_balanced_one_by_one(scope):
-    counts, score_sums = torch.tensor([[[4, 0]], [[1, 3]]]), torch.tensor([[[1.5, 0.5]], [[0.5, 1.5]]])
+    counts, score_sums = (
+        torch.tensor([[[4, 0]], [[1, 3]]]),
+        torch.tensor([[[1.5, 0.5]], [[0.5, 1.5]]]),
+    )
     aux, _ = auxiliary_loss_sums(counts, score_sums, scope, ParallelGroups.single(), None)
     assert aux.tolist() == pytest.approx([2 * (1.0 * 1.5), 2 * (0.25 * 0.5 + 0.75 * 1.5)])
 
 
 def test_sequence_scope_splits_over_micro_batches_without_a_difference():
     model, full = build(tiny_config(), balance_of("sequence")), batch(0, 0, 4)
-    whole = model(**take(full, 0, 4)).aux_sum
-    parts = sum(model(**take(full, i, i + 1)).aux_sum for i in range(4))
+    whole = model(take(full, 0, 4)).aux_sum
+    parts = sum(model(take(full, i, i + 1)).aux_sum for i in range(4))
     assert float(parts.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
 
 
@@ -193,15 +250,18 @@ def test_a_batch_without_tokens_costs_nothing():
 
 def test_training_loss_adds_coefficients_times_per_token_means():
     one = torch.tensor(1.0)
-    output = build(tiny_config(), BalanceConfig())(**take(batch(0, 0, B), 0, B))
+    output = build(tiny_config(), BalanceConfig())(take(batch(0, 0, B), 0, B))
     output = output._replace(loss_sum=6 * one, aux_sum=10 * one, z_sum=40 * one)
     balance = BalanceConfig(aux_loss_coeff=0.1, z_loss_coeff=0.01)
-    assert float(training_loss(output, 3, 5, balance)) == pytest.approx(6 / 3 + 0.1 * 10 / 5 + 0.01 * 40 / 5)
+    assert float(training_loss(output, 3, 5, balance)) == pytest.approx(
+        6 / 3 + 0.1 * 10 / 5 + 0.01 * 40 / 5
+    )
     assert float(training_loss(output, 3, 5, BalanceConfig())) == pytest.approx(2.0)
     assert float(training_loss(output._replace(loss_sum=0 * one), 0, 0, BalanceConfig())) == 0.0
 
 
-# --- the loss-free bias ----------------------------------------------------------------------------------------------
+# --- the loss-free bias ---------------------------------------------------------------------------
+
 
 def test_the_bias_rises_for_underloaded_experts_and_keeps_its_mean():
     routers = build(tiny_config(num_experts=4), BalanceConfig()).routers()
@@ -223,33 +283,45 @@ def test_the_bias_evens_out_a_lopsided_router():
         router.balance_bias[2] = 0.2
     for _ in range(60):
         with torch.no_grad():
-            counts = model(**inputs).counts
+            counts = model(inputs).counts
         loads.append(float(counts.max()) / float(counts.double().mean()))
         update_balance_bias(model.routers(), counts, update_rate=0.01)
     assert loads[0] > 1.9 and loads[-1] < 1.15, loads
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
+
 
 def test_balance_metrics_of_a_hand_made_table():
     metrics = balance_metrics(torch.tensor([[4, 4, 4, 4], [12, 4, 0, 0], [8, 8, 0, 0]]))
-    entropy = {0: 1.3862943611, 1: 0.5623351446, 2: 0.6931471806}  # ln 4; H(3/4, 1/4); ln 2
+    # ln 4; H(3/4, 1/4); ln 2
+    entropy = {0: 1.3862943611, 1: 0.5623351446, 2: 0.6931471806}
     deviation = {0: 0.0, 1: 1.2247448714, 2: 1.0}  # of loads 1 1 1 1; 3 1 0 0; 2 2 0 0
     assert metrics == {
-        "moe/max_load": pytest.approx(3.0), "moe/max_load_layer": 1, "moe/min_load": 0.0,
+        "moe/max_load": pytest.approx(3.0),
+        "moe/max_load_layer": 1,
+        "moe/min_load": 0.0,
         "moe/load_cv": pytest.approx(sum(deviation.values()) / 3),
-        "moe/load_entropy": pytest.approx(sum(entropy.values()) / 3), "moe/dead_experts": 4,
-        "moe/max_vio": pytest.approx((0 + 2 + 1) / 3), "moe/dead_fraction": pytest.approx(4 / 12),
-        "moe/hot_fraction": pytest.approx(0.75), "moe/load_gini": pytest.approx((0 + 0.625 + 0.5) / 3),
+        "moe/load_entropy": pytest.approx(sum(entropy.values()) / 3),
+        "moe/dead_experts": 4,
+        "moe/max_vio": pytest.approx((0 + 2 + 1) / 3),
+        "moe/dead_fraction": pytest.approx(4 / 12),
+        "moe/hot_fraction": pytest.approx(0.75),
+        "moe/load_gini": pytest.approx((0 + 0.625 + 0.5) / 3),
     }
 
 
 def test_an_untouched_layer_counts_as_dead_and_stays_finite():
     metrics = balance_metrics(torch.zeros(1, 4, dtype=torch.int64))
-    assert metrics["moe/dead_experts"] == 4 and metrics["moe/max_load"] == 0 and metrics["moe/load_entropy"] == 0
+    assert (
+        metrics["moe/dead_experts"] == 4
+        and metrics["moe/max_load"] == 0
+        and metrics["moe/load_entropy"] == 0
+    )
 
 
-# --- packed statistics, histograms, penalties ------------------------------------------------------------------------
+# --- packed statistics, histograms, penalties -----------------------------------------------------
+
 
 def test_statistics_survive_packing_and_add_up():
     ranges = torch.tensor([[-0.5, 16.0]]).repeat(E, 1)
@@ -262,16 +334,21 @@ def test_statistics_survive_packing_and_add_up():
     assert torch.equal(stats.reasons[0], sum(r.reason_counts for r in routings))
     assert torch.equal(stats.histogram[0], sum(r.histogram.long() for r in routings))
     assert int(stats.checksum) == sum(int(r.checksum) for r in routings) % 2**64 - (
-        2**64 if sum(int(r.checksum) for r in routings) % 2**64 >= 2**63 else 0)
-    assert float(stats.entropy) == pytest.approx(sum(float(r.entropy_sum) for r in routings), rel=1e-5)
+        2**64 if sum(int(r.checksum) for r in routings) % 2**64 >= 2**63 else 0
+    )
+    assert float(stats.entropy) == pytest.approx(
+        sum(float(r.entropy_sum) for r in routings), rel=1e-5
+    )
     assert int(stats.tokens) == 2 * int(padded_mask().sum()) and float(stats.experts_per_token) == K
 
 
 def test_tokens_at_a_lowered_limit_are_counted_as_overloaded():
-    routing = routing_of(random_logits(), control=torch.tensor([0.0, 1.0, 2.0, 1.0]))
+    routing = routing_of(random_logits(), router_inputs=torch.tensor([0.0, 1.0, 2.0, 1.0]))
     capped, overloaded = (int(r).bit_length() - 1 for r in (Reason.CAPPED, Reason.OVERLOADED))
     for lowered, place in ((False, capped), (True, overloaded)):
-        reasons = unpack_stats(pack_stats(routing, torch.tensor(lowered)).unsqueeze(0), E, K).reasons[0]
+        reasons = unpack_stats(
+            pack_stats(routing, torch.tensor(lowered)).unsqueeze(0), E, K
+        ).reasons[0]
         assert reasons.tolist() == [B * S if bit == place else 0 for bit in range(8)]
 
 
@@ -300,12 +377,18 @@ def test_cuts_meet_the_share_and_the_range_follows_the_scores():
     load = (scores > cuts[0]).double().mean(0)
     assert (load / (1.5 / E) - 1).abs().max() < 0.02, load
     width = 256 / ranges[0, :, 1]
-    assert (width < 0.1).all() and (ranges[0, :, 0] < cuts[0]).all() and (ranges[0, :, 0] + width > cuts[0]).all()
+    assert (
+        (width < 0.1).all()
+        and (ranges[0, :, 0] < cuts[0]).all()
+        and (ranges[0, :, 0] + width > cuts[0]).all()
+    )
 
 
 @pytest.mark.parametrize("lost", ["below", "above"])
 def test_a_range_that_lost_its_scores_finds_them_again(lost):
-    """A collapsed range of the smallest width, far from where the scores went, is back within 12 steps."""
+    """A collapsed range of the smallest width, far from where the scores went, is back within 12
+    steps.
+    """
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(2000, E, generator=generator)
     start = 2.0 if lost == "below" else 0.0
@@ -330,9 +413,9 @@ def test_entropy_and_orthogonality_penalties_do_not_depend_on_the_split(parts):
     model, full = build(tiny_config(), balance), batch(0, 0, 4)
     num_tokens = int(full["token_mask"].sum())
     size = 4 // parts
-    outputs = [model(**take(full, i * size, (i + 1) * size)) for i in range(parts)]
+    outputs = [model(take(full, i * size, (i + 1) * size)) for i in range(parts)]
     penalty = sum(float(o.penalty_sum.detach()) for o in outputs) / num_tokens
-    whole = model(**take(full, 0, 4), keep_routing=True)
+    whole = model(take(full, 0, 4), ForwardRequest(keep_routing=True))
     expected = sum(0.3 * float(r.entropy_sum.detach()) / num_tokens for r in whole.routings)
     expected += sum(0.2 * float(orthogonality_loss(r.weight.detach())) for r in model.routers())
     assert penalty == pytest.approx(expected, rel=1e-5)

@@ -16,11 +16,14 @@ PROMPT = [5, 9, 2]
 def model():
     model = build(tiny_config(max_seq_len=24), BalanceConfig())
     with torch.no_grad():
-        model.head.weight *= 10  # far from uniform, so that seeds and temperatures matter
+        # far from uniform, so that seeds and temperatures matter
+        model.head.weight *= 10
     return model
 
 
-def drawn(probabilities: list[float], top_p: float, temperature: float = 1.0, draws: int = 300) -> list[float]:
+def drawn(
+    probabilities: list[float], top_p: float, temperature: float = 1.0, draws: int = 300
+) -> list[float]:
     """Share of each token among `draws`."""
     gen = torch.Generator().manual_seed(0)
     logits = torch.tensor(probabilities).log()
@@ -56,11 +59,20 @@ def test_without_limits_tokens_come_with_their_probability():
 def test_temperature_sharpens_and_flattens():
     cold, hot = (drawn([0.1, 0.6, 0.3], 1.0, t, draws=1000)[1] for t in (0.25, 4.0))
     assert cold == pytest.approx(0.6**4 / (0.6**4 + 0.3**4 + 0.1**4), abs=0.05)
-    assert hot == pytest.approx(0.6**.25 / (0.6**.25 + 0.3**.25 + 0.1**.25), abs=0.05)
+    assert hot == pytest.approx(0.6**0.25 / (0.6**0.25 + 0.3**0.25 + 0.1**0.25), abs=0.05)
 
 
-@pytest.mark.parametrize(("top_p", "nucleus"), [(0.3, {2}), (0.45, {2}), (0.55, {2, 0}), (0.75, {2, 0}),
-                                                (0.85, {2, 0, 3}), (0.99, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"),
+    [
+        (0.3, {2}),
+        (0.45, {2}),
+        (0.55, {2, 0}),
+        (0.75, {2, 0}),
+        (0.85, {2, 0, 3}),
+        (0.99, {0, 1, 2, 3}),
+    ],
+)
 def test_top_p_keeps_the_smallest_nucleus(top_p, nucleus):
     shares = drawn([0.3, 0.05, 0.5, 0.15], top_p)
     assert {i for i, share in enumerate(shares) if share} == nucleus
@@ -73,7 +85,7 @@ def test_top_p_of_a_tie_keeps_the_lowest_ids():
 def test_generation_stops_at_the_stop_token_and_does_not_yield_it(model):
     text = list(generate(model, PROMPT, 16, seed=3))
     stop = text[7]
-    assert list(generate(model, PROMPT, 16, seed=3, stop_token=stop)) == text[:text.index(stop)]
+    assert list(generate(model, PROMPT, 16, seed=3, stop_token=stop)) == text[: text.index(stop)]
 
 
 def test_generation_stops_at_max_seq_len(model):
@@ -85,13 +97,16 @@ def test_no_tokens_are_asked_for(model):
     assert list(generate(model, PROMPT, 0)) == []
 
 
-@pytest.mark.parametrize(("prompt", "options", "message"), [
-    ([], {}, "the prompt is empty"),
-    ([1] * 24, {}, "the prompt has 24 tokens; model.max_seq_len is 24"),
-    (PROMPT, dict(temperature=-0.1), "temperature -0.1 must be >= 0"),
-    (PROMPT, dict(top_p=0.0), "top_p 0.0 in"),
-    (PROMPT, dict(top_p=1.5), "top_p 1.5 in"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([1] * 24, {}, "the prompt has 24 tokens; model.max_seq_len is 24"),
+        (PROMPT, dict(temperature=-0.1), "temperature -0.1 must be >= 0"),
+        (PROMPT, dict(top_p=0.0), "top_p 0.0 in"),
+        (PROMPT, dict(top_p=1.5), "top_p 1.5 in"),
+    ],
+)
 def test_bad_requests_are_refused(model, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         list(generate(model, prompt, 4, **options))

@@ -1,74 +1,114 @@
-"""Outside of training nothing depends on the batch: a token's loss is its own text's, and later tokens never change it."""
+"""Outside of training nothing depends on the batch: a token's loss is its own text's, and later
+tokens never change it.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
-from common import VOCAB_SIZE, batch, tiny_config
+from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, batch, tiny_config
 
-from model.attention.dense import DenseAttention
-from model.attention.sparse import SparseAttention
-from model.balance import pack_stats, unpack_stats
-from model.budget import start_routers, update_routers
+from model.attention.config import (
+    AttentionConfig,
+    DenseAttentionConfig,
+    MlaConfig,
+    SparseAttentionConfig,
+    WindowedAttentionConfig,
+)
 from model.config import BalanceConfig, BudgetConfig, ExpertsConfig, FailSafeConfig
-from model.dispatch import AllToAllDispatcher, LocalDispatcher
+from model.dispatch.config import AllToAllConfig, DispatcherConfig, LocalDispatcherConfig
 from model.generate import generate
-from model.moe import ModelParts
-from model.parallel import ParallelGroups
-from model.routers.base import LIMIT, Router, RoutingRequest
-from model.routers.expert_choice import ExpertChoiceRouter
-from model.routers.relu import ReLURouter
-from model.routers.threshold import ThresholdRouter
-from model.routers.top_k import NullExpertsRouter, TopKRouter
-from model.routers.top_p import TopPRouter
+from model.moe.balance import pack_stats, unpack_stats
+from model.moe.budget import start_routers, update_routers
+from model.moe.layer import ModelParts
+from model.request import ForwardRequest, TokenBatch
+from model.routers.base import Router, RoutingRequest
+from model.routers.config import (
+    ExpertChoiceConfig,
+    NullExpertsConfig,
+    ReLUConfig,
+    RouterConfig,
+    ThresholdConfig,
+    TopKConfig,
+    TopPConfig,
+)
 from model.transformer import Transformer
 from ops.router import Reason, RouterOutput
-from train.components import classes
+from train.config.component import KINDS as RECORDS
 from train.data.loader import Batch, pack
-from train.evaluate import evaluate
+from train.trained.evaluate import evaluate
 
 LENGTH, ROWS = 32, 13
 # Every router with all that bounds an expert's load; each name is a test.
-ROUTERS: dict[str, tuple[type[Router], dict]] = {
-    "top_k": (TopKRouter, dict(top_k=2, capacity_factor=1.0)),
-    "top_k, little capacity": (TopKRouter, dict(top_k=2, capacity_factor=0.1)),
-    "top_k raw": (TopKRouter, dict(top_k=3, normalize_weights=False, capacity_factor=0.5)),
-    "sigmoid": (TopKRouter, dict(top_k=2, score_function="sigmoid", scaling_factor=2.5, capacity_factor=1.0)),
-    "sqrt_softplus": (TopKRouter, dict(top_k=2, score_function="sqrt_softplus", capacity_factor=1.0)),
-    "group_limited": (TopKRouter, dict(top_k=2, num_groups=4, top_groups=2, capacity_factor=1.0)),
-    "top_p": (TopPRouter, dict(budget=2.0, capacity_factor=1.0)),
-    "threshold": (ThresholdRouter, dict(budget=2.0, capacity_factor=1.0)),
-    "relu": (ReLURouter, dict(budget=2.0, capacity_factor=1.0)),
-    "null_experts": (NullExpertsRouter, dict(num_null_experts=8, budget=2.0, capacity_factor=1.0)),
-    "expert_choice": (ExpertChoiceRouter, dict(top_k=2)),
-    "expert_choice, capped": (ExpertChoiceRouter, dict(top_k=2, max_experts=3, min_experts=1, normalize_weights=True)),
+ROUTERS: dict[str, tuple[type[RouterConfig], dict]] = {
+    "top_k": (TopKConfig, dict(top_k=2, capacity_factor=1.0)),
+    "top_k, little capacity": (TopKConfig, dict(top_k=2, capacity_factor=0.1)),
+    "top_k raw": (TopKConfig, dict(top_k=3, normalize_weights=False, capacity_factor=0.5)),
+    "sigmoid": (
+        TopKConfig,
+        dict(top_k=2, score_function="sigmoid", scaling_factor=2.5, capacity_factor=1.0),
+    ),
+    "sqrt_softplus": (
+        TopKConfig,
+        dict(top_k=2, score_function="sqrt_softplus", capacity_factor=1.0),
+    ),
+    "group_limited": (TopKConfig, dict(top_k=2, num_groups=4, top_groups=2, capacity_factor=1.0)),
+    "top_p": (TopPConfig, dict(budget=2.0, capacity_factor=1.0)),
+    "threshold": (ThresholdConfig, dict(budget=2.0, capacity_factor=1.0)),
+    "relu": (ReLUConfig, dict(budget=2.0, capacity_factor=1.0)),
+    "null_experts": (NullExpertsConfig, dict(num_null_experts=8, budget=2.0, capacity_factor=1.0)),
+    "expert_choice": (ExpertChoiceConfig, dict(top_k=2)),
+    "expert_choice, capped": (
+        ExpertChoiceConfig,
+        dict(top_k=2, max_experts=3, min_experts=1, normalize_weights=True),
+    ),
 }
-DISPATCHERS = {"local": LocalDispatcher, "all_to_all": AllToAllDispatcher}
+DISPATCHERS = {"local": LocalDispatcherConfig(), "all_to_all": AllToAllConfig()}
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, "audit_rows": 0.5}
-ATTENTIONS: dict[str, dict | None] = {
-    "dense": None, "scc": SMALL, "drop": {**SMALL, "tail": "drop", "order": 0}, "nsa": {**SMALL, "merge": "gated"},
+SPARSE: dict[str, dict] = {
+    "scc": SMALL,
+    "drop": {**SMALL, "tail": "drop", "order": 0},
+    "nsa": {**SMALL, "merge": "gated"},
     "sliding_window": {**SMALL, "tail": "drop", "top_k": 0, "num_sink_blocks": 0},
     "learned": {**SMALL, "offset": True, "trust": True, "sink": True},
-    "noisy": {**SMALL, "noise_steps": 100, "temperature": 4.0, "min_top_k": 0}, "covering": {**SMALL, "top_p": 0.7},
-    "dense so far": {**SMALL, "dense_steps": 100}, "regularised": {**SMALL, "mass_kl_coeff": 0.1},
+    "noisy": {**SMALL, "noise_steps": 100, "temperature": 4.0, "min_top_k": 0},
+    "covering": {**SMALL, "top_p": 0.7},
+    "dense so far": {**SMALL, "dense_steps": 100},
+    "regularised": {**SMALL, "mass_kl_coeff": 0.1},
     "two levels": {**SMALL, "num_levels": 2, "fanout": 2, "num_expanded": 1},
-    "mixed": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12}, "max": {**SMALL, "score": "max"},
-    "error_gain": {**SMALL, "score": "error_gain"}}
+    "mixed": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
+    "max": {**SMALL, "score": "max"},
+    "error_gain": {**SMALL, "score": "error_gain"},
+}
+ATTENTIONS: dict[str, AttentionConfig] = {
+    "dense": DenseAttentionConfig(),
+    "windowed": WindowedAttentionConfig(window=4, sinks=True),
+    "mla": MlaConfig(**LATENT),
+    **{name: SparseAttentionConfig(**arguments) for name, arguments in SPARSE.items()},
+}
+SHAPES: dict[str, dict] = {"mla": LATENT_SHAPE}
+"""Of the model, where an attention asks for another."""
 
 
-def trained(router: str = "top_k", attention: str = "dense", dispatcher: str = "all_to_all") -> Transformer:
-    """A tiny model after two steps of its controllers, in evaluation; its experts are rounded to tiles in training."""
+def trained(
+    router: str = "top_k", attention: str = "dense", dispatcher: str = "all_to_all"
+) -> Transformer:
+    """A tiny model after two steps of its controllers, in evaluation; its experts are rounded to
+    tiles in training.
+    """
     kind, options = ROUTERS[router]
-    arguments = ATTENTIONS[attention]
-    attend = DenseAttention if arguments is None else functools.partial(SparseAttention, **arguments)
     balance = BalanceConfig()
-    parts = ModelParts(functools.partial(kind, **options), attend, DISPATCHERS[dispatcher], balance,
-                       ExpertsConfig(token_rounding=4))
-    model = Transformer(tiny_config(init_std=0.3), parts, None, 7)
+    parts = ModelParts(
+        kind(**options),
+        ATTENTIONS[attention],
+        DISPATCHERS[dispatcher],
+        balance,
+        ExpertsConfig(token_rounding=4),
+    )
+    model = Transformer(tiny_config(init_std=0.3, **SHAPES.get(attention, {})), parts, None, 7)
     routers = model.routers()
     start_routers(routers, BudgetConfig(warm_start_steps=0), FailSafeConfig())
     model.set_step(1)
@@ -76,11 +116,13 @@ def trained(router: str = "top_k", attention: str = "dense", dispatcher: str = "
         full = batch(step, 0, 8, LENGTH)
         starts = (full["positions"].flatten() == 0).nonzero().flatten()
         ends = torch.cat((starts, torch.tensor([full["positions"].numel()]))).int()
-        output = model.train()(**full, cu_seqlens=ends, max_seqlen=int(ends.diff().max()))
+        output = model.train()(
+            TokenBatch(**full, cu_seqlens=ends, max_seqlen=int(ends.diff().max()))
+        )
         stats = unpack_stats(output.stats, routers[0].spec.num_experts, routers[0].max_top_k)
         update_routers(routers, stats, balance, BudgetConfig(), FailSafeConfig())
     for one in routers:  # as after steps in which a rank had too much to do
-        one.control[LIMIT] = 1.0
+        one.router_inputs.limit.fill_(1.0)
     return model.eval()
 
 
@@ -90,13 +132,16 @@ def texts() -> list[np.ndarray]:
 
 
 def batches(size: int) -> list[Batch]:
-    return [pack(texts()[at:at + size], LENGTH, 0) for at in range(0, ROWS, size)]
+    return [pack(texts()[at : at + size], LENGTH, 0) for at in range(0, ROWS, size)]
 
 
 @torch.no_grad()
 def losses(model: Transformer, size: int) -> torch.Tensor:
     """[ROWS, LENGTH] nats of every token when so many rows are evaluated at a time."""
-    found = [model(**b.inputs(torch.device("cpu")), keep_routing=True) for b in batches(size)]
+    found = [
+        model(b.inputs(torch.device("cpu")), ForwardRequest(keep_routing=True))
+        for b in batches(size)
+    ]
     return torch.cat([output.token_losses for output in found])
 
 
@@ -117,7 +162,9 @@ def check(model: Transformer) -> None:
     other[:, -1] = ids[:, -1] % (VOCAB_SIZE - 2) + 1
     with torch.no_grad():
         before, after = model.logits(ids), model.logits(other)
-        assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
+        assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(
+            before[:, -1], after[:, -1]
+        )
         cut = model.logits(ids[:, :11])  # without the tokens to come at all
         torch.testing.assert_close(cut, before[:, :11], rtol=1e-4, atol=1e-5)
 
@@ -129,10 +176,15 @@ def check(model: Transformer) -> None:
     assert text == expected[9:]
 
 
-def test_every_class_that_a_config_can_name_is_tried():
+def test_every_component_that_a_config_can_name_is_tried():
     kinds = {kind for kind, _ in ROUTERS.values()}
-    assert kinds == set(classes("router").values()) and set(DISPATCHERS.values()) == set(classes("dispatcher").values())
-    assert {DenseAttention, SparseAttention} == set(classes("attention").values())
+    assert kinds == set(RECORDS[RouterConfig].values())
+    assert {type(record) for record in DISPATCHERS.values()} == set(
+        RECORDS[DispatcherConfig].values()
+    )
+    assert {type(record) for record in ATTENTIONS.values()} == set(
+        RECORDS[AttentionConfig].values()
+    )
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
@@ -150,7 +202,7 @@ def test_a_capacity_acts_in_training_alone():
     model = trained("top_k, little capacity")
     hidden = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     router = model.routers()[0]
-    router.control[LIMIT] = 2.0
+    router.router_inputs.limit.fill_(2.0)
     assert int(router(hidden).counts.sum()) == 128 and not router(hidden).overflow.any()
     router.train()
     assert int(router(hidden).counts.max()) <= math.ceil(0.1 * 2 * 64 / 8)
@@ -162,15 +214,20 @@ def test_a_limit_for_overloaded_ranks_acts_in_training_alone():
     router = model.routers()[0]
     assert int((router(hidden).expert_ids >= 0).sum(1).max()) > 1
     assert int((router.train()(hidden).expert_ids >= 0).sum(1).max()) == 1
-    reasons = unpack_stats(model.eval()(**pack(texts(), LENGTH, 0).inputs(torch.device("cpu"))).stats, 8,
-                           router.max_top_k).reasons
+    reasons = unpack_stats(
+        model.eval()(pack(texts(), LENGTH, 0).inputs(torch.device("cpu"))).stats,
+        8,
+        router.max_top_k,
+    ).reasons
     assert int(reasons[:, Reason.OVERLOADED.bit].sum()) == 0
 
 
 def test_expert_choice_keeps_its_budget_by_the_cuts_it_has_learnt():
-    """In training each expert takes its share of a micro-batch; outside, what scores above the running mean of its cuts."""
+    """In training each expert takes its share of a micro-batch; outside, what scores above the
+    running mean of its cuts.
+    """
     config = tiny_config()
-    router = ExpertChoiceRouter(config, ParallelGroups.single(), 0, top_k=2, max_experts=8)
+    router = ExpertChoiceConfig(top_k=2, max_experts=8).build(config)
     torch.nn.init.normal_(router.weight, 0.0, 0.5, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     router.prepare_histogram(256)
@@ -185,29 +242,39 @@ def test_expert_choice_keeps_its_budget_by_the_cuts_it_has_learnt():
 
 def learn(router: Router, output: RouterOutput) -> None:
     stats = pack_stats(output, torch.tensor(False)).unsqueeze(0)
-    update_routers([router], unpack_stats(stats, router.spec.num_experts, router.max_top_k), BalanceConfig(),
-                   BudgetConfig(), FailSafeConfig())
+    update_routers(
+        [router],
+        unpack_stats(stats, router.spec.num_experts, router.max_top_k),
+        BalanceConfig(),
+        BudgetConfig(),
+        FailSafeConfig(),
+    )
 
 
 @pytest.mark.parametrize("min_experts", [0, 1])
 def test_without_a_learnt_cut_expert_choice_is_plain_top_k_and_says_so(min_experts):
-    """Before the first step, and from a checkpoint of a router that has no cuts: not the whole set of experts."""
-    router = ExpertChoiceRouter(tiny_config(), ParallelGroups.single(), 0, top_k=2, min_experts=min_experts).eval()
-    plain = TopKRouter(tiny_config(), ParallelGroups.single(), 0, top_k=2).eval()
+    """Before the first step, and from a checkpoint of a router that has no cuts: not the whole set
+    of experts.
+    """
+    router = ExpertChoiceConfig(top_k=2, min_experts=min_experts).build(tiny_config()).eval()
+    plain = TopKConfig(top_k=2).build(tiny_config()).eval()
     torch.nn.init.normal_(router.weight, 0.0, 0.5, generator=torch.Generator().manual_seed(0))
     plain.load_state_dict({"weight": router.weight}, strict=False)
     hidden = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
     found = router(hidden)
-    assert torch.equal(found.expert_ids[:, :2], plain(hidden).expert_ids) and (found.expert_ids[:, 2:] == -1).all()
+    assert (
+        torch.equal(found.expert_ids[:, :2], plain(hidden).expert_ids)
+        and (found.expert_ids[:, 2:] == -1).all()
+    )
     assert int(found.reason_counts[Reason.OVERRIDDEN.bit]) == 50
     router.balance_bias.fill_(-0.3)
     assert int(router(hidden).reason_counts[Reason.OVERRIDDEN.bit]) == 0
 
 
 def test_a_learnt_cut_is_saved_with_the_model():
-    router = ExpertChoiceRouter(tiny_config(), ParallelGroups.single(), 0, top_k=2)
+    router = ExpertChoiceConfig(top_k=2).build(tiny_config())
     router.balance_bias.fill_(-0.25)
-    other = ExpertChoiceRouter(tiny_config(), ParallelGroups.single(), 0, top_k=2)
+    other = ExpertChoiceConfig(top_k=2).build(tiny_config())
     other.load_state_dict(router.state_dict())
     assert torch.equal(other.balance_bias, router.balance_bias)
 

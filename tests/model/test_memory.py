@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from common import batch, build, take, tiny_config
+import torch
+from common import LATENT, LATENT_SHAPE, batch, build, take, tiny_config
 
 from model.config import BalanceConfig
-from model.flops import count_parameters
-from model.memory import device_memory
+from model.cost.memory import device_memory
+from model.cost.parameters import count_parameters
+from model.parallel.groups import ParallelGroups
+from model.parallel.heads import HeadExchange
+from model.request import TokenBatch, part_of
 from ops.testing import kept_for_backward
 
-SETTINGS = dict(precision="fp32", zero_stage=0, world_size=1, expert_parallel_size=1, micro_batch_size=8, seq_len=16)
+SETTINGS = dict(
+    precision="fp32",
+    zero_stage=0,
+    world_size=1,
+    expert_parallel_size=1,
+    micro_batch_size=8,
+    seq_len=16,
+)
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
@@ -18,19 +31,52 @@ SETTINGS = dict(precision="fp32", zero_stage=0, world_size=1, expert_parallel_si
 def test_activation_estimate_is_near_what_backward_keeps(recompute, hidden_size):
     config = tiny_config(hidden_size=hidden_size, recompute=recompute, num_layers=4)
     model = build(config, BalanceConfig(aux_loss_coeff=0.01, z_loss_coeff=0.01))
-    full = take(batch(0, 0, 8), 0, 8)
-    full["token_mask"] = None
+    full = take(batch(0, 0, 8), 0, 8)._replace(token_mask=None)
     with kept_for_backward(*model.parameters()) as kept:
-        output = model(**full)
+        output = model(full)
     measured = sum(kept.values())
     memory = device_memory(config, 2.0, **SETTINGS)
-    if recompute == "block":  # block inputs are held by the checkpoint, the one block at work is not measured here
-        assert memory.activations < device_memory(tiny_config(hidden_size=hidden_size, num_layers=4), 2.0,
-                                                  **SETTINGS).activations / 1.5
+    # block inputs are held by the checkpoint, the one block at work is not measured here
+    if recompute == "block":
+        assert (
+            memory.activations
+            < device_memory(
+                tiny_config(hidden_size=hidden_size, num_layers=4), 2.0, **SETTINGS
+            ).activations
+            / 1.5
+        )
     else:
-        logits = 8 * 8 * 16 * config.vocab_size  # kept: the logits and their log-softmax, fp32
+        # kept: the logits and their log-softmax, fp32
+        logits = 8 * 8 * 16 * config.vocab_size
         assert 0.7 < (memory.activations + logits) / measured < 1.4
     assert output.loss_sum.requires_grad
+
+
+@pytest.mark.parametrize("attention", [None, LATENT], ids=["dense", "latent"])
+def test_a_rank_that_shares_rows_keeps_its_part_of_them(attention, monkeypatch):
+    """As much of the same number of tokens as a rank alone, but for what attention gives."""
+    monkeypatch.setattr(HeadExchange, "_exchanged", lambda _, parts: parts.clone())
+    config = tiny_config(hidden_size=64, num_layers=4, **(LATENT_SHAPE if attention else {}))
+    settings = dict(attention=attention) if attention else {}
+    measured, planned = [], []
+    for context in (1, 2):
+        groups = replace(ParallelGroups.single(), context_size=context)
+        model = build(config, BalanceConfig(), groups, attention=attention)
+        length = 16 * context
+        ids = torch.zeros(8, length, dtype=torch.int64)
+        positions = torch.arange(length).expand(8, length)
+        ends = torch.arange(0, 8 * length + 1, length, dtype=torch.int32)
+        inputs = TokenBatch(ids, ids, positions, ends, length)
+        if context > 1:
+            inputs = part_of(inputs, 0, 16)
+        with kept_for_backward(*model.parameters()) as kept:
+            model(inputs)
+        measured.append(sum(kept.values()))
+        shared = {"context_parallel_size": context, "seq_len": length}
+        planned.append(device_memory(config, 2.0, **{**SETTINGS, **shared, **settings}).activations)
+    assert planned[1] - planned[0] == pytest.approx(
+        measured[1] - measured[0], abs=0.005 * measured[0]
+    )
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])
@@ -43,15 +89,28 @@ def test_gradients_of_bf16_weights_take_the_dtype_they_are_added_up_in(stage, dt
     assert memory.dense_weights + memory.expert_weights == 2 * (count.dense + count.experts)
 
 
-@pytest.mark.parametrize(("stage", "dense_over", "expert_over"), [(0, (1, 1, 1), (1, 1, 1)), (1, (1, 1, 8), (1, 1, 2)),
-                                                                  (2, (1, 8, 8), (1, 2, 2)), (3, (8, 8, 8), (2, 2, 2))])
+@pytest.mark.parametrize(
+    ("stage", "dense_over", "expert_over"),
+    [
+        (0, (1, 1, 1), (1, 1, 1)),
+        (1, (1, 1, 8), (1, 1, 2)),
+        (2, (1, 8, 8), (1, 2, 2)),
+        (3, (8, 8, 8), (2, 2, 2)),
+    ],
+)
 def test_zero_stages_share_weights_gradients_and_optimizer(stage, dense_over, expert_over):
     config = tiny_config()
     count = count_parameters(config, 2)
-    memory = device_memory(config, 2, **{**SETTINGS, "zero_stage": stage, "world_size": 8, "expert_parallel_size": 4})
+    memory = device_memory(
+        config, 2, **{**SETTINGS, "zero_stage": stage, "world_size": 8, "expert_parallel_size": 4}
+    )
     experts = count.experts / 4
     state = 8 if stage == 0 else 12
     assert memory.dense_weights == pytest.approx(4 * count.dense / dense_over[0], abs=8)
     assert memory.expert_weights == pytest.approx(4 * experts / expert_over[0], abs=8)
-    assert memory.gradients == pytest.approx(4 * (count.dense / dense_over[1] + experts / expert_over[1]), abs=16)
-    assert memory.optimizer == pytest.approx(state * (count.dense / dense_over[2] + experts / expert_over[2]), abs=32)
+    assert memory.gradients == pytest.approx(
+        4 * (count.dense / dense_over[1] + experts / expert_over[1]), abs=16
+    )
+    assert memory.optimizer == pytest.approx(
+        state * (count.dense / dense_over[2] + experts / expert_over[2]), abs=32
+    )

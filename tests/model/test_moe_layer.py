@@ -1,31 +1,43 @@
-"""The MoE layer as a whole: one graph, no bit changed by what is kept, assignments that are not computed."""
+"""The MoE layer as a whole: one graph, no bit changed by what is kept, assignments that are not
+computed.
+"""
 
 from __future__ import annotations
-
-import functools
 
 import pytest
 import torch
 from common import tiny_config
 
-from model.attention.dense import DenseAttention
+from model.attention.config import DenseAttentionConfig
 from model.config import BalanceConfig, ExpertsConfig
-from model.dispatch import AllToAllDispatcher, LocalDispatcher, by_expert
-from model.moe import ModelParts, MoELayer
-from model.parallel import ParallelGroups
-from model.routers.base import Router, RoutingRequest
-from model.routers.relu import ReLURouter
-from model.routers.top_k import TopKRouter
-from model.routers.top_p import TopPRouter
+from model.dispatch.config import AllToAllConfig, DispatcherConfig, LocalDispatcherConfig
+from model.dispatch.rows import by_expert
+from model.moe.layer import ModelParts, MoELayer
+from model.parallel.groups import ParallelGroups
+from model.routers.base import RoutingRequest
+from model.routers.config import ReLUConfig, RouterConfig, TopKConfig, TopPConfig
 
-ROUTERS = {"top_k": (TopKRouter, {"top_k": 2}), "top_p": (TopPRouter, {"budget": 2.0}),
-           "relu": (ReLURouter, {"budget": 2.0}), "capacity": (TopKRouter, {"top_k": 2, "capacity_factor": 1.0})}
+ROUTERS = {
+    "top_k": (TopKConfig, {"top_k": 2}),
+    "top_p": (TopPConfig, {"budget": 2.0}),
+    "relu": (ReLUConfig, {"budget": 2.0}),
+    "capacity": (TopKConfig, {"top_k": 2, "capacity_factor": 1.0}),
+}
 
 
-def make_layer(router: type[Router], options: dict, experts: ExpertsConfig | None = None,
-               dispatcher: type = AllToAllDispatcher) -> MoELayer:
-    parts = ModelParts(functools.partial(router, **options), DenseAttention, dispatcher, BalanceConfig(),
-                       experts or ExpertsConfig())
+def make_layer(
+    router: type[RouterConfig],
+    options: dict,
+    experts: ExpertsConfig | None = None,
+    dispatcher: DispatcherConfig | None = None,
+) -> MoELayer:
+    parts = ModelParts(
+        router(**options),
+        DenseAttentionConfig(),
+        dispatcher or AllToAllConfig(),
+        BalanceConfig(),
+        experts or ExpertsConfig(),
+    )
     layer = MoELayer(tiny_config(), ParallelGroups.single(), parts, 1)
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
@@ -55,15 +67,19 @@ def test_the_layer_compiles_as_one_graph(router):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_recomputing_and_the_local_dispatcher_change_no_bit(router):
     expected = run(make_layer(*ROUTERS[router]))
-    for other in (make_layer(*ROUTERS[router], ExpertsConfig(recompute=True)),
-                  make_layer(*ROUTERS[router], dispatcher=LocalDispatcher)):
+    for other in (
+        make_layer(*ROUTERS[router], ExpertsConfig(recompute=True)),
+        make_layer(*ROUTERS[router], dispatcher=LocalDispatcherConfig()),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(run(other), expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["grouped_mm", "reference"])
 def test_backends_agree(backend):
     expected = run(make_layer(*ROUTERS["top_p"]))
-    for ours, other in zip(run(make_layer(*ROUTERS["top_p"], ExpertsConfig(backend=backend))), expected, strict=True):
+    for ours, other in zip(
+        run(make_layer(*ROUTERS["top_p"], ExpertsConfig(backend=backend))), expected, strict=True
+    ):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 

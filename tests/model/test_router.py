@@ -8,45 +8,49 @@ import pytest
 import torch
 from common import tiny_config
 
-from model.parallel import ParallelGroups
-from model.routers.base import LIMIT, SHARE, VALUE, Router, RoutingRequest
-from model.routers.expert_choice import ExpertChoiceRouter
-from model.routers.relu import ReLURouter
-from model.routers.threshold import ThresholdRouter
-from model.routers.top_k import NullExpertsRouter, TopKRouter
-from model.routers.top_p import TopPRouter
+from model.routers.base import Router, RoutingRequest
+from model.routers.config import (
+    ExpertChoiceConfig,
+    NullExpertsConfig,
+    ReLUConfig,
+    RouterConfig,
+    ThresholdConfig,
+    TopKConfig,
+    TopPConfig,
+)
+from model.routers.state import ControllerState, RouterInputs
 from ops.router import Reason, RouterOutput
 
 NUM_EXPERTS, HIDDEN_SIZE = 8, 16
 BOTH = pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 
-# Class and arguments by name; every router runs through the tests that take `router`.
+# Record and its knobs by name; every router runs through the tests that take `router`.
 ROUTERS = {
-    "softmax": (TopKRouter, dict(top_k=2)),
-    "softmax_raw": (TopKRouter, dict(top_k=3, normalize_weights=False)),
-    "sigmoid": (TopKRouter, dict(top_k=2, score_function="sigmoid", scaling_factor=2.5)),
-    "sqrt_softplus": (TopKRouter, dict(top_k=2, score_function="sqrt_softplus")),
-    "switch": (TopKRouter, dict(top_k=1, normalize_weights=False)),
-    "all_experts": (TopKRouter, dict(top_k=NUM_EXPERTS)),
-    "group_limited": (TopKRouter, dict(top_k=2, num_groups=4, top_groups=2)),
-    "top_p": (TopPRouter, dict(budget=2.0)),
-    "threshold": (ThresholdRouter, dict(budget=2.0)),
-    "relu": (ReLURouter, dict(budget=2.0)),
-    "expert_choice": (ExpertChoiceRouter, dict(top_k=2, min_experts=1)),
-    "null_experts": (NullExpertsRouter, dict(top_k=4, num_null_experts=4, budget=2.0)),
+    "softmax": (TopKConfig, dict(top_k=2)),
+    "softmax_raw": (TopKConfig, dict(top_k=3, normalize_weights=False)),
+    "sigmoid": (TopKConfig, dict(top_k=2, score_function="sigmoid", scaling_factor=2.5)),
+    "sqrt_softplus": (TopKConfig, dict(top_k=2, score_function="sqrt_softplus")),
+    "switch": (TopKConfig, dict(top_k=1, normalize_weights=False)),
+    "all_experts": (TopKConfig, dict(top_k=NUM_EXPERTS)),
+    "group_limited": (TopKConfig, dict(top_k=2, num_groups=4, top_groups=2)),
+    "top_p": (TopPConfig, dict(budget=2.0)),
+    "threshold": (ThresholdConfig, dict(budget=2.0)),
+    "relu": (ReLUConfig, dict(budget=2.0)),
+    "expert_choice": (ExpertChoiceConfig, dict(top_k=2, min_experts=1)),
+    "null_experts": (NullExpertsConfig, dict(top_k=4, num_null_experts=4, budget=2.0)),
 }
 
 
-def make(kind: type[Router], config=None, **options) -> Router:
-    router = kind(config or tiny_config(), ParallelGroups.single(), 0, **options)
+def make(kind: type[RouterConfig], config=None, **options) -> Router:
+    router = kind(**options).build(config or tiny_config())
     torch.nn.init.normal_(router.weight, 0.0, 0.5, generator=torch.Generator().manual_seed(0))
-    if kind is ThresholdRouter:
+    if kind is ThresholdConfig:
         router.balance_bias.fill_(-0.8)
     return router
 
 
-def top_k_router(**options) -> TopKRouter:
-    return make(TopKRouter, **options)
+def top_k_router(**options) -> Router:
+    return make(TopKConfig, **options)
 
 
 @pytest.fixture(params=ROUTERS)
@@ -69,10 +73,13 @@ def plain_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:
         return logits.exp() / logits.exp().sum(-1, keepdim=True)
     if router.spec.score_function == "sqrt_softplus":
         return (1 + logits.exp()).log().sqrt()
-    return logits.clamp_min(0) if router.spec.score_function == "relu" else 1 / (1 + (-logits).exp())
+    return (
+        logits.clamp_min(0) if router.spec.score_function == "relu" else 1 / (1 + (-logits).exp())
+    )
 
 
-# --- every router ----------------------------------------------------------------------------------------------------
+# --- every router ---------------------------------------------------------------------------------
+
 
 def test_ids_are_in_range_and_differ_within_a_token(router):
     routing = router(tokens())
@@ -87,7 +94,8 @@ def test_unused_slots_have_zero_weight_and_used_slots_a_positive_one(router):
     mask = torch.arange(50) % 3 != 0
     routing = masked(router, tokens(), mask)
     assert (routing.weights[routing.expert_ids < 0] == 0).all()
-    fallback = (routing.reasons & int(Reason.EMPTY) > 0).unsqueeze(1)  # ReLU's may be zero
+    # ReLU's may be zero
+    fallback = (routing.reasons & int(Reason.EMPTY) > 0).unsqueeze(1)
     assert (routing.weights[(routing.expert_ids >= 0) & ~fallback] > 0).all()
 
 
@@ -116,7 +124,12 @@ def test_masked_tokens_give_no_gradient(router):
     hidden = tokens().requires_grad_()
     probe = torch.randn(50, router.max_top_k, generator=torch.Generator().manual_seed(2))
     routing = masked(router, hidden, mask)
-    ((routing.weights * probe).sum() + routing.score_sums.sum() + routing.z_sum + routing.entropy_sum).backward()
+    (
+        (routing.weights * probe).sum()
+        + routing.score_sums.sum()
+        + routing.z_sum
+        + routing.entropy_sum
+    ).backward()
     assert (hidden.grad[~mask] == 0).all() and (hidden.grad[mask].norm(dim=1) > 0).any()
 
 
@@ -131,7 +144,9 @@ def test_gates_and_sums_follow_their_definition(router):
     log_z = (hidden @ router.weight.T).exp().sum(-1).log()
     torch.testing.assert_close(routing.log_z, log_z)
     torch.testing.assert_close(routing.z_sum, log_z.square().sum())
-    assert routing.counts.sum(0).tolist() == [int((routing.expert_ids == e).sum()) for e in range(NUM_EXPERTS)]
+    assert routing.counts.sum(0).tolist() == [
+        int((routing.expert_ids == e).sum()) for e in range(NUM_EXPERTS)
+    ]
 
 
 def test_no_tokens_are_routed_to_nothing(router):
@@ -149,19 +164,30 @@ def test_state_and_gates_stay_fp32_whatever_the_model_uses(router):
     for name, buffer in router.named_buffers():
         assert buffer.dtype == torch.float32 and torch.equal(buffer, before[name]), name
     routing = router(hidden)
-    assert {t.dtype for t in (routing.weights, routing.score_sums, routing.log_z)} == {torch.float32}
+    assert {t.dtype for t in (routing.weights, routing.score_sums, routing.log_z)} == {
+        torch.float32
+    }
 
 
 def test_given_ids_reproduce_the_routing_bit_for_bit(router):
     hidden = tokens()
     routing = router(hidden)
     again = router(hidden, RoutingRequest(given_ids=routing.expert_ids))
-    for name in ("weights", "expert_ids", "counts", "score_sums", "slots", "inverse", "offsets", "k_histogram"):
+    for name in (
+        "weights",
+        "expert_ids",
+        "counts",
+        "score_sums",
+        "slots",
+        "inverse",
+        "offsets",
+        "k_histogram",
+    ):
         assert torch.equal(getattr(again, name), getattr(routing, name)), name
 
 
 def test_a_lowered_limit_caps_the_experts_of_a_token(router):
-    router.control[LIMIT] = 1.0
+    router.router_inputs.limit.fill_(1.0)
     routing = router(tokens())
     assert int((routing.expert_ids >= 0).sum(1).max()) <= 1
 
@@ -171,9 +197,13 @@ def test_the_frozen_router_chooses_by_its_snapshot_and_weighs_by_its_weight(rout
     router.keep_snapshots()
     before = router(hidden, RoutingRequest(snapshot=True))
     with torch.no_grad():
-        router.weight.copy_(torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(5)))
+        router.weight.copy_(
+            torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(5))
+        )
     frozen, moved = router(hidden, RoutingRequest(frozen=True)), router(hidden)
-    assert torch.equal(frozen.expert_ids, before.expert_ids) and not torch.equal(moved.expert_ids, before.expert_ids)
+    assert torch.equal(frozen.expert_ids, before.expert_ids) and not torch.equal(
+        moved.expert_ids, before.expert_ids
+    )
     scores = plain_scores(router, hidden).gather(1, frozen.expert_ids.clamp_min(0).long())
     gates = torch.where(frozen.expert_ids >= 0, scores, 0.0)
     if router.spec.normalize_weights:
@@ -183,7 +213,9 @@ def test_the_frozen_router_chooses_by_its_snapshot_and_weighs_by_its_weight(rout
     assert int(frozen.reason_counts[int(Reason.FROZEN).bit_length() - 1]) == visiting
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "top_p", "threshold", "relu", "null_experts"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "sigmoid", "top_p", "threshold", "relu", "null_experts"]
+)
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 def test_no_expert_exceeds_its_capacity_and_the_rest_spills(name, factor):
     kind, options = ROUTERS[name]
@@ -227,7 +259,8 @@ def test_token_rounding_makes_counts_multiples_of_the_tile(name, tile):
     assert torch.equal(rounded(hidden).expert_ids, plain.expert_ids)
 
 
-# --- top-k -----------------------------------------------------------------------------------------------------------
+# --- top-k ----------------------------------------------------------------------------------------
+
 
 @BOTH
 @pytest.mark.parametrize("scaling_factor", [1.0, 2.5])
@@ -239,15 +272,21 @@ def test_normalised_gates_sum_to_the_scaling_factor(score_function, scaling_fact
 @BOTH
 @pytest.mark.parametrize("normalize_weights", [True, False])
 def test_the_highest_scores_win_and_become_the_gates(score_function, normalize_weights):
-    router = top_k_router(top_k=3, score_function=score_function, normalize_weights=normalize_weights,
-                          scaling_factor=1.5)
+    router = top_k_router(
+        top_k=3,
+        score_function=score_function,
+        normalize_weights=normalize_weights,
+        scaling_factor=1.5,
+    )
     hidden = tokens()
     routing = router(hidden)
     for t, scores in enumerate(plain_scores(router, hidden).tolist()):
         chosen = sorted(range(NUM_EXPERTS), key=lambda e: -scores[e])[:3]
         total = sum(scores[e] for e in chosen) if normalize_weights else 1.0
         assert routing.expert_ids[t].tolist() == chosen
-        assert routing.weights[t].tolist() == pytest.approx([1.5 * scores[e] / total for e in chosen], rel=1e-5)
+        assert routing.weights[t].tolist() == pytest.approx(
+            [1.5 * scores[e] / total for e in chosen], rel=1e-5
+        )
 
 
 @BOTH
@@ -256,25 +295,31 @@ def test_ties_go_to_the_lower_expert_id(score_function):
     with torch.no_grad():
         router.weight.zero_()
         assert (router(tokens()).expert_ids == torch.arange(3)).all()
-        router.weight[[6, 2, 5]] = 0.01  # three equal winners, as the input is positive; small, or sigmoid saturates
+        # three equal winners, as the input is positive; small, or sigmoid saturates
+        router.weight[[6, 2, 5]] = 0.01
         hidden = tokens().abs()
         assert (router(hidden).expert_ids == torch.tensor([2, 5, 6])).all()
         router.weight[4] = 0.02
         assert (router(hidden).expert_ids[:, 0] == 4).all()
-        many = TopKRouter(tiny_config(num_experts=128), ParallelGroups.single(), 0, top_k=8)
+        many = TopKConfig(top_k=8).build(tiny_config(num_experts=128))
         torch.nn.init.zeros_(many.weight)
         assert (many(tokens()).expert_ids == torch.arange(8)).all()
 
 
 @BOTH
 def test_the_bias_changes_the_selection_but_never_the_gates(score_function):
-    router, hidden = top_k_router(top_k=2, score_function=score_function, scaling_factor=2.0), tokens()
+    router, hidden = (
+        top_k_router(top_k=2, score_function=score_function, scaling_factor=2.0),
+        tokens(),
+    )
     before = router(hidden)
     router.balance_bias[5], router.balance_bias[0] = 10.0, -10.0
     after = router(hidden)
     assert (after.expert_ids[:, 0] == 5).all() and not (after.expert_ids == 0).any()
     assert not torch.equal(after.expert_ids, before.expert_ids)
-    assert torch.equal(after.score_sums, before.score_sums) and torch.equal(after.log_z, before.log_z)
+    assert torch.equal(after.score_sums, before.score_sums) and torch.equal(
+        after.log_z, before.log_z
+    )
     chosen = plain_scores(router, hidden).gather(1, after.expert_ids.long())
     torch.testing.assert_close(after.weights, 2.0 * chosen / chosen.sum(-1, keepdim=True))
 
@@ -291,99 +336,154 @@ def test_the_bias_is_saved_but_not_trained():
     assert "balance_bias" in router.state_dict() and not router.balance_bias.requires_grad
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(top_k=1), "router.normalize_weights with router.top_k=1"),
-    (dict(top_k=NUM_EXPERTS + 1), "router.top_k is 9; it must be between 1 and model.num_experts 8"),
-    (dict(top_k=0, normalize_weights=False), "router.top_k is 0"),
-    (dict(top_k=2, score_function="tanh"), "router.score_function is 'tanh'"),
-    (dict(top_k=2, scaling_factor=0.0), "router.scaling_factor is 0.0"),
-    (dict(top_k=2, num_groups=3, top_groups=2), "router.num_groups 3 must divide model.num_experts 8"),
-    (dict(top_k=2, num_groups=2, top_groups=3), "router.top_groups 3"),
-    (dict(top_k=2, capacity_factor=0.0), "router.capacity_factor is 0.0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(top_k=1), "router.normalize_weights with router.top_k=1"),
+        (
+            dict(top_k=NUM_EXPERTS + 1),
+            "router.top_k is 9; it must be between 1 and model.num_experts 8",
+        ),
+        (dict(top_k=0, normalize_weights=False), "router.top_k is 0"),
+        (dict(top_k=2, score_function="tanh"), "router.score_function is 'tanh'"),
+        (dict(top_k=2, scaling_factor=0.0), "router.scaling_factor is 0.0"),
+        (
+            dict(top_k=2, num_groups=3, top_groups=2),
+            "router.num_groups 3 must divide model.num_experts 8",
+        ),
+        (dict(top_k=2, num_groups=2, top_groups=3), "router.top_groups 3"),
+        (dict(top_k=2, capacity_factor=0.0), "router.capacity_factor is 0.0"),
+    ],
+)
 def test_contradictory_settings_are_refused(options, message):
-    (problem,) = TopKRouter.problems(tiny_config(), **options)
+    (problem,) = TopKConfig(**options).problems(tiny_config())
     assert message in problem
 
 
 def test_every_contradiction_is_named_at_once():
-    found = "; ".join(TopKRouter.problems(tiny_config(), top_k=9, score_function="x", scaling_factor=-1))
+    found = "; ".join(
+        TopKConfig(top_k=9, score_function="x", scaling_factor=-1).problems(tiny_config())
+    )
     for part in ("top_k is 9", "score_function is 'x'", "scaling_factor is -1"):
         assert part in found
 
 
-# --- routers with a budget -------------------------------------------------------------------------------------------
+# --- routers with a budget ------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("kind", "options", "message"), [
-    (TopPRouter, dict(budget=0.0), "router.budget 0"),
-    (TopPRouter, dict(budget=9.0), "router.budget 9"),
-    (TopPRouter, dict(budget=2.0, max_experts=1), "above router.max_experts 1"),
-    (TopPRouter, dict(budget=2.0, initial_top_p=1.5), "router.initial_top_p is 1.5"),
-    (TopPRouter, dict(budget=2.0, score_function="relu"), "mode top_p needs scores"),
-    (TopPRouter, dict(budget=2.0, budget_unit="watts"), "router.budget_unit is 'watts'"),
-    (TopPRouter, dict(budget=2.0, min_experts=9, max_experts=8), "router.min_experts is 9"),
-    (ThresholdRouter, dict(budget=2.0, score_function="relu"), "belongs to router=relu"),
-    (NullExpertsRouter, dict(num_null_experts=2, top_k=5, budget=2.5), "3 of router.top_k 5 are experts at least"),
-    (NullExpertsRouter, dict(num_null_experts=4, top_k=10, budget=9.0), "between 0.1 and 8"),
-    (NullExpertsRouter, dict(top_k=4, num_null_experts=0, budget=2.0), "router.num_null_experts is 0"),
-    (NullExpertsRouter, dict(top_k=2, num_null_experts=4, budget=3.0), "must be between 0.1 and 2"),
-    (ExpertChoiceRouter, dict(top_k=9), "router.top_k is 9"),
-])
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (TopPConfig, dict(budget=0.0), "router.budget 0"),
+        (TopPConfig, dict(budget=9.0), "router.budget 9"),
+        (TopPConfig, dict(budget=2.0, max_experts=1), "above router.max_experts 1"),
+        (TopPConfig, dict(budget=2.0, initial_top_p=1.5), "router.initial_top_p is 1.5"),
+        (TopPConfig, dict(budget=2.0, score_function="relu"), "mode top_p needs scores"),
+        (TopPConfig, dict(budget=2.0, budget_unit="watts"), "router.budget_unit is 'watts'"),
+        (TopPConfig, dict(budget=2.0, min_experts=9, max_experts=8), "router.min_experts is 9"),
+        (ThresholdConfig, dict(budget=2.0, score_function="relu"), "belongs to router=relu"),
+        (
+            NullExpertsConfig,
+            dict(num_null_experts=2, top_k=5, budget=2.5),
+            "3 of router.top_k 5 are experts at least",
+        ),
+        (NullExpertsConfig, dict(num_null_experts=4, top_k=10, budget=9.0), "between 0.1 and 8"),
+        (
+            NullExpertsConfig,
+            dict(top_k=4, num_null_experts=0, budget=2.0),
+            "router.num_null_experts is 0",
+        ),
+        (
+            NullExpertsConfig,
+            dict(top_k=2, num_null_experts=4, budget=3.0),
+            "must be between 0.1 and 2",
+        ),
+        (ExpertChoiceConfig, dict(top_k=9), "router.top_k is 9"),
+    ],
+)
 def test_contradictory_budgets_are_refused(kind, options, message):
-    assert any(message in problem for problem in kind.problems(tiny_config(), **options))
+    assert any(message in problem for problem in kind(**options).problems(tiny_config()))
 
 
 def test_no_expert_at_all_needs_a_shared_one():
-    for kind in (ThresholdRouter, ReLURouter):
-        assert not kind.problems(tiny_config(num_shared_experts=1), budget=2.0, min_experts=0)
-        assert "model.num_shared_experts" in kind.problems(tiny_config(num_shared_experts=0), budget=2.0, min_experts=0)[0]
+    for kind in (ThresholdConfig, ReLUConfig):
+        settings = kind(budget=2.0, min_experts=0)
+        assert not settings.problems(tiny_config(num_shared_experts=1))
+        (problem,) = settings.problems(tiny_config(num_shared_experts=0))
+        assert "model.num_shared_experts" in problem
 
 
 def test_a_budget_in_flops_is_the_same_budget_in_experts():
     config = tiny_config()
     one = 6 * config.hidden_size * config.expert_intermediate_size * len(config.moe_layers)
-    router = make(TopPRouter, config, budget=2.5 * one, budget_unit="flops")
+    router = make(TopPConfig, config, budget=2.5 * one, budget_unit="flops")
     assert router.budget == pytest.approx(2.5)
-    assert not TopPRouter.problems(config, budget=2.5 * one, budget_unit="flops")
+    assert not TopPConfig(budget=2.5 * one, budget_unit="flops").problems(config)
 
 
 def test_top_p_grows_with_p():
-    router, means = make(TopPRouter, budget=2.0, max_experts=8), []
+    router, means = make(TopPConfig, budget=2.0, max_experts=8), []
     for p in (0.1, 0.4, 0.7, 0.99):
-        router.control[VALUE] = p
+        router.router_inputs.value.fill_(p)
         means.append(float((router(tokens(400)).expert_ids >= 0).sum()) / 400)
     assert means == sorted(means) and means[0] < 1.2 and means[-1] > 5
 
 
 def test_warm_start_is_plain_top_k_whatever_the_mode():
     plain = top_k_router(top_k=2, normalize_weights=False)
-    for kind in (TopPRouter, ReLURouter):
+    for kind in (TopPConfig, ReLUConfig):
         router = make(kind, budget=2.0)
-        router.control[SHARE] = 0.0
-        if kind is TopPRouter:
+        router.router_inputs.share.fill_(0.0)
+        if kind is TopPConfig:
             assert torch.equal(router(tokens()).expert_ids[:, :2], plain(tokens()).expert_ids)
         assert ((router(tokens()).expert_ids >= 0).sum(1) == 2).all()
 
 
 def test_expert_choice_fills_every_expert_evenly_in_training_and_uses_its_cuts_outside():
-    router = make(ExpertChoiceRouter, top_k=2, max_experts=8)
+    router = make(ExpertChoiceConfig, top_k=2, max_experts=8)
     assert router(tokens(64)).counts.sum(0).tolist() == [16] * NUM_EXPERTS
     router.eval()
     router.balance_bias.fill_(-0.3)
     routing = router(tokens(64))
     chosen = torch.zeros(64, NUM_EXPERTS + 1, dtype=torch.bool).scatter_(
-        1, torch.where(routing.expert_ids < 0, NUM_EXPERTS, routing.expert_ids).long(), True)[:, :NUM_EXPERTS]
+        1, torch.where(routing.expert_ids < 0, NUM_EXPERTS, routing.expert_ids).long(), True
+    )[:, :NUM_EXPERTS]
     assert torch.equal(chosen, plain_scores(router, tokens(64)) > 0.3)
     # A token's experts do not depend on the tokens after it.
     assert torch.equal(router(tokens(64)[:10]).expert_ids, routing.expert_ids[:10])
 
 
 def test_null_experts_take_ranks_and_leave_no_slot():
-    router = make(NullExpertsRouter, top_k=4, num_null_experts=4, budget=2.0)
+    router = make(NullExpertsConfig, top_k=4, num_null_experts=4, budget=2.0)
     routing = router(tokens(200))
     used = (routing.expert_ids >= 0).sum(1)
     assert int(used.sum()) + int(routing.null_count) == 4 * 200 and used.max() > used.min()
-    router.control[VALUE] = 50.0  # their logits: every rank goes to a null expert
+    router.router_inputs.value.fill_(50.0)  # their logits: every rank goes to a null expert
     assert int((router(tokens(200)).expert_ids >= 0).sum()) == 0
-    router.control[VALUE] = -50.0
+    router.router_inputs.value.fill_(-50.0)
     assert ((router(tokens(200)).expert_ids >= 0).sum(1) == 4).all()
+
+
+def test_checkpoints_keep_the_names_and_the_order_of_the_controllers_columns():
+    """Every checkpoint holds the buffers `control` and `controller`; code names their columns."""
+    router = make(ThresholdConfig, budget=2.0)
+    assert {"control", "controller"} <= set(router.state_dict())
+    assert router.control.shape == (4,) and router.controller.shape == (7,)
+    for i, field in enumerate(router.router_inputs):
+        field.fill_(float(i))
+    for i, field in enumerate(router.controller_state):
+        field.fill_(float(10 + i))
+    assert router.state_dict()["control"].tolist() == [0, 1, 2, 3]
+    assert router.state_dict()["controller"].tolist() == [10, 11, 12, 13, 14, 15, 16]
+    assert RouterInputs._fields == ("value", "share", "fallback_k", "limit")
+    assert ControllerState._fields == (
+        "theta",
+        "error",
+        "armed",
+        "bad",
+        "hold",
+        "overload",
+        "collapsed",
+    )
+    layers = RouterInputs.of(torch.stack([router.control, 2 * router.control]))
+    assert layers.share.tolist() == [1, 2] and layers.limit.tolist() == [3, 6]

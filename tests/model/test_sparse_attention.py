@@ -1,4 +1,6 @@
-"""Sparse attention in the model: limits, packing, stages, caches, what it reports and what it refuses."""
+"""Sparse attention in the model: limits, packing, stages, caches, what it reports and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +9,38 @@ import torch
 from common import VOCAB_SIZE, batch, build, take, tiny_config
 
 from model.attention.base import STATS
-from model.attention.sparse import SparseAttention
+from model.attention.config import SparseAttentionConfig
 from model.config import BalanceConfig
-from model.flops import count_parameters, flops_per_token, keys_per_query
+from model.cost.parameters import count_parameters, flops_per_token, keys_per_query
 from model.generate import generate
 from model.loss import training_loss
+from model.request import ForwardRequest, TokenBatch
 from ops.sparse_attention import SparseAttentionSpec, sparse_attention
 from ops.sparse_attention.reference import reference_attention, reference_blocks
-from train.attention_metrics import attention_metrics, short_rows_note
+from train.observe.attention import attention_metrics, short_rows_note
 
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, "audit_rows": 0.5}
 LEARNED = {**SMALL, "offset": True, "trust": True, "sink": True}
 GATED = {**SMALL, "merge": "gated"}
-FORMS = {"scc": SMALL, "drop": {**SMALL, "tail": "drop"}, "learned": LEARNED, "gated": GATED,
-         "two levels": {**SMALL, "num_levels": 2, "fanout": 2, "num_expanded": 1},
-         "max": {**SMALL, "score": "max", "order": 0}, "covering": {**SMALL, "top_p": 0.7},
-         "window": {**SMALL, "top_k": 0, "num_sink_blocks": 0, "tail": "drop"},
-         "pattern": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12}}
+FORMS = {
+    "scc": SMALL,
+    "drop": {**SMALL, "tail": "drop"},
+    "learned": LEARNED,
+    "gated": GATED,
+    "two levels": {**SMALL, "num_levels": 2, "fanout": 2, "num_expanded": 1},
+    "max": {**SMALL, "score": "max", "order": 0},
+    "covering": {**SMALL, "top_p": 0.7},
+    "window": {**SMALL, "top_k": 0, "num_sink_blocks": 0, "tail": "drop"},
+    "pattern": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
+}
 LENGTH = 48
 
 
 def model_of(attention: dict | None, seed: int = 7, **changes):
     model = build(tiny_config(**changes), BalanceConfig(), seed=seed, attention=attention)
     gen = torch.Generator().manual_seed(3)
-    with torch.no_grad():  # move the learned corrections away from where they do nothing
+    # move the learned corrections away from where they do nothing
+    with torch.no_grad():
         for layer in model.sparse_attentions():
             for name, parameter in layer.named_parameters():
                 if name.split(".")[0] in ("offset", "sink", "trust", "gates"):
@@ -38,16 +48,16 @@ def model_of(attention: dict | None, seed: int = 7, **changes):
     return model
 
 
-def inputs(rows: int = 3, step: int = 0, length: int = LENGTH) -> dict:
+def inputs(rows: int = 3, step: int = 0, length: int = LENGTH) -> TokenBatch:
     return take(batch(step, 0, rows, length), 0, rows)
 
 
-def loss_of(model, given: dict, **options):
-    output = model(**given, **options)
+def loss_of(model, given: TokenBatch, **options):
+    output = model(given, ForwardRequest(**options))
     return training_loss(output, 10, 10, BalanceConfig()), output
 
 
-def gradients(model, given: dict) -> dict[str, torch.Tensor]:
+def gradients(model, given: TokenBatch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss, _ = loss_of(model, given)
     loss.backward()
@@ -65,7 +75,10 @@ def test_with_every_block_selected_the_model_is_the_dense_one():
 
 def test_sparse_layers_follow_interval_and_dense_layers():
     def sparse_layers(**pattern):
-        return [layer.layer_idx for layer in model_of({**SMALL, **pattern}, num_layers=6).sparse_attentions()]
+        return [
+            layer.layer_idx
+            for layer in model_of({**SMALL, **pattern}, num_layers=6).sparse_attentions()
+        ]
 
     assert sparse_layers() == [0, 1, 2, 3, 4, 5]
     assert sparse_layers(interval=2) == [1, 3, 5]
@@ -84,7 +97,7 @@ def test_packed_documents_do_not_see_each_other(form):
     row = torch.cat(documents, 1)
     cu_seqlens = torch.tensor([0, 29, 30, 48], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in (29, 1, 18)]).unsqueeze(0)
-    model(row, row, positions, cu_seqlens, 29)
+    model(TokenBatch(row, row, positions, cu_seqlens, 29))
     hook.remove()
     torch.testing.assert_close(hidden["logits"][0], alone, rtol=1e-4, atol=1e-5)
 
@@ -98,7 +111,7 @@ def test_decoding_gives_the_logits_of_the_whole_sequence(form):
         caches = model.new_caches(2, 32)
         pieces, at = [], 0
         for step in (7, 1, 1, 5, *[1] * 18):  # a prompt, single tokens, several at once
-            pieces.append(model.logits(ids[:, at:at + step], caches))
+            pieces.append(model.logits(ids[:, at : at + step], caches))
             at += step
     assert at == 32
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
@@ -154,19 +167,35 @@ def test_in_the_dense_stage_every_parameter_has_a_gradient():
 
 @pytest.mark.parametrize("measure", [False, True])
 def test_noise_statistics_and_penalties_add_up_over_any_split(measure):
-    attention = {**LEARNED, "noise_steps": 4, "min_top_k": 1, "mass_kl_coeff": 0.3, "coherence_coeff": 0.2,
-                 "alignment_coeff": 0.1}
+    attention = {
+        **LEARNED,
+        "noise_steps": 4,
+        "min_top_k": 1,
+        "mass_kl_coeff": 0.3,
+        "coherence_coeff": 0.2,
+        "alignment_coeff": 0.1,
+    }
     model = model_of(attention)
     model.set_step(1)
     full = batch(0, 0, 4, LENGTH)
-    whole = model(**take(full, 0, 4), measure_attention=measure)
-    parts = [model(**take(full, a, b), measure_attention=measure) for a, b in ((0, 1), (1, 4))]
+    whole = model(take(full, 0, 4), ForwardRequest(measure_attention=measure))
+    parts = [
+        model(take(full, a, b), ForwardRequest(measure_attention=measure))
+        for a, b in ((0, 1), (1, 4))
+    ]
     torch.testing.assert_close(sum(p.loss_sum for p in parts), whole.loss_sum, rtol=1e-5, atol=0)
-    torch.testing.assert_close(sum(p.penalty_sum for p in parts), whole.penalty_sum, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        sum(p.penalty_sum for p in parts), whole.penalty_sum, rtol=1e-4, atol=1e-6
+    )
     assert float(whole.penalty_sum) > 0
-    exact = [i for i, name in enumerate(STATS) if name not in ("union_blocks", "tile_blocks")]  # tiles follow the batch
-    torch.testing.assert_close(sum(p.attention_stats for p in parts)[:, exact], whole.attention_stats[:, exact],
-                               rtol=1e-4, atol=1e-5)
+    # tiles follow the batch
+    exact = [i for i, name in enumerate(STATS) if name not in ("union_blocks", "tile_blocks")]
+    torch.testing.assert_close(
+        sum(p.attention_stats for p in parts)[:, exact],
+        whole.attention_stats[:, exact],
+        rtol=1e-4,
+        atol=1e-5,
+    )
     assert bool(whole.attention_stats.any()) == measure
 
 
@@ -174,18 +203,22 @@ def test_padding_is_not_measured():
     model = model_of(SMALL)
     given = inputs()
     heads = model.config.num_heads
-    stats = model(**given, measure_attention=True).attention_stats
-    assert stats[0, STATS.index("queries")] == int(given["token_mask"].sum()) * heads
-    assert 0 < stats[0, STATS.index("audited")] < int(given["token_mask"].sum()) * heads
+    stats = model(given, ForwardRequest(measure_attention=True)).attention_stats
+    assert stats[0, STATS.index("queries")] == int(given.token_mask.sum()) * heads
+    assert 0 < stats[0, STATS.index("audited")] < int(given.token_mask.sum()) * heads
 
 
 def test_regularisers_change_the_gradients_and_evaluation_leaves_them_out():
     plain, regular = model_of(SMALL), model_of({**SMALL, "mass_kl_coeff": 1.0})
     regular.load_state_dict(plain.state_dict())
     ours, expected = gradients(regular, inputs()), gradients(plain, inputs())
-    moved = [name for name in expected if not torch.allclose(ours[name], expected[name], rtol=1e-3, atol=1e-7)]
+    moved = [
+        name
+        for name in expected
+        if not torch.allclose(ours[name], expected[name], rtol=1e-3, atol=1e-7)
+    ]
     assert any("q_proj" in name for name in moved) and any("k_proj" in name for name in moved)
-    assert float(regular.eval()(**inputs()).penalty_sum) == 0.0
+    assert float(regular.eval()(inputs()).penalty_sum) == 0.0
 
 
 def test_following_the_mass_penalty_brings_estimated_and_true_masses_together():
@@ -193,7 +226,7 @@ def test_following_the_mass_penalty_brings_estimated_and_true_masses_together():
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     values = []
     for _ in range(15):
-        output = model(**inputs())
+        output = model(inputs())
         values.append(float(output.penalty_sum.detach()))
         optimizer.zero_grad()
         output.penalty_sum.backward()
@@ -204,17 +237,21 @@ def test_following_the_mass_penalty_brings_estimated_and_true_masses_together():
 def test_metrics_say_what_the_sums_mean():
     model = model_of({**SMALL, "audit_rows": 1.0})
     layers = [layer.layer_idx for layer in model.sparse_attentions()]
-    output = model(**inputs(), measure_attention=True)
+    output = model(inputs(), ForwardRequest(measure_attention=True))
     found = attention_metrics(output.attention_stats.double(), layers)
     stats = dict(zip(STATS, output.attention_stats.double().T, strict=True))
-    assert found["attention/tail_mass"] == pytest.approx(float((stats["tail_mass"] / stats["queries"]).mean()))
+    assert found["attention/tail_mass"] == pytest.approx(
+        float((stats["tail_mass"] / stats["queries"]).mean())
+    )
     assert 0 < found["attention/tail_mass"] < 1 and 0 < found["attention/selected_mass"] < 1
     assert found["attention/error"] < found["attention/error_bound"] <= 1
     assert found["attention/error"] <= found["attention/error/max"]
     assert found["attention/bound_violations"] == 0
     assert 1 <= found["attention/union_factor"] <= 16
     assert {f"attention/tail_mass/layer_{i}" for i in layers} <= set(found)
-    assert attention_metrics(torch.zeros(len(layers), len(STATS), dtype=torch.float64), layers) == {}
+    assert (
+        attention_metrics(torch.zeros(len(layers), len(STATS), dtype=torch.float64), layers) == {}
+    )
     assert attention_metrics(torch.zeros(0, len(STATS), dtype=torch.float64), []) == {}
 
 
@@ -230,23 +267,44 @@ def test_rows_that_nothing_is_left_out_of_are_pointed_out():
 
 
 def test_a_dense_model_reports_no_sparse_layer():
-    output = model_of(None)(**inputs(), measure_attention=True)
+    output = model_of(None)(inputs(), ForwardRequest(measure_attention=True))
     assert output.attention_stats.shape == (0, len(STATS))
 
 
-@pytest.mark.parametrize("changes", [{}, {"order": 0}, {"tail": "drop"}, {"top_k": 0}, {"min_sparse_length": 16},
-                                     {"num_sink_blocks": 3, "coarse_block_size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"order": 0},
+        {"tail": "drop"},
+        {"top_k": 0},
+        {"min_sparse_length": 16},
+        {"num_sink_blocks": 3, "coarse_block_size": 4},
+    ],
+    ids=str,
+)
 def test_flops_count_the_keys_that_queries_see(changes):
-    spec = SparseAttentionSpec(**{"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, **changes})
+    spec = SparseAttentionSpec(
+        **{"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, **changes}
+    )
     length = 61
-    q, k = torch.zeros(length, 1, 8), torch.zeros(length, 1, 8)  # equal logits: probabilities count keys
+    # equal logits: probabilities count keys
+    q, k = torch.zeros(length, 1, 8), torch.zeros(length, 1, 8)
     found = reference_attention(q, k, k, torch.tensor([0, length]), spec)
     exact = float((found.token_probs > 0).sum()) / length
     entries = float((found.entry_probs > 0).sum()) / length
     blocks = reference_blocks(torch.tensor([0, length]), 4)
-    ranked = sum(int(own) for own in blocks.of_token
-                 if spec.top_k and int(own) > min(int(own), spec.num_local_blocks - 1 + spec.num_sink_blocks)
-                 and int(own) * 4 >= spec.min_sparse_length) * spec.entries_per_block / length
+    ranked = (
+        sum(
+            int(own)
+            for own in blocks.of_token
+            if spec.top_k
+            and int(own) > min(int(own), spec.num_local_blocks - 1 + spec.num_sink_blocks)
+            and int(own) * 4 >= spec.min_sparse_length
+        )
+        * spec.entries_per_block
+        / length
+    )
     order = 1 if spec.order == 2 else 0
     expected = exact + entries * (1 + order / 2) + ranked * (1 + order) / 6
     assert keys_per_query(length, vars(spec)) == pytest.approx(expected)
@@ -255,42 +313,69 @@ def test_flops_count_the_keys_that_queries_see(changes):
 @pytest.mark.parametrize("attention", [SMALL, LEARNED, GATED, {**LEARNED, "interval": 2}])
 def test_learned_corrections_are_counted(attention):
     model = model_of(attention)
-    assert count_parameters(model.config, 2, attention).total == sum(p.numel() for p in model.parameters())
+    assert count_parameters(model.config, 2, attention).total == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_flops_of_a_pattern_are_those_of_its_layers():
     config, length = tiny_config(), 48
-    arguments = {**vars(SparseAttentionSpec(**{k: v for k, v in SMALL.items() if k != "audit_rows"})), "dense_layers": (1,)}
-    dense, sparse = flops_per_token(config, 2, length), flops_per_token(config, 2, length, arguments)
+    arguments = {
+        **vars(SparseAttentionSpec(**{k: v for k, v in SMALL.items() if k != "audit_rows"})),
+        "dense_layers": (1,),
+    }
+    dense, sparse = (
+        flops_per_token(config, 2, length),
+        flops_per_token(config, 2, length, arguments),
+    )
     saved = 2 * (length / 2 - keys_per_query(length, arguments))
-    assert dense - sparse == pytest.approx(12 * config.num_heads * config.attention_head_dim * saved)
+    assert dense - sparse == pytest.approx(
+        12 * config.num_heads * config.attention_head_dim * saved
+    )
 
 
 WRONG = [
-    ({"block_size": 6, "coarse_block_size": 4}, "block_size 6 is not divisible by coarse_block_size 4"),
-    ({"top_k": -1}, "top_k is -1"), ({"order": 1}, "order is 1"), ({"score": "best"}, "score is 'best'"),
-    ({"max_variance": float("inf")}, "max_variance is inf"), ({"top_p": 1.5}, "top_p is 1.5"),
-    ({"top_p": 0.5, "score": "max"}, "score=max"), ({"score": "error_gain", "order": 0}, "order=2"),
+    (
+        {"block_size": 6, "coarse_block_size": 4},
+        "block_size 6 is not divisible by coarse_block_size 4",
+    ),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"order": 1}, "order is 1"),
+    ({"score": "best"}, "score is 'best'"),
+    ({"max_variance": float("inf")}, "max_variance is inf"),
+    ({"top_p": 1.5}, "top_p is 1.5"),
+    ({"top_p": 0.5, "score": "max"}, "score=max"),
+    ({"score": "error_gain", "order": 0}, "order=2"),
     ({"num_levels": 2, "tail": "drop"}, "tail=coarse"),
-    ({"interval": 0}, "interval is 0"), ({"interval": 4}, "leave no sparse layer"), ({"dense_layers": (5,)}, "layer 5"),
-    ({"dense_layers": (0, 1, 2)}, "leave no sparse layer"), ({"dense_steps": -1}, "dense_steps is -1"),
-    ({"noise_steps": -2}, "noise_steps is -2"), ({"temperature": -1.0}, "temperature is -1"),
-    ({"min_top_k": 99, "noise_steps": 3}, "min_top_k is 99"), ({"min_top_k": 1}, "noise_steps is 0"),
-    ({"mass_kl_coeff": -0.1}, "mass_kl_coeff is -0.1"), ({"audit_rows": 2.0}, "audit_rows is 2"),
-    ({"audit_rows": 0.0, "alignment_coeff": 0.1}, "audit_rows is 0"), ({"merge": "gated", "sink": True}, "sink"),
-    ({"merge": "gated", "coherence_coeff": 0.1}, "merge=gated"), ({"tail": "drop", "offset": True}, "offset"),
+    ({"interval": 0}, "interval is 0"),
+    ({"interval": 4}, "leave no sparse layer"),
+    ({"dense_layers": (5,)}, "layer 5"),
+    ({"dense_layers": (0, 1, 2)}, "leave no sparse layer"),
+    ({"dense_steps": -1}, "dense_steps is -1"),
+    ({"noise_steps": -2}, "noise_steps is -2"),
+    ({"temperature": -1.0}, "temperature is -1"),
+    ({"min_top_k": 99, "noise_steps": 3}, "min_top_k is 99"),
+    ({"min_top_k": 1}, "noise_steps is 0"),
+    ({"mass_kl_coeff": -0.1}, "mass_kl_coeff is -0.1"),
+    ({"audit_rows": 2.0}, "audit_rows is 2"),
+    ({"audit_rows": 0.0, "alignment_coeff": 0.1}, "audit_rows is 0"),
+    ({"merge": "gated", "sink": True}, "sink"),
+    ({"merge": "gated", "coherence_coeff": 0.1}, "merge=gated"),
+    ({"tail": "drop", "offset": True}, "offset"),
     ({"merge": "gated", "num_levels": 2}, "num_levels"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "text"), WRONG, ids=str)
 def test_contradictions_are_named(arguments, text):
-    assert any(text in problem for problem in SparseAttention.problems(tiny_config(), **arguments))
+    assert any(
+        text in problem for problem in SparseAttentionConfig(**arguments).problems(tiny_config())
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_sound_settings_pass(form):
-    assert SparseAttention.problems(tiny_config(), **FORMS[form]) == []
+    assert SparseAttentionConfig(**FORMS[form]).problems(tiny_config()) == []
 
 
 def test_values_narrower_than_keys_are_refused_with_the_way_out():

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from ops import build
+from ops.compile import cuda as build
 
 
 @pytest.fixture
@@ -37,8 +37,13 @@ def test_a_damaged_library_is_built_again_and_said_to_be(compiled, caplog, damag
     if damage == "no checksum":
         path.with_suffix(".sha256").unlink()
     else:
-        path.write_bytes({"cut short": whole[:len(whole) // 2], "empty": b"",
-                          "a flipped bit": whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]}[damage])
+        path.write_bytes(
+            {
+                "cut short": whole[: len(whole) // 2],
+                "empty": b"",
+                "a flipped bit": whole[:100] + bytes([whole[100] ^ 1]) + whole[101:],
+            }[damage]
+        )
     with caplog.at_level("WARNING", logger="loadstone"):
         assert compiled() == path
     assert path.read_bytes() == whole and "built again" in caplog.text

@@ -1,4 +1,6 @@
-"""ops/csrc/cuda_on_cpu.h: kernels on the CPU compute what CUDA promises, and mistakes show or abort with a sentence."""
+"""ops/csrc/cuda_on_cpu.h: kernels on the CPU compute what CUDA promises, and mistakes show or abort
+with a sentence.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,27 @@ import numpy as np
 import pytest
 
 CSRC = Path(__file__).resolve().parent.parent.parent / "ops" / "csrc"
-GXX = ["g++", "-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-       "-DLOADSTONE_CUDA_ON_CPU", f"-I{CSRC}"]
+GXX = [
+    "g++",
+    "-x",
+    "c++",
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-DLOADSTONE_CUDA_ON_CPU",
+    f"-I{CSRC}",
+]
 ORDERS = ["", "1", "2", "3", "4", "5"]
 """Values of CUDA_ON_CPU_SEED; the empty one is the fixed order."""
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64",
-                                reason="cuda_on_cpu.h needs g++ and an x86-64 processor")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64",
+    reason="cuda_on_cpu.h needs g++ and an x86-64 processor",
+)
 
 KERNELS = r"""
 #include "cuda_compat.h"
@@ -30,19 +46,25 @@ constexpr unsigned ALL = 0xffffffffu;
 
 template <class A, class B> struct Same { static constexpr bool value = false; };
 template <class A> struct Same<A, A> { static constexpr bool value = true; };
-static_assert(Same<decltype(min(-1, 1u)), unsigned>::value && Same<decltype(max(-1l, 1ul)), unsigned long>::value, "");
-static_assert(Same<decltype(min(1.0f, 2.0f)), float>::value && Same<decltype(max(1.0f, 2.0)), double>::value, "");
-static_assert(Same<decltype(min(1ll, 2ull)), unsigned long long>::value && Same<decltype(max(1, 2)), int>::value, "");
-static_assert(alignof(float2) == 8 && alignof(uint2) == 8 && alignof(float4) == 16 && alignof(int4) == 16, "");
+static_assert(Same<decltype(min(-1, 1u)), unsigned>::value, "");
+static_assert(Same<decltype(max(-1l, 1ul)), unsigned long>::value, "");
+static_assert(Same<decltype(min(1.0f, 2.0f)), float>::value, "");
+static_assert(Same<decltype(max(1.0f, 2.0)), double>::value, "");
+static_assert(Same<decltype(min(1ll, 2ull)), unsigned long long>::value, "");
+static_assert(Same<decltype(max(1, 2)), int>::value, "");
+static_assert(alignof(float2) == 8 && alignof(uint2) == 8, "");
+static_assert(alignof(float4) == 16 && alignof(int4) == 16, "");
 
 // Sums of blocks: shuffles inside the warps, shared memory between them.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL, value, distance);
+  for (int distance = 16; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(ALL, value, distance);
   return value;
 }
 
-__global__ void __launch_bounds__(256) block_sums(const float* __restrict__ in, float* __restrict__ sums) {
+__global__ void __launch_bounds__(256)
+block_sums(const float* __restrict__ in, float* __restrict__ sums) {
   DYNAMIC_SHARED(float, warp_sums);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
   const float sum = warp_sum(__ldg(&in[blockIdx.x * blockDim.x + threadIdx.x]));
@@ -70,7 +92,8 @@ __global__ void shuffles(const T* in, T* out, int distance, int width) {
 
 template <class T>
 int launch_shuffles(const void* in, void* out, int distance, int width) {
-  LAUNCH(shuffles<T>, 1, 32, 0, nullptr, static_cast<const T*>(in), static_cast<T*>(out), distance, width);
+  LAUNCH(shuffles<T>, 1, 32, 0, nullptr, static_cast<const T*>(in), static_cast<T*>(out), distance,
+         width);
   return last_launch_error();
 }
 
@@ -85,7 +108,8 @@ extern "C" int run_shuffles(const void* in, void* out, int distance, int width, 
   }
 }
 
-// Half-warps vote apart, in different branches; then the last lane is read by a warp that left out lane 0.
+// Half-warps vote apart, in different branches; then the last lane is read by a warp that left out
+// lane 0.
 __global__ void votes(const int* in, unsigned* ballots, int* any_all, int* bits, int* last) {
   const int lane = threadIdx.x, flag = in[lane];
   unsigned ballot;
@@ -158,8 +182,8 @@ extern "C" int run_reverse_warps(const int* in, int* out, int with_barrier) {
 }
 
 // Counts per key, the largest key, and the set of keys below 64, over all blocks.
-__global__ void histogram(const int* keys, int num_keys, int num_bins, int* counts, unsigned* largest,
-                          unsigned long long* seen) {
+__global__ void histogram(const int* keys, int num_keys, int num_bins, int* counts,
+                          unsigned* largest, unsigned long long* seen) {
   DYNAMIC_SHARED(int, local);
   for (int bin = threadIdx.x; bin < num_bins; bin += blockDim.x) local[bin] = 0;
   __syncthreads();
@@ -175,25 +199,27 @@ __global__ void histogram(const int* keys, int num_keys, int num_bins, int* coun
     if (local[bin]) atomicAdd(&counts[bin], local[bin]);
 }
 
-extern "C" int run_histogram(const int* keys, int num_keys, int num_bins, int* counts, unsigned* largest,
-                             unsigned long long* seen, void* stream) {
+extern "C" int run_histogram(const int* keys, int num_keys, int num_bins, int* counts,
+                             unsigned* largest, unsigned long long* seen, void* stream) {
   cudaMemsetAsync(counts, 0, num_bins * sizeof(int), (cudaStream_t)stream);
   cudaMemsetAsync(largest, 0, sizeof(unsigned), (cudaStream_t)stream);
   cudaMemsetAsync(seen, 0, sizeof(unsigned long long), (cudaStream_t)stream);
-  LAUNCH(histogram, (num_keys + 95) / 96, 96, num_bins * sizeof(int), (cudaStream_t)stream, keys, num_keys, num_bins, counts,
-         largest, seen);
+  LAUNCH(histogram, (num_keys + 95) / 96, 96, num_bins * sizeof(int), (cudaStream_t)stream, keys,
+         num_keys, num_bins, counts, largest, seen);
   return last_launch_error();
 }
 
-// Every thread writes its place in a grid of three dimensions as a vector, and the last warp is not a whole one.
-// Threads after the first ten of a block leave before the barrier.
+// Every thread writes its place in a grid of three dimensions as a vector, and the last warp is not
+// a whole one. Threads after the first ten of a block leave before the barrier.
 __global__ void places(uint4* out, float4* fractions) {
   const dim3 block = blockDim;
   const unsigned thread = (threadIdx.z * block.y + threadIdx.y) * block.x + threadIdx.x;
   const unsigned block_number = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const unsigned number = block_number * (block.x * block.y * block.z) + thread;
-  fractions[number] = make_float4(number / 2.0f, fmaf(number, 0.5f, 1.0f), sqrtf(number), __uint_as_float(number));
-  out[number] = make_uint4(threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z);
+  fractions[number] = make_float4(number / 2.0f, fmaf(number, 0.5f, 1.0f), sqrtf(number),
+                                  __uint_as_float(number));
+  out[number] = make_uint4(threadIdx.x, threadIdx.y, threadIdx.z,
+                           blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z);
   if (thread >= 10) return;
   __syncthreads();
   const uint4 next = out[number - thread + (thread + 1) % 10];
@@ -240,7 +266,8 @@ extern "C" void launch_nothing(int grid, int block, int shared_bytes) {
   LAUNCH(nothing, grid, block, shared_bytes, nullptr);
 }
 
-__global__ void split_barrier() {    // half of a warp waits for the other half, which waits for the first
+// Half of a warp waits for the other half, which waits for the first.
+__global__ void split_barrier() {
   if (threadIdx.x < 16) __syncthreads();
   else __syncwarp();
 }
@@ -304,7 +331,10 @@ extern "C" void launch_overflow_stack(int depth) {
 def compile_library(source: str, folder: Path, *options: str) -> Path:
     (folder / "kernels.cu").write_text(source)
     library = folder / "kernels.so"
-    subprocess.run([*GXX, *options, "-fPIC", "-shared", str(folder / "kernels.cu"), "-o", str(library)], check=True)
+    subprocess.run(
+        [*GXX, *options, "-fPIC", "-shared", str(folder / "kernels.cu"), "-o", str(library)],
+        check=True,
+    )
     return library
 
 
@@ -327,7 +357,9 @@ def order(request, monkeypatch) -> str:
 def call(function, *arguments) -> None:
     """Call a launcher with arrays and ints."""
     assert all(a.flags.c_contiguous for a in arguments if isinstance(a, np.ndarray))
-    code = function(*[ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments])
+    code = function(
+        *[ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
+    )
     assert code == 0, code
 
 
@@ -349,8 +381,14 @@ def expected_scan(flags: np.ndarray) -> list[int]:
     return [0, *np.cumsum(flags).tolist()]
 
 
-def run_histogram(kernels: ctypes.CDLL, keys: np.ndarray, num_bins: int) -> tuple[np.ndarray, int, int]:
-    counts, largest, seen = np.full(num_bins, -1, np.int32), np.full(1, 7, np.uint32), np.full(1, 7, np.uint64)
+def run_histogram(
+    kernels: ctypes.CDLL, keys: np.ndarray, num_bins: int
+) -> tuple[np.ndarray, int, int]:
+    counts, largest, seen = (
+        np.full(num_bins, -1, np.int32),
+        np.full(1, 7, np.uint32),
+        np.full(1, 7, np.uint64),
+    )
     call(kernels.run_histogram, keys, len(keys), num_bins, counts, largest, seen, None)
     return counts, int(largest[0]), int(seen[0])
 
@@ -364,13 +402,14 @@ def assert_histogram(kernels: ctypes.CDLL) -> None:
 
 # What CUDA promises
 
+
 @pytest.mark.parametrize("num_threads", [32, 256, 1024])
 def test_block_sums_round_as_the_tree_of_shuffles_does(kernels, order, num_threads):
     values = np.random.default_rng(1).standard_normal((3, num_threads)).astype(np.float32)
     sums = np.zeros(3, np.float32)
     call(kernels.run_block_sums, values, sums, 3, num_threads)
     warp_sums = np.zeros((3, 32), np.float32)
-    warp_sums[:, :num_threads // 32] = tree_sum(values.reshape(3, -1, 32))
+    warp_sums[:, : num_threads // 32] = tree_sum(values.reshape(3, -1, 32))
     assert np.array_equal(sums, tree_sum(warp_sums))
 
 
@@ -380,9 +419,17 @@ def test_shuffles_stay_in_their_segment_as_shfl_sync_does(kernels, distance, wid
     lanes = np.arange(32)
     first, last = lanes & -width, (lanes & -width) + width - 1
     up, down, xor = lanes - distance, lanes + distance, lanes ^ distance
-    sources = np.stack([first | (distance & (width - 1)), np.where(up >= first, up, lanes),
-                        np.where(down <= last, down, lanes), np.where(xor <= last, xor, lanes)])
-    for type_number, dtype in enumerate([np.float32, np.float64, np.int32, np.uint32, np.int64, np.uint64]):
+    sources = np.stack(
+        [
+            first | (distance & (width - 1)),
+            np.where(up >= first, up, lanes),
+            np.where(down <= last, down, lanes),
+            np.where(xor <= last, xor, lanes),
+        ]
+    )
+    for type_number, dtype in enumerate(
+        [np.float32, np.float64, np.int32, np.uint32, np.int64, np.uint64]
+    ):
         bits = np.random.default_rng(2).bytes(32 * np.dtype(dtype).itemsize)
         values, out = np.frombuffer(bits, dtype), np.zeros((4, 32), dtype)
         call(kernels.run_shuffles, values, out, distance, width, type_number)
@@ -416,27 +463,41 @@ def test_integer_atomics_add_up_across_blocks(kernels, order):
 
 def test_blocks_spread_over_openmp_threads(tmp_path, monkeypatch):
     library = ctypes.CDLL(str(compile_library(KERNELS, tmp_path, "-fopenmp")))
-    library.omp_set_num_threads(4)
-    for seed in ORDERS:
-        monkeypatch.setenv("CUDA_ON_CPU_SEED", seed)
-        assert_histogram(library)
+    before = library.omp_get_max_threads()
+    library.omp_set_num_threads(4)  # of all OpenMP of the process, torch's as well
+    try:
+        for seed in ORDERS:
+            monkeypatch.setenv("CUDA_ON_CPU_SEED", seed)
+            assert_histogram(library)
+    finally:
+        library.omp_set_num_threads(before)
 
 
 def test_threads_know_their_place_and_may_leave_before_a_barrier(kernels, order):
-    out, fractions = np.zeros((4, 3, 2, 40, 4), np.uint32), np.zeros((4 * 3 * 2 * 40, 4), np.float32)
+    out, fractions = (
+        np.zeros((4, 3, 2, 40, 4), np.uint32),
+        np.zeros((4 * 3 * 2 * 40, 4), np.float32),
+    )
     call(kernels.run_places, out, fractions)
     z, y, x, thread = np.indices(out.shape[:-1])
     block = x + 10 * y + 100 * z
-    expected = np.stack([thread % 5, thread // 5 % 4, thread // 20, np.where(thread < 10, block * 1001, block)], -1)
+    expected = np.stack(
+        [thread % 5, thread // 5 % 4, thread // 20, np.where(thread < 10, block * 1001, block)], -1
+    )
     assert np.array_equal(out, expected)
     number = np.arange(len(fractions), dtype=np.uint32)
     half = number.astype(np.float32) / 2
-    assert np.array_equal(fractions[:, :3], np.stack([half, half + 1, np.sqrt(number.astype(np.float32))], -1))
+    assert np.array_equal(
+        fractions[:, :3], np.stack([half, half + 1, np.sqrt(number.astype(np.float32))], -1)
+    )
     assert fractions[:, 3].tobytes() == number.tobytes()
 
 
 def test_float_min_and_max_drop_nan_and_order_zeros(kernels):
-    pairs, out = np.array([[0.0, -0.0], [np.nan, 2.0], [-3.0, np.nan]], np.float32), np.zeros((3, 2), np.float32)
+    pairs, out = (
+        np.array([[0.0, -0.0], [np.nan, 2.0], [-3.0, np.nan]], np.float32),
+        np.zeros((3, 2), np.float32),
+    )
     call(kernels.run_float_extremes, pairs, out)
     assert out.tobytes() == np.array([[-0.0, 0.0], [2.0, 2.0], [-3.0, -3.0]], np.float32).tobytes()
 
@@ -448,6 +509,7 @@ def test_shared_memory_is_garbage_in_every_block(kernels):
 
 
 # Mistakes that show in the result
+
 
 @pytest.mark.parametrize("dropped", [1, 2, 3])
 def test_a_removed_syncthreads_shows_under_some_seed(kernels, monkeypatch, dropped):
@@ -479,19 +541,51 @@ def test_a_seed_repeats_its_order(kernels, monkeypatch):
 # Mistakes that abort
 
 ABORTS = {
-    "deadlock at a barrier": ("split_barrier", [], ["kernel split_barrier, block (0, 0, 0)", "deadlock",
-                              "not reached by all live threads", "__syncthreads at", "16 of 32 live threads",
-                              "__syncwarp at", "with mask 0xFFFFFFFF"]),
-    "two different barriers": ("two_barriers", [], ["thread 32 is in the __syncthreads at", "while others wait"]),
-    "overrun of shared memory": ("write_shared", [32], ["kernel write_shared, block (1, 0, 0)", "shared memory overrun",
-                                 "byte 128 of 128"]),
+    "deadlock at a barrier": (
+        "split_barrier",
+        [],
+        [
+            "kernel split_barrier, block (0, 0, 0)",
+            "deadlock",
+            "not reached by all live threads",
+            "__syncthreads at",
+            "16 of 32 live threads",
+            "__syncwarp at",
+            "with mask 0xFFFFFFFF",
+        ],
+    ),
+    "two different barriers": (
+        "two_barriers",
+        [],
+        ["thread 32 is in the __syncthreads at", "while others wait"],
+    ),
+    "overrun of shared memory": (
+        "write_shared",
+        [32],
+        ["kernel write_shared, block (1, 0, 0)", "shared memory overrun", "byte 128 of 128"],
+    ),
     "overrun by far": ("write_shared", [95], ["shared memory overrun", "byte 380 of 128"]),
     "underrun of shared memory": ("write_shared", [-1], ["shared memory underrun"]),
-    "shuffle with an exited lane": ("shuffle_after_exit", [32], ["__shfl_xor_sync at", "names lane 7, which has exited"]),
-    "shuffle with a missing lane": ("shuffle_after_exit", [20], ["names lane 20, which does not exist"]),
-    "vote without its own lane": ("vote_without_own_lane", [], ["__any_sync at", "omits the calling lane 0"]),
-    "shuffle never joined": ("shuffle_never_joined", [], ["deadlock", "__shfl_down_sync at", "31 of 32 live threads",
-                             "the first is thread 3"]),
+    "shuffle with an exited lane": (
+        "shuffle_after_exit",
+        [32],
+        ["__shfl_xor_sync at", "names lane 7, which has exited"],
+    ),
+    "shuffle with a missing lane": (
+        "shuffle_after_exit",
+        [20],
+        ["names lane 20, which does not exist"],
+    ),
+    "vote without its own lane": (
+        "vote_without_own_lane",
+        [],
+        ["__any_sync at", "omits the calling lane 0"],
+    ),
+    "shuffle never joined": (
+        "shuffle_never_joined",
+        [],
+        ["deadlock", "__shfl_down_sync at", "31 of 32 live threads", "the first is thread 3"],
+    ),
     "too many threads": ("nothing", [1, 1025, 0], ["bad launch of kernel nothing", "1024 threads"]),
     "no threads": ("nothing", [1, 0, 0], ["1024 threads"]),
     "no blocks": ("nothing", [0, 32, 0], ["a grid has 1..2147483647"]),
@@ -500,10 +594,20 @@ ABORTS = {
 }
 
 
-def run_failure(library: Path, kernel: str, arguments: list[int], seed: str = "") -> subprocess.CompletedProcess:
-    script = "import ctypes, sys; getattr(ctypes.CDLL(sys.argv[1]), 'launch_' + sys.argv[2])(*map(int, sys.argv[3:]))"
-    return subprocess.run([sys.executable, "-S", "-c", script, str(library), kernel, *map(str, arguments)], text=True,
-                          env={**os.environ, "CUDA_ON_CPU_SEED": seed}, capture_output=True, timeout=60)
+def run_failure(
+    library: Path, kernel: str, arguments: list[int], seed: str = ""
+) -> subprocess.CompletedProcess:
+    script = (
+        "import ctypes, sys; getattr(ctypes.CDLL(sys.argv[1]), 'launch_' + "
+        "sys.argv[2])(*map(int, sys.argv[3:]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-S", "-c", script, str(library), kernel, *map(str, arguments)],
+        text=True,
+        env={**os.environ, "CUDA_ON_CPU_SEED": seed},
+        capture_output=True,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize("mistake", ABORTS)
@@ -521,7 +625,10 @@ def test_a_deadlock_aborts_under_a_seed(failures):
 
 def test_a_seed_that_is_no_number_aborts(failures):
     result = run_failure(failures, "nothing", [1, 32, 0], seed="one")
-    assert result.returncode == -signal.SIGABRT and "CUDA_ON_CPU_SEED is not a number: one" in result.stderr
+    assert (
+        result.returncode == -signal.SIGABRT
+        and "CUDA_ON_CPU_SEED is not a number: one" in result.stderr
+    )
 
 
 def test_a_stack_overflow_faults_and_less_does_not(failures):
@@ -529,23 +636,48 @@ def test_a_stack_overflow_faults_and_less_does_not(failures):
     assert run_failure(failures, "overflow_stack", [4]).returncode == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize("code, sentence", [
-    ("__global__ void k(float* x) { atomicAdd(x, 1.0f); }", "float atomics are banned"),
-    ("__global__ void k(long* x) { atomicAdd(x, 1); }", "int, unsigned and unsigned long long only"),
-    ("__global__ void k(float* x) { __shared__ float s[4]; *x = s[0]; }", "shared memory comes from DYNAMIC_SHARED"),
-    ("__device__ int f(int a, long b) { return min(a, b); }", "ambiguous"),
-], ids=["float atomic", "long atomic", "static shared memory", "min of int and long"])
+@pytest.mark.parametrize(
+    "code, sentence",
+    [
+        ("__global__ void k(float* x) { atomicAdd(x, 1.0f); }", "float atomics are banned"),
+        (
+            "__global__ void k(long* x) { atomicAdd(x, 1); }",
+            "int, unsigned and unsigned long long only",
+        ),
+        (
+            "__global__ void k(float* x) { __shared__ float s[4]; *x = s[0]; }",
+            "shared memory comes from DYNAMIC_SHARED",
+        ),
+        ("__device__ int f(int a, long b) { return min(a, b); }", "ambiguous"),
+    ],
+    ids=["float atomic", "long atomic", "static shared memory", "min of int and long"],
+)
 def test_what_the_project_bans_or_nvcc_refuses_does_not_compile(tmp_path, code, sentence):
     (tmp_path / "kernel.cu").write_text(f'#include "cuda_compat.h"\n{code}\n')
-    result = subprocess.run([*GXX, "-fsyntax-only", str(tmp_path / "kernel.cu")], capture_output=True, text=True)
+    result = subprocess.run(
+        [*GXX, "-fsyntax-only", str(tmp_path / "kernel.cu")], capture_output=True, text=True
+    )
     assert result.returncode != 0 and sentence in result.stderr, result.stderr
 
 
 # The other compiler
 
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", [KERNELS, FAILURES], ids=["kernels", "failures"])
 def test_the_same_source_compiles_for_the_gpu(tmp_path, source):
     (tmp_path / "kernels.cu").write_text(source)
-    subprocess.run(["nvcc", "-arch=sm_90", "-std=c++17", "-fmad=false", f"-I{CSRC}", "-c", str(tmp_path / "kernels.cu"),
-                    "-o", str(tmp_path / "kernels.o")], check=True)
+    subprocess.run(
+        [
+            "nvcc",
+            "-arch=sm_90",
+            "-std=c++17",
+            "-fmad=false",
+            f"-I{CSRC}",
+            "-c",
+            str(tmp_path / "kernels.cu"),
+            "-o",
+            str(tmp_path / "kernels.o"),
+        ],
+        check=True,
+    )

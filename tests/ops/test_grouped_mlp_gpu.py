@@ -10,7 +10,10 @@ from ops.grouped_mlp.kernels import configs
 from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, assert_close, draw_expert_ids, poisoned_memory
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 NAMES = ("out", "grad_hidden", "grad_weights", "grad_gate_up", "grad_down")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,9 +40,12 @@ def inputs(routing: tuple[int, int, int, str], hidden_size: int, width: int, dty
 
     places = group_by_expert(draw_expert_ids(*routing).cuda(), num_experts)
     weights = torch.rand(num_tokens, top_k, device="cuda", generator=generator)
-    tensors = (normal(num_tokens, hidden_size), weights,
-               normal(num_experts, 2 * width, hidden_size, scale=hidden_size**-0.5),
-               normal(num_experts, hidden_size, width, scale=width**-0.5))
+    tensors = (
+        normal(num_tokens, hidden_size),
+        weights,
+        normal(num_experts, 2 * width, hidden_size, scale=hidden_size**-0.5),
+        normal(num_experts, hidden_size, width, scale=width**-0.5),
+    )
     return tensors, places, normal(num_tokens, hidden_size)
 
 
@@ -56,18 +62,31 @@ def loads(request, monkeypatch):
         pytest.skip("no tensor memory accelerator")
     for name in ("up_config", "row_config", "act_grad_config", "expert_config"):
         choose = getattr(configs, name)
-        monkeypatch.setattr(configs, name, lambda *a, choose=choose: choose(*a)._replace(
-            tma=request.param == "tma" and choose(*a) != configs._EXACT))
+        monkeypatch.setattr(
+            configs,
+            name,
+            lambda *a, choose=choose: choose(*a)._replace(
+                tma=request.param == "tma" and choose(*a) != configs._EXACT
+            ),
+        )
 
 
 @pytest.mark.parametrize(("routing", "hidden_size", "width", "dtype"), CASES, ids=str)
-def test_kernels_give_output_and_gradients_of_the_definition(routing, hidden_size, width, dtype, loads):
+def test_kernels_give_output_and_gradients_of_the_definition(
+    routing, hidden_size, width, dtype, loads
+):
     tensors, places, grad_out = inputs(routing, hidden_size, width, dtype)
     with poisoned_memory():
-        kept, again, recomputed = (results(grouped_mlp, tensors, places, grad_out, backend="triton", recompute=recompute)
-                                   for recompute in (False, False, True))
-    expected = results(reference_grouped_mlp, [x.double() for x in tensors], places, grad_out.double())
-    for name, ours, second, third, reference in zip(NAMES, kept, again, recomputed, expected, strict=True):
+        kept, again, recomputed = (
+            results(grouped_mlp, tensors, places, grad_out, backend="triton", recompute=recompute)
+            for recompute in (False, False, True)
+        )
+    expected = results(
+        reference_grouped_mlp, [x.double() for x in tensors], places, grad_out.double()
+    )
+    for name, ours, second, third, reference in zip(
+        NAMES, kept, again, recomputed, expected, strict=True
+    ):
         assert torch.equal(ours, second), f"{name} differs from one run to the next"
         assert torch.equal(ours, third), f"{name} differs when pre-activations are recomputed"
         assert_close(name, ours, reference, dtype)
@@ -75,7 +94,8 @@ def test_kernels_give_output_and_gradients_of_the_definition(routing, hidden_siz
 
 def test_nothing_waits_for_the_device():
     tensors, places, grad_out = inputs((401, 32, 4, "skewed"), 512, 256, torch.bfloat16)
-    results(grouped_mlp, tensors, places, grad_out, backend="triton")  # compilation may wait
+    # compilation may wait
+    results(grouped_mlp, tensors, places, grad_out, backend="triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
         results(grouped_mlp, tensors, places, grad_out, backend="triton")

@@ -1,4 +1,5 @@
-"""The Triton kernels of the grouped MLP in Triton's interpreter against ops/grouped_mlp/reference.py.
+"""The Triton kernels of the grouped MLP in Triton's interpreter against
+ops/grouped_mlp/reference.py.
 
 Cases: tests/ops/interpreter/grouped_mlp_cases.py.
 """
@@ -18,3 +19,8 @@ def test_output_and_every_gradient_match_the_definition(interpret) -> None:
 @pytest.mark.slow
 def test_output_and_every_gradient_match_the_definition_in_half_precision(interpret) -> None:
     interpret("grouped_mlp_cases.py", "half")
+
+
+@pytest.mark.slow
+def test_weights_of_8_bits_are_scaled_where_their_products_end(interpret) -> None:
+    interpret("grouped_mlp_cases.py", "int8")

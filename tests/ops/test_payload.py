@@ -7,7 +7,8 @@ import torch
 
 from ops.all_to_all import Meter, total_communication
 from ops.all_to_all.path import transposed_order
-from ops.all_to_all.payload import PAYLOADS, decode, encode
+from ops.all_to_all.payload import decode, encode
+from ops.all_to_all.spec import PAYLOADS
 
 LARGEST_ERROR = {"native": 0.0, "bf16": 2**-8, "fp8": 2**-4}
 """Of a value in the upper part of its block's range: half a unit in the last place."""
@@ -22,7 +23,8 @@ def test_rows_survive_up_to_rounding(payload, shape, dtype):
     assert back.shape == rows.shape and back.dtype == dtype
     if rows.numel():
         scale = rows.abs().amax(1, keepdim=True)
-        limit = LARGEST_ERROR[payload] + (2**-8 if payload == "fp8" else 0)  # bf16 rounds the scaled value once more
+        # bf16 rounds the scaled value once more
+        limit = LARGEST_ERROR[payload] + (2**-8 if payload == "fp8" else 0)
         assert float(((back - rows).abs() / scale).max()) <= limit
 
 
@@ -65,7 +67,9 @@ def test_a_meter_counts_only_while_it_measures():
     assert meter.take() == (0.0, 0.0, (0.0, 0.0))
 
 
-@pytest.mark.parametrize("sizes", [[[2, 0, 1], [3, 1, 0]], [[0, 0]], [[4]], [[1], [2], [0]]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[[2, 0, 1], [3, 1, 0]], [[0, 0]], [[4]], [[1], [2], [0]]], ids=str
+)
 def test_transposed_order_turns_blocks_around(sizes):
     blocks, row = {}, 0
     for a, line in enumerate(sizes):

@@ -19,7 +19,11 @@ def poisoned():
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def gradients(out: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -29,7 +33,10 @@ def gradients(out: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, .
 
 def test_poisoned_memory_fills_fresh_tensors_and_is_undone():
     with poisoned_memory():
-        assert torch.empty(64).isnan().all() and (torch.empty(64, dtype=torch.int64) == 2**63 - 1).all()
+        assert (
+            torch.empty(64).isnan().all()
+            and (torch.empty(64, dtype=torch.int64) == 2**63 - 1).all()
+        )
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -43,8 +50,13 @@ def test_slots_are_sorted_by_expert_then_token_then_slot(case, poisoned):
     expected = sorted((i for i, e in enumerate(flat) if e >= 0), key=lambda i: (flat[i], i))
     assert slots.tolist() == expected + [-1] * (len(flat) - len(expected))
     assert inverse.shape == ids.shape
-    assert inverse.flatten().tolist() == [expected.index(i) if e >= 0 else -1 for i, e in enumerate(flat)]
-    assert offsets.diff().tolist() == [flat.count(expert) for expert in range(num_experts)] and offsets[0] == 0
+    assert inverse.flatten().tolist() == [
+        expected.index(i) if e >= 0 else -1 for i, e in enumerate(flat)
+    ]
+    assert (
+        offsets.diff().tolist() == [flat.count(expert) for expert in range(num_experts)]
+        and offsets[0] == 0
+    )
     assert {slots.dtype, inverse.dtype, offsets.dtype} == {torch.int32}
 
 
@@ -60,7 +72,8 @@ def test_permute_and_its_gradient_match_the_reference(case, dtype, tail, poisone
     used = int(offsets[-1])
     rows = permute(tokens, slots if tail else slots[:used], inverse)
     expected = reference_permute(exact, ids, num_experts)
-    assert rows.dtype == dtype and torch.equal(rows[:used].double(), expected)  # a copy: no rounding
+    # a copy: no rounding
+    assert rows.dtype == dtype and torch.equal(rows[:used].double(), expected)
     assert rows.isfinite().all()
     grad = torch.randn(rows.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     if expected.requires_grad:  # the reference of no rows does not depend on the tokens
@@ -82,11 +95,16 @@ def test_unpermute_and_its_gradient_match_the_reference(case, dtype, poisoned):
     rows[used:] = torch.nan  # nobody's rows
     rows.requires_grad_()
     exact = rows.detach()[:used].double().requires_grad_()
-    out, expected = unpermute(rows, slots, inverse), reference_unpermute(exact, ids, torch.ones(ids.shape).double())
+    out, expected = (
+        unpermute(rows, slots, inverse),
+        reference_unpermute(exact, ids, torch.ones(ids.shape).double()),
+    )
     assert out.dtype == dtype
     assert_close("out", out, expected)
     if expected.requires_grad:
-        assert_close("grad rows", gradients(out, rows)[0][:used], *gradients(expected, exact), dtype)
+        assert_close(
+            "grad rows", gradients(out, rows)[0][:used], *gradients(expected, exact), dtype
+        )
 
 
 def test_unpermute_undoes_permute_as_often_as_a_token_was_sent():
@@ -99,8 +117,11 @@ def test_unpermute_undoes_permute_as_often_as_a_token_was_sent():
 def test_sums_of_bf16_rows_are_rounded_once():
     ids = torch.zeros(1, 64, dtype=torch.int64)
     slots, inverse, _ = group_by_expert(ids, 1)
-    rows = torch.full((64, 1), 1.0 + 2**-7, dtype=torch.bfloat16)  # a bf16 running sum would stall
-    assert unpermute(rows, slots, inverse).item() == torch.tensor(64 * (1 + 2**-7)).bfloat16().item()
+    # a bf16 running sum would stall
+    rows = torch.full((64, 1), 1.0 + 2**-7, dtype=torch.bfloat16)
+    assert (
+        unpermute(rows, slots, inverse).item() == torch.tensor(64 * (1 + 2**-7)).bfloat16().item()
+    )
 
 
 def test_repeats_are_bit_identical():

@@ -1,4 +1,6 @@
-"""The Triton kernels on a CUDA device against the chunked path in fp32, which CPU tests hold to the definition."""
+"""The Triton kernels on a CUDA device against the chunked path in fp32, which CPU tests hold to the
+definition.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,35 @@ from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, decode, sp
 from ops.sparse_attention.cache import EntryCache
 from ops.testing import assert_close, poisoned_memory
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 LENGTHS = [1500, 1, 0, 17, 700, 64, 613]
 SHAPES = [(64, 4, 1, 64), (128, 8, 1, 64), (128, 16, 16, 32), (128, 32, 2, 128), (256, 6, 2, 64)]
 """head_dim, heads, key/value heads, block_size."""
-CHANGES = {"plain": {}, "drop": {"tail": "drop"}, "order 0": {"order": 0}, "max": {"score": "max"},
-           "error gain": {"score": "error_gain"}, "covering": {"top_p": 0.6}, "dense start": {"min_sparse_length": 700}}
-CASES = [("plain", *shape, dtype) for shape in SHAPES for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-CASES += [(change, *shape, torch.bfloat16) for change in CHANGES if change != "plain" for shape in SHAPES if shape[0] == 128]
+CHANGES = {
+    "plain": {},
+    "drop": {"tail": "drop"},
+    "order 0": {"order": 0},
+    "max": {"score": "max"},
+    "error gain": {"score": "error_gain"},
+    "covering": {"top_p": 0.6},
+    "dense start": {"min_sparse_length": 700},
+}
+CASES = [
+    ("plain", *shape, dtype)
+    for shape in SHAPES
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+]
+CASES += [
+    (change, *shape, torch.bfloat16)
+    for change in CHANGES
+    if change != "plain"
+    for shape in SHAPES
+    if shape[0] == 128
+]
 
 
 def inputs(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype):
@@ -28,27 +50,60 @@ def inputs(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype):
 
     total = sum(LENGTHS)
     tensors = [normal(total, n, head_dim).to(dtype) for n in (heads, kv_heads, kv_heads)]
-    cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    return tensors, normal(total, heads), normal(heads), cu_seqlens, normal(total, heads, head_dim), normal(total, heads)
+    cu_seqlens = torch.tensor(
+        [0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device="cuda"
+    )
+    return (
+        tensors,
+        normal(total, heads),
+        normal(heads),
+        cu_seqlens,
+        normal(total, heads, head_dim),
+        normal(total, heads),
+    )
 
 
 def spec_of(block_size: int, **changes) -> SparseAttentionSpec:
-    return SparseAttentionSpec(**{"block_size": block_size, "coarse_block_size": 32, "top_k": 4, "window_size": 100,
-                                  **changes})
+    return SparseAttentionSpec(
+        **{
+            "block_size": block_size,
+            "coarse_block_size": 32,
+            "top_k": 4,
+            "window_size": 100,
+            **changes,
+        }
+    )
 
 
 def results(given, spec, backend: str, dtype: torch.dtype, selected: torch.Tensor | None):
     (q, k, v), bias, sink, cu_seqlens, dout, dlse = given
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     leaves += [x.detach().clone().requires_grad_() for x in (bias, sink)]
-    found = sparse_attention(*leaves[:3], cu_seqlens, spec, bias=leaves[3], sink=leaves[4], selected=selected,
-                             backend=backend)
+    found = sparse_attention(
+        *leaves[:3],
+        cu_seqlens,
+        spec,
+        bias=leaves[3],
+        sink=leaves[4],
+        selected=selected,
+        backend=backend,
+    )
     grads = torch.autograd.grad((found.out, found.lse), leaves, (dout.to(dtype), dlse))
-    return (found.out.detach(), found.lse.detach(), found.tail_mass, found.selected_mass, *grads), found.selected
+    return (
+        found.out.detach(),
+        found.lse.detach(),
+        found.tail_mass,
+        found.selected_mass,
+        *grads,
+    ), found.selected
 
 
-@pytest.mark.parametrize(("change", "head_dim", "heads", "kv_heads", "block_size", "dtype"), CASES, ids=str)
-def test_kernels_give_outputs_and_gradients_of_the_chunked_path(change, head_dim, heads, kv_heads, block_size, dtype):
+@pytest.mark.parametrize(
+    ("change", "head_dim", "heads", "kv_heads", "block_size", "dtype"), CASES, ids=str
+)
+def test_kernels_give_outputs_and_gradients_of_the_chunked_path(
+    change, head_dim, heads, kv_heads, block_size, dtype
+):
     given, spec = inputs(head_dim, heads, kv_heads, dtype), spec_of(block_size, **CHANGES[change])
     with poisoned_memory():
         ours, selected = results(given, spec, "triton", dtype, None)
@@ -64,8 +119,10 @@ def test_kernels_give_outputs_and_gradients_of_the_chunked_path(change, head_dim
 def test_selection_agrees_but_for_near_ties(noise):
     (q, k, v), _, _, cu_seqlens, *_ = inputs(128, 8, 2, torch.float32)
     spec = spec_of(64)
-    ours, expected = (sparse_attention(q, k, v, cu_seqlens, spec, noise=noise, backend=b).selected
-                      for b in ("triton", "chunked"))
+    ours, expected = (
+        sparse_attention(q, k, v, cu_seqlens, spec, noise=noise, backend=b).selected
+        for b in ("triton", "chunked")
+    )
     same = (ours == expected).all(-1).float().mean()
     assert same > 0.999, f"{float(1 - same):.2%} of the selections differ"
 
@@ -76,10 +133,21 @@ def test_decoding_equals_the_last_token(length):
     spec = spec_of(64)
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device="cuda")
     exact = [x[:length].float() for x in (q, k, v)]
-    whole = sparse_attention(*exact, cu_seqlens, spec, bias=bias[:length], sink=sink, backend="chunked")
+    whole = sparse_attention(
+        *exact, cu_seqlens, spec, bias=bias[:length], sink=sink, backend="chunked"
+    )
     cache = EntryCache(spec, 1, length, 2, 128, torch.bfloat16, q.device)
     cache.update(k[None, :length], v[None, :length], 0)
-    out, lse = decode(q[length - 1:length], k[None, :length], v[None, :length], cache.entries, length, spec,
-                      bias=bias[length - 1:length], sink=sink, backend="triton")
+    out, lse = decode(
+        q[length - 1 : length],
+        k[None, :length],
+        v[None, :length],
+        cache.entries,
+        length,
+        spec,
+        bias=bias[length - 1 : length],
+        sink=sink,
+        backend="triton",
+    )
     assert_close("out", out[0], whole.out[-1], torch.bfloat16)
     assert_close("lse", lse[0], whole.lse[-1], torch.bfloat16)

@@ -9,17 +9,39 @@ from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, decode, sp
 from ops.sparse_attention.estimator import estimate
 from ops.sparse_attention.reference import reference_attention
 
-TWO_LEVELS = {"block_size": 8, "coarse_block_size": 8, "top_k": 2, "window_size": 9, "num_levels": 2, "fanout": 2,
-              "num_expanded": 2}
-TWO_LEVEL_CHANGES = [{"max_variance": 0.3}, {"order": 0}, {"score": "max"}, {"score": "error_gain"}, {"top_k": 100},
-                     {"top_k": 0}, {"min_sparse_length": 60}, {"coarse_block_size": 4}, {"fanout": 3},
-                     {"num_sink_blocks": 5}]
+TWO_LEVELS = {
+    "block_size": 8,
+    "coarse_block_size": 8,
+    "top_k": 2,
+    "window_size": 9,
+    "num_levels": 2,
+    "fanout": 2,
+    "num_expanded": 2,
+}
+TWO_LEVEL_CHANGES = [
+    {"max_variance": 0.3},
+    {"order": 0},
+    {"score": "max"},
+    {"score": "error_gain"},
+    {"top_k": 100},
+    {"top_k": 0},
+    {"min_sparse_length": 60},
+    {"coarse_block_size": 4},
+    {"fanout": 3},
+    {"num_sink_blocks": 5},
+]
 
 
 def draw(lengths, heads, kv_heads, dim=8):
     gen = torch.Generator().manual_seed(5)
     total = sum(lengths)
-    shapes = ((total, heads, dim), (total, kv_heads, dim), (total, kv_heads, dim), (total, heads), (heads,))
+    shapes = (
+        (total, heads, dim),
+        (total, kv_heads, dim),
+        (total, kv_heads, dim),
+        (total, heads),
+        (heads,),
+    )
     inputs = [torch.randn(shape, dtype=torch.float64, generator=gen) for shape in shapes]
     return inputs, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
@@ -35,8 +57,15 @@ def test_two_levels_follow_the_definition_with_all_gradients(changes, noise):
             q, k, v, bias, sink = (x.clone().requires_grad_() for x in inputs)
             result = function(q, k, v, cu_seqlens, spec, bias=bias, sink=sink, noise=noise)
             (result.out.sin().sum() + result.lse.cos().sum()).backward()
-            found.append([result.out, result.lse, result.tail_mass, result.selected_mass,
-                          *(x.grad for x in (q, k, v, bias, sink))])
+            found.append(
+                [
+                    result.out,
+                    result.lse,
+                    result.tail_mass,
+                    result.selected_mass,
+                    *(x.grad for x in (q, k, v, bias, sink)),
+                ]
+            )
         for ours, expected in zip(*found, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
 
@@ -73,7 +102,9 @@ def test_sampled_tails_are_unbiased_and_know_their_variance(tail, order, scale):
     q = scale * q
     blocks = {"block_size": 8, "coarse_block_size": 4}
     dense = reference_attention(q, k, v, cu_seqlens, SparseAttentionSpec(**blocks, top_k=1000))
-    spec = SparseAttentionSpec(**blocks, top_k=2, window_size=9, tail=tail, order=order, num_samples=3)
+    spec = SparseAttentionSpec(
+        **blocks, top_k=2, window_size=9, tail=tail, order=order, num_samples=3
+    )
     mass, numerator, error, variance = [], [], [], []
     for seed in range(300):
         found = estimate(q, k, v, cu_seqlens, spec, seed)
@@ -82,12 +113,19 @@ def test_sampled_tails_are_unbiased_and_know_their_variance(tail, order, scale):
         numerator.append(found.out * mass[-1].unsqueeze(-1))
         error.append((found.out - dense.out).square().sum(-1))
         variance.append(found.variance)
-    for draws, truth in ((torch.stack(mass), torch.ones_like(dense.lse)), (torch.stack(numerator), dense.out)):
+    for draws, truth in (
+        (torch.stack(mass), torch.ones_like(dense.lse)),
+        (torch.stack(numerator), dense.out),
+    ):
         z = (draws.mean(0) - truth) / (draws.std(0) / len(draws) ** 0.5 + 1e-9)
-        assert z.abs().max() < 5 and z.square().mean() < 1.1  # 112 x 4 rows, many of them without any sampling
-    by_draw = torch.stack(mass)[:, 50:].mean((1, 2)) - 1  # of rows with a tail, which draw independently
+        # 112 x 4 rows, many of them without any sampling
+        assert z.abs().max() < 5 and z.square().mean() < 1.1
+    # of rows with a tail, which draw independently
+    by_draw = torch.stack(mass)[:, 50:].mean((1, 2)) - 1
     assert float(by_draw.mean().abs()) < 4 * float(by_draw.std()) / len(by_draw) ** 0.5 < 0.01
-    assert float(torch.stack(variance).mean()) == pytest.approx(float(torch.stack(error).mean()), rel=0.6)
+    assert float(torch.stack(variance).mean()) == pytest.approx(
+        float(torch.stack(error).mean()), rel=0.6
+    )
 
 
 def test_a_sampled_tail_without_enough_blocks_is_exact():

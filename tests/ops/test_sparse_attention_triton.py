@@ -1,4 +1,5 @@
-"""The Triton kernels of sparse attention in Triton's interpreter against ops/sparse_attention/reference.py.
+"""The Triton kernels of sparse attention in Triton's interpreter against
+ops/sparse_attention/reference.py.
 
 Cases: tests/ops/interpreter/attention_cases.py.
 """
@@ -31,6 +32,8 @@ def test_decoding_matches_the_last_token_of_the_definition(interpret) -> None:
 
 
 def test_the_shim_is_needed(interpret) -> None:
-    """The interpreter alone is silently wrong in bf16; once it is not, tests/ops/interpreter/shim.py can go."""
+    """The interpreter alone is silently wrong in bf16; once it is not,
+    tests/ops/interpreter/shim.py can go.
+    """
     assert float(interpret("raw_bf16.py")) > 1.0
     assert float(interpret("raw_bf16.py", "shim")) < 1e-4

@@ -1,14 +1,14 @@
-"""Ranks that save under faults, for test_checkpoint.py: rank 0 prints one JSON object per case with what every rank saw.
+"""Ranks that save under faults, for test_checkpoint.py: rank 0 prints one JSON object per case with
+what every rank saw.
 
-    checkpoint_worker.py FOLDER          all cases of CASES, each in sync and asynchronously
-    checkpoint_worker.py FOLDER kill     dies of SIGKILL while the second checkpoint is being written
+checkpoint_worker.py FOLDER          all cases of CASES, each in sync and asynchronously
+checkpoint_worker.py FOLDER kill     dies of SIGKILL while the second checkpoint is being written
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import logging
 import os
@@ -24,27 +24,48 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-import train.checkpoint as checkpoint
-from model.attention.dense import DenseAttention
+import train.checkpoint.writer as checkpoint
+from model.attention.config import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
-from model.dispatch import AllToAllDispatcher
-from model.moe import ModelParts
-from model.parallel import initialize_parallel
-from model.routers.top_k import TopKRouter
+from model.dispatch.config import AllToAllConfig
+from model.moe.layer import ModelParts
+from model.parallel.groups import destroy_parallel, initialize_parallel
+from model.request import TokenBatch
+from model.routers.config import TopKConfig
 from model.transformer import Transformer
-from train.checkpoint import CheckpointWriteError, CheckpointWriter, damage, find_checkpoint, load_weights
-from train.config import CheckpointConfig, OptimConfig, TrainConfig
-from train.engine import Engine
-from train.runtime import process_group
+from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.restore import restore
+from train.checkpoint.writer import (
+    CheckpointWriteError,
+    CheckpointWriter,
+    damage,
+    find_checkpoint,
+    load_weights,
+)
+from train.config.training import CheckpointConfig, OptimConfig, TrainConfig
+from train.engine.deepspeed import Engine
+from train.rank.runtime import process_group
 
-CONFIG = ModelConfig(vocab_size=32, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=16,
-                     num_experts=4, expert_intermediate_size=8, max_seq_len=16)
-PARTS = ModelParts(functools.partial(TopKRouter, top_k=2), DenseAttention, AllToAllDispatcher, BalanceConfig())
+CONFIG = ModelConfig(
+    vocab_size=32,
+    hidden_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=16,
+    num_experts=4,
+    expert_intermediate_size=8,
+    max_seq_len=16,
+)
+PARTS = ModelParts(TopKConfig(top_k=2), DenseAttentionConfig(), AllToAllConfig(), BalanceConfig())
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
-def fails(target: str, code: int, on: Callable[..., bool] = lambda *arguments: True) -> contextlib.AbstractContextManager:
+
+def fails(
+    target: str, code: int, on: Callable[..., bool] = lambda *arguments: True
+) -> contextlib.AbstractContextManager:
     """The function of train.checkpoint raises, for the arguments that `on` picks."""
     original = getattr(checkpoint, target)
 
@@ -68,7 +89,9 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def no_space() -> contextlib.AbstractContextManager:
-    return mock.patch.object(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 3, 3, 9, 9, 9, 0, 255)))
+    return mock.patch.object(
+        os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 3, 3, 9, 9, 9, 0, 255))
+    )
 
 
 CASES: dict[str, tuple[int, Callable[[], contextlib.AbstractContextManager]]] = {
@@ -77,32 +100,45 @@ CASES: dict[str, tuple[int, Callable[[], contextlib.AbstractContextManager]]] = 
     "records": (1, lambda: fails("write_json", errno.EIO)),
     "hash": (1, lambda: fails("file_facts", errno.EIO)),
     "space": (0, no_space),
-    "manifest": (0, lambda: fails("write_json", errno.ENOSPC, lambda path, data: path.name == "manifest.json")),
+    "manifest": (
+        0,
+        lambda: fails("write_json", errno.ENOSPC, lambda path, data: path.name == "manifest.json"),
+    ),
     "rename": (0, lambda: fails("put_in_place", errno.EROFS)),
     "bug": (1, lambda: mock.patch.object(checkpoint, "rng_file", lambda rank: 1 / 0)),
 }
 """Name -> the rank it happens on, and the fault."""
 
 
-# --- cases -----------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
+
 
 class Job:
-    def __init__(self, folder: Path):
-        self.folder, self.groups = folder, initialize_parallel(dist.get_world_size())
-        settings = TrainConfig(num_steps=9, seq_len=8, micro_batch_size=1, global_batch_size=dist.get_world_size())
-        self.engine = Engine(Transformer(CONFIG, PARTS, self.groups), self.groups, settings, OptimConfig(lr=0.1),
-                             {"zero_optimization": {"stage": 1}})
+    def __init__(self, folder: Path, expert_size: int | None = None, stage: int = 1):
+        self.folder, self.groups = folder, initialize_parallel(expert_size or dist.get_world_size())
+        settings = TrainConfig(
+            num_steps=9, seq_len=8, micro_batch_size=1, global_batch_size=dist.get_world_size()
+        )
+        self.engine = Engine(
+            Transformer(CONFIG, PARTS, self.groups),
+            self.groups,
+            settings,
+            OptimConfig(lr=0.1),
+            {"zero_optimization": {"stage": stage}},
+        )
         self.step()
 
     def step(self) -> None:
         ids = torch.arange(8).unsqueeze(0)
-        output = self.engine.forward(input_ids=ids, targets=ids + 1, positions=ids, max_seqlen=8,
-                                     cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
+        cu_seqlens = torch.tensor([0, 8], dtype=torch.int32)
+        output = self.engine.forward(TokenBatch(ids, ids + 1, ids, cu_seqlens, max_seqlen=8))
         self.engine.backward(output.loss_sum, is_last=True)
         self.engine.step()
 
     def writer(self, name: str, **settings) -> CheckpointWriter:
-        return CheckpointWriter(self.folder / name, CheckpointConfig(**settings), self.groups, "config: {}\n", 60.0)
+        return CheckpointWriter(
+            self.folder / name, CheckpointConfig(**settings), self.groups, "config: {}\n", 60.0
+        )
 
     def save(self, writer: CheckpointWriter, step: int) -> Path | None:
         return writer.save(self.engine, {"step": step})
@@ -129,7 +165,11 @@ def report(case: str, **facts) -> None:
 def failing(job: Job, case: str, asynchronous: bool, on_error: str) -> None:
     """A whole checkpoint, one that fails, and a whole one again."""
     rank, fault = CASES[case]
-    writer = job.writer(f"{case}-{asynchronous}-{on_error}".replace(" ", "_"), asynchronous=asynchronous, on_error=on_error)
+    writer = job.writer(
+        f"{case}-{asynchronous}-{on_error}".replace(" ", "_"),
+        asynchronous=asynchronous,
+        on_error=on_error,
+    )
     job.save(writer, 1)
     writer.wait()
     seen: dict = {"error": None, "saved": None}
@@ -140,12 +180,20 @@ def failing(job: Job, case: str, asynchronous: bool, on_error: str) -> None:
         except CheckpointWriteError as error:
             seen |= {"error": str(error), "errno": error.errno, "rank": error.rank}
     dist.barrier()
-    seen |= {"left": names(writer), "damage": damage(writer.folder / "step-00000001"), "step": writer.saved_step}
+    seen |= {
+        "left": names(writer),
+        "damage": damage(writer.folder / "step-00000001"),
+        "step": writer.saved_step,
+    }
     dist.barrier()
     job.save(writer, 3)
     writer.wait()
-    report(f"{case}/{asynchronous}/{on_error}", **seen, after=names(writer),
-           newest=find_checkpoint(writer.folder.parent).name)
+    report(
+        f"{case}/{asynchronous}/{on_error}",
+        **seen,
+        after=names(writer),
+        newest=find_checkpoint(writer.folder.parent).name,
+    )
 
 
 def snapshot(job: Job, asynchronous: bool) -> None:
@@ -174,9 +222,17 @@ def snapshot(job: Job, asynchronous: bool) -> None:
         writer.wait()
     saved = json.loads((path / "state.json").read_text())
     torch.manual_seed(7)
-    same_rng = json.loads((path / f"rng-{dist.get_rank():05d}.json").read_text()) == checkpoint.rng_state()
-    report(f"snapshot/{asynchronous}", there_at_once=before, same=job.digest(writer.folder.parent) == digest,
-           tokens=saved["progress"]["tokens"], same_rng=same_rng, latest=(writer.folder / "latest").read_text())
+    same_rng = (
+        json.loads((path / f"rng-{dist.get_rank():05d}.json").read_text()) == checkpoint.rng_state()
+    )
+    report(
+        f"snapshot/{asynchronous}",
+        there_at_once=before,
+        same=job.digest(writer.folder.parent) == digest,
+        tokens=saved["progress"]["tokens"],
+        same_rng=same_rng,
+        latest=(writer.folder / "latest").read_text(),
+    )
 
 
 def one_after_another(job: Job) -> None:
@@ -211,7 +267,9 @@ def unshared(job: Job) -> None:
 
 
 def durable(job: Job) -> None:
-    """The order of what makes a checkpoint survive a power cut, as rank 0 does it: ["sync" or "rename", path] ..."""
+    """The order of what makes a checkpoint survive a power cut, as rank 0 does it: ["sync" or
+    "rename", path] ...
+    """
     writer = job.writer("durable")
     done: list[tuple[str, str]] = []
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
@@ -231,11 +289,51 @@ def durable(job: Job) -> None:
         done.append(("rename", inside(target)))
         return replace(self, target)
 
-    with mock.patch.object(os, "fsync", recorded_fsync), mock.patch.object(Path, "rename", recorded_rename), \
-            mock.patch.object(Path, "replace", recorded_replace):
+    with (
+        mock.patch.object(os, "fsync", recorded_fsync),
+        mock.patch.object(Path, "rename", recorded_rename),
+        mock.patch.object(Path, "replace", recorded_replace),
+    ):
         final = job.save(writer, 1)
     files = sorted(str(path.relative_to(final)) for path in final.rglob("*"))
     report("durable", done=done, files=files)
+
+
+def other_layout(job: Job) -> None:
+    """Saved at ZeRO 1 by two ranks with half the experts each, resumed at ZeRO 3 with all experts
+    on both. Half-way through its only file with tensors of rank 1, the newest checkpoint is
+    damaged.
+    """
+    writer = job.writer("layout", keep_last=5)
+    job.save(writer, 1)
+    job.step()
+    newest = job.save(writer, 2)
+    if dist.get_rank() == 0:
+        path = newest / "weights" / "__1_0.distcp"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    job.engine.close()
+    destroy_parallel()
+    other = Job(job.folder, expert_size=1, stage=3)
+    found, state = restore(other.engine, writer.folder.parent, lambda state: state["step"])
+    again = other.save(other.writer("layout-again"), 1)
+    before, after = (everything_in(path) for path in (found, again))
+    report(
+        "layout",
+        step=state["step"],
+        keys=before.keys() == after.keys(),
+        same=all(torch.equal(tensor, after[key]) for key, tensor in before.items()),
+        damage=damage(again),
+    )
+    other.engine.close()
+
+
+def everything_in(path: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(path)
+    tensors = {key: torch.empty(shape) for key, shape in reader.shapes.items()}
+    reader.read(tensors)
+    return tensors
 
 
 def killed(job: Job) -> None:
@@ -267,7 +365,7 @@ def main() -> None:
         one_after_another(job)
         unshared(job)
         durable(job)
-        job.engine.close()
+        other_layout(job)
 
 
 if __name__ == "__main__":

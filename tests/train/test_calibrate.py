@@ -1,10 +1,11 @@
-"""Another budget for a trained model: every router that has one finds it on text, in this process."""
+"""Another budget for a trained model: every router that has one finds it on text, in this
+process.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
 from common import batch, build, take, tiny_config
 
 from model.config import BalanceConfig, BudgetConfig
-from model.routers.relu import ReLURouter
-from model.routers.threshold import ThresholdRouter
-from model.routers.top_k import NullExpertsRouter
-from model.routers.top_p import TopPRouter
-from train.calibrate import TOLERANCE, calibrate_budget
+from model.request import TokenBatch
+from model.routers.config import NullExpertsConfig, ReLUConfig, ThresholdConfig, TopPConfig
+from train.trained.calibrate import TOLERANCE, calibrate_budget
 
 
 class Rows:
@@ -26,17 +25,26 @@ class Rows:
     def __init__(self, step: int):
         self.step = step
 
-    def inputs(self, device: torch.device) -> dict[str, Any]:
+    def inputs(self, device: torch.device) -> TokenBatch:
         return take(batch(self.step, 0, 12), 0, 12)
 
 
-@pytest.mark.parametrize(("kind", "options"), [
-    (ThresholdRouter, {}), (TopPRouter, {}), (ReLURouter, {}), (NullExpertsRouter, dict(num_null_experts=8, top_k=4))])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ThresholdConfig, {}),
+        (TopPConfig, {}),
+        (ReLUConfig, {}),
+        (NullExpertsConfig, dict(num_null_experts=8, top_k=4)),
+    ],
+)
 @pytest.mark.parametrize("budget", [1.3, 3.0])
 def test_a_router_finds_another_budget(kind, options, budget):
     model = build(tiny_config(), BalanceConfig(), router=kind, budget=2.0, **options)
     before = [parameter.clone() for parameter in model.parameters()]
     batches = (Rows(step) for step in range(48))
-    mean = calibrate_budget(model, batches, budget, BalanceConfig(), BudgetConfig(), torch.device("cpu"))
+    mean = calibrate_budget(
+        model, batches, budget, BalanceConfig(), BudgetConfig(), torch.device("cpu")
+    )
     assert mean == pytest.approx(budget, rel=TOLERANCE)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

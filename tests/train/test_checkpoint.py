@@ -1,10 +1,11 @@
-"""A checkpoint is whole or absent, whatever happens while it is written; what is read is ours, whole, and of this model."""
+"""A checkpoint is whole or absent, whatever happens while it is written; what is read is ours,
+whole, and of this model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import json
 import os
 import pickle
@@ -19,25 +20,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.attention.dense import DenseAttention
-from model.attention.sparse import SparseAttention
+from model.attention.config import DenseAttentionConfig, SparseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
-from model.dispatch import AllToAllDispatcher
-from model.moe import ModelParts
-from model.parallel import initialize_parallel
-from model.routers.top_k import TopKRouter
+from model.dispatch.config import AllToAllConfig
+from model.moe.layer import ModelParts
+from model.parallel.groups import initialize_parallel
+from model.request import TokenBatch
+from model.routers.config import TopKConfig
 from model.transformer import Transformer
-from train.checkpoint import (
-    CheckpointError,
-    CheckpointWriter,
-    damage,
-    find_checkpoint,
-    load_weights,
-    read_state,
-    restore_rng,
-    set_newer_aside,
-)
-from train.checkpoint_folder import (
+from train.checkpoint.folder import (
     CheckpointsGoneError,
     begins_anew,
     point_best,
@@ -47,14 +38,33 @@ from train.checkpoint_folder import (
     remove_old,
     steps,
 )
-from train.config import CheckpointConfig, OptimConfig, TrainConfig
-from train.engine import Engine
-from train.manifest import NewerFormatError, file_facts
-from train.runtime import process_group
+from train.checkpoint.writer import (
+    CheckpointError,
+    CheckpointWriter,
+    damage,
+    find_checkpoint,
+    load_weights,
+    read_state,
+    restore_rng,
+    set_newer_aside,
+)
+from train.config.training import CheckpointConfig, OptimConfig, TrainConfig
+from train.engine.deepspeed import Engine
+from train.files.manifest import NewerFormatError, file_facts
+from train.rank.runtime import process_group
 
-CONFIG = ModelConfig(vocab_size=32, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=16,
-                     num_experts=4, expert_intermediate_size=8, max_seq_len=16)
-PARTS = ModelParts(functools.partial(TopKRouter, top_k=2), DenseAttention, AllToAllDispatcher, BalanceConfig())
+CONFIG = ModelConfig(
+    vocab_size=32,
+    hidden_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=16,
+    num_experts=4,
+    expert_intermediate_size=8,
+    max_seq_len=16,
+)
+PARTS = ModelParts(TopKConfig(top_k=2), DenseAttentionConfig(), AllToAllConfig(), BalanceConfig())
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +73,18 @@ def saved(tmp_path_factory):
     run = tmp_path_factory.mktemp("checkpoints") / "run"
     with process_group(60):
         groups = initialize_parallel(1)
-        engine = Engine(Transformer(CONFIG, PARTS, groups), groups,
-                        TrainConfig(num_steps=4, seq_len=8, micro_batch_size=1, global_batch_size=1),
-                        OptimConfig(lr=0.1), {"zero_optimization": {"stage": 1}})
+        engine = Engine(
+            Transformer(CONFIG, PARTS, groups),
+            groups,
+            TrainConfig(num_steps=4, seq_len=8, micro_batch_size=1, global_batch_size=1),
+            OptimConfig(lr=0.1),
+            {"zero_optimization": {"stage": 1}},
+        )
         writer = CheckpointWriter(run, CheckpointConfig(keep_last=2), groups, "config: {}\n")
         ids = torch.arange(8).unsqueeze(0)
         cu_seqlens = torch.tensor([0, 8], dtype=torch.int32)
         for step in range(1, 5):
-            output = engine.forward(input_ids=ids, targets=ids + 1, positions=ids, cu_seqlens=cu_seqlens, max_seqlen=8)
+            output = engine.forward(TokenBatch(ids, ids + 1, ids, cu_seqlens, max_seqlen=8))
             engine.backward(output.loss_sum, is_last=True)
             engine.step()
             engine.module.routers()[0].balance_bias += 1
@@ -129,7 +143,9 @@ def test_damage_is_named_and_the_previous_checkpoint_used(run, harm, caplog):
 
 
 def test_unfinished_saves_are_never_taken(run):
-    shutil.copytree(run / "checkpoints" / "step-00000004", run / "checkpoints" / ".step-00000009.partial")
+    shutil.copytree(
+        run / "checkpoints" / "step-00000004", run / "checkpoints" / ".step-00000009.partial"
+    )
     half = run / "checkpoints" / "step-00000008"
     half.mkdir()
     assert find_checkpoint(run).name == "step-00000004"
@@ -141,10 +157,17 @@ def test_no_usable_checkpoint_is_an_error_with_the_place(tmp_path):
 
 
 def test_a_model_comes_back_at_the_stage_of_its_attention(saved):
-    """Saved after step 4: within four dense steps it is dense no longer, within five it still is."""
+    """Saved after step 4: within four dense steps it is dense no longer, within five it still
+    is.
+    """
     for dense_steps, dense in ((4, False), (5, True)):
-        attention = functools.partial(SparseAttention, block_size=2, coarse_block_size=2, top_k=1, window_size=2,
-                                      dense_steps=dense_steps)
+        attention = SparseAttentionConfig(
+            block_size=2,
+            coarse_block_size=2,
+            top_k=1,
+            window_size=2,
+            dense_steps=dense_steps,
+        )
         model = Transformer(CONFIG, dataclasses.replace(PARTS, attention=attention))
         load_weights(model, find_checkpoint(saved[0], "latest"))
         layers = model.sparse_attentions()
@@ -155,16 +178,27 @@ def other_model(**changes):
     return Transformer(ModelConfig(**{**vars(CONFIG), **changes}), PARTS)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"hidden_size": 16}, r"it has embedding\.weight of shape \(32, 8\), this model needs shape \(32, 16\)"),
-    ({"num_layers": 3}, r"it has no blocks\.2\..*, this model needs shape \(8,\)"),
-    ({"num_layers": 1}, r"it has blocks\.1\..* of shape \(.*\), this model has no such parameter"),
-    ({"num_experts": 2}, r"router.* of shape \(4, 8\), this model needs shape \(2, 8\)"),
-    ({"num_experts": 8}, r"router.* of shape \(4, 8\), this model needs shape \(8, 8\)"),
-    ({"num_experts": 0}, r"it has no blocks\.0\.mlp\..*, this model needs shape \(32, 8\)"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"hidden_size": 16},
+            r"it has embedding\.weight of shape \(32, 8\), this model needs shape \(32, 16\)",
+        ),
+        ({"num_layers": 3}, r"it has no blocks\.2\..*, this model needs shape \(8,\)"),
+        (
+            {"num_layers": 1},
+            r"it has blocks\.1\..* of shape \(.*\), this model has no such parameter",
+        ),
+        ({"num_experts": 2}, r"router.* of shape \(4, 8\), this model needs shape \(2, 8\)"),
+        ({"num_experts": 8}, r"router.* of shape \(4, 8\), this model needs shape \(8, 8\)"),
+        ({"num_experts": 0}, r"it has no blocks\.0\.mlp\..*, this model needs shape \(32, 8\)"),
+    ],
+)
 def test_a_checkpoint_of_another_model_is_refused_with_the_first_difference(run, changes, words):
-    with pytest.raises(CheckpointError, match=f"step-00000004 belongs to another model: .*{words}") as caught:
+    with pytest.raises(
+        CheckpointError, match=f"step-00000004 belongs to another model: .*{words}"
+    ) as caught:
         load_weights(other_model(**changes), find_checkpoint(run))
     assert "\n" not in str(caught.value)
 
@@ -178,7 +212,8 @@ def test_only_attention_may_need_fewer_parameters_than_there_are(run):
         load_weights(model, find_checkpoint(run))
 
 
-# --- what is read and what is not ------------------------------------------------------------------------------------
+# --- what is read and what is not -----------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["weights/__1_0.distcp", "weights/deeper/x", "rng-00001.json"])
 def test_a_file_that_the_manifest_does_not_list_is_damage(run, name):
@@ -218,7 +253,10 @@ def test_a_manifest_cannot_point_outside_its_folder(run, name):
 def test_folders_of_other_users_are_not_read(run, monkeypatch):
     owner = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.raises(CheckpointError, match=rf"belongs to user {owner}, this is user {owner + 1}: .*chown -R {owner + 1}"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"belongs to user {owner}, this is user {owner + 1}: .*chown -R {owner + 1}",
+    ):
         find_checkpoint(run)
     with pytest.raises(CheckpointError, match=f"step-00000004 belongs to user {owner}"):
         load_weights(other_model(), run / "checkpoints" / "step-00000004")
@@ -243,12 +281,27 @@ def test_a_newer_format_is_refused_and_no_older_checkpoint_taken(run, file):
         manifest.write_text(json.dumps({"format": 1, "files": files}))
         with pytest.raises(NewerFormatError, match="format 99"):
             read_state(newest)
-    with pytest.raises(NewerFormatError, match="has format 99, this version reads up to format 1: use a version of"):
+    with pytest.raises(
+        NewerFormatError, match="has format 99, this version reads up to format 3: use a version of"
+    ):
         find_checkpoint(run)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"step-00000077", b"../..", b"null", b"[1]", b'{"checkpoint": 3}',
-                                     b'{"checkpoint": "step-00000001", "val_loss": NaN}', "folder", None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"step-00000077",
+        b"../..",
+        b"null",
+        b"[1]",
+        b'{"checkpoint": 3}',
+        b'{"checkpoint": "step-00000001", "val_loss": NaN}',
+        "folder",
+        None,
+    ],
+)
 @pytest.mark.parametrize("pointer", ["latest", "best.json"])
 def test_a_damaged_pointer_stops_nothing(run, pointer, content, caplog):
     folder = run / "checkpoints"
@@ -259,7 +312,9 @@ def test_a_damaged_pointer_stops_nothing(run, pointer, content, caplog):
     elif content is not None:
         path.write_bytes(content)
     assert find_checkpoint(run).name == "step-00000004"
-    assert find_checkpoint(run, "best").name == ("step-00000004" if pointer == "best.json" else "step-00000001")
+    assert find_checkpoint(run, "best").name == (
+        "step-00000004" if pointer == "best.json" else "step-00000001"
+    )
     assert content is None or f"{path} is ignored" in caplog.text
     set_newer_aside(folder / "step-00000004")
     remove_old(folder, 2, True)
@@ -269,7 +324,8 @@ def test_a_damaged_pointer_stops_nothing(run, pointer, content, caplog):
     assert read_best(folder) == {"checkpoint": "step-00000003", "val_loss": 0.5}
 
 
-# --- pickles ---------------------------------------------------------------------------------------------------------
+# --- pickles --------------------------------------------------------------------------------------
+
 
 class _Bomb:
     def __reduce__(self):
@@ -279,11 +335,21 @@ class _Bomb:
 def dotted_bomb(module: str) -> bytes:
     """Protocol 4 resolves dotted names: os.mkdir by way of a module that imports os."""
     name = b"os.mkdir"
-    return (b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name
-            + b"\x93\x8c\x08exploded\x85R.")
+    return (
+        b"\x80\x04\x8c"
+        + bytes([len(module)])
+        + module.encode()
+        + b"\x8c"
+        + bytes([len(name)])
+        + name
+        + b"\x93\x8c\x08exploded\x85R."
+    )
 
 
-BOMBS = {"plain": pickle.dumps(_Bomb()), "dotted": dotted_bomb("torch.distributed.checkpoint.filesystem")}
+BOMBS = {
+    "plain": pickle.dumps(_Bomb()),
+    "dotted": dotted_bomb("torch.distributed.checkpoint.filesystem"),
+}
 
 
 @pytest.mark.parametrize("kind", BOMBS)
@@ -300,8 +366,12 @@ def test_a_pickle_in_the_index_is_not_executed(run, tmp_path, monkeypatch, kind)
 
 def poisoned(attribute: str) -> bytes:
     """BUILD on a class that the index may name: it would change for the whole process."""
-    return (b"\x80\x04\x8c\x07pathlib\x8c\x09PosixPath\x93N}\x8c" + bytes([len(attribute)]) + attribute.encode()
-            + b"\x8c\x05torch\x8c\x04Size\x93s\x86b.")
+    return (
+        b"\x80\x04\x8c\x07pathlib\x8c\x09PosixPath\x93N}\x8c"
+        + bytes([len(attribute)])
+        + attribute.encode()
+        + b"\x8c\x05torch\x8c\x04Size\x93s\x86b."
+    )
 
 
 @pytest.mark.parametrize("attribute", ["is_file", "a_new_one", "__init__"])
@@ -314,23 +384,31 @@ def test_an_index_changes_no_class(run, attribute):
     assert dict(vars(PosixPath)) == before
 
 
-@pytest.mark.parametrize("place", ["../../step-00000001/weights/__0_0.distcp", "/etc/hostname", "sub/x.distcp", "..", ""])
+@pytest.mark.parametrize(
+    "place", ["../../step-00000001/weights/__0_0.distcp", "/etc/hostname", "sub/x.distcp", "..", ""]
+)
 def test_an_index_points_to_no_file_outside_its_folder(run, place):
     checkpoint = run / "checkpoints" / "step-00000004"
     path = checkpoint / "weights" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     key = next(iter(metadata.storage_data))
-    metadata.storage_data[key] = dataclasses.replace(metadata.storage_data[key], relative_path=place)
+    metadata.storage_data[key] = dataclasses.replace(
+        metadata.storage_data[key], relative_path=place
+    )
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="outside of its folder"):
         load_weights(Transformer(CONFIG, PARTS), checkpoint)
 
 
-# --- gone ------------------------------------------------------------------------------------------------------------
+# --- gone -----------------------------------------------------------------------------------------
+
 
 def test_a_restart_never_begins_anew_once_something_was_saved(run, tmp_path):
-    """As when the disk of the checkpoints is not mounted: training from step 0 would throw the run away."""
-    assert (run / "saved").read_text() == "step-00000001"  # by the writer, at the first checkpoint
+    """As when the disk of the checkpoints is not mounted: training from step 0 would throw the run
+    away.
+    """
+    # by the writer, at the first checkpoint
+    assert (run / "saved").read_text() == "step-00000001"
     assert not begins_anew(run)
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointsGoneError, match="is a disk not mounted"):
@@ -341,15 +419,20 @@ def test_a_restart_never_begins_anew_once_something_was_saved(run, tmp_path):
     assert begins_anew(tmp_path / "a run that never saved")
 
 
-# --- retention -------------------------------------------------------------------------------------------------------
+# --- retention ------------------------------------------------------------------------------------
+
 
 def test_retention_counts_only_checkpoints_that_look_whole(run):
     folder = run / "checkpoints"
-    victim = max((folder / "step-00000004" / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = max(
+        (folder / "step-00000004" / "weights").glob("*.distcp"),
+        key=lambda path: path.stat().st_size,
+    )
     victim.write_bytes(victim.read_bytes()[:-7])
     (folder / "step-00000003" / "manifest.json").unlink()
     remove_old(folder, 1, keep_best=False)
-    assert names(run) == ["step-00000001", "step-00000003", "step-00000004"]  # the only whole one stays
+    # the only whole one stays
+    assert names(run) == ["step-00000001", "step-00000003", "step-00000004"]
     assert find_checkpoint(run).name == "step-00000001"
 
 
@@ -362,7 +445,13 @@ def test_steps_are_ordered_by_number(run):
     folder = run / "checkpoints"
     for step in (99999999, 100000000):
         shutil.copytree(folder / "step-00000003", folder / f"step-{step}")
-    assert steps(folder) == ["step-00000001", "step-00000003", "step-00000004", "step-99999999", "step-100000000"]
+    assert steps(folder) == [
+        "step-00000001",
+        "step-00000003",
+        "step-00000004",
+        "step-99999999",
+        "step-100000000",
+    ]
     set_newer_aside(folder / "step-00000004")
     assert names(run) == ["step-00000001", "step-00000003", "step-00000004"]
 
@@ -377,7 +466,8 @@ def test_a_replacement_cut_short_is_put_back(run):
     assert not list(folder.glob(".*"))
 
 
-# --- random states ---------------------------------------------------------------------------------------------------
+# --- random states --------------------------------------------------------------------------------
+
 
 def test_random_streams_continue(run):
     checkpoint = find_checkpoint(run)
@@ -390,7 +480,9 @@ def test_random_streams_continue(run):
     assert not restore_rng(checkpoint, 0, 2, 1)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"python": 1}', '{"python": [3, [1], null]}', "[]", "{", None])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"python": 1}', '{"python": [3, [1], null]}', "[]", "{", None]
+)
 def test_a_damaged_random_state_is_an_error_and_no_other_stream(run, content):
     checkpoint = find_checkpoint(run)
     path = checkpoint / "rng-00000.json"
@@ -401,34 +493,53 @@ def test_a_damaged_random_state_is_an_error_and_no_other_stream(run, content):
         restore_rng(checkpoint, 0, 1, 1)
 
 
-# --- saving under faults, on two ranks -------------------------------------------------------------------------------
+# --- saving under faults, on two ranks ------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def cases(run_ranks, tmp_path_factory):
     """Case -> what each of two ranks saw of it (checkpoint_worker.py)."""
     folder = tmp_path_factory.mktemp("ranks")
-    return {line["case"]: line["ranks"] for line in run_ranks("train/checkpoint_worker.py", 2, str(folder))}
+    return {
+        line["case"]: line["ranks"]
+        for line in run_ranks("train/checkpoint_worker.py", 2, str(folder))
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["False", "True"], ids=["synchronous", "asynchronous"])
-@pytest.mark.parametrize(("case", "rank", "code", "words"), [
-    ("tensors", 1, errno.EFBIG, "step-00000002.partial/weights: File too large"),
-    ("last tensor", 1, errno.EFBIG, "File too large"),
-    ("records", 1, errno.EIO, r"rng-00001\.json"),
-    ("hash", 1, errno.EIO, "Input/output error"),
-    ("space", 0, errno.ENOSPC, "bytes are needed and 12,288 are free"),
-    ("manifest", 0, errno.ENOSPC, "No space left on device"),
-    ("rename", 0, errno.EROFS, "Read-only file system"),
-    ("bug", 1, None, "ZeroDivisionError: division by zero"),
-])
-def test_a_rank_that_cannot_write_takes_all_with_it_and_costs_that_checkpoint_only(cases, mode, case, rank, code, words):
+@pytest.mark.parametrize(
+    ("case", "rank", "code", "words"),
+    [
+        ("tensors", 1, errno.EFBIG, "step-00000002.partial/weights: File too large"),
+        ("last tensor", 1, errno.EFBIG, "File too large"),
+        ("records", 1, errno.EIO, r"rng-00001\.json"),
+        ("hash", 1, errno.EIO, "Input/output error"),
+        ("space", 0, errno.ENOSPC, "bytes are needed and 12,288 are free"),
+        ("manifest", 0, errno.ENOSPC, "No space left on device"),
+        ("rename", 0, errno.EROFS, "Read-only file system"),
+        ("bug", 1, None, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_rank_that_cannot_write_takes_all_with_it_and_costs_that_checkpoint_only(
+    cases, mode, case, rank, code, words
+):
     first, second = cases[f"{case}/{mode}/stop"]
     assert first == second
     assert first["rank"] == rank and first["errno"] == code and re.search(words, first["error"])
-    assert first["error"].startswith(f"rank {rank} could not write /") and "step-00000002" in first["error"]
-    assert first["left"] == ["latest", "step-00000001"] and first["damage"] is None and first["step"] == 1
-    assert first["after"] == ["latest", "step-00000001", "step-00000003"] and first["newest"] == "step-00000003"
+    assert (
+        first["error"].startswith(f"rank {rank} could not write /")
+        and "step-00000002" in first["error"]
+    )
+    assert (
+        first["left"] == ["latest", "step-00000001"]
+        and first["damage"] is None
+        and first["step"] == 1
+    )
+    assert (
+        first["after"] == ["latest", "step-00000001", "step-00000003"]
+        and first["newest"] == "step-00000003"
+    )
 
 
 @pytest.mark.slow
@@ -443,21 +554,35 @@ def test_training_may_go_on_without_the_checkpoint(cases, mode):
 @pytest.mark.parametrize("mode", ["False", "True"], ids=["synchronous", "asynchronous"])
 def test_what_is_saved_is_what_was_true_when_save_was_called(cases, mode):
     for seen in cases[f"snapshot/{mode}"]:
-        assert seen == {"there_at_once": mode == "False", "same": True, "tokens": 5, "same_rng": True,
-                        "latest": "step-00000002"}
+        assert seen == {
+            "there_at_once": mode == "False",
+            "same": True,
+            "tokens": 5,
+            "same_rng": True,
+            "latest": "step-00000002",
+        }
 
 
 @pytest.mark.slow
 def test_saves_wait_for_each_other_and_the_best_for_its_own(cases):
     for seen in cases["queue"]:
-        assert seen["marked"] == ["best.json", "latest", "step-00000001"] and seen["second"] == "step-00000002"
-        assert seen["left"] == ["best.json", "latest", "step-00000001", "step-00000003"] and seen["best"] == 2.5
+        assert (
+            seen["marked"] == ["best.json", "latest", "step-00000001"]
+            and seen["second"] == "step-00000002"
+        )
+        assert (
+            seen["left"] == ["best.json", "latest", "step-00000001", "step-00000003"]
+            and seen["best"] == 2.5
+        )
 
 
 @pytest.mark.slow
 def test_a_run_directory_that_ranks_do_not_share_is_named(cases):
-    assert all("rank 1 could not write" in seen["error"] and "file system that all ranks share" in seen["error"]
-               for seen in cases["unshared"])
+    assert all(
+        "rank 1 could not write" in seen["error"]
+        and "file system that all ranks share" in seen["error"]
+        for seen in cases["unshared"]
+    )
 
 
 @pytest.mark.slow
@@ -467,25 +592,63 @@ def test_everything_is_on_disk_before_it_gets_its_name(cases):
     done = [tuple(event) for event in first["done"]]
     named = done.index(("rename", "step-00000001"))
     scratch = ".step-00000001.partial"
-    synced = {path for what, path in done[:named] + [tuple(event) for event in second["done"]] if what == "sync"}
-    assert synced == {f"{scratch}{'/' * bool(name)}{name}" for name in (
-        "", "weights", "weights/__0_0.distcp", "weights/__1_0.distcp", "weights/.metadata.tmp", "rng-00000.json.tmp",
-        "rng-00001.json.tmp", "state.json.tmp", "config.yaml.tmp", "manifest.json.tmp")} | {".."}
+    synced = {
+        path
+        for what, path in done[:named] + [tuple(event) for event in second["done"]]
+        if what == "sync"
+    }
+    assert synced == {
+        f"{scratch}{'/' * bool(name)}{name}"
+        for name in (
+            "",
+            "weights",
+            "weights/__0_0.distcp",
+            "weights/__1_0.distcp",
+            "weights/.metadata.tmp",
+            "rng-00000.json.tmp",
+            "rng-00001.json.tmp",
+            "state.json.tmp",
+            "config.yaml.tmp",
+            "manifest.json.tmp",
+        )
+    } | {".."}
     renamed = [path for what, path in done if what == "rename"]
     assert renamed[-4:] == [f"{scratch}/manifest.json", "step-00000001", "../saved", "latest"]
-    assert done[named + 1:] == [("sync", "."), ("sync", "../saved.tmp"), ("rename", "../saved"), ("sync", "latest.tmp"),
-                                ("rename", "latest"), ("sync", ".")]
+    assert done[named + 1 :] == [
+        ("sync", "."),
+        ("sync", "../saved.tmp"),
+        ("rename", "../saved"),
+        ("sync", "latest.tmp"),
+        ("rename", "latest"),
+        ("sync", "."),
+    ]
+
+
+@pytest.mark.slow
+def test_another_layout_resumes_from_what_is_whole_with_every_bit(cases):
+    for seen in cases["layout"]:
+        assert seen == {"step": 1, "keys": True, "same": True, "damage": None}
 
 
 @pytest.mark.slow
 def test_a_process_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
     worker = Path(__file__).parent / "checkpoint_worker.py"
     root = worker.parent.parent.parent
-    done = subprocess.run([sys.executable, "-W", "ignore", str(worker), str(tmp_path), "kill"], cwd=root, text=True,
-                          capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(worker), str(tmp_path), "kill"],
+        cwd=root,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     folder = tmp_path / "killed" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == [".step-00000002.partial", "latest", "step-00000001"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".step-00000002.partial",
+        "latest",
+        "step-00000001",
+    ]
     assert find_checkpoint(tmp_path / "killed").name == "step-00000001"
     load_weights(Transformer(CONFIG, PARTS), find_checkpoint(tmp_path / "killed"))
     remove_leftovers(folder)

@@ -1,11 +1,11 @@
-"""Whatever happens to the files, a load gives what was saved or says in one line why not; nothing in them is executed.
+"""Whatever happens to the files, a load gives what was saved or says in one line why not; nothing
+in them is executed.
 
 Hypothesis draws up to three damages for each case, the same ones in every run.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pickle
@@ -20,31 +20,55 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from model.attention.dense import DenseAttention
+from model.attention.config import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
-from model.dispatch import AllToAllDispatcher
-from model.moe import ModelParts
-from model.parallel import initialize_parallel
-from model.routers.top_k import TopKRouter
+from model.dispatch.config import AllToAllConfig
+from model.moe.layer import ModelParts
+from model.parallel.groups import initialize_parallel
+from model.request import TokenBatch
+from model.routers.config import TopKConfig
 from model.transformer import Transformer
-from train.checkpoint import CheckpointWriter, find_checkpoint, load_weights, read_state, restore_rng
-from train.checkpoint_reader import _Reader
-from train.config import CheckpointConfig, DataConfig, OptimConfig, SourceConfig, TokenizerConfig, TrainConfig
+from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.writer import (
+    CheckpointWriter,
+    find_checkpoint,
+    load_weights,
+    read_state,
+    restore_rng,
+)
+from train.config.data import DataConfig, SourceConfig, TokenizerConfig
+from train.config.training import CheckpointConfig, OptimConfig, TrainConfig
 from train.data.prepare import prepare
 from train.data.store import TokenStore, TrainingSamples, ValidationRows
-from train.engine import Engine
-from train.manifest import file_facts
-from train.runtime import process_group
+from train.engine.deepspeed import Engine
+from train.files.manifest import file_facts
+from train.rank.runtime import process_group
 
-CONFIG = ModelConfig(vocab_size=1024, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=16,
-                     num_experts=4, expert_intermediate_size=8, max_seq_len=16)
-PARTS = ModelParts(functools.partial(TopKRouter, top_k=2), DenseAttention, AllToAllDispatcher, BalanceConfig())
-RUNS = settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-                suppress_health_check=[HealthCheck.too_slow])
+CONFIG = ModelConfig(
+    vocab_size=1024,
+    hidden_size=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=16,
+    num_experts=4,
+    expert_intermediate_size=8,
+    max_seq_len=16,
+)
+PARTS = ModelParts(TopKConfig(top_k=2), DenseAttentionConfig(), AllToAllConfig(), BalanceConfig())
+RUNS = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
 """No shrinking: three damages are few, and a failure should take no longer than a pass."""
 
 
-# --- damages ---------------------------------------------------------------------------------------------------------
+# --- damages --------------------------------------------------------------------------------------
+
 
 class _Bomb:
     def __reduce__(self):
@@ -53,9 +77,27 @@ class _Bomb:
 
 BOMB = pickle.dumps(_Bomb())
 NAME, MODULE = b"os.mkdir", b"torch.distributed.checkpoint.filesystem"
-DOTTED_BOMB = (b"\x80\x04\x8c" + bytes([len(MODULE)]) + MODULE + b"\x8c" + bytes([len(NAME)]) + NAME
-               + b"\x93\x8c\x08exploded\x85R.")
-OTHER_JSON = (b"null", b"[]", b"{}", b'"text"', b"1e999", b"-1", b"9" * 5000, b"[" * 20_000, b"\xff\xfe\xfd", b"{\"a\":")
+DOTTED_BOMB = (
+    b"\x80\x04\x8c"
+    + bytes([len(MODULE)])
+    + MODULE
+    + b"\x8c"
+    + bytes([len(NAME)])
+    + NAME
+    + b"\x93\x8c\x08exploded\x85R."
+)
+OTHER_JSON = (
+    b"null",
+    b"[]",
+    b"{}",
+    b'"text"',
+    b"1e999",
+    b"-1",
+    b"9" * 5000,
+    b"[" * 20_000,
+    b"\xff\xfe\xfd",
+    b'{"a":',
+)
 VALUES = (None, [], {}, "text", -1, 0, 10**30, 1e308, float("nan"), True, [{}], {"size": -1})
 
 
@@ -87,7 +129,9 @@ def change_value(path: Path, place: float, value: object) -> None:
     places: list[tuple[dict | list, str | int]] = []
 
     def walk(node):
-        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        for key in (
+            node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        ):
             places.append((node, key))
             walk(node[key])
 
@@ -107,19 +151,34 @@ def swap(first: Path, second: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path, float, int, Path], None]] = {
-    "truncate": lambda path, place, number, other: os.truncate(path, int(place * path.stat().st_size)),
+    "truncate": lambda path, place, number, other: os.truncate(
+        path, int(place * path.stat().st_size)
+    ),
     "flip": lambda path, place, number, other: flip(path, place, 1 << number % 8),
     "delete": lambda path, place, number, other: remove(path),
     "empty": lambda path, place, number, other: replace(path, b""),
-    "append": lambda path, place, number, other: replace(path, path.read_bytes() + bytes([number % 256])),
+    "append": lambda path, place, number, other: replace(
+        path, path.read_bytes() + bytes([number % 256])
+    ),
     "swap": lambda path, place, number, other: swap(path, other),
-    "copy": lambda path, place, number, other: replace(path, other.read_bytes()) if other.is_file() else None,
-    "other JSON": lambda path, place, number, other: replace(path, OTHER_JSON[number % len(OTHER_JSON)]),
-    "other value": lambda path, place, number, other: change_value(path, place, VALUES[number % len(VALUES)]),
+    "copy": lambda path, place, number, other: (
+        replace(path, other.read_bytes()) if other.is_file() else None
+    ),
+    "other JSON": lambda path, place, number, other: replace(
+        path, OTHER_JSON[number % len(OTHER_JSON)]
+    ),
+    "other value": lambda path, place, number, other: change_value(
+        path, place, VALUES[number % len(VALUES)]
+    ),
     "folder": lambda path, place, number, other: (remove(path), path.mkdir()),
     "pickle": lambda path, place, number, other: replace(path, BOMB if number % 2 else DOTTED_BOMB),
-    "link to nothing": lambda path, place, number, other: (remove(path), path.symlink_to("nowhere")),
-    "stranger": lambda path, place, number, other: (path.parent / f"__{number}_0.distcp").write_bytes(BOMB),
+    "link to nothing": lambda path, place, number, other: (
+        remove(path),
+        path.symlink_to("nowhere"),
+    ),
+    "stranger": lambda path, place, number, other: (
+        path.parent / f"__{number}_0.distcp"
+    ).write_bytes(BOMB),
 }
 PLACE = st.integers(0, 999).map(lambda n: n / 1000)
 KINDS = [*sorted(DAMAGES), *["flip"] * 8]  # in most files most bits are not looked at
@@ -127,16 +186,22 @@ DAMAGE = st.tuples(st.sampled_from(KINDS), PLACE, PLACE, st.integers(0, 255), PL
 
 
 def spoil(folder: Path, damages: list[tuple[str, float, float, int, float]]) -> None:
-    """Each damage hits one file of the folder: chosen by its first number, with the last choosing a second one."""
+    """Each damage hits one file of the folder: chosen by its first number, with the last choosing a
+    second one.
+    """
     for kind, which, place, number, which_other in damages:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if files:
-            DAMAGES[kind](files[int(which * len(files))], place, number, files[int(which_other * len(files))])
+            DAMAGES[kind](
+                files[int(which * len(files))], place, number, files[int(which_other * len(files))]
+            )
 
 
 @pytest.fixture
 def nothing_explodes(tmp_path, monkeypatch):
-    """Nothing is executed, and no damaged size takes the machine's memory (a pickle may name a place 2**31)."""
+    """Nothing is executed, and no damaged size takes the machine's memory (a pickle may name a
+    place 2**31).
+    """
     monkeypatch.chdir(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -154,28 +219,42 @@ def assert_one_line(error: ValueError) -> None:
     assert "/train/" in last.tb_frame.f_code.co_filename, f"not ours: {error!r}"
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run directory with checkpoints of steps 1 and 2, and the weights and random numbers that follow each."""
+    """A run directory with checkpoints of steps 1 and 2, and the weights and random numbers that
+    follow each.
+    """
     folder = tmp_path_factory.mktemp("fuzz")
     known = {}
     with process_group(60):
         groups = initialize_parallel(1)
-        engine = Engine(Transformer(CONFIG, PARTS, groups), groups,
-                        TrainConfig(num_steps=2, seq_len=8, micro_batch_size=1, global_batch_size=1),
-                        OptimConfig(lr=0.1), {"zero_optimization": {"stage": 1}})
+        engine = Engine(
+            Transformer(CONFIG, PARTS, groups),
+            groups,
+            TrainConfig(num_steps=2, seq_len=8, micro_batch_size=1, global_batch_size=1),
+            OptimConfig(lr=0.1),
+            {"zero_optimization": {"stage": 1}},
+        )
         writer = CheckpointWriter(folder / "run", CheckpointConfig(), groups, "config: {}\n")
         ids, cu_seqlens = torch.arange(8).unsqueeze(0), torch.tensor([0, 8], dtype=torch.int32)
         for step in (1, 2):
-            output = engine.forward(input_ids=ids, targets=ids + 1, positions=ids, cu_seqlens=cu_seqlens, max_seqlen=8)
+            output = engine.forward(TokenBatch(ids, ids + 1, ids, cu_seqlens, max_seqlen=8))
             engine.backward(output.loss_sum, is_last=True)
             engine.step()
             writer.save(engine, {"step": step, "tokens": 8 * step})
             writer.mark_best(step, 1.0)
-            weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
-            known[step] = weights, torch.rand(3), everything_in(folder / "run" / "checkpoints" / f"step-0000000{step}")
+            weights = {
+                name: parameter.detach().clone()
+                for name, parameter in engine.module.named_parameters()
+            }
+            known[step] = (
+                weights,
+                torch.rand(3),
+                everything_in(folder / "run" / "checkpoints" / f"step-0000000{step}"),
+            )
         engine.close()
     model = Transformer(CONFIG, PARTS)
     return folder, known, model
@@ -183,14 +262,16 @@ def trained(tmp_path_factory):
 
 def everything_in(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor, moments and buffers included."""
-    reader = _Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     tensors = {key: torch.empty(shape) for key, shape in reader.shapes.items()}
     reader.read(tensors)
     return tensors
 
 
 def load(run: Path, prefer: str, model: Transformer, known: dict) -> int:
-    """Load as a resume does; the step, after comparing every tensor and the random stream with what was saved."""
+    """Load as a resume does; the step, after comparing every tensor and the random stream with what
+    was saved.
+    """
     checkpoint = find_checkpoint(run, prefer)
     state = read_state(checkpoint)
     for parameter in model.parameters():
@@ -199,9 +280,13 @@ def load(run: Path, prefer: str, model: Transformer, known: dict) -> int:
     assert restore_rng(checkpoint, 0, 1, state["world_size"])
     weights, numbers, tensors = known[state["step"]]
     assert state["tokens"] == 8 * state["step"]
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters()
+    )
     assert torch.equal(torch.rand(3), numbers)
-    assert all(torch.equal(tensor, tensors[key]) for key, tensor in everything_in(checkpoint).items())
+    assert all(
+        torch.equal(tensor, tensors[key]) for key, tensor in everything_in(checkpoint).items()
+    )
     return state["step"]
 
 
@@ -246,11 +331,14 @@ def test_every_damage_to_the_newest_checkpoint_gives_the_one_before(trained, not
             assert "has format" in str(error)
 
     check()
-    assert seen == {1, 2}  # a damage may come to nothing: an empty truncation, a swap with itself
+    # a damage may come to nothing: an empty truncation, a swap with itself
+    assert seen == {1, 2}
 
 
 def test_tensors_are_not_trusted_even_if_the_manifest_agrees(trained, nothing_explodes):
-    """Somebody who can write the manifest too gets a refusal or other numbers, never anything executed."""
+    """Somebody who can write the manifest too gets a refusal or other numbers, never anything
+    executed.
+    """
     folder, _, model = trained
 
     @RUNS
@@ -259,8 +347,11 @@ def test_tensors_are_not_trusted_even_if_the_manifest_agrees(trained, nothing_ex
         run = fresh_copy(folder, "run")
         checkpoint = run / "checkpoints" / "step-00000002"
         spoil(checkpoint / "weights", damages)
-        files = {str(path.relative_to(checkpoint)): file_facts(path) for path in checkpoint.rglob("*")
-                 if path.is_file() and path.name != "manifest.json"}
+        files = {
+            str(path.relative_to(checkpoint)): file_facts(path)
+            for path in checkpoint.rglob("*")
+            if path.is_file() and path.name != "manifest.json"
+        }
         (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
         try:
             load_weights(model, find_checkpoint(run))
@@ -270,7 +361,8 @@ def test_tensors_are_not_trusted_even_if_the_manifest_agrees(trained, nothing_ex
     check()
 
 
-# --- token stores ----------------------------------------------------------------------------------------------------
+# --- token stores ---------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
@@ -283,8 +375,15 @@ def prepared(tmp_path_factory):
     (folder / "text.txt").write_text("\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
-        path = prepare(DataConfig((SourceConfig("text", data_files=str(folder / "text.txt"), sample_by="line"),),
-                                  TokenizerConfig(vocab_size=270), 0.2, str(folder / "cache")), report=lambda line: None)
+        path = prepare(
+            DataConfig(
+                (SourceConfig("text", data_files=str(folder / "text.txt"), sample_by="line"),),
+                TokenizerConfig(vocab_size=270),
+                0.2,
+                str(folder / "cache"),
+            ),
+            report=lambda line: None,
+        )
     path.rename(folder / "store")
     fresh_copy(folder, "store")
     expected = read_everything(folder / "copy")
@@ -297,9 +396,15 @@ def read_everything(path: Path) -> list:
     store = TokenStore(path)
     samples, rows = TrainingSamples(store, (1.0,), 16, seed=0), ValidationRows(store, 16)
     samples.open(0, 8)
-    return [store.vocab_size, store.end_of_document, store.unigram_entropy, store.token_bytes().tolist(),
-            store.tokenizer().encode("owl 3").ids, [samples.tokens(i).tolist() for i in range(8)],
-            [rows.tokens(i).tolist() for i in range(len(rows))]]
+    return [
+        store.vocab_size,
+        store.end_of_document,
+        store.unigram_entropy,
+        store.token_bytes().tolist(),
+        store.tokenizer().encode("owl 3").ids,
+        [samples.tokens(i).tolist() for i in range(8)],
+        [rows.tokens(i).tolist() for i in range(len(rows))],
+    ]
 
 
 def test_every_damage_to_a_token_store_is_named(prepared, nothing_explodes):
@@ -323,14 +428,23 @@ def test_every_damage_to_a_token_store_is_named(prepared, nothing_explodes):
     assert seen == {"whole", "named"}
 
 
-@pytest.mark.parametrize(("name", "what"), [
-    ("manifest.json", "is no JSON"), ("tokenizer.json", r"has \d+ bytes instead of \d+"),
-    ("token_bytes.npy", r"has \d+ bytes instead of \d+"), ("train_0.bin", r"has \d+ bytes instead of \d+"),
-    ("train_0.idx", r"has \d+ bytes instead of \d+"), ("validation.bin", r"has \d+ bytes instead of \d+")])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("manifest.json", "is no JSON"),
+        ("tokenizer.json", r"has \d+ bytes instead of \d+"),
+        ("token_bytes.npy", r"has \d+ bytes instead of \d+"),
+        ("train_0.bin", r"has \d+ bytes instead of \d+"),
+        ("train_0.idx", r"has \d+ bytes instead of \d+"),
+        ("validation.bin", r"has \d+ bytes instead of \d+"),
+    ],
+)
 def test_a_damaged_file_is_named_with_what_is_wrong_and_the_fix(prepared, name, what):
     store = fresh_copy(prepared[0], "store")
     os.truncate(store / name, 20)
-    with pytest.raises(ValueError, match=rf"{name} {what}.*; delete the folder {store}: it is made again"):
+    with pytest.raises(
+        ValueError, match=rf"{name} {what}.*; delete the folder {store}: it is made again"
+    ):
         read_everything(store)
 
 
@@ -342,7 +456,10 @@ def test_a_store_of_before_the_checksums_is_read_and_its_sizes_are_checked(prepa
     (store / "manifest.json").write_text(json.dumps(manifest))
     assert read_everything(store) == expected
     os.truncate(store / "train_0.bin", 20)
-    with pytest.raises(ValueError, match=r"train_0\.bin has 20 bytes instead of \d+ for \d+ tokens; delete the folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"train_0\.bin has 20 bytes instead of \d+ for \d+ tokens; delete the folder",
+    ):
         read_everything(store)
 
 

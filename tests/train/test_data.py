@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from model.loss import IGNORE_INDEX
-from train.config import DataConfig, SourceConfig, TokenizerConfig
+from model.request import TokenBatch
+from train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from train.data.loader import Batch, TrainingLoader, pack, validation_batches
 from train.data.prepare import fingerprint, prepare, store_path, train_bpe, unigram_entropy
 from train.data.sources import documents
@@ -30,7 +31,9 @@ def datasets_cache(tmp_path_factory):
     import datasets
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setattr(
+            datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets"))
+        )
         yield
 
 
@@ -38,25 +41,39 @@ def make_texts(count: int, seed: int = 0, letters: str = "abcdefghijklmé€😀
     """Different documents of 5 to 40 words, some characters of several bytes."""
     rng = random.Random(seed)
     words = ["".join(rng.choices(letters, k=rng.randint(1, 7))) for _ in range(60)]
-    return [f"{' '.join(rng.choices(words, k=rng.randint(5, 40)))} {letters[0] * i}" for i in range(count)]
+    return [
+        f"{' '.join(rng.choices(words, k=rng.randint(5, 40)))} {letters[0] * i}"
+        for i in range(count)
+    ]
 
 
 def write(path: Path, texts: list[str], column: str = "text") -> str:
     """Write one document per row (json, parquet) or line (txt)."""
     if path.suffix == ".json":
-        path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
+        path.write_text(
+            "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts))
+        )
     elif path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), column: texts}), path)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"id": list(range(len(texts))), column: texts}), path
+        )
     else:
         path.write_text("".join(text + "\n" for text in texts))
     return str(path)
 
 
-def data_config(folder: Path, *sources: SourceConfig, fraction: float = 0.2, **tokenizer) -> DataConfig:
-    return DataConfig(sources, TokenizerConfig(**{"vocab_size": 300, **tokenizer}), fraction, str(folder / "cache"))
+def data_config(
+    folder: Path, *sources: SourceConfig, fraction: float = 0.2, **tokenizer
+) -> DataConfig:
+    return DataConfig(
+        sources,
+        TokenizerConfig(**{"vocab_size": 300, **tokenizer}),
+        fraction,
+        str(folder / "cache"),
+    )
 
 
 def lines(path: Path, texts: list[str], **options) -> SourceConfig:
@@ -90,41 +107,63 @@ def store(tmp_path_factory) -> TokenStore:
 def mixture(tmp_path_factory) -> TokenStore:
     """Two sources that share no letter; the first is smaller."""
     folder = tmp_path_factory.mktemp("mixture")
-    return make_store(data_config(folder, lines(folder / "a.txt", make_texts(90, letters="abcdefg")),
-                                  lines(folder / "n.txt", make_texts(120, 1, letters="nopqrst"))))
+    return make_store(
+        data_config(
+            folder,
+            lines(folder / "a.txt", make_texts(90, letters="abcdefg")),
+            lines(folder / "n.txt", make_texts(120, 1, letters="nopqrst")),
+        )
+    )
 
 
-# --- prepare ---------------------------------------------------------------------------------------------------------
+# --- prepare --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["text", "json", "parquet"])
 def test_a_store_holds_every_document_once_and_counts_it(tmp_path, kind):
     texts = make_texts(40)
-    path = write(tmp_path / f"data.{kind.replace('text', 'txt')}", texts, column="body" if kind == "json" else "text")
-    source = SourceConfig(kind, data_files=path, sample_by="line", text_column="body" if kind == "json" else "text")
+    path = write(
+        tmp_path / f"data.{kind.replace('text', 'txt')}",
+        texts,
+        column="body" if kind == "json" else "text",
+    )
+    source = SourceConfig(
+        kind, data_files=path, sample_by="line", text_column="body" if kind == "json" else "text"
+    )
     store = make_store(data_config(tmp_path, source))
     kept, held_out = stored_texts(store, "train_0"), stored_texts(store, "validation")
     assert sorted(kept + held_out) == sorted(texts)
-    for name, found, count in (("train_0", kept, store.manifest["sources"][0]),
-                               ("validation", held_out, store.manifest["validation"])):
+    for name, found, count in (
+        ("train_0", kept, store.manifest["sources"][0]),
+        ("validation", held_out, store.manifest["validation"]),
+    ):
         assert count["documents"] == len(found) > 0
         assert count["bytes"] == sum(len(text.encode()) for text in found)
         assert count["tokens"] == sum(len(ids) for ids in stored_ids(store, name))
-    assert [text for text in texts if text in set(kept)] == kept  # the order of the source
+    # the order of the source
+    assert [text for text in texts if text in set(kept)] == kept
     assert store.vocab_size == store.tokenizer().get_vocab_size() == len(store.token_bytes()) <= 300
     assert store.tokenizer().id_to_token(store.end_of_document) == "<|endoftext|>"
 
 
-@pytest.mark.parametrize(("sample_by", "expected"), [
-    ("line", {"one", "two", "three", "four", "five"}),
-    ("paragraph", {"one\ntwo", "three", "four", "five"}),
-    ("document", {"one\ntwo\n\nthree\n", "four\n\nfive\n"}),
-])
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [
+        ("line", {"one", "two", "three", "four", "five"}),
+        ("paragraph", {"one\ntwo", "three", "four", "five"}),
+        ("document", {"one\ntwo\n\nthree\n", "four\n\nfive\n"}),
+    ],
+)
 def test_sample_by_says_what_a_document_of_a_text_file_is(tmp_path, sample_by, expected):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     (tmp_path / "b.txt").write_text("four\n\nfive\n")
     (tmp_path / "c.md").write_text("not asked for")
-    found = list(documents(SourceConfig("text", data_files=str(tmp_path / "*.txt"), sample_by=sample_by)))
-    assert {text.strip() for text in found} == {text.strip() for text in expected} and len(found) == len(expected)
+    found = list(
+        documents(SourceConfig("text", data_files=str(tmp_path / "*.txt"), sample_by=sample_by))
+    )
+    assert {text.strip() for text in found} == {text.strip() for text in expected} and len(
+        found
+    ) == len(expected)
 
 
 def test_empty_documents_are_left_out_and_max_documents_counts_the_rest(tmp_path):
@@ -166,8 +205,14 @@ def test_the_fingerprint_covers_what_a_store_is_made_from_and_nothing_else(tmp_p
     source = lines(tmp_path / "a.txt", make_texts(5))
 
     def key(folder: str = "x", fraction: float = 0.2, vocab_size: int = 300, **options) -> str:
-        return fingerprint(data_config(tmp_path / folder, dataclasses.replace(source, **options),
-                                       fraction=fraction, vocab_size=vocab_size))
+        return fingerprint(
+            data_config(
+                tmp_path / folder,
+                dataclasses.replace(source, **options),
+                fraction=fraction,
+                vocab_size=vocab_size,
+            )
+        )
 
     assert key() == key(folder="elsewhere") == key(weight=3.0)
     assert len({key(), key(fraction=0.3), key(vocab_size=310), key(max_documents=3)}) == 4
@@ -175,7 +220,9 @@ def test_the_fingerprint_covers_what_a_store_is_made_from_and_nothing_else(tmp_p
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path):
     config = data_config(tmp_path, lines(tmp_path / "a.txt", ["one", "another"]), fraction=0.999999)
-    with pytest.raises(ValueError, match=r"left no training document; lower data\.validation_fraction"):
+    with pytest.raises(
+        ValueError, match=r"left no training document; lower data\.validation_fraction"
+    ):
         prepare(config, report=lambda line: None)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -185,15 +232,24 @@ def test_an_incomplete_folder_is_replaced(tmp_path):
     store_path(config).mkdir(parents=True)
     (store_path(config) / "train_0.bin").write_text("half")
     store = make_store(config)
-    assert store.manifest["sources"][0]["documents"] + store.manifest["validation"]["documents"] == 10
+    assert (
+        store.manifest["sources"][0]["documents"] + store.manifest["validation"]["documents"] == 10
+    )
 
 
-# --- the held-out split ----------------------------------------------------------------------------------------------
+# --- the held-out split ---------------------------------------------------------------------------
+
 
 def test_held_out_documents_never_stand_in_training(tmp_path):
     shared, own = make_texts(60), make_texts(30, seed=1)
-    store = make_store(data_config(tmp_path, lines(tmp_path / "a.txt", shared + shared[:20]),
-                                   lines(tmp_path / "b.txt", own + shared[10:40]), fraction=0.3))
+    store = make_store(
+        data_config(
+            tmp_path,
+            lines(tmp_path / "a.txt", shared + shared[:20]),
+            lines(tmp_path / "b.txt", own + shared[10:40]),
+            fraction=0.3,
+        )
+    )
     held_out = stored_texts(store, "validation")
     kept = stored_texts(store, "train_0") + stored_texts(store, "train_1")
     assert held_out and not set(held_out) & set(kept)
@@ -203,10 +259,18 @@ def test_held_out_documents_never_stand_in_training(tmp_path):
 
 def test_the_one_forced_held_out_document_stands_in_no_other_source(tmp_path):
     shared = make_texts(10)
-    store = make_store(data_config(tmp_path, lines(tmp_path / "a.txt", shared), lines(tmp_path / "b.txt", shared),
-                                   fraction=1e-12))
+    store = make_store(
+        data_config(
+            tmp_path,
+            lines(tmp_path / "a.txt", shared),
+            lines(tmp_path / "b.txt", shared),
+            fraction=1e-12,
+        )
+    )
     held_out = stored_texts(store, "validation")
-    assert held_out and not set(held_out) & set(stored_texts(store, "train_0") + stored_texts(store, "train_1"))
+    assert held_out and not set(held_out) & set(
+        stored_texts(store, "train_0") + stored_texts(store, "train_1")
+    )
 
 
 def test_the_share_held_out_is_the_one_asked_for_and_at_least_one(tmp_path):
@@ -214,22 +278,33 @@ def test_the_share_held_out_is_the_one_asked_for_and_at_least_one(tmp_path):
     manifest = make_store(data_config(tmp_path, source, fraction=0.25)).manifest
     assert 70 <= manifest["validation"]["documents"] <= 130
     assert manifest["validation"]["documents"] + manifest["sources"][0]["documents"] == 400
-    assert make_store(data_config(tmp_path, source, fraction=1e-12)).manifest["validation"]["documents"] == 1
+    assert (
+        make_store(data_config(tmp_path, source, fraction=1e-12)).manifest["validation"][
+            "documents"
+        ]
+        == 1
+    )
 
 
 def test_new_documents_do_not_move_old_ones_across_the_split(tmp_path):
     texts = make_texts(60)
     before = make_store(data_config(tmp_path, lines(tmp_path / "a.txt", texts[:30])))
     after = make_store(data_config(tmp_path, lines(tmp_path / "b.txt", texts)))
-    assert set(stored_texts(before, "validation")) == set(stored_texts(after, "validation")) & set(texts[:30])
+    assert set(stored_texts(before, "validation")) == set(stored_texts(after, "validation")) & set(
+        texts[:30]
+    )
 
 
-# --- tokenizer and its statistics ------------------------------------------------------------------------------------
+# --- tokenizer and its statistics -----------------------------------------------------------------
+
 
 def test_token_bytes_add_up_to_the_bytes_of_the_text(store):
     lengths = store.token_bytes()
     assert lengths[store.end_of_document] == 0
-    for name, count in (("train_0", store.manifest["sources"][0]), ("validation", store.manifest["validation"])):
+    for name, count in (
+        ("train_0", store.manifest["sources"][0]),
+        ("validation", store.manifest["validation"]),
+    ):
         ids = np.concatenate(stored_ids(store, name))
         assert lengths[ids].sum() == count["bytes"]
         assert (ids == store.end_of_document).sum() == count["documents"]
@@ -237,13 +312,17 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(store):
 
 def test_a_text_that_spells_the_end_token_stays_one_document(tmp_path):
     text = "before <|endoftext|> after"
-    store = make_store(data_config(tmp_path, lines(tmp_path / "a.txt", [*make_texts(10), text]), fraction=1e-12))
+    store = make_store(
+        data_config(tmp_path, lines(tmp_path / "a.txt", [*make_texts(10), text]), fraction=1e-12)
+    )
     assert text in stored_texts(store, "train_0") + stored_texts(store, "validation")
 
 
 def test_unigram_entropy_is_that_of_the_held_out_tokens(store):
     assert unigram_entropy(np.array([2, 1, 1, 0])) == pytest.approx(1.5 * math.log(2))
-    assert unigram_entropy(np.array([0, 7])) == 0.0 and math.isnan(unigram_entropy(np.zeros(3, dtype=np.int64)))
+    assert unigram_entropy(np.array([0, 7])) == 0.0 and math.isnan(
+        unigram_entropy(np.zeros(3, dtype=np.int64))
+    )
     ids = [i for document in stored_ids(store, "validation") for i in document]
     shares = [n / len(ids) for n in collections.Counter(ids).values()]
     assert store.unigram_entropy == pytest.approx(-sum(p * math.log(p) for p in shares))
@@ -252,7 +331,9 @@ def test_unigram_entropy_is_that_of_the_held_out_tokens(store):
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_a_given_tokenizer_is_used_as_it_is(tmp_path, store, as_folder):
     path = store.path if as_folder else store.path / "tokenizer.json"
-    other = make_store(data_config(tmp_path, lines(tmp_path / "b.txt", make_texts(20, seed=5)), path=str(path)))
+    other = make_store(
+        data_config(tmp_path, lines(tmp_path / "b.txt", make_texts(20, seed=5)), path=str(path))
+    )
     assert other.vocab_size == store.vocab_size and other.end_of_document == store.end_of_document
     assert other.tokenizer().to_str() == store.tokenizer().to_str()
 
@@ -260,21 +341,29 @@ def test_a_given_tokenizer_is_used_as_it_is(tmp_path, store, as_folder):
 def test_a_tokenizer_without_the_end_token_is_refused(tmp_path, store):
     source = lines(tmp_path / "b.txt", make_texts(20))
     with pytest.raises(ValueError, match=r"no token '<eot>'; set data.tokenizer.end_of_document"):
-        prepare(data_config(tmp_path, source, path=str(store.path), end_of_document="<eot>"), report=print)
+        prepare(
+            data_config(tmp_path, source, path=str(store.path), end_of_document="<eot>"),
+            report=print,
+        )
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
-    config = data_config(tmp_path, lines(tmp_path / "b.txt", make_texts(20)), path=str(tmp_path / "nowhere.json"))
+    config = data_config(
+        tmp_path, lines(tmp_path / "b.txt", make_texts(20)), path=str(tmp_path / "nowhere.json")
+    )
     with pytest.raises(ValueError, match=r"data.tokenizer.path: .*nowhere.json does not exist"):
         prepare(config)
 
 
 def test_training_a_tokenizer_is_deterministic():
-    first, second = (train_bpe(iter(make_texts(30)), TokenizerConfig(vocab_size=280)) for _ in range(2))
+    first, second = (
+        train_bpe(iter(make_texts(30)), TokenizerConfig(vocab_size=280)) for _ in range(2)
+    )
     assert first.to_str() == second.to_str() and first.get_vocab_size() == 280
 
 
-# --- sources that cannot be read -------------------------------------------------------------------------------------
+# --- sources that cannot be read ------------------------------------------------------------------
+
 
 def refused(source: SourceConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -282,7 +371,9 @@ def refused(source: SourceConfig, message: str) -> None:
 
 
 def test_missing_files_are_named(tmp_path):
-    refused(SourceConfig("text", data_files=str(tmp_path / "none.txt")), r"no file matches .*none.txt")
+    refused(
+        SourceConfig("text", data_files=str(tmp_path / "none.txt")), r"no file matches .*none.txt"
+    )
     refused(SourceConfig("json", data_files=str(tmp_path / "*.json")), r"no file matches .*\*.json")
 
 
@@ -295,54 +386,100 @@ def test_a_wrong_text_column_is_answered_with_the_columns_there_are(tmp_path):
 
 def test_a_broken_file_is_refused_with_its_source(tmp_path):
     (tmp_path / "bad.json").write_text('{"text": "ok"}\n{"text": ')
-    refused(SourceConfig("json", data_files=str(tmp_path / "bad.json")), "source 'json' cannot be read")
+    refused(
+        SourceConfig("json", data_files=str(tmp_path / "bad.json")), "source 'json' cannot be read"
+    )
     path = write(tmp_path / "data.json", make_texts(3))
-    refused(SourceConfig("json", data_files=path, split="test"), "source 'json' cannot be read: .*test")
+    refused(
+        SourceConfig("json", data_files=path, split="test"), "source 'json' cannot be read: .*test"
+    )
 
 
 def test_an_unreachable_hub_name_points_to_the_offline_ways():
-    refused(SourceConfig("nobody-at-all/no-such-dataset"), r"cannot reach .*Offline, use data=sample, or data=files")
+    refused(
+        SourceConfig("nobody-at-all/no-such-dataset"),
+        r"cannot reach .*Offline, use data=sample, or data=files",
+    )
 
 
 def test_a_source_shorter_than_a_sample_is_refused(store):
     tokens = store.manifest["sources"][0]["tokens"]
-    with pytest.raises(ValueError, match=f"has {tokens} training tokens, fewer than train.seq_len {tokens} \\+ 1"):
+    with pytest.raises(
+        ValueError, match=f"has {tokens} training tokens, fewer than train.seq_len {tokens} \\+ 1"
+    ):
         TrainingSamples(store, (1.0,), tokens, seed=0)
     assert TrainingSamples(store, (1.0,), tokens - 1, seed=0).sources[0].per_epoch == 1
 
 
-# --- packing ---------------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
+
 
 def check_batch(batch: Batch) -> None:
     """What holds for every batch: cu_seqlens and positions tell the same story."""
     lengths = batch.cu_seqlens.diff()
-    assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == batch.input_ids.numel() and (lengths > 0).all()
+    assert (
+        batch.cu_seqlens[0] == 0
+        and batch.cu_seqlens[-1] == batch.input_ids.numel()
+        and (lengths > 0).all()
+    )
     assert torch.equal(torch.cat([torch.arange(n) for n in lengths]), batch.positions.flatten())
     assert batch.max_seqlen == int(lengths.max()) and batch.cu_seqlens.dtype == torch.int32
     assert (batch.positions[:, 0] == 0).all()  # no document crosses rows
 
 
 def test_positions_restart_after_end_of_document_and_the_next_token_is_no_target():
-    batch = pack([np.array([5, 6, EOD, 7, 8, 9, EOD, 4, 3]), np.array([EOD, EOD, 5, 6, 7, 8, 9, 1, EOD])], 8, EOD)
+    batch = pack(
+        [np.array([5, 6, EOD, 7, 8, 9, EOD, 4, 3]), np.array([EOD, EOD, 5, 6, 7, 8, 9, 1, EOD])],
+        8,
+        EOD,
+    )
     check_batch(batch)
     assert batch.input_ids.tolist() == [[5, 6, 0, 7, 8, 9, 0, 4], [0, 0, 5, 6, 7, 8, 9, 1]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 0, 1, 2, 3, 4, 5]]
     ignore = IGNORE_INDEX
-    assert batch.targets.tolist() == [[6, 0, ignore, 8, 9, 0, ignore, 3], [ignore, ignore, 6, 7, 8, 9, 1, 0]]
+    assert batch.targets.tolist() == [
+        [6, 0, ignore, 8, 9, 0, ignore, 3],
+        [ignore, ignore, 6, 7, 8, 9, 1, 0],
+    ]
     assert batch.cu_seqlens.tolist() == [0, 3, 7, 8, 9, 10, 16] and batch.max_seqlen == 6
     assert batch.token_mask is None and batch.num_tokens == 16 and batch.num_targets == 12
 
 
 def test_short_rows_are_padded_and_masked():
-    batch = pack([np.array([5, 6, 7, 8, 9]), np.array([5, EOD, 7]), np.array([5, 6, EOD]), np.array([7]),
-                  np.empty(0, dtype=np.int64)], 4, EOD)
+    batch = pack(
+        [
+            np.array([5, 6, 7, 8, 9]),
+            np.array([5, EOD, 7]),
+            np.array([5, 6, EOD]),
+            np.array([7]),
+            np.empty(0, dtype=np.int64),
+        ],
+        4,
+        EOD,
+    )
     check_batch(batch)
-    assert batch.token_mask.tolist() == [[True] * 4, [True, True, False, False], [True, True, False, False],
-                                         [False] * 4, [False] * 4]
-    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert batch.token_mask.tolist() == [
+        [True] * 4,
+        [True, True, False, False],
+        [True, True, False, False],
+        [False] * 4,
+        [False] * 4,
+    ]
+    assert batch.positions.tolist() == [
+        [0, 1, 2, 3],
+        [0, 1, 0, 1],
+        [0, 1, 0, 1],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+    ]
     ignore = IGNORE_INDEX
-    assert batch.targets.tolist() == [[6, 7, 8, 9], [EOD, ignore, ignore, ignore], [6, EOD, ignore, ignore],
-                                      [ignore] * 4, [ignore] * 4]
+    assert batch.targets.tolist() == [
+        [6, 7, 8, 9],
+        [EOD, ignore, ignore, ignore],
+        [6, EOD, ignore, ignore],
+        [ignore] * 4,
+        [ignore] * 4,
+    ]
     assert (batch.input_ids[~batch.token_mask] == EOD).all()
     assert batch.num_tokens == 8 and batch.num_targets == 7
 
@@ -353,8 +490,13 @@ def test_random_rows_pack_by_the_same_rules():
         rows = [rng.integers(0, 4, rng.integers(0, 14)) for _ in range(4)]
         batch = pack(rows, 13, EOD)
         check_batch(batch)
-        for row, inputs, targets, positions in zip(rows, batch.input_ids.tolist(), batch.targets.tolist(),
-                                                   batch.positions.tolist(), strict=True):
+        for row, inputs, targets, positions in zip(
+            rows,
+            batch.input_ids.tolist(),
+            batch.targets.tolist(),
+            batch.positions.tolist(),
+            strict=True,
+        ):
             position, length = 0, max(0, len(row) - 1)
             for i in range(length):
                 assert inputs[i] == row[i] and positions[i] == position
@@ -363,29 +505,73 @@ def test_random_rows_pack_by_the_same_rules():
             assert targets[length:] == [IGNORE_INDEX] * (13 - length)
 
 
-def test_a_batch_moves_to_the_device_with_the_names_the_model_takes():
+def test_a_batch_moves_to_the_device_as_the_model_takes_it():
     inputs = pack([np.arange(1, 6)], 4, EOD).inputs(torch.device("cpu"))
-    assert set(inputs) == {"input_ids", "targets", "positions", "cu_seqlens", "max_seqlen", "token_mask",
-                           "token_ids"}
-    assert inputs["token_mask"] is None and inputs["max_seqlen"] == 4
+    assert isinstance(inputs, TokenBatch) and inputs.input_ids.tolist() == [[1, 2, 3, 4]]
+    assert inputs.targets.tolist() == [[2, 3, 4, 5]] and inputs.positions.tolist() == [[0, 1, 2, 3]]
+    assert inputs.cu_seqlens.tolist() == [0, 4] and inputs.cu_seqlens.dtype == torch.int32
+    assert inputs.token_mask is None and inputs.token_ids is None and inputs.max_seqlen == 4
 
 
-# --- training order --------------------------------------------------------------------------------------------------
+def test_the_parts_of_rows_that_ranks_share_are_the_rows():
+    rows = [np.array([5, 6, EOD, 7, 8, 9, EOD, 4, 3]), np.array([4, 5, 6])]
+    whole = pack(rows, 8, EOD)
+    parts = [whole.part(rank, 4) for rank in range(4)]
+    assert whole.part(0, 1) is whole
+
+    # Targets were settled before the cut: the last token of a part is asked for the first of the
+    # next one, and a document that goes on is one document.
+    for name in ("input_ids", "targets", "positions", "token_mask"):
+        together = torch.cat([getattr(part, name) for part in parts], 1)
+        assert torch.equal(together, getattr(whole, name)), name
+    assert parts[0].targets[0].tolist() == [6, EOD] and parts[1].targets[0, -1] == 8
+    assert sum(part.num_targets for part in parts) == whole.num_targets
+    assert sum(part.num_tokens for part in parts) == whole.num_tokens
+    for ahead in (1, 2, 3):
+        assert sum(part.num_targets_ahead(ahead) for part in parts) == whole.num_targets_ahead(
+            ahead
+        )
+
+    # What the model gets is of this part, and attention's tables of whole rows.
+    inputs = parts[2].inputs(torch.device("cpu"))
+    assert inputs.input_ids.tolist() == whole.input_ids[:, 4:6].tolist() and inputs.first == 4
+    assert torch.equal(inputs.rows.input_ids, whole.input_ids)
+    assert torch.equal(inputs.cu_seqlens, whole.cu_seqlens)
+    assert torch.equal(inputs.own(whole.positions), parts[2].positions)
+
+
+# --- training order -------------------------------------------------------------------------------
 
 # data_size, micro_batch_size, micro-batches: 8 samples a step
 LAYOUTS = ((1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 1, 4), (1, 8, 1), (8, 1, 1))
 
 
-def samples_of(store: TokenStore, weights: tuple[float, ...] = (1.0,), seed: int = 0) -> TrainingSamples:
+def samples_of(
+    store: TokenStore, weights: tuple[float, ...] = (1.0,), seed: int = 0
+) -> TrainingSamples:
     return TrainingSamples(store, weights, SEQ_LEN, seed)
 
 
-def run_steps(store: TokenStore, layout: tuple[int, int, int], steps: int, consumed: int = 0,
-              weights: tuple[float, ...] = (1.0,)) -> list[list[int]]:
+def run_steps(
+    store: TokenStore,
+    layout: tuple[int, int, int],
+    steps: int,
+    consumed: int = 0,
+    weights: tuple[float, ...] = (1.0,),
+) -> list[list[int]]:
     """Inputs of all samples of `steps` steps, slice by slice and rank by rank."""
     data_size, micro_batch_size, num_micro_batches = layout
-    loaders = [TrainingLoader(samples_of(store, weights), SEQ_LEN, micro_batch_size, store.end_of_document, rank,
-                              data_size) for rank in range(data_size)]
+    loaders = [
+        TrainingLoader(
+            samples_of(store, weights),
+            SEQ_LEN,
+            micro_batch_size,
+            store.end_of_document,
+            rank,
+            data_size,
+        )
+        for rank in range(data_size)
+    ]
     rows = []
     for loader in loaders:
         loader.consumed_samples = consumed
@@ -416,7 +602,8 @@ def test_resuming_on_other_ranks_repeats_and_skips_nothing(store, layout):
 
 def test_the_order_does_not_depend_on_how_much_will_be_read(mixture):
     patient, hasty = samples_of(mixture, (1.0, 2.0)), samples_of(mixture, (1.0, 2.0))
-    hasty.open(5000, 5001)  # looks far ahead first: the blend is laid out for more samples
+    # looks far ahead first: the blend is laid out for more samples
+    hasty.open(5000, 5001)
     for index in range(0, 40, 8):
         patient.open(index, index + 8)
     hasty.open(0, 40)
@@ -435,7 +622,9 @@ def test_epochs_differ_in_order_and_hold_the_same_tokens(store):
     """But for what does not fill a last sample."""
     samples, epochs = samples_of(store), []
     per_epoch = samples.sources[0].per_epoch
-    everything = collections.Counter(i for document in stored_ids(store, "train_0") for i in document)
+    everything = collections.Counter(
+        i for document in stored_ids(store, "train_0") for i in document
+    )
     assert per_epoch == (everything.total() - 1) // SEQ_LEN > 20
     for epoch in range(2):
         samples.open(epoch * per_epoch, (epoch + 1) * per_epoch)
@@ -453,13 +642,17 @@ def test_samples_are_consecutive_text(store):
     samples.open(0, 20)
     texts = [" ".join(map(str, ids)) for ids in stored_ids(store, "train_0")]
     for i in range(20):
-        pieces = np.split(row := samples.tokens(i), np.flatnonzero(row == store.end_of_document) + 1)
+        pieces = np.split(
+            row := samples.tokens(i), np.flatnonzero(row == store.end_of_document) + 1
+        )
         for piece in filter(len, pieces):
             assert any(f" {' '.join(map(str, piece))} " in f" {text} " for text in texts)
 
 
 def test_a_step_may_span_more_than_two_epochs(store):
-    samples = TrainingSamples(store, (1.0,), store.manifest["sources"][0]["tokens"] // 2 - 1, seed=0)
+    samples = TrainingSamples(
+        store, (1.0,), store.manifest["sources"][0]["tokens"] // 2 - 1, seed=0
+    )
     assert samples.sources[0].per_epoch == 2
     samples.open(0, 8)
     assert all(len(samples.tokens(i)) == samples.sources[0].seq_len + 1 for i in range(8))
@@ -477,22 +670,28 @@ def test_sources_are_mixed_by_weight(mixture, weights):
         assert sum(from_second[:stop]) / stop == pytest.approx(share, abs=0.02)
 
 
-# --- held-out rows ---------------------------------------------------------------------------------------------------
+# --- held-out rows --------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("data_size", [1, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_validation_predicts_every_held_out_token_once(store, data_size, micro_batch_size):
     rows = ValidationRows(store, SEQ_LEN)
-    shares = [list(validation_batches(rows, micro_batch_size, store.end_of_document, r, data_size, None))
-              for r in range(data_size)]
-    assert len({len(share) for share in shares}) == 1  # or ranks would wait for each other
+    shares = [
+        list(validation_batches(rows, micro_batch_size, store.end_of_document, r, data_size, None))
+        for r in range(data_size)
+    ]
+    # or ranks would wait for each other
+    assert len({len(share) for share in shares}) == 1
     inputs, targets = [], []
     for step in range(len(shares[0])):
         for share in shares:
             check_batch(share[step])
             assert share[step].input_ids.shape == (micro_batch_size, SEQ_LEN)
             mask = share[step].token_mask
-            mask = torch.ones_like(share[step].input_ids, dtype=torch.bool) if mask is None else mask
+            mask = (
+                torch.ones_like(share[step].input_ids, dtype=torch.bool) if mask is None else mask
+            )
             assert (share[step].targets[~mask] == IGNORE_INDEX).all()
             inputs += share[step].input_ids[mask].tolist()
             targets += share[step].targets[share[step].targets != IGNORE_INDEX].tolist()
@@ -509,8 +708,48 @@ def test_max_sequences_takes_the_first_rows(store, data_size):
     assert len(rows) > 5
 
     def num_tokens(max_sequences: int | None) -> int:
-        return sum(batch.num_tokens for rank in range(data_size)
-                   for batch in validation_batches(rows, 2, store.end_of_document, rank, data_size, max_sequences))
+        return sum(
+            batch.num_tokens
+            for rank in range(data_size)
+            for batch in validation_batches(
+                rows, 2, store.end_of_document, rank, data_size, max_sequences
+            )
+        )
 
     assert num_tokens(5) == 5 * SEQ_LEN
     assert num_tokens(10**6) == num_tokens(None) == rows.num_tokens - 1
+
+
+@pytest.mark.parametrize("context_size", [2, 4])
+def test_ranks_that_share_rows_have_every_held_out_target_and_its_bytes_once(store, context_size):
+    rows = ValidationRows(store, SEQ_LEN)
+
+    def totals(context_size: int) -> tuple[int, int, list[int]]:
+        found = [
+            list(validation_batches(rows, 3, store.end_of_document, 0, 1, None, r, context_size))
+            for r in range(context_size)
+        ]
+        batches = [batch for of_rank in zip(*found, strict=True) for batch in of_rank]
+        targets = [torch.cat([b.targets for b in same], 1) for same in zip(*found, strict=True)]
+        return (
+            sum(b.num_targets for b in batches),
+            sum(b.target_bytes or 0 for b in batches),
+            torch.cat(targets).flatten().tolist(),
+        )
+
+    assert totals(context_size) == totals(1)
+    assert totals(1)[1] > 0
+
+
+def test_ranks_that_share_rows_read_the_same_ones(store):
+    whole, *parts = (
+        TrainingLoader(
+            samples_of(store), SEQ_LEN, 2, store.end_of_document, 1, 2, *place
+        ).next_step(2)
+        for place in ((), (0, 2), (1, 2))
+    )
+    for batch, *own in zip(whole, *parts, strict=True):
+        for name in ("input_ids", "targets", "token_ids"):
+            assert torch.equal(
+                torch.cat([getattr(part, name) for part in own], 1), getattr(batch, name)
+            )

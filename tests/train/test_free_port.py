@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from train.ports import free_port
+from train.rank.ports import free_port
 
 
-@pytest.mark.parametrize(("handed_out", "allowed"), [("32768\t60999\n", range(10000, 32768)),
-                                                     ("1024\t65535\n", range(10000, 65536))])
+@pytest.mark.parametrize(
+    ("handed_out", "allowed"),
+    [("32768\t60999\n", range(10000, 32768)), ("1024\t65535\n", range(10000, 65536))],
+)
 def test_it_is_none_that_the_kernel_hands_out_if_there_are_others(monkeypatch, handed_out, allowed):
     monkeypatch.setattr(Path, "read_text", lambda self: handed_out)
     assert all(free_port() in allowed for _ in range(100))

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from train.host_syncs import HostSyncs
+from train.timing.host_syncs import HostSyncs
 
 
 @pytest.fixture
@@ -38,8 +38,10 @@ def test_the_mode_is_set_back_after_an_error(modes):
     assert modes == ["warn", "default"]
 
 
-@pytest.mark.parametrize(("device", "wanted", "measuring"), [
-    ("cpu", True, True), ("cuda", False, True), ("cuda", True, False)])
+@pytest.mark.parametrize(
+    ("device", "wanted", "measuring"),
+    [("cpu", True, True), ("cuda", False, True), ("cuda", True, False)],
+)
 def test_nothing_is_touched_elsewhere(modes, device, wanted, measuring):
     syncs = HostSyncs(torch.device(device), wanted)
     with syncs.counting(measuring):

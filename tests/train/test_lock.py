@@ -13,14 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from train.lock import REFRESH_SECONDS, RunLock, RunLocked, SignOfLife, _alone_in, _Found, _process_start
+from train.rank.lock import (
+    REFRESH_SECONDS,
+    RunLock,
+    RunLocked,
+    SignOfLife,
+    _alone_in,
+    _Found,
+    _process_start,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEAD_PID = 2**22 + 1  # above what Linux gives out
 CONTEND = """
 import sys, time
 from pathlib import Path
-from train.lock import RunLock, RunLocked
+from train.rank.lock import RunLock, RunLocked
 go = Path(sys.argv[1]) / "go"
 while not go.exists():
     pass
@@ -34,12 +42,20 @@ except RunLocked as error:
 
 
 def contender(run: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", CONTEND, str(run)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        [sys.executable, "-c", CONTEND, str(run)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def write_lock(run: Path, age: float = 0.0, **changes) -> Path:
-    """The lock of a process of this machine that is gone, but for the changes; last refreshed `age` seconds ago."""
+    """The lock of a process of this machine that is gone, but for the changes; last refreshed `age`
+    seconds ago.
+    """
     with RunLock(run):
         record = json.loads((run / "lock").read_text())
     path = run / "lock"
@@ -122,7 +138,9 @@ def test_a_reused_process_id_is_not_the_owner(tmp_path):
         assert owner(tmp_path)["token"] != "other"
 
 
-@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"boot_id": "another"}, {"pid_namespace": "pid:[1]"}])
+@pytest.mark.parametrize(
+    "elsewhere", [{"host": "elsewhere"}, {"boot_id": "another"}, {"pid_namespace": "pid:[1]"}]
+)
 def test_an_owner_that_cannot_be_seen_counts_by_age_alone(tmp_path, elsewhere):
     write_lock(tmp_path, age=20, **elsewhere)
     with pytest.raises(RunLocked, match=r"refreshed 2\d s ago"):
@@ -133,7 +151,9 @@ def test_an_owner_that_cannot_be_seen_counts_by_age_alone(tmp_path, elsewhere):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"pid": "x"}', b"[" * 100_000, b"9" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"pid": "x"}', b"[" * 100_000, b"9" * 5000]
+)
 def test_a_damaged_lock_counts_by_age_alone(tmp_path, content):
     path = tmp_path / "lock"
     path.write_bytes(content)
@@ -173,7 +193,11 @@ def test_an_owner_whose_lock_was_taken_over_is_told_and_leaves_the_new_one(tmp_p
     (tmp_path / "lock").unlink()
     second = RunLock(tmp_path).acquire()
     wait_until(lambda: told)
-    assert first.lost == told[0] and f"taken over by process {os.getpid()}" in told[0] and len(told) == 1
+    assert (
+        first.lost == told[0]
+        and f"taken over by process {os.getpid()}" in told[0]
+        and len(told) == 1
+    )
     first.release()
     assert owner(tmp_path)["token"] == second.token and second.lost is None
     second.release()
@@ -194,7 +218,9 @@ def win_in_between(run: Path) -> RunLock:
 
 
 @pytest.mark.parametrize("late", ["before it looks again", "before it moves it away"])
-def test_a_lock_that_changes_hands_while_it_is_judged_is_left_or_put_back(tmp_path, monkeypatch, late):
+def test_a_lock_that_changes_hands_while_it_is_judged_is_left_or_put_back(
+    tmp_path, monkeypatch, late
+):
     """As on file systems without flock."""
     write_lock(tmp_path)
     loser, winner, is_still = RunLock(tmp_path), [], _Found.is_still
@@ -214,10 +240,14 @@ def test_a_lock_that_changes_hands_while_it_is_judged_is_left_or_put_back(tmp_pa
 
 
 def test_a_winner_that_is_replaced_at_once_gives_way(tmp_path, monkeypatch):
-    """Two others on a file system without flock: one has moved the new lock away, another has made its own."""
+    """Two others on a file system without flock: one has moved the new lock away, another has made
+    its own.
+    """
     write_lock(tmp_path)
     winner = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: winner or winner.append(win_in_between(tmp_path)))
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds: winner or winner.append(win_in_between(tmp_path))
+    )
     with pytest.raises(RunLocked, match=f"process {os.getpid()}"):
         RunLock(tmp_path).acquire()
     assert owner(tmp_path)["token"] == winner[0].token
@@ -236,7 +266,8 @@ def test_a_directory_that_is_not_there_is_a_sentence(tmp_path):
         RunLock(tmp_path / "nowhere").acquire()
 
 
-# --- ranks that outlive their supervisor -------------------------------------------------------------------------------
+# --- ranks that outlive their supervisor ----------------------------------------------------------
+
 
 @pytest.mark.parametrize("lock", ["abandoned", "gone"])
 def test_nobody_takes_over_while_a_rank_lives(tmp_path, lock):
@@ -253,7 +284,10 @@ def test_nobody_takes_over_while_a_rank_lives(tmp_path, lock):
 
 
 def test_a_rank_whose_agent_is_gone_does_not_count(tmp_path):
-    code = "import sys; from pathlib import Path; from train.lock import SignOfLife; SignOfLife(Path(sys.argv[1]), 0).show()"
+    code = (
+        "import sys; from pathlib import Path; from train.rank.lock import SignOfLife; "
+        "SignOfLife(Path(sys.argv[1]), 0).show()"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
     assert (tmp_path / "alive" / "0").exists()
     with RunLock(tmp_path):
@@ -292,5 +326,5 @@ def test_a_job_that_stood_still_learns_that_it_lost_the_directory(tmp_path):
 
 
 def test_the_launcher_can_import_it_without_torch():
-    code = "import sys, train.lock; assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import sys, train.rank.lock; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,4 +1,6 @@
-"""Where ranks meet: nothing listens on an interface that nobody needs, and no other user can take part."""
+"""Where ranks meet: nothing listens on an interface that nobody needs, and no other user can take
+part.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from launch.torch_run import OneAddressRendezvous
-from train.ports import STORE, free_port
-from train.runtime import _own_store
+from launch.launchers.torch_run import OneAddressRendezvous
+from train.rank.ports import STORE, free_port
+from train.rank.runtime import _own_store
 
 TIMEOUT = datetime.timedelta(seconds=20)
 
@@ -20,15 +22,24 @@ def job(monkeypatch):
     def set_variables(**variables: str) -> None:
         for name in (STORE, "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "2",
-                            **variables}.items():
+        for name, value in {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            **variables,
+        }.items():
             monkeypatch.setenv(name, value)
+
     return set_variables
 
 
 def listening() -> set[tuple[str, int]]:
-    return {(c.laddr.ip, c.laddr.port) for c in psutil.Process().net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN}
+    return {
+        (c.laddr.ip, c.laddr.port)
+        for c in psutil.Process().net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN
+    }
 
 
 def test_one_process_opens_no_port(job):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.runtime import seed_everything
+from train.rank.runtime import seed_everything
 
 
 def test_products_in_bf16_add_up_in_fp32_on_a_gpu():

@@ -7,18 +7,38 @@ import math
 
 import pytest
 
-from train.config import OptimConfig, TrainConfig
-from train.schedule import Schedule
+from train.config.training import OptimConfig, TrainConfig
+from train.engine.schedule import Schedule
 
 LR, MIN_LR, WARMUP, STEPS = 1.0, 0.1, 10, 100
 
 
-def schedule_of(style: str = "cosine", warmup_steps: int = WARMUP, data_parallel_size: int = 2, **train) -> Schedule:
-    optim = OptimConfig(lr=LR, min_lr=MIN_LR, warmup_steps=warmup_steps, decay_style=style,  # type: ignore[arg-type]
-                        wsd_decay_steps=20 if style == "WSD" else None, weight_decay=0.3)
+def schedule_of(
+    style: str = "cosine", warmup_steps: int = WARMUP, data_parallel_size: int = 2, **train
+) -> Schedule:
+    optim = OptimConfig(
+        lr=LR,
+        min_lr=MIN_LR,
+        warmup_steps=warmup_steps,
+        decay_style=style,  # type: ignore[arg-type]
+        wsd_decay_steps=20 if style == "WSD" else None,
+        weight_decay=0.3,
+    )
     groups = [{"lr": LR, "wd_mult": 1.0}, {"lr": LR, "wd_mult": 0.0}]
-    return Schedule(groups, optim, TrainConfig(**{"num_steps": STEPS, "seq_len": 8, "micro_batch_size": 2,
-                                                  "global_batch_size": 16, **train}), data_parallel_size)
+    return Schedule(
+        groups,
+        optim,
+        TrainConfig(
+            **{
+                "num_steps": STEPS,
+                "seq_len": 8,
+                "micro_batch_size": 2,
+                "global_batch_size": 16,
+                **train,
+            }
+        ),
+        data_parallel_size,
+    )
 
 
 def rates(schedule: Schedule, steps=range(STEPS)) -> list[float]:
@@ -64,7 +84,7 @@ def test_the_last_step_ends_at_min_lr_and_later_steps_stay_there(style):
 
 def test_wsd_holds_the_full_rate_until_its_last_steps():
     found = rates(schedule_of("WSD"))
-    assert found[WARMUP - 1:80] == [LR] * (81 - WARMUP)
+    assert found[WARMUP - 1 : 80] == [LR] * (81 - WARMUP)
     assert all(a > b for a, b in itertools.pairwise(found[79:]))
 
 
@@ -100,11 +120,14 @@ def test_without_a_ramp_the_number_of_micro_batches_is_constant(data_parallel_si
 
 
 def test_the_batch_grows_by_equal_increments_over_the_ramp():
-    """From 4 to 16 by 4 over 48 samples: three increments of 16 samples each; 4 sequences per micro-step."""
+    """From 4 to 16 by 4 over 48 samples: three increments of 16 samples each; 4 sequences per
+    micro-step.
+    """
     schedule = schedule_of(batch_size_rampup=(4, 4, 48))
     expected = {0: 1, 15: 1, 16: 2, 31: 2, 32: 3, 47: 3, 48: 4, 49: 4, 10**6: 4}
     assert {n: schedule.num_micro_batches(n) for n in expected} == expected
-    assert {n: schedule.num_micro_batches(n) for n in reversed(expected)} == expected  # no memory of what came before
+    # no memory of what came before
+    assert {n: schedule.num_micro_batches(n) for n in reversed(expected)} == expected
     consumed, sizes = 0, []
     while len(sizes) < 12:
         sizes.append(4 * schedule.num_micro_batches(consumed))
@@ -112,7 +135,11 @@ def test_the_batch_grows_by_equal_increments_over_the_ramp():
     assert sizes == [4, 4, 4, 4, 8, 8, 12, 12, 16, 16, 16, 16]
 
 
-@pytest.mark.parametrize(("data_parallel_size", "micro_batches"), [(1, [2, 4, 6, 8]), (2, [1, 2, 3, 4])])
-def test_the_ramp_is_the_same_number_of_samples_on_any_number_of_ranks(data_parallel_size, micro_batches):
+@pytest.mark.parametrize(
+    ("data_parallel_size", "micro_batches"), [(1, [2, 4, 6, 8]), (2, [1, 2, 3, 4])]
+)
+def test_the_ramp_is_the_same_number_of_samples_on_any_number_of_ranks(
+    data_parallel_size, micro_batches
+):
     schedule = schedule_of(batch_size_rampup=(4, 4, 48), data_parallel_size=data_parallel_size)
     assert [schedule.num_micro_batches(n) for n in (0, 16, 32, 48)] == micro_batches

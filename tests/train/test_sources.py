@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import DataConfig, SourceConfig, TokenizerConfig
+from train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from train.data.prepare import FORMAT, fingerprint, prepare
 from train.data.sources import HOPELESS_ROWS, BadRows, documents, files_of
 from train.data.store import TokenStore
@@ -65,17 +65,39 @@ def refused(path: Path | str, message: str, kind: str = "json", **options) -> No
 
 
 def data_config(source: SourceConfig, folder: Path = Path("x"), **options) -> DataConfig:
-    return DataConfig((source,), TokenizerConfig(vocab_size=300), 0.2, str(folder / "cache"),
-                      **options)
+    return DataConfig(
+        (source,), TokenizerConfig(vocab_size=300), 0.2, str(folder / "cache"), **options
+    )
 
 
 # --- names ----------------------------------------------------------------------------------------
 
-AWKWARD = ("part[1].jsonl", "part1.jsonl", "a*b.jsonl", "axxb.jsonl", "what?.jsonl", "whatx.jsonl",
-           "{a,b}.jsonl", "[!a].jsonl", "a::b.jsonl", "http:x.jsonl", "50%.jsonl", "é 李.jsonl",
-           "back\\slash.jsonl", ".hidden.jsonl", "~.jsonl", "#1.jsonl", "it's \"so\".jsonl",
-           "${x}.jsonl", "**.jsonl", "[].jsonl", "[D]/x.jsonl", "__a__/x.jsonl", ".b/x.jsonl",
-           "** /y.jsonl")
+AWKWARD = (
+    "part[1].jsonl",
+    "part1.jsonl",
+    "a*b.jsonl",
+    "axxb.jsonl",
+    "what?.jsonl",
+    "whatx.jsonl",
+    "{a,b}.jsonl",
+    "[!a].jsonl",
+    "a::b.jsonl",
+    "http:x.jsonl",
+    "50%.jsonl",
+    "é 李.jsonl",
+    "back\\slash.jsonl",
+    ".hidden.jsonl",
+    "~.jsonl",
+    "#1.jsonl",
+    'it\'s "so".jsonl',
+    "${x}.jsonl",
+    "**.jsonl",
+    "[].jsonl",
+    "[D]/x.jsonl",
+    "__a__/x.jsonl",
+    ".b/x.jsonl",
+    "** /y.jsonl",
+)
 
 
 @pytest.mark.parametrize("kind", ["json", "text", "parquet", "csv"])
@@ -101,28 +123,71 @@ def test_a_file_named_outright_is_that_file(tmp_path, name):
 
 def test_a_name_that_is_also_a_pattern_of_other_files_is_refused_with_the_way_out(tmp_path):
     write(tmp_path, {"*.jsonl": json_lines("a slip of the shell"), "a.jsonl": json_lines("one")})
-    refused(tmp_path / "*.jsonl", r"is the name of a file, and a pattern that also matches "
-                                  r"'.*a\.jsonl'; for the file alone give '.*\[\*\]\.jsonl'")
+    refused(
+        tmp_path / "*.jsonl",
+        r"is the name of a file, and a pattern that also matches "
+        r"'.*a\.jsonl'; for the file alone give '.*\[\*\]\.jsonl'",
+    )
     assert read(tmp_path / "[*].jsonl") == ["a slip of the shell"]
 
 
-@pytest.mark.parametrize(("pattern", "expected"), [
-    ("part[[]1].jsonl", "part[1].jsonl"), ("part[0-9].jsonl", "part1.jsonl"),
-    ("what[?].jsonl", "what?.jsonl"), ("a[*]b.jsonl", "a*b.jsonl"),
-    ("[[]D]/*", "[D]/x.jsonl"), ("[[]D]/x.jsonl", "[D]/x.jsonl"),
-    ("[D]/*.jsonl", "[D]/x.jsonl"), ("[D]/?.jsonl", "[D]/x.jsonl"),
-])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("part[[]1].jsonl", "part[1].jsonl"),
+        ("part[0-9].jsonl", "part1.jsonl"),
+        ("what[?].jsonl", "what?.jsonl"),
+        ("a[*]b.jsonl", "a*b.jsonl"),
+        ("[[]D]/*", "[D]/x.jsonl"),
+        ("[[]D]/x.jsonl", "[D]/x.jsonl"),
+        ("[D]/*.jsonl", "[D]/x.jsonl"),
+        ("[D]/?.jsonl", "[D]/x.jsonl"),
+    ],
+)
 def test_a_pattern_takes_what_it_matches_and_nothing_else(tmp_path, pattern, expected):
     write(tmp_path, {name: json_lines(name) for name in (*AWKWARD, "D/x.jsonl")})
     assert read(tmp_path / pattern) == [expected]
 
 
-def test_folders_are_no_files_and_one_named_outright_is_refused_with_the_way_out(tmp_path):
+def test_folders_are_no_files_and_one_without_any_is_refused_with_the_way_out(tmp_path):
     write(tmp_path, {"a.jsonl": json_lines("one"), "b.jsonl/c.txt": "no"})
     assert read(tmp_path / "*.jsonl") == ["one"]
-    refused(tmp_path / "b.jsonl", r"is a folder; give a pattern of files in it, e\.g\. "
-                                  r"'.*b\.jsonl/\*'")
+    refused(
+        tmp_path / "b.jsonl",
+        r"the folder '.*b\.jsonl' has no file with \.json, \.jsonl, .*give a pattern of the files",
+    )
     refused(tmp_path / "**.jsonl", r"data_files '.*\*\*\.jsonl' is no pattern of files")
+
+
+def test_a_folder_stands_for_its_files_of_the_format(tmp_path):
+    names = ("b.jsonl", "a.JSON.gz", "deep/er/c.ndjson", "d.jsonl.zst")
+    others = ("notes.txt", ".hidden.jsonl", ".git/x.jsonl", "jsonl", "e.csv")
+    write(tmp_path, dict.fromkeys((*names, *others), ""))
+    files = files_of(SourceConfig("json", data_files=str(tmp_path)))
+    assert files == sorted(str(tmp_path / name) for name in names)
+    assert files_of(SourceConfig("text", data_files=f"{tmp_path}/")) == [f"{tmp_path}/notes.txt"]
+
+
+def test_a_list_is_read_in_its_order_and_no_file_twice(tmp_path):
+    write(tmp_path, {name: json_lines(name) for name in ("a.jsonl", "b.jsonl", "sub/c.jsonl")})
+    names = tuple(str(tmp_path / name) for name in ("sub", "b.jsonl", "*.jsonl"))
+    source = SourceConfig("json", data_files=names)
+    assert list(documents(source)) == ["sub/c.jsonl", "b.jsonl", "a.jsonl"]
+    # each has to stand for something
+    with pytest.raises(ValueError, match=r"no file matches '.*/none\*'"):
+        list(documents(SourceConfig("json", data_files=(*names, f"{tmp_path}/none*"))))
+
+
+def test_a_list_of_files_has_the_label_of_its_first(tmp_path):
+    assert SourceConfig("json", data_files=("/d/web.jsonl", "/d/x.jsonl")).default_label == "web"
+    assert SourceConfig("json", data_files="/d/corpus/").default_label == "corpus"
+    assert SourceConfig("json", data_files="/d/web/*.jsonl").default_label == "web"
+
+
+def test_the_home_folder_is_that(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, {"x/a.jsonl": json_lines("one")})
+    assert list(documents(SourceConfig("json", data_files=("~/x",)))) == ["one"]
 
 
 def test_a_dead_link_named_outright_is_no_match_rather_than_a_pattern(tmp_path):
@@ -141,7 +206,8 @@ def test_a_data_set_folder_that_would_be_read_as_a_pattern_is_refused(tmp_path):
 
 
 def test_names_once_read_as_patterns_get_new_stores_and_other_names_keep_theirs(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     files = ("part1.jsonl", "part[1].jsonl")
     write(tmp_path, {name: json_lines("one", "two") for name in files})
@@ -150,11 +216,23 @@ def test_names_once_read_as_patterns_get_new_stores_and_other_names_keep_theirs(
         """The fingerprint, and what it was before names were literal (but for `more`)."""
         os.utime(name, ns=(10**18, 10**18))
         made = data_config(SourceConfig("json", data_files=name), max_bad_rows=0.5)
-        facts = {"path": "json", "name": None, "split": "train", "data_files": name,
-                 "text_column": "text", "sample_by": "document", "max_documents": None,
-                 "files": [(name, os.path.getsize(name), 10**18)], **more}
-        before = json.dumps([FORMAT, [facts], dataclasses.asdict(made.tokenizer),
-                             made.validation_fraction], sort_keys=True)
+        facts = {
+            "path": "json",
+            "name": None,
+            "split": "train",
+            "data_files": name,
+            "text_column": "text",
+            "sample_by": "document",
+            "max_documents": None,
+            "files": [(name, os.path.getsize(name), 10**18)],
+            **more,
+        }
+        tokenizer = dataclasses.asdict(made.tokenizer)
+        tokenizer.pop("max_documents")  # that version did not know it
+        before = json.dumps(
+            [FORMAT, [facts], tokenizer, made.validation_fraction],
+            sort_keys=True,
+        )
         return fingerprint(made), hashlib.sha256(before.encode()).hexdigest()[:16]
 
     now, before = key("part1.jsonl")
@@ -166,13 +244,21 @@ def test_names_once_read_as_patterns_get_new_stores_and_other_names_keep_theirs(
 # --- other columns --------------------------------------------------------------------------------
 
 MIXED = {
-    "extra columns": ([{"text": "one", "id": "1", "added": "2024"}],
-                      [{"text": "two", "doc": {"x": 1}, "meta": {"y": [1]}, "attributes": {}}]),
+    "extra columns": (
+        [{"text": "one", "id": "1", "added": "2024"}],
+        [{"text": "two", "doc": {"x": 1}, "meta": {"y": [1]}, "attributes": {}}],
+    ),
     "null, then a struct": ([{"text": "one", "meta": None}], [{"text": "two", "meta": {"u": 1}}]),
     "a number, then text": ([{"text": "one", "id": 7}], [{"text": "two", "id": "b-8"}]),
     "another order": ([{"text": "one", "id": 7}], [{"id": 8, "text": "two"}]),
-    "other types in one file": ([{"text": "one", "id": 7}, {"text": "one", "id": "x"},
-                                 {"text": "one", "id": [{"y": None}]}], [{"text": "two"}]),
+    "other types in one file": (
+        [
+            {"text": "one", "id": 7},
+            {"text": "one", "id": "x"},
+            {"text": "one", "id": [{"y": None}]},
+        ],
+        [{"text": "two"}],
+    ),
     "an empty struct": ([{"text": "one", "more": {}}], [{"text": "two", "more": {"a": {}}}]),
 }
 
@@ -204,14 +290,16 @@ def test_what_is_wrong_in_another_column_cannot_hurt(tmp_path):
     (tmp_path / "a").write_bytes(
         b'{"x": "\xff\xfe", "text": "one"}\n{"x": "\\ud800", "text": "two"}\n'
         b'{"x": NaN, "y": 1e999, "text": "three"}\n'
-        + f'{{"x": {digits}, "text": "four"}}\n{{"x": {deep}, "text": "five"}}\n'.encode())
+        + f'{{"x": {digits}, "text": "four"}}\n{{"x": {deep}, "text": "five"}}\n'.encode()
+    )
     assert read(tmp_path / "a") == ["one", "two", "three", "four", "five"]
     (tmp_path / "b").write_bytes(b"x,text\n\xff,one\n" + b"9" * 200_000 + b",two\n")
     assert read(tmp_path / "b", "csv") == ["one", "two"]
 
 
-@pytest.mark.parametrize("name", ["string", "large_string", "string_view", "binary",
-                                  "large_binary", "dictionary"])
+@pytest.mark.parametrize(
+    "name", ["string", "large_string", "string_view", "binary", "large_binary", "dictionary"]
+)
 def test_every_parquet_type_that_spells_text_is_read_as_text(tmp_path, name):
     import pyarrow
 
@@ -261,8 +349,12 @@ def test_csv_texts_hold_quotes_commas_and_lines_and_may_be_long(tmp_path):
 
 def test_quotes_that_are_never_closed_are_refused_with_their_line(tmp_path):
     (tmp_path / "a.csv").write_text('id,text\n1,one\n2,"two\n3,three\n4,four\n')
-    refused(tmp_path / "a.csv", r"a\.csv cannot be read: the quotes opened in the row at line 3 "
-                                "are never closed", "csv")
+    refused(
+        tmp_path / "a.csv",
+        r"a\.csv cannot be read: the quotes opened in the row at line 3 "
+        "are never closed",
+        "csv",
+    )
 
 
 def test_paragraphs_are_the_parts_between_empty_lines(tmp_path):
@@ -282,9 +374,15 @@ def test_nothing_is_read_ahead(tmp_path):
     assert [text.split()[0] for text in found] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(("split", "expected"), [
-    ("train", "0123456789"), ("train[:30%]", "012"), ("train[-2:]", "89"),
-    ("train[2:4]+train[8:]", "2389")])
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", "0123456789"),
+        ("train[:30%]", "012"),
+        ("train[-2:]", "89"),
+        ("train[2:4]+train[8:]", "2389"),
+    ],
+)
 def test_a_split_may_be_cut(tmp_path, split, expected):
     for i in range(5):
         (tmp_path / f"{i}.jsonl").write_text(json_lines(str(2 * i), str(2 * i + 1)))
@@ -314,9 +412,15 @@ configs:
 def test_the_files_of_a_data_set_are_read_by_the_same_rules(tmp_path):
     """As on the Hub: the README names the files, datasets finds them, one column is read."""
     odd = {"text": "two", "id": "x", "meta": {"url": "u"}, "more": 1}
-    write(tmp_path, {"README.md": README, "data/v.jsonl": json_lines("three"),
-                     "data/a[1].jsonl": json_lines({"text": "2024-01-01", "id": 1, "meta": None}),
-                     "data/a1.jsonl": json_lines(odd)})
+    write(
+        tmp_path,
+        {
+            "README.md": README,
+            "data/v.jsonl": json_lines("three"),
+            "data/a[1].jsonl": json_lines({"text": "2024-01-01", "id": 1, "meta": None}),
+            "data/a1.jsonl": json_lines(odd),
+        },
+    )
 
     def found(split: str) -> list[str]:
         return sorted(documents(SourceConfig(str(tmp_path), name="small", split=split)))
@@ -366,14 +470,24 @@ def test_formats_that_only_datasets_knows_go_through_it(tmp_path):
     table.save_to_disk(str(tmp_path / "saved[1]"))
     (arrow,) = (tmp_path / "saved[1]").glob("*.arrow")
     assert read(arrow, "arrow") == ["one", "two"]
-    refused(arrow, r"columns \['text', 'id'\], not text_column 'body'", "arrow",
-            text_column="body")
+    refused(arrow, r"columns \['text', 'id'\], not text_column 'body'", "arrow", text_column="body")
 
 
 # --- rows without readable text -------------------------------------------------------------------
 
-LIKE_OTHER_TYPES = ["2024-01-01", "2024-01-01T10:00:00Z", "007", "1e5", "true", "NA", "null",
-                    "None", "nan", "N/A", "-"]
+LIKE_OTHER_TYPES = [
+    "2024-01-01",
+    "2024-01-01T10:00:00Z",
+    "007",
+    "1e5",
+    "true",
+    "NA",
+    "null",
+    "None",
+    "nan",
+    "N/A",
+    "-",
+]
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "text"])
@@ -381,21 +495,29 @@ def test_text_that_looks_like_a_date_a_number_or_a_null_stays_text(tmp_path, kin
     if kind == "parquet":
         write_parquet(tmp_path / "a", {"text": LIKE_OTHER_TYPES})
     else:
-        content = {"json": json_lines(*LIKE_OTHER_TYPES), "text": "\n".join(LIKE_OTHER_TYPES),
-                   "csv": "\n".join(["text", *LIKE_OTHER_TYPES])}
+        content = {
+            "json": json_lines(*LIKE_OTHER_TYPES),
+            "text": "\n".join(LIKE_OTHER_TYPES),
+            "csv": "\n".join(["text", *LIKE_OTHER_TYPES]),
+        }
         (tmp_path / "a").write_text(content[kind])
     assert read(tmp_path / "a", kind, sample_by="line") == LIKE_OTHER_TYPES
 
 
 # Lines of a JSON file, and why each holds no text.
 ODD_LINES = {
-    b'{"text": null}': r"'text' is null", b'{"id": 3}': r"has no 'text'",
-    b'{"text": 7}': r"'text' holds int, not text", b'{"text": ["x"]}': "'text' holds list, not te",
+    b'{"text": null}': r"'text' is null",
+    b'{"id": 3}': r"has no 'text'",
+    b'{"text": 7}': r"'text' holds int, not text",
+    b'{"text": ["x"]}': "'text' holds list, not te",
     b'{"text": "half': r"is not valid JSON \(Unterminated string",
     b"null": "holds NoneType, not an",
-    b'{"text": "a\\ud800"}': "'text' is not valid UTF-8 at character 1", b"7": "holds int, not an",
-    b'{"text": "a\xff"}': "'text' is not valid UTF-8 at character 1", b"\0": "is not valid JSON",
-    b'{"text": "x"} more': "is not valid JSON", b"[" * 100_000: "is not valid JSON",
+    b'{"text": "a\\ud800"}': "'text' is not valid UTF-8 at character 1",
+    b"7": "holds int, not an",
+    b'{"text": "a\xff"}': "'text' is not valid UTF-8 at character 1",
+    b"\0": "is not valid JSON",
+    b'{"text": "x"} more': "is not valid JSON",
+    b"[" * 100_000: "is not valid JSON",
 }
 
 
@@ -408,8 +530,11 @@ def test_an_odd_row_is_left_out_and_counted_with_its_file_and_line(tmp_path, lin
     bad_rows = BadRows(source)
     assert list(documents(source, bad_rows)) == good
     assert (bad_rows.rows, bad_rows.count) == (201, 1)
-    assert re.search(rf"1 of 201 rows \(0\.50%\) without readable text: \S+a\.jsonl row 4 "
-                     rf"{ODD_LINES[line]}", str(bad_rows))
+    assert re.search(
+        rf"1 of 201 rows \(0\.50%\) without readable text: \S+a\.jsonl row 4 "
+        rf"{ODD_LINES[line]}",
+        str(bad_rows),
+    )
     with pytest.raises(ValueError, match=rf"a\.jsonl row 4 {ODD_LINES[line]}"):
         list(documents(source, BadRows(source, limit=0)))
 
@@ -428,16 +553,27 @@ def test_odd_rows_of_parquet_csv_and_text_are_told_apart_from_documents(tmp_path
         bad_rows = BadRows(source, 1.0)
         return list(documents(source, bad_rows)), [r.split(maxsplit=1)[1] for r in bad_rows.first]
 
-    assert found("p", "parquet") == (["one"], ["row 2 'text' is null", "row 3 'text' is not valid "
-                                               "UTF-8 at character 0"])
+    assert found("p", "parquet") == (
+        ["one"],
+        ["row 2 'text' is null", "row 3 'text' is not valid UTF-8 at character 0"],
+    )
     assert found("q", "parquet") == ([], ["row 1 'text' is null", "row 2 'text' is null"])
-    assert found("r", "parquet") == ([], ["row 1 'text' holds int64, not text",
-                                          "row 2 'text' is null"])
-    assert found("c", "csv") == (["one", "two"], [
-        "row 3 has 1 fields, the header 2", "row 4 has 3 fields, the header 2",
-        "row 6 'text' is not valid UTF-8 at character 0"])
-    assert found("t", "text") == (["one", "two"],
-                                  ["row 2 'text' is not valid UTF-8 at character 0"])
+    assert found("r", "parquet") == (
+        [],
+        ["row 1 'text' holds int64, not text", "row 2 'text' is null"],
+    )
+    assert found("c", "csv") == (
+        ["one", "two"],
+        [
+            "row 3 has 1 fields, the header 2",
+            "row 4 has 3 fields, the header 2",
+            "row 6 'text' is not valid UTF-8 at character 0",
+        ],
+    )
+    assert found("t", "text") == (
+        ["one", "two"],
+        ["row 2 'text' is not valid UTF-8 at character 0"],
+    )
 
 
 def test_more_odd_rows_than_the_stated_share_are_an_error_that_names_the_first(tmp_path):
@@ -445,11 +581,16 @@ def test_more_odd_rows_than_the_stated_share_are_an_error_that_names_the_first(t
     (tmp_path / "a.jsonl").write_text(json_lines(*nulls))
     (tmp_path / "b.jsonl").write_text(json_lines("one", {"id": 1}, *map(str, range(35))))
     source = SourceConfig("json", data_files=str(tmp_path / "*.jsonl"))
-    assert len(list(documents(source, BadRows(source, limit=0.1)))) == 36  # 4 of 40, in any order
-    with pytest.raises(ValueError, match=(
+    # 4 of 40, in any order
+    assert len(list(documents(source, BadRows(source, limit=0.1)))) == 36
+    with pytest.raises(
+        ValueError,
+        match=(
             r"4 of 40 rows \(10\.00%\) without readable text: \S+a\.jsonl row 1 'text' is null, "
             r"\S+a\.jsonl row 2 'text' is null, \S+a\.jsonl row 3 'text' is null, \.\.\.\. Mend "
-            r"these rows, set text_column if it is not 'text', or raise data\.max_bad_rows 0\.09")):
+            r"these rows, set text_column if it is not 'text', or raise data\.max_bad_rows 0\.09"
+        ),
+    ):
         list(documents(source, BadRows(source, limit=0.099)))
 
 
@@ -459,8 +600,10 @@ def test_a_misspelt_column_is_found_early_but_a_first_file_of_nulls_is_no_reason
     (tmp_path / "b.jsonl").write_text(json_lines(*map(str, range(count))))
     source = SourceConfig("json", data_files=str(tmp_path / "*.jsonl"))
     assert len(list(documents(source, BadRows(source, limit=0.5)))) == count
-    for column, message in (("body", r"columns \['text', 'id'\], not text_column 'body'"),
-                            ("id", f"{count:,} of {count:,} rows .*'id' holds int, not text")):
+    for column, message in (
+        ("body", r"columns \['text', 'id'\], not text_column 'body'"),
+        ("id", f"{count:,} of {count:,} rows .*'id' holds int, not text"),
+    ):
         wrong = dataclasses.replace(source, text_column=column)
         bad_rows = BadRows(wrong)
         with pytest.raises(ValueError, match=message):
@@ -475,7 +618,8 @@ def test_preparing_says_what_was_left_out_and_the_store_counts_it(tmp_path):
     store = TokenStore(prepare(data_config(source, tmp_path), report=reports.append))
     assert [line for line in reports if "left out" in line] == [
         "source json: left out 1 of 301 rows (0.33%) without readable text: "
-        f"{tmp_path}/a.jsonl row 101 'text' is null"]
+        f"{tmp_path}/a.jsonl row 101 'text' is null"
+    ]
     (counts,) = store.manifest["sources"]
     assert counts["bad_rows"] == 1
     assert counts["documents"] + store.manifest["validation"]["documents"] == 300
@@ -496,6 +640,7 @@ def test_max_bad_rows_is_a_share():
 
 # --- compression ----------------------------------------------------------------------------------
 
+
 def arrow_compressed(data: bytes, codec: str) -> bytes:
     import pyarrow
 
@@ -505,9 +650,13 @@ def arrow_compressed(data: bytes, codec: str) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
-               "zst": lambda data: arrow_compressed(data, "zstd"),
-               "lz4": lambda data: arrow_compressed(data, "lz4")}
+COMPRESSORS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: arrow_compressed(data, "zstd"),
+    "lz4": lambda data: arrow_compressed(data, "lz4"),
+}
 TEXTS = [f"text {i} é {'x' * (i % 97)}" for i in range(5000)]
 
 
@@ -515,10 +664,14 @@ TEXTS = [f"text {i} é {'x' * (i % 97)}" for i in range(5000)]
 @pytest.mark.parametrize("form", COMPRESSORS)
 def test_compressed_files_are_read_as_they_are_whatever_they_are_called(tmp_path, form, kind):
     compress = COMPRESSORS[form]
-    content = {"json": json_lines(*TEXTS), "csv": "\n".join(["text", *TEXTS]),
-               "text": "\n".join(TEXTS)}[kind].encode()
+    content = {
+        "json": json_lines(*TEXTS),
+        "csv": "\n".join(["text", *TEXTS]),
+        "text": "\n".join(TEXTS),
+    }[kind].encode()
     (tmp_path / f"a.jsonl.{form}").write_bytes(compress(content))
-    half = content.index(b"\n", len(content) // 2)  # as parallel compressors and cat leave them
+    # as parallel compressors and cat leave them
+    half = content.index(b"\n", len(content) // 2)
     (tmp_path / "b").write_bytes(compress(content[:half]) + compress(content[half:]))
     assert read(tmp_path / f"a.jsonl.{form}", kind, sample_by="line") == TEXTS
     assert read(tmp_path / "b", kind, sample_by="line") == TEXTS
@@ -533,7 +686,8 @@ def test_a_compressed_file_that_was_cut_short_is_refused_by_name(tmp_path, form)
 
 
 def test_what_zstd_tools_leave_around_frames_is_skipped(tmp_path):
-    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # pzstd's, and the seekable format's
+    # pzstd's, and the seekable format's
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
     one, two = (arrow_compressed(json_lines(text).encode(), "zstd") for text in ("one", "two"))
     for content in (skippable + one + two, one + skippable + two, one + two + skippable):
         (tmp_path / "a.zst").write_bytes(content)
@@ -547,9 +701,13 @@ def test_a_zstd_window_beyond_the_usual_limit_is_refused_with_the_way_out(tmp_pa
 
 
 def test_archives_are_read_member_by_member_in_their_order(tmp_path):
-    members = {"b.jsonl": json_lines("one").encode(), "a/c.jsonl": json_lines("two").encode(),
-               "__MACOSX/._b.jsonl": b"\0", ".hidden": b"\0",
-               "d.jsonl.gz": gzip.compress(json_lines("three", {"text": None}).encode())}
+    members = {
+        "b.jsonl": json_lines("one").encode(),
+        "a/c.jsonl": json_lines("two").encode(),
+        "__MACOSX/._b.jsonl": b"\0",
+        ".hidden": b"\0",
+        "d.jsonl.gz": gzip.compress(json_lines("three", {"text": None}).encode()),
+    }
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed:
         for name, content in members.items():
             packed.writestr(name, content)
@@ -568,5 +726,37 @@ def test_archives_are_read_member_by_member_in_their_order(tmp_path):
 
 def test_a_parquet_file_that_is_none_is_refused_by_name(tmp_path):
     (tmp_path / "a.parquet").write_bytes(gzip.compress(b"PAR1"))
-    refused(tmp_path / "a.parquet", r"source 'parquet' cannot be read: \S+a\.parquet cannot be",
-            "parquet")
+    refused(
+        tmp_path / "a.parquet",
+        r"source 'parquet' cannot be read: \S+a\.parquet cannot be",
+        "parquet",
+    )
+
+
+# --- policy ---------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_counted_by_kind_and_the_first_can_be_an_error(tmp_path):
+    rows = [json.dumps({"text": str(i)}) for i in range(300)]
+    rows[5] = rows[17] = '{"text": null}'
+    rows[20] = '{"text": 7}'
+    rows[30] = '{"text": "a'
+    rows[31] = '{"text": "bc'
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    source = SourceConfig("json", data_files=str(tmp_path / "a.jsonl"))
+    lines: list[str] = []
+    config = dataclasses.replace(data_config(source, tmp_path / "cache"), max_bad_rows=0.1)
+    store = TokenStore(prepare(config, lines.append))
+    assert store.manifest["sources"][0]["bad_rows_by_reason"] == {
+        "'text' is null": 2,
+        "'text' holds int, not text": 1,
+        "is not valid JSON": 2,
+    }
+    (said,) = [line for line in lines if "left out" in line]
+    assert "; in all 2 'text' is null, 2 is not valid JSON, 1 'text' holds int" in said
+
+    strict = dataclasses.replace(config, on_bad_row="fail", cache_dir=str(tmp_path / "strict"))
+    with pytest.raises(ValueError, match=r"a\.jsonl row 6 'text' is null; mend it, or set data"):
+        prepare(strict, lines.append)
+    # what may be left out is no part of what the tokens are
+    assert fingerprint(strict) == fingerprint(config)

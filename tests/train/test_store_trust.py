@@ -1,4 +1,6 @@
-"""A token store is read only when it is ours, and only those of its tokens that are what was written."""
+"""A token store is read only when it is ours, and only those of its tokens that are what was
+written.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config import DataConfig, SourceConfig, TokenizerConfig
+from train.config.data import DataConfig, SourceConfig, TokenizerConfig
 from train.data import damage
 from train.data.prepare import prepare
 from train.data.store import TokenStore, TrainingSamples, ValidationRows
@@ -25,9 +27,18 @@ def store(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(damage, "SMALL_BYTES", 64)
     monkeypatch.setattr(damage, "PIECE_BYTES", 64)
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"document {i} " + "abc xyz " * (i % 7 + 1)}) + "\n" for i in range(60)))
-    config = DataConfig((SourceConfig("json", data_files=str(text)),), TokenizerConfig(vocab_size=300), 0.2,
-                        str(tmp_path / "cache"))
+    text.write_text(
+        "".join(
+            json.dumps({"text": f"document {i} " + "abc xyz " * (i % 7 + 1)}) + "\n"
+            for i in range(60)
+        )
+    )
+    config = DataConfig(
+        (SourceConfig("json", data_files=str(text)),),
+        TokenizerConfig(vocab_size=300),
+        0.2,
+        str(tmp_path / "cache"),
+    )
     return prepare(config, lambda _: None)
 
 
@@ -54,7 +65,9 @@ def test_no_flipped_bit_of_a_large_token_file_is_read(store, split):
         changed = bytearray(whole)
         changed[at] ^= 1
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match=f"{path.name} has another checksum between bytes {at // 64 * 64} "):
+        with pytest.raises(
+            ValueError, match=f"{path.name} has another checksum between bytes {at // 64 * 64} "
+        ):
             rows(store, split)
     path.write_bytes(whole)
     assert all(np.array_equal(a, b) for a, b in zip(before, rows(store, split), strict=True))
@@ -106,8 +119,11 @@ class Planted:
 def plant(cache: Path, name: str, mark: Path) -> None:
     """A pickle for one file of an index cache, in a manifest that fits it."""
     (cache / name).write_bytes(pickle.dumps(Planted(mark)))
-    files = {p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
-             for p in cache.iterdir() if p.name != "manifest.json"}
+    files = {
+        p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        for p in cache.iterdir()
+        if p.name != "manifest.json"
+    }
     (cache / "manifest.json").write_text(json.dumps({"files": files}))
 
 

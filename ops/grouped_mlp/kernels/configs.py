@@ -1,9 +1,11 @@
-"""Tile sizes of the kernels, pinned: what is compiled ahead of time (ops/triton_build.py) is what ships.
+"""Tile sizes of the kernels, pinned: what is compiled ahead of time (ops/compile/ahead_of_time.py)
+is what ships.
 
-None spills registers on sm_80, sm_90 and sm_100 with bf16 and fp16. On an H200 they were the fastest of twelve each for the
-sizes of bench/tune.py (bench/results/20261127-235200-nvidia-h200.json), but for act_grad, whose 256 columns are 12% faster
-and spill; other devices have not been timed. fp32 is for checks: its products are exact, so they run without tensor cores,
-in small tiles.
+None spills registers on sm_80, sm_90 and sm_100 with bf16 and fp16. On an H200 they were the
+fastest of twelve each for the sizes of bench/tune.py
+(bench/results/20261127-235200-nvidia-h200.json), but for act_grad, whose 256 columns are 12% faster
+and spill; other devices have not been timed. fp32 is for checks: its products are exact, so they
+run without tensor cores, in small tiles.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ from typing import NamedTuple
 import torch
 
 FEW_ROWS = 256
-"""Rows of an average expert below which tiles have 64 rows: of 128, a quarter or more would be empty. Tiles of 64 already
-wait for the weights to arrive, so that smaller ones would save nothing; they are also the smallest for wgmma."""
+"""Rows of an average expert below which tiles have 64 rows: of 128, a quarter or more would be
+empty. Tiles of 64 already wait for the weights to arrive, so that smaller ones would save nothing;
+they are also the smallest for wgmma.
+"""
 
 
 class Config(NamedTuple):
-    """rows x columns: the tile of the output. step: of the inner loop. registers: the most of a thread. splits: see
-    backward.act_grad_columns. group: row tiles whose columns stand together, see common.ordered_tile. tma: load matrices,
-    and rows in their order, by the tensor memory accelerator, where their alignment allows it."""
+    """rows x columns: the tile of the output. step: of the inner loop. registers: the most of a
+    thread. splits: see backward.act_grad_columns. group: row tiles whose columns stand together,
+    see common.ordered_tile. tma: load matrices, and rows in their order, by the tensor memory
+    accelerator, where their alignment allows it.
+    """
 
     rows: int
     columns: int
@@ -34,21 +40,35 @@ class Config(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """maxnreg: where it is 255, ptxas would spill a few to let more programs share a multiprocessor."""
-        return {"TMA": self.tma, "ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step, "GROUP": self.group,
-                "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers}
+        """maxnreg: where it is 255, ptxas would spill a few to let more programs share a
+        multiprocessor.
+        """
+        return {
+            "TMA": self.tma,
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "STEP": self.step,
+            "GROUP": self.group,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.registers,
+        }
 
 
 _EXACT = Config(32, 32, 16, 4, 1)
 
 
 def _large(architecture: int) -> bool:
-    """Whether a multiprocessor has the 227 KB of shared memory of sm_90 and sm_100; sm_120 has 99, as sm_89."""
+    """Whether a multiprocessor has the 227 KB of shared memory of sm_90 and sm_100; sm_120 has 99,
+    as sm_89.
+    """
     return 90 <= architecture < 120
 
 
 def tile_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Of all kernels over rows, which share one tile map. num_rows: an upper bound, what the host knows."""
+    """Of all kernels over rows, which share one tile map. num_rows: an upper bound, what the host
+    knows.
+    """
     if dtype == torch.float32:
         return _EXACT.rows
     return 64 if num_rows < FEW_ROWS * num_experts else 128
@@ -64,7 +84,9 @@ def up_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
 
 
 def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> Config:
-    """down and row_grad. Short sums end often: two programs to a multiprocessor, one computes while the other stores."""
+    """down and row_grad. Short sums end often: two programs to a multiprocessor, one computes while
+    the other stores.
+    """
     if dtype == torch.float32:
         return _EXACT
     if not _large(architecture):
@@ -72,6 +94,13 @@ def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> 
     if depth >= 1024:
         return Config(rows, 256, 64, rows // 16, 4, group=16, tma=True)
     return Config(rows, 128, 64, 4, 3, tma=True)
+
+
+def int8_config(config: Config) -> Config:
+    """The same with int8 matrices: read by pointers, and with half the columns of a large tile,
+    where converting what was read would spill.
+    """
+    return config._replace(tma=False, columns=min(config.columns, max(64, config.columns // 2)))
 
 
 def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
@@ -84,8 +113,9 @@ def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
 
 
 def expert_config(gathers_left: bool, dtype: torch.dtype, architecture: int) -> Config:
-    """down_grad, which gathers its left rows, and gate_up_grad, which gathers its right ones; step: rows of an expert. Two
-    stages more, as the addresses of what is gathered are loaded first."""
+    """down_grad, which gathers its left rows, and gate_up_grad, which gathers its right ones; step:
+    rows of an expert. Two stages more, as the addresses of what is gathered are loaded first.
+    """
     if dtype == torch.float32:
         return _EXACT
     if not _large(architecture):

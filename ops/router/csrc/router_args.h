@@ -28,13 +28,13 @@ LS_INLINE int histogram_tokens_at(int slots) { return slots + 2 + NUM_REASONS; }
 LS_INLINE int checksum_at(int slots) { return slots + 3 + NUM_REASONS; }
 LS_INLINE int num_integers(int slots) { return slots + 4 + NUM_REASONS; }
 
-// control[4]: the mode's value (top_p: P; threshold: the cut), share of the mode against plain top-k, that top-k, and
-// the largest number of experts at present.
-constexpr int CONTROL_VALUE = 0, CONTROL_SHARE = 1, CONTROL_TOP_K = 2, CONTROL_LIMIT = 3;
+// router_inputs[4]: the mode's value (top_p: P; threshold: the cut), share of the mode against plain top-k, that
+// top-k, and the largest number of experts at present.
+constexpr int INPUT_VALUE = 0, INPUT_SHARE = 1, INPUT_PLAIN_K = 2, INPUT_LIMIT = 3;
 
 struct Spec {
   int num_columns, num_experts, slots;
-  int mode, score, top_k, min_experts, num_groups, top_groups;
+  int mode, score, top_k, min_experts, num_groups, top_groups, group_keys;
   int normalize, skip_nonfinite;
   int num_tokens, num_segments, num_bins, dtype;
   double scale;
@@ -62,7 +62,7 @@ struct ForwardArgs {
   Spec spec;
   const void* logits;             // [T, C]
   const Real* bias;               // [C] or null
-  const float* control;           // [4] or null
+  const float* router_inputs;     // [4] or null
   const uint8_t* token_mask;      // [T] or null
   const int32_t* given_ids;       // [T, K] for GIVEN
   const Real* cut_scores;         // [C] for EXPERT_CHOICE

@@ -100,19 +100,18 @@ LS_BOTH void tail_shares(const Spec& spec, typename M::F (&x)[M::L], typename M:
   M::each([&](int j, int l, int) { M::at(p, j, l) = M::at(p, j, l) * scale; });
 }
 
-// Sets u of the experts outside the best groups to -inf; a group counts the sum of its best top_k / top_groups keys.
+// Sets u of the experts outside the best groups to -inf; a group counts the sum of its best group_keys keys.
 // Returns how many columns are left.
 template <class M>
 LS_BOTH int limit_groups(const Spec& spec, typename M::F (&u)[M::L]) {
   using Real = typename M::Real;
   const int size = spec.num_experts / spec.num_groups;
-  const int best = spec.top_k / spec.top_groups > 0 ? spec.top_k / spec.top_groups : 1;
   typename M::F keys[M::L];
   M::each([&](int j, int l, int) { M::at(keys, j, l) = M::at(u, j, l); });
   Real sums[64];
   for (int g = 0; g < spec.num_groups; ++g) {
     sums[g] = (Real)0;
-    for (int r = 0; r < best; ++r) {
+    for (int r = 0; r < spec.group_keys; ++r) {
       Real key; int column;
       M::pop(keys, g * size, (g + 1) * size, key, column);
       sums[g] = sums[g] + key;
@@ -142,7 +141,7 @@ struct Sinks {
 
 constexpr float LEAST_KEY = -3.0e38f;
 
-// A number of experts out of the control: 0 where it is negative or NaN.
+// A number of experts out of router_inputs: 0 where it is negative or NaN.
 LS_BOTH int whole_number(float value, int most) { return value >= 0.0f ? (value < (float)most ? (int)value : most) : 0; }
 
 // Puts what the gates of a token in the tail are shares of in place of its scores in row_a, and returns the sum over its
@@ -237,11 +236,11 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
   if (spec.num_groups > 1 && spec.top_groups < spec.num_groups) candidates = limit_groups<M>(spec, u);
   m.store_row(m.row_a, s);
 
-  const float value = a.control ? a.control[CONTROL_VALUE] : 0.0f;
-  const float share = a.control ? a.control[CONTROL_SHARE] : 1.0f;
-  int limit = a.control ? whole_number(a.control[CONTROL_LIMIT], slots) : slots;
+  const float value = a.router_inputs ? a.router_inputs[INPUT_VALUE] : 0.0f;
+  const float share = a.router_inputs ? a.router_inputs[INPUT_SHARE] : 1.0f;
+  int limit = a.router_inputs ? whole_number(a.router_inputs[INPUT_LIMIT], slots) : slots;
   limit = limit < candidates ? limit : candidates;
-  const int override_k = a.control ? whole_number(a.control[CONTROL_TOP_K], slots) : 0;
+  const int override_k = a.router_inputs ? whole_number(a.router_inputs[INPUT_PLAIN_K], slots) : 0;
   int reason = live || masked || !active ? 0 : NONFINITE;
   int chosen = 0;        // selected columns, null experts included
   Real margin = (Real)0, alpha = (Real)0;

@@ -47,12 +47,13 @@ void use_launchers(std::string path, bool on_cpu) {
 
 // The order of ops/router/spec.py RouteSpec.integers.
 Spec read_spec(const std::vector<int64_t>& v, double scale, const Tensor& logits) {
-  STD_TORCH_CHECK(v.size() == 13, "the router's settings have ", v.size(), " numbers, expected 13");
+  STD_TORCH_CHECK(v.size() == 14, "the router's settings have ", v.size(), " numbers, expected 14");
   Spec s{};
   int* const fields[] = {&s.num_experts, &s.slots,      &s.mode,      &s.score,          &s.top_k,        &s.min_experts, &s.num_groups,
                          &s.top_groups,  &s.normalize,  &s.skip_nonfinite, &s.num_segments, &s.num_bins};
   for (int i = 0; i < 12; ++i) *fields[i] = (int)v[i];
   s.num_columns = (int)v[12];
+  s.group_keys = (int)v[13];
   s.num_tokens = (int)logits.size(0);
   s.scale = scale;
   const ScalarType type = logits.scalar_type();
@@ -117,7 +118,7 @@ void by_type(const Spec& s, Fn fn) {
 
 using ForwardOut = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor control, MaybeTensor token_mask,
+ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor router_inputs, MaybeTensor token_mask,
                    MaybeTensor given_ids, MaybeTensor cut_scores, MaybeTensor cut_tokens, MaybeTensor histogram_range,
                    MaybeTensor token_ids, const std::vector<int64_t>& settings, double scale) {
   const Spec s = read_spec(settings, scale, logits);
@@ -135,7 +136,7 @@ ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor co
     ForwardArgs<Real> a{s,
                         logits.data_ptr(),
                         pointer<Real>(bias),
-                        pointer<float>(control),
+                        pointer<float>(router_inputs),
                         pointer<uint8_t>(token_mask),
                         pointer<int32_t>(given_ids),
                         pointer<Real>(cut_scores),
@@ -211,11 +212,11 @@ Tensor scores(bool on_cuda, Tensor logits, const std::vector<int64_t>& settings,
 }
 
 #define FORWARD_PARAMETERS                                                                                            \
-  Tensor logits, MaybeTensor bias, MaybeTensor control, MaybeTensor token_mask, MaybeTensor given_ids,                \
+  Tensor logits, MaybeTensor bias, MaybeTensor router_inputs, MaybeTensor token_mask, MaybeTensor given_ids,          \
       MaybeTensor cut_scores, MaybeTensor cut_tokens, MaybeTensor histogram_range, MaybeTensor token_ids,             \
       std::vector<int64_t> settings, double scale
 #define FORWARD_ARGUMENTS \
-  logits, bias, control, token_mask, given_ids, cut_scores, cut_tokens, histogram_range, token_ids, settings, scale
+  logits, bias, router_inputs, token_mask, given_ids, cut_scores, cut_tokens, histogram_range, token_ids, settings, scale
 #define BACKWARD_PARAMETERS                                                                                           \
   Tensor logits, Tensor expert_ids, MaybeTensor token_mask, Tensor reasons, Tensor log_z, Tensor entropy,             \
       Tensor grad_weights, Tensor grad_score_sums, Tensor grad_float_sums, std::vector<int64_t> settings, double scale
@@ -234,8 +235,8 @@ Tensor scores_cuda(Tensor logits, std::vector<int64_t> settings, double scale) {
 
 STABLE_TORCH_LIBRARY(loadstone, m) {
   m.def(
-      "router_forward(Tensor logits, Tensor? bias, Tensor? control, Tensor? token_mask, Tensor? given_ids, Tensor? cut_scores, "
-      "Tensor? cut_tokens, Tensor? histogram_range, Tensor? token_ids, int[] settings, float scale) -> (Tensor weights, "
+      "router_forward(Tensor logits, Tensor? bias, Tensor? router_inputs, Tensor? token_mask, Tensor? given_ids, "
+      "Tensor? cut_scores, Tensor? cut_tokens, Tensor? histogram_range, Tensor? token_ids, int[] settings, float scale) -> (Tensor weights, "
       "Tensor expert_ids, Tensor counts, Tensor score_sums, Tensor float_sums, Tensor log_z, Tensor margin, Tensor entropy, "
       "Tensor reasons, Tensor slots, Tensor inverse, Tensor offsets, Tensor histogram, Tensor integers)");
   m.def(

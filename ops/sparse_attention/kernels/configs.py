@@ -1,8 +1,9 @@
-"""Tile sizes of the kernels, pinned: what is compiled ahead of time (ops/triton_build.py) is what ships.
+"""Tile sizes of the kernels, pinned: what is compiled ahead of time (ops/compile/ahead_of_time.py)
+is what ships.
 
-Rows of a tile are queries x heads of a group, the heads padded to a power of two. Sizes are the largest that spill no
-registers on sm_80, sm_90 and sm_100 with bf16 and fp16; no GPU has timed them yet. fp32 is for checks: its products are
-exact, so they run without tensor cores, in small tiles.
+Rows of a tile are queries x heads of a group, the heads padded to a power of two. Sizes are the
+largest that spill no registers on sm_80, sm_90 and sm_100 with bf16 and fp16; no GPU has timed them
+yet. fp32 is for checks: its products are exact, so they run without tensor cores, in small tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 
 
 class Config(NamedTuple):
-    """queries x heads: rows of a tile. columns: keys or coarse entries of one step of the inner loop."""
+    """queries x heads: rows of a tile. columns: keys or coarse entries of one step of the inner
+    loop.
+    """
 
     queries: int
     heads: int
@@ -23,7 +26,9 @@ class Config(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """maxnreg: all registers, else ptxas spills a few to let more programs share a multiprocessor."""
+        """maxnreg: all registers, else ptxas spills a few to let more programs share a
+        multiprocessor.
+        """
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": 255}
 
 
@@ -31,9 +36,17 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _config(rows: int, columns: int, num_warps: int, num_stages: int, group: int, block_size: int, most_queries: int = 32
-            ) -> Config:
-    """Queries divide the block size; a query tile has at most 32, as a set of its queries is one word of 32 bits.
+def _config(
+    rows: int,
+    columns: int,
+    num_warps: int,
+    num_stages: int,
+    group: int,
+    block_size: int,
+    most_queries: int = 32,
+) -> Config:
+    """Queries divide the block size; a query tile has at most 32, as a set of its queries is one
+    word of 32 bits.
 
     Tiles that cannot fill the rows take four warps.
     """
@@ -42,7 +55,9 @@ def _config(rows: int, columns: int, num_warps: int, num_stages: int, group: int
     return Config(queries, heads, columns, num_warps if queries * heads >= rows else 4, num_stages)
 
 
-def attend_config(head_dim: int, group: int, block_size: int, dtype: torch.dtype, architecture: int) -> Config:
+def attend_config(
+    head_dim: int, group: int, block_size: int, dtype: torch.dtype, architecture: int
+) -> Config:
     """Forward; on sm_80 the operands of the matrix products take registers."""
     if dtype == torch.float32:
         return _config(32, min(16, block_size), 8, 1, group, block_size)
@@ -53,7 +68,9 @@ def attend_config(head_dim: int, group: int, block_size: int, dtype: torch.dtype
     return _config(128, min(64, block_size), 8, 2, group, block_size)
 
 
-def query_grad_config(head_dim: int, group: int, block_size: int, dtype: torch.dtype, architecture: int) -> Config:
+def query_grad_config(
+    head_dim: int, group: int, block_size: int, dtype: torch.dtype, architecture: int
+) -> Config:
     if dtype == torch.float32:
         return _config(32, min(16, block_size), 8, 1, group, block_size)
     rows = 32 if head_dim > 128 else 128 if head_dim <= 64 and architecture >= 90 else 64
@@ -73,12 +90,18 @@ def key_grad_config(head_dim: int, group: int, block_size: int, dtype: torch.dty
     return _config(size, min(size, block_size), 8, 1, group, block_size, 64)
 
 
-def rank_config(head_dim: int, group: int, block_size: int, entries_per_block: int, dtype: torch.dtype) -> Config:
+def rank_config(
+    head_dim: int, group: int, block_size: int, entries_per_block: int, dtype: torch.dtype
+) -> Config:
     """columns: whole blocks of entries."""
     wide = head_dim > 128 or dtype == torch.float32
-    return _config(64 if wide else 128, max(16 if wide else 32, entries_per_block), 8, 2, group, block_size)
+    return _config(
+        64 if wide else 128, max(16 if wide else 32, entries_per_block), 8, 2, group, block_size
+    )
 
 
 def decode_config(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> Config:
     """One query; a matrix product needs 16 rows."""
-    return Config(1, max(16, next_power_of_two(group)), min(64 if head_dim <= 128 else 32, block_size), 4, 2)
+    return Config(
+        1, max(16, next_power_of_two(group)), min(64 if head_dim <= 128 else 32, block_size), 4, 2
+    )

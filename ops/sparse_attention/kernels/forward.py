@@ -1,27 +1,75 @@
-"""Attention of a tile of queries of one key/value head: coarse entries, selected blocks, window and first blocks."""
+"""Attention of a tile of queries of one key/value head: coarse entries, selected blocks, window and
+first blocks.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ops.sparse_attention.kernels.common import LN2, LOG2E, entry_logits, load_rows, softmax_step, tile_rows
+from ops.sparse_attention.kernels.common import (
+    LN2,
+    LOG2E,
+    entry_logits,
+    load_rows,
+    softmax_step,
+    tile_rows,
+)
 
 
 @triton.jit
-def attend_kernel(q_ptr, k_ptr, v_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr, bias_ptr, sink_ptr, bits_ptr, list_ptr,
-                  words_ptr, counts_ptr, tile_start_ptr, tile_end_ptr, tile_block_ptr, block_start_ptr, first_ptr,
-                  sink_end_ptr, local_start_ptr, out_ptr, lse_ptr, tail_mass_ptr, selected_mass_ptr, num_blocks, num_tiles,
-                  first_tile, list_size, num_kv_heads, scale, max_variance, log2_tokens, GROUP: tl.constexpr,
-                  QUERIES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-                  ENTRIES: tl.constexpr, ORDER: tl.constexpr, EXACT: tl.constexpr, COARSE: tl.constexpr,
-                  SELECTED: tl.constexpr):
-    """Grid (tiles, Hk). q, out: [T, Hk * GROUP, DIM]; k, v: [T, Hk, DIM]; lse and masses: [T, Hk * GROUP] fp32.
+def attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    key_mean_ptr,
+    value_mean_ptr,
+    key_var_ptr,
+    bias_ptr,
+    sink_ptr,
+    bits_ptr,
+    list_ptr,
+    words_ptr,
+    counts_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    tile_block_ptr,
+    block_start_ptr,
+    first_ptr,
+    sink_end_ptr,
+    local_start_ptr,
+    out_ptr,
+    lse_ptr,
+    tail_mass_ptr,
+    selected_mass_ptr,
+    num_blocks,
+    num_tiles,
+    first_tile,
+    list_size,
+    num_kv_heads,
+    scale,
+    max_variance,
+    log2_tokens,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    ORDER: tl.constexpr,
+    EXACT: tl.constexpr,
+    COARSE: tl.constexpr,
+    SELECTED: tl.constexpr,
+):
+    """Grid (tiles, Hk). q, out: [T, Hk * GROUP, DIM]; k, v: [T, Hk, DIM]; lse and masses: [T, Hk *
+    GROUP] fp32.
 
-    Coarse entries come first: their share of the denominator, and then the selected blocks', stand by themselves, as each
-    phase counts its own mass against the shared peak.
+    Coarse entries come first: their share of the denominator, and then the selected blocks', stand
+    by themselves, as each phase counts its own mass against the shared peak.
     """
-    tile = num_tiles - 1 - tl.program_id(0)  # the longest rows of a document start first
+    # the longest rows of a document start first
+    tile = num_tiles - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     start = tl.load(tile_start_ptr + first_tile + tile)
     end = tl.load(tile_end_ptr + first_tile + tile)
@@ -29,14 +77,21 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr
         return
     own = tl.load(tile_block_ptr + first_tile + tile)
     first = tl.load(first_ptr + own)
+
+    # The rows of a tile are its queries by the heads of the group, so that a key serves all of them
+    # at once.
     query, index, live = tile_rows(start, end, kv_head, num_kv_heads * GROUP, QUERIES, HEADS, GROUP)
     token = start + query
     list_row = kv_head.to(tl.int64) * num_tiles + tile
     q = load_rows(q_ptr, index, live, DIM)
+
     column = tl.arange(0, COLUMNS)
     peak = tl.full([QUERIES * HEADS], float("-inf"), tl.float32)
     tail = tl.zeros([QUERIES * HEADS], tl.float32)
     acc = tl.zeros([QUERIES * HEADS, DIM], tl.float32)
+
+    # First phase, the tail: entries of the blocks between the first ones and the window (without
+    # the exact branch, of every complete past block), but for those that the query selected.
     if COARSE:
         q_squared = q * q
         head_offset = kv_head.to(tl.int64) * num_blocks * ENTRIES
@@ -48,6 +103,7 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr
         offset = tl.full([QUERIES * HEADS], log2_tokens, tl.float32)
         if bias_ptr is not None:
             offset += tl.load(bias_ptr + index, mask=live, other=0.0) * LOG2E
+
         for begin in range(low, high, COLUMNS):
             entry = begin + column
             inside = entry < high
@@ -56,12 +112,23 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr
             if ORDER == 2:
                 key_var = load_rows(key_var_ptr, head_offset + entry, inside, DIM)
             values = load_rows(value_mean_ptr, head_offset + entry, inside, DIM)
-            logits, _ = entry_logits(q, q_squared, key_mean, key_var, scale, max_variance, offset[:, None], ORDER)
+            logits, _ = entry_logits(
+                q, q_squared, key_mean, key_var, scale, max_variance, offset[:, None], ORDER
+            )
+
+            # A query's own bit in a block's word says that it has the block's tokens instead.
             seen = inside[None, :] & live[:, None]
             if SELECTED:
-                word = tl.load(bits_ptr + list_row * num_blocks + entry // ENTRIES, mask=inside, other=0)
+                word = tl.load(
+                    bits_ptr + list_row * num_blocks + entry // ENTRIES, mask=inside, other=0
+                )
                 seen = seen & (((word[None, :] >> query[:, None]) & 1) == 0)
-            peak, tail, acc = softmax_step(tl.where(seen, logits, float("-inf")), values, peak, tail, acc)
+            peak, tail, acc = softmax_step(
+                tl.where(seen, logits, float("-inf")), values, peak, tail, acc
+            )
+
+    # Second phase, the tokens of the blocks that any query of the tile selected. `acc` goes on
+    # under the shared peak, the mass starts at zero.
     tail_peak = peak
     chosen = tl.zeros([QUERIES * HEADS], tl.float32)
     if SELECTED:
@@ -69,13 +136,24 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr
         for step in range(count * (BLOCK // COLUMNS)):
             at = list_row * list_size + step // (BLOCK // COLUMNS)
             word = tl.load(words_ptr + at)
-            key = tl.load(block_start_ptr + tl.load(list_ptr + at)) + (step % (BLOCK // COLUMNS)) * COLUMNS + column
+            key = (
+                tl.load(block_start_ptr + tl.load(list_ptr + at))
+                + (step % (BLOCK // COLUMNS)) * COLUMNS
+                + column
+            )
             row = key.to(tl.int64) * num_kv_heads + kv_head
             keys = load_rows(k_ptr, row, key < end, DIM)
             values = load_rows(v_ptr, row, key < end, DIM)
             logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+
+            # Selected blocks are complete and past, so that the query's bit is all the mask there
+            # is.
             seen = (((word >> query) & 1) == 1) & live
-            peak, chosen, acc = softmax_step(tl.where(seen[:, None], logits, float("-inf")), values, peak, chosen, acc)
+            peak, chosen, acc = softmax_step(
+                tl.where(seen[:, None], logits, float("-inf")), values, peak, chosen, acc
+            )
+
+    # Third phase, the first blocks and then the window in one loop: one body, compiled once.
     chosen_peak = peak
     rest = tl.zeros([QUERIES * HEADS], tl.float32)
     if EXACT:
@@ -84,13 +162,22 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr
         window_start = tl.load(block_start_ptr + tl.load(local_start_ptr + own))
         steps = sink_steps + tl.cdiv(end - window_start, COLUMNS)
         for step in range(steps):
-            key = tl.where(step < sink_steps, sink_start, window_start - sink_steps * COLUMNS) + step * COLUMNS + column
+            key = (
+                tl.where(step < sink_steps, sink_start, window_start - sink_steps * COLUMNS)
+                + step * COLUMNS
+                + column
+            )
             row = key.to(tl.int64) * num_kv_heads + kv_head
             keys = load_rows(k_ptr, row, key < end, DIM)
             values = load_rows(v_ptr, row, key < end, DIM)
             logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+
             seen = (key[None, :] <= token[:, None]) & live[:, None]
-            peak, rest, acc = softmax_step(tl.where(seen, logits, float("-inf")), values, peak, rest, acc)
+            peak, rest, acc = softmax_step(
+                tl.where(seen, logits, float("-inf")), values, peak, rest, acc
+            )
+
+    # The sink adds mass and no value.
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + index % (num_kv_heads * GROUP), mask=live, other=0.0) * LOG2E
         new_peak = tl.maximum(peak, sink)
@@ -98,14 +185,21 @@ def attend_kernel(q_ptr, k_ptr, v_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr
         acc = acc * shrink[:, None]
         rest = rest * shrink + tl.exp2(sink - new_peak)
         peak = new_peak
+
+    # Each phase's mass is brought from the peak it ended with to the last one. A row may have no
+    # entry at all: any finite peak does for it, and its output is zero.
     finite = tl.where(peak == float("-inf"), 0.0, peak)
     tail = tail * tl.exp2(tail_peak - finite)
     chosen = chosen * tl.exp2(chosen_peak - finite)
     total = tail + chosen + rest
     inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
     out = acc * inverse[:, None]
-    tl.store(out_ptr + index[:, None] * DIM + tl.arange(0, DIM)[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=live[:, None])
+
+    tl.store(
+        out_ptr + index[:, None] * DIM + tl.arange(0, DIM)[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=live[:, None],
+    )
     tl.store(lse_ptr + index, (peak + tl.log2(total)) * LN2, mask=live)
     tl.store(tail_mass_ptr + index, tail * inverse, mask=live)
     tl.store(selected_mass_ptr + index, chosen * inverse, mask=live)

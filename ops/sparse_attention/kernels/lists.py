@@ -1,6 +1,8 @@
-"""What a tile of queries selected: a word of query bits per block, and the list of the blocks that have any.
+"""What a tile of queries selected: a word of query bits per block, and the list of the blocks that
+have any.
 
-Tiles are numbered from first_tile, as a call may be cut into runs of tiles (triton_backend.tile_runs).
+Tiles are numbered from first_tile, as a call may be cut into runs of tiles
+(triton_backend.tile_runs).
 """
 
 from __future__ import annotations
@@ -10,9 +12,21 @@ import triton.language as tl
 
 
 @triton.jit
-def mark_kernel(selected_ptr, tile_start_ptr, tile_end_ptr, bits_ptr, num_tokens, num_blocks, num_tiles, first_tile,
-                QUERIES: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
-    """Grid (tiles, Hk). selected: [Hk, T, TOP_K] int32, -1 for none; bits: [Hk, tiles, M] int32, zeros before.
+def mark_kernel(
+    selected_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    bits_ptr,
+    num_tokens,
+    num_blocks,
+    num_tiles,
+    first_tile,
+    QUERIES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Grid (tiles, Hk). selected: [Hk, T, TOP_K] int32, -1 for none; bits: [Hk, tiles, M] int32,
+    zeros before.
 
     Integer or: the result does not hang on the order of the additions.
     """
@@ -25,13 +39,31 @@ def mark_kernel(selected_ptr, tile_start_ptr, tile_end_ptr, bits_ptr, num_tokens
     at = (kv_head * num_tokens + start + query) * TOP_K + slot
     block = tl.load(selected_ptr + at, mask=(start + query < end) & (slot < TOP_K), other=-1)
     word = (tl.zeros([QUERIES, SLOTS], tl.int32) + 1) << query
-    tl.atomic_or(bits_ptr + (kv_head * num_tiles + tile) * num_blocks + block, word, mask=block >= 0, sem="relaxed")
+    tl.atomic_or(
+        bits_ptr + (kv_head * num_tiles + tile) * num_blocks + block,
+        word,
+        mask=block >= 0,
+        sem="relaxed",
+    )
 
 
 @triton.jit
-def list_kernel(bits_ptr, tile_block_ptr, sink_end_ptr, local_start_ptr, blocks_ptr, words_ptr, counts_ptr, num_blocks,
-                num_tiles, first_tile, list_size, CHUNK: tl.constexpr):
-    """Grid (tiles, Hk). blocks, words: [Hk, tiles, list_size] int32: rising blocks, their query bits; counts: [Hk, tiles].
+def list_kernel(
+    bits_ptr,
+    tile_block_ptr,
+    sink_end_ptr,
+    local_start_ptr,
+    blocks_ptr,
+    words_ptr,
+    counts_ptr,
+    num_blocks,
+    num_tiles,
+    first_tile,
+    list_size,
+    CHUNK: tl.constexpr,
+):
+    """Grid (tiles, Hk). blocks, words: [Hk, tiles, list_size] int32: rising blocks, their query
+    bits; counts: [Hk, tiles].
 
     list_size is at least the number of blocks that one tile can select.
     """
@@ -40,6 +72,9 @@ def list_kernel(bits_ptr, tile_block_ptr, sink_end_ptr, local_start_ptr, blocks_
     own = tl.load(tile_block_ptr + first_tile + tile)
     low = tl.load(sink_end_ptr + own)
     high = tl.load(local_start_ptr + own)
+
+    # Only blocks between the first ones and the window can have been selected. The prefix sum keeps
+    # the list in rising order without atomics.
     row = kv_head * num_tiles + tile
     count = 0
     for begin in range(low, high, CHUNK):

@@ -7,9 +7,23 @@ import triton.language as tl
 
 
 @triton.jit
-def pool_kernel(k_ptr, v_ptr, block_start_ptr, block_end_ptr, key_mean_ptr, value_mean_ptr, key_var_ptr,
-                num_blocks, num_kv_heads, ENTRIES: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr):
-    """Grid (M, Hk). k, v: [T, Hk, DIM]; entries: [Hk, M * ENTRIES, DIM], finite for incomplete blocks too."""
+def pool_kernel(
+    k_ptr,
+    v_ptr,
+    block_start_ptr,
+    block_end_ptr,
+    key_mean_ptr,
+    value_mean_ptr,
+    key_var_ptr,
+    num_blocks,
+    num_kv_heads,
+    ENTRIES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Grid (M, Hk). k, v: [T, Hk, DIM]; entries: [Hk, M * ENTRIES, DIM], finite for incomplete
+    blocks too.
+    """
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     start = tl.load(block_start_ptr + block)

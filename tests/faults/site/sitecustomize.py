@@ -1,15 +1,22 @@
-"""Faults in training ranks without a hook in production code: python imports this file at start when it is on PYTHONPATH.
+"""Faults in training ranks without a hook in production code: python imports this file at start
+when it is on PYTHONPATH.
 
-    LOADSTONE_FAULT="kill@1:7"             rank 1 dies of SIGKILL at its first heartbeat of step 7 (counted from 1)
-    LOADSTONE_FAULT="kill@1:8:save"        ... when it begins to save in step 8 or later
-    LOADSTONE_FAULT="kill@1:5;hang@0:9"    several, each happens once
-    LOADSTONE_FAULT="kill!@1:7"            at every start again
-    LOADSTONE_FAULT_DIR=FOLDER             a fault that has happened is recorded here, with its time, before it strikes
-    LOADSTONE_PACE=0.3                     every rank rests so long before each step, so that faults from outside can hit it
+    LOADSTONE_FAULT="kill@1:7"           rank 1 dies of SIGKILL at its first heartbeat of step 7
+                                         (counted from 1)
+    LOADSTONE_FAULT="kill@1:8:save"      ... when it begins to save in step 8 or later
+    LOADSTONE_FAULT="kill@1:5;hang@0:9"  several, each happens once
+    LOADSTONE_FAULT="kill!@1:7"          at every start again
+    LOADSTONE_FAULT_DIR=FOLDER           a fault that has happened is recorded here, with its time,
+                                         before it strikes
+    LOADSTONE_PACE=0.3                   every rank rests so long before each step, so that faults
+                                         from outside can hit it
+    LOADSTONE_PHASES=FOLDER              every rank writes "STEP PHASE" to FOLDER/RANK at each
+                                         heartbeat, and rests for LOADSTONE_LINGER seconds, so that
+                                         faults from outside can choose a phase
 
-Kinds: the functions of ACTIONS below happen at a heartbeat; nan_loss spoils the loss of its step, nan_grad and nan_expert
-one gradient; slow and slow_data make a straggler, whose forward passes or reading take longer from its step on; clock sets
-one rank's wall clock an hour ahead.
+Kinds: the functions of ACTIONS below happen at a heartbeat; nan_loss spoils the loss of its step,
+nan_grad and nan_expert one gradient; slow and slow_data make a straggler, whose forward passes or
+reading take longer from its step on; clock sets one rank's wall clock an hour ahead.
 """
 
 import importlib.abc
@@ -46,10 +53,20 @@ class Fault:
     def record(self, step, phase):
         """Write down that the fault happens now; False: it has happened in an earlier attempt."""
         self.struck = True
-        name = "".join(c if c.isalnum() else "-" for c in self.text) + (f"-{real_time():.3f}" if self.again else "")
+        name = "".join(c if c.isalnum() else "-" for c in self.text) + (
+            f"-{real_time():.3f}" if self.again else ""
+        )
         path = os.path.join(os.environ["LOADSTONE_FAULT_DIR"], f"{name}.json")
-        fact = {"fault": self.text, "kind": self.kind, "rank": self.rank, "host": socket.gethostname(), "step": step,
-                "phase": phase, "time": real_time(), "pid": os.getpid()}
+        fact = {
+            "fault": self.text,
+            "kind": self.kind,
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "step": step,
+            "phase": phase,
+            "time": real_time(),
+            "pid": os.getpid(),
+        }
         try:
             with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL), "w") as file:
                 file.write(json.dumps(fact))
@@ -95,10 +112,17 @@ ACTIONS = {
 
 def patch_heartbeat(module, faults, pace):
     beat = module.beat
+    phases, linger = (
+        os.environ.get("LOADSTONE_PHASES"),
+        float(os.environ.get("LOADSTONE_LINGER", "0")),
+    )
 
     def beat_and_break(step, phase):
         global step_now
         beat(step, phase)
+        if phases:
+            note(phases, step, phase)
+            time.sleep(linger)
         if phase == "data":
             step_now = step
             time.sleep(pace)
@@ -109,16 +133,27 @@ def patch_heartbeat(module, faults, pace):
     module.beat = beat_and_break
 
 
+def note(folder, step, phase):
+    path = os.path.join(folder, os.environ["RANK"])
+    with open(path + ".tmp", "w") as file:
+        file.write(f"{step} {phase}")
+    os.replace(path + ".tmp", path)
+
+
 def patch_engine(module, faults):
     forward, backward = module.Engine.forward, module.Engine.backward
 
     def due(*kinds):
-        return any(f.kind in kinds and f.due(step_now, None) and f.record(step_now, f.kind) for f in faults)
+        return any(
+            f.kind in kinds and f.due(step_now, None) and f.record(step_now, f.kind) for f in faults
+        )
 
-    def spoiled_forward(self, **inputs):
+    def spoiled_forward(self, *given):
         drag(faults, "slow", "forward")
-        output = forward(self, **inputs)
-        return output._replace(loss_sum=output.loss_sum * float("nan")) if due("nan_loss") else output
+        output = forward(self, *given)
+        return (
+            output._replace(loss_sum=output.loss_sum * float("nan")) if due("nan_loss") else output
+        )
 
     def spoiled_backward(self, loss, is_last):
         if due("nan_grad"):
@@ -150,7 +185,9 @@ def drag(faults, kind, phase):
 
 def poison_gradient(model, expert):
     """The next gradient of one dense or one expert parameter gets a NaN in its first place."""
-    parameter = next(p for p in model.parameters() if p.requires_grad and getattr(p, "allreduce", True) != expert)
+    parameter = next(
+        p for p in model.parameters() if p.requires_grad and getattr(p, "allreduce", True) != expert
+    )
 
     def poison(gradient):
         handle.remove()
@@ -188,10 +225,17 @@ def install():
     faults = [Fault(text) for text in os.environ.get("LOADSTONE_FAULT", "").split(";") if text]
     faults = [fault for fault in faults if fault.rank == rank]
     pace = float(os.environ.get("LOADSTONE_PACE", "0"))
-    if faults or pace:
-        sys.meta_path.insert(0, Patcher({"train.heartbeat": lambda module: patch_heartbeat(module, faults, pace),
-                                         "train.engine": lambda module: patch_engine(module, faults),
-                                         "train.data.loader": lambda module: patch_loader(module, faults)}))
+    if faults or pace or (rank >= 0 and "LOADSTONE_PHASES" in os.environ):
+        sys.meta_path.insert(
+            0,
+            Patcher(
+                {
+                    "train.rank.heartbeat": lambda module: patch_heartbeat(module, faults, pace),
+                    "train.engine.deepspeed": lambda module: patch_engine(module, faults),
+                    "train.data.loader": lambda module: patch_loader(module, faults),
+                }
+            ),
+        )
 
 
 def run_the_other_sitecustomize():

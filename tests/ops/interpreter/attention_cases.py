@@ -1,5 +1,7 @@
-"""Worker of tests/ops/test_sparse_attention_triton.py, run by path with TRITON_INTERPRET=1: the kernels of sparse attention
-in Triton's interpreter against the definition. Arguments: names of groups of cases; prints one line per failure."""
+"""Worker of tests/ops/test_sparse_attention_triton.py, run by path with TRITON_INTERPRET=1: the
+kernels of sparse attention in Triton's interpreter against the definition. Arguments: names of
+groups of cases; prints one line per failure.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ from torch import Tensor
 
 from ops.sparse_attention import reference, triton_backend
 from ops.sparse_attention.blocks import block_table
-from ops.sparse_attention.noise import gumbel, selection_counter, token_hash
+from ops.sparse_attention.noise import NO_NOISE, gumbel, selection_counter, token_hash
+from ops.sparse_attention.problem import DecodeProblem, Problem
 from ops.sparse_attention.ranking import block_of_key, value_of_key
-from ops.sparse_attention.spec import SparseAttentionSpec
+from ops.sparse_attention.spec import SelectionNoise, SparseAttentionSpec
 from ops.testing import assert_close, poisoned_memory
 
 torch.set_num_threads(1)
-SMALL = SparseAttentionSpec(block_size=16, top_k=2, window_size=17, num_sink_blocks=1, coarse_block_size=8)
+SMALL = SparseAttentionSpec(
+    block_size=16, top_k=2, window_size=17, num_sink_blocks=1, coarse_block_size=8
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,10 @@ class Case:
     dlse: bool = True
     exact: bool = True
     coarse: bool = True
-    selection: str = "ranked"  # or "shared": every query chooses the first candidate; "reversed": unordered, -1 in front
-    limits: dict[str, int] = field(default_factory=dict)  # of triton_backend, to cut small inputs into parts and runs
+    # or "shared": every query chooses the first candidate; "reversed": unordered, -1 in front
+    selection: str = "ranked"
+    # of triton_backend, to cut small inputs into parts and runs
+    limits: dict[str, int] = field(default_factory=dict)
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -50,7 +57,9 @@ class Case:
         generator = torch.Generator().manual_seed(sum(self.lengths) + self.heads)
         num_tokens = sum(self.lengths)
         shapes = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = (torch.randn(num_tokens, h, self.dim, generator=generator).to(self.dtype) for h in shapes)
+        q, k, v = (
+            torch.randn(num_tokens, h, self.dim, generator=generator).to(self.dtype) for h in shapes
+        )
         return 1.5 * q, k, v
 
 
@@ -76,15 +85,26 @@ ATTEND = {
     "one entry a block": Case(spec=spec(coarse_block_size=16)),
     "sixteen entries a block": Case(spec=spec(coarse_block_size=1, order=0)),
     "shared block": Case((150,), 4, 1, selection="shared", limits={"PART_QUERIES": 24}),
-    "parts and runs": Case((131, 70), 4, 2, limits={"PART_QUERIES": 16, "SCRATCH": 2**9, "ENTRY_PROGRAMS": 1}, bias=True),
-    "more parts": Case((200,), 2, 2, spec=spec(num_sink_blocks=2), limits={"PART_QUERIES": 16, "SCRATCH": 1}),
+    "parts and runs": Case(
+        (131, 70),
+        4,
+        2,
+        limits={"PART_QUERIES": 16, "SCRATCH": 2**9, "ENTRY_PROGRAMS": 1},
+        bias=True,
+    ),
+    "more parts": Case(
+        (200,), 2, 2, spec=spec(num_sink_blocks=2), limits={"PART_QUERIES": 16, "SCRATCH": 1}
+    ),
     "unordered selection": Case(selection="reversed", heads=8),
     "group of 16": Case((90,), 16, 1),
-    "shipping shape": Case((270, 37), 4, 1, 64, spec(block_size=64, coarse_block_size=32, window_size=64, top_k=1)),
+    "shipping shape": Case(
+        (270, 37), 4, 1, 64, spec(block_size=64, coarse_block_size=32, window_size=64, top_k=1)
+    ),
 }
 HALF = {
     f"{name} {dtype}": replace(ATTEND[name], dtype=dtype)
-    for dtype in (torch.bfloat16, torch.float16) for name in ("prime", "documents", "coarse alone", "clamped")
+    for dtype in (torch.bfloat16, torch.float16)
+    for name in ("prime", "documents", "coarse alone", "clamped")
 }
 RANK = {
     "prob": Case((131, 90), 4, 2),
@@ -96,7 +116,9 @@ RANK = {
     "one entry a token": Case(spec=spec(coarse_block_size=1, order=0)),
     "tiny documents": Case((3,) * 30),
     "no tokens": Case((0,)),
-    "shipping shape": Case((270, 37), 4, 1, 64, spec(block_size=64, coarse_block_size=32, window_size=64, top_k=1)),
+    "shipping shape": Case(
+        (270, 37), 4, 1, 64, spec(block_size=64, coarse_block_size=32, window_size=64, top_k=1)
+    ),
     "prob bf16": Case((131, 90), 4, 2, dtype=torch.bfloat16),
 }
 DECODE = {
@@ -129,8 +151,12 @@ def selected_blocks(case: Case) -> Tensor:
         selected[..., 1] = torch.where(low < high, low, -1)
         return selected
     entries = triton_backend.pool(k, v, table, case.spec)
-    keys, _ = triton_backend.rank(q, entries, table, case.cu_seqlens, case.spec, None, 0.0)
-    return block_of_key(keys).int().flip(-1) if case.selection == "reversed" else block_of_key(keys).int().sort(-1).values
+    keys, _ = triton_backend.rank(q, entries, table, case.spec, None, NO_NOISE)
+    return (
+        block_of_key(keys).int().flip(-1)
+        if case.selection == "reversed"
+        else block_of_key(keys).int().sort(-1).values
+    )
 
 
 def check_attend(case: Case) -> None:
@@ -144,20 +170,47 @@ def check_attend(case: Case) -> None:
     with poisoned_memory():
         selected = selected_blocks(case)
         entries = triton_backend.pool(k, v, table, case.spec) if case.coarse else None
-        given = (q, k, v, entries, selected, table, cu_seqlens, case.spec, bias, sink, case.exact, case.coarse)
-        out, lse, tail_mass, selected_mass = triton_backend.attend(*given)
-        dlse = torch.randn(lse.shape, generator=generator).masked_fill(lse.isinf(), 0.0) if case.dlse else None
-        grads = triton_backend.attend_backward(*given, out, lse, dout, dlse)
-        again = triton_backend.attend_backward(*given, out, lse, dout, dlse)
-    assert all(a is None or torch.equal(a, b) for a, b in zip(grads, again, strict=True)), "two runs differ"
+        problem = Problem(
+            q=q,
+            k=k,
+            v=v,
+            bias=bias,
+            sink=sink,
+            selected=selected,
+            entries=entries,
+            table=table,
+            spec=case.spec,
+            exact=case.exact,
+            coarse=case.coarse,
+        )
+        out, lse, tail_mass, selected_mass = triton_backend.attend(problem)
+        dlse = (
+            torch.randn(lse.shape, generator=generator).masked_fill(lse.isinf(), 0.0)
+            if case.dlse
+            else None
+        )
+        grads = triton_backend.attend_backward(problem, out, lse, dout, dlse)
+        again = triton_backend.attend_backward(problem, out, lse, dout, dlse)
+    assert all(a is None or torch.equal(a, b) for a, b in zip(grads, again, strict=True)), (
+        "two runs differ"
+    )
 
-    exact_inputs = [None if x is None else x.double().requires_grad_() for x in (q, k, v, bias, sink)]
+    exact_inputs = [
+        None if x is None else x.double().requires_grad_() for x in (q, k, v, bias, sink)
+    ]
     chosen = torch.zeros(case.kv_heads, num_tokens, len(table.start) + 1, dtype=torch.bool)
     chosen.scatter_(2, torch.where(selected < 0, len(table.start), selected).long(), True)
     num_blocks = len(reference.reference_blocks(cu_seqlens, case.spec.block_size).start)
-    theirs = reference.reference_attention(*exact_inputs[:3], cu_seqlens, case.spec, bias=exact_inputs[3],
-                                           sink=exact_inputs[4], selected=chosen[..., :num_blocks], exact=case.exact,
-                                           coarse=case.coarse)
+    theirs = reference.reference_attention(
+        *exact_inputs[:3],
+        cu_seqlens,
+        case.spec,
+        bias=exact_inputs[3],
+        sink=exact_inputs[4],
+        selected=chosen[..., :num_blocks],
+        exact=case.exact,
+        coarse=case.coarse,
+    )
     nothing = theirs.lse.isinf()
     assert torch.equal(nothing, lse.isinf()), "rows without entries differ"
     close("out", out, theirs.out, case)
@@ -169,7 +222,9 @@ def check_attend(case: Case) -> None:
         loss = loss + (theirs.lse.masked_fill(nothing, 0.0) * dlse).sum()
     wanted = [x for x in exact_inputs if x is not None]
     expected = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
-    for name, grad, given_input in zip(("dq", "dk", "dv", "dbias", "dsink"), grads, exact_inputs, strict=True):
+    for name, grad, given_input in zip(
+        ("dq", "dk", "dv", "dbias", "dsink"), grads, exact_inputs, strict=True
+    ):
         assert (grad is None) == (given_input is None), f"{name} is missing"
         if grad is not None:
             close(name, grad, next(expected), case)
@@ -180,34 +235,46 @@ def close(name: str, ours: Tensor, theirs: Tensor, case: Case) -> None:
 
 
 def check_rank(case: Case) -> None:
-    """Ties and near ties may fall either way: values are compared, and that no better block was left out."""
+    """Ties and near ties may fall either way: values are compared, and that no better block was
+    left out.
+    """
     q, k, v = case.inputs
     cu_seqlens, num_tokens = case.cu_seqlens, len(q)
     table = block_table(cu_seqlens, num_tokens, case.spec)
     hashed = token_hash(11, torch.arange(num_tokens) * 7)
+    # The call's heads are some of a layer's, as under context parallelism.
+    noise = SelectionNoise(11, 0.7, first_kv_head=2, num_kv_heads=case.kv_heads + 3)
     with poisoned_memory():
         entries = triton_backend.pool(k, v, table, case.spec)
-        cold = triton_backend.rank(q, entries, table, cu_seqlens, case.spec, None, 0.0)
-        warm = triton_backend.rank(q, entries, table, cu_seqlens, case.spec, hashed, 0.7)
+        cold = triton_backend.rank(q, entries, table, case.spec, None, NO_NOISE)
+        warm = triton_backend.rank(q, entries, table, case.spec, hashed, noise)
     if not num_tokens:
         return
     blocks = reference.reference_blocks(cu_seqlens, case.spec.block_size)
     grouped = q.double().view(num_tokens, case.kv_heads, -1, case.dim).transpose(0, 1)
     mean, var = reference.pooled(k.double(), blocks, case.spec, case.spec.coarse_block_size)
-    logits, kappa = reference.coarse_logits(grouped, mean, var, case.spec.coarse_block_size, case.spec)
+    logits, kappa = reference.coarse_logits(
+        grouped, mean, var, case.spec.coarse_block_size, case.spec
+    )
     own, block = table.block_of.long().unsqueeze(1), torch.arange(len(blocks.start))
     past = (block >= table.first[own]) & (block < own)
     seen = past.repeat_interleave(case.spec.entries_per_block, -1)
     values, _ = reference.rank_values(logits, kappa, seen, case.spec)
     _, mass = reference.rank_values(logits, kappa, seen, replace(case.spec, score="prob"))
-    candidate = ((block >= table.sink_end[own]) & (block < table.local_start[own])).expand_as(values)
-    counter = selection_counter(block - table.first[own], torch.arange(case.kv_heads)[:, None, None], case.kv_heads)
-    noise = 0.7 * gumbel(hashed[:, None], counter)
+    candidate = ((block >= table.sink_end[own]) & (block < table.local_start[own])).expand_as(
+        values
+    )
+    counter = selection_counter(
+        block - table.first[own], 2 + torch.arange(case.kv_heads)[:, None, None], case.kv_heads + 3
+    )
+    drawn = 0.7 * gumbel(hashed[:, None], counter)
     slack = 3e-5 if case.dtype == torch.float32 else 2e-2
-    for (keys, candidate_mass), expected in ((cold, values), (warm, values + noise)):
+    for (keys, candidate_mass), expected in ((cold, values), (warm, values + drawn)):
         found, ours = block_of_key(keys), value_of_key(keys)
         real = found >= 0
-        assert torch.equal(real.sum(-1), candidate.sum(-1).clamp_max(case.spec.top_k)), "number of blocks"
+        assert torch.equal(real.sum(-1), candidate.sum(-1).clamp_max(case.spec.top_k)), (
+            "number of blocks"
+        )
         assert (keys.diff(dim=-1)[real[..., 1:]] < 0).all(), "keys do not fall"
         at = found.clamp_min(0)
         assert candidate.gather(-1, at)[real].all(), "not a candidate"
@@ -216,7 +283,9 @@ def check_rank(case: Case) -> None:
         taken = torch.zeros(*found.shape[:2], len(block) + 1, dtype=torch.bool)
         taken.scatter_(-1, torch.where(real, found, len(block)), True)
         best_left = expected.masked_fill(~candidate | taken[..., :-1], float("-inf")).amax(-1)
-        assert (ours.masked_fill(~real, float("inf")).amin(-1) >= best_left - slack).all(), "a better block was left out"
+        assert (ours.masked_fill(~real, float("inf")).amin(-1) >= best_left - slack).all(), (
+            "a better block was left out"
+        )
         close("mass", candidate_mass, torch.where(candidate, mass, 0.0).sum(-1), case)
 
 
@@ -226,7 +295,7 @@ def check_ties(case: Case) -> None:
     k = k[:1].expand_as(k).contiguous()
     table = block_table(case.cu_seqlens, len(q), case.spec)
     entries = triton_backend.pool(k, v, table, case.spec)
-    keys, _ = triton_backend.rank(q, entries, table, case.cu_seqlens, case.spec, None, 0.0)
+    keys, _ = triton_backend.rank(q, entries, table, case.spec, None, NO_NOISE)
     assert block_of_key(keys)[0, -1].tolist() == [1, 2, 3, 4]
 
 
@@ -242,11 +311,13 @@ def check_pool(case: Case) -> None:
     mean, var = reference.pooled(k.double(), blocks, case.spec, size)
     value, _ = reference.pooled(v.double(), blocks, case.spec, size)
     for name, ours, theirs in zip(entries._fields, entries, (mean, value, var), strict=True):
-        close(name, ours[:, :len(complete)][:, complete], theirs[:, complete], case)
+        close(name, ours[:, : len(complete)][:, complete], theirs[:, complete], case)
 
 
 def check_decode(case: Case) -> None:
-    """The last token of each document by decode and by the definition; documents have one length."""
+    """The last token of each document by decode and by the definition; documents have one
+    length.
+    """
     (length, *_), rows = case.lengths, len(case.lengths)
     q, k, v = case.inputs
     table = block_table(case.cu_seqlens, len(q), case.spec)
@@ -254,19 +325,52 @@ def check_decode(case: Case) -> None:
     bias = torch.randn(len(q), case.heads, generator=generator) if case.bias else None
     sink = torch.randn(case.heads, generator=generator) if case.sink else None
     room = length + 5
-    keys, values = (torch.full((rows, room, case.kv_heads, case.dim), float("nan"), dtype=case.dtype) for _ in range(2))
-    keys[:, :length], values[:, :length] = (x.view(rows, length, case.kv_heads, case.dim) for x in (k, v))
+    keys, values = (
+        torch.full((rows, room, case.kv_heads, case.dim), float("nan"), dtype=case.dtype)
+        for _ in range(2)
+    )
+    keys[:, :length], values[:, :length] = (
+        x.view(rows, length, case.kv_heads, case.dim) for x in (k, v)
+    )
     last = torch.arange(1, rows + 1) * length - 1
     with poisoned_memory():
         pooled = triton_backend.pool(k, v, table, case.spec)
         per_row = -(-length // case.spec.block_size) * case.spec.entries_per_block
         unused = torch.full((rows, case.kv_heads, 7, case.dim), 1e4, dtype=case.dtype)
-        stored = type(pooled)(*(torch.cat([x[:, :rows * per_row].unflatten(1, (rows, per_row)).transpose(0, 1), unused], 2)
-                                for x in pooled))
-        out, lse = triton_backend.decode(q[last], keys, values, stored, length, case.spec,
-                                         None if bias is None else bias[last], sink, case.exact, case.coarse)
-    theirs = reference.reference_attention(q.double(), k.double(), v.double(), case.cu_seqlens, case.spec, bias=bias,
-                                           sink=sink, exact=case.exact, coarse=case.coarse)
+        stored = type(pooled)(
+            *(
+                torch.cat(
+                    [x[:, : rows * per_row].unflatten(1, (rows, per_row)).transpose(0, 1), unused],
+                    2,
+                )
+                for x in pooled
+            )
+        )
+        out, lse = triton_backend.decode(
+            DecodeProblem(
+                q=q[last],
+                keys=keys,
+                values=values,
+                entries=stored,
+                length=length,
+                spec=case.spec,
+                bias=None if bias is None else bias[last],
+                sink=sink,
+                exact=case.exact,
+                coarse=case.coarse,
+            )
+        )
+    theirs = reference.reference_attention(
+        q.double(),
+        k.double(),
+        v.double(),
+        case.cu_seqlens,
+        case.spec,
+        bias=bias,
+        sink=sink,
+        exact=case.exact,
+        coarse=case.coarse,
+    )
     nothing = theirs.lse[last].isinf()
     assert torch.equal(nothing, lse.isinf()), "rows without entries differ"
     close("out", out, theirs.out[last], case)

@@ -1,5 +1,7 @@
-"""Worker of tests/ops/test_grouped_mlp_triton.py, run by path with TRITON_INTERPRET=1: the kernels of the grouped MLP in
-Triton's interpreter against the definition. Arguments: names of groups of cases; prints one line per case and failure."""
+"""Worker of tests/ops/test_grouped_mlp_triton.py, run by path with TRITON_INTERPRET=1: the kernels
+of the grouped MLP in Triton's interpreter against the definition. Arguments: names of groups of
+cases; prints one line per case and failure.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import shim  # noqa: F401
 import torch
 from torch import Tensor
 
-from ops.grouped_mlp import triton_backend
+from ops.grouped_mlp import dequantized, quantize_rows, triton_backend
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.reference import reference_grouped_mlp
 from ops.permute import group_by_expert
@@ -24,7 +26,9 @@ NAMES = ("grad_hidden", "grad_weights", "grad_gate_up", "grad_down")
 
 @dataclass(frozen=True)
 class Case:
-    """routing: arguments of draw_expert_ids. few_rows: of configs; 0: row tiles of 128. architecture: of tile sizes."""
+    """routing: arguments of draw_expert_ids. few_rows: of configs; 0: row tiles of 128.
+    architecture: of tile sizes.
+    """
 
     routing: tuple[int, int, int, str] = (67, 5, 3, "even")
     hidden_size: int = 48
@@ -45,7 +49,8 @@ FLOAT32 = {name: Case(routing) for name, routing in EDGE_CASES.items()} | {
 }
 HALF = {
     f"{name} {dtype}": replace(case, dtype=dtype)
-    for dtype in (torch.bfloat16, torch.float16) for name, case in {
+    for dtype in (torch.bfloat16, torch.float16)
+    for name, case in {
         "edges": Case((131, 5, 3, "unused"), 80, 72),
         "whole tiles": Case((290, 3, 2, "skewed"), 256, 128, few_rows=0),
         "several column tiles": Case((70, 3, 2, "half"), 320, 144, few_rows=0),
@@ -58,7 +63,9 @@ HALF = {
 
 
 def check(case: Case) -> str:
-    """Outputs and gradients against the definition in fp64; the largest errors over the largest values."""
+    """Outputs and gradients against the definition in fp64; the largest errors over the largest
+    values.
+    """
     (num_tokens, num_experts, top_k, _), dim, width = case.routing, case.hidden_size, case.width
     generator = torch.Generator().manual_seed(num_tokens)
 
@@ -66,17 +73,26 @@ def check(case: Case) -> str:
         return torch.randn(shape, generator=generator)
 
     slots, inverse, offsets = group_by_expert(draw_expert_ids(*case.routing), num_experts)
-    weights = torch.rand(num_tokens, top_k, generator=generator)  # of unused slots too: they must reach nothing
-    hidden, gate_up, down, grad_out = (x.to(case.dtype) for x in (
-        normal(num_tokens, dim), normal(num_experts, 2 * width, dim) * 1.5 * dim**-0.5,
-        normal(num_experts, dim, width) * width**-0.5, normal(num_tokens, dim)))
+    # of unused slots too: they must reach nothing
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    hidden, gate_up, down, grad_out = (
+        x.to(case.dtype)
+        for x in (
+            normal(num_tokens, dim),
+            normal(num_experts, 2 * width, dim) * 1.5 * dim**-0.5,
+            normal(num_experts, dim, width) * width**-0.5,
+            normal(num_tokens, dim),
+        )
+    )
     given = (hidden, weights, gate_up, down, slots, inverse, offsets)
     with poisoned_memory():
         out, pre = triton_backend.forward(*given, keep=True)
         again, nothing = triton_backend.forward(*given, keep=False)
         grads = triton_backend.backward(grad_out, *given, pre)
         recomputed = triton_backend.backward(grad_out, *given, None)
-    assert nothing is None and pre is not None and pre[int(offsets[-1]):].isnan().all(), "rows behind the last were written"
+    assert nothing is None and pre is not None and pre[int(offsets[-1]) :].isnan().all(), (
+        "rows behind the last were written"
+    )
     assert torch.equal(out, again), "two runs differ"
     for name, grad, second in zip(NAMES, grads, recomputed, strict=True):
         assert torch.equal(grad, second), f"{name} differs when pre-activations are recomputed"
@@ -86,27 +102,75 @@ def check(case: Case) -> str:
     theirs = torch.autograd.grad(expected, exact, grad_out.double())
     assert not grads[1][inverse < 0].any(), "unused slots have gradients"
     idle = offsets.diff() == 0
-    assert not grads[2][idle].any() and not grads[3][idle].any(), "experts without rows have gradients"
+    assert not grads[2][idle].any() and not grads[3][idle].any(), (
+        "experts without rows have gradients"
+    )
     found = []
-    for name, ours, reference in zip(("out", *NAMES), (out, *grads), (expected, *theirs), strict=True):
+    for name, ours, reference in zip(
+        ("out", *NAMES), (out, *grads), (expected, *theirs), strict=True
+    ):
         assert ours.dtype == (torch.float32 if name == "grad_weights" else case.dtype), name
         assert_close(name, ours, reference, case.dtype)
         if reference.count_nonzero():
-            found.append(f"{name} {float((ours - reference.detach()).abs().max() / reference.detach().abs().max()):.1e}")
+            exact = reference.detach()
+            found.append(f"{name} {float((ours - exact).abs().max() / exact.abs().max()):.1e}")
     return ", ".join(found)
 
 
-GROUPS = {"float32": FLOAT32, "half": HALF}
+INT8 = {
+    f"{name} {dtype}": replace(case, dtype=dtype)
+    for name, case, dtype in (
+        ("edges", Case((67, 5, 3, "unused"), 48, 40), torch.float32),
+        ("odd widths", Case((23, 3, 2, "skewed"), 37, 19), torch.float32),
+        ("one slot", Case((61, 4, 1, "unused")), torch.float32),
+        ("edges", Case((131, 5, 3, "unused"), 80, 72), torch.bfloat16),
+        ("whole tiles", Case((140, 3, 2, "skewed"), 128, 128, few_rows=0), torch.bfloat16),
+        ("one slot", Case((70, 2, 1, "even"), 64, 64), torch.float16),
+    )
+}
+
+
+def check_int8(case: Case) -> str:
+    """The product of 8-bit weights against the definition on what they stand for, in fp64."""
+    (num_tokens, num_experts, top_k, _), dim, width = case.routing, case.hidden_size, case.width
+    generator = torch.Generator().manual_seed(num_tokens)
+    slots, inverse, offsets = group_by_expert(draw_expert_ids(*case.routing), num_experts)
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    hidden = torch.randn(num_tokens, dim, generator=generator).to(case.dtype)
+    gate_up = torch.randn(num_experts, 2 * width, dim, generator=generator) * 1.5 * dim**-0.5
+    down = torch.randn(num_experts, dim, width, generator=generator) * width**-0.5
+    # rows of very different sizes, so that a scale of another row would show
+    gate_up *= torch.logspace(-1, 1, 2 * width)[:, None]
+    down *= torch.logspace(1, -1, dim)[:, None]
+    (q_up, s_up), (q_down, s_down) = quantize_rows(gate_up), quantize_rows(down)
+    with poisoned_memory():
+        out, nothing = triton_backend.forward(
+            hidden, weights, q_up, q_down, slots, inverse, offsets, False, (s_up, s_down)
+        )
+    assert nothing is None
+    whole = (dequantized(q_up, s_up).double(), dequantized(q_down, s_down).double())
+    expected = reference_grouped_mlp(
+        hidden.double(), weights.double(), *whole, slots, inverse, offsets
+    )
+    assert_close("out", out, expected, case.dtype)
+    return f"out {float((out - expected).abs().max() / expected.abs().max()):.1e}"
+
+
+GROUPS = {"float32": FLOAT32, "half": HALF, "int8": INT8}
 
 
 def main(groups: list[str]) -> int:
     failed = False
     for group in groups:
+        check_of = check_int8 if group == "int8" else check
         for name, case in GROUPS[group].items():
             start, configs.FEW_ROWS = time.process_time(), case.few_rows
             triton_backend.architecture = lambda device, case=case: case.architecture
             try:
-                print(f"{group} / {name}: {check(case)}; {time.process_time() - start:.1f} s", flush=True)
+                print(
+                    f"{group} / {name}: {check_of(case)}; {time.process_time() - start:.1f} s",
+                    flush=True,
+                )
             except Exception as error:
                 failed = True
                 print(f"FAILED {group} / {name}: {error}\n{traceback.format_exc()}", flush=True)

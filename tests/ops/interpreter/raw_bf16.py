@@ -1,4 +1,6 @@
-"""Worker of test_the_shim_is_needed: error of a bf16 product in Triton's interpreter, with the shim if asked for."""
+"""Worker of test_the_shim_is_needed: error of a bf16 product in Triton's interpreter, with the shim
+if asked for.
+"""
 
 from __future__ import annotations
 

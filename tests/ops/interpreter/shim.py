@@ -1,11 +1,13 @@
-"""Makes Triton's interpreter (3.6 to 3.9) fit to prove bf16 kernels on a CPU. Import it with TRITON_INTERPRET=1 set.
+"""Makes Triton's interpreter (3.6 to 3.9) fit to prove bf16 kernels on a CPU. Import it with
+TRITON_INTERPRET=1 set.
 
-The interpreter keeps bf16 as uint16 bit patterns and computes on the patterns: products, sums and comparisons are silently
-wrong, conversions from fp32 truncate (triton issue 11584, closed unfixed). Here operands become fp32, and results are
-rounded to the nearest even bf16. It can go when tests/ops/test_sparse_attention_triton.py::test_the_shim_is_needed fails.
+The interpreter keeps bf16 as uint16 bit patterns and computes on the patterns: products, sums and
+comparisons are silently wrong, conversions from fp32 truncate (triton issue 11584, closed unfixed).
+Here operands become fp32, and results are rounded to the nearest even bf16. It can go when
+tests/ops/test_sparse_attention_triton.py::test_the_shim_is_needed fails.
 
-Two more: tl is patched anew for every nested @jit call, a quarter of the run time, which is left out; and Triton 3.6 turns
-loop bounds into integers in a way that numpy >= 2.4 refuses.
+Two more: tl is patched anew for every nested @jit call, a quarter of the run time, which is left
+out; and Triton 3.6 turns loop bounds into integers in a way that numpy >= 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -43,7 +45,12 @@ def _bf16(values: np.ndarray) -> Any:
 
 
 def _fix_arithmetic() -> None:
-    binary, unary, fma, dot = Builder.binary_op, Builder.unary_op, Builder.create_fma, Builder.create_dot
+    binary, unary, fma, dot = (
+        Builder.binary_op,
+        Builder.unary_op,
+        Builder.create_fma,
+        Builder.create_dot,
+    )
     cast, convert = Builder.cast_impl, Builder.create_fp_to_fp
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Callable) -> Any:
@@ -58,11 +65,17 @@ def _fix_arithmetic() -> None:
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         return _bf16(_values(x) * _values(y) + _values(z)) if _is_bf16(z) else fma(self, x, y, z)
 
-    def create_dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    def create_dot(
+        self: Any, a: Any, b: Any, acc: Any, input_precision: Any, max_num_imprecise_acc: Any
+    ) -> Any:
         if _is_bf16(a, b):
             return Handle(np.matmul(_values(a), _values(b)) + acc.data, acc.dtype.scalar)
-        if a.data.dtype == np.float16 and acc.data.dtype == np.float32:  # numpy would sum in fp16
-            return Handle(np.matmul(a.data.astype(np.float32), b.data.astype(np.float32)) + acc.data, acc.dtype.scalar)
+        # numpy would sum in fp16
+        if a.data.dtype == np.float16 and acc.data.dtype == np.float32:
+            return Handle(
+                np.matmul(a.data.astype(np.float32), b.data.astype(np.float32)) + acc.data,
+                acc.dtype.scalar,
+            )
         return dot(self, a, b, acc, input_precision, max_num_imprecise_acc)
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
@@ -80,7 +93,12 @@ def _fix_arithmetic() -> None:
             return cast_impl(self, src, dst_type)
         return convert(self, src, dst_type, rounding_mode)
 
-    Builder.binary_op, Builder.unary_op, Builder.create_fma, Builder.create_dot = binary_op, unary_op, create_fma, create_dot
+    Builder.binary_op, Builder.unary_op, Builder.create_fma, Builder.create_dot = (
+        binary_op,
+        unary_op,
+        create_fma,
+        create_dot,
+    )
     Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
 
 
@@ -126,4 +144,5 @@ def _skip_overflow_checks() -> None:
 _fix_arithmetic()
 _patch_once_per_launch()
 _skip_overflow_checks()
-np.seterr(over="ignore", under="ignore", divide="ignore", invalid="ignore")  # exp2 of -inf, 1 / 0 in unused branches
+# exp2 of -inf, 1 / 0 in unused branches
+np.seterr(over="ignore", under="ignore", divide="ignore", invalid="ignore")

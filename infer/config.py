@@ -1,0 +1,70 @@
+"""Settings of generation, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the tokens of one request are drawn, and when they end."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    """0: always the most likely token."""
+    top_p: float = 0.95
+    """Tokens are drawn from the smallest set whose probability reaches it (arXiv 1904.09751)."""
+    top_k: int | None = None
+    """Tokens are drawn from the top_k most likely ones; None: from all."""
+    seed: int = 0
+    """With the token's place it decides each draw, whatever else is generated beside it."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text, besides the one that ends a document; they are not part of it."""
+    ignore_end: bool = False
+    """Go on after the token that ends a document, as a measurement of speed wants it."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.max_new_tokens < 1:
+            found.append(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):
+            found.append(
+                f"temperature is {self.temperature}; use 0 for the most likely token, or at least "
+                "0.001"
+            )
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"top_k is {self.top_k}; it must be at least 1, or null for all tokens")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed is {self.seed}; it must be between 0 and 2**63 - 1")
+        if any(not text for text in self.stop):
+            found.append("stop has an empty string, which would end every text; leave it out")
+        return found
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What one rank computes at a time."""
+
+    max_slots: int = 32
+    """Requests that are generated at once."""
+    cache_tokens: int | None = None
+    """Tokens that the cache has room for; None: max_slots requests of the model's max_seq_len."""
+    prefill_tokens: int = 4096
+    """Prompt tokens of one step; a longer prompt comes in pieces of this size."""
+    prefix_reuse: bool = True
+    """Pages of a prompt that begins like an earlier one are not computed again."""
+
+    def problems(self) -> list[str]:
+        return [
+            f"{name} is {value}; it must be at least 1"
+            for name, value in (
+                ("max_slots", self.max_slots),
+                ("cache_tokens", self.cache_tokens),
+                ("prefill_tokens", self.prefill_tokens),
+            )
+            if value is not None and value < 1
+        ]

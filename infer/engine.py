@@ -1,0 +1,429 @@
+"""Continuous batching: requests are admitted by pages, their prompts computed in pieces, and all of
+them decode together; one that ends makes room at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+
+from infer.batch import Piece, first_tokens, next_tokens
+from infer.budget import RouterState, capture, use
+from infer.config import EngineConfig
+from infer.pages import PagePool, next_key, root_key
+from infer.request import Completion, Drawn, Event, Request
+from infer.sampling import sample
+from infer.sequence import Sequence
+from model.attention.base import has_varlen_kernel
+from model.transformer import Decoded, Transformer
+
+SIMILAR = 0.75
+"""Prompts are padded to the longest of a batch, none of which is shorter than this share of it."""
+GRAPH_ROWS = 16
+"""On a GPU rows come in multiples of this, beyond the first powers of two: few shapes."""
+
+
+def page_size_of(model: Transformer) -> int:
+    """Tokens of a page: a block of the sparse layers, whose pooled entries live with it."""
+    sparse = model.sparse_attentions()
+    return sparse[0].spec.block_size if sparse else 16
+
+
+class Engine:
+    """Generates for many requests with one model on this rank.
+
+    A request's tokens are those that it would have alone: every row sees its own pages, routers
+    choose by token, and its draws hang on its seed. What differs is rounding, since kernels sum in
+    another order in batches of another size.
+
+    Over an expert group of several ranks every forward pass is collective, so all ranks call `step`
+    as often as each other, until `step` says on all of them that nothing is left.
+
+    Args:
+        model: in eval mode, on its device.
+        end_token: ends a document. None: nothing does.
+        context: names what keys and values depend on besides the tokens, the weights and the
+            request's budget; pages are shared only within one.
+        budgets: states of the routers that a request may ask for. Requests of different budgets
+            share slots and pages; a forward pass has those of one budget.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        settings: EngineConfig | None = None,
+        end_token: int | None = None,
+        context: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        budgets: Mapping[float, list[RouterState]] | None = None,
+    ):
+        settings = settings or EngineConfig()
+        if problems := settings.problems():
+            raise ValueError("; ".join(problems))
+        self.model, self.settings = model.eval(), settings
+        self.end_token, self.context, self.clock = end_token, context, clock
+        self.device = model.embedding.weight.device
+        self.max_len = model.config.max_seq_len
+        self.group = model.groups.expert if model.groups.expert_size > 1 else None
+
+        self.page_size = page_size_of(model)
+        by_request = -(-self.max_len // self.page_size)
+        room = settings.cache_tokens
+        num_pages = settings.max_slots * by_request if room is None else -(-room // self.page_size)
+        self.pool = PagePool(1 + num_pages, self.page_size)
+        self.pages = model.new_pages(1 + num_pages, self.page_size)
+        self.packed = has_varlen_kernel(self.device, model.embedding.weight.dtype)
+
+        self.budgets: dict[float | None, list[RouterState]] = {}
+        if budgets:
+            if self.group is not None:
+                raise ValueError("budgets of requests need a model in one process")
+            self.budgets = {None: capture(model.routers())} | dict(budgets)
+        self._budget: float | None = None
+        """That the routers have now."""
+
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In the order of their admission."""
+        self.num_forwards = {"prefill": 0, "continue": 0, "decode": 0}
+        self.rows_decoded = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for pool in self.pages for t in pool.tensors())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def problem(self, request: Request) -> str | None:
+        """Why the request can never be served; None: it can."""
+        if found := request.sampling.problems():
+            return "; ".join(found)
+        if request.budget is not None and request.budget not in self.budgets:
+            known = ", ".join(f"{b:g}" for b in self.budgets if b is not None)
+            return f"the budget {request.budget:g} is none of those there are ({known or 'none'})"
+        length = len(request.prompt)
+        if not length:
+            return "the prompt is empty; give at least one token"
+        if length >= self.max_len:
+            return f"the prompt has {length} tokens; model.max_seq_len is {self.max_len}"
+        room = (self.pool.num_pages - 1) * self.page_size
+        if length >= room:
+            return f"the prompt has {length} tokens, and the cache room for {room}"
+        return None
+
+    def add(self, request: Request) -> None:
+        """Raises ValueError where the request can never be served."""
+        if (problem := self.problem(request)) is not None:
+            raise ValueError(problem)
+        self.waiting.append(Sequence(request, self.clock()))
+
+    def cancel(self, name: str) -> Completion | None:
+        """Give up a request, as when its client is gone: its pages are free at once. None: there is
+        no such request.
+        """
+        for sequence in [s for s in (*self.running, *self.waiting) if s.request.name == name]:
+            if sequence in self.running:
+                self._leave(sequence)
+            else:
+                self.waiting.remove(sequence)
+            return sequence.finish("", "cancelled").completion
+        return None
+
+    def use_context(self, context: str) -> None:
+        """Something that keys and values depend on has been switched, such as the budget. Pages of
+        before are not shared with what comes; they are found again when the context is.
+
+        Raises:
+            RuntimeError: requests are running, which would have been computed under both.
+        """
+        if self.running:
+            raise RuntimeError(f"{len(self.running)} requests are running; let them end first")
+        self.context = context
+
+    def run(self, requests: Iterable[Request], window: int = 4096) -> Iterator[Completion]:
+        """Completions of requests as they end. Requests are taken as there is room in a window,
+        within which those of similar length come together.
+        """
+        source, more = iter(requests), True
+        while True:
+            if more and len(self.waiting) <= window // 2:
+                taken: list[Request] = []
+                while len(taken) + len(self.waiting) < window:
+                    request = next(source, None)
+                    if request is None:
+                        more = False
+                        break
+                    taken.append(request)
+                for request in sorted(taken, key=lambda r: len(r.prompt)):
+                    self.add(request)
+            if not self._anyone(more or self.has_work):
+                return
+            for event in self.step():
+                if event.completion is not None:
+                    yield event.completion
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Admit, compute a piece of prompts, decode a token for all that are ready. Collective over
+        the expert group.
+        """
+        events: list[Event] = []
+        self._admit()
+        ready = self._ready()  # first of all, since it may take pages from the others
+        for budget in self._budgets_of_running():
+            own = [s for s in self.running if s.request.budget == budget]
+            begun = self._similar([s for s in own if s.held and s.pending > 1])
+            decoding = [p for p in ready if p.sequence.request.budget == budget]
+            wanted = self._agree([bool(begun), bool(decoding)])
+
+            self._switch(budget)
+            events += self._begin([s for s in own if not s.held])
+            if wanted[0]:
+                events += self._continue("continue", begun)
+            if wanted[1]:
+                events += self._continue("decode", decoding)
+                self.rows_decoded += len(decoding)
+        return events
+
+    # --- budgets ----------------------------------------------------------------------------------
+
+    def _budgets_of_running(self) -> list[float | None]:
+        """Of which requests run, each once, in the order of their admission. Without a choice of
+        budgets there is one, which a rank without requests takes part in as well.
+        """
+        if not self.budgets:
+            return [None]
+        return list(dict.fromkeys(s.request.budget for s in self.running))
+
+    def _switch(self, budget: float | None) -> None:
+        if budget != self._budget:
+            use(self.model.routers(), self.budgets[budget])
+            self._budget = budget
+
+    def _root(self, sequence: Sequence) -> bytes:
+        """What keys of its pages begin with."""
+        budget = sequence.request.budget
+        return root_key(self.context if budget is None else f"{self.context}|budget {budget!r}")
+
+    # --- who may go on ----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Take waiting requests in their order, as long as there are slots, and pages for all of
+        their tokens and one more.
+        """
+        while self.waiting and len(self.running) < self.settings.max_slots:
+            sequence = self.waiting[0]
+            shared, key = self._known_pages(sequence)
+            for page in shared:
+                self.pool.hold(page)
+            needed = -(-len(sequence.tokens) // self.page_size) - len(shared)
+            spare = 1 if self.running else 0
+            if self.pool.available < needed + spare:
+                for page in shared:
+                    self.pool.release(page)
+                return
+
+            self.waiting.popleft()
+            sequence.pages = shared + [self.pool.allocate() for _ in range(needed)]
+            sequence.held = len(shared) * self.page_size
+            sequence.last_key, sequence.num_registered = key, len(shared)
+            if not sequence.result.started:
+                sequence.result.started = self.clock()
+                sequence.result.num_reused_tokens = sequence.held
+            self.running.append(sequence)
+
+    def _known_pages(self, sequence: Sequence) -> tuple[list[int], bytes]:
+        """Pages that hold the beginning of the sequence already, and the key of the last one. At
+        least one token is left to compute, for its logits.
+        """
+        key, found = self._root(sequence), []
+        size = self.page_size
+        if self.settings.prefix_reuse and not sequence.request.keep_routing:
+            for begin in range(0, len(sequence.tokens) - size, size):
+                following = next_key(key, sequence.tokens[begin : begin + size])
+                page = self.pool.find(following)
+                if page is None:
+                    break
+                found.append(page)
+                key = following
+        return found, key
+
+    def _ready(self) -> list[Piece]:
+        """The sequences that decode, each with a page for its token. Where there is none, the
+        youngest request gives up its pages, and is computed again later.
+        """
+        ready: list[Sequence] = []
+        for sequence in list(self.running):
+            if sequence not in self.running or not sequence.held or sequence.pending != 1:
+                continue
+            while (
+                sequence in self.running and len(sequence.pages) * self.page_size == sequence.held
+            ):
+                if self.pool.available:
+                    sequence.pages.append(self.pool.allocate())
+                else:
+                    self._preempt(self.running[-1])
+            if sequence in self.running:
+                ready.append(sequence)
+        return [Piece(sequence, 1) for sequence in ready if sequence in self.running]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.forget()
+        self.waiting.appendleft(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        for page in sequence.pages:
+            self.pool.release(page)
+
+    def _similar(self, sequences: list[Sequence]) -> list[Piece]:
+        """The first of the sequences, and those that fit beside it into one forward pass."""
+        limit = self.settings.prefill_tokens
+        pieces: list[Piece] = []
+        shortest = longest = total = 0
+        for sequence in sequences:
+            number = min(sequence.pending, limit)
+            low, high = (min(shortest, number), max(longest, number)) if pieces else (number,) * 2
+            taken = total + number if self.packed else high * (len(pieces) + 1)
+            fits = taken <= limit and (self.packed or low >= SIMILAR * high)
+            if pieces and not fits:
+                continue
+            pieces.append(Piece(sequence, number))
+            shortest, longest, total = low, high, total + number
+        return pieces
+
+    # --- forward passes ---------------------------------------------------------------------------
+
+    def _begin(self, fresh: list[Sequence]) -> list[Event]:
+        """First pieces of prompts, by groups of similar length, as many as the prefill of a step
+        may have: those that begin in one step decode together from the next on.
+        """
+        events: list[Event] = []
+        left = self.settings.prefill_tokens
+        while True:
+            group = self._similar(fresh)
+            number = sum(piece.number for piece in group)
+            if number > left < self.settings.prefill_tokens:
+                group = []
+            if not self._anyone(bool(group)):
+                return events
+            left -= number
+            batch, paging, last = first_tokens(group, self.page_size, self.packed, self.device)
+            keep = any(piece.sequence.request.keep_routing for piece in group)
+            decoded = self.model.prefill(batch, paging, self.pages, last, keep)
+            events += self._advance("prefill", group, decoded, last)
+            taken = {id(piece.sequence) for piece in group}
+            fresh = [s for s in fresh if id(s) not in taken]
+
+    def _continue(self, kind: str, pieces: list[Piece]) -> list[Event]:
+        rows = self._num_rows(len(pieces))
+        input_ids, paging, mask = next_tokens(pieces, self.page_size, rows, self.device)
+        keep = any(piece.sequence.request.keep_routing for piece in pieces)
+        decoded = self.model.step(input_ids, paging, self.pages, mask, keep)
+        last = torch.arange(1, rows + 1, device=self.device) * input_ids.shape[1] - 1
+        return self._advance(kind, pieces, decoded, last)
+
+    def _num_rows(self, number: int) -> int:
+        """Rows of a forward pass: on a GPU few different numbers, elsewhere none is idle."""
+        if self.device.type != "cuda":
+            return max(1, number)
+        if number <= GRAPH_ROWS:
+            return 1 << max(0, number - 1).bit_length()
+        return -(-number // GRAPH_ROWS) * GRAPH_ROWS
+
+    def _advance(
+        self, kind: str, pieces: list[Piece], decoded: Decoded, last: torch.Tensor
+    ) -> list[Event]:
+        """Note what was computed, and draw the next token of all that have come to their end."""
+        self.num_forwards[kind] += 1
+        if not pieces:
+            return []
+        # Padding visits no expert, so differences of a running sum are the sums of sequences.
+        sums = decoded.experts.cumsum(0)[last]
+        experts = torch.cat((sums[:1], sums.diff()))[: len(pieces)].tolist()
+        for piece, visited in zip(pieces, experts, strict=True):
+            piece.sequence.computed(piece.number, visited)
+            self._register(piece.sequence)
+        if decoded.expert_ids is not None:
+            for piece, end in zip(pieces, last.tolist(), strict=False):
+                if piece.sequence.request.keep_routing:
+                    ids = decoded.expert_ids[end + 1 - piece.number : end + 1]
+                    piece.sequence.routed.append(ids.cpu())
+
+        rows = [i for i, piece in enumerate(pieces) if not piece.sequence.pending]
+        if not rows:
+            return []
+        ended = [pieces[i].sequence for i in rows]
+        logits = decoded.logits if len(rows) == len(decoded.logits) else decoded.logits[rows]
+        tokens, log_probabilities = sample(
+            logits,
+            [s.request.sampling for s in ended],
+            [len(s.result.tokens) for s in ended],
+        )
+        alternatives = [self._alternatives(s, row) for s, row in zip(ended, logits, strict=True)]
+        now = self.clock()
+        events = []
+        room = min(self.max_len, (self.pool.num_pages - 1) * self.page_size)
+        for sequence, *drawn in zip(
+            ended, tokens.tolist(), log_probabilities.tolist(), alternatives, strict=True
+        ):
+            text, reason = sequence.take(Drawn(*drawn), now, self.end_token, room)
+            if reason == "error":
+                self._clean(sequence)
+            if reason is not None:
+                self._leave(sequence)
+                events.append(sequence.finish(text, reason))
+            elif text:
+                events.append(sequence.news(text))
+        return events
+
+    @staticmethod
+    def _alternatives(sequence: Sequence, logits: torch.Tensor) -> tuple[tuple[int, float], ...]:
+        number = sequence.request.num_alternatives
+        if not number:
+            return ()
+        values, ids = logits.float().log_softmax(-1).sort(descending=True, stable=True)
+        return tuple(zip(ids[:number].tolist(), values[:number].tolist(), strict=True))
+
+    def _clean(self, sequence: Sequence) -> None:
+        """Wipe what is not finite out of the pages that it alone holds, and out of the scratch page
+        that its padding has written to: a later holder masks what it does not know, and a mask does
+        not stop NaN.
+        """
+        own = [page for page in sequence.pages if self.pool.holders[page] == 1]
+        for page in own:
+            self.pool.forget(page)
+        for pages in self.pages:
+            pages.clear([0, *own])
+
+    def _register(self, sequence: Sequence) -> None:
+        """Let full pages be found by requests that begin alike."""
+        if not self.settings.prefix_reuse:
+            return
+        size = self.page_size
+        while (sequence.num_registered + 1) * size <= sequence.held:
+            begin = sequence.num_registered * size
+            assert sequence.last_key is not None
+            sequence.last_key = next_key(sequence.last_key, sequence.tokens[begin : begin + size])
+            self.pool.register(sequence.pages[sequence.num_registered], sequence.last_key)
+            sequence.num_registered += 1
+
+    # --- ranks ------------------------------------------------------------------------------------
+
+    def _agree(self, wanted: list[bool]) -> list[bool]:
+        """What any rank of the expert group wants, all of them do."""
+        if self.group is None:
+            return wanted
+        flags = torch.tensor(wanted, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def _anyone(self, wants: bool) -> bool:
+        return self._agree([wants])[0]

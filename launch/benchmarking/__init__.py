@@ -1,0 +1,1 @@
+"""Measuring generation: what is run, what a request's times say, and how sure a ratio is."""

@@ -1,0 +1,1 @@
+"""What every command shares: it is composed, called, explained and ended."""

@@ -1,0 +1,387 @@
+"""Settings that cannot hold together, all found at once."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from pathlib import Path
+
+from launch.config.deepspeed import _deepspeed
+from launch.process.secrets import problems_of_env
+from model.placement.record import Placement
+from train.config.kinds import matches
+from train.config.lora import target_problems
+from train.config.run import RunConfig
+from train.config.upcycling import upcycling_problems
+from train.observe.catalogue.names import metric_names
+
+
+def contradictions(run: RunConfig, world_size: int) -> list[str]:
+    """Every problem that one look at the values shows, before any process starts."""
+    sections = (
+        run.init,
+        run.model,
+        run.balance,
+        run.budget,
+        run.fail_safe,
+        run.audit,
+        run.profile,
+        run.experts,
+        run.train,
+        run.optim,
+        run.lora,
+        run.parallel,
+        run.launch,
+        run.watchdog,
+        run.data,
+        run.checkpoint,
+        run.tracker,
+    )
+
+    # First what every section says of itself, then what holds between them.
+    problems = [problem for section in sections for problem in section.problems()]
+    problems += [
+        problem for name, rule in run.alarms.items() for problem in rule.problems(f"alarms.{name}")
+    ]
+
+    problems += _alarms(run)
+    if not 0 <= run.seed < 2**31:
+        problems.append(f"seed is {run.seed}; it must be between 0 and 2**31 - 1")
+    problems += problems_of_env(run.launch.env)
+    problems += _deepspeed(run)
+
+    sizes = ("parallel.expert_parallel_size", "parallel.context_parallel_size")
+    if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
+        return problems
+    problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
+    problems += _components(run) if run.model.num_experts > 0 else []
+    problems += _prediction(run) + _lengths(run) + layout_problems(run, world_size)
+    return problems
+
+
+def layout_problems(run: RunConfig, world_size: int) -> list[str]:
+    """Those of batch, groups and dispatcher with each other and the number of ranks."""
+    problems = _batch(run, world_size) + _parallel(run, world_size)
+    if run.model.num_experts > 0:
+        problems += run.dispatcher.problems(run.model, run.parallel.expert_parallel_size)
+    return problems
+
+
+def _alarms(run: RunConfig) -> list[str]:
+    """Alarms on what no run of this model can log; other routers' and layouts' are silent."""
+    num_layers = run.model.num_layers
+    every = range(num_layers)
+    found = []
+    for name, rule in run.alarms.items():
+        path, metric = f"alarms.{name}.metric", rule.metric
+
+        def logged(detailed: bool, moe: Iterable[int], metric: str = metric) -> bool:
+            return bool(fnmatch.filter(metric_names(moe, every, detailed), metric))
+
+        # A dense model logs nothing of routing, and its default alarms on that are no mistake.
+        moe_layers = run.model.moe_layers or tuple(every)
+        if not metric or logged(run.tracker.metrics == "detailed", moe_layers):
+            continue
+        if logged(True, moe_layers):
+            found.append(
+                f"{path} is {metric!r}, which is logged with "
+                "tracker.metrics=detailed only; add that"
+            )
+        elif logged(True, range(1 << 10)):
+            found.append(
+                f"{path} is {metric!r}, but no such layer has experts: choose one of "
+                f"layers {', '.join(map(str, moe_layers))}, or layer_* for all"
+            )
+        elif metric.startswith("eval/"):
+            found.append(f"{path} is {metric!r}, but alarms watch logged steps, not evaluations")
+        else:
+            known = metric_names(moe_layers, every, True)
+            near = difflib.get_close_matches(metric, sorted(known), 1)
+            found.append(
+                f"{path} is {metric!r}, which no run logs"
+                + (
+                    f"; did you mean {near[0]}?"
+                    if near
+                    else "; docs/metrics.md lists what runs log"
+                )
+            )
+    return found
+
+
+def _components(run: RunConfig) -> list[str]:
+    problems = run.router.problems(run.model) + _routing(run)
+    problems += upcycling_problems(
+        run.init.upcycle, run.model, run.router, run.budget.warm_start_steps
+    )
+    tokens = (
+        run.experts_per_token
+        * run.train.micro_batch_size
+        * run.train.seq_len
+        / run.parallel.context_parallel_size
+        / run.model.num_experts
+    )
+    if run.experts.token_rounding > tokens:
+        problems.append(
+            f"experts.token_rounding {run.experts.token_rounding} is more "
+            f"than the {tokens:.3g} tokens an expert gets of a micro-batch, "
+            "so most would get none; lower it, or raise train.micro_batch_size"
+        )
+    if run.experts.backend == "triton" and not run.model.plain_experts:
+        problems.append(
+            "experts.backend=triton computes plain SwiGLU without biases, but model.activation is "
+            f"{run.model.activation} and model.expert_bias {str(run.model.expert_bias).lower()}; "
+            "set experts.backend=auto"
+        )
+    return problems
+
+
+def _routing(run: RunConfig) -> list[str]:
+    """Contradictions between the router and how the load is balanced."""
+    problems, law = [], run.router.law
+
+    if law == "relu" and run.balance.aux_loss_coeff > 0:
+        problems.append(
+            "router=relu balances by its own cuts, and balance.aux_loss_coeff "
+            f"{run.balance.aux_loss_coeff} would only shrink its gates, whose scores are not "
+            "normalised; add balance=none or balance.aux_loss_coeff=0"
+        )
+
+    own = law in ("relu", "quantile", "null")
+    if (
+        own
+        and run.balance.bias_update != "none"
+        and (law, run.balance.bias_update) != ("null", "quantile")
+    ):
+        problems.append(
+            f"balance.bias_update={run.balance.bias_update} moves a selection "
+            "bias, which this router sets itself, by quantiles; add balance=none, "
+            "or balance.bias_update=none and balance.bias_update_rate=0"
+        )
+    if (
+        run.balance.entropy_coeff > 0
+        and run.router.arguments.get("score_function", "softmax") != "softmax"
+    ):
+        problems.append(
+            f"balance.entropy_coeff {run.balance.entropy_coeff} acts on the softmax of the "
+            "router's logits, but router.score_function is "
+            f"{run.router.arguments.get('score_function')}; set it to 0"
+        )
+
+    if run.router.arguments.get("bias") and run.fail_safe.spike_zscore > 0:
+        problems.append(
+            f"fail_safe.spike_zscore {run.fail_safe.spike_zscore} goes back to a snapshot of the "
+            "routers' weights, which router.bias=true is no part of; set one of them to 0 or false"
+        )
+
+    if law in ("none", "relu"):
+        reason = (
+            "chooses plain top-k anyway" if law == "none" else "has no plain top-k to fall back on"
+        )
+        problems += [
+            f"alarms.{name}.action is top_k, but router={run.router.name} {reason}; "
+            "choose another action"
+            for name, rule in run.alarms.items()
+            if rule.action == "top_k"
+        ]
+    return problems
+
+
+def _prediction(run: RunConfig) -> list[str]:
+    """Modules of multi-token prediction and the weight of their loss go together."""
+    number, coeff = run.model.num_mtp_layers, run.train.mtp_coeff
+    if number > 0 and coeff == 0:
+        return [
+            f"model.num_mtp_layers is {number}, but train.mtp_coeff is 0, so that they would learn "
+            "nothing; set train.mtp_coeff, to 0.3 as DeepSeek-V3 did, say"
+        ]
+    if number == 0 and coeff > 0:
+        return [
+            f"train.mtp_coeff {coeff:g} weighs multi-token prediction, but model.num_mtp_layers is "
+            "0; set both or neither"
+        ]
+    if number >= run.train.seq_len:
+        return [
+            f"model.num_mtp_layers {number} predicts so many tokens further ahead, which rows of "
+            f"train.seq_len {run.train.seq_len} do not have; lower it"
+        ]
+    return []
+
+
+def _frozen(run: RunConfig) -> list[str]:
+    """Parts that the model does not have, and balancing that a frozen router cannot follow."""
+    model, problems = run.model, []
+    missing = {
+        "head": model.tie_embeddings and "model.tie_embeddings makes the embedding its head",
+        "router": not model.num_experts and "model.num_experts is 0",
+        "experts": not model.num_experts and "model.num_experts is 0",
+        "shared_experts": not (model.num_experts and model.num_shared_experts)
+        and "model.num_shared_experts is 0, or there are no experts",
+        "mlp": len(model.moe_layers) == model.num_layers and "every layer has experts",
+    }
+    named = [("optim.freeze", part) for part in run.optim.freeze]
+    named += [(f"optim.groups[{i}].match", g.match) for i, g in enumerate(run.optim.groups)]
+    problems += [
+        f"{setting}: {part} means no parameter of this model, for {missing[part]}; drop it"
+        for setting, part in named
+        if missing.get(part)
+    ]
+
+    routers = [f"blocks.{layer}.mlp.router.weight" for layer in model.moe_layers]
+    by_adapters = bool(run.lora.rank) and "router" not in run.lora.also_train and bool(routers)
+    by_freeze = any(matches(name, part) for name in routers for part in run.optim.freeze)
+    if by_freeze or by_adapters:
+        acting = [
+            f"balance.{name} {value}"
+            for name in ("aux_loss_coeff", "z_loss_coeff", "entropy_coeff", "orthogonality_coeff")
+            if (value := getattr(run.balance, name)) > 0
+        ]
+        if run.balance.bias_update != "none":
+            acting.append(f"balance.bias_update {run.balance.bias_update}")
+        if acting:
+            setting = "optim.freeze" if by_freeze else f"lora.rank {run.lora.rank}"
+            instead = "" if by_freeze else ", or train the router, too: lora.also_train=[router]"
+            problems.append(
+                f"{setting} leaves the router as it is, but {' and '.join(acting)} would move "
+                f"what it chooses, or the other weights to suit it; add balance=none{instead}"
+            )
+    return problems
+
+
+def _adapters(run: RunConfig) -> list[str]:
+    """Adapters sit on weights that somebody has trained, and on projections that there are."""
+    lora = run.lora
+    if not lora.rank:
+        return []
+    problems = target_problems(lora, run.model, run.attention.arguments)
+    if run.optim.uses_muon:
+        problems.append(
+            f"lora.rank is {lora.rank}, but Muon moves matrices between layers and no adapters; "
+            "use optim=adamw"
+        )
+    if run.init.path is None and run.init.run is None:
+        problems.append(
+            f"lora.rank is {lora.rank}, but this run begins with weights that are drawn, which "
+            "adapters would leave as they are; give init.path or init.run"
+        )
+    return problems
+
+
+def _lengths(run: RunConfig) -> list[str]:
+    train, problems = run.train, []
+
+    if train.seq_len > run.model.max_seq_len:
+        problems.append(
+            f"train.seq_len {train.seq_len} exceeds model.max_seq_len {run.model.max_seq_len}"
+        )
+
+    if run.optim.warmup_steps >= train.num_steps:
+        problems.append(
+            f"optim.warmup_steps {run.optim.warmup_steps} "
+            f"must be below train.num_steps {train.num_steps}"
+        )
+    if (
+        run.optim.wsd_decay_steps is not None
+        and not 0 < run.optim.wsd_decay_steps <= train.num_steps
+    ):
+        problems.append(
+            f"optim.wsd_decay_steps {run.optim.wsd_decay_steps} must be between 1 and "
+            f"train.num_steps {train.num_steps}"
+        )
+
+    if run.profile.steps and run.profile.steps[-1] > train.num_steps:
+        problems.append(
+            f"profile.steps {list(run.profile.steps)} goes beyond train.num_steps {train.num_steps}"
+        )
+
+    vocab_size = run.data.tokenizer.vocab_size
+    if run.data.tokenizer.path is None and vocab_size > run.model.vocab_size:
+        problems.append(
+            f"data.tokenizer.vocab_size {vocab_size} exceeds model.vocab_size "
+            f"{run.model.vocab_size}"
+        )
+    return problems
+
+
+def _batch(run: RunConfig, world_size: int) -> list[str]:
+    train, problems = run.train, []
+
+    # Ranks that share rows count once; where they do not come out even, _parallel says so.
+    rows_size = max(1, run.parallel.rows_size(world_size))
+    ranks = f"{rows_size} ranks"
+    if run.parallel.context_parallel_size > 1:
+        ranks = f"{rows_size} groups of ranks with rows of their own"
+    slice_size = train.micro_batch_size * rows_size
+    if train.global_batch_size % slice_size:
+        problems.append(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of "
+            f"micro_batch_size {train.micro_batch_size} x {ranks} = {slice_size}; "
+            f"nearest: {max(1, round(train.global_batch_size / slice_size)) * slice_size}"
+        )
+
+    if train.batch_size_rampup is not None:
+        if len(train.batch_size_rampup) != 3:
+            problems.append(
+                f"train.batch_size_rampup {list(train.batch_size_rampup)} "
+                "must be [start, increment, samples]"
+            )
+        else:
+            start, increment, samples = train.batch_size_rampup
+            if start % slice_size or increment % slice_size:
+                problems.append(
+                    f"train.batch_size_rampup start {start} and increment "
+                    f"{increment} must be multiples of micro_batch_size "
+                    f"{train.micro_batch_size} x {ranks} = {slice_size}"
+                )
+            if not 0 < start < train.global_batch_size or increment < 1 or samples < 1:
+                problems.append(
+                    f"train.batch_size_rampup {list(train.batch_size_rampup)}: "
+                    "start must be below train.global_batch_size "
+                    f"{train.global_batch_size}, increment and samples positive"
+                )
+            elif (train.global_batch_size - start) % increment:
+                problems.append(
+                    f"train.batch_size_rampup: global_batch_size {train.global_batch_size} - start "
+                    f"{start} is not a multiple of the increment {increment}"
+                )
+    return problems
+
+
+def _parallel(run: RunConfig, world_size: int) -> list[str]:
+    problems, size = [], run.parallel.expert_parallel_size
+
+    context = run.parallel.context_parallel_size
+    for name, number in (("expert", size), ("context", context)):
+        if world_size % number:
+            problems.append(
+                f"parallel.{name}_parallel_size {number} does not divide the {world_size} ranks; "
+                f"start a multiple of {number} (launch.num_devices x launch.num_nodes)"
+            )
+    if context > 1:
+        problems += run.attention.context_problems(run.model, context)
+        if run.train.seq_len % context:
+            problems.append(
+                f"train.seq_len {run.train.seq_len} is not divisible by "
+                f"parallel.context_parallel_size {context}, whose ranks have equal parts of a row; "
+                f"nearest: {max(1, round(run.train.seq_len / context)) * context}"
+            )
+
+    if run.parallel.placement is not None:
+        try:
+            placement = Placement.load(Path(run.parallel.placement))
+            problems += placement.problems(run.model.num_experts, len(run.model.moe_layers), size)
+        except ValueError as error:
+            problems.append(f"parallel.placement: {error}")
+
+    if size > 1 and run.model.num_experts == 0:
+        problems.append(
+            f"parallel.expert_parallel_size {size} with "
+            "model.num_experts 0: there are no experts to spread"
+        )
+
+    if run.zero_stage == 0 and run.train.precision != "fp32":
+        problems.append(
+            f"deepspeed zero stage 0 with train.precision={run.train.precision}: DeepSpeed then "
+            "clips by a wrong norm with experts; use deepspeed=zero1 (same speed, less memory)"
+        )
+    return problems

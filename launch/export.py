@@ -1,0 +1,152 @@
+"""Write a run as a folder that transformers and vLLM load unchanged.
+
+python -m launch.export run=RUN to=DIR [checkpoint=best|latest] [dtype=bf16] [max_shard_size=5]
+[verify=true] [adapter=true] [router.top_k=K]
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.export")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from launch.command.main import run_main
+from launch.command.messages import print_result
+from launch.config.build import ConfigError, record
+from launch.saved.run import load_run
+
+if TYPE_CHECKING:
+    from train.config.commands import ExportConfig
+    from train.config.run import RunConfig
+    from train.pretrained.export import Export, Tokenizer
+    from train.pretrained.verify import AdapterComparison, Comparison
+
+
+def main(config: DictConfig) -> None:
+    """Export a checkpoint; refuses before anything is written."""
+    from model.families.reading import FamilyError
+    from train.checkpoint.folder import find_checkpoint
+    from train.config.commands import ExportConfig
+
+    if config.run is None or config.to is None:
+        raise ValueError("give run=RUN and to=DIR")
+    settings = record(config, ExportConfig)
+    to = Path(settings.to).expanduser()
+    if to.exists():
+        raise ValueError(f"{to} exists; give a folder that does not, or remove it")
+    checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
+    run = load_run(settings.run, None, checkpoint, settings.router.top_k, adapters=settings.adapter)
+
+    from train.pretrained.export import export, plan_export, tokenizer_of
+
+    try:
+        plan = plan_export(run)
+    except FamilyError as error:
+        raise ConfigError(error.problems) from None
+    for note in plan.notes:
+        print(f"note: {note}")
+    if settings.verify:
+        _require_memory(run)
+    tokenizer = tokenizer_of(run, Path(settings.run))
+    result: dict[str, Any] = {}
+
+    def verify(folder: Path) -> dict[str, Any]:
+        if not settings.verify:
+            return {}
+        from train.pretrained.verify import compare, compare_adapter
+
+        found: Comparison | AdapterComparison
+        look = compare_adapter if settings.adapter else compare
+        found = look(run, checkpoint, Path(settings.run), folder)
+        print(found.line)
+        result["verified"] = found.facts
+        return result
+
+    if settings.adapter:
+        size = _export_adapter(settings, run, plan, checkpoint, tokenizer, verify)
+        told = {"to": str(to), "checkpoint": checkpoint.name, "base": run.init.path, "bytes": size}
+        print_result({**told, **result})
+        return
+    print(f"{checkpoint} as {plan.config['architectures'][0]}")
+
+    files = export(
+        plan,
+        checkpoint,
+        tokenizer,
+        to,
+        settings.dtype,
+        int(settings.max_shard_size * 1e9),
+        verify,
+    )
+    size = sum((to / file).stat().st_size for file in files)
+    print(f"{to}: {len(files)} files of weights, {size / 1e9:.3g} GB in {settings.dtype}")
+    print_result(
+        {
+            "to": str(to),
+            "checkpoint": checkpoint.name,
+            "architecture": plan.config["architectures"][0],
+            "bytes": size,
+            **result,
+        }
+    )
+
+
+def _export_adapter(
+    settings: ExportConfig,
+    run: RunConfig,
+    plan: Export,
+    checkpoint: Path,
+    tokenizer: Tokenizer,
+    verify: Callable[[Path], dict[str, Any]],
+) -> int:
+    """The adapters alone; returns their bytes."""
+    from train.pretrained.adapter import export_adapter, plan_adapter
+
+    to = Path(settings.to).expanduser()
+    adapter = plan_adapter(run, plan.reading)
+    if settings.verify and run.init.path is None:
+        raise ValueError(
+            f"verify=true loads the adapter onto a folder of published weights, but {settings.run} "
+            f"began with init.run={run.init.run}; export that run and use the folder as the "
+            "adapter's base, with verify=false here"
+        )
+    print(f"adapters of {checkpoint}, for {run.init.path or 'the weights of init.run'}")
+    files = export_adapter(
+        adapter,
+        checkpoint,
+        tokenizer,
+        to,
+        settings.dtype,
+        verify,
+        plan.reading.model["max_seq_len"],
+    )
+    size = sum((to / file).stat().st_size for file in files)
+    print(f"{to}: {size / 1e9:.3g} GB in {settings.dtype}")
+    return size
+
+
+def _require_memory(run: Any) -> None:
+    """
+    Raises:
+        ValueError: the model does not fit this machine twice in fp32, as verifying needs it.
+    """
+    from launch.job.memory import this_machine
+    from model.cost.parameters import count_parameters
+    from train.files.sizes import GIB
+
+    count = count_parameters(run.model, run.experts_per_token, run.attention.arguments)
+    needed, there = 2 * 4 * count.total, this_machine().host
+    if needed > there:
+        raise ValueError(
+            f"verify=true holds the model twice in fp32, {needed / GIB:.1f} GiB, and this machine "
+            f"has {there / GIB:.1f} GiB; add verify=false, or export where there is more"
+        )
+
+
+if __name__ == "__main__":
+    run_main("export", main)

@@ -1,0 +1,1 @@
+"""The programs that start processes on hosts."""

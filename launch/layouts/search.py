@@ -1,0 +1,94 @@
+"""The layouts that a run can have on so many devices, and the best of them. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from launch.config.contradictions import layout_problems
+from launch.layouts.devices import Cluster
+from launch.layouts.estimate import Estimate, estimated
+from train.config.run import RunConfig
+
+RECOMPUTE: tuple[Literal["none", "block"], ...] = ("none", "block")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    best: list[Estimate]
+    """Those that fit, the fastest first, no two of the same groups, stage and recomputation."""
+    nearest: Estimate | None
+    """Where none fits, that which needs least memory; None where some do, or none is possible."""
+    num_layouts: int
+    """How many were possible."""
+    num_fitting: int
+    """How many of them fit."""
+    problems: list[str]
+    """Where none is possible, what one on all devices with one rank a row contradicts."""
+
+
+def search(run: RunConfig, world_size: int, cluster: Cluster, most: int = 5) -> Found:
+    """Every layout of `world_size` devices that contradicts nothing, by its estimate."""
+    every = [estimated(candidate, world_size, cluster) for candidate in layouts(run, world_size)]
+    fitting = sorted((e for e in every if e.fits), key=_order)
+    kept: dict[tuple[object, ...], Estimate] = {}
+    for estimate in fitting:
+        kept.setdefault(_kind(estimate.run), estimate)
+    nearest = min(every, key=lambda e: (e.num_bytes, _order(e)), default=None)
+    return Found(
+        list(kept.values())[:most],
+        None if fitting else nearest,
+        len(every),
+        len(fitting),
+        [] if every else layout_problems(under(run, 1, 1, 1, "none", 1), world_size),
+    )
+
+
+def layouts(run: RunConfig, world_size: int) -> Iterator[RunConfig]:
+    """The run under every size of its groups, ZeRO stage, recomputation and micro-batch."""
+    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    stages = (0, 1, 2, 3) if run.train.precision == "fp32" else (1, 2, 3)
+    batch = run.train.global_batch_size
+    micro = [2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
+    for context, expert in itertools.product(sizes, sizes):
+        # What contradicts alone is left before it is combined.
+        if layout_problems(under(run, context, expert, 1, "none", 1), world_size):
+            continue
+        for stage, recompute, rows in itertools.product(stages, RECOMPUTE, micro):
+            found = under(run, context, expert, stage, recompute, rows)
+            if rows * run.parallel.rows_size(world_size) <= batch * context and not (
+                layout_problems(found, world_size)
+            ):
+                yield found
+
+
+def under(
+    run: RunConfig,
+    context: int,
+    expert: int,
+    stage: int,
+    recompute: Literal["none", "block"],
+    micro_batch_size: int,
+) -> RunConfig:
+    """The run under one layout."""
+    return replace(
+        run.under_zero(stage),
+        parallel=replace(run.parallel, context_parallel_size=context, expert_parallel_size=expert),
+        model=replace(run.model, recompute=recompute),
+        train=replace(run.train, micro_batch_size=micro_batch_size),
+    )
+
+
+def _kind(run: RunConfig) -> tuple[object, ...]:
+    parallel = run.parallel
+    sizes = parallel.context_parallel_size, parallel.expert_parallel_size
+    return (*sizes, run.zero_stage, run.model.recompute)
+
+
+def _order(estimate: Estimate) -> tuple[object, ...]:
+    """The fastest first; of equal ones that with more memory left, then the simpler one."""
+    return estimate.step_seconds, estimate.num_bytes, *_kind(estimate.run)

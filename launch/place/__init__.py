@@ -1,0 +1,1 @@
+"""Planning which rank serves which expert."""

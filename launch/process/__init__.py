@@ -1,0 +1,1 @@
+"""What a process is, what it may know, and how it ends."""

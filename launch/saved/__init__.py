@@ -1,0 +1,1 @@
+"""Settings of a run on disk: saved, read back, compared, continued."""

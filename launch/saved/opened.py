@@ -1,0 +1,109 @@
+"""A trained model, opened for use: from a run, or from a folder of published weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.command.progress import working
+from launch.saved.run import load_folder, load_run, require_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.transformer import Transformer
+    from train.config.training import ParallelConfig
+    from train.data.store import TokenStore
+    from train.trained.ranks import Place
+    from train.trained.text import FolderTokens
+
+
+def checkpoint_name(run_dir: str | None, checkpoint: str) -> str:
+    """What best or latest stands for now: while the run still trains that changes, and a command
+    reads one checkpoint, however often and on however many ranks it looks. Of no run, as it is.
+    """
+    from train.checkpoint.folder import find_checkpoint
+
+    if run_dir is None:
+        return checkpoint
+    return find_checkpoint(Path(run_dir), prefer=checkpoint).name
+
+
+def opened(
+    run_dir: str | None,
+    checkpoint: str = "best",
+    budget: float | None = None,
+    attention: Any = None,
+    top_k: int | None = None,
+    path: str | None = None,
+    place: Place | None = None,
+    parallel: ParallelConfig | None = None,
+    weights: str = "native",
+) -> tuple[Transformer, TokenStore | FolderTokens, torch.device]:
+    """The model of a run, or of a folder of published weights, on its device and at its budget, and
+    its tokens. With a place it is this rank's share of the experts of a run. weights: int8, the
+    experts that launch.quantize has made.
+    """
+    from train.checkpoint.folder import find_checkpoint
+
+    if path is not None:
+        return _opened_folder(path, attention, top_k)
+    assert run_dir is not None
+    folder = find_checkpoint(Path(run_dir), prefer=checkpoint)
+    config = load_run(run_dir, attention, folder, top_k)
+
+    # Only now what imports torch: a mistake in the settings is told at once.
+    import torch
+
+    from train.checkpoint.writer import load_weights
+    from train.components import build_model
+    from train.data.store import TokenStore
+
+    store = TokenStore(Path(run_dir) / "data")
+    if place is None or parallel is None:
+        model = build_model(config)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        from train.trained.ranks import spread
+
+        model, device = build_model(spread(config, parallel), place.groups), place.device
+    with working(f"loading {folder}"):
+        load_weights(model, folder)
+    if weights == "int8":
+        from train.trained.quantize import use_int8
+
+        use_int8(model, Path(run_dir), folder)
+    model = model.to(device)
+
+    # A budget that launch.evaluate has saved is a copy of buffers.
+    if budget is not None:
+        from train.data.prepare import prepare
+        from train.trained.budgets import described, load_table
+        from train.trained.calibrate import calibrate_budget, calibration_batches
+
+        table = load_table(Path(run_dir), folder.name)
+        matches = table is not None and table.attention == described(attention)
+        if table is None or not matches or not table.use(model, budget):
+            batches = calibration_batches(config, TokenStore(prepare(config.data)), store.path)
+            calibrate_budget(model, batches, budget, config.balance, config.budget, device)
+    return model, store, device
+
+
+def _opened_folder(
+    path: str, attention: Any, top_k: int | None
+) -> tuple[Transformer, FolderTokens, torch.device]:
+    config = load_folder(path, attention, top_k)
+    settings = require_tokenizer(config, path)
+
+    # Only now what imports torch: a mistake in the settings is told at once.
+    import torch
+
+    from train.components import build_model
+    from train.pretrained.folder import PretrainedFolder
+    from train.trained.text import FolderTokens
+
+    tokens = FolderTokens.of(settings)
+    model = build_model(config)
+    PretrainedFolder(Path(path).expanduser()).fill_model(model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), tokens, device

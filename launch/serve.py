@@ -1,0 +1,211 @@
+"""Serve a trained model over HTTP, in the form of OpenAI's API.
+
+python -m launch.serve run=RUN|path=DIR [serve.port=8000 serve.host= serve.model_name=
+serve.max_waiting= engine.max_slots= engine.cache_tokens= router.budget=]
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    raise SystemExit("run from the repository root as: python -m launch.serve")
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from launch.command.main import run_main
+from launch.command.messages import print_result
+from launch.config.build import record
+from launch.saved.opened import checkpoint_name, opened
+from launch.saved.run import load_folder, load_run
+
+if TYPE_CHECKING:
+    from launch.serving.app import Model
+    from model.transformer import Transformer
+    from train.config.commands import ServeConfig
+    from train.data.chat.template import ChatTemplate
+    from train.trained.budgets import BudgetTable
+
+TOKEN = "LOADSTONE_SERVE_TOKEN"
+SHORTEST_TOKEN = 16
+NEEDED = ("starlette", "uvicorn", "prometheus_client")
+"""Of requirements-serve.txt, as modules."""
+
+
+def _token(settings: ServeConfig) -> str | None:
+    """The token that clients must send; None: none, on this machine's own address.
+
+    Raises:
+        ValueError: others could reach the server, and no good token is there.
+    """
+    token = os.environ.get(TOKEN) or None
+    if token is None and not settings.serve.is_local:
+        raise ValueError(
+            f"serve.host={settings.serve.host} can be reached by others: set the variable {TOKEN} "
+            "to a secret that clients send as Authorization: Bearer, or leave serve.host at "
+            "127.0.0.1"
+        )
+    if token is not None and (len(token) < SHORTEST_TOKEN or not token.isascii()):
+        raise ValueError(
+            f"{TOKEN} must have at least {SHORTEST_TOKEN} ASCII characters; make one with: "
+            "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+    return token
+
+
+def _require_libraries() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"serving needs {', '.join(missing)}: pip install -r requirements-serve.txt"
+        )
+
+
+def main(config: DictConfig) -> None:
+    from train.config.commands import ServeConfig
+
+    if config.run is None and config.path is None:
+        raise ValueError("give run=RUN, or path=DIR with published weights")
+    settings: ServeConfig = record(config, ServeConfig)
+    token = _token(settings)
+    _require_libraries()
+
+    began = time.monotonic()
+    settings = dataclasses.replace(
+        settings, checkpoint=checkpoint_name(settings.run, settings.checkpoint)
+    )
+    model, store, device = opened(
+        settings.run,
+        settings.checkpoint,
+        settings.router.budget,
+        settings.attention,
+        settings.router.top_k,
+        settings.path,
+        weights=settings.weights,
+    )
+    table = _table(settings)
+
+    from infer.engine import Engine
+    from launch.serving.app import make_app
+    from launch.serving.meters import Meters
+    from launch.serving.server import listen
+    from launch.serving.worker import Worker
+
+    engine = Engine(
+        model,
+        settings.engine,
+        store.end_of_document,
+        budgets=None if table is None else table.on(device),
+    )
+    served = _served(settings, model, store, table)
+    meters, failed = Meters(), list[Callable[[], None]]()
+    worker = Worker(engine, settings.serve.max_waiting, meters.ended, lambda: failed[0]())
+    meters.watch(worker)
+    app = make_app(served, worker, meters, token, settings.serve.is_local)
+
+    def ready(server: Any, port: int) -> None:
+        # Requests that are waiting are told, and the supervisor of the process starts another.
+        failed.append(lambda: setattr(server, "should_exit", True))
+        worker.start()
+        host = settings.serve.host
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"serving {served.name} on http://{shown}:{port} after "
+            f"{time.monotonic() - began:.0f} s: cache {engine.cache_bytes / 2**20:.0f} MiB, "
+            f"{settings.engine.max_slots} slots, chat "
+            f"{'no' if served.template is None else 'yes'}, budgets "
+            f"{', '.join(f'{b:g}' for b in served.budgets) or 'none'}",
+            flush=True,
+        )
+
+    listen(app, settings.serve.host, settings.serve.port, settings.serve.drain_seconds, ready)
+    if worker.failure is not None:
+        raise worker.failure
+    worker.close(timeout=5.0)
+    print_result({"model": served.name, **meters.totals()})
+
+
+def _table(settings: ServeConfig) -> BudgetTable | None:
+    """The budgets that requests may ask for: those that launch.evaluate has saved for this
+    checkpoint and this attention.
+    """
+    from train.trained.budgets import described, load_table
+
+    if settings.run is None or settings.router.top_k is not None:
+        return None
+    table = load_table(Path(settings.run), settings.checkpoint)
+    if table is not None and table.attention != described(settings.attention):
+        print(
+            "note: the saved budgets were measured with another attention, so requests cannot "
+            "choose one",
+            file=sys.stderr,
+        )
+        return None
+    return table
+
+
+def _served(
+    settings: ServeConfig, model: Transformer, store: Any, table: BudgetTable | None
+) -> Model:
+    from launch.serving.app import Model
+    from train.data.tokenizer import TextInside, TextStream, tokenizers_errors
+
+    source = settings.run or settings.path
+    assert source is not None
+    tokenizer = store.tokenizer()
+    template, problem = _template(settings)
+    ends = {} if template is None else template.values
+    end = tokenizer.token_to_id(str(ends.get("eos_token", "")))
+    inside = TextInside(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        with tokenizers_errors("the tokenizer cannot encode the prompt"):
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return Model(
+        name=settings.serve.model_name or Path(source).expanduser().resolve().name,
+        created=int(time.time()),
+        vocab_size=model.config.vocab_size,
+        max_len=model.config.max_seq_len,
+        budgets=() if table is None else tuple(sorted(table.states)),
+        sampling=settings.sampling,
+        encode=encode,
+        stream=lambda ids: TextStream(tokenizer, ids),
+        spelled=lambda token: inside.decode([token]),
+        template=template,
+        chat_problem=problem,
+        chat_stop=() if end is None else (end,),
+    )
+
+
+def _template(settings: ServeConfig) -> tuple[ChatTemplate | None, str]:
+    """How the model is spoken to, or why it is not."""
+    from train.checkpoint.folder import find_checkpoint
+    from train.data.chat.template import own_template
+    from train.data.store import CHAT_TEMPLATE
+
+    kept = None
+    if settings.run is not None:
+        folder = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
+        config = load_run(settings.run, settings.attention, folder, settings.router.top_k)
+        kept = Path(settings.run) / "data" / CHAT_TEMPLATE
+    else:
+        config = load_folder(str(settings.path), settings.attention, settings.router.top_k)
+    try:
+        template = own_template(config.data, kept)
+    except ValueError as error:
+        print(f"note: no chat: {error}", file=sys.stderr)
+        return None, f"this model's chat template cannot be used: {error}"
+    return template, ("this model has no chat template: it continues text; use /v1/completions")
+
+
+if __name__ == "__main__":
+    run_main("serve", main)

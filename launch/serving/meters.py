@@ -1,0 +1,119 @@
+"""What Prometheus reads. Names are vLLM's with another beginning, where the meaning is the same."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from infer.request import Completion, Request
+    from launch.serving.worker import Worker
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Meters:
+    """Counts what ends; what stands is looked up when it is asked for."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"loadstone_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"loadstone_{name}", text, buckets=buckets, registry=self.registry)
+
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self.generation_tokens = counter("generation_tokens", "Generated tokens.")
+        self.reused_tokens = counter(
+            "prefix_cache_hits", "Tokens of prompts whose pages were there already."
+        )
+        self.preemptions = counter("num_preemptions", "Requests that lost their pages for a while.")
+        self.requests = counter(
+            "request_success", "Requests that ended, by reason.", "finished_reason"
+        )
+        self.refused = counter("request_refused", "Requests that were not taken.", "reason")
+        self.experts = counter(
+            "token_experts", "Experts visited, summed over tokens, by budget.", "budget"
+        )
+        self.expert_tokens = counter(
+            "token_experts_tokens", "Tokens that token_experts counts, by budget.", "budget"
+        )
+        self.first = histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", SECONDS
+        )
+        self.between = histogram(
+            "inter_token_latency_seconds", "Between two tokens of a request.", TOKEN_SECONDS
+        )
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds",
+            "Mean of a request between its tokens.",
+            TOKEN_SECONDS,
+        )
+        self.whole = histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", SECONDS
+        )
+        self.queued = histogram("request_queue_time_seconds", "From arrival to a slot.", SECONDS)
+
+    def watch(self, worker: Worker) -> None:
+        """Look at a worker whenever somebody asks."""
+        pool = worker.engine.pool
+        for name, text, value in (
+            ("num_requests_running", "Requests in slots.", lambda: worker.num_running),
+            ("num_requests_waiting", "Requests without a slot.", lambda: worker.num_waiting),
+            (
+                "kv_cache_usage_perc",
+                "Share of the pages that requests hold.",
+                lambda: 1 - pool.available / max(1, pool.num_pages - 1),
+            ),
+        ):
+            gauge = Gauge(f"loadstone_{name}", text, registry=self.registry)
+            gauge.set_function(value)
+
+    def ended(self, request: Request, done: Completion) -> None:
+        """Count a request that has come to its end."""
+        self.requests.labels(done.finish_reason).inc()
+        self.prompt_tokens.inc(done.num_prompt_tokens)
+        self.generation_tokens.inc(len(done.tokens))
+        self.reused_tokens.inc(done.num_reused_tokens)
+        self.preemptions.inc(done.num_preemptions)
+        name = "default" if request.budget is None else f"{request.budget:g}"
+        computed = done.num_prompt_tokens - done.num_reused_tokens + len(done.tokens)
+        self.experts.labels(name).inc(done.experts_per_token * computed)
+        self.expert_tokens.labels(name).inc(computed)
+
+        times = done.token_times
+        if done.started:
+            self.queued.observe(done.started - done.arrived)
+        if times:
+            self.first.observe(times[0] - done.arrived)
+            self.whole.observe(times[-1] - done.arrived)
+        for before, after in itertools.pairwise(times):
+            self.between.observe(after - before)
+        if len(times) > 1:
+            self.per_token.observe((times[-1] - times[0]) / (len(times) - 1))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def totals(self) -> dict[str, int]:
+        """What has been served, for the end of the command."""
+        ended = (s.value for m in self.requests.collect() for s in m.samples if _counts(s.name))
+        return {
+            "requests": round(sum(ended)),
+            "prompt_tokens": round(_value(self.prompt_tokens)),
+            "generated_tokens": round(_value(self.generation_tokens)),
+        }
+
+
+def _counts(name: str) -> bool:
+    return name.endswith("_total")
+
+
+def _value(counter: Counter) -> float:
+    return sum(s.value for m in counter.collect() for s in m.samples if _counts(s.name))

@@ -1,0 +1,404 @@
+"""What each attention can be asked for, and which requests contradict themselves or the model.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from model.component import Component
+from model.config import ModelConfig
+from model.cost.parameters import sparse_layers, windowed_layers
+from ops.sparse_attention.spec import SparseAttentionSpec
+
+if TYPE_CHECKING:
+    from model.attention.base import Attention
+
+REGULARISERS = ("mass_kl_coeff", "coherence_coeff", "alignment_coeff")
+"""Settings that weigh a loss on audited rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(Component):
+    """The settings of an attention."""
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """Contradictions of the knobs with each other and the model, which has been checked."""
+        raise NotImplementedError
+
+    def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        """What keeps `size` ranks from sharing rows, each with all of them for some of the heads
+        (SequenceLayout.to_heads).
+        """
+        return [
+            f"attention={self.name} does not say how ranks share out its heads; set "
+            "parallel.context_parallel_size=1"
+        ]
+
+    def rotary_size(self, model: ModelConfig) -> int:
+        """Dimensions of a head that are turned by its position."""
+        return model.rotary_size
+
+    def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
+        """The attention of one layer, with its weights still to be drawn."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseAttentionConfig(AttentionConfig):
+    """Every query sees everything before it in its document."""
+
+    name = "dense"
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        return []
+
+    def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        return _uneven_heads(model, size)
+
+    def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
+        from model.attention.dense import DenseAttention
+
+        return DenseAttention(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedAttentionConfig(AttentionConfig):
+    """Dense attention of which some layers see a sliding window (gpt-oss, arXiv 2508.10925)."""
+
+    name = "windowed"
+
+    window: int = 128
+    """Tokens up to and with the query that a sliding layer sees."""
+    window_layers: Literal["alternate", "all"] | tuple[int, ...] = "alternate"
+    """Layers that slide: every second one from the first on, all, or these; negative numbers count
+    from the end.
+    """
+    sinks: bool = False
+    """Learn a logit per head that takes its share of the softmax and has no value, on every
+    layer.
+    """
+
+    def slides(self, model: ModelConfig, layer_idx: int) -> bool:
+        """Whether the layer sees a window alone."""
+        return layer_idx in windowed_layers(model.num_layers, self.arguments)
+
+    def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        return _uneven_heads(model, size)
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        found = []
+        if self.window < 1:
+            found.append(f"attention.window is {self.window}; it must be at least 1")
+        if isinstance(self.window_layers, str):
+            return found
+        found += [
+            f"attention.window_layers names layer {i}, but the model has {model.num_layers} layers"
+            for i in self.window_layers
+            if not -model.num_layers <= i < model.num_layers
+        ]
+        if not self.window_layers and not self.sinks:
+            found.append(
+                "attention.window_layers is empty and attention.sinks false, which is dense "
+                "attention; use attention=dense"
+            )
+        return found
+
+    def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
+        from model.attention.windowed import WindowedAttention
+
+        return WindowedAttention(model, self, layer_idx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionConfig(AttentionConfig):
+    """Window, selected blocks and pooled rest in one softmax (ops/sparse_attention/README.md)."""
+
+    name = "sparse"
+
+    block_size: int = 64
+    """Tokens of a selectable block."""
+    top_k: int = 16
+    """Blocks selected per query and key/value head, beside the forced ones."""
+    window_size: int = 512
+    """Tokens up to and with the query that are always exact, rounded up to blocks."""
+    num_sink_blocks: int = 1
+    """First blocks of a document that are always exact."""
+    coarse_block_size: int = 32
+    """Tokens pooled into one coarse entry; divides block_size."""
+    order: int = 2
+    """0: coarse entries are means. 2: they have the variance term as well."""
+    max_variance: float = 4.0
+    """Bound of the variance term."""
+    score: Literal["prob", "max", "error_gain"] = "prob"
+    """Rank of a block: its estimated mass, its largest logit, or the part of its estimated mass
+    that the variance term made.
+    """
+    tail: Literal["coarse", "drop"] = "coarse"
+    """Whether what is not selected is pooled or dropped."""
+    top_p: float | None = None
+    """Share of the estimated mass that the selection must cover: fewer than top_k blocks are taken
+    where that is enough. None: always top_k.
+    """
+    min_sparse_length: int = 0
+    """Queries at positions below this in their document attend densely."""
+    num_levels: int = 1
+    """2 selects among super-blocks first."""
+    fanout: int = 8
+    """Blocks of a super-block."""
+    num_expanded: int = 4
+    """Super-blocks that a query opens."""
+    merge: Literal["lse", "gated"] = "lse"
+    """lse is one softmax. gated adds three (coarse entries, selected blocks, window), weighted by
+    sigmoid gates of the hidden state (NSA, arXiv 2502.11089).
+    """
+    offset: bool = False
+    """Learn a bias per head on the logits of coarse entries."""
+    trust: bool = False
+    """Learn log sigmoid(w_h x + b_h) on top of it, with b_h = 4 at the start."""
+    sink: bool = False
+    """Learn a logit per head that has no value."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that stay dense, from 0; negative numbers count from the end."""
+    interval: int = 1
+    """One layer in so many is sparse."""
+    dense_steps: int = 0
+    """Optimisation steps before which all layers are dense."""
+    noise_steps: int = 0
+    """Steps after these in which the selection is noisy in training: Gumbel noise that falls from
+    `temperature` to 0, and from min_top_k to top_k blocks.
+    """
+    temperature: float = 1.0
+    """Of the Gumbel noise at its start."""
+    min_top_k: int | None = None
+    """In the noisy steps the number of blocks is drawn from min_top_k to top_k. None: top_k."""
+    mass_kl_coeff: float = 0.0
+    """Regulariser: estimated against true block masses (ops/sparse_attention/audit.py)."""
+    coherence_coeff: float = 0.0
+    """Regulariser: variance within blocks where the tail has mass."""
+    alignment_coeff: float = 0.0
+    """Regulariser: distance from dense attention."""
+    audit_rows: float = 0.002
+    """Share of tokens that are compared with dense attention when measuring, and at every step if
+    there are regularisers. 0 switches the comparison off.
+    """
+
+    @property
+    def regularisers(self) -> tuple[float, float, float]:
+        """The weights of REGULARISERS, in that order."""
+        return self.mass_kl_coeff, self.coherence_coeff, self.alignment_coeff
+
+    def spec(self) -> SparseAttentionSpec:
+        """What the op is asked for.
+
+        Raises:
+            ValueError: the settings contradict each other, one problem a line.
+        """
+        names = {field.name for field in dataclasses.fields(SparseAttentionSpec)}
+        return SparseAttentionSpec(**{n: v for n, v in self.arguments.items() if n in names})
+
+    def is_sparse(self, model: ModelConfig, layer_idx: int) -> bool:
+        """Whether `interval` and `dense_layers` leave the layer sparse."""
+        return layer_idx in sparse_layers(model.num_layers, self.arguments)
+
+    def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        return _uneven_heads(model, size)
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        try:
+            spec = self.spec()
+        except ValueError as error:
+            return [f"attention.{problem}" for problem in str(error).splitlines()]
+        found = [
+            f"attention.{name} is {getattr(self, name)}; it must not be negative"
+            for name in ("dense_steps", "noise_steps", "temperature", *REGULARISERS)
+            if getattr(self, name) < 0
+        ]
+        if self.interval < 1:
+            return [*found, f"attention.interval is {self.interval}; it must be at least 1"]
+        found += self._layer_problems(model, alone=not found)
+        found += self._audit_problems()
+        found += self._gate_problems(spec) if self.merge == "gated" else []
+        # The gates weigh a coarse branch of their own, whatever becomes of the one softmax's tail.
+        if spec.tail == "drop" and self.merge != "gated":
+            found += [
+                f"attention.{name} acts on coarse entries, which tail=drop does not have; switch "
+                "it off"
+                for name in ("offset", "trust")
+                if getattr(self, name)
+            ]
+        return found + self._noise_problems()
+
+    def _layer_problems(self, model: ModelConfig, alone: bool) -> list[str]:
+        """alone: nothing else was found, so that which layers are sparse means something."""
+        found = [
+            f"attention.dense_layers names layer {i}, but the model has {model.num_layers} layers"
+            for i in self.dense_layers
+            if not -model.num_layers <= i < model.num_layers
+        ]
+        if alone and not found and not sparse_layers(model.num_layers, self.arguments):
+            found.append(
+                f"attention.interval {self.interval} and attention.dense_layers "
+                f"{list(self.dense_layers)} leave no sparse layer of {model.num_layers}; use "
+                "attention=dense"
+            )
+        return found
+
+    def _audit_problems(self) -> list[str]:
+        if not 0 <= self.audit_rows <= 1:
+            return [
+                f"attention.audit_rows is {self.audit_rows}; it is a share of tokens, between 0 "
+                "and 1"
+            ]
+        if self.audit_rows == 0 and any(self.regularisers):
+            return [
+                "attention.audit_rows is 0, but the regularisers work on audited rows; raise it, "
+                f"or set {', '.join(REGULARISERS)} to 0"
+            ]
+        return []
+
+    def _gate_problems(self, spec: SparseAttentionSpec) -> list[str]:
+        found = []
+        if spec.num_levels == 2:
+            found.append(
+                "attention.num_levels=2 keeps super-blocks in the one softmax, which merge=gated "
+                "does not have"
+            )
+        if any(self.regularisers):
+            found.append(
+                "attention.merge=gated has no dense attention to approach; set "
+                f"{', '.join(REGULARISERS)} to 0"
+            )
+        return found + [
+            f"attention.{name} corrects the one softmax, which merge=gated does not have; switch "
+            "it off"
+            for name in ("offset", "trust", "sink")
+            if getattr(self, name)
+        ]
+
+    def _noise_problems(self) -> list[str]:
+        if self.min_top_k is None:
+            return []
+        if not 0 <= self.min_top_k <= self.top_k:
+            return [
+                f"attention.min_top_k is {self.min_top_k}; it must be between 0 and "
+                f"attention.top_k {self.top_k}, or null"
+            ]
+        if self.noise_steps <= 0:
+            return [
+                f"attention.min_top_k {self.min_top_k} acts during the noisy steps, but "
+                "attention.noise_steps is 0"
+            ]
+        return []
+
+    def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
+        from model.attention.sparse import SparseAttention
+
+        return SparseAttention(model, self, layer_idx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaConfig(AttentionConfig):
+    """Multi-head latent attention (arXiv 2405.04434): every query sees everything before it in its
+    document; keys and values of all heads are projections of one latent.
+    """
+
+    name = "mla"
+
+    q_lora_rank: int | None = 1536
+    """Width of the latent that queries come from; null: they come from the hidden state."""
+    kv_lora_rank: int = 512
+    """Width of the latent that keys and values come from."""
+    qk_nope_head_dim: int = 128
+    """Dimensions of a head's query and key that know nothing of positions."""
+    qk_rope_head_dim: int = 64
+    """Dimensions that are turned by the position; their key is the same for all heads."""
+    v_head_dim: int = 128
+    """Dimensions of a head's value."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def softmax_scale(self, model: ModelConfig) -> float:
+        """What the logits are multiplied by."""
+        stretched = 1.0 if model.rope_scaling is None else model.rope_scaling.latent_softmax_factor
+        return float(self.qk_head_dim**-0.5) * stretched
+
+    def rotary_size(self, model: ModelConfig) -> int:
+        return self.qk_rope_head_dim
+
+    def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        return _uneven_heads(model, size)
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        found = [
+            f"attention.{name} is {value}; it must be at least 1"
+            + (", or null for queries without a latent" if name == "q_lora_rank" else "")
+            for name, value in self.arguments.items()
+            if value is not None and value < 1
+        ]
+        if self.qk_rope_head_dim % 2:
+            found.append(
+                f"attention.qk_rope_head_dim is {self.qk_rope_head_dim}; rotary embedding needs an "
+                "even number"
+            )
+
+        # What the model says of attention must not contradict, nor be left unread.
+        if model.num_kv_heads != model.num_heads:
+            found.append(
+                f"model.num_kv_heads is {model.num_kv_heads}, but with attention=mla each of the "
+                f"model.num_heads {model.num_heads} heads has keys and values of its own, made "
+                f"from the latent; set model.num_kv_heads={model.num_heads}"
+            )
+        if model.head_dim not in (None, self.qk_head_dim):
+            found.append(
+                f"model.head_dim is {model.head_dim}, but with attention=mla a head has "
+                "attention.qk_nope_head_dim + attention.qk_rope_head_dim = "
+                f"{self.qk_head_dim} dimensions; set model.head_dim=null"
+            )
+        instead = {
+            "qk_norm": ("none", "which normalises the latents"),
+            "attention_bias": ("none", "whose projections have no biases"),
+            "attention_multiplier": (None, "whose logits are scaled by their own dimensions"),
+            "rotary_dim": (None, "where attention.qk_rope_head_dim says what is turned"),
+        }
+        for name, (value, why) in instead.items():
+            if (asked := getattr(model, name)) != value:
+                shown = "null" if value is None else value
+                found.append(
+                    f"model.{name}={asked} does not combine with attention=mla, {why}; set "
+                    f"model.{name}={shown}"
+                )
+        return found
+
+    def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
+        from model.attention.latent import LatentAttention
+
+        return LatentAttention(model, self)
+
+
+def _uneven_heads(model: ModelConfig, size: int) -> list[str]:
+    """A head with its keys and values is on one rank, so each has as many of these."""
+    heads = model.num_kv_heads
+    if heads % size == 0:
+        return []
+    fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    return [
+        f"parallel.context_parallel_size {size} does not divide model.num_kv_heads {heads}, which "
+        f"its ranks share out; choose one of {fitting}"
+    ]
+
+
+ATTENTIONS: dict[str, type[AttentionConfig]] = {
+    record.name: record
+    for record in (
+        DenseAttentionConfig,
+        WindowedAttentionConfig,
+        SparseAttentionConfig,
+        MlaConfig,
+    )
+}
+"""Name in a config -> record."""

@@ -1,0 +1,1 @@
+"""One layer of the transformer, and the modules behind the last one."""

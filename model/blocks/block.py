@@ -1,0 +1,50 @@
+"""One layer of the transformer: attention, then an MLP or experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model.attention.base import AttentionSums, SequenceLayout
+from model.attention.cache import LayerCache, Pages
+from model.config import ModelConfig
+from model.layers import GatedMLP, RMSNorm, times
+from model.moe.balance import RouterSums
+from model.moe.layer import ModelParts, MoELayer
+from model.parallel.groups import ParallelGroups
+from model.routers.base import RoutingRequest
+from ops.router import RouterOutput
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then a dense MLP or an MoE layer."""
+
+    def __init__(
+        self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts, layer_idx: int
+    ):
+        super().__init__()
+        self.residual_multiplier = config.residual_multiplier
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = parts.attention.build(config, layer_idx)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp: nn.Module
+        if config.is_moe_layer(layer_idx):
+            self.mlp = MoELayer(config, groups, parts, layer_idx)
+        else:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        request: RoutingRequest,
+        cache: LayerCache | Pages | None = None,
+    ) -> tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]:
+        attended, attention_sums = self.attention(self.attention_norm(hidden), layout, cache)
+        hidden = hidden + times(attended, self.residual_multiplier)
+        normed = self.mlp_norm(hidden)
+        if isinstance(self.mlp, MoELayer):
+            out, sums, routing = self.mlp(normed, request)
+            return hidden + times(out, self.residual_multiplier), attention_sums, sums, routing
+        out = times(self.mlp(normed), self.residual_multiplier)
+        return hidden + out, attention_sums, None, None

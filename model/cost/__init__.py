@@ -1,0 +1,1 @@
+"""Parameters, FLOPs, memory and exchanged bytes of a shape, without torch."""

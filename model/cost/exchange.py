@@ -1,0 +1,130 @@
+"""Bytes that a rank sends to others: what `launch.plan` prints before anything starts. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import ModelConfig
+from model.cost.parameters import count_parameters, is_latent, sparse_layers
+
+PAYLOAD_WIDTH = {"bf16": 2.0, "fp8": 1.0 + 4 / 128}
+"""Bytes of a value of a row that travels rounded, with its share of a scale."""
+GATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes that a rank sends in one optimisation step, with experts evenly loaded. The first two
+    are what comm/bytes counts; collectives over gradients and weights are taken as rings.
+    """
+
+    heads: int
+    """Of attention, among the ranks that share rows."""
+    rows: int
+    """To the ranks of their experts and home again, with their gates."""
+    dense_gradients: int
+    """Reduced over the ranks that hold a parameter, here all of them."""
+    expert_gradients: int
+    """Likewise, of the routed experts over the ranks that hold the same ones."""
+    dense_weights: int
+    """Gathered from the ranks that own parts of them, under ZeRO."""
+    expert_weights: int
+    """Likewise, of the routed experts."""
+
+    @property
+    def gradients(self) -> int:
+        return self.dense_gradients + self.expert_gradients
+
+    @property
+    def weights(self) -> int:
+        return self.dense_weights + self.expert_weights
+
+    @property
+    def total(self) -> int:
+        return self.heads + self.rows + self.gradients + self.weights
+
+
+def exchanged_bytes(
+    config: ModelConfig,
+    experts_per_token: float,
+    *,
+    precision: str,
+    zero_stage: int,
+    world_size: int,
+    expert_parallel_size: int,
+    context_parallel_size: int,
+    micro_batch_size: int,
+    seq_len: int,
+    num_micro_batches: int,
+    attention: Mapping[str, Any] | None = None,
+    payload: str = "native",
+    grad_accum_dtype: str = "fp32",
+) -> Exchange:
+    """What a layout sends.
+
+    A layer's heads and rows travel forward, again where the block is recomputed, and their
+    gradients the same way back. A sum over n ranks in a ring sends (1 - 1/n) of its bytes for each
+    rank's part, and as much again where all get the whole. From stage 2 on gradients are reduced in
+    every micro-batch; stage 3 gathers weights in every forward and backward pass.
+    """
+    width = 4 if precision == "fp32" else 2
+    tokens = micro_batch_size * seq_len // context_parallel_size
+    passes = 3 if config.recompute == "block" else 2
+
+    heads = _away(context_parallel_size) * tokens * _head_bytes(config, width, attention)
+    heads *= config.num_layers + config.num_mtp_layers
+    if attention and not is_latent(attention) and "block_size" in attention:
+        sparse = len(sparse_layers(config.num_layers, attention))
+        by_token = _away(context_parallel_size) * tokens
+        heads += by_token * sparse * _sparse_bytes(config, width, attention)
+
+    # Forward rows may travel rounded to 8 bits; what comes back, and gradients, at most to bf16.
+    there = PAYLOAD_WIDTH.get(payload, float(width))
+    back = 2.0 if payload != "native" else float(width)
+    of_rows = (passes - 1) * (there + back) + 2 * back
+    visits = _away(expert_parallel_size) * tokens * experts_per_token * len(config.moe_layers)
+    rows = visits * (config.hidden_size * of_rows + passes * GATE_BYTES)
+
+    count = count_parameters(config, experts_per_token, attention)
+    dense = _away(world_size) * count.dense
+    experts = _away(world_size // expert_parallel_size) * count.all_experts / expert_parallel_size
+    summed = width if precision == "fp32" or grad_accum_dtype == "bf16" else 4
+    times = num_micro_batches if zero_stage >= 2 else 1
+    reduced = summed * times * (2 if zero_stage == 0 else 1)
+    gathered = width * {0: 0, 1: 1, 2: 1, 3: 2 * num_micro_batches}[zero_stage]
+    return Exchange(
+        heads=round(heads * passes * num_micro_batches),
+        rows=round(rows * num_micro_batches),
+        dense_gradients=round(dense * reduced),
+        expert_gradients=round(experts * reduced),
+        dense_weights=round(dense * gathered),
+        expert_weights=round(experts * gathered),
+    )
+
+
+def _away(num_ranks: int) -> float:
+    """The part of what is shared out evenly that is for others."""
+    return 1 - 1 / num_ranks
+
+
+def _head_bytes(config: ModelConfig, width: int, attention: Mapping[str, Any] | None) -> int:
+    """Of a token in one layer and direction: queries, keys, values and outputs of all heads."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    key_dim = value_dim = config.attention_head_dim
+    if is_latent(attention):
+        key_dim = attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"]
+        value_dim = attention["v_head_dim"]
+    return width * ((heads + kv_heads) * (key_dim + value_dim))
+
+
+def _sparse_bytes(config: ModelConfig, width: int, attention: Mapping[str, Any]) -> int:
+    """What a sparse layer sends of a token besides: its bias of coarse entries in fp32, or its
+    gates.
+    """
+    biased = attention.get("offset") or attention.get("trust")
+    gates = 3 * width if attention.get("merge") == "gated" else 0
+    return config.num_heads * ((4 if biased and not gates else 0) + gates)

@@ -1,0 +1,88 @@
+"""The matrices between a model's layers, by shape, in the order in which the model names them: what
+Muon orthogonalises. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from model.config import ModelConfig
+from model.cost.parameters import is_latent
+
+
+class Matrices(NamedTuple):
+    """Matrices of one shape that one parameter holds."""
+
+    kind: str
+    """Of train/config/kinds.py."""
+    number: int
+    """Experts' matrices of all experts, as if no rank had others."""
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Elements of all of them."""
+        return self.number * self.rows * self.columns
+
+
+def hidden_matrices(
+    config: ModelConfig, attention: Mapping[str, Any] | None = None
+) -> list[Matrices]:
+    """Every parameter that is made of such matrices. attention: arguments of sparse or latent
+    attention, None or empty: dense.
+    """
+    found: list[Matrices] = []
+    for layer in range(config.num_layers):
+        found += _layer(config, config.is_moe_layer(layer), attention)
+    for _ in range(config.num_mtp_layers):
+        found.append(Matrices("other", 1, config.hidden_size, 2 * config.hidden_size))
+        # the block of such a module attends densely, or by latents as the layers do
+        inside = attention if is_latent(attention) else None
+        found += _layer(config, config.is_moe_layer(config.num_layers), inside)
+    return found
+
+
+def _layer(
+    config: ModelConfig, has_experts: bool, attention: Mapping[str, Any] | None
+) -> Iterator[Matrices]:
+    hidden = config.hidden_size
+    projections = _latent(config, attention) if is_latent(attention) else _grouped_query(config)
+    for rows, columns in projections:
+        yield Matrices("attention", 1, rows, columns)
+    if not has_experts:
+        yield Matrices("mlp", 2, config.intermediate_size, hidden)
+        yield Matrices("mlp", 1, hidden, config.intermediate_size)
+        return
+    width = config.expert_intermediate_size
+    yield Matrices("experts", 2 * config.num_experts, width, hidden)
+    yield Matrices("experts", config.num_experts, hidden, width)
+    if config.num_shared_experts:
+        shared = config.num_shared_experts * width
+        yield Matrices("shared_experts", 2, shared, hidden)
+        yield Matrices("shared_experts", 1, hidden, shared)
+
+
+def _grouped_query(config: ModelConfig) -> list[tuple[int, int]]:
+    """Queries, keys, values, output."""
+    hidden, head_dim = config.hidden_size, config.attention_head_dim
+    q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    return [(q_width, hidden), (kv_width, hidden), (kv_width, hidden), (hidden, q_width)]
+
+
+def _latent(config: ModelConfig, attention: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Queries, by a latent or not, the latent of keys and values with the rotary key, and out of
+    it; output.
+    """
+    hidden, heads = config.hidden_size, config.num_heads
+    q_rank, kv_rank = attention["q_lora_rank"], attention["kv_lora_rank"]
+    nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
+    value, q_width = attention["v_head_dim"], heads * (nope + rope)
+    queries = [(q_width, hidden)] if q_rank is None else [(q_rank, hidden), (q_width, q_rank)]
+    return [
+        *queries,
+        (kv_rank + rope, hidden),
+        (heads * (nope + value), kv_rank),
+        (hidden, heads * value),
+    ]

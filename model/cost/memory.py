@@ -1,0 +1,218 @@
+"""Memory of one device by component: what `launch.plan` prints before anything starts. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import ModelConfig
+from model.cost.parameters import Trained, count_parameters, is_latent, windowed_layers
+
+LOGIT_BYTES = 12
+"""Per logit at the peak of backward: the fp32 log-softmax and two fp32 gradients."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on the fullest device, without DeepSpeed's communication buckets, its fp32 copy of one
+    parameter group's gradient at the step (grad_accum_dtype=bf16), and the allocator's slack.
+    Activations are an estimate of what backward keeps.
+    """
+
+    dense_weights: int
+    expert_weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.dense_weights
+            + self.expert_weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+        )
+
+
+def device_memory(
+    config: ModelConfig,
+    experts_per_token: float,
+    *,
+    precision: str,
+    zero_stage: int,
+    world_size: int,
+    expert_parallel_size: int,
+    context_parallel_size: int = 1,
+    micro_batch_size: int,
+    seq_len: int,
+    attention: Mapping[str, Any] | None = None,
+    recompute_experts: bool = False,
+    grad_accum_dtype: str = "fp32",
+    trained: Trained | None = None,
+    one_moment: tuple[int, int] = (0, 0),
+) -> DeviceMemory:
+    """Memory under ZeRO, expert and context parallelism, which shares out the tokens of a row.
+
+    Dense state is shared by all ranks, expert state by the world_size / expert_parallel_size ranks
+    that hold the same experts. Optimiser state is 12 bytes a parameter (fp32 master weight and two
+    moments), 8 at stage 0 in fp32, where the weights are the masters. Gradients are sums in
+    grad_accum_dtype; the ones that backward makes, of the weights' dtype, live one parameter at a
+    time. `one_moment` says how many dense parameters, and how many of all experts', have one moment
+    instead of two, as those that Muon moves. A stage-3 device also holds the gathered weights of
+    the layer at work, not counted here.
+    trained: what of it is; None: everything.
+    """
+    count = count_parameters(config, experts_per_token, attention)
+    trained = trained or Trained(count.dense, count.all_experts)
+    width = 4 if precision == "fp32" else 2
+    summed_width = 4 if grad_accum_dtype == "fp32" else 2
+    expert_data_size = world_size // expert_parallel_size
+    dense = count.dense + trained.dense_adapters
+    experts = -(-(count.all_experts + trained.expert_adapters) // expert_parallel_size)
+    # What is frozen has neither gradients nor moments, and its weights are no masters.
+    moving, moving_experts = trained.dense, -(-trained.experts // expert_parallel_size)
+
+    def share(parameters: int, over: int, from_stage: int) -> int:
+        return -(-parameters // over) if zero_stage >= from_stage else parameters
+
+    tokens = micro_batch_size * -(-seq_len // context_parallel_size)
+    # of an assignment: pre-activations
+    row_values = 0 if recompute_experts else 2 * config.expert_intermediate_size
+    # and the row itself, where it travelled
+    row_values += config.hidden_size if expert_parallel_size > 1 else 0
+    per_state = 8 if zero_stage == 0 else 12
+    over_dense, over_experts = (world_size, expert_data_size) if zero_stage >= 1 else (1, 1)
+    return DeviceMemory(
+        dense_weights=width * share(dense, world_size, 3),
+        expert_weights=width * share(experts, expert_data_size, 3),
+        gradients=summed_width
+        * (share(moving, world_size, 2) + share(moving_experts, expert_data_size, 2)),
+        optimizer=per_state
+        * (share(moving, world_size, 1) + share(moving_experts, expert_data_size, 1))
+        - 4 * (one_moment[0] // over_dense + one_moment[1] // expert_parallel_size // over_experts),
+        activations=_activation_bytes(
+            config,
+            tokens,
+            width,
+            width * experts_per_token * row_values,
+            attention,
+            context_parallel_size > 1,
+        )
+        + _adapted_bytes(config, trained, width, expert_parallel_size),
+        logits=_logit_bytes(config, tokens, precision),
+    )
+
+
+def _adapted_bytes(
+    config: ModelConfig, trained: Trained, width: int, expert_parallel_size: int
+) -> int:
+    """Of one layer's experts with their adapters added, and of the gradient of that sum: made
+    anew for every layer.
+    """
+    if not trained.expert_adapters:
+        return 0
+    one = 3 * config.hidden_size * config.expert_intermediate_size
+    return 2 * width * one * -(-config.num_experts // expert_parallel_size)
+
+
+def _logit_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
+    """Of the logits at hand, and of the head's gradient, which bf16 adds up over chunks in fp32."""
+    chunk = min(tokens, config.loss_chunk_size or tokens)
+    summed = (
+        4 * config.vocab_size * config.hidden_size if chunk < tokens and precision != "fp32" else 0
+    )
+    # All at once, the log-softmax of every module of multi-token prediction waits for backward.
+    waiting = 4 * config.num_mtp_layers if chunk == tokens else 0
+    return chunk * config.vocab_size * (LOGIT_BYTES + waiting) + summed
+
+
+def cache_bytes_per_token(
+    config: ModelConfig, width: int, attention: Mapping[str, Any] | None = None
+) -> int:
+    """What a token takes in the caches of all layers when generating; sparse layers keep pooled
+    entries besides.
+
+    width: bytes of a value; attention: arguments of sparse or latent attention.
+    """
+    if is_latent(attention):
+        values = attention["kv_lora_rank"] + attention["qk_rope_head_dim"]
+    else:
+        values = 2 * config.num_kv_heads * config.attention_head_dim
+    return int(config.num_layers * values * width)
+
+
+def _windowed_copies(config: ModelConfig, attention: Mapping[str, Any] | None) -> float:
+    """How often windowed attention keeps a row of all heads besides, as a mean over the layers:
+    keys and values, which it repeats for every query head, of the piece before as well where a
+    window slides.
+    """
+    if attention is None or "window" not in attention:
+        return 0.0
+    windowed = len(windowed_layers(config.num_layers, attention))
+    whole = (config.num_layers - windowed) * bool(attention["sinks"])
+    return float((4 * windowed + 2 * whole) / config.num_layers)
+
+
+def _attention_bytes(
+    config: ModelConfig, width: int, attention: Mapping[str, Any] | None
+) -> tuple[int, int]:
+    """Of a token that attention keeps in its own dtype: values between its projections and its
+    output, in values of `width` bytes; and rotary's fp32 copies.
+    """
+    heads = config.num_heads
+    if not is_latent(attention):
+        q_width = heads * config.attention_head_dim
+        kv_width = config.num_kv_heads * config.attention_head_dim
+        rotary = 4 * (heads + config.num_kv_heads) * config.rotary_size
+        copies = _windowed_copies(config, attention)
+        return width * (2 * q_width + 2 * kv_width) + round(width * q_width * copies), rotary
+
+    nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
+    value = attention["v_head_dim"]
+    # Latents before and after their norms, then queries, keys, values and outputs of all heads, in
+    # the one head dimension that the kernels have.
+    latents = 2 * (attention["q_lora_rank"] or 0) + 2 * attention["kv_lora_rank"] + 2 * rope
+    per_head = 4 * max(nope + rope, value)
+    return width * (latents + heads * per_head), 4 * (heads + 1) * rope
+
+
+def _activation_bytes(
+    config: ModelConfig,
+    tokens: int,
+    width: int,
+    routed: float,
+    arguments: Mapping[str, Any] | None,
+    shares_rows: bool = False,
+) -> int:
+    """Bytes kept for backward, assuming balanced experts.
+
+    routed: bytes per token that the routed experts keep; arguments: of attention; shares_rows: with
+    other ranks, so that what attention gives is kept twice, by heads and by tokens.
+    """
+    hidden = config.hidden_size
+    norm = 2 * width * hidden  # input and output
+    inside, rotary = _attention_bytes(config, width, arguments)
+    attention = norm + rotary + inside + width * hidden
+    if shares_rows and not is_latent(arguments):
+        attention += width * config.num_heads * config.attention_head_dim
+    dense_mlp = norm + width * 4 * config.intermediate_size
+    shared = width * 4 * config.num_shared_experts * config.expert_intermediate_size
+    if config.shared_expert_gate:  # its sigmoid, and what that multiplies
+        shared += width * (hidden + 1)
+    moe = norm + 4 * hidden + routed + shared + 4 * 4 * config.num_experts
+    num_moe, num_mtp = len(config.moe_layers), config.num_mtp_layers
+    num_layers = config.num_layers + num_mtp
+    layers = num_layers * attention + (num_layers - num_moe) * dense_mlp + num_moe * moe
+    # A module of multi-token prediction has three norms more, two of them put side by side.
+    layers += num_mtp * (3 * norm + 2 * width * hidden)
+    if config.recompute == "block":
+        layers = (num_layers + num_mtp) * width * hidden
+        layers += attention + max(moe if num_moe else 0, dense_mlp)
+    return round(tokens * (layers + norm))

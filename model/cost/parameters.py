@@ -1,0 +1,354 @@
+"""Parameters and FLOPs of a shape: one formula for plan, MFU, docs and benches. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by part. `active` is what one token multiplies with, embeddings included."""
+
+    embedding: int
+    attention: int
+    dense_mlp: int
+    router: int
+    shared_experts: int
+    experts: int
+    norms: int
+    active_experts: int
+    mtp: int = 0
+    """Of the modules of multi-token prediction, which are trained and saved but do not generate,
+    without their routed experts.
+    """
+    mtp_experts: int = 0
+    """Routed experts of these modules."""
+    mtp_matrices: int = 0
+    """What a token multiplies with in these modules, before the head."""
+
+    @property
+    def total(self) -> int:
+        return (
+            self.embedding
+            + self.attention
+            + self.dense_mlp
+            + self.router
+            + self.shared_experts
+            + self.experts
+            + self.norms
+            + self.mtp
+            + self.mtp_experts
+        )
+
+    @property
+    def all_experts(self) -> int:
+        """What expert parallelism splits."""
+        return self.experts + self.mtp_experts
+
+    @property
+    def dense(self) -> int:
+        """Everything that it does not split."""
+        return self.total - self.all_experts
+
+    @property
+    def active(self) -> int:
+        return self.dense - self.mtp + self.active_experts
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Parameters that are trained, and adapters among them, which come on top of those of the
+    shape; of all ranks.
+    """
+
+    dense: int
+    """All but those of routed experts."""
+    experts: int
+    dense_adapters: int = 0
+    expert_adapters: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+    @property
+    def adapters(self) -> int:
+        return self.dense_adapters + self.expert_adapters
+
+
+def count_parameters(
+    config: ModelConfig, experts_per_token: float, attention: Mapping[str, Any] | None = None
+) -> ParameterCount:
+    """Count parameters; `experts_per_token` is the (mean) number of routed experts a token visits;
+    attention: arguments of sparse or latent attention, None or empty: dense.
+    """
+    hidden, num_moe = config.hidden_size, len(config.decoder_moe_layers)
+    if is_latent(attention):
+        projections, inner_norms = _latent_parameters(config, attention)
+    else:
+        projections, inner_norms = _grouped_query_parameters(config)
+    one_expert = 3 * hidden * config.expert_intermediate_size
+    biases_of_one = (2 * config.expert_intermediate_size + hidden) * config.expert_bias
+    router = hidden * config.num_experts
+    routed = config.num_experts * (one_expert + biases_of_one)
+    shared = config.num_shared_experts * one_expert + hidden * config.shared_expert_gate
+
+    # A module of multi-token prediction: two norms and the projection, a layer, and a norm.
+    has_experts = config.is_moe_layer(config.num_layers)
+    mlp = router + shared if has_experts else 3 * hidden * config.intermediate_size
+    norms = 5 * hidden + inner_norms
+    # windowed attention has them on every layer
+    sinks = config.num_heads * bool(attention and "window" in attention and attention["sinks"])
+    module = 2 * hidden * hidden + projections + mlp + norms + sinks
+    one_visit = round(experts_per_token * one_expert) if has_experts else 0
+    return ParameterCount(
+        embedding=config.vocab_size * hidden * (1 if config.tie_embeddings else 2),
+        attention=config.num_layers * projections + _corrections(config, attention or {}),
+        dense_mlp=(config.num_layers - num_moe) * 3 * hidden * config.intermediate_size,
+        router=num_moe * router,
+        shared_experts=num_moe * shared,
+        experts=num_moe * routed,
+        norms=config.num_layers * (2 * hidden + inner_norms) + hidden,
+        active_experts=round(num_moe * experts_per_token * (one_expert + biases_of_one)),
+        mtp=config.num_mtp_layers * module,
+        mtp_experts=config.num_mtp_layers * routed if has_experts else 0,
+        mtp_matrices=config.num_mtp_layers * (module - norms - sinks + one_visit),
+    )
+
+
+def is_latent(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether these are the arguments of latent attention (MLA)."""
+    return attention is not None and "kv_lora_rank" in attention
+
+
+def _grouped_query_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Of a layer's projections with their biases, and of its norms of queries and keys."""
+    hidden, head_dim = config.hidden_size, config.attention_head_dim
+    q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    norms = {"none": 0, "head": 2 * head_dim, "hidden": q_width + kv_width}[config.qk_norm]
+    biases = {
+        "none": 0,
+        "qkv": q_width + 2 * kv_width,
+        "qkvo": q_width + 2 * kv_width + hidden,
+    }[config.attention_bias]
+    return hidden * (2 * q_width + 2 * kv_width) + biases, norms
+
+
+def _latent_parameters(config: ModelConfig, attention: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a layer's projections, and of its norms of latents."""
+    hidden, heads = config.hidden_size, config.num_heads
+    q_rank, kv_rank = attention["q_lora_rank"], attention["kv_lora_rank"]
+    nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
+    value = attention["v_head_dim"]
+    q_width = heads * (nope + rope)
+    queries = hidden * q_width if q_rank is None else q_rank * (hidden + q_width)
+    latents = hidden * (kv_rank + rope) + kv_rank * heads * (nope + value)
+    return queries + latents + heads * value * hidden, (q_rank or 0) + kv_rank
+
+
+def _corrections(config: ModelConfig, attention: Mapping[str, Any]) -> int:
+    """Parameters that layers learn beside dense attention's: sinks of windowed attention; offset,
+    sink, trust and gates of sparse layers.
+    """
+    if "window" in attention:
+        return config.num_layers * config.num_heads * bool(attention["sinks"])
+    projection = config.hidden_size + 1
+    per_head = (
+        bool(attention.get("offset"))
+        + bool(attention.get("sink"))
+        + projection * bool(attention.get("trust"))
+        + 3 * projection * (attention.get("merge") == "gated")
+    )
+    return (
+        per_head * config.num_heads * len(sparse_layers(config.num_layers, attention))
+        if per_head
+        else 0
+    )
+
+
+def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
+    """Mean keys of a query in a sparse layer, over one document of seq_len tokens, as dense
+    attention would cost the same.
+
+    attention: arguments of model.attention.sparse.SparseAttention. Of the six products of dense
+        attention for a key (scores and values, forward and twice backward) a coarse entry costs as
+        many with order 0 and three more with order 2, and ranking the entries of all past blocks
+        one or two. Dense attention has seq_len / 2.
+    """
+    block = attention["block_size"]
+    local = max(1, -(-(attention["window_size"] + block - 1) // block))
+    second_order = attention["order"] == 2
+    per_block = block / attention["coarse_block_size"]
+    total = 0.0
+    for own in range(-(-seq_len // block)):
+        queries = min(block, seq_len - own * block)
+        forced = (
+            own
+            if own * block < attention["min_sparse_length"]
+            else min(own, local - 1 + attention["num_sink_blocks"])
+        )
+        selected = min(attention["top_k"], own - forced)
+        keys = (forced + selected) * block + (queries + 1) / 2
+        if attention["tail"] != "drop":
+            keys += (own - forced - selected) * per_block * (1.5 if second_order else 1.0)
+        if attention["top_k"] > 0 and own > forced:
+            keys += own * per_block * (2 if second_order else 1) / 6
+        total += keys * queries
+    return total / seq_len
+
+
+def flops_per_token(
+    config: ModelConfig,
+    experts_per_token: float,
+    seq_len: int,
+    attention: Mapping[str, Any] | None = None,
+) -> float:
+    """Training FLOPs of one token, forward and backward: 6 per active matrix parameter plus causal
+    attention.
+
+    The embedding look-up is no multiplication; the output head is, once more for every module of
+    multi-token prediction. Attention costs 2*2*H*head_dim
+    per key forward (scores and values), three times that with backward, over S/2 keys in dense
+    layers. Recomputation is not counted (model FLOPs).
+    attention: the arguments of sparse, windowed or latent attention; None or empty: dense. A head
+        of latent attention has two dimensions, of its scores and of its values.
+    """
+    count = _matrices(config, experts_per_token, attention)
+    head = config.vocab_size * config.hidden_size
+    matrices = _matrices_before_head(count) + count.mtp_matrices
+    matrices += (1 + config.num_mtp_layers) * head
+    # the block of a module of multi-token prediction attends densely
+    keys = _mean_keys(config, seq_len, attention) + config.num_mtp_layers * seq_len / 2
+    return float(6.0 * matrices + 6 * config.num_heads * _head_dims(config, attention) * keys)
+
+
+def _matrices(
+    config: ModelConfig, experts_per_token: float, attention: Mapping[str, Any] | None
+) -> ParameterCount:
+    """What is multiplied with: biases and sinks are added."""
+    matrices_alone = dataclasses.replace(config, attention_bias="none", expert_bias=False)
+    without_sinks = {**attention, "sinks": False} if attention else None
+    return count_parameters(matrices_alone, experts_per_token, without_sinks)
+
+
+def _matrices_before_head(count: ParameterCount) -> int:
+    """Of a token's way through the blocks."""
+    return (
+        count.attention
+        + count.dense_mlp
+        + count.router
+        + count.shared_experts
+        + count.active_experts
+    )
+
+
+def _mean_keys(
+    config: ModelConfig, seq_len: int, attention: Mapping[str, Any] | None = None
+) -> float:
+    """Keys of a query, as a mean over a document of seq_len tokens, summed over the layers."""
+    num_sparse = 0 if not attention else len(sparse_layers(config.num_layers, attention))
+    num_windowed = 0 if not attention else len(windowed_layers(config.num_layers, attention))
+    num_dense = config.num_layers - num_sparse - num_windowed
+    keys = num_dense * seq_len / 2
+    if attention and num_sparse:
+        keys += num_sparse * keys_per_query(seq_len, attention)
+    if attention and num_windowed:
+        # the first ones see what there is; half a key less, as the mean of all is taken for S / 2
+        window = min(attention["window"], seq_len)
+        keys += num_windowed * (window - 0.5 - window * (window - 1) / (2 * seq_len))
+    return keys
+
+
+def _head_dims(config: ModelConfig, attention: Mapping[str, Any] | None) -> int:
+    """Dimensions of a head in its scores and its values."""
+    if is_latent(attention):
+        dims = attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"]
+        return int(dims + attention["v_head_dim"])
+    return 2 * config.attention_head_dim
+
+
+@dataclass(frozen=True)
+class GenerationCost:
+    """Of one generated token."""
+
+    flops: float
+    num_bytes: float
+    """Read from memory: weights that the tokens of a step share count once for all of them."""
+
+
+def prefill_flops(
+    config: ModelConfig,
+    experts_per_token: float,
+    length: int,
+    attention: Mapping[str, Any] | None = None,
+) -> float:
+    """Of a prompt of `length` tokens, whose last one alone is projected to logits."""
+    matrices = _matrices_before_head(_matrices(config, experts_per_token, attention))
+    keys = _mean_keys(config, length, attention)
+    by_token = 2 * matrices + 2 * config.num_heads * _head_dims(config, attention) * keys
+    return float(length * by_token + 2 * config.vocab_size * config.hidden_size)
+
+
+def decode_cost(
+    config: ModelConfig,
+    experts_per_token: float,
+    distinct_experts: float,
+    rows: float,
+    length: int,
+    cache_bytes_per_token: float,
+    weight_bytes: float,
+    expert_bytes: float | None = None,
+    attention: Mapping[str, Any] | None = None,
+) -> GenerationCost:
+    """Of the token number `length` of a document, in a step with `rows` of them.
+
+    Args:
+        distinct_experts: that a layer's tokens visit together in a step, as a mean.
+        cache_bytes_per_token: of all layers. A sparse layer reads as much less of it as it has
+            fewer keys than dense attention.
+        weight_bytes: of a parameter; expert_bytes: of a parameter of the experts, None: likewise.
+    """
+    count = _matrices(config, experts_per_token, attention)
+    head = config.vocab_size * config.hidden_size
+    # The keys of the last query are what the sum over all of them grows by.
+    keys = length * _mean_keys(config, length, attention)
+    if length > 1:
+        keys -= (length - 1) * _mean_keys(config, length - 1, attention)
+    flops = 2.0 * (_matrices_before_head(count) + head)
+    flops += 2 * config.num_heads * _head_dims(config, attention) * keys
+
+    dense = _matrices_before_head(count) - count.active_experts + head
+    one_expert = 3 * config.hidden_size * config.expert_intermediate_size
+    experts = len(config.decoder_moe_layers) * distinct_experts * one_expert
+    weights = dense * weight_bytes + experts * (expert_bytes or weight_bytes)
+    cache = cache_bytes_per_token / config.num_layers * keys
+    return GenerationCost(float(flops), float(weights / rows + cache))
+
+
+def sparse_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
+    """Layers that sparse attention's `interval` and `dense_layers` leave sparse."""
+    if "window" in attention or is_latent(attention):
+        return []
+    dense = {i % num_layers for i in attention.get("dense_layers", ())}
+    return [
+        i
+        for i in range(num_layers)
+        if (i + 1) % attention.get("interval", 1) == 0 and i not in dense
+    ]
+
+
+def windowed_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
+    """Layers that windowed attention's `window_layers` lets slide; none of another attention."""
+    chosen = attention.get("window_layers", ())
+    if chosen == "alternate":
+        return list(range(0, num_layers, 2))
+    if chosen == "all":
+        return list(range(num_layers))
+    return sorted({i % num_layers for i in chosen})

@@ -1,0 +1,1 @@
+"""Moving tokens to the ranks of their experts and back."""

@@ -1,0 +1,150 @@
+"""Process groups of the parallel axes. megatron-core's parallel_state is the only authority on
+topology.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from model.parallel.family import Family
+from ops.all_to_all import NodeGroups
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Groups, sizes and this process's ranks. `None` groups mean a single process.
+
+    stage: all ranks that hold tokens of their own and the same layers, which is the whole world.
+        What belongs to no other family has a replica on each of them; gradients are sums over it.
+    rows: along it ranks hold different rows, as the loader and the arithmetic of batches count.
+    context: ranks that hold neighbouring parts of the same rows, and exchange heads in attention;
+        megatron-core makes them neighbours, e.g. [0,1][2,3] with rows [0,2][1,3].
+    expert: ranks that share one copy of the experts; megatron-core makes them neighbours, e.g.
+        [0,1][2,3].
+    expert_data: ranks that hold the same experts and average their gradients, e.g. [0,2][1,3].
+    nodes: the expert group by nodes, where it spans several and rows are to travel within nodes
+        first.
+    """
+
+    stage: Any = None
+    context: Any = None
+    expert: Any = None
+    expert_data: Any = None
+    nodes: NodeGroups | None = None
+    stage_size: int = 1
+    stage_rank: int = 0
+    rows_size: int = 1
+    rows_rank: int = 0
+    context_size: int = 1
+    context_rank: int = 0
+    expert_size: int = 1
+    expert_rank: int = 0
+    expert_data_size: int = 1
+    expert_data_rank: int = 0
+
+    @staticmethod
+    def single() -> ParallelGroups:
+        return ParallelGroups()
+
+    def shards(self, family: Family) -> Any:
+        """The group over which parameters of a family are spread; None: every rank of the stage
+        has all of them.
+        """
+        return self.expert if family is Family.EXPERT else None
+
+    def local_experts(self, num_experts: int) -> range:
+        """Global ids of the experts this rank holds: consecutive blocks in rank order."""
+        per_rank = num_experts // self.expert_size
+        return range(self.expert_rank * per_rank, (self.expert_rank + 1) * per_rank)
+
+
+def initialize_parallel(
+    expert_parallel_size: int = 1,
+    timeout_seconds: float = 1800,
+    ranks_per_node: int | None = None,
+    context_parallel_size: int = 1,
+) -> ParallelGroups:
+    """Create the groups on an initialised torch.distributed world.
+
+    ranks_per_node: an expert group of more ranks gets groups within and between its nodes; None: it
+        does not.
+
+    Raises:
+        ValueError: the world size is not divisible by `expert_parallel_size` or
+            `context_parallel_size`, or the former not by `ranks_per_node`.
+    """
+    from megatron.core import parallel_state
+
+    world_size = dist.get_world_size()
+    for name, size in (
+        ("expert_parallel_size", expert_parallel_size),
+        ("context_parallel_size", context_parallel_size),
+    ):
+        if world_size % size:
+            raise ValueError(f"world size {world_size} is not divisible by {name} {size}")
+    # Expert groups are runs of neighbours of their own, whatever the other axes are.
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=expert_parallel_size,
+        context_parallel_size=context_parallel_size,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout_seconds / 60,
+    )
+    stage = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    rows = parallel_state.get_data_parallel_group()
+    context = parallel_state.get_context_parallel_group()
+    expert = parallel_state.get_expert_model_parallel_group()
+    expert_data = parallel_state.get_expert_data_parallel_group()
+    return ParallelGroups(
+        stage=stage,
+        context=context,
+        expert=expert,
+        expert_data=expert_data,
+        nodes=_node_groups(expert, ranks_per_node, timeout_seconds),
+        stage_size=dist.get_world_size(stage),
+        stage_rank=dist.get_rank(stage),
+        rows_size=dist.get_world_size(rows),
+        rows_rank=dist.get_rank(rows),
+        context_size=dist.get_world_size(context),
+        context_rank=dist.get_rank(context),
+        expert_size=dist.get_world_size(expert),
+        expert_rank=dist.get_rank(expert),
+        expert_data_size=dist.get_world_size(expert_data),
+        expert_data_rank=dist.get_rank(expert_data),
+    )
+
+
+def _node_groups(
+    expert: Any, ranks_per_node: int | None, timeout_seconds: float
+) -> NodeGroups | None:
+    """Groups of this rank along both axes of its expert group. Collective over the world, as making
+    a group is.
+    """
+    size = dist.get_world_size(expert)
+    if ranks_per_node is None or size <= ranks_per_node:
+        return None
+    if size % ranks_per_node:
+        raise ValueError(
+            f"expert_parallel_size {size} is not a multiple of ranks_per_node {ranks_per_node}"
+        )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    mine: dict[str, Any] = {}
+    # expert groups are runs of neighbours
+    for start in range(0, dist.get_world_size(), size):
+        ranks = list(range(start, start + size))
+        axes = [("within", ranks[i : i + ranks_per_node]) for i in range(0, size, ranks_per_node)]
+        axes += [("between", ranks[i::ranks_per_node]) for i in range(ranks_per_node)]
+        for axis, members in axes:
+            group = dist.new_group(members, timeout=timeout)
+            if dist.get_rank() in members:
+                mine[axis] = group
+    return NodeGroups(mine["within"], mine["between"], ranks_per_node, size // ranks_per_node)
+
+
+def destroy_parallel() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()

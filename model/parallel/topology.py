@@ -1,0 +1,60 @@
+"""The parallel axes as DeepSpeed asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from model.parallel.groups import ParallelGroups
+
+
+class StageTopology:
+    """`mpu` object that shows our groups to DeepSpeed: what it takes for data parallelism is the
+    stage, all ranks that hold the same layers and tokens of their own. It knows of no other axis.
+
+    DeepSpeed asks for names that megatron-core has dropped (get_model_parallel_rank and others),
+    and probes optional ones with hasattr, which must answer no; hence an explicit list. None of
+    its sequence parallelism may be among them, which scales losses and gradients itself.
+    """
+
+    _FORWARDED = frozenset(
+        {
+            "get_model_parallel_group",
+            "get_tensor_model_parallel_group",
+            "get_tensor_model_parallel_rank",
+            "get_tensor_model_parallel_world_size",
+            "get_tensor_model_parallel_src_rank",
+            "get_pipeline_model_parallel_group",
+            "get_pipeline_model_parallel_rank",
+            "get_pipeline_model_parallel_world_size",
+        }
+    )
+
+    def __init__(self, groups: ParallelGroups):
+        self._groups = groups
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._FORWARDED:
+            from megatron.core import parallel_state
+
+            return getattr(parallel_state, name)
+        raise AttributeError(name)
+
+    def get_data_parallel_group(self) -> Any:
+        return self._groups.stage
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.stage_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.stage_size
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._groups.stage)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.get_model_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.get_model_parallel_group())

@@ -1,0 +1,90 @@
+"""What goes into a forward pass: the tokens, and what is wanted of them besides their loss.
+
+Both are NamedTuples, because ZeRO-3's hooks look for tensors in tuples but not in dataclasses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class TokenBatch(NamedTuple):
+    """Packed rows of one micro-batch on one rank, on the model's device: B rows of S tokens. Under
+    context parallelism these are a part of longer rows.
+    """
+
+    input_ids: torch.Tensor
+    """[B, S] int64."""
+    targets: torch.Tensor
+    """[B, S] int64, the token that follows each one; model.loss.IGNORE_INDEX where none is
+    predicted.
+    """
+    positions: torch.Tensor
+    """[B, S] int64, within the token's own document: they restart at 0 with each document."""
+    cu_seqlens: torch.Tensor
+    """[documents + 1] int32, cumulative lengths of the documents over the flattened tokens of whole
+    rows.
+    """
+    max_seqlen: int
+    """Tokens of the longest document."""
+    token_mask: torch.Tensor | None = None
+    """[B, S] bool, False for padding; None when nothing is padded."""
+    token_ids: torch.Tensor | None = None
+    """[B, S] int64 names of the tokens, for checksum, audit and random selection; None: none."""
+    whole: TokenBatch | None = None
+    """The rows that these tokens are a part of, for attention and the tokens ahead; None: these are
+    whole.
+    """
+    first: int = 0
+    """Place in its row of the first token here."""
+
+    @property
+    def rows(self) -> TokenBatch:
+        """The whole rows."""
+        return self if self.whole is None else self.whole
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """[B, S'] of the tokens of whole rows -> [B, S] of the tokens here."""
+        return whole[:, self.first : self.first + self.input_ids.shape[1]]
+
+
+def part_of(whole: TokenBatch, first: int, length: int) -> TokenBatch:
+    """`length` tokens of each of the rows, from place `first` on."""
+    return whole._replace(**fields_of_part(whole, first, length))
+
+
+def fields_of_part(whole: Any, first: int, length: int) -> dict[str, Any]:
+    """The fields in which a part of rows differs from them, of a TokenBatch or of its source on the
+    host, train.data.loader.Batch: every [B, S] tensor is cut.
+    """
+    names = ("input_ids", "targets", "positions", "token_mask", "token_ids")
+    found = {name: getattr(whole, name) for name in names}
+    cut = {name: t if t is None else t[:, first : first + length] for name, t in found.items()}
+    return {**cut, "whole": whole, "first": first}
+
+
+class ForwardRequest(NamedTuple):
+    """What a caller wants of a forward pass besides the sums of its losses."""
+
+    previous_counts: torch.Tensor | None = None
+    """[moe_layers, E] int64, ModelOutput.scope_counts of the step's earlier micro-batches, for
+    balance.aux_loss_scope=global_batch.
+    """
+    given_ids: tuple[torch.Tensor, ...] | None = None
+    """[B * S, K] for each MoE layer, experts to use instead of the routers' choice (replay)."""
+    keep_routing: bool = False
+    """Return every layer's routing, and in evaluation the tokens' losses as well."""
+    with_histogram: bool | None = None
+    """Count the routers' scores; None: in training only."""
+    frozen: bool = False
+    """Choose experts with the snapshots of the routers' weights."""
+    snapshot: bool = False
+    """Take snapshots of the routers' weights."""
+    measure_attention: bool = False
+    """Fill ModelOutput.attention_stats."""
+
+
+SUMS_ALONE = ForwardRequest()
+"""The default: the sums of the losses, and nothing besides."""

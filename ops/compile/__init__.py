@@ -1,0 +1,1 @@
+"""Compiling kernels, when needed and ahead of time."""

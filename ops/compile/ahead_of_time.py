@@ -1,0 +1,452 @@
+"""Compiling the Triton kernels ahead of time, without a GPU: registers, spills, shared memory,
+tensor core instructions.
+
+What is compiled is what would be launched: the wrappers run on small CPU tensors while their
+launches are recorded. Results are kept in .cache/kernels/triton (or $LOADSTONE_KERNELS/triton)
+under a hash of source, configuration and compiler.
+
+    python -m ops.compile.ahead_of_time          # make compile-kernels
+    python -m ops.compile.ahead_of_time 90       # one architecture
+
+It fails on spills and on too much shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ops.compile.cuda import cache_folder
+from ops.compile.launch import Launch, record_launches
+
+if TYPE_CHECKING:
+    from ops.sparse_attention.spec import SparseAttentionSpec
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Largest dynamic shared memory of a block in bytes, by architecture (CUDA programming guide,
+compute capabilities).
+"""
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int8: "i8",
+}
+_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int  # of a thread
+    spilled: int  # bytes of registers that were moved to memory, stores and loads
+    shared: int  # bytes of a block
+    products: str  # tensor core instructions in the PTX
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel in one configuration, as triton.compile wants it."""
+
+    title: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+
+    def key(self, architecture: int) -> str:
+        parts = (
+            triton.__version__,
+            self.kernel.cache_key,
+            self.signature,
+            self.constants,
+            self.attributes,
+            self.options,
+            architecture,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def job_of(launch: Launch, title: str) -> Job:
+    """Specialise as Triton's launcher does: 1 and None are constants, multiples of 16 and pointers
+    are marked so.
+    """
+    kernel = launch.kernel
+    names = kernel.arg_names
+    values = dict(zip(names, launch.args, strict=False)) | {
+        k: v for k, v in launch.options.items() if k in names
+    }
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
+        value = values[name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = (
+                f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+            )
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = f"*{_TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    options = {k: v for k, v in launch.options.items() if k not in names}
+    return Job(
+        f"{kernel.__name__.removesuffix('_kernel')} {title}",
+        kernel,
+        signature,
+        constants,
+        attributes,
+        options,
+    )
+
+
+def _named(launch: Launch) -> Iterator[tuple[str, Any]]:
+    return zip(launch.kernel.arg_names, launch.args, strict=False)
+
+
+def sparse_attention_launches(
+    architecture: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    spec: SparseAttentionSpec,
+    dtype: torch.dtype = torch.bfloat16,
+    extras: bool = True,
+    decoding: bool = True,
+) -> list[Launch]:
+    """What a forward and backward, and the decoding of a token with and without pooled entries,
+    would start, of 512 tokens.
+
+    extras: bias, sink, noise of the selection and a gradient of the log-sum-exp.
+    """
+    from ops.sparse_attention import triton_backend
+    from ops.sparse_attention.blocks import block_table
+    from ops.sparse_attention.problem import DecodeProblem, Problem
+    from ops.sparse_attention.spec import SelectionNoise
+
+    num_tokens = 512
+    cu_seqlens = torch.tensor([0, num_tokens])
+    table = block_table(cu_seqlens, num_tokens, spec)
+    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
+    k = torch.zeros(num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    selected = torch.full((num_kv_heads, num_tokens, spec.top_k), -1, dtype=torch.int32)
+    lse = torch.zeros(num_tokens, num_heads)
+    rows, sink = (lse, torch.zeros(num_heads)) if extras else (None, None)
+    hashed = torch.zeros(num_tokens, dtype=torch.int64) if extras else None
+    noise = SelectionNoise(temperature=1.0 if extras else 0.0)
+    with record_launches(architecture) as launches:
+        entries = triton_backend.pool(k, k, table, spec)
+        triton_backend.rank(q, entries, table, spec, hashed, noise)
+        problem = Problem(
+            q=q,
+            k=k,
+            v=k,
+            bias=rows,
+            sink=sink,
+            selected=selected,
+            entries=entries,
+            table=table,
+            spec=spec,
+            exact=True,
+            coarse=True,
+        )
+        triton_backend.attend(problem)
+        triton_backend.attend_backward(problem, out=q, lse=lse, dout=q, dlse=rows)
+        cache = k.expand(2, -1, -1, -1)
+        stored = entries._replace(
+            **{name: x.expand(2, -1, -1, -1) for name, x in entries._asdict().items()}
+        )
+        for length in (num_tokens, 1) if decoding else ():
+            triton_backend.decode(
+                DecodeProblem(
+                    q=q[:2],
+                    keys=cache,
+                    values=cache,
+                    entries=stored,
+                    length=length,
+                    spec=spec,
+                    bias=None if rows is None else rows[:2],
+                    sink=sink,
+                    exact=True,
+                    coarse=True,
+                )
+            )
+    return launches
+
+
+def grouped_mlp_launches(
+    architecture: int,
+    sizes: tuple[int, int, int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    recompute: bool = False,
+    int8: bool = False,
+) -> list[Launch]:
+    """What a forward and backward would start, of int8 weights a forward alone; sizes: tokens, D,
+    F, experts, slots of a token. Tensors have no memory.
+    """
+    from ops.grouped_mlp import triton_backend
+
+    num_tokens, hidden_size, width, num_experts, top_k = sizes
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden = tensor(num_tokens, hidden_size)
+    stored = torch.int8 if int8 else dtype
+    given = (
+        hidden,
+        tensor(num_tokens, top_k, dtype=torch.float32),
+        tensor(num_experts, 2 * width, hidden_size, dtype=stored),
+        tensor(num_experts, hidden_size, width, dtype=stored),
+        tensor(num_tokens * top_k, dtype=torch.int32),
+        tensor(num_tokens, top_k, dtype=torch.int32),
+        tensor(num_experts + 1, dtype=torch.int32),
+    )
+    with record_launches(architecture) as launches:
+        if int8:
+            widths = (2 * width, hidden_size)
+            scales = [tensor(num_experts, w, dtype=torch.float32) for w in widths]
+            triton_backend.forward(*given, False, (scales[0], scales[1]))
+            return launches
+        _, pre = triton_backend.forward(*given, not recompute)
+        triton_backend.backward(hidden, *given, pre)
+    return launches
+
+
+def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table: every kernel for each head_dim, then groups, block sizes and dtypes
+    at the extremes.
+    """
+    from ops.sparse_attention.spec import SparseAttentionSpec
+
+    def record(
+        title: str,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        extras: bool = True,
+        only: tuple[str, ...] = (),
+        **settings: Any,
+    ) -> Iterator[Job]:
+        spec = SparseAttentionSpec(**({"window_size": 64} | settings))
+        for launch in sparse_attention_launches(
+            architecture, num_heads, num_kv_heads, head_dim, spec, extras=extras
+        ):
+            name = launch.kernel.__name__.removesuffix("_kernel")
+            if not only or name in only:
+                yield job_of(
+                    launch,
+                    title + (" no entries" if ("logits_ptr", None) in _named(launch) else ""),
+                )
+
+    heavy = ("rank", "attend", "query_grad", "key_grad", "entry_grad")
+    yield from record("d128 G8 B64", 32, 4, 128)
+    yield from record("d64 G4 B64", 16, 4, 64, only=heavy)
+    yield from record(
+        "d256 G8 B64",
+        16,
+        2,
+        256,
+        only=(*heavy, "pool", "key_grad_sum", "entry_grad_sum", "decode_attend"),
+    )
+    yield from record(
+        "d128 G16 B128 r8",
+        16,
+        1,
+        128,
+        only=heavy,
+        block_size=128,
+        coarse_block_size=16,
+        score="error_gain",
+    )
+    yield from record(
+        "d128 G1 B32 order 0",
+        2,
+        2,
+        128,
+        only=heavy,
+        extras=False,
+        block_size=32,
+        order=0,
+        score="max",
+        top_k=64,
+    )
+
+
+def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table, tensors without memory: every kernel for the first, the products for
+    the others.
+    """
+
+    def record(
+        title: str,
+        num_tokens: int,
+        hidden_size: int,
+        width: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype = torch.bfloat16,
+        products: bool = True,
+        int8: bool = False,
+    ) -> Iterator[Job]:
+        sizes = num_tokens, hidden_size, width, num_experts, top_k
+        for recompute in (True,) if int8 else (False, True):
+            for launch in grouped_mlp_launches(architecture, sizes, dtype, recompute, int8):
+                absent = [
+                    name.removesuffix("_ptr")
+                    for name, value in _named(launch)
+                    # descriptors depend on the architecture
+                    if value is None and name.endswith("_ptr")
+                ]
+                if "STEP" in launch.options or not products:
+                    yield job_of(launch, " no ".join([title, *absent]))
+
+    yield from record("D4096 F1024 K4", 32768, 4096, 1024, 64, 4, products=False)
+    yield from record("D2048 F768 K8", 32768, 2048, 768, 128, 8)
+    yield from record("D1536 F256 K8", 32768, 1536, 256, 128, 8)
+    yield from record("D2048 F768 few rows", 1024, 2048, 768, 128, 8)
+    yield from record("D2872 F2872 K1", 8192, 2872, 2872, 8, 1)
+    yield from record("D2048 F768 fp16", 32768, 2048, 768, 128, 8, torch.float16)
+    yield from record("D2048 F768 fp32", 1024, 2048, 768, 128, 8, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield from record(f"int8 {name}", 32768, 2048, 768, 128, 8, dtype, int8=True)
+        yield from record(f"int8 {name} few rows", 64, 2048, 768, 128, 8, dtype, int8=True)
+    yield from record("int8 masked", 64, 2872, 2872, 8, 1, torch.bfloat16, int8=True)
+
+
+@functools.cache
+def jobs_of(architecture: int) -> dict[str, Job]:
+    """Jobs by title; a kernel that one call launches several times counts once."""
+    jobs: dict[str, Job] = {}
+    for job in itertools.chain(sparse_attention_jobs(architecture), grouped_mlp_jobs(architecture)):
+        jobs.setdefault(job.title, job)
+    return jobs
+
+
+def compile_job(title: str, architecture: int) -> Usage | str:
+    """Compile, or take the result of an earlier run with the same content; what the compiler said
+    where it failed.
+    """
+    job = jobs_of(architecture)[title]
+    path = cache_folder() / "triton" / f"{job.key(architecture)}.json"
+    if path.is_file():
+        return Usage(**json.loads(path.read_text()))
+    try:
+        usage = _compile(job, architecture)
+    except (triton.CompilationError, triton.runtime.errors.PTXASError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(asdict(usage), allow_nan=False))
+    scratch.replace(path)
+    return usage
+
+
+def _compile(job: Job, architecture: int) -> Usage:
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = True
+    source = ASTSource(
+        fn=job.kernel, signature=job.signature, constexprs=job.constants, attrs=job.attributes
+    )
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        binary = triton.compile(
+            source, target=GPUTarget("cuda", architecture, 32), options=job.options
+        )
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said.getvalue()))
+    ptx = binary.asm["ptx"]
+    products = {name: ptx.count(pattern) for name, pattern in _INSTRUCTIONS.items()}
+    return Usage(
+        _registers(binary.asm["cubin"]),
+        spilled,
+        binary.metadata.shared,
+        " ".join(f"{n} {name}" for name, n in products.items() if n),
+    )
+
+
+def _registers(cubin: bytes) -> int:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return max(int(n) for n in re.findall(r"REG:(\d+)", said))
+
+
+def main(arguments: list[str]) -> int:
+    """Print a table; 1 if a kernel spills, takes too much shared memory or does not compile."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        print(
+            "TRITON_INTERPRET=1 is set: kernels are interpreted in this process and cannot be "
+            "compiled"
+        )
+        return 1
+    architectures = [int(a) for a in arguments] or list(SHARED_MEMORY)
+    titles = list(jobs_of(architectures[0]))
+    print(
+        f"triton {triton.__version__}: warps, then registers, KiB of shared memory and tensor core "
+        f"instructions on sm_{', sm_'.join(map(str, architectures))}"
+    )
+    failed = False
+    with ProcessPoolExecutor(
+        int(os.environ.get("MAX_JOBS", "2")), multiprocessing.get_context("spawn")
+    ) as pool:
+        results = pool.map(
+            compile_job, *zip(*itertools.product(titles, architectures), strict=True)
+        )
+        for title in titles:
+            row = f"{title:34}{jobs_of(architectures[0])[title].options.get('num_warps', 4):2}"
+            for architecture in architectures:
+                usage = next(results)
+                if isinstance(usage, str):
+                    failed, row = True, f"{row} | {usage}"
+                    continue
+                fits = usage.shared <= SHARED_MEMORY[architecture]
+                failed |= usage.spilled > 0 or not fits
+                row += f" |{usage.registers:4}{usage.shared / 1024:6.1f} {usage.products:11}"
+                row += (
+                    f"SPILLS {usage.spilled} BYTES"
+                    if usage.spilled
+                    else ""
+                    if fits
+                    else "TOO MUCH SHARED MEMORY"
+                )
+            print(row.rstrip(), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""Commands that read a run over ranks: what they give is what one process gives, and a rank that
+fails ends all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+sys.path.insert(0, str(Path(__file__).parent))
+from commandline import ROOT, TINY, last_json, launch, write_text
+
+from launch.process.ranks import run_on_ranks
+from tests import forked
+
+RANKS = ["launch.num_devices=2", "parallel=ep2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    data = write_text(folder)
+    launch("train", *TINY, *data, "train.num_steps=6", f"run_dir={folder / 'run'}")
+    return folder / "run"
+
+
+def on_two(command: str, *overrides: str) -> list[str]:
+    """Outputs of the two ranks of a command, which are forks told their places."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    done = forked.run_ranks(f"launch.{command}", 2, [*overrides, *RANKS], environment, 300)
+    assert [d.returncode for d in done] == [0, 0], [d.stderr[-2000:] for d in done]
+    return [d.stdout for d in done]
+
+
+@pytest.mark.slow
+def test_evaluation_over_two_ranks_is_that_of_one_process(run):
+    expected = last_json(launch("evaluate", f"run={run}", "checkpoint=latest"))
+    first, second = on_two("evaluate", f"run={run}", "checkpoint=latest")
+    found = json.loads(first.splitlines()[-1])
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+    assert found["num_targets"] == expected["num_targets"]
+    assert found["experts_per_token"] == expected["experts_per_token"]
+    assert "val_loss" not in second
+
+
+@pytest.mark.slow
+def test_a_file_of_prompts_over_two_ranks_gets_the_texts_of_one_process(run, tmp_path):
+    prompts = ["the quick", "a lazy dog", "seven wise owls", "rivers", "old oak trees and sing"]
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts) + "\nnot json")
+    answers = {}
+    for name, call in (("one", launch), ("two", on_two)):
+        output = tmp_path / f"{name}.jsonl"
+        arguments = [f"run={run}", f"input={source}", f"output={output}", "max_new_tokens=12"]
+        done = call("generate", *arguments)
+        tally = last_json(done) if name == "one" else json.loads(done[0].splitlines()[-1])
+        assert (tally["answered"], tally["bad_lines"]) == (5, 1)
+        lines = map(json.loads, output.read_text().splitlines())
+        answers[name] = {line["id"]: line["text"] for line in lines}
+    assert len(answers["two"]) == 5 and answers["two"] == answers["one"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["launch.num_devices=3", "parallel=ep2"], "launch.num_devices 3 is not divisible"),
+        (["launch.num_devices=0"], "launch.num_devices is 0"),
+        ([*RANKS, "router.budget=2"], "calibrated in one process"),
+        (["parallel=ep8", "launch.num_devices=8"], "has 4 experts, which"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_before_any_process_starts(run, overrides, words):
+    result = launch("evaluate", f"run={run}", *overrides, check=False)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_ranks_get_the_checkpoint_by_its_name(run, tmp_path, monkeypatch, command):
+    """What best or latest stands for may change between two ranks' looks at a run that trains."""
+    module = importlib.import_module(f"launch.{command}")
+    overrides = [f"run={run}", "checkpoint=latest", *RANKS]
+    if command == "generate":
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "the"}\n')
+        overrides += [f"input={tmp_path / 'prompts.jsonl'}", f"output={tmp_path / 'out.jsonl'}"]
+    told = []
+    monkeypatch.setattr(module, "run_on_ranks", lambda _, __, arguments: told.append(arguments))
+    monkeypatch.setattr(sys, "argv", [command, *overrides])
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        module.main(compose(command, overrides))
+    (arguments,) = told
+    assert arguments[:-1] == overrides and arguments[-1] == "checkpoint=step-00000006"
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path, monkeypatch):
+    """Rank 1 fails at once; rank 0 would sleep for long."""
+    (tmp_path / "failing.py").write_text(
+        "import os, sys, time\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(120)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    begin = time.monotonic()
+    assert run_on_ranks(2, "failing", []) == 7
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.nightly
+def test_the_command_starts_its_ranks(run, tmp_path):
+    expected = last_json(launch("evaluate", f"run={run}"))["val_loss"]
+    found = last_json(launch("evaluate", f"run={run}", *RANKS))["val_loss"]
+    assert found == pytest.approx(expected, rel=1e-6)

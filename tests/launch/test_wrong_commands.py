@@ -1,0 +1,233 @@
+"""Wrong commands that a person would type: each is answered by one clear line that names the value
+and the mend, with exit code 2, without a traceback. And right ones that Hydra alone would refuse.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from launch.command.arguments import ArgumentError, arranged, setting
+from launch.config.overrides import quoted
+from tests.end_to_end.commandline import ROOT, launch
+
+WRONG: dict[str, str] = {
+    # a key of another framework, or in another place
+    "train.lr=1e-3": "unknown key train.lr: did you mean optim.lr?",
+    "optim.learning_rate=1e-3": "unknown key optim.learning_rate: did you mean optim.lr?",
+    "launch.num_gpus=8": "unknown key launch.num_gpus: did you mean launch.num_devices?",
+    "checkpoint.interval=100": "did you mean checkpoint.save_interval?",
+    "lr=1e-3": "unknown key lr: did you mean optim.lr?",
+    "learning_rate=1e-3": "did you mean optim.lr?",
+    "batch_size=32": "did you mean train.global_batch_size?",
+    "train.batch_size=32": "did you mean train.global_batch_size?",
+    "num_gpus=8": "did you mean launch.num_devices?",
+    "max_steps=100": "did you mean train.num_steps?",
+    "train.max_steps=100": "did you mean train.num_steps?",
+    "num_steps=100": "did you mean train.num_steps?",
+    "seq_len=512": "did you mean train.seq_len?",
+    "train.sequence_length=512": "did you mean train.seq_len?",
+    "model.dtype=bf16": "did you mean train.precision?",
+    "optim.warmup=10": "did you mean optim.warmup_steps?",
+    "output_dir=runs/a": "did you mean run_dir?",
+    "parallel.ep_size=2": "did you mean parallel.expert_parallel_size?",
+    "train.gradient_checkpointing=true": "did you mean model.recompute?",
+    "train.max_grad_norm=1.0": "did you mean train.clip_grad_norm?",
+    # a slip of the finger
+    "trian.num_steps=3": "unknown key trian: did you mean train?",
+    "train.num_step=5": "did you mean train.num_steps?",
+    "optim.weigth_decay=0.1": "did you mean optim.weight_decay?",
+    "model.num_layer=3": "did you mean model.num_layers?",
+    "model.hiden_size=64": "did you mean model.hidden_size?",
+    "balance.aux_loss_coef=0.1": "did you mean balance.aux_loss_coeff?",
+    "tracker.wandb.projct=x": "did you mean tracker.wandb.project?",
+    "data.sources.0.pth=json": "did you mean data.sources[0].path?",
+    "routers=top_k": "unknown key routers: did you mean router?",
+    # an option that does not exist
+    "router=tresh": "router=tresh does not exist; did you mean router=threshold?",
+    "router=switch": "choices: expert_choice, group_limited",
+    "experiment=quick": "did you mean experiment=quickstart?",
+    "model=llama": "model=llama does not exist;",
+    "attention=flash": "choices: dense, drop",
+    "launch=mpirun": "choices: deepspeed, inline, slurm, torchrun",
+    "parallel=ep3": "did you mean parallel=ep8?",
+    "deepspeed=zero4": "deepspeed=zero4 does not exist; did you mean",
+    "optim=sgd": "optim=sgd does not exist; choices: adamw",
+    # a setting of something else
+    "router.budget=2": "router.budget is no setting of router=top_k, but of top_p, threshold,",
+    "router.top_p=0.5": "router.top_p",
+    "attention.top_k=8": "attention.top_k is no setting of attention=dense, but of scc",
+    "attention.block_size=64": "add attention=scc",
+    # the form
+    "optim.lr": "optim.lr has no value; write optim.lr=VALUE",
+    "train": "train has no value; write train=VALUE",
+    "--optim.lr=1e-3": "settings have no dashes; write optim.lr=1e-3",
+    "--lr=1e-3": "settings have no dashes; write lr=1e-3",
+    "--epochs": "--epochs is no option; settings are written as name=value",
+    "optim.lr=1e-3,1e-4": "-m optim.lr=1e-3,1e-4 runs a job for each",
+    "~alarms.nothing": "there is no such setting to leave out",
+    "=": "a setting is written without spaces",
+    "5": "5 is no setting",
+    # a value
+    "train.num_steps=many": "train.num_steps is 'many'; it must be int",
+    "train.num_steps=1.5": "train.num_steps is 1.5; it must be int",
+    "train.precision=fp16": "train.precision is 'fp16'; choose one of fp32, bf16",
+    "optim.lr=": "optim.lr is ''; it must be float",
+    "train.deterministic=maybe": "train.deterministic is 'maybe'; it must be bool",
+    "model.num_heads=[4,4]": "model.num_heads is [4, 4]; it must be int",
+    "data.sources=json": "data.sources is 'json'; it must be a list",
+    "train=5": "train is 5; it must be a group of settings",
+    "optim.lr=inf": "optim.lr is inf; it must be a finite number",
+    "seed=-1": "seed is -1; it must be between 0 and",
+    "data.sources.0.path=jsonl": "data.sources[0].path is 'jsonl', no format; did you mean json?",
+    "resume=runs/none/latest": "resume=runs/none/latest: there is no run under runs/none",
+    "init.checkpoint=newest": "init.checkpoint is 'newest'; choose one of best, latest, or a name",
+    "train.num_tokens=lots": "train.num_tokens is 'lots'; it must be int",
+    "optim.warmup_fraction=5": "optim.warmup_fraction is 5.0; it must be at least 0 and below 1",
+    "train.global_batch_size=33": "train.global_batch_size 33 is not a multiple of",
+}
+
+
+def some(arguments: list[str]) -> list:
+    """All of them nightly, every third daily."""
+    return [
+        argument if place % 3 == 0 else pytest.param(argument, marks=pytest.mark.nightly)
+        for place, argument in enumerate(arguments)
+    ]
+
+
+@pytest.mark.parametrize("argument", some(list(WRONG)))
+def test_it_is_answered_by_a_line_with_the_mend(argument):
+    done = launch("train", argument, "launch.dry_run=true", check=False)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and "HYDRA_FULL_ERROR" not in done.stderr
+    assert any(WRONG[argument] in line for line in lines), lines
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["train.lr=1e-3", "router=tresh", "--lr=1e-3"])
+def test_it_takes_less_than_two_seconds_of_a_processor(argument):
+    """In a process that has to import everything."""
+    process = psutil.Popen(
+        [sys.executable, "-m", "launch.train", argument],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    assert usage.ru_utime + usage.ru_stime < 2.0
+    assert b"error: " in process.stderr.read()
+
+
+# --- right ones -----------------------------------------------------------------------------------
+
+TEXTS = (
+    "To be, or not to be",
+    "Hello (world)!",
+    "a = b",
+    "Café",
+    "[Enter Romeo.]",
+    "{so: it goes}",
+    "null",
+    "5",
+    "it's",
+    'say "hello"',
+    "back\\slash",
+    "${oc.env:HOME}",
+    " leading and trailing ",
+    "two\nlines",
+    "~tilde",
+    "key=value",
+    "100%",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["prompt", "train.sample_prompt"])
+def test_a_prompt_is_the_text_that_was_typed(text, key):
+    if (key, text) == ("train.sample_prompt", "null"):
+        pytest.skip("null is no prompt there")
+    assert composed_text(f"{key}={text}", key) == text
+
+
+def composed_text(argument: str, key: str):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    name = "generate" if key == "prompt" else "train"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(name, overrides=[setting(argument)])
+    return (
+        OmegaConf.to_container(config, resolve=True)[key]
+        if key == "prompt"
+        else (config.train.sample_prompt)
+    )
+
+
+def test_no_sample_is_null():
+    assert composed_text("train.sample_prompt=null", "train.sample_prompt") is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["optim.lr=1e-3,1e-4", "-m"],
+        ["-m", "optim.lr=1e-3,1e-4"],
+        ["optim.lr=1e-3,1e-4", "--multirun", "seed=1"],
+    ],
+)
+def test_options_of_hydra_stand_anywhere(arguments):
+    options = [a for a in arguments if a.startswith("-")]
+    found = arranged(arguments)
+    assert found[: len(options)] == options
+    assert "++optim.lr=1e-3,1e-4" in found
+
+
+def test_the_config_is_printed_wherever_it_is_asked_for():
+    before = launch("train", "--cfg", "job", "seed=7").stdout
+    assert launch("train", "seed=7", "--cfg", "job").stdout == before
+    assert "seed: 7" in before
+
+
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [
+        ("router=top_p", "router=top_p"),
+        ("model.head_dim=32", "++model.head_dim=32"),
+        ("data.sources.0.weight=2", "++data.sources.0.weight=2"),
+        ("run_dir=/tmp/with space/a", "++run_dir=/tmp/with space/a"),
+        ("run_dir=/tmp/a (1)", f"++run_dir={quoted('/tmp/a (1)')}"),
+        ("run_dir=/tmp/a(b", f"++run_dir={quoted('/tmp/a(b')}"),
+        (
+            "data.sources.0.data_files=[/d/*.jsonl,~/x?.json]",
+            f"++data.sources.0.data_files=[{quoted('/d/*.jsonl')},"
+            f"{quoted(os.path.expanduser('~/x?.json'))}]",
+        ),
+        ("+alarms.mine={metric: a.b}", "+alarms.mine={metric: a.b}"),
+        ("~alarms.budget", "~alarms.budget"),
+        ("hydra.sweep.dir=x", "hydra.sweep.dir=x"),
+    ],
+)
+def test_a_setting_as_hydra_takes_it(typed, taken):
+    assert setting(typed) == taken
+
+
+def test_a_path_in_the_home_folder_is_that_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert (
+        setting("data.tokenizer.path=~/tok")
+        == f"++data.tokenizer.path={quoted('/home/somebody/tok')}"
+    )
+
+
+@pytest.mark.parametrize("argument", ["--lr=1", "optim.lr", "=", "a b"])
+def test_what_is_no_setting_is_told(argument):
+    with pytest.raises(ArgumentError):
+        arranged([argument])

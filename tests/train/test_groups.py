@@ -1,0 +1,127 @@
+"""optim.groups and optim.freeze: which parameters get which learning rate and weight decay."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.attention.config import DenseAttentionConfig
+from model.config import BalanceConfig, ModelConfig
+from model.dispatch.config import LocalDispatcherConfig
+from model.routers.config import TopKConfig
+from model.transformer import ModelParts, Transformer
+from train.config.kinds import KINDS, kind_of
+from train.config.training import GroupConfig, OptimConfig, TrainConfig
+from train.engine.optimizer import freeze, parameter_groups, trained_by_kind
+from train.engine.schedule import Schedule
+
+SHAPE = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=32,
+    num_experts=4,
+    expert_intermediate_size=8,
+    max_seq_len=16,
+    num_dense_layers=1,
+    num_shared_experts=1,
+    qk_norm="head",
+)
+PARTS = ModelParts(
+    TopKConfig(top_k=2), DenseAttentionConfig(), LocalDispatcherConfig(), BalanceConfig()
+)
+OPTIM = OptimConfig(lr=0.1, min_lr=0.01, warmup_steps=4, weight_decay=0.2)
+
+
+def model() -> Transformer:
+    return Transformer(SHAPE, PARTS)
+
+
+def by_name(ours: Transformer, groups: list[dict]) -> dict[str, dict]:
+    names = {id(p): name for name, p in ours.named_parameters()}
+    found = [(names[id(p)], group) for group in groups for p in group["params"]]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def test_every_parameter_of_a_model_has_a_kind():
+    found = {name: kind_of(name) for name, _ in model().named_parameters()}
+    assert set(found.values()) == set(KINDS) - {"lora"}
+    assert found["blocks.1.attention.q_norm.weight"] == found["norm.weight"] == "norms"
+    assert found["blocks.0.mlp.gate_up.weight"] == "mlp"
+    assert found["blocks.2.mlp.shared.down.weight"] == "shared_experts"
+
+
+def test_without_rules_the_groups_are_matrices_vectors_and_experts():
+    ours = model()
+    groups = parameter_groups(ours, OPTIM, "ep_size_1")
+    assert [(g["name"], g["weight_decay"], g["wd_mult"]) for g in groups] == [
+        ("dense", 0.2, 1.0),
+        ("dense_no_decay", 0.0, 0.0),
+        ("ep_size_1", 0.2, 1.0),
+    ]
+    assert len(by_name(ours, groups)) == len(list(ours.parameters()))
+
+
+def test_the_first_rule_that_matches_holds_and_the_rest_keep_the_usual_settings():
+    ours = model()
+    rules = (GroupConfig("blocks.0.*", 0.5), GroupConfig("norms", 2.0, 0.3), GroupConfig("experts"))
+    optim = dataclasses.replace(OPTIM, groups=rules)
+    groups = parameter_groups(ours, optim, "ep_size_1")
+    found = by_name(ours, groups)
+    schedule = Schedule(groups, optim, TrainConfig(100, 16, 1, 4), 1)
+    for step in (0, 3, 50, 99):
+        schedule.set_step(step)
+        base = found["embedding.weight"]["lr"]
+        assert schedule.learning_rate == pytest.approx(base)
+        for name, factor, decay in (
+            ("blocks.0.attention.q_proj.weight", 0.5, 0.2),
+            ("blocks.0.attention_norm.weight", 0.5, 0.0),
+            ("blocks.1.attention_norm.weight", 2.0, 0.3),
+            ("blocks.1.mlp.experts.down", 1.0, 0.2),
+            ("blocks.1.mlp.router.weight", 1.0, 0.2),
+            ("norm.weight", 2.0, 0.3),
+        ):
+            assert found[name]["lr"] == pytest.approx(base * factor)
+            assert found[name]["weight_decay"] == pytest.approx(decay)
+    assert found["blocks.2.mlp.experts.down"]["moe"] and base == pytest.approx(0.01)
+
+
+def test_a_decay_of_its_own_holds_where_nothing_else_decays():
+    ours = model()
+    optim = dataclasses.replace(OPTIM, weight_decay=0.0, groups=(GroupConfig("head", 1.0, 0.4),))
+    groups = parameter_groups(ours, optim, "ep_size_1")
+    Schedule(groups, optim, TrainConfig(100, 16, 1, 4), 1).set_step(7)
+    found = by_name(ours, groups)
+    assert found["head.weight"]["weight_decay"] == 0.4
+    assert found["embedding.weight"]["weight_decay"] == 0.0
+
+
+def test_what_is_frozen_is_in_no_group_and_is_counted():
+    ours = model()
+    freeze(ours, ("experts", "norms", "blocks.0.*"))
+    found = by_name(ours, parameter_groups(ours, OPTIM, "ep_size_1"))
+    assert not any("norm" in n or ".experts." in n or n.startswith("blocks.0.") for n in found)
+    counts = trained_by_kind((n, p, p.numel()) for n, p in ours.named_parameters())
+    experts = sum(p.numel() for n, p in ours.named_parameters() if ".experts." in n)
+    assert counts["experts"] == (0, experts) and counts["mlp"][0] == 0
+    attention = [p.numel() for n, p in ours.named_parameters() if kind_of(n) == "attention"]
+    assert counts["attention"] == (sum(attention) * 2 // 3, sum(attention))
+
+
+def test_a_rule_for_what_is_frozen_or_for_nothing_is_refused():
+    ours = model()
+    freeze(ours, ("norms",))
+    for part in ("norms", "blocks.9.*"):
+        optim = dataclasses.replace(OPTIM, groups=(GroupConfig(part),))
+        with pytest.raises(ValueError, match=r"^optim.groups: .* means no parameter"):
+            parameter_groups(ours, optim, "ep_size_1")
+    with pytest.raises(ValueError, match=r"did you mean experts\?"):
+        freeze(ours, ("expert",))
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze(ours, ("*",))
+    assert torch.is_grad_enabled()

@@ -1,0 +1,112 @@
+"""Experts of 8 bits for a trained run: what is made, what is measured of it, what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import BalanceConfig
+from ops.grouped_mlp import dequantized
+from train.files.manifest import CheckpointError
+from train.pretrained.int8 import load_int8, save_int8
+from train.trained.quantize import HeldOut, compare, expert_errors, quantized, sizes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
+from common import VOCAB_SIZE, build, tiny_config
+
+
+@pytest.fixture
+def model():
+    return build(tiny_config(), BalanceConfig()).eval()
+
+
+def logits_of(model) -> torch.Tensor:
+    ids = torch.randint(0, VOCAB_SIZE, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.logits(ids)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_with_int8_experts_is_the_model_with_what_they_stand_for(bias):
+    """Biases stay, and the sizes say what became smaller."""
+    special = {"expert_bias": True, "activation": "clamped_swiglu"} if bias else {}
+    shape = {"num_shared_experts": 0} if bias else {}
+    model, other = (build(tiny_config(**special, **shape), BalanceConfig()).eval() for _ in "ab")
+    before = sizes(model)
+    for layer, rounded in zip(model.moe_layers(), other.moe_layers(), strict=True):
+        stacks = quantized(layer)
+        layer.experts.hold_int8(**stacks)
+        for name in ("gate_up", "down"):
+            whole = dequantized(stacks[name], stacks[f"{name}_scales"])
+            getattr(rounded.experts, name).data = whole
+    torch.testing.assert_close(logits_of(model), logits_of(other), rtol=1e-4, atol=1e-4)
+    after = sizes(model)
+    assert after["others"] == before["others"]
+    assert 0.25 < after["experts"] / before["experts"] < 0.35
+    state = model.state_dict()
+    assert state["blocks.1.mlp.experts.gate_up"].dtype == torch.int8
+
+
+def test_errors_are_those_of_each_expert(model):
+    layer = model.moe_layers()[0]
+    with torch.no_grad():
+        layer.experts.gate_up[3] = torch.linspace(-127, 127, 255)[:16].round()  # on the grid
+        layer.experts.down[3] = 127.0
+        layer.experts.gate_up[5, :, 0] = 1000.0  # one large value makes a coarse grid
+    errors = expert_errors(layer, quantized(layer))
+    assert errors[3] == pytest.approx(0, abs=1e-6) and len(errors) == 8
+    stacks = quantized(layer)
+    for e in (0, 5):
+        pairs = [
+            (
+                getattr(layer.experts, n)[e].detach(),
+                dequantized(stacks[n], stacks[f"{n}_scales"])[e],
+            )
+            for n in ("gate_up", "down")
+        ]
+        off = sum(float((a - b).square().sum()) for a, b in pairs)
+        assert errors[e] == pytest.approx(
+            (off / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5
+        )
+
+
+def test_agreement_counts_experts_that_stay():
+    """Two layers, three tokens: places among the slots mean nothing, -1 is no expert."""
+    before = torch.tensor([[[0, 1], [2, -1], [3, 0]], [[0, 1], [1, 2], [2, 3]]]).short()
+    after = torch.tensor([[[1, 0], [3, -1], [3, 0]], [[0, 1], [1, 2], [2, 0]]]).short()
+    counts = torch.tensor([2.0, 1.0]).double()
+    one = HeldOut(torch.tensor([4.0, 2.0]).double(), counts, [before[:, :2], before[:, 2:]])
+    two = HeldOut(torch.tensor([4.2, 2.1]).double(), counts, [after[:, :2], after[:, 2:]])
+    found = compare(one, two, 4)
+    assert found.agreement == pytest.approx([4 / 5, 5 / 6])
+    assert found.same_set == pytest.approx([2 / 3, 2 / 3])
+    assert found.tokens_of_experts == [[2, 1, 1, 1], [1, 2, 2, 1]]
+    assert found.loss == pytest.approx(2.0) and found.quantized_loss == pytest.approx(2.1)
+    assert found.difference == pytest.approx(0.1)
+    # every target costs the same 0.1 more, so there is nothing to be unsure about
+    assert (found.low, found.high) == pytest.approx((0.1, 0.1))
+
+
+def test_a_file_comes_back_and_only_for_its_own_weights(model, tmp_path):
+    layers = [quantized(layer) for layer in model.moe_layers()]
+    path = tmp_path / "a.safetensors"
+    save_int8(path, layers, "one")
+    again = load_int8(path, len(layers), "one")
+    for before, after in zip(layers, again, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ValueError, match="made of other weights than the checkpoint has"):
+        load_int8(path, len(layers), "two")
+    with pytest.raises(ValueError, match="has other experts than the model"):
+        load_int8(path, 1, "one")
+    smaller = build(tiny_config(expert_intermediate_size=16), BalanceConfig())
+    with pytest.raises(ValueError, match=r"gate_up of int8 experts is \[8, 48, 16\], the model's"):
+        smaller.moe_layers()[0].experts.hold_int8(**again[0])
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+        load_int8(path, len(layers), "one")
+    path.chmod(0o666)
+    with pytest.raises(CheckpointError):
+        load_int8(path, len(layers), "one")

@@ -1,0 +1,1 @@
+"""Which token went to which expert, and why."""

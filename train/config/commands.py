@@ -1,0 +1,582 @@
+"""Settings of the commands that use a trained run."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from infer.config import EngineConfig, SamplingConfig
+from model.attention.config import AttentionConfig
+from model.config import ModelConfig
+from ops.device import known_devices, link_rates, memory_gib
+from train.config.training import ParallelConfig, problems_of_checkpoint
+
+NODE_SIZE = 8
+"""Devices of a node, where layouts are searched for."""
+
+
+@dataclass(frozen=True)
+class InferenceRouterConfig:
+    """What a trained router can be asked to do differently."""
+
+    budget: float | None = None
+    """Mean experts per token; None: as trained. The routers are calibrated to it on training text
+    first.
+    """
+    top_k: int | None = None
+    """Every token visits so many experts, those of its highest scores, by fixed top-k; None: as
+    trained.
+    """
+
+    def problems(self) -> list[str]:
+        if self.budget is not None and self.budget <= 0:
+            return [
+                f"router.budget is {self.budget}; it must be positive, or null for the budget of "
+                "the training"
+            ]
+        if self.top_k is not None and self.budget is not None:
+            return ["router.budget and router.top_k are two ways to choose; drop one"]
+        if self.top_k is not None and self.top_k < 1:
+            return [f"router.top_k is {self.top_k}; it must be at least 1"]
+        return []
+
+
+Weights = Literal["native", "int8"]
+"""native: as they were saved. int8: experts of 8 bits, made by launch.quantize."""
+
+
+def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1) -> list[str]:
+    """Of the experts that launch.quantize has made."""
+    if weights == "native":
+        return []
+    found = []
+    if path is not None:
+        found.append("weights=int8 is made for a run by launch.quantize; give run=RUN")
+    if num_devices > 1:
+        found.append("weights=int8 is for one process; set launch.num_devices=1")
+    return found
+
+
+def problems_of_source(
+    run: str | None, path: str | None, router: InferenceRouterConfig
+) -> list[str]:
+    """Of the two places that a model may come from."""
+    if (run is None) == (path is None):
+        both = "run and path are both set; drop one" if run else "give"
+        return [f"{both}: run=RUN of launch.train, or path=DIR with published weights"]
+    if path is not None and router.budget is not None:
+        return [
+            "router.budget is calibrated on the training text of a run, which path=DIR does not "
+            "have; give router.top_k"
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How data are prepared."""
+
+    workers: int | None = None
+    """Processes that tokenise; null: one for every core that the command may use. The tokens do not
+    depend on it.
+    """
+
+    def problems(self) -> list[str]:
+        if self.workers is not None and not 1 <= self.workers <= 1024:
+            return [f"prepare.workers is {self.workers}; it must be between 1 and 1024, or null"]
+        return []
+
+
+@dataclass(frozen=True)
+class PrepareCommandConfig:
+    """What launch.prepare does; what the data are stands under data."""
+
+    inspect: bool = False
+    """Only say what is in the sources, and what the tokenizer does to it."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+
+    def problems(self) -> list[str]:
+        return self.prepare.problems()
+
+
+@dataclass(frozen=True)
+class PlanCommandConfig:
+    """What launch.plan is asked beside the config of a run."""
+
+    device: str | None = None
+    """What the run is planned for: H100, H200, B200, ... None: the devices of this machine."""
+    mfu: float = 0.3
+    """Share of the devices' peak that the time is worked out with; perf/mfu of a run says it."""
+    price: float | None = None
+    """Of a device and hour, in any currency; None: no cost."""
+    world: int | None = None
+    """With parallel=auto: the number of devices that layouts are searched for, in nodes of eight.
+    """
+
+    def search_problems(self, searches: bool) -> list[str]:
+        """searches: parallel=auto leaves the sizes of groups to a search."""
+        if not searches and self.world is None:
+            return []
+        found = []
+        if not searches or self.world is None or self.device is None:
+            found.append(
+                "layouts are searched for with parallel=auto world=N device=H100 (or another) "
+                f"together; world is {self.world}, device {self.device} and parallel="
+                + ("auto" if searches else "one of given sizes")
+            )
+        if self.world is not None and (
+            self.world < 1 or (self.world > NODE_SIZE and self.world % NODE_SIZE)
+        ):
+            found.append(
+                f"world is {self.world}; it must be at least 1, and above {NODE_SIZE} whole nodes "
+                f"of {NODE_SIZE}"
+            )
+        if self.device is not None and link_rates(self.device) is None:
+            found.append(
+                f"device is {self.device}, of whose links nothing is known; layouts are searched "
+                "for A100, H100, H200, B200"
+            )
+        return found
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.device is not None and memory_gib(self.device) is None:
+            found.append(
+                f"device is {self.device!r}; choose one of {', '.join(known_devices())}, or null "
+                "for those of this machine"
+            )
+        if not 0 < self.mfu <= 1:
+            found.append(f"mfu is {self.mfu}; it is a share of the peak, above 0 and at most 1")
+        if self.price is not None and self.price < 0:
+            found.append(f"price is {self.price}; it must not be negative")
+        return found
+
+
+@dataclass(frozen=True)
+class DevicesConfig:
+    """Of a command that reads a run."""
+
+    num_devices: int = 1
+    """Processes on this machine, one a device; each has a share of the rows or prompts."""
+
+
+def _devices_problems(
+    launch: DevicesConfig,
+    parallel: ParallelConfig,
+    router: InferenceRouterConfig,
+    path: str | None,
+) -> list[str]:
+    found = parallel.problems()
+    number, size = launch.num_devices, parallel.expert_parallel_size
+    if number < 1:
+        found.append(f"launch.num_devices is {number}; it must be at least 1")
+    elif size >= 1 and number % size:
+        found.append(
+            f"launch.num_devices {number} is not divisible by parallel.expert_parallel_size {size}"
+        )
+    alone = {"ranks_per_node": None, "placement": None, "context_parallel_size": 1}
+    for name, default in alone.items():
+        if getattr(parallel, name) != default:
+            found.append(f"parallel.{name} is of training alone; leave it out here")
+    if number > 1 and path is not None:
+        found.append(
+            "path=DIR is read in one process; with several devices give run=RUN, or set "
+            "launch.num_devices=1"
+        )
+    if number > 1 and router.budget is not None:
+        found.append(
+            "router.budget is calibrated in one process; with several devices leave it out, or set "
+            "launch.num_devices=1"
+        )
+    return found
+
+
+def require_even_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ValueError where the experts of a run cannot be spread as asked."""
+    if model.num_experts % parallel.expert_parallel_size:
+        raise ValueError(
+            f"the run has {model.num_experts} experts, which parallel.expert_parallel_size "
+            f"{parallel.expert_parallel_size} does not divide"
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    run: str | None = None
+    runs: tuple[str, ...] = ()
+    """Runs, or checkpoints as RUN/checkpoints/step-..., of a table; run=[...] fills it."""
+    path: str | None = None
+    """Instead of a run: a folder as the Hub has it."""
+    text: str | None = None
+    """A text file to evaluate on instead of the run's held-out text."""
+    seq_len: int | None = None
+    """Tokens of a row of `text`. None: as the run was trained, or up to 2048 for a folder."""
+    launch: DevicesConfig = field(default_factory=DevicesConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig | None = None
+    """Attention to use instead of the trained one; None: as trained."""
+    router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
+    checkpoint: str = "best"
+    """best, latest, or a name: step-00000250. A list or all: a table, which `checkpoints` holds."""
+    checkpoints: tuple[str, ...] = ()
+    """What checkpoint=[...] and checkpoint=all fill."""
+    batch_size: int = 8
+    max_sequences: int | None = None
+    budgets: tuple[float, ...] = ()
+    """Budgets of a table, each calibrated and measured; none: one evaluation. router.budget=[...]
+    fills it.
+    """
+    save_budgets: bool = False
+    """Keep the table in RUN/budgets, from where launch.generate takes a budget without
+    calibrating.
+    """
+
+    def problems(self) -> list[str]:
+        found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
+        found += [
+            problem
+            for name in self.checkpoints or (self.checkpoint,)
+            if self.checkpoints != ("all",)
+            for problem in problems_of_checkpoint("checkpoint", name)
+        ]
+        if self.path is not None and (self.runs or self.checkpoints):
+            found.append("path=DIR is one folder of weights; it has no checkpoints to choose from")
+        if self.budgets and (self.runs or self.checkpoints):
+            found.append(
+                "a list of budgets is measured of one checkpoint; name one run and one checkpoint"
+            )
+        if self.path is not None and self.text is None:
+            found.append("path=DIR has no held-out text; give text=FILE")
+        if self.seq_len is not None and self.text is None:
+            found.append(f"seq_len={self.seq_len} cuts the rows of text=FILE, which is not given")
+        if self.budgets and (self.path is not None or self.text is not None):
+            found.append(
+                "a list of budgets is measured on the held-out text of run=RUN; drop path and text"
+            )
+        found += [
+            f"{name} is {value}; it must be at least 1"
+            for name, value in (
+                ("batch_size", self.batch_size),
+                ("max_sequences", self.max_sequences),
+                ("seq_len", self.seq_len),
+            )
+            if value is not None and value < 1
+        ]
+        found += [
+            f"router.budget has {budget:g} in its list; budgets must be positive"
+            for budget in self.budgets
+            if budget <= 0
+        ]
+        found += _devices_problems(self.launch, self.parallel, self.router, self.path)
+        if self.text is not None and self.launch.num_devices > 1:
+            found.append("text=FILE is evaluated in one process; set launch.num_devices=1")
+        if self.budgets and self.launch.num_devices > 1:
+            found.append("a list of budgets is measured in one process; set launch.num_devices=1")
+        if len(set(self.budgets)) < len(self.budgets):
+            found.append("router.budget has a budget twice in its list; name each once")
+        if self.save_budgets and not self.budgets:
+            found.append("save_budgets=true needs a list of budgets: router.budget=[1,1.5,2]")
+        if self.budgets and (self.router.budget or self.router.top_k) is not None:
+            found.append("a list of budgets does not combine with router.budget or router.top_k")
+        return found
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    run: str
+    to: str
+    """The folder to write; it must not exist."""
+    router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
+    checkpoint: str = "best"
+    """best, latest, or a name: step-00000250."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    max_shard_size: float = 5.0
+    """GB of a file; a larger tensor gets a file of its own."""
+    verify: bool = True
+    """Load the folder with transformers and compare logits of held-out text."""
+    adapter: bool = False
+    """Write the adapters of a run with lora.rank alone, as peft reads them, and not the weights
+    with the adapters added.
+    """
+
+    def problems(self) -> list[str]:
+        found = self.router.problems()
+        found += problems_of_checkpoint("checkpoint", self.checkpoint)
+        if self.router.budget is not None:
+            found.append("router.budget has no place in config.json; give router.top_k")
+        if self.max_shard_size <= 0:
+            found.append(f"max_shard_size is {self.max_shard_size}; give GB, more than 0")
+        return found
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    run: str | None = None
+    path: str | None = None
+    """Instead of a run: a folder as the Hub has it."""
+    weights: Weights = "native"
+    """int8: with the experts that launch.quantize has made for the run."""
+    prompt: str | None = None
+    """Text to continue."""
+    input: str | None = None
+    """A file of prompts instead, one JSON object a line, and `output` the file of its answers."""
+    output: str | None = None
+    launch: DevicesConfig = field(default_factory=DevicesConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig | None = None
+    router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
+    checkpoint: str = "best"
+    """best, latest, or a name: step-00000250."""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    """0: always the most likely token."""
+    top_p: float = 0.95
+    top_k: int | None = None
+    """Tokens are drawn from the top_k most likely ones; None: from all. router.top_k is about
+    experts.
+    """
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end a text, which then ends before them."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What is computed at a time, for the prompts of a file."""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=self.stop,
+        )
+
+    def problems(self) -> list[str]:
+        found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
+        found += problems_of_checkpoint("checkpoint", self.checkpoint)
+        found += problems_of_weights(self.weights, self.path, self.launch.num_devices)
+        found += self.sampling.problems()
+        found += [f"engine.{problem}" for problem in self.engine.problems()]
+        found += _devices_problems(self.launch, self.parallel, self.router, self.path)
+        if self.launch.num_devices > 1 and self.input is None:
+            found.append(
+                f"launch.num_devices is {self.launch.num_devices}, but one prompt is generated in "
+                "one process; give input=FILE output=FILE"
+            )
+        if self.prompt == "":
+            found.append("prompt is empty; give some text")
+        if self.prompt is not None and self.input is not None:
+            found.append("prompt and input are two ways to give prompts; drop one")
+        if (self.input is None) != (self.output is None):
+            found.append("input and output belong together; give both, or prompt alone")
+        if self.input is not None and not Path(self.input).is_file():
+            found.append(f"input={self.input} does not exist; give a file of prompts")
+        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
+            found.append(f"output={self.output} is in a folder that does not exist; make it first")
+        if self.input is not None and self.output is not None and _same(self.input, self.output):
+            found.append(f"output={self.output} is the input; give another file")
+        return found
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """Where answers are given, and to whom."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on. Any but this machine's own needs a token."""
+    port: int = 8000
+    """0: a free one, which is printed."""
+    model_name: str | None = None
+    """What clients call the model; None: the name of its folder."""
+    max_waiting: int = 256
+    """Requests that may wait for a slot; one more is answered with 429 and Retry-After."""
+    drain_seconds: int = 60
+    """After SIGTERM, until requests that have not ended are given up."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.host or any(c.isspace() or c in "/[]@" for c in self.host):
+            found.append(f"serve.host is {self.host!r}; give an address, such as 127.0.0.1 or ::1")
+        if not 0 <= self.port < 2**16:
+            found.append(f"serve.port is {self.port}; it must be between 0 and 65535")
+        if self.model_name == "":
+            found.append("serve.model_name is empty; give a name, or null for the folder's")
+        found += [
+            f"serve.{name} is {value}; it must be at least 0"
+            for name, value in (
+                ("max_waiting", self.max_waiting),
+                ("drain_seconds", self.drain_seconds),
+            )
+            if value < 0
+        ]
+        return found
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            return self.host == "localhost"
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    run: str | None = None
+    path: str | None = None
+    """Instead of a run: a folder as the Hub has it."""
+    weights: Weights = "native"
+    """int8: with the experts that launch.quantize has made for the run."""
+    attention: AttentionConfig | None = None
+    router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
+    checkpoint: str = "best"
+    """best, latest, or a name: step-00000250."""
+    max_new_tokens: int = 512
+    """Of a request that does not say how many; so the following ones."""
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What is computed at a time."""
+    serve: EndpointConfig = field(default_factory=EndpointConfig)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
+    def problems(self) -> list[str]:
+        found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
+        found += problems_of_checkpoint("checkpoint", self.checkpoint)
+        found += problems_of_weights(self.weights, self.path)
+        found += self.sampling.problems() + self.serve.problems()
+        found += [f"engine.{problem}" for problem in self.engine.problems()]
+        return found
+
+
+@dataclass(frozen=True)
+class SloConfig:
+    """What a request must keep to count: the limits of MLPerf 5.0's interactive Llama-2-70B."""
+
+    ttft_ms: float = 450.0
+    """To the first token, waiting included."""
+    tpot_ms: float = 40.0
+    """Mean between its tokens."""
+
+    def problems(self) -> list[str]:
+        return [
+            f"slo.{name} is {value}; it must be positive"
+            for name, value in (("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms))
+            if value <= 0
+        ]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    run: str | None = None
+    path: str | None = None
+    """Instead of a run: a folder as the Hub has it."""
+    weights: Weights = "native"
+    """int8: with the experts that launch.quantize has made for the run."""
+    checkpoint: str = "best"
+    """best, latest, or a name: step-00000250."""
+    router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
+    """Of all variants; budgets are given in `budgets`."""
+    budgets: tuple[float, ...] = ()
+    """Of the run's saved table; none: the routers as trained."""
+    attentions: tuple[str, ...] = ("trained",)
+    """Names under conf/attention beside "trained"; each is measured with each budget."""
+    rows: tuple[int, ...] = (1, 8)
+    """Requests that arrive at once and are generated together."""
+    contexts: tuple[int, ...] = (128,)
+    """Tokens of their prompts."""
+    new_tokens: int = 32
+    """Generated by each, whatever ends a document."""
+    min_rounds: int = 6
+    max_rounds: int = 20
+    precision: float = 0.02
+    """Rounds go on until the 95% interval of every ratio to the first variant is this narrow, to
+    each side, as a share.
+    """
+    slo: SloConfig = field(default_factory=SloConfig)
+    price_per_hour: float | None = None
+    """Of the device, in any currency; None: no cost is told."""
+    output: str | None = None
+    """A file for everything that was measured, as JSON."""
+
+    def problems(self) -> list[str]:
+        found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
+        found += problems_of_checkpoint("checkpoint", self.checkpoint)
+        found += problems_of_weights(self.weights, self.path)
+        found += self.slo.problems()
+        if self.router.budget is not None:
+            found.append("router.budget: give budgets=[...], which are measured beside each other")
+        if self.budgets and (self.path is not None or self.router.top_k is not None):
+            found.append(
+                "budgets are those that launch.evaluate saved for a run; drop path and router.top_k"
+            )
+        for name in ("budgets", "attentions", "rows", "contexts"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                found.append(f"{name} has a value twice; name each once")
+            if not values and name != "budgets":
+                found.append(f"{name} is empty; give at least one")
+        found += [
+            f"{name} has {value}; it must be at least 1"
+            for name, values in (("rows", self.rows), ("contexts", self.contexts))
+            for value in values
+            if value < 1
+        ]
+        if self.new_tokens < 2:
+            found.append(f"new_tokens is {self.new_tokens}; time between tokens needs at least 2")
+        if not 6 <= self.min_rounds <= self.max_rounds:
+            found.append(
+                f"min_rounds is {self.min_rounds} and max_rounds {self.max_rounds}; an interval of "
+                "95% needs 6, and max_rounds must be as many at least"
+            )
+        if not 0 < self.precision < 1:
+            found.append(f"precision is {self.precision}; it must be between 0 and 1")
+        if self.price_per_hour is not None and self.price_per_hour <= 0:
+            found.append(f"price_per_hour is {self.price_per_hour}; it must be positive, or null")
+        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
+            found.append(f"output={self.output} is in a folder that does not exist; make it first")
+        return found
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    run: str
+    weights: Literal["int8"] = "int8"
+    """What the experts' weights become; all others stay as they are."""
+    checkpoint: str = "best"
+    """best, latest, or a name: step-00000250."""
+    batch_size: int = 8
+    max_sequences: int | None = None
+    """Held-out rows that are measured; None: all."""
+    max_loss_increase: float = 0.01
+    """Nats per token. Nothing is written where the upper end of the 95% interval lies above."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name} is {value}; it must be at least {least}"
+            for name, value, least in (
+                ("batch_size", self.batch_size, 1),
+                ("max_sequences", self.max_sequences, 2),
+            )
+            if value is not None and value < least
+        ]
+        found += problems_of_checkpoint("checkpoint", self.checkpoint)
+        if self.max_loss_increase <= 0:
+            found.append(f"max_loss_increase is {self.max_loss_increase}; it must be positive")
+        return found
+
+
+def _same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()

@@ -1,0 +1,98 @@
+"""Settings of the training side as frozen records. Imports no torch, so composing and validating
+stay fast.
+
+Every record can list its own contradictions (`problems`); launch/config/contradictions.py adds
+those that span several records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from model.attention.config import AttentionConfig
+from model.config import (
+    BalanceConfig,
+    BudgetConfig,
+    ExpertsConfig,
+    FailSafeConfig,
+    ModelConfig,
+)
+from model.cost.parameters import Trained, count_parameters
+from model.dispatch.config import DispatcherConfig
+from model.routers.config import RouterConfig
+from train.config.data import DataConfig
+from train.config.launching import LaunchConfig, WatchdogConfig
+from train.config.lora import LoraConfig, trained_of
+from train.config.training import (
+    CheckpointConfig,
+    InitConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from train.config.watching import AlarmRule, AuditConfig, ProfileConfig, TrackerConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is made of; conf/train.yaml composes it."""
+
+    model: ModelConfig
+    router: RouterConfig
+    attention: AttentionConfig
+    dispatcher: DispatcherConfig
+    balance: BalanceConfig
+    train: TrainConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    tracker: TrackerConfig
+    launch: LaunchConfig
+    deepspeed: dict[str, Any]
+    """DeepSpeed's own settings, handed on as they are (launch/config/contradictions.py lists the
+    accepted keys).
+    """
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    fail_safe: FailSafeConfig = field(default_factory=FailSafeConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    alarms: dict[str, AlarmRule] = field(default_factory=dict)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    experiment_name: str = "default"
+    seed: int = 1234
+    run_dir: str | None = None
+    """Where the run lives; None: runs/<experiment_name>/<time>-<id>."""
+    resume: str | None = None
+    """A run directory to continue from its last complete checkpoint."""
+
+    @property
+    def experts_per_token(self) -> float:
+        """Routed experts a token visits (their mean, for adaptive routers); 0 for a dense model."""
+        if not self.model.num_experts:
+            return 0.0
+        return self.router.experts_per_token(self.model)
+
+    @property
+    def trained(self) -> Trained:
+        """How many parameters are trained: all, but for lora.rank and optim.freeze."""
+        attention = self.attention.arguments
+        count = count_parameters(self.model, self.experts_per_token, attention)
+        return trained_of(self.lora, self.optim.freeze, self.model, attention, count)
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def under_zero(self, stage: int) -> RunConfig:
+        """The run under another stage."""
+        zero = {**self.deepspeed.get("zero_optimization", {}), "stage": stage}
+        return replace(self, deepspeed={**self.deepspeed, "zero_optimization": zero})
+
+    def gradient_accumulation_steps(self, rows_size: int) -> int:
+        """rows_size: ranks with rows of their own (ParallelConfig.rows_size)."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * rows_size)

@@ -1,0 +1,348 @@
+"""Settings of the optimisation itself: steps, batches, precision, learning rate, parallel axes,
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from train.config.upcycling import UpcycleConfig
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What a new run begins with."""
+
+    path: str | None = None
+    """A folder as the Hub has it: config.json, *.safetensors, the tokenizer's files. Shape, router
+    and tokenizer come from it. None: weights are drawn (model.init_std).
+    """
+    run: str | None = None
+    """A run whose weights a new one begins with: data, schedule, router and attention may be
+    others.
+    """
+    checkpoint: str = "best"
+    """Which checkpoint of init.run: best, latest, or a name, step-00000250."""
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    """Make the MLPs of a dense model of init.path or init.run into experts."""
+
+    def problems(self) -> list[str]:
+        found = problems_of_checkpoint("init.checkpoint", self.checkpoint)
+        found += self.upcycle.problems()
+        if self.upcycle.num_experts and self.path is None and self.run is None:
+            found.append(
+                f"init.upcycle.num_experts is {self.upcycle.num_experts}, but there is no dense "
+                "model whose MLPs would become experts; give it as init.path or init.run"
+            )
+        return found
+
+
+def problems_of_checkpoint(key: str, name: str) -> list[str]:
+    """Of a setting that chooses a checkpoint."""
+    if name in ("best", "latest") or re.fullmatch(r"step-\d{8,18}", name):
+        return []
+    return [f"{key} is {name!r}; choose one of best, latest, or a name such as step-00000250"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int
+    """Optimisation steps of the whole run; the learning-rate schedule ends here. num_tokens or
+    num_epochs say it otherwise.
+    """
+    seq_len: int
+    micro_batch_size: int
+    """Sequences per device and forward pass."""
+    global_batch_size: int
+    """Sequences per optimisation step, over all ranks and accumulation steps."""
+    batch_size_rampup: tuple[int, ...] | None = None
+    """[start, increment, samples]: global batch grows from start to global_batch_size over that
+    many samples.
+    """
+    precision: Literal["fp32", "bf16"] = "fp32"
+    grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In what gradients are added up, over micro-batches and over ranks. bf16, with precision=bf16
+    only, halves them, and their sum is off by 1.5% after 32 equal micro-batches, by 6% after 128.
+    """
+    mtp_coeff: float = 0.0
+    """Weight of the loss of multi-token prediction, with model.num_mtp_layers (DeepSeek-V3: 0.3, at
+    the end 0.1).
+    """
+    clip_grad_norm: float = 1.0
+    """Maximum global gradient norm; 0 switches clipping off."""
+    log_interval: int = 10
+    eval_interval: int = 0
+    """Steps between held-out evaluations; 0: only at the end."""
+    eval_max_sequences: int | None = None
+    """Held-out sequences per evaluation; None: all of them."""
+    num_tokens: int | None = None
+    """Training tokens of the whole run, also as 10B or 300M: num_steps is what they take. None:
+    num_steps.
+    """
+    num_epochs: float | None = None
+    """Passes over all training text: num_steps is what they take. None: num_steps."""
+    stop_after_step: int | None = None
+    """Save and end after this step while the schedule still spans num_steps (to continue with
+    resume=DIR).
+    """
+    sample_prompt: str | None = None
+    """Text to continue at the end of training, as a glimpse of the model; None: no sample."""
+    deterministic: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient does: end the run, or skip the step. The batch is
+    saved either way.
+    """
+
+    def problems(self) -> list[str]:
+        found = [
+            f"train.{name} is {getattr(self, name)}; it must be at least 1"
+            for name in (
+                "num_steps",
+                "seq_len",
+                "micro_batch_size",
+                "global_batch_size",
+                "log_interval",
+            )
+            if getattr(self, name) < 1
+        ]
+        found += [
+            f"train.{name} is {value}; it must be positive, or null"
+            for name in ("num_tokens", "num_epochs")
+            if (value := getattr(self, name)) is not None and value <= 0
+        ]
+        for name in ("eval_interval", "clip_grad_norm", "mtp_coeff"):
+            if getattr(self, name) < 0:
+                found.append(
+                    f"train.{name} is {getattr(self, name)}; it must not be negative (0 switches "
+                    "it off)"
+                )
+        if self.grad_accum_dtype == "bf16" and self.precision != "bf16":
+            found.append(
+                f"train.grad_accum_dtype is bf16, but train.precision={self.precision} has no bf16 "
+                "gradients; use "
+                "fp32, or set train.precision=bf16"
+            )
+        if self.eval_max_sequences is not None and self.eval_max_sequences < 1:
+            found.append(
+                f"train.eval_max_sequences is {self.eval_max_sequences}; use null for all sequences"
+            )
+        if self.stop_after_step is not None and self.stop_after_step < 1:
+            found.append(f"train.stop_after_step is {self.stop_after_step}; it must be at least 1")
+        return found
+
+
+MUON_SETTINGS = (
+    "momentum",
+    "nesterov",
+    "update_rms",
+    "orthogonalize_steps",
+    "orthogonalize_dtype",
+)
+"""Fields of OptimConfig that mean nothing to AdamW."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters with a learning rate and a weight decay of their own."""
+
+    match: str
+    """A kind of train/config/kinds.py (attention, experts, ...), or a pattern of parameters' names.
+    """
+    lr_factor: float = 1.0
+    """Their learning rate, relative to that of the schedule."""
+    weight_decay: float | None = None
+    """None: optim.weight_decay, and 0 for vectors."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """None: as optim.optimizer says. muon: every matrix among them moves by Muon, and vectors by
+    AdamW.
+    """
+
+    def problems(self, about: str) -> list[str]:
+        found = []
+        if not self.match:
+            found.append(f"{about}.match is empty; name a kind or a pattern of parameters")
+        if not self.lr_factor > 0:
+            found.append(
+                f"{about}.lr_factor is {self.lr_factor}; it must be positive. To leave parameters "
+                "as they are, name them in optim.freeze"
+            )
+        if self.weight_decay is not None and self.weight_decay < 0:
+            found.append(f"{about}.weight_decay is {self.weight_decay}; it must not be negative")
+        return found
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What moves the weights. muon: an orthogonalised momentum moves the matrices of attention,
+    MLPs and experts; embedding, head, norms, routers and vectors stay with AdamW.
+    """
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    warmup_fraction: float | None = None
+    """Share of train.num_steps instead of warmup_steps."""
+    decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    wsd_decay_steps: int | None = None
+    """Steps of the final decay of decay_style=WSD."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """Of Muon: how much of the last step's momentum stays."""
+    nesterov: bool = True
+    """Of Muon: the gradient counts once more after it went into the momentum."""
+    update_rms: float = 0.2
+    """Of Muon: root mean square of an update at learning rate 1. 0.2 is about that of AdamW, so
+    that learning rates carry over.
+    """
+    orthogonalize_steps: int = 5
+    """Of Muon: iterations of Newton-Schulz."""
+    orthogonalize_dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of Muon: what Newton-Schulz computes in, and what pieces of matrices travel in."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: kinds (embedding, head, norms, attention, router, experts,
+    shared_experts, mlp) or patterns of names. They have no gradients and no moments.
+    """
+    groups: tuple[GroupConfig, ...] = ()
+    """Parameters with their own learning rate, weight decay or optimizer; the first that matches
+    holds.
+    """
+
+    @property
+    def uses_muon(self) -> bool:
+        """Whether Muon may move anything."""
+        return "muon" in (self.optimizer, *(group.optimizer for group in self.groups))
+
+    def problems(self) -> list[str]:
+        found = [
+            problem
+            for i, group in enumerate(self.groups)
+            for problem in group.problems(f"optim.groups[{i}]")
+        ]
+        if self.lr <= 0:
+            found.append(f"optim.lr is {self.lr}; it must be positive")
+        elif not 0 <= self.min_lr <= self.lr:
+            found.append(f"optim.min_lr {self.min_lr} must be between 0 and optim.lr {self.lr}")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or self.eps <= 0:
+            found.append(
+                "optim.warmup_steps and optim.weight_decay must not be negative, optim.eps must be "
+                "positive"
+            )
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+            found.append(
+                f"optim.warmup_fraction is {self.warmup_fraction}; it must be at least 0 and below "
+                "1, or null"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            found.append(f"optim.momentum is {self.momentum}; it must be in [0, 1)")
+        if not self.update_rms > 0:
+            found.append(f"optim.update_rms is {self.update_rms}; it must be positive")
+        if not 1 <= self.orthogonalize_steps <= 20:
+            found.append(
+                f"optim.orthogonalize_steps is {self.orthogonalize_steps}; it must be between 1 "
+                "and 20"
+            )
+        if not self.uses_muon:
+            found += [
+                f"optim.{name} is {getattr(self, name)}, but nothing is moved by Muon, whose "
+                "setting it is; add optim=muon, or drop it"
+                for name in MUON_SETTINGS
+                if getattr(self, name) != OptimConfig.__dataclass_fields__[name].default
+            ]
+        if (self.decay_style == "WSD") != (self.wsd_decay_steps is not None):
+            found.append(
+                "optim.wsd_decay_steps belongs to optim.decay_style=WSD: set both or neither"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    expert_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of every row, and exchange heads in attention; divides the
+    key/value heads.
+    """
+    ranks_per_node: int | None = None
+    """Expert groups of more ranks exchange rows within nodes first, then between them; None: in one
+    exchange.
+    """
+    placement: str | None = None
+    """File of python -m launch.place: which rank serves which expert. None: consecutive blocks."""
+    timeout_seconds: int = 1800
+    """A collective that waits longer ends the job."""
+
+    def rows_size(self, world_size: int) -> int:
+        """Of so many ranks, those that have rows of their own: what batches are divided by."""
+        return world_size // self.context_parallel_size
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("expert_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                found.append(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) != 1:
+                found.append(
+                    f"parallel.{name} is {getattr(self, name)}; this version supports 1 (use ZeRO "
+                    "and expert "
+                    "parallelism to spread the model)"
+                )
+        if self.ranks_per_node is not None and (
+            self.ranks_per_node < 1
+            or (
+                self.expert_parallel_size > self.ranks_per_node
+                and self.expert_parallel_size % self.ranks_per_node
+            )
+        ):
+            found.append(
+                f"parallel.ranks_per_node is {self.ranks_per_node}; it must be positive and divide "
+                f"parallel.expert_parallel_size {self.expert_parallel_size}, or be null"
+            )
+        if self.timeout_seconds < 1:
+            found.append(
+                f"parallel.timeout_seconds is {self.timeout_seconds}; it must be at least 1"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_interval: int = 0
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep_last: int = 2
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest held-out loss."""
+    asynchronous: bool = False
+    """Write while training goes on; costs host memory for one copy of what this rank writes."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (disk full) does to the run. The last complete one
+    stays either way.
+    """
+    grace_seconds: float = 120.0
+    """How long ranks may take to save after SIGTERM or SIGUSR1 before they are killed."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.save_interval < 0:
+            found.append(
+                f"checkpoint.save_interval is {self.save_interval}; it must not be negative"
+            )
+        if self.keep_last < 1:
+            found.append(
+                f"checkpoint.keep_last is {self.keep_last}; at least the last one must be kept"
+            )
+        if self.grace_seconds < 0:
+            found.append(
+                f"checkpoint.grace_seconds is {self.grace_seconds}; it must not be negative"
+            )
+        return found

@@ -1,0 +1,1 @@
+"""A corpus as shards: pieces that many processes tokenise, and that a kill leaves whole."""

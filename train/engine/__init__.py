@@ -1,0 +1,1 @@
+"""Who owns weights and gradients, and how they are updated."""

@@ -1,0 +1,98 @@
+"""Importing DeepSpeed, and what it needs to be told so that it leaves the groups and sums to us."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.parallel.groups import ParallelGroups
+from train.config.training import TrainConfig
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly and without its start-up compilation on CPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    # init_distributed would compile a shared-memory all-reduce for CPU: minutes, and an error
+    # without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _anchor(num_experts: int) -> nn.Module:
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class _ExpertAnchor(AutoEPMoELayer):  # type: ignore[misc]
+        """Has no parameters and is never called; tells the engine that the model holds experts."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            pass  # the groups are registered already
+
+    return _ExpertAnchor()
+
+
+def _register_expert_groups(groups: ParallelGroups) -> str:
+    """Enter megatron-core's expert groups in DeepSpeed's tables; returns the name parameters refer
+    to them by.
+    """
+    from deepspeed.utils import groups as ds_groups
+
+    name = f"ep_size_{groups.expert_size}"
+    ds_groups._EXPERT_PARALLEL_GROUP[name] = groups.expert
+    ds_groups._EXPERT_DATA_PARALLEL_GROUP[name] = groups.expert_data
+    ds_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(groups.expert)
+    ds_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(
+        groups.expert_data
+    )
+    return name
+
+
+def _precision_of_sums(train: TrainConfig, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings for how gradients of bf16 weights are added up: over micro-batches, and
+    over ranks.
+    """
+    if train.precision != "bf16":
+        return {}
+    return {
+        "data_types": {"grad_accum_dtype": train.grad_accum_dtype},
+        "communication_data_type": deepspeed_config.get("communication_data_type")
+        or train.grad_accum_dtype,
+    }
+
+
+def _one_zero_optimizer(engine_class: Any) -> None:
+    """Let DeepSpeed's engine take the ZeRO optimizer of stages 1 and 2 for stage 1 whatever the
+    dtype of the sums.
+
+    Without it stage 1 in bf16 with fp32 sums gets BF16_Optimizer, while stage 1 with offload and
+    stage 2 keep the ZeRO one. Checkpoints, norms and skipped steps are then the same code for both
+    stages and both dtypes.
+    """
+    from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+
+    choose = engine_class._do_optimizer_sanity_check
+    if choose.__module__ == __name__:
+        return  # done before, in this process
+
+    def chosen(engine: Any, optimizer: Any) -> str:
+        found = choose(engine, optimizer)
+        takes_zero = found == BFLOAT16 and engine.zero_optimization()
+        return str(ZERO_OPTIMIZATION if takes_zero else found)
+
+    engine_class._do_optimizer_sanity_check = chosen

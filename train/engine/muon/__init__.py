@@ -1,0 +1,1 @@
+"""Muon: orthogonalised updates of matrices that ZeRO has cut over ranks."""

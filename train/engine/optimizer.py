@@ -1,0 +1,156 @@
+"""Parameter groups, and the optimizer that moves them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.parallel.family import is_expert_parameter
+from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
+from train.config.training import OptimConfig
+from train.engine.muon.optimizer import Muon
+
+
+def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
+    """Mark what stays as it is (optim.freeze): it asks for no gradient from now on.
+
+    Raises:
+        ValueError: a part means no parameter, or all parts together mean every one.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    _require_matches("optim.freeze", parts, names)
+    for name, parameter in model.named_parameters():
+        if any(matches(name, part) for part in parts):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"optim.freeze {list(parts)} leaves nothing to train; take a part out of it"
+        )
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimConfig, expert_group: str | None
+) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norm gains, biases) do not; experts form groups of their own, as
+    DeepSpeed requires, and so does what Muon moves (`muon`), and what optim.groups names. Experts'
+    parameters are stacked, so that their vectors have two dimensions.
+
+    Every parameter that is trained lands in exactly one group.
+
+    Raises:
+        ValueError: one of optim.groups means no parameter that is trained, or asks for Muon where
+            nothing is a matrix.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    own = [group.match for group in config.groups]
+    _require_matches("optim.groups", own, [name for name, _ in trained])
+
+    # What belongs together, in this order: of all of them, matrices, vectors, experts' matrices,
+    # experts' vectors; of either kind of matrices AdamW's and then Muon's.
+    found: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
+        is_expert = is_expert_parameter(parameter)
+        is_vector = parameter.dim() < 2 + is_expert
+        sort = 2 * is_expert + is_vector
+        by_muon = _is_moved_by_muon(name, parameter, config, rule)
+        found.setdefault((rule, sort, by_muon), []).append(parameter)
+    _require_muon(config, {rule for rule, _, by_muon in found if by_muon})
+
+    groups: list[dict[str, Any]] = []
+    for (rule, sort, by_muon), parameters in sorted(found.items(), key=lambda item: item[0]):
+        is_expert, is_vector = sort >= 2, sort % 2 == 1
+        usual = 0.0 if is_vector else config.weight_decay
+        settings = config.groups[rule] if rule >= 0 else None
+        given = None if settings is None else settings.weight_decay
+        decay = usual if given is None else given
+        group: dict[str, Any] = {
+            "params": parameters,
+            "name": expert_group if is_expert else "dense_no_decay" if is_vector else "dense",
+            "weight_decay": decay,
+            "wd_mult": 0.0 if is_vector else 1.0,
+            "muon": by_muon,
+        }
+        if is_expert:
+            group["moe"] = True
+        if settings is not None:
+            group |= {
+                "own_weight_decay": given,
+                "lr_factor": settings.lr_factor,
+                "max_lr": config.lr * settings.lr_factor,
+                "min_lr": config.min_lr * settings.lr_factor,
+            }
+        groups.append(group)
+    assert sum(len(g["params"]) for g in groups) == len(trained)
+    return groups
+
+
+def _is_moved_by_muon(name: str, parameter: nn.Parameter, config: OptimConfig, rule: int) -> bool:
+    """Whether Muon has this parameter. rule: number of the one of optim.groups that it falls under,
+    or -1.
+
+    By default it is a matrix between layers; a rule that asks for Muon gives it any matrix. One of
+    a single row or column is a vector, whose nearest orthogonal matrix is itself over its norm.
+    """
+    asked = config.groups[rule].optimizer if rule >= 0 else None
+    if (asked or config.optimizer) != "muon":
+        return False
+    is_matrix = parameter.dim() == 2 + is_expert_parameter(parameter)
+    is_matrix = is_matrix and min(parameter.shape[-2:]) > 1
+    return is_matrix and (asked == "muon" or is_hidden_matrix(name))
+
+
+def _require_muon(config: OptimConfig, rules: set[int]) -> None:
+    """Raises ValueError where a rule asks for Muon and gives it nothing."""
+    for i, group in enumerate(config.groups):
+        if group.optimizer == "muon" and i not in rules:
+            raise ValueError(
+                f"optim.groups[{i}].optimizer is muon, but no parameter that {group.match!r} means "
+                "is a matrix; drop it"
+            )
+    if config.optimizer == "muon" and not rules:
+        raise ValueError(
+            "optim.optimizer is muon, but none of what is trained is a matrix that it would move; "
+            "use optim=adamw"
+        )
+
+
+def _require_matches(setting: str, parts: Sequence[str], names: list[str]) -> None:
+    for part in unmatched(parts, names):
+        near = difflib.get_close_matches(part, [*KINDS, *names], 1)
+        raise ValueError(
+            f"{setting}: {part!r} means no parameter of this model"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + f" Kinds are {', '.join(KINDS)}; anything else is a pattern of names, as "
+            f"{names[0] if names else 'norm.weight'}"
+        )
+
+
+def trained_by_kind(named: Iterable[tuple[str, nn.Parameter, int]]) -> dict[str, tuple[int, int]]:
+    """Kind -> elements that are trained, and elements, of (name, parameter, elements)."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, parameter, number in named:
+        trained, whole = found.get(kind_of(name), (0, 0))
+        found[kind_of(name)] = (trained + number * parameter.requires_grad, whole + number)
+    return found
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, expert_group: str | None
+) -> torch.optim.AdamW:
+    """AdamW, or a Muon which has AdamW for the rest, still to be told where its matrices lie."""
+    groups = parameter_groups(model, config, expert_group)
+    fused = torch.cuda.is_available()
+    if config.uses_muon:
+        return Muon(groups, config, fused)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
+    )

@@ -1,0 +1,321 @@
+"""A run from its config to its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.cost.parameters import count_parameters
+from model.parallel.groups import ParallelGroups, initialize_parallel
+from ops.grouped_mlp import select_backend
+from ops.router import select_backend as router_backend
+from train import loop
+from train.agenda import last_step_of
+from train.checkpoint.folder import begins_anew
+from train.checkpoint.writer import CheckpointWriter
+from train.components import build_model
+from train.config.data import labels
+from train.config.run import RunConfig
+from train.data.chat.samples import ChatSamples
+from train.data.chat.show import shown_example
+from train.data.loader import TrainingLoader
+from train.data.open import held_out_rows, open_store, training_samples
+from train.data.store import TokenStore
+from train.engine.deepspeed import Engine
+from train.engine.schedule import Schedule
+from train.guard.alarm_actions import AlarmActions
+from train.guard.alarms import settled
+from train.guard.routing import RoutingControl
+from train.guard.step import StepGuard
+from train.observe.attention import short_rows_note
+from train.observe.base import Observer, Watch
+from train.observe.probe import RoutingProbe
+from train.observers import standard_observers
+from train.parts import Parts
+from train.pretrained.start import starting_weights
+from train.progress import Progress, resume
+from train.rank.runtime import from_rank_zero, seed_everything
+from train.rank.stop import StopSignal
+from train.sinks.sinks import Sinks
+from train.sinks.tracker import Tracker
+from train.timing.pauses import Speed
+
+log = logging.getLogger("loadstone")
+
+
+def fit(
+    config: RunConfig,
+    run_dir: Path,
+    stop: StopSignal,
+    resolved_config: str,
+    plain_config: dict[str, Any],
+    restarted: bool = False,
+    observers: Sequence[Observer] = (),
+) -> dict[str, Any] | None:
+    """Train, evaluate and save, inside train.rank.runtime.process_group. Rank 0 returns the
+    summary, others None.
+
+    Args:
+        run_dir: on a file system that all ranks share; stop: set when the process was asked to save
+            and end.
+        resolved_config: YAML text saved with checkpoints; plain_config: the same as data, for W&B.
+        restarted: an attempt before may have ended without any checkpoint: then begin anew instead
+            of refusing.
+        observers: more of them than a run has by itself (train/observe/base.py), the same on all
+            ranks.
+
+    Raises:
+        Stopped: on all ranks, when rank 0 was asked to stop while it prepared the data.
+    """
+    # Data and groups of ranks come first: the model is built under both.
+    seed_everything(config.seed, dist.get_rank(), config.train.deterministic)
+    store = open_store(config, run_dir, stop)
+    parallel = config.parallel
+    groups = initialize_parallel(
+        parallel.expert_parallel_size,
+        parallel.timeout_seconds,
+        parallel.ranks_per_node,
+        parallel.context_parallel_size,
+    )
+    model = build_model(config, groups)
+
+    # Before the engine shards it: so beside the model one tensor at a time is in memory.
+    weights = None
+    if config.resume is None or (restarted and from_rank_zero(lambda: begins_anew(run_dir))):
+        weights = starting_weights(config, run_dir)
+    if weights is not None:
+        weights.fill_model(model)
+    engine = Engine(model, groups, config.train, config.optim, config.deepspeed)
+    with contextlib.closing(engine):  # also where a checkpoint cannot be resumed
+        schedule = Schedule(engine.param_groups, config.optim, config.train, groups.rows_size)
+        loader = training_loader(config, store, groups, run_dir)
+        if any(source.max_epochs is not None for source in config.data.sources):
+            loader.samples.require(schedule.num_samples(config.train.num_steps))
+
+        if weights is not None and config.train.precision == "bf16":
+            weights.fill_masters(engine)
+
+        # Where the run stands, before anything asks: weights, random streams, samples are restored.
+        progress = Progress()
+        if config.resume is not None:
+            progress = resume(engine, config, run_dir, loader, restarted)
+        writer = CheckpointWriter(
+            run_dir, config.checkpoint, groups, resolved_config, parallel.timeout_seconds
+        )
+
+        # What writes the records, on one rank, which also says what begins.
+        sinks = probe = None
+        if dist.get_rank() == 0:
+            tracker = open_tracker(config, run_dir, plain_config, progress)
+            progress.wandb_id = tracker.wandb_id
+            sinks = Sinks(tracker, config.train.num_steps, last_step_of(config.train))
+            tell_beginning(config, groups, store, run_dir, progress, engine, loader)
+            if weights is not None:
+                log.info("weights  %s", weights)
+            if config.model.num_experts:
+                held_out = held_out_rows(config, store)
+                probe = RoutingProbe(run_dir, held_out, config.model.vocab_size)
+
+        # What looks, and what acts: kept apart, so that looking changes nothing.
+        speed = Speed()
+        own = standard_observers(config, run_dir, groups, engine, schedule, progress, speed)
+        alarms = AlarmActions(
+            settled(config.alarms, config.budget), progress.alarms, config.model.moe_layers
+        )
+        guard = StepGuard(
+            progress.spike,
+            config.fail_safe,
+            config.train.on_nonfinite,
+            progress.skipped_steps,
+            run_dir,
+            before_ending=writer.wait,
+        )
+        routing = RoutingControl(
+            engine.module.routers(),
+            groups,
+            config.balance,
+            config.budget,
+            config.fail_safe,
+            engine.module.rank_shares,
+            alarms.actions,
+        )
+
+        run = Parts(
+            config=config,
+            run_dir=run_dir,
+            groups=groups,
+            engine=engine,
+            schedule=schedule,
+            loader=loader,
+            store=store,
+            writer=writer,
+            stop=stop,
+            watch=Watch([*own, *observers]),
+            speed=speed,
+            probe=probe,
+            guard=guard,
+            routing=routing,
+            alarms=alarms,
+            sinks=sinks,
+            progress=progress,
+            saved_step=progress.step,
+        )
+        try:
+            summary = loop.train(run)
+        finally:
+            run.watch.close()
+
+    if sinks is None:
+        return None
+    sinks.close(summary)
+    return {"run_dir": str(run_dir), **summary}
+
+
+def training_loader(
+    config: RunConfig, store: TokenStore, groups: ParallelGroups, run_dir: Path
+) -> TrainingLoader:
+    """This rank's share of the training rows, in the order that the seed gives."""
+    settings = config.train
+    return TrainingLoader(
+        training_samples(config, store, run_dir / "data"),
+        settings.seq_len,
+        settings.micro_batch_size,
+        store.end_of_document,
+        groups.rows_rank,
+        groups.rows_size,
+        groups.context_rank,
+        groups.context_size,
+    )
+
+
+def open_tracker(
+    config: RunConfig, run_dir: Path, plain_config: dict[str, Any], progress: Progress
+) -> Tracker:
+    """The files of the run, without what a resumed run will write again, and its services."""
+    return Tracker(
+        run_dir,
+        config.tracker,
+        plain_config,
+        f"{config.experiment_name}/{run_dir.name}",
+        progress.step if config.resume is not None else None,
+        progress.wandb_id,
+        loop.evaluates_first(progress, config.train),
+    )
+
+
+def tell_beginning(
+    config: RunConfig,
+    groups: ParallelGroups,
+    store: TokenStore,
+    run_dir: Path,
+    progress: Progress,
+    engine: Engine,
+    loader: TrainingLoader,
+) -> None:
+    """What is about to run, and which settings will do nothing or little in it."""
+    for line in banner(config, groups, store, run_dir, progress, engine.device):
+        log.info(line)
+    if repeated := epochs_line(config, loader):
+        log.info("epochs   %s", repeated)
+    if engine.muon is not None:
+        log.info("optimizer %s", engine.muon_line())
+    if config.optim.freeze or config.lora.rank:
+        log.info("trained  %s", trained_line(engine.trained_by_kind()))
+    if config.fail_safe.rank_overload and groups.expert_size == 1:
+        log.info(
+            "fail_safe.rank_overload compares ranks of an expert group: with one there is "
+            "nothing to limit"
+        )
+    note = short_rows_note(engine.module.sparse_attentions(), config.train.seq_len)
+    if note is not None:
+        log.warning(note)
+    problem = held_out_rows(config, store).bytes_problem
+    if problem is not None:
+        log.info("%s", problem)
+    if isinstance(loader.samples, ChatSamples):
+        for line in loader.samples.description():
+            log.info("%s", line)
+        log.info("%s", shown_example(loader.samples, loader.consumed_samples))
+
+
+def epochs_line(config: RunConfig, loader: TrainingLoader) -> str | None:
+    """How often the run passes over each source; None: none of them is seen twice."""
+    settings = config.train
+    if settings.batch_size_rampup is not None:
+        return None
+    rows = settings.num_steps * settings.global_batch_size
+    epochs = loader.samples.epochs(rows)
+    if not epochs or max(epochs) <= 1:
+        return None
+    passes = zip(labels(config.data.sources), epochs, strict=True)
+    return f"{', '.join(f'{label} {number:.3g}' for label, number in passes)} passes in all steps"
+
+
+def trained_line(kinds: dict[str, tuple[int, int]]) -> str:
+    """How many parameters of each kind are trained."""
+    trained = sum(some for some, _ in kinds.values())
+    whole = sum(number for _, number in kinds.values())
+    parts = [
+        f"{kind} frozen ({number:,})"
+        if not some
+        else f"{kind} {some:,}" + ("" if some == number else f" of {number:,}")
+        for kind, (some, number) in sorted(kinds.items())
+    ]
+    return f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}): {', '.join(parts)}"
+
+
+def banner(
+    config: RunConfig,
+    groups: ParallelGroups,
+    store: TokenStore,
+    run_dir: Path,
+    progress: Progress,
+    device: torch.device,
+) -> list[str]:
+    """What is about to run, in a few lines."""
+    model, settings = config.model, config.train
+    count = count_parameters(model, config.experts_per_token, config.attention.arguments)
+    tokens = sum(s["tokens"] for s in store.manifest["sources"])
+    micro_steps = config.gradient_accumulation_steps(groups.rows_size)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    backend = select_backend(
+        config.experts.backend,
+        device,
+        dtype,
+        model.hidden_size,
+        model.expert_intermediate_size,
+        model.plain_experts,
+    )
+    shape = (
+        f"{model.num_experts} experts, {config.experts_per_token:g} per token, in "
+        f"{len(model.decoder_moe_layers)} of "
+        if model.num_experts
+        else "dense, "
+    )
+    # Ranks of a context group are neighbours, and so are those of a node.
+    context, where = "", "ranks"
+    if groups.context_size > 1:
+        context, where = f"rows {groups.rows_size} x context {groups.context_size}; ", "rows"
+        if config.launch.num_nodes > 1:
+            spans = config.launch.num_devices % groups.context_size > 0
+            context = context[:-2] + (" across nodes; " if spans else " within nodes; ")
+    return [
+        f"model    {count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {shape}"
+        f"{model.num_layers} layers",
+        f"parallel {groups.stage_size} ranks: {context}expert {groups.expert_size} x expert data "
+        f"{groups.expert_data_size}, "
+        f"ZeRO {config.zero_stage}, {settings.precision}",
+        f"batch    {settings.global_batch_size} sequences of {settings.seq_len} = "
+        f"{settings.micro_batch_size} x "
+        f"{groups.rows_size} {where} x {micro_steps} accumulation steps",
+        f"data     {store.path} ({tokens:,} training tokens, vocabulary {store.vocab_size})",
+        f"kernels  {device.type}; experts by {backend}, router "
+        f"{router_backend(device, torch.float32)}",
+        f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
+    ]

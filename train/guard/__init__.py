@@ -1,0 +1,1 @@
+"""What acts on a run: routes, skips or ends its steps, and rings."""

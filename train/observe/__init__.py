@@ -1,0 +1,1 @@
+"""Looks at training and never touches it."""

@@ -1,0 +1,1 @@
+"""Observers of time: signs of life, pauses, waits, speed and slow ranks."""

@@ -1,0 +1,120 @@
+"""Held-out loss, perplexity, bits per byte and routing statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.attention.base import STATS
+from model.loss import ModelOutput
+from model.moe.balance import balance_metrics, unpack_stats
+from model.request import ForwardRequest, TokenBatch
+from model.routers.base import Router
+from train.data.loader import Batch
+from train.observe.attention import attention_metrics
+from train.observe.probe import RoutingProbe
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[TokenBatch, ForwardRequest], ModelOutput],
+    batches: Iterable[Batch],
+    device: torch.device,
+    routers: list[Router],
+    sparse_layers: list[int] | None = None,
+    probe: RoutingProbe | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many
+    batches.
+
+    probe: sees this rank's first batch.
+    stopped: asked before every batch, with the same answer on all ranks; when it is True, the
+        evaluation is left: a share of the batches is no result.
+
+    Returns:
+        None when it was left, else
+        val_loss (nats per token), perplexity, bits_per_byte (nats of all targets over the bytes
+        they stand for; absent where the batches do not know these), the number of targets, balance
+        metrics, by_source (source -> {val_loss, num_targets, bits_per_byte}, where batches tell
+        their source), mean experts per token, and the counts [layers][experts]; with sparse_layers
+        (their numbers), also what train/observe/attention.py makes of these layers.
+
+    Raises:
+        ValueError: the model is in training mode, where what limits an expert's load makes tokens
+            depend on each other; or there is no target.
+    """
+    if any(router.training for router in routers):
+        raise ValueError(
+            "the model is in training mode, where its loss depends on the batch; call eval() first"
+        )
+    measured = torch.zeros(len(sparse_layers or ()), len(STATS), dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    # The same sources in the same order on all ranks, for they have the same batches.
+    of_sources: dict[int, torch.Tensor] = {}
+    stats: torch.Tensor | None = None
+    for batch in batches:
+        if stopped():
+            return None
+        output = forward(
+            batch.inputs(device),
+            ForwardRequest(
+                measure_attention=bool(sparse_layers),
+                keep_routing=probe is not None and stats is None,
+            ),
+        )
+        if probe is not None:
+            probe.add(batch, output)
+        if sparse_layers:
+            measured += output.attention_stats
+        places = [sums]
+        if batch.source is not None:
+            places.append(of_sources.setdefault(batch.source, torch.zeros_like(sums)))
+        for place in places:
+            place[0] += output.loss_sum
+            place[1] += batch.num_targets
+            place[2] += batch.target_bytes or 0
+        stats = output.stats if stats is None else stats + output.stats
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+        for of_source in of_sources.values():
+            dist.all_reduce(of_source)
+        dist.all_reduce(measured)
+        if stats is not None and routers:
+            dist.all_reduce(stats)
+    loss_sum, num_targets, num_bytes = sums.tolist()
+    if num_targets == 0:
+        raise ValueError(
+            "the held-out split has no token to predict; raise data.validation_fraction"
+        )
+    loss = loss_sum / num_targets
+    result: dict[str, Any] = {
+        "val_loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        **({"bits_per_byte": loss_sum / math.log(2) / num_bytes} if num_bytes else {}),
+        "num_targets": int(num_targets),
+    }
+    if of_sources:
+        result["by_source"] = {
+            source: _of_source(*values.tolist()) for source, values in of_sources.items()
+        }
+    if sparse_layers:
+        result.update(attention_metrics(measured.cpu(), sparse_layers))
+    if stats is not None and routers:
+        layers = unpack_stats(stats.cpu(), routers[0].spec.num_experts, routers[0].max_top_k)
+        result.update(balance_metrics(layers.counts))
+        result["experts_per_token"] = float(layers.experts_per_token.mean())
+        result["experts_per_token_by_layer"] = layers.experts_per_token.tolist()
+        result["counts"] = layers.counts.tolist()
+    return result
+
+
+def _of_source(loss_sum: float, num_targets: float, num_bytes: float) -> dict[str, float]:
+    found = {"val_loss": loss_sum / max(num_targets, 1), "num_targets": int(num_targets)}
+    if num_bytes:
+        found["bits_per_byte"] = loss_sum / math.log(2) / num_bytes
+    return found
