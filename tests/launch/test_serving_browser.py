@@ -23,6 +23,8 @@ class Page:
         self.browser = browser
         browser.problems, browser.requests = [], []
         browser.ask("Page.navigate", url=f"http://127.0.0.1:{port}/")
+        # A page that is still read has half of its elements, and the one before has them all.
+        self.wait(f"location.port === '{port}' && document.readyState === 'complete'")
 
     def wait(self, condition: str) -> None:
         deadline = time.monotonic() + 30
