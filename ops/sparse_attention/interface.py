@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ops.sparse_attention import chunked
+from ops.sparse_attention import chunked, cpp_backend
 from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.hierarchy import attend_in_two_levels, decode_in_two_levels
@@ -37,7 +37,7 @@ log = logging.getLogger("loadstone")
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (32, 64, 128)
 MAX_GROUP = 16
-"""What the Triton kernels are built for; the CPU path takes any."""
+"""What the Triton kernels are built for; a CPU takes any."""
 
 
 class AttentionOutput(NamedTuple):
@@ -119,7 +119,7 @@ def sparse_attention(
         selected: [Hk, T, K] int32 block ids to use instead of selecting, -1 for none; candidates
             only, without repeats. exact, coarse: branches that take part; without the exact one,
             coarse entries stand for every complete past block.
-        backend: "triton" (CUDA) or "chunked" (any device); None: the device's.
+        backend: "triton" (CUDA), "cpp" (CPU) or "chunked" (any device); None: the device's.
 
     Returns:
         AttentionOutput; gradients flow from out and lse to q, k, v, bias and sink in closed form.
@@ -293,10 +293,25 @@ class _Attend(torch.autograd.Function):
 
 
 def select_backend(q: Tensor, k: Tensor, spec: SparseAttentionSpec) -> str:
-    """ "triton" on CUDA for the shapes the kernels are built for, else "chunked"; said once."""
-    reason = _not_triton(
+    """The back-end that takes a call with these tensors; said once. See backend_for."""
+    return backend_for(
         q.device.type, q.shape[-1], q.shape[1] // k.shape[1], spec.block_size, str(q.dtype)
     )
+
+
+def backend_for(device: str, head_dim: int, group: int, block_size: int, dtype: str) -> str:
+    """ "triton" on CUDA for the shapes the kernels are built for, "cpp" on a CPU where it can be
+    compiled, else "chunked"; said once.
+
+    Args:
+        group: heads that share a key/value head.
+        dtype: as str(torch.float32).
+    """
+    if device == "cpu":
+        reason = cpp_backend.unavailable()
+        _announce("C++ on the CPU" if reason is None else f"chunked torch: {reason}")
+        return "cpp" if reason is None else "chunked"
+    reason = _not_triton(device, head_dim, group, block_size, dtype)
     _announce(reason or "Triton kernels")
     return "triton" if reason is None else "chunked"
 
@@ -327,11 +342,14 @@ def _announce(text: str) -> None:
 def _backend(name: str) -> Backend:
     if name == "chunked":
         return chunked
+    if name == "cpp":
+        cpp_backend.load_library()
+        return cpp_backend
     if name == "triton":
         from ops.sparse_attention import triton_backend
 
         return triton_backend
-    raise ValueError(f"unknown sparse attention backend {name!r}; choose triton or chunked")
+    raise ValueError(f"unknown sparse attention backend {name!r}; choose triton, cpp or chunked")
 
 
 def _check_candidates(selected: Tensor, table: BlockTable) -> None:

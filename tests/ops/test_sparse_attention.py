@@ -1,5 +1,6 @@
-"""The CPU backend of sparse attention against its definition (ops/sparse_attention/reference.py),
-and the rules of ops/sparse_attention/README.md one by one.
+"""The CPU back-ends of sparse attention against its definition (ops/sparse_attention/reference.py),
+and the rules of ops/sparse_attention/README.md one by one. What does not say which back-end it
+means has the one that a CPU has by default, in C++.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ops.sparse_attention import (
     SparseAttentionSpec,
     chunked,
     decode,
+    interface,
     sparse_attention,
 )
 from ops.sparse_attention.audit import audit_rows, mean_error_bound, sample_rows
@@ -41,6 +43,7 @@ SMALL = SparseAttentionSpec(
 """Two local blocks; a variance term that about half of the entries reach the bound of."""
 RAGGED = (0, 37, 1, 0, 61, 7, 8, 9, 3)
 DENSE = replace(SMALL, top_k=10**4)
+BACKENDS = ("chunked", "cpp")
 SCALES = {torch.float64: 1e-14, torch.float32: 2e-6}
 """Largest rounding difference between two orders of the same sums, over the largest value."""
 
@@ -55,6 +58,12 @@ def poisoned():
 def short_chunks(monkeypatch):
     """Runs of 16 queries, so that small inputs have many."""
     monkeypatch.setattr(chunked, "_ELEMENTS", 1)
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request, monkeypatch):
+    """The test once more with each of them as the default."""
+    monkeypatch.setattr(interface, "select_backend", lambda *_: request.param)
 
 
 def short(spec: Any) -> str:
@@ -144,9 +153,7 @@ def run_ours(
     x: Inputs, spec: SparseAttentionSpec, given: dict[str, Tensor] | None = None, **options: Any
 ) -> tuple[AttentionOutput, dict[str, Tensor]]:
     wanted = leaves(x, given or {})
-    out = sparse_attention(
-        cu_seqlens=x.cu_seqlens, spec=spec, **wanted, backend="chunked", **options
-    )
+    out = sparse_attention(cu_seqlens=x.cu_seqlens, spec=spec, **wanted, **options)
     return out, grads_of(out.out, out.lse, wanted)
 
 
@@ -176,30 +183,42 @@ def assert_equals_reference(
     selected: Tensor | None = None,
     **options: Any,
 ) -> tuple[AttentionOutput, Reference]:
-    """same_selection: the reference selects for itself and must come to the same; otherwise it is
-    handed ours.
+    """Both back-ends, and what the default one gave.
+
+    same_selection: the reference selects for itself and must come to the same; otherwise it is
+        handed ours.
     """
     dtype = x.q.dtype
-    ours, grads = run_ours(x, spec, given, selected=selected, **options)
     real_blocks = int((block_table(x.cu_seqlens, len(x.q), spec).start < len(x.q)).sum())
-    mask = as_mask(ours.selected, real_blocks)
-    options = {**options, "selected": None if same_selection and selected is None else mask}
-    expected, expected_grads = run_reference(x, spec, given, **options)
-    if same_selection and options.get("exact", True):
-        assert torch.equal(mask, expected.selected)
-    assert ours.out.dtype == dtype and ours.lse.dtype == chunked.real_dtype(dtype)
-    assert_close("out", ours.out, expected.out)
-    assert_lse(ours.lse, expected.lse, dtype)
-    for name in ("tail_mass", "selected_mass"):
-        error = (getattr(ours, name) - getattr(expected, name)).abs()
-        assert error.numel() == 0 or error.max() <= TOLERANCE[dtype], name
-    for name, grad in grads.items():
-        assert grad is None or grad.dtype == dtype, name
-        reference = expected_grads[name]
-        if reference is None or reference.numel() == 0 or not reference.abs().max() > 1e-8:
-            assert grad is None or grad.numel() == 0 or grad.abs().max() <= TOLERANCE[dtype], name
-        else:
-            assert_close(f"gradient of {name}", grad, reference)
+    known: list[tuple[Tensor, Reference, dict[str, Tensor]]] = []
+    for backend in BACKENDS:
+        ours, grads = run_ours(x, spec, given, selected=selected, backend=backend, **options)
+        mask = as_mask(ours.selected, real_blocks)
+
+        # The definition is slow: once for the same question.
+        if not known or not (same_selection or torch.equal(known[0][0], mask)):
+            chosen = None if same_selection and selected is None else mask
+            known = [(mask, *run_reference(x, spec, given, **{**options, "selected": chosen}))]
+        _, expected, expected_grads = known[0]
+
+        if same_selection and options.get("exact", True):
+            assert torch.equal(mask, expected.selected), backend
+        assert ours.out.dtype == dtype and ours.lse.dtype == chunked.real_dtype(dtype)
+        assert_close(f"{backend}: out", ours.out, expected.out)
+        assert_lse(ours.lse, expected.lse, dtype)
+        for name in ("tail_mass", "selected_mass"):
+            error = (getattr(ours, name) - getattr(expected, name)).abs()
+            assert error.numel() == 0 or error.max() <= TOLERANCE[dtype], (backend, name)
+        for name, grad in grads.items():
+            assert grad is None or grad.dtype == dtype, name
+            reference = expected_grads[name]
+            if reference is None or reference.numel() == 0 or not reference.abs().max() > 1e-8:
+                assert grad is None or grad.numel() == 0 or grad.abs().max() <= TOLERANCE[dtype], (
+                    backend,
+                    name,
+                )
+            else:
+                assert_close(f"{backend}: gradient of {name}", grad, reference)
     return ours, expected
 
 
@@ -308,6 +327,7 @@ def test_half_precision_stays_near_the_fp64_reference_of_the_same_selection(spec
     assert_equals_reference(x, replace(spec, max_variance=4.0), extras(x), same_selection=False)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("order", [0, 2])
 def test_closed_form_backward_passes_gradcheck(order):
     x = draw((9, 0, 4), heads=2, kv_heads=1, dim=2)
@@ -384,6 +404,7 @@ def test_any_document_lengths(case, branches, poisoned, short_chunks):
         assert_equals_reference(x, spec, extras(x), exact=branches[0], coarse=branches[1])
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize(
     "branches", [(True, True), (True, False), (False, True)], ids=["both", "exact", "coarse"]
 )
@@ -428,6 +449,7 @@ def test_one_giant_document_in_many_chunks(spec, poisoned):
     assert_equals_reference(x, spec, extras(x))
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("block_size", [1, 64])
 def test_thousands_of_documents_of_one_and_two_tokens(block_size, poisoned):
     lengths = (1 + (normal(3000, seed=1) > 0).long()).tolist()
@@ -679,6 +701,7 @@ def assert_rows(
             assert (x - y).abs().max() <= SCALES[x.dtype] * max(1.0, float(y.abs().max())), name
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("noise", [None, NOISE], ids=["plain", "noise"])
 @pytest.mark.parametrize(
     "dtype",
@@ -706,6 +729,7 @@ def test_no_token_sees_the_future(spec, dtype, noise, short_chunks):
         assert_rows(out, sparse_attention(*shorter, spec, noise=noise), rows, rows, bitwise=False)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (2, 2)])
 def test_no_token_sees_what_later_queries_select_to_the_last_bit(heads, kv_heads, dtype):
@@ -718,6 +742,7 @@ def test_no_token_sees_what_later_queries_select_to_the_last_bit(heads, kv_heads
         )
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("spec", LEAK_SPECS, ids=short)
 def test_no_document_sees_another(spec, dtype, short_chunks):
@@ -739,6 +764,7 @@ def test_no_document_sees_another(spec, dtype, short_chunks):
         )
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_gradients_of_a_document_do_not_depend_on_the_others():
     x = draw((70, 90, 33))
     rows = torch.arange(70, 160)
@@ -755,6 +781,7 @@ def test_gradients_of_a_document_do_not_depend_on_the_others():
         assert torch.equal(a[rows], b[rows]) and (a[outside] == 0).all()
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
 )
@@ -1203,7 +1230,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ht": ({"spec": replace(SMALL, tail="ht")}, "tail=ht is sampled"),
     "ht_cv": ({"spec": replace(SMALL, tail="ht_cv")}, "tail=ht_cv is sampled"),
     "no_branch": ({"exact": False, "coarse": False}, "nothing is left"),
-    "backend": ({"backend": "cudnn"}, "'cudnn'; choose triton or chunked"),
+    "backend": ({"backend": "cudnn"}, "'cudnn'; choose triton, cpp or chunked"),
 }
 
 
