@@ -161,8 +161,13 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def attend_backward(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    pooled: bool = True,
+) -> tuple[Tensor | None, ...]:
     """See interface.Backend.attend_backward."""
     inputs = _inputs(problem)
     q, k, v, bias, sink, _, entries, tables, settings, numbers = inputs
@@ -187,18 +192,22 @@ def attend_backward(
         dentries,
     )
 
-    # From the entries back to the tokens they were pooled from.
-    if entries:
+    # From the entries back to the tokens they were pooled from; the op leaves the factor `scale` of
+    # the variance's gradient to this.
+    if entries and pooled:
         assert isinstance(settings, list)
         torch.ops.loadstone.attention_pool_backward(
             k, v, tables, settings[:2], numbers[0], entries[0], *dentries, dk, dv
         )
 
     dim = problem.q.shape[-1]
+    if entries:
+        dentries[2] /= numbers[0]
     return (
         dq[..., :dim].to(problem.q.dtype).contiguous(),
         dk[..., :dim].to(problem.k.dtype).contiguous(),
         dv[..., :dim].to(problem.v.dtype).contiguous(),
         dbias if dbias is None or problem.bias is None else dbias.to(problem.bias.dtype),
         dsink if dsink is None or problem.sink is None else dsink.to(problem.sink.dtype),
+        *(() if pooled else (x[..., :dim].contiguous() for x in dentries)),
     )

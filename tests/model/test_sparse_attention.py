@@ -20,7 +20,7 @@ from ops.sparse_attention.reference import reference_attention, reference_blocks
 from train.observe.attention import attention_metrics, short_rows_note
 
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, "audit_rows": 0.5}
-LEARNED = {**SMALL, "offset": True, "trust": True, "sink": True}
+LEARNED = {**SMALL, "offset": True, "trust": True, "sink": True, "entries": "gated"}
 GATED = {**SMALL, "merge": "gated"}
 FORMS = {
     "scc": SMALL,
@@ -43,7 +43,7 @@ def model_of(attention: dict | None, seed: int = 7, **changes):
     with torch.no_grad():
         for layer in model.sparse_attentions():
             for name, parameter in layer.named_parameters():
-                if name.split(".")[0] in ("offset", "sink", "trust", "gates"):
+                if name.split(".")[0] in ("offset", "sink", "trust", "gates", "entry_weights"):
                     parameter.add_(0.5 * torch.randn(parameter.shape, generator=gen))
     return model
 

@@ -118,6 +118,12 @@ def extras(x: Inputs, seed: int = 7) -> dict[str, Tensor]:
     }
 
 
+def weights(x: Inputs, seed: int = 11) -> dict[str, Tensor]:
+    """pool_logits [T, Hk, 2, d], far from equal weights."""
+    length, kv_heads, dim = x.k.shape
+    return {"pool_logits": 1.5 * normal(length, kv_heads, 2, dim, seed=seed, dtype=x.q.dtype)}
+
+
 def as_mask(selected: Tensor, num_blocks: int) -> Tensor:
     """[Hk, T, K] ids -> [Hk, T, M] bool."""
     column = torch.where(selected < 0, num_blocks, selected.long())
@@ -236,7 +242,7 @@ COLUMNS: dict[str, tuple[Any, ...]] = {
     "num_sink_blocks": (0, 1, 3),
     "branches": ("both", "exact", "coarse"),
     "noise": (None, (1.0, None), (0.0, 0), (0.7, 1)),
-    "given": ((), ("bias",), ("sink",), ("bias", "sink")),
+    "given": ((), ("bias",), ("sink",), ("bias", "sink"), ("bias", "sink", "pool_logits")),
     "heads": ((2, 2), (4, 2), (3, 1)),
 }
 
@@ -287,7 +293,7 @@ def test_outputs_masses_and_gradients_equal_the_reference(number, dtype, monkeyp
     if number % 2:
         monkeypatch.setattr(chunked, "_ELEMENTS", 1)
     x = draw(heads=case["heads"][0], kv_heads=case["heads"][1], seed=number, dtype=dtype)
-    given = {name: t for name, t in extras(x).items() if name in case["given"]}
+    given = {name: t for name, t in (extras(x) | weights(x)).items() if name in case["given"]}
     options: dict[str, Any] = {
         "exact": case["branches"] != "coarse",
         "coarse": case["branches"] != "exact",
@@ -324,7 +330,8 @@ def test_the_variance_bound_is_active_and_not_always():
 )
 def test_half_precision_stays_near_the_fp64_reference_of_the_same_selection(spec, dtype, poisoned):
     x = draw(heads=6, dim=16, dtype=dtype)
-    assert_equals_reference(x, replace(spec, max_variance=4.0), extras(x), same_selection=False)
+    given = extras(x) | (weights(x) if spec == SMALL else {})
+    assert_equals_reference(x, replace(spec, max_variance=4.0), given, same_selection=False)
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -342,7 +349,7 @@ def test_closed_form_backward_passes_gradcheck(order):
     )
     selected = sparse_attention(*x, spec).selected
     assert (selected >= 0).any()
-    wanted = leaves(x, extras(x))
+    wanted = leaves(x, extras(x) | weights(x))
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         out = sparse_attention(
@@ -354,6 +361,21 @@ def test_closed_form_backward_passes_gradcheck(order):
         return out.out, out.lse
 
     assert torch.autograd.gradcheck(call, tuple(wanted.values()), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [(8, 4), (6, 3)], ids=str)
+def test_weights_of_zero_are_none_to_the_last_bit(sizes, dtype):
+    x = draw(dtype=dtype)
+    spec = replace(SMALL, block_size=sizes[0], coarse_block_size=sizes[1])
+    zeros = {name: torch.zeros_like(t) for name, t in weights(x).items()}
+    (plain, grads), (weighed, others) = (run_ours(x, spec, extras(x) | w) for w in ({}, zeros))
+    assert (plain.tail_mass > 0.01).any()
+    assert all(torch.equal(a, b) for a, b in zip(plain, weighed, strict=True))
+    assert others["pool_logits"].abs().max() > 0
+    for name, grad in grads.items():
+        assert_close(name, others[name], grad)
 
 
 def test_a_gradient_of_one_output_alone_reaches_the_inputs():
@@ -1106,14 +1128,19 @@ def test_decoding_with_a_sink_alone_equals_the_last_token_of_the_whole():
     assert torch.equal(out, expected.out[-1:]) and torch.equal(lse, expected.lse[-1:])
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["mean", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_decoding_in_lower_precision_equals_the_whole(dtype):
+def test_decoding_in_lower_precision_equals_the_whole(dtype, learned):
     x = draw((64, 64), dim=16, dtype=dtype)
     q, keys, values = (y.unflatten(0, (2, 64)) for y in x[:3])
-    cache = EntryCache(SMALL, 2, 64, 2, 16, dtype, q.device)
+
+    def weigh(values: Tensor) -> Tensor:
+        return torch.stack((2 * values, values.flip(-1)), -2)
+
+    cache = EntryCache(SMALL, 2, 64, 2, 16, dtype, q.device, weigh if learned else None)
     cache.update(keys, values, 0)
     out, lse = decode(q[:, -1], keys, values, cache.entries, 64, SMALL)
-    expected = sparse_attention(*x, SMALL)
+    expected = sparse_attention(*x, SMALL, pool_logits=weigh(x.v) if learned else None)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close("out", out, expected.out[[63, 127]])
     assert_close("lse", lse, expected.lse[[63, 127]])
@@ -1221,6 +1248,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cu_falls": ({"cu_seqlens": torch.tensor([0, 12, 8, 20])}, "falls in between"),
     "bias": ({"bias": X.q[..., 0].T}, r"bias has shape \(4, 20\), expected \(20, 4\)"),
     "sink": ({"sink": torch.zeros(2)}, r"sink has shape \(2,\), expected \(4,\)"),
+    "pool_logits": (
+        {"pool_logits": X.k},
+        r"pool_logits has shape \(20, 2, 8\), expected \(20, 2, 2, 8\)",
+    ),
+    "pool_logits_levels": (
+        {
+            "pool_logits": torch.stack((X.k, X.k), 2),
+            "spec": replace(SMALL, num_levels=2),
+        },
+        "leave pool_logits out",
+    ),
     "token_ids": ({"token_ids": torch.arange(19)}, r"token_ids has shape \(19,\)"),
     "selected": (
         {"selected": torch.zeros(4, 20, 1)},
@@ -1271,13 +1309,13 @@ AUDITED = [
 ]
 
 
-@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias_and_sink"])
+@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias_and_sink_and_weights"])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("spec", AUDITED, ids=short)
 def test_the_audit_finds_the_true_error_and_theorem_1_bounds_it(spec, scale, extra):
     for seed, smooth in ((0, 0.0), (1, 0.95)):
         x = draw((0, 61, 1, 80), seed=seed, scale=scale, smooth=smooth)
-        given = extras(x) if extra else {}
+        given = extras(x) | weights(x) if extra else {}
         result = sparse_attention(*x, spec, **given)
         rows = (
             torch.arange(len(x.q))[::3]

@@ -55,7 +55,7 @@ def threads():
 def test_any_number_of_threads_gives_the_same_bits(shape, threads):
     """Many tasks of each head add to the keys of their first block and of their neighbours'."""
     found = []
-    for count in (1, 2, 3, 7):
+    for count in (1, 2, 4):
         threads(count)
         found.append(results("cpp", SPEC, [300, 5, 250], shape))
     for other in found[1:]:

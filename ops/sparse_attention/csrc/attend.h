@@ -344,14 +344,19 @@ class Turns {
   }
   // Task `task` is about to touch `place`, and has left all places below.
   void wait(int64_t task, int64_t place) {
-    for (int spins = 0; left_[task].load(std::memory_order_acquire) <= place; ++spins)
+    for (int spins = 0; left_[task].load(std::memory_order_acquire) <= place; ++spins) {
+      if (abandoned_.load(std::memory_order_relaxed)) return;
       if (spins > 64) std::this_thread::yield();
+    }
     left_[task + 1].store(place, std::memory_order_release);
   }
+  // A task has failed, for want of memory: nobody is to wait for it.
+  void abandon() { abandoned_.store(true); }
   void finish(int64_t task) { wait(task, DONE - 1), left_[task + 1].store(DONE, std::memory_order_release); }
 
  private:
   static constexpr int64_t DONE = INT64_MAX;
+  std::atomic<bool> abandoned_{false};
   std::unique_ptr<std::atomic<int64_t>[]> left_;  // [tasks + 1]; task i reads i and writes i + 1
 };
 

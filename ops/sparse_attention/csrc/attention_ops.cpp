@@ -71,15 +71,21 @@ void by_type(const Tensor& q, Fn fn) {
 }
 
 // Tasks of all key/value heads side by side: f(task) with a task's scratch, `turn` counts those of its head.
-template <class Real, class Fn>
-void each_task(const Problem<Real>& p, const Packed<Real>& packed, int queries, Fn fn) {
+// `failed` is called before an exception leaves a worker.
+template <class Real, class Fn, class Failed = void (*)()>
+void each_task(const Problem<Real>& p, const Packed<Real>& packed, int queries, Fn fn, Failed failed = [] {}) {
   const int64_t runs = (p.table.num_tokens + queries - 1) / queries;
   in_turn(runs * p.kv_heads, [&](auto next) {
     Scratch<Real> scratch;
     for (int64_t id; next(id);) {
       const int64_t run = id / p.kv_heads, begin = run * queries;
-      Task<Real> task(p, packed, scratch, (int)(id % p.kv_heads), begin, std::min(begin + queries, p.table.num_tokens));
-      fn(task, run);
+      try {
+        Task<Real> task(p, packed, scratch, (int)(id % p.kv_heads), begin, std::min(begin + queries, p.table.num_tokens));
+        fn(task, run);
+      } catch (...) {
+        failed();
+        throw;
+      }
     }
   });
 }
@@ -164,7 +170,11 @@ void attend_backward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor
     const int queries = task_queries(TASK_ROWS, p.group);
     std::vector<std::unique_ptr<Turns>> turns;
     for (int head = 0; head < p.kv_heads; ++head) turns.push_back(std::make_unique<Turns>((tokens + queries - 1) / queries));
-    each_task(p, packed, queries, [&](Task<Real>& task, int64_t run) { attend_backward_task(task, values, pooled, g, *turns[task.kv_head], run); });
+    const auto abandon = [&] {
+      for (const auto& t : turns) t->abandon();
+    };
+    each_task(
+        p, packed, queries, [&](Task<Real>& task, int64_t run) { attend_backward_task(task, values, pooled, g, *turns[task.kv_head], run); }, abandon);
 
     // The sink has no value, so that only -p delta remains of its dz.
     if (dsink.has_value())
