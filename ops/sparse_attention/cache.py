@@ -19,7 +19,11 @@ def _pooled(keys: Tensor, values: Tensor, weigh: Weigh | None) -> CoarseEntries:
     real = torch.promote_types(keys.dtype, torch.float32)
     k, v = keys.to(real), values.to(real)
     means = pool_groups(k, v)
-    return means if weigh is None else weigh_groups(k, v, weigh(values), means)
+    if weigh is None:
+        return means
+    # rounded first, as in training, where a back-end's pool comes before the weights
+    rounded = CoarseEntries(*(x.to(keys.dtype).to(real) for x in means))
+    return weigh_groups(k, v, weigh(values), rounded)
 
 
 class EntryCache:
