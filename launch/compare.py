@@ -42,6 +42,7 @@ from launch.saved.defaults import complete
 from launch.saved.files import new_run_dir
 from train.config.commands import PlanCommandConfig
 from train.files.durable import write_json, write_text
+from train.files.manifest import require_owned
 
 if TYPE_CHECKING:
     from launch.comparing.cost import Rate
@@ -113,6 +114,9 @@ def _kept(
     from launch.comparing.grid import key_of
 
     path = folder / NAME
+    if path.exists():  # it says what the runs load and where they write
+        require_owned(folder)
+        require_owned(path)
     try:
         saved = json.loads(path.read_bytes())
         before, overrides = dict(saved["settings"]), list(saved["overrides"])
