@@ -34,7 +34,7 @@ from model.parallel.groups import initialize_parallel
 from model.routers.top_k import TopKRouter
 from model.transformer import Transformer
 from train.checkpoint.folder import damage_since_verified
-from train.checkpoint.reader import _Reader
+from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.writer import CheckpointWriter, damage, load_engine
 from train.config.training import CheckpointConfig, OptimConfig, TrainConfig
 from train.engine.deepspeed import STATE_KEYS, Engine
@@ -168,7 +168,7 @@ def main() -> None:
                 run_round(engine, writer, folder, step, payload)
                 for step in range(1, options.repeats + 1)
             ]
-            reader = _Reader(folder / "checkpoints" / f"step-{options.repeats:08d}")
+            reader = CheckpointReader(folder / "checkpoints" / f"step-{options.repeats:08d}")
             keys, entries = len(reader.shapes), reader.num_entries
             engine.close()
     finally:
