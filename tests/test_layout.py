@@ -166,7 +166,6 @@ def test_the_import_rule_catches_a_planted_violation(tmp_path):
     assert upward("model", first_words(tmp_path / "x.py")) == [(2, "train")]
 
 
-
 # --- what is imported is there --------------------------------------------------------------------
 
 
