@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import launch.serve
 from infer.config import EngineConfig, SamplingConfig
 from infer.request import Completion, Request
 from launch.serving.budgets import (
@@ -26,7 +27,7 @@ from launch.serving.budgets import (
 from launch.serving.drift import Drift, divergence
 from launch.serving.meters import Meters
 from launch.serving.policy import CANARY, CONTROL, Policy
-from train.config.commands import CanaryConfig, DriftConfig, EndpointConfig
+from train.config.commands import CanaryConfig, DriftConfig, EndpointConfig, ServeConfig
 
 FEW, MANY = 4, 256
 TIMES = {FEW: {1.0: 10.0, 2.0: 14.0, 4.0: 20.0}, MANY: {1.0: 29.6, 2.0: 29.8, 4.0: 30.0}}
@@ -126,6 +127,25 @@ def test_a_measured_table_is_read_and_one_of_elsewhere_refused(tmp_path):
 )
 def test_contradictions_are_said_before_anything_is_read(settings, told):
     assert any(told in problem for problem in EndpointConfig(**settings).problems())
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"canary": CanaryConfig(1.5)}, r"serve\.canary\.budget is 1\.5.*router\.budget=\[1\.5\]"),
+        ({"budget": "auto", "latency": "x"}, "chooses among saved budgets, and the run has none"),
+    ],
+)
+def test_a_budget_that_is_not_saved_is_refused_with_the_command_that_saves_it(asked, told):
+    settings = ServeConfig(run="runs/x", serve=EndpointConfig(**asked))
+    assert settings.problems() == []
+    with pytest.raises(ValueError, match=told):
+        launch.serve._policy(settings, None, None, None)
+
+
+def test_budgets_of_a_folder_of_weights_are_refused():
+    asked = EndpointConfig(canary=CanaryConfig(1.5))
+    assert any("give run=RUN" in p for p in ServeConfig(path="x", serve=asked).problems())
 
 
 # --- drift ----------------------------------------------------------------------------------------
