@@ -54,7 +54,9 @@ def sample(
     """
     from infer.config import EngineConfig, SamplingConfig
 
-    model, store, _ = opened(run_dir, checkpoint, budget, attention, top_k, path, weights=weights)
+    model, store, _ = opened(
+        run_dir, checkpoint, budget, attention, top_k, path, weights=weights, for_text=True
+    )
     tokenizer = store.tokenizer()
 
     from infer.engine import Engine
@@ -126,6 +128,7 @@ def answer(settings: GenerateConfig) -> None:
             place,
             settings.parallel,
             settings.weights,
+            for_text=True,
         )
         tokenizer = store.tokenizer()
 

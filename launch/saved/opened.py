@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.command.progress import working
-from launch.saved.run import load_folder, load_run, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,11 @@ def opened(
     place: Place | None = None,
     parallel: ParallelConfig | None = None,
     weights: str = "native",
+    for_text: bool = False,
 ) -> tuple[Transformer, TokenStore | FolderTokens, torch.device]:
     """The model of a run, or of a folder of published weights, on its device and at its budget, and
     its tokens. With a place it is this rank's share of the experts of a run. weights: int8, the
-    experts that launch.quantize has made.
+    experts that launch.quantize has made. for_text: a run without a tokenizer is refused.
     """
     from train.checkpoint.folder import find_checkpoint
 
@@ -51,6 +52,8 @@ def opened(
     assert run_dir is not None
     folder = find_checkpoint(Path(run_dir), prefer=checkpoint)
     config = load_run(run_dir, attention, folder, top_k)
+    if for_text:
+        require_text(config, run_dir)
 
     # Only now what imports torch: a mistake in the settings is told at once.
     import torch
