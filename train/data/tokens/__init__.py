@@ -1,1 +1,1 @@
-"""Documents that are tokens already: found in their files, read through once, trained on in place."""
+"""Documents that are tokens already: found, read through once, trained on in place."""

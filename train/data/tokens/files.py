@@ -5,7 +5,8 @@
                          documents divide: those of NAME.ends.npy, [documents] places after the last
                          id of each, or else the ids that end documents
 
-Nothing is copied and nothing unpickled: ids are mapped, and heads are held against the files' sizes.
+Nothing is copied and nothing unpickled: ids are mapped, and heads are held against the files'
+sizes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     train_<i>_starts.bin   int64, of every training document its first id, in its file
     train_<i>_lengths.bin  int32, its tokens, with the one that ends it
-    train_<i>_facts.bin    int32, twice the number of its file, and 1 more where that one is not there
+    train_<i>_facts.bin    int32, twice the number of its file, and 1 more where that end is missing
     train_<i>_<k>.crc      checksums of the pieces of file k
 
 The manifest says where the files are. What is held out is copied, as of any source.

@@ -138,7 +138,7 @@ def read_range(asked: Range, end_of_document: int, spelled: np.ndarray) -> ReadR
 
 
 def _check(ids: np.ndarray, vocab_size: int, asked: Range, first: int) -> None:
-    if 0 <= int(ids.min()) and int(ids.max()) < vocab_size:
+    if int(ids.min()) >= 0 and int(ids.max()) < vocab_size:
         return
     place = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
     document = int(np.searchsorted(asked.bounds, first + place, side="right")) - 1
