@@ -24,12 +24,15 @@ def round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     it; a row of zeros has 1. Ties go to the even neighbour. A row with a value that is not finite
     has the scale NaN, as e4m3 has no infinity that could be seen later.
     """
-    largest = values.detach().abs().amax(-1, keepdim=True).float()
+    least, most = values.detach().aminmax(dim=-1, keepdim=True)
+    largest = torch.maximum(-least, most).float()
     # largest / 448 = m 2^e with m from 0.5 to 1, so that dividing by 2^e leaves at most 448.
     exponent = torch.frexp(largest / LARGEST).exponent.clamp(min=-126)
     scales = torch.ldexp(torch.ones_like(largest), exponent)
     scales = torch.where(largest.isfinite(), scales, torch.nan)
-    return (values.float() / scales).to(FP8), scales.squeeze(-1)
+    # Exact in bf16 as well, whose range is that of fp32; fp16 may not hold the scale.
+    wide = values.float() if values.dtype == torch.float16 else values
+    return (wide / scales.to(wide.dtype)).to(FP8), scales.squeeze(-1)
 
 
 def rounded_rows(values: Tensor) -> Tensor:

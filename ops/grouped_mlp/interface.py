@@ -209,7 +209,7 @@ def _unsuited(
     hidden_size: int,
     width: int,
     plain: bool,
-    precision: Precision,
+    precision: Precision = "native",
 ) -> str | None:
     """Why a backend cannot serve; None where it can."""
     if name == "triton":

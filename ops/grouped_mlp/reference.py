@@ -4,7 +4,7 @@ what rounding to 8 bits makes of a product.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,20 @@ class WeighedProduct(torch.autograd.Function):
         return g * z, grad.t() @ (g * a), (z * a).sum(1, keepdim=True).to(gates.dtype)
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, low: bool) -> Tensor:
+    if not low:
+        return F.linear(x, weight, bias)
+    y = cast(Tensor, RoundedProduct.apply(x, weight))  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias
+
+
+def _weighed(a: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor, low: bool) -> Tensor:
+    if not low:
+        return F.linear(a, weight, bias) * gates
+    y = cast(Tensor, WeighedProduct.apply(a, weight, gates))  # type: ignore[no-untyped-call]
+    return y if bias is None else y + gates * bias
+
+
 def reference_grouped_mlp(
     hidden: Tensor,
     weights: Tensor,
@@ -79,24 +93,15 @@ def reference_grouped_mlp(
     ends = offsets.tolist()
     gates = weights.reshape(-1, 1)
     outputs = []
-    unbiased = [None] * len(gate_up)
+    low = precision == "fp8"
+    unbiased: list[Tensor | None] = [None] * len(gate_up)
     b_gate_up = unbiased if gate_up_bias is None else gate_up_bias.unbind()
     b_down = unbiased if down_bias is None else down_bias.unbind()
     for e, (w_gate_up, w_down) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         assigned = slots[ends[e] : ends[e + 1]].long()
         x, g = hidden[assigned // num_slots], gates[assigned]
-        if precision == "fp8":
-            pre = RoundedProduct.apply(x, w_gate_up)
-            pre = pre if b_gate_up[e] is None else pre + b_gate_up[e]
-        else:
-            pre = F.linear(x, w_gate_up, b_gate_up[e])
-        act = activate(*pre.chunk(2, dim=-1), activation)
-        if precision == "fp8":
-            rows = WeighedProduct.apply(act, w_down, g)
-            rows = rows if b_down[e] is None else rows + g * b_down[e]
-        else:
-            rows = F.linear(act, w_down, b_down[e]) * g
-        outputs.append(rows)
+        gate, up = _product(x, w_gate_up, b_gate_up[e], low).chunk(2, dim=-1)
+        outputs.append(_weighed(activate(gate, up, activation), w_down, b_down[e], g, low))
     # for unused slots, which point at -1: the last row
     zero_row = weights.new_zeros(1, hidden.shape[1])
     rows = torch.cat((*outputs, zero_row))[inverse.long()]

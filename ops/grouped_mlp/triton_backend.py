@@ -223,7 +223,8 @@ def backward(
     )
 
     # Back to the tokens. With one slot a token the product writes to the tokens themselves.
-    grad_scales, up_columns = None, (gate_up, None)
+    grad_scales: Tensor | None = None
+    up_columns: Scaled = (gate_up, None)
     if low:
         (grad_pre, grad_scales), up_columns = round_rows(grad_pre), _rounded_columns(gate_up)
     config = _fitting(

@@ -11,6 +11,7 @@ import torch
 
 from ops.grouped_mlp import grouped_mlp
 from ops.grouped_mlp.fp8 import FP8, round_rows, rounded_columns, rounded_rows
+from ops.grouped_mlp.interface import _unsuited
 from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, draw_expert_ids, poisoned_memory
 
@@ -190,5 +191,8 @@ def test_what_cannot_be_is_refused():
     (tensors, places, _) = case_of((9, 5, 3, "even"))
     with pytest.raises(ValueError, match="unknown precision 'fp4'; choose native or fp8"):
         grouped_mlp(*tensors, *places, precision="fp4")
+    gpu = torch.device("cuda")
+    reason = _unsuited("triton", gpu, torch.float32, 64, 64, True, "fp8")
+    assert reason is not None and "go with bfloat16" in reason
     with pytest.raises(ValueError, match="grouped_mm cannot be used: it has no products of 8-bit"):
         grouped_mlp(*tensors, *places, precision="fp8", backend="grouped_mm")
