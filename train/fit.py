@@ -291,6 +291,7 @@ def banner(
         model.hidden_size,
         model.expert_intermediate_size,
         model.plain_experts,
+        config.experts.precision,
     )
     shape = (
         f"{model.num_experts} experts, {config.experts_per_token:g} per token, in "
@@ -315,7 +316,16 @@ def banner(
         f"{settings.micro_batch_size} x "
         f"{groups.rows_size} {where} x {micro_steps} accumulation steps",
         f"data     {store.path} ({tokens:,} training tokens, vocabulary {store.vocab_size})",
-        f"kernels  {device.type}; experts by {backend}, router "
+        f"kernels  {device.type}; experts by {backend}{_rounding(config, backend)}, router "
         f"{router_backend(device, torch.float32)}",
         f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
     ]
+
+
+def _rounding(config: RunConfig, backend: str) -> str:
+    """How the experts round, where they do."""
+    if not config.model.num_experts or config.experts.precision == "native":
+        return ""
+    if backend == "triton":
+        return " in fp8"
+    return f" in fp8, computed in {config.train.precision}"

@@ -266,6 +266,7 @@ HELD: dict[str, dict[str, Any]] = {
         "backend": "auto",
         "recompute": False,
         "token_rounding": 0,
+        "precision": "native",
     },
     "WatchdogConfig": {
         "timeout_seconds": 60.0,

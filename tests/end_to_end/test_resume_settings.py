@@ -617,6 +617,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     # devices, processes, machines
     "experts.backend": reaches("experts.backend=reference"),
     "experts.recompute": reaches("experts.recompute=true"),
+    "experts.precision": acts("experts.precision=fp8", LOSS),
     "train.grad_accum_dtype": acts(
         "train.grad_accum_dtype=bf16 train.micro_batch_size=1",
         LOSS,
