@@ -82,3 +82,10 @@ def test_a_device_leaves_room(monkeypatch):
     exact = dataclasses.replace(found, memory=planned(config_of(), 8))
     monkeypatch.setattr(micro_batch, "device_of", lambda name: exact)
     assert with_micro_batch(config_of(), "H100")[0].train.micro_batch_size < 8
+
+
+def test_a_device_of_another_name_is_none():
+    from ops.device import memory_gib
+
+    assert memory_gib("NVIDIA H100 80GB HBM3") == 80 and memory_gib("NVIDIA GH200") == 141
+    assert memory_gib("H1000") is None and memory_gib("A1000") is None

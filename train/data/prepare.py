@@ -132,6 +132,7 @@ def prepare(
         ValueError: the sources or the tokenizer cannot be read, or the place of the store not be
             written.
     """
+    is_stream, most = config.streaming, config.stream.head_documents
     config = config.head
     final = store_path(config)
 
@@ -146,6 +147,8 @@ def prepare(
     import tokenizers  # noqa: F401
 
     workers = num_workers or len(os.sched_getaffinity(0))
+    if is_stream:
+        report(f"of a stream the first {most:,} documents of every source are prepared")
 
     def build(scratch: Path) -> None:
         apart(lambda: _fill(config, scratch, final, workers), report, progress)

@@ -8,10 +8,12 @@ text of one window, and the files from the oldest that is read to AHEAD behind t
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +35,9 @@ from train.data.streaming.windows import (
     token_file,
     write_tokens,
 )
-from train.data.worker import Child
+from train.data.worker import Child, tell
 
+log = logging.getLogger("loadstone")
 AHEAD = 1
 """Windows of a source that are made before anybody asks for them."""
 WINDOW_UNIT = 2**20
@@ -188,6 +191,8 @@ class Reader:
                     continue
                 self._place = Position(number, meter.number, here)
                 yield text
+            if bad_rows.count:
+                tell(f"source {self.source.path}: left out {bad_rows}{bad_rows.by_kind}")
             number, skipped_files, behind = number + 1, 0, 0
             self._place = Position(number)
             yield None
@@ -215,11 +220,16 @@ class Producer:
 
     def begin(self, first: list[int]) -> None:
         """Begin with these windows of the sources."""
-        self._child.pipe.send(("begin", first))
+        self._send("begin", first)
 
     def want(self, source: int, last: int, oldest: int) -> None:
         """Windows of a source up to `last` are wanted, and none before `oldest` any more."""
-        self._child.pipe.send(("want", source, last, oldest))
+        self._send("want", source, last, oldest)
+
+    def _send(self, *order: Any) -> None:
+        # What has ended the process is told to whoever waits for a window.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._child.pipe.send(order)
 
     def made(self) -> list[tuple[int, Window]]:
         """Windows that have come, each with its source; waits a while for the first.
@@ -234,6 +244,8 @@ class Producer:
                 kind, *rest = self._child.hear()
                 if kind == "result":
                     found.append(rest[0])
+                elif kind == "report":
+                    log.info("%s", *rest)
             self._child.check()
         return found
 
