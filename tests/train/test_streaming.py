@@ -194,6 +194,17 @@ def test_files_of_a_pass_that_are_behind_are_not_read_again(config, tmp_path):
     samples.close()
 
 
+def test_a_part_of_a_set_is_found_again_too(config, tmp_path):
+    """Where files are not read one after another, whole, documents are counted."""
+    for changed in ({"max_documents": 150}, {"split": "train[40%:]+train[:70%]"}):
+        part = dataclasses.replace(config.sources[0], **changed)
+        alone = dataclasses.replace(config, sources=(part,))
+        name = str(next(iter(changed)))
+        whole = read(alone, tmp_path / f"{name} whole", 0, 120, 10)
+        read(alone, tmp_path / name, 0, 80, 10)
+        np.testing.assert_array_equal(read(alone, tmp_path / name, 80, 120, 10), whole[80:])
+
+
 def test_a_source_that_has_changed_is_refused(config, tmp_path):
     store = store_of(config)
     read(config, tmp_path / "run", 0, 120)

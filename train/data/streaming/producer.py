@@ -172,8 +172,8 @@ class Reader:
         """
         number, skipped_files, behind = place
         while True:
-            # So many documents are counted from the beginning.
-            counted = self.source.max_documents is not None
+            # Files can be left out where all of them are read, each once.
+            by_file = self.source.max_documents is None and self.source.split.isidentifier()
             meter = Meter()
             begun: dict[int, int] = {}
             bad_rows = bad_rows_of(self.source, self.config)
@@ -181,15 +181,14 @@ class Reader:
                 self.source,
                 bad_rows,
                 meter=meter,
-                first_file=0 if counted else skipped_files,
+                first_file=skipped_files,
                 keep_files=False,
             ):
-                here = begun[meter.number] = begun.get(meter.number, 0) + 1
-                if meter.number < skipped_files or (
-                    meter.number == skipped_files and here <= behind
-                ):
+                file = meter.number if by_file else 0
+                here = begun[file] = begun.get(file, 0) + 1
+                if file == skipped_files and here <= behind:
                     continue
-                self._place = Position(number, meter.number, here)
+                self._place = Position(number, file, here)
                 yield text
             if bad_rows.count:
                 tell(f"source {self.source.path}: left out {bad_rows}{bad_rows.by_kind}")

@@ -36,9 +36,9 @@ class Position(NamedTuple):
 
     number_of_pass: int = 0
     file: int = 0
-    """Files of the pass that are behind."""
+    """Files of the pass that are behind; 0 of a source that is not read file by file."""
     documents: int = 0
-    """Of this file that are behind."""
+    """Of this file that are behind, or of the pass."""
 
 
 @dataclass(frozen=True)
