@@ -67,7 +67,7 @@ INSTEAD = {"model.top_k": "router.top_k or router.budget"}
 """What to change instead of a key that is fixed."""
 OF_THE_COMMAND = ("run_dir", "resume", "saved_config", "attempt", "launch.dry_run")
 """Keys that say nothing about how the run trains."""
-KEPT_GROUPS = ("experiment", "debug", "model")
+KEPT_GROUPS = ("experiment", "size", "variant", "debug", "model")
 
 
 class _Unset:
