@@ -309,6 +309,11 @@ def _lengths(run: RunConfig) -> list[str]:
         )
 
     vocab_size = run.data.tokenizer.vocab_size
+    if run.data.streaming and train.num_epochs is not None:
+        problems.append(
+            f"train.num_epochs is {train.num_epochs:g}, but nobody knows how long a pass over a "
+            "stream is (data.streaming=true); give train.num_steps or train.num_tokens"
+        )
     if train.sample_prompt and not run.data.has_tokenizer:
         problems.append(
             f"train.sample_prompt is {train.sample_prompt!r}, but the data are tokens and there is "

@@ -152,6 +152,13 @@ HELD: dict[str, dict[str, Any]] = {
         "thinking": None,
         "train_on": "assistant",
         "too_long": "refuse",
+        "streaming": False,
+        "stream": {},
+    },
+    "StreamConfig": {
+        "window_mib": 64,
+        "head_documents": 10_000,
+        "workers": None,
     },
     "SourceConfig": {
         "name": None,
