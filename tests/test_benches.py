@@ -16,9 +16,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
     "checkpoint_scale": ["--layers", "2", "--experts", "8", "--repeats", "1"],
-    "large_run": "--layers 2 --experts 8 --ranks 2 --mib 1 --audit-mib 1".split(),
-    "prepare_data": "--megabytes 1 --workers 1 --rounds 1 --vocabulary 300".split(),
-    "killed_preparation": "--megabytes 2 --kills 1 --workers 1 --vocabulary 300".split(),
+    "large_run": [
+        "--layers",
+        "2",
+        "--experts",
+        "8",
+        "--ranks",
+        "2",
+        "--mib",
+        "1",
+        "--audit-mib",
+        "1",
+    ],
+    "prepare_data": ["--megabytes", "1", "--workers", "1", "--rounds", "1", "--vocabulary", "300"],
+    "killed_preparation": [
+        "--megabytes",
+        "2",
+        "--kills",
+        "1",
+        "--workers",
+        "1",
+        "--vocabulary",
+        "300",
+    ],
     "reliability": ["--steps", "4", "--save-interval", "2"],
 }
 
