@@ -152,6 +152,13 @@ HELD: dict[str, dict[str, Any]] = {
         "thinking": None,
         "train_on": "assistant",
         "too_long": "refuse",
+        "streaming": False,
+        "stream": {},
+    },
+    "StreamConfig": {
+        "window_mib": 64,
+        "head_documents": 10_000,
+        "workers": None,
     },
     "SourceConfig": {
         "name": None,
@@ -266,6 +273,7 @@ HELD: dict[str, dict[str, Any]] = {
         "backend": "auto",
         "recompute": False,
         "token_rounding": 0,
+        "precision": "native",
     },
     "WatchdogConfig": {
         "timeout_seconds": 60.0,

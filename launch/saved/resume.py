@@ -58,6 +58,7 @@ FREE = (
     "data.cache_dir",
     "data.max_bad_rows",
     "data.on_bad_row",
+    "data.stream.workers",
 )
 """Keys under those patterns that may change: memory (but for the order of a sum), places, and what
 preparing bears. The tokens themselves are compared when the store is opened.

@@ -60,6 +60,7 @@ def device_memory(
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
     recompute_experts: bool = False,
+    fp8_experts: bool = False,
     grad_accum_dtype: str = "fp32",
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
@@ -111,7 +112,8 @@ def device_memory(
             attention,
             context_parallel_size > 1,
         )
-        + _adapted_bytes(config, trained, width, expert_parallel_size),
+        + _adapted_bytes(config, trained, width, expert_parallel_size)
+        + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
         logits=_logit_bytes(config, tokens, precision),
     )
 
@@ -126,6 +128,14 @@ def _adapted_bytes(
         return 0
     one = 3 * config.hidden_size * config.expert_intermediate_size
     return 2 * width * one * -(-config.num_experts // expert_parallel_size)
+
+
+def _rounded_bytes(config: ModelConfig, width: int, expert_parallel_size: int) -> int:
+    """Of one layer's gate_up at its most in backward: a copy with its columns as rows, that copy
+    scaled, and its 8-bit floats.
+    """
+    values = 2 * config.hidden_size * config.expert_intermediate_size
+    return (2 * width + 1) * values * -(-config.num_experts // expert_parallel_size)
 
 
 def _logit_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
