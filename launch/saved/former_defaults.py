@@ -117,6 +117,7 @@ HELD: dict[str, dict[str, Any]] = {
         "beta1": 0.9,
         "beta2": 0.95,
         "eps": 1e-08,
+        "ema_decay": None,
         "optimizer": "adamw",
         "momentum": 0.95,
         "nesterov": True,

@@ -24,6 +24,7 @@ SETTINGS = (
     "optim.warmup_steps=2",
     "optim.lr=0.01",
     "optim.orthogonalize_dtype=fp32",
+    "optim.ema_decay=0.6",
     "train.num_steps=6",
     "balance=none",  # a loss over a micro-batch is another on two ranks
 )
@@ -78,7 +79,7 @@ def test_a_checkpoint_holds_one_moment_of_what_muon_moves_and_two_of_the_rest(al
         states.setdefault(name, set()).add(state)
     for name, keys in states.items():
         by_muon = is_hidden_matrix(re.sub(r"\.\d+$", "", name))
-        assert keys == {"fp32"} | ({"momentum_buffer"} if by_muon else {"exp_avg", "exp_avg_sq"})
+        assert keys == {"fp32", "ema"} | ({"momentum_buffer"} if by_muon else {"exp_avg", "exp_avg_sq"})
 
 
 @pytest.mark.parametrize(

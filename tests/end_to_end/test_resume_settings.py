@@ -37,7 +37,8 @@ from launch.saved import files as saved
 from launch.saved.files import load_config
 from launch.saved.resume import OF_THE_COMMAND, examine, flat, merged
 from launch.saved.run import load_run
-from train.checkpoint.folder import point_best
+from train.checkpoint.folder import find_checkpoint, point_best
+from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.writer import CheckpointError
 from train.config.component import FORMER, KINDS, SETTINGS
 from train.config.data import SourceConfig
@@ -205,6 +206,15 @@ ALARM = "alarm/collapse"
 def profiled(ran: Ran) -> list[int]:
     """Steps that the profile of rank 0 is of."""
     return json.loads((ran.folder / "profile/rank-00000-phases.json").read_text())["steps"]
+
+
+def averages_after_resuming(ran: Ran, control: Ran) -> bool:
+    """It is in the checkpoint that follows, and no loss is another."""
+    held = [
+        any(key.endswith("/ema") for key in CheckpointReader(find_checkpoint(r.folder)).stored)
+        for r in (ran, control)
+    ]
+    return held == [True, False] and ran.values(LOSS) == control.values(LOSS)
 
 
 CASES: dict[str, Acts | Reaches | Refused] = {
@@ -504,6 +514,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "optim.beta2": acts("optim.beta2=0.1", LOSS),
     "optim.eps": acts("optim.eps=0.1", LOSS),
     "optim.optimizer": refused("optim.optimizer=muon", "init.run=RUN init.checkpoint=latest"),
+    "optim.ema_decay": acts("optim.ema_decay=0.9", averages_after_resuming),
     "optim.momentum": acts("optim.momentum=0.1", LOSS, "muon"),
     "optim.nesterov": acts("optim.nesterov=false", LOSS, "muon"),
     "optim.update_rms": acts("optim.update_rms=0.02", LOSS, "muon"),

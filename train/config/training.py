@@ -191,6 +191,10 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay, 0.999 for example, in fp32
+    beside the moments; weights=ema of other commands reads it. None: none.
+    """
     momentum: float = 0.95
     """Of Muon: how much of the last step's momentum stays."""
     nesterov: bool = True
@@ -240,6 +244,11 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            found.append(
+                f"optim.ema_decay is {self.ema_decay}; it must be above 0 and below 1, or null for "
+                "no average"
+            )
         if not 0 <= self.momentum < 1:
             found.append(f"optim.momentum is {self.momentum}; it must be in [0, 1)")
         if not self.update_rms > 0:

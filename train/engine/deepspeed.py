@@ -35,6 +35,7 @@ from model.parallel.groups import ParallelGroups
 from model.parallel.topology import StageTopology
 from model.request import SUMS_ALONE, ForwardRequest, TokenBatch
 from train.config.training import OptimConfig, TrainConfig
+from train.engine.average import AVERAGE
 from train.engine.frozen import read_frozen, write_frozen
 from train.engine.library import (
     _anchor,
@@ -111,6 +112,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=StageTopology(groups)
         )
+        self.average = optimizer.average
         self.module = self.deepspeed.module
         self.device = torch.device(self.deepspeed.device)
         self.muon: Muon | None = None
@@ -222,7 +224,8 @@ class Engine:
         """What there is of a parameter to save: one that is frozen has no moments."""
         if not parameter.requires_grad:
             return ("fp32",)
-        return MUON_STATE_KEYS if parameter in self._by_muon else STATE_KEYS
+        keys = MUON_STATE_KEYS if parameter in self._by_muon else STATE_KEYS
+        return keys if self.average is None else (*keys, AVERAGE)
 
     def trained_by_kind(self) -> dict[str, tuple[int, int]]:
         """Kind of parameters -> elements that are trained, and elements, over all ranks."""
@@ -305,6 +308,8 @@ class Engine:
             masters = list(optimizer.fp32_partitioned_groups_flat)
         fused = bool(inner.param_groups[0].get("fused"))
         for master in masters:
+            if self.average is not None:
+                inner.state[master][AVERAGE] = self.average.begin(master, step)
             if self.muon is not None and master in self.muon.layouts:
                 inner.state[master][MOMENTUM] = torch.zeros_like(master)
                 continue

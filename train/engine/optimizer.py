@@ -12,6 +12,7 @@ from torch import nn
 from model.parallel.family import is_expert_parameter
 from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
 from train.config.training import OptimConfig
+from train.engine.average import AveragedAdamW, MovingAverage
 from train.engine.muon.optimizer import Muon
 
 
@@ -141,16 +142,23 @@ def trained_by_kind(named: Iterable[tuple[str, nn.Parameter, int]]) -> dict[str,
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, expert_group: str | None
-) -> torch.optim.AdamW:
-    """AdamW, or a Muon which has AdamW for the rest, still to be told where its matrices lie."""
+) -> AveragedAdamW | Muon:
+    """AdamW, or a Muon which has AdamW for the rest, still to be told where its matrices lie; with
+    a moving average of what they move if optim.ema_decay asks for one.
+    """
     groups = parameter_groups(model, config, expert_group)
     fused = torch.cuda.is_available()
+    optimizer: AveragedAdamW | Muon
     if config.uses_muon:
-        return Muon(groups, config, fused)
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused,
-    )
+        optimizer = Muon(groups, config, fused)
+    else:
+        optimizer = AveragedAdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=fused,
+        )
+    if config.ema_decay is not None:
+        optimizer.average = MovingAverage(config.ema_decay)
+    return optimizer
