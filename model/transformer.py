@@ -25,7 +25,13 @@ from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
 from model.init import initialize_parameters
 from model.layers import RMSNorm, rotary_tables, times
-from model.loss import ModelOutput, cross_entropy_sum, targets_ahead, token_cross_entropy
+from model.loss import (
+    ModelOutput,
+    cross_entropy_and_z_sums,
+    cross_entropy_sum,
+    targets_ahead,
+    token_cross_entropy,
+)
 from model.moe.balance import (
     BalanceSums,
     RouterSums,
@@ -251,15 +257,19 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def _loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens
-        in memory at a time.
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        by_token: bool,
+        with_z: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """loss_sum, token_losses and logit_z_sum of ModelOutput, with the logits of
+        model.loss_chunk_size tokens in memory at a time.
         """
 
         def of_chunk(
             hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             if weight is None:
                 logits = self._project(hidden)
             else:
@@ -269,7 +279,11 @@ class Transformer(nn.Module):
                 if by_token
                 else logits.new_empty(0, dtype=torch.float32)
             )
-            return cross_entropy_sum(logits, targets), by_tokens
+            if with_z:
+                loss, z = cross_entropy_and_z_sums(logits, targets)
+                return loss, by_tokens, z
+            loss = cross_entropy_sum(logits, targets)
+            return loss, by_tokens, loss.new_zeros(())
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
@@ -283,7 +297,7 @@ class Transformer(nn.Module):
                 (self.embedding if self.head is None else self.head).weight, len(parts)
             )
 
-        sums, by_tokens = zip(
+        sums, by_tokens, z_sums = zip(
             *(
                 checkpoint(of_chunk, *chunk, use_reentrant=False)
                 if torch.is_grad_enabled()
@@ -292,7 +306,11 @@ class Transformer(nn.Module):
             ),
             strict=True,
         )
-        return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
+        return (
+            torch.stack(sums).sum(),
+            torch.cat(by_tokens).view(targets.shape if by_token else 0),
+            torch.stack(z_sums).sum(),
+        )
 
     def _balance_sums(
         self, layers: list[RouterSums], previous_counts: torch.Tensor | None, like: torch.Tensor
@@ -327,8 +345,9 @@ class Transformer(nn.Module):
             snapshot=request.snapshot,
         )
         hidden = self._backbone(batch.input_ids, layout, routing_request, request.given_ids)
-        loss_sum, token_losses = self._loss(
-            hidden.last, batch.targets, request.keep_routing and not self.training
+        by_token = request.keep_routing and not self.training
+        loss_sum, token_losses, logit_z_sum = self._loss(
+            hidden.last, batch.targets, by_token, request.with_logit_z
         )
         further: list[torch.Tensor] = []
         if self.training:
@@ -355,6 +374,7 @@ class Transformer(nn.Module):
             attention_stats=attention_stats,
             token_losses=token_losses,
             mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            logit_z_sum=logit_z_sum,
         )
 
     def logits(

@@ -61,10 +61,11 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     # The loss of a micro-batch is its share of the whole step's, so that gradients add up to that
     # of the mean over all targets, however they are spread over ranks and micro-batches.
     statistics = scope_counts = None
+    with_logit_z = run.config.train.z_loss_coeff > 0
     losses = []
     for batch in batches:
         with run.watch.phase(step, "forward"):
-            request = request_for(orders, ask, scope_counts)
+            request = request_for(orders, ask, scope_counts, with_logit_z)
             output = run.engine.forward(batch.inputs(run.engine.device), request)
         communication = meter.read()
         with run.watch.phase(step, "backward"):
@@ -75,6 +76,7 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
                 run.config.balance,
                 run.config.train.mtp_coeff,
                 size.num_mtp_targets,
+                run.config.train.z_loss_coeff,
             )
             run.engine.backward(share, is_last=batch is batches[-1])
         losses.append(output.loss_sum.detach())
@@ -130,11 +132,14 @@ def agree_on_size(
     return StepSize(num_targets, num_tokens, asked, tuple(ahead))
 
 
-def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> ForwardRequest:
+def request_for(
+    orders: Orders, ask: Ask, scope_counts: torch.Tensor | None, with_logit_z: bool
+) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
     Args:
         scope_counts: of the micro-batches of the step before this one, for the balance loss.
+        with_logit_z: the loss has a term of the logits' normalizers.
     """
     return ForwardRequest(
         previous_counts=scope_counts,
@@ -142,4 +147,5 @@ def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> 
         snapshot=orders.snapshot,
         frozen=orders.frozen,
         measure_attention=Ask.ATTENTION in ask,
+        with_logit_z=with_logit_z,
     )

@@ -96,6 +96,7 @@ HELD: dict[str, dict[str, Any]] = {
         "precision": "fp32",
         "grad_accum_dtype": "fp32",
         "mtp_coeff": 0.0,
+        "z_loss_coeff": 0.0,
         "clip_grad_norm": 1.0,
         "log_interval": 10,
         "eval_interval": 0,

@@ -296,6 +296,8 @@ def run_case(case: dict) -> dict:
         "attention": 0.0,
     }
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
+    z_loss = case.get("z_loss", 0.0)
+    asked = ForwardRequest(measure_attention=True, with_logit_z=z_loss > 0)
     for step in range(case.get("steps", STEPS)):
         num_targets, num_tokens = counts_of(step, num_micro)
         mtp = (0.3, mtp_targets_of(step, num_micro, config.num_mtp_layers))
@@ -307,12 +309,12 @@ def run_case(case: dict) -> dict:
         for micro in range(num_micro):
             output = reference(
                 take(batch(step, micro, ROWS), 0, ROWS),
-                ForwardRequest(previous_counts=previous, measure_attention=True),
+                asked._replace(previous_counts=previous),
             )
             previous = output.scope_counts
             reference_attention.append(output.attention_stats)
             reference_stats.append(output.stats)
-            loss = training_loss(output, num_targets, num_tokens, balance, *mtp)
+            loss = training_loss(output, num_targets, num_tokens, balance, *mtp, z_loss)
             loss.backward()
             reference_loss += float(loss)
         own = torch.zeros((), dtype=torch.float64)
@@ -321,12 +323,12 @@ def run_case(case: dict) -> dict:
             with fault(case, engine):
                 output = engine.forward(
                     own_tokens(batch(step, micro, ROWS), groups),
-                    ForwardRequest(previous_counts=previous, measure_attention=True),
+                    asked._replace(previous_counts=previous),
                 )
                 previous = output.scope_counts
                 own_attention.append(output.attention_stats)
                 own_stats.append(output.stats)
-                loss = training_loss(output, num_targets, num_tokens, balance, *mtp)
+                loss = training_loss(output, num_targets, num_tokens, balance, *mtp, z_loss)
                 engine.backward(loss, is_last=micro == num_micro - 1)
             own += loss.detach().double()
         dist.all_reduce(own)

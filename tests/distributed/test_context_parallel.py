@@ -46,7 +46,9 @@ TWO_RANKS = [
 FOUR_RANKS = [case(4, 4, 0, 1, "sequence", model={"num_kv_heads": 4}, router="threshold")]
 MORE_ON_TWO = [
     case(2, 2, 0, 1, "sequence"),
-    case(2, 1, 1, 2, "global_batch", model={"recompute": "block", "loss_chunk_size": 7}),
+    case(
+        2, 1, 1, 2, "global_batch", model={"recompute": "block", "loss_chunk_size": 7}, z_loss=0.02
+    ),
     case(2, 2, 0, 2, "batch", attention=LEARNED),
     case(2, 1, 2, 1, "batch", attention=GATED),
     case(2, 2, 2, 1, "sequence", attention=LEVELS),

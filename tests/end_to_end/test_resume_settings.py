@@ -428,6 +428,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "fail_safe.rank_overload": reaches("fail_safe.rank_overload=1.5"),
     "fail_safe.overload_steps": reaches("fail_safe.overload_steps=3"),
     "model.num_mtp_layers": refused("model.num_mtp_layers=2", SHAPE, "mtp"),
+    "train.z_loss_coeff": acts("train.z_loss_coeff=0.1", "train/z_loss"),
     "train.mtp_coeff": acts("train.mtp_coeff=3", LOSS, "mtp"),
     # attention
     "attention.name": acts("attention=dense", LOSS, "scc"),

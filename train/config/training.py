@@ -70,6 +70,10 @@ class TrainConfig:
     """Weight of the loss of multi-token prediction, with model.num_mtp_layers (DeepSeek-V3: 0.3, at
     the end 0.1).
     """
+    z_loss_coeff: float = 0.0
+    """Weight of the z-loss of the output logits: the mean over targets of squared logsumexp (PaLM:
+    1e-4). Those of multi-token prediction have none, and routers have balance.z_loss_coeff.
+    """
     clip_grad_norm: float = 1.0
     """Maximum global gradient norm; 0 switches clipping off."""
     log_interval: int = 10
@@ -112,7 +116,7 @@ class TrainConfig:
             for name in ("num_tokens", "num_epochs")
             if (value := getattr(self, name)) is not None and value <= 0
         ]
-        for name in ("eval_interval", "clip_grad_norm", "mtp_coeff"):
+        for name in ("eval_interval", "clip_grad_norm", "mtp_coeff", "z_loss_coeff"):
             if getattr(self, name) < 0:
                 found.append(
                     f"train.{name} is {getattr(self, name)}; it must not be negative (0 switches "

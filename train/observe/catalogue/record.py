@@ -46,6 +46,7 @@ class Need(Enum):
     NULL_EXPERTS = "the router has null experts"
     BIAS = "a selection bias is not 0"
     MTP = "model.num_mtp_layers is above 0"
+    LOGIT_Z_LOSS = "train.z_loss_coeff is above 0"
     AUX_LOSS = "balance.aux_loss_coeff is above 0"
     WHOLE_ROUTERS = "ranks hold whole routers (with ZeRO-3 small ones only)"
     SPREAD_EXPERTS = "experts are spread over ranks"

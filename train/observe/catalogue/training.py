@@ -38,6 +38,15 @@ TRAINING = (
             "the interval's updates, and over the modules; without its weight train.mtp_coeff",
             needs=needs(Need.MTP),
         ),
+        Metric(
+            "z_loss",
+            "z-loss of the logits",
+            "",
+            NEITHER,
+            "squared logsumexp of the output logits, mean over the predicted targets of the "
+            "interval's updates, without its weight train.z_loss_coeff",
+            needs=needs(Need.LOGIT_Z_LOSS),
+        ),
         Metric("lr", "learning rate", "", NEITHER, "of the logged step, as scheduled", STEP),
         Metric(
             "grad_norm",
