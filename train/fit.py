@@ -139,7 +139,6 @@ def fit(
         routing = RoutingControl(
             engine.module.routers(),
             groups,
-            config.balance,
             config.budget,
             config.fail_safe,
             engine.module.rank_shares,

@@ -62,6 +62,7 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     # of the mean over all targets, however they are spread over ranks and micro-batches.
     statistics = scope_counts = None
     with_logit_z = run.config.train.z_loss_coeff > 0
+    balance = run.config.balance.at(step.number, run.config.train.num_steps)
     losses = []
     for batch in batches:
         with run.watch.phase(step, "forward"):
@@ -73,7 +74,7 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
                 output,
                 size.num_targets,
                 size.num_tokens,
-                run.config.balance,
+                balance,
                 run.config.train.mtp_coeff,
                 size.num_mtp_targets,
                 run.config.train.z_loss_coeff,
@@ -93,7 +94,7 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     assert statistics is not None  # a step has a micro-batch
     layers = run.routing.reduce(statistics)
     if applied and layers is not None:
-        run.routing.update(layers)
+        run.routing.update(layers, balance)
 
     # The step is told to those who watch before the guard, which may end the run with it.
     result = StepResult(

@@ -323,7 +323,8 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
         if len(train.batch_size_rampup) != 3:
             problems.append(
                 f"train.batch_size_rampup {list(train.batch_size_rampup)} "
-                "must be [start, increment, samples]"
+                "must be [start, increment, samples], or [start, increment] with "
+                "train.batch_size_rampup_tokens"
             )
         else:
             start, increment, samples = train.batch_size_rampup

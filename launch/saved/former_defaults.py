@@ -66,15 +66,18 @@ HELD: dict[str, dict[str, Any]] = {
     },
     "BalanceConfig": {
         "aux_loss_coeff": 0.0,
+        "aux_loss_schedule": {},
         "aux_loss_scope": "batch",
         "z_loss_coeff": 0.0,
         "bias_update": "none",
         "bias_update_rate": 0.0,
+        "bias_rate_schedule": {},
         "quantile_momentum": 0.5,
         "histogram_bins": 256,
         "entropy_coeff": 0.0,
         "orthogonality_coeff": 0.0,
     },
+    "FactorSchedule": {"style": "constant", "start": 0.0, "floor": 0.0},
     "ProfileConfig": {"steps": [], "all_ranks": False},
     "InitConfig": {"path": None, "run": None, "checkpoint": "best", "upcycle": {}},
     "UpcycleConfig": {
@@ -93,6 +96,7 @@ HELD: dict[str, dict[str, Any]] = {
     },
     "TrainConfig": {
         "batch_size_rampup": None,
+        "batch_size_rampup_tokens": None,
         "precision": "fp32",
         "grad_accum_dtype": "fp32",
         "mtp_coeff": 0.0,
@@ -127,6 +131,7 @@ HELD: dict[str, dict[str, Any]] = {
         "orthogonalize_dtype": "bf16",
         "freeze": [],
         "groups": [],
+        "layer_lr_decay": None,
     },
     "GroupConfig": {
         "lr_factor": 1.0,

@@ -375,6 +375,20 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     ),
     # balance
     "balance.aux_loss_coeff": acts("balance.aux_loss_coeff=1.0", LOSS),
+    **{
+        f"balance.{schedule}.{name}": acts(
+            f"balance.{schedule}.{name}={value}", f"train/{metric}", base, control
+        )
+        for schedule, metric, base in (
+            ("aux_loss_schedule", "aux_loss_coeff", "top_k"),
+            ("bias_rate_schedule", "bias_update_rate", "bias"),
+        )
+        for name, value, control in (
+            ("style", "step", ()),
+            ("start", 12, (f"balance.{schedule}.style=linear",)),
+            ("floor", 0.5, (f"balance.{schedule}.style=cosine",)),
+        )
+    },
     "balance.aux_loss_scope": acts(
         "balance.aux_loss_scope=global_batch", LOSS, control=("balance.aux_loss_coeff=1.0",)
     ),
@@ -524,6 +538,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "optim.groups.*.optimizer": refused(
         "optim.groups=[{match: experts, optimizer: muon}]", "init.run=RUN init.checkpoint=latest"
     ),
+    "optim.layer_lr_decay": acts("optim.layer_lr_decay=0.5", LOSS),
     "optim.freeze": refused("optim.freeze=[embedding]", "moments of what was trained alone"),
     **{
         f"optim.groups.*.{name}": reaches(f"optim.groups=[{{match: norms, {name}: {value}}}]")
@@ -536,6 +551,11 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "train.num_epochs": acts("train.num_epochs=20", "train/lr"),
     "train.micro_batch_size": acts("train.micro_batch_size=2", LOSS),
     "train.global_batch_size": acts("train.global_batch_size=8", "tokens"),
+    "train.batch_size_rampup_tokens": acts(
+        "train.batch_size_rampup_tokens=12800",
+        "tokens",
+        control=("train.batch_size_rampup=[1,1,40]",),
+    ),
     "train.batch_size_rampup": acts("train.batch_size_rampup=[1,1,400]", "tokens"),
     "train.precision": acts("train.precision=bf16", LOSS),
     "train.clip_grad_norm": acts("train.clip_grad_norm=0.001", LOSS, control=("optim.eps=0.1",)),

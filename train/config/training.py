@@ -61,6 +61,10 @@ class TrainConfig:
     """[start, increment, samples]: global batch grows from start to global_batch_size over that
     many samples.
     """
+    batch_size_rampup_tokens: int | None = None
+    """Tokens over which the batch grows, also as 10B or 300M, in place of the number of samples:
+    batch_size_rampup is then [start, increment]. None: it says samples.
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
     """In what gradients are added up, over micro-batches and over ranks. bf16, with precision=bf16
@@ -113,7 +117,7 @@ class TrainConfig:
         ]
         found += [
             f"train.{name} is {value}; it must be positive, or null"
-            for name in ("num_tokens", "num_epochs")
+            for name in ("num_tokens", "num_epochs", "batch_size_rampup_tokens")
             if (value := getattr(self, name)) is not None and value <= 0
         ]
         for name in ("eval_interval", "clip_grad_norm", "mtp_coeff", "z_loss_coeff"):
@@ -122,6 +126,11 @@ class TrainConfig:
                     f"train.{name} is {getattr(self, name)}; it must not be negative (0 switches "
                     "it off)"
                 )
+        if self.batch_size_rampup_tokens is not None and self.batch_size_rampup is None:
+            found.append(
+                f"train.batch_size_rampup_tokens is {self.batch_size_rampup_tokens}, but no batch "
+                "grows; give train.batch_size_rampup=[start,increment] as well, or drop it"
+            )
         if self.grad_accum_dtype == "bf16" and self.precision != "bf16":
             found.append(
                 f"train.grad_accum_dtype is bf16, but train.precision={self.precision} has no bf16 "
@@ -219,6 +228,10 @@ class OptimConfig:
     """Parameters with their own learning rate, weight decay or optimizer; the first that matches
     holds.
     """
+    layer_lr_decay: float | None = None
+    """Factor on the learning rate from each layer to the one below: the head and what stands
+    behind the last layer have optim.lr, the embedding the least. None: all have the same.
+    """
 
     @property
     def uses_muon(self) -> bool:
@@ -244,6 +257,11 @@ class OptimConfig:
             found.append(
                 f"optim.warmup_fraction is {self.warmup_fraction}; it must be at least 0 and below "
                 "1, or null"
+            )
+        if self.layer_lr_decay is not None and not 0 < self.layer_lr_decay <= 1:
+            found.append(
+                f"optim.layer_lr_decay is {self.layer_lr_decay}; it must be above 0 and at most 1, "
+                "or null"
             )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

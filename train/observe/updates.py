@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from model.config import BalanceConfig
 from train.agenda import Step
 from train.engine.schedule import Schedule
 from train.observe.base import Observer, StepResult
 
 
 class Updates(Observer):
-    """Learning rate, gradient norm and the number of skipped steps.
+    """Learning rate, what is scheduled of the balance, gradient norm and the number of skipped
+    steps.
 
     Args:
+        balance, num_steps: of the run.
         skipped_steps: how many steps the run had skipped before this process.
     """
 
-    def __init__(self, schedule: Schedule, skipped_steps: int):
+    def __init__(
+        self, schedule: Schedule, skipped_steps: int, balance: BalanceConfig, num_steps: int
+    ):
+        self._balance, self._num_steps = balance, num_steps
         self._schedule, self._skipped_steps = schedule, skipped_steps
         self._grad_norm = math.nan
 
@@ -28,6 +34,15 @@ class Updates(Observer):
     def log(self, step: Step) -> dict[str, Any]:
         return {
             "train/lr": self._schedule.learning_rate,
+            **self._scheduled(step.number),
             "train/grad_norm": self._grad_norm,
             "train/skipped_steps": self._skipped_steps,
         }
+
+    def _scheduled(self, step: int) -> dict[str, float]:
+        found, now = {}, self._balance.at(step, self._num_steps)
+        if self._balance.aux_loss_schedule.style != "constant":
+            found["train/aux_loss_coeff"] = now.aux_loss_coeff
+        if self._balance.bias_rate_schedule.style != "constant":
+            found["train/bias_update_rate"] = now.bias_update_rate
+        return found
