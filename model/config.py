@@ -5,7 +5,7 @@ it without a device.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ops.grouped_mlp.spec import Activation
@@ -421,7 +421,7 @@ class BalanceConfig:
     """
 
     aux_loss_coeff: float = 0.0
-    aux_loss_schedule: FactorSchedule = FactorSchedule()
+    aux_loss_schedule: FactorSchedule = field(default_factory=FactorSchedule)
     """Of aux_loss_coeff, over the steps."""
     aux_loss_scope: Literal["sequence", "batch", "global_batch"] = "batch"
     """The tokens the load fractions are taken over: one sequence; one micro-batch over all
@@ -437,7 +437,7 @@ class BalanceConfig:
     """
     bias_update_rate: float = 0.0
     """Step of bias_update=sign."""
-    bias_rate_schedule: FactorSchedule = FactorSchedule()
+    bias_rate_schedule: FactorSchedule = field(default_factory=FactorSchedule)
     """Of bias_update_rate, over the steps (DeepSeek-V3: style=step to 0 for the last 3.4% of the
     tokens).
     """

@@ -118,6 +118,7 @@ HELD: dict[str, dict[str, Any]] = {
         "warmup_fraction": None,
         "decay_style": "cosine",
         "wsd_decay_steps": None,
+        "wsd_decay_style": "linear",
         "weight_decay": 0.1,
         "beta1": 0.9,
         "beta2": 0.95,

@@ -524,6 +524,11 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         "train/lr",
         control=("optim.decay_style=WSD", "optim.wsd_decay_steps=5"),
     ),
+    "optim.wsd_decay_style": acts(
+        "optim.wsd_decay_style=minus_sqrt",
+        "train/lr",
+        control=("optim.decay_style=WSD", "optim.wsd_decay_steps=75"),
+    ),
     "optim.weight_decay": acts("optim.weight_decay=5.0", LOSS),
     "optim.beta1": acts("optim.beta1=0.1", LOSS),
     "optim.beta2": acts("optim.beta2=0.1", LOSS),

@@ -353,6 +353,27 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class BranchConfig:
+    run: str
+    to: str
+    """The run directory to make; it must not exist."""
+    decay_steps: int
+    """Steps of the decay, which ends the branch."""
+    checkpoint: str = "latest"
+    """best, latest, or a name: step-00000250. The learning rate must be constant there."""
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Form of the decay (optim.wsd_decay_style)."""
+    min_lr: float | None = None
+    """The learning rate at the end; None: optim.min_lr of the run."""
+
+    def problems(self) -> list[str]:
+        found = problems_of_checkpoint("checkpoint", self.checkpoint)
+        if self.decay_steps < 1:
+            found.append(f"decay_steps is {self.decay_steps}; it must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     run: str | None = None
     path: str | None = None

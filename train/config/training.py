@@ -200,6 +200,8 @@ class OptimConfig:
     decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     wsd_decay_steps: int | None = None
     """Steps of the final decay of decay_style=WSD."""
+    wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Its form. minus_sqrt: 1 - sqrt of the share that is done (arXiv 2405.18392)."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -290,6 +292,11 @@ class OptimConfig:
         if (self.decay_style == "WSD") != (self.wsd_decay_steps is not None):
             found.append(
                 "optim.wsd_decay_steps belongs to optim.decay_style=WSD: set both or neither"
+            )
+        if self.decay_style != "WSD" and self.wsd_decay_style != "linear":
+            found.append(
+                f"optim.wsd_decay_style={self.wsd_decay_style} belongs to optim.decay_style=WSD, "
+                f"which is {self.decay_style}; drop it"
             )
         return found
 
