@@ -26,7 +26,7 @@ DECAY = (
     "optim.decay_style=WSD",
     "optim.wsd_decay_steps=3",
     "optim.wsd_decay_style=minus_sqrt",
-    "optim.min_lr=0.001",
+    "optim.min_lr=0.0",
     "optim.ema_decay=0.9",
     "train.num_steps=9",
 )
@@ -44,7 +44,7 @@ def content(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "verified.json"  # whoever reads remembers what he hashed
     }
 
 
@@ -56,7 +56,7 @@ def test_a_branch_takes_the_steps_of_a_run_that_decays_and_leaves_its_run_alone(
     folder, settings = trained
     before = content(folder / "run")
     made = branch(
-        folder, "new", "checkpoint=step-6", "decay_steps=3", "decay_style=minus_sqrt", "min_lr=1e-3"
+        folder, "new", "checkpoint=step-6", "decay_steps=3", "decay_style=minus_sqrt", "min_lr=0"
     )
     assert last_json(made)["step"] == 6 and f"resume={folder / 'new'}" in made.stdout
     resumed = launch("train", f"resume={folder / 'new'}")
