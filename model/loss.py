@@ -54,6 +54,10 @@ class ModelOutput(NamedTuple):
     """[model.num_mtp_layers] fp32, cross-entropy in nats over the targets of each module of
     multi-token prediction (targets_ahead); empty in evaluation.
     """
+    largest_logits: torch.Tensor
+    """[layers, heads] fp32, the largest attention logit of each head, those of multi-token
+    prediction last; -inf of heads that other ranks attend with. Empty where it was not asked for.
+    """
     logit_z_sum: torch.Tensor
     """[] fp32, squared logsumexp of the output logits, summed over the targets of loss_sum; 0
     where it was not asked for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,6 +19,7 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
@@ -142,6 +143,13 @@ class Transformer(nn.Module):
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
 
+    def attentions(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every attention and its name, in the order of ModelOutput.largest_logits."""
+        for i, block in enumerate(self.blocks):
+            yield f"blocks.{i}.attention", cast(nn.Module, block.attention)
+        for i, module in enumerate(self.mtp):
+            yield f"mtp.{i}.block.attention", cast(Block, module.block).attention
+
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
         in training.
@@ -159,6 +167,7 @@ class Transformer(nn.Module):
         measure: bool = False,
         paging: Paging | None = None,
         whole_positions: torch.Tensor | None = None,
+        largest: LargestLogits | None = None,
     ) -> SequenceLayout:
         """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
         here. whole_positions: where the positions are of a part of rows, those of whole ones.
@@ -187,6 +196,7 @@ class Transformer(nn.Module):
             measure=measure,
             paging=paging,
             exchange=exchange,
+            largest=largest,
         )
 
     def _backbone(
@@ -335,6 +345,7 @@ class Transformer(nn.Module):
             whole.token_mask,
             request.measure_attention,
             whole_positions=None if batch.whole is None else whole.positions,
+            largest=LargestLogits() if request.measure_logits else None,
         )
         counting = self.training if request.with_histogram is None else request.with_histogram
         routing_request = RoutingRequest(
@@ -374,6 +385,7 @@ class Transformer(nn.Module):
             attention_stats=attention_stats,
             token_losses=token_losses,
             mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            largest_logits=_stacked(layout.largest, loss_sum),
             logit_z_sum=logit_z_sum,
         )
 
@@ -490,6 +502,13 @@ def _of_layer(
     if given_ids is None:
         return request
     return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+
+
+def _stacked(largest: LargestLogits | None, like: torch.Tensor) -> torch.Tensor:
+    """largest_logits of ModelOutput."""
+    if largest is None or not largest.layers:
+        return like.new_zeros((0, 0))
+    return torch.stack(largest.layers)
 
 
 def _attention_totals(

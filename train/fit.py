@@ -28,6 +28,7 @@ from train.data.loader import TrainingLoader
 from train.data.open import held_out_rows, open_store, training_samples
 from train.data.store import TokenStore
 from train.engine.deepspeed import Engine
+from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
 from train.guard.alarms import settled
@@ -160,6 +161,9 @@ def fit(
             probe=probe,
             guard=guard,
             routing=routing,
+            qk_clip=None
+            if config.optim.qk_clip is None
+            else QkClip(config.optim.qk_clip, config.optim.qk_clip_interval),
             alarms=alarms,
             sinks=sinks,
             progress=progress,

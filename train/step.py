@@ -62,11 +62,12 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     # of the mean over all targets, however they are spread over ranks and micro-batches.
     statistics = scope_counts = None
     with_logit_z = run.config.train.z_loss_coeff > 0
+    clip = run.qk_clip if run.qk_clip is not None and run.qk_clip.is_due(step.number) else None
     balance = run.config.balance.at(step.number, run.config.train.num_steps)
     losses = []
     for batch in batches:
         with run.watch.phase(step, "forward"):
-            request = request_for(orders, ask, scope_counts, with_logit_z)
+            request = request_for(orders, ask, scope_counts, with_logit_z, clip is not None)
             output = run.engine.forward(batch.inputs(run.engine.device), request)
         communication = meter.read()
         with run.watch.phase(step, "backward"):
@@ -81,6 +82,8 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
             )
             run.engine.backward(share, is_last=batch is batches[-1])
         losses.append(output.loss_sum.detach())
+        if clip is not None:
+            clip.see(output)
         scope_counts = output.scope_counts
         statistics = output.stats if statistics is None else statistics + output.stats
         run.watch.micro_batch(step, MicroBatch(batch, output, communication))
@@ -90,6 +93,9 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     with run.watch.phase(step, "step"):
         grad_norm = run.engine.step()
     applied = math.isfinite(grad_norm)
+    clipped = clip.apply(run.engine) if clip is not None and applied else None
+    if clip is not None and not applied:
+        clip.forget()
     communication = meter.finish()
     assert statistics is not None  # a step has a micro-batch
     layers = run.routing.reduce(statistics)
@@ -105,6 +111,7 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
         applied=applied,
         layers=layers,
         communication=communication,
+        clipped=clipped,
     )
     run.watch.end_step(step, result)
     run.guard.after(step, result, orders, losses, batches)
@@ -134,13 +141,18 @@ def agree_on_size(
 
 
 def request_for(
-    orders: Orders, ask: Ask, scope_counts: torch.Tensor | None, with_logit_z: bool
+    orders: Orders,
+    ask: Ask,
+    scope_counts: torch.Tensor | None,
+    with_logit_z: bool,
+    measure_logits: bool,
 ) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
     Args:
         scope_counts: of the micro-batches of the step before this one, for the balance loss.
         with_logit_z: the loss has a term of the logits' normalizers.
+        measure_logits: attention logits are clipped after this step.
     """
     return ForwardRequest(
         previous_counts=scope_counts,
@@ -149,4 +161,5 @@ def request_for(
         frozen=orders.frozen,
         measure_attention=Ask.ATTENTION in ask,
         with_logit_z=with_logit_z,
+        measure_logits=measure_logits,
     )

@@ -126,6 +126,7 @@ def shape_of(run: RunConfig) -> Shape:
         Need.LOGIT_Z_LOSS: run.train.z_loss_coeff > 0,
         Need.AUX_LOSS_SCHEDULE: run.balance.aux_loss_schedule.style != "constant",
         Need.BIAS_RATE_SCHEDULE: run.balance.bias_rate_schedule.style != "constant",
+        Need.QK_CLIP: run.optim.qk_clip is not None,
         Need.MTP: run.model.num_mtp_layers > 0,
         Need.BIAS: run.balance.bias_update != "none" or law in ("quantile", "relu", "null"),
         Need.AUX_LOSS: run.balance.aux_loss_coeff > 0,

@@ -132,6 +132,8 @@ HELD: dict[str, dict[str, Any]] = {
         "orthogonalize_dtype": "bf16",
         "freeze": [],
         "groups": [],
+        "qk_clip": None,
+        "qk_clip_interval": 1,
         "layer_lr_decay": None,
     },
     "GroupConfig": {

@@ -107,6 +107,7 @@ BASES = {
     ),
     "mtp": ("model.num_mtp_layers=1", "train.mtp_coeff=0.3"),
     "muon": ("optim=muon",),
+    "plain_keys": ("model.qk_norm=none",),
     "spike": ("fail_safe.spike_zscore=1000", "train.stop_after_step=55"),
 }
 """The runs that are resumed, by name; 10 steps each, unless they say otherwise."""
@@ -542,6 +543,10 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "optim.orthogonalize_dtype": acts("optim.orthogonalize_dtype=fp32", LOSS, "muon"),
     "optim.groups.*.optimizer": refused(
         "optim.groups=[{match: experts, optimizer: muon}]", "init.run=RUN init.checkpoint=latest"
+    ),
+    "optim.qk_clip": acts("optim.qk_clip=0.001", LOSS, "plain_keys"),
+    "optim.qk_clip_interval": acts(
+        "optim.qk_clip_interval=3", LOSS, "plain_keys", control=("optim.qk_clip=0.001",)
     ),
     "optim.layer_lr_decay": acts("optim.layer_lr_decay=0.5", LOSS),
     "optim.freeze": refused("optim.freeze=[embedding]", "moments of what was trained alone"),

@@ -230,6 +230,13 @@ class OptimConfig:
     """Parameters with their own learning rate, weight decay or optimizer; the first that matches
     holds.
     """
+    qk_clip: float | None = None
+    """Hold the attention logits of each head to this (K2: 100): after an update, queries and keys
+    of a head with larger ones are scaled down. Of dense and latent attention, without QK-norm; the
+    largest logit takes the products of queries and keys once more. None: none is clipped.
+    """
+    qk_clip_interval: int = 1
+    """Steps between measurements: the others cost nothing, and nothing is clipped in them."""
     layer_lr_decay: float | None = None
     """Factor on the learning rate from each layer to the one below: the head and what stands
     behind the last layer have optim.lr, the embedding the least. None: all have the same.
@@ -259,6 +266,13 @@ class OptimConfig:
             found.append(
                 f"optim.warmup_fraction is {self.warmup_fraction}; it must be at least 0 and below "
                 "1, or null"
+            )
+        if self.qk_clip is not None and not self.qk_clip > 0:
+            found.append(f"optim.qk_clip is {self.qk_clip}; it must be positive, or null")
+        if self.qk_clip_interval < 1 or (self.qk_clip is None and self.qk_clip_interval != 1):
+            found.append(
+                f"optim.qk_clip_interval is {self.qk_clip_interval}; it must be at least 1, and "
+                "belongs to optim.qk_clip"
             )
         if self.layer_lr_decay is not None and not 0 < self.layer_lr_decay <= 1:
             found.append(

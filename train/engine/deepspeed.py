@@ -340,6 +340,20 @@ class Engine:
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
+    def scale_rows(self, factors: dict[str, torch.Tensor]) -> None:
+        """Multiply rows of master weights, and what the forward pass uses of them. Collective.
+
+        Args:
+            factors: name of a parameter -> [rows], the same on every rank.
+        """
+        named = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, rows in factors.items():
+                value = self.gather_state(named[name], "fp32")
+                by_row = rows.to(value.device).view(-1, *[1] * (value.dim() - 1))
+                self.scatter_state(named[name], "fp32", value * by_row)
+        self.finish_scatter()
+
     def finish_scatter(self) -> None:
         """Copy the fp32 masters into the weights the forward pass uses."""
         optimizer = self.deepspeed.optimizer

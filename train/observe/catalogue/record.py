@@ -47,6 +47,7 @@ class Need(Enum):
     BIAS = "a selection bias is not 0"
     MTP = "model.num_mtp_layers is above 0"
     LOGIT_Z_LOSS = "train.z_loss_coeff is above 0"
+    QK_CLIP = "optim.qk_clip is set, from the first measured step on"
     AUX_LOSS_SCHEDULE = "balance.aux_loss_schedule is not constant"
     BIAS_RATE_SCHEDULE = "balance.bias_rate_schedule is not constant"
     AUX_LOSS = "balance.aux_loss_coeff is above 0"

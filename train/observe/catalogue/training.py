@@ -67,6 +67,25 @@ TRAINING = (
             needs=needs(Need.BIAS_RATE_SCHEDULE),
         ),
         Metric(
+            "max_attention_logit",
+            "largest attention logit",
+            "",
+            NEITHER,
+            "over all layers, heads and tokens of the last step that was measured "
+            "(optim.qk_clip_interval), before its clip",
+            STEP,
+            needs=needs(Need.QK_CLIP),
+        ),
+        Metric(
+            "clipped_heads",
+            "clipped heads",
+            "heads",
+            LOWER,
+            "of all layers, whose projections were scaled after that step",
+            STEP,
+            needs=needs(Need.QK_CLIP),
+        ),
+        Metric(
             "grad_norm",
             "gradient norm",
             "",
