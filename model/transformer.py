@@ -146,9 +146,9 @@ class Transformer(nn.Module):
     def attentions(self) -> Iterator[tuple[str, nn.Module]]:
         """Every attention and its name, in the order of ModelOutput.largest_logits."""
         for i, block in enumerate(self.blocks):
-            yield f"blocks.{i}.attention", cast(nn.Module, block.attention)
+            yield f"blocks.{i}.attention", cast(nn.Module, cast(Block, block).attention)
         for i, module in enumerate(self.mtp):
-            yield f"mtp.{i}.block.attention", cast(Block, module.block).attention
+            yield f"mtp.{i}.block.attention", cast(nn.Module, cast(Block, module.block).attention)
 
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early

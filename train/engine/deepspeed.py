@@ -352,6 +352,10 @@ class Engine:
                 value = self.gather_state(named[name], "fp32")
                 by_row = rows.to(value.device).view(-1, *[1] * (value.dim() - 1))
                 self.scatter_state(named[name], "fp32", value * by_row)
+        # Whole small parameters, which stage 3 keeps between steps, are gathered again only where
+        # they were let go before.
+        if self.stage == 3:
+            self.deepspeed.optimizer._partition_all_parameters()
         self.finish_scatter()
 
     def finish_scatter(self) -> None:
