@@ -105,6 +105,7 @@ VARIANTS = [
         "scope": "batch",
         "model": {"tie_embeddings": True, "loss_chunk_size": 24},
         "z_loss": 0.02,
+        "largest": True,
     },
     {
         "ep": 2,
