@@ -26,7 +26,7 @@ from launch.command.progress import followed, working
 from launch.config.build import record
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
-from launch.saved.run import load_folder, load_run, require_average, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,8 @@ def _target(settings: EvaluateConfig) -> _Target:
         checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
         run = load_run(settings.run, settings.attention, checkpoints[0], settings.router.top_k)
         require_average(run, settings.weights, checkpoints[0])
+        if settings.text is not None:
+            require_text(run, settings.run)
         return _Target(settings, run, checkpoints)
     assert settings.path is not None
     run = load_folder(settings.path, settings.attention, settings.router.top_k, settings.seq_len)

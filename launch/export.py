@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.config.build import ConfigError, record
-from launch.saved.run import load_run, require_average
+from launch.saved.run import load_run, require_average, require_text
 
 if TYPE_CHECKING:
     from train.config.commands import ExportConfig
@@ -43,6 +43,7 @@ def main(config: DictConfig) -> None:
     checkpoint = checkpoints[0]
     run = load_run(settings.run, None, checkpoint, settings.router.top_k, adapters=settings.adapter)
     require_average(run, settings.weights, checkpoint)
+    require_text(run, settings.run)
 
     from train.pretrained.export import export, plan_export, tokenizer_of
     from train.trained.averages import reader_of

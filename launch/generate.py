@@ -56,7 +56,15 @@ def sample(
     from infer.config import EngineConfig, SamplingConfig
 
     model, store, _ = opened(
-        run_dir, checkpoint, budget, attention, top_k, path, weights=weights, average=average
+        run_dir,
+        checkpoint,
+        budget,
+        attention,
+        top_k,
+        path,
+        weights=weights,
+        average=average,
+        for_text=True,
     )
     tokenizer = store.tokenizer()
 
@@ -132,6 +140,7 @@ def answer(settings: GenerateConfig) -> None:
             settings.parallel,
             settings.weights,
             settings.average,
+            for_text=True,
         )
         tokenizer = store.tokenizer()
 

@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for report in terminalreporter.getreports("passed"):
         name = report.nodeid.split("[")[0]
         used[name] = used.get(name, 0.0) + dict(report.user_properties).get(CPU, 0.0)
-    if config.cache is not None and len(used) > 100:
+    if hasattr(config, "cache") and config.cache is not None and len(used) > 100:
         config.cache.set(CPU, used)
     terminalreporter.section(f"most processor time of {sum(used.values()):.0f} s")
     for name in sorted(used, key=lambda name: -used[name])[:25]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.command.progress import working
-from launch.saved.run import load_folder, load_run, require_average, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,12 @@ def opened(
     parallel: ParallelConfig | None = None,
     weights: str = "native",
     average: int = 1,
+    for_text: bool = False,
 ) -> tuple[Transformer, TokenStore | FolderTokens, torch.device]:
     """The model of a run, or of a folder of published weights, on its device and at its budget, and
     its tokens. With a place it is this rank's share of the experts of a run. weights: int8, the
     experts that launch.quantize has made, or ema, the moving average of a run; average: of how many
-    checkpoints the mean is taken.
+    checkpoints the mean is taken; for_text: a run without a tokenizer is refused.
     """
     from train.checkpoint.folder import find_last
 
@@ -55,6 +56,8 @@ def opened(
     folder = checkpoints[0]
     config = load_run(run_dir, attention, folder, top_k)
     require_average(config, weights, folder)
+    if for_text:
+        require_text(config, run_dir)
 
     # Only now what imports torch: a mistake in the settings is told at once.
     import torch
