@@ -153,6 +153,7 @@ UNITS = {
     "bits/byte": "bits per byte of text",
     "logits": "as the router's logits",
     "experts": "a number of experts",
+    "heads": "a number of attention heads",
     "experts/token": "a mean number of experts per token",
     "blocks": "a mean number of blocks of keys",
     "layer": "the number of a layer, from 0",
