@@ -509,6 +509,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     },
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
+    "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),
     "attention.offset": refused("attention.offset=true", "does not hold", "scc"),
     "attention.trust": refused("attention.trust=true", "does not hold", "scc"),
     "attention.sink": refused("attention.sink=true", "does not hold", "scc"),
