@@ -26,7 +26,7 @@ from launch.command.progress import followed, working
 from launch.config.build import record
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
-from launch.saved.run import load_folder, load_run, require_text, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -96,12 +96,16 @@ class _Target(NamedTuple):
     def label(self) -> str:
         if len(self.checkpoints) > 1:
             return f"{self.checkpoint} and the {len(self.checkpoints) - 1} before it, their mean"
+        if self.settings.weights == "ema":
+            return f"{self.checkpoint}, the moving average"
         return str(self.settings.path if self.checkpoint is None else self.checkpoint)
 
     @property
-    def averaged(self) -> dict[str, list[str]]:
+    def averaged(self) -> dict[str, Any]:
         """What a result says of it."""
-        if len(self.checkpoints) == 1:
+        if self.settings.weights == "ema":
+            return {"weights": "ema"}
+        if len(self.checkpoints) <= 1:
             return {}
         return {"averaged": [checkpoint.name for checkpoint in self.checkpoints]}
 
@@ -154,6 +158,7 @@ def _target(settings: EvaluateConfig) -> _Target:
     if settings.run is not None:
         checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
         run = load_run(settings.run, settings.attention, checkpoints[0], settings.router.top_k)
+        require_average(run, settings.weights, checkpoints[0])
         if settings.text is not None:
             require_text(run, settings.run)
         return _Target(settings, run, checkpoints)
@@ -182,7 +187,7 @@ def _model(target: _Target, place: Place) -> Transformer:
     model = build_model(spread(target.run, target.settings.parallel), place.groups)
     with working(f"loading {target.label}"):
         if target.checkpoints:
-            load_weights(model, reader_of(target.checkpoints))
+            load_weights(model, reader_of(target.checkpoints, target.settings.weights))
         else:
             PretrainedFolder(Path(str(target.settings.path)).expanduser()).fill_model(model)
     return model.to(place.device).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,13 +19,20 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
 from model.init import initialize_parameters
 from model.layers import RMSNorm, rotary_tables, times
-from model.loss import ModelOutput, cross_entropy_sum, targets_ahead, token_cross_entropy
+from model.loss import (
+    ModelOutput,
+    cross_entropy_and_z_sums,
+    cross_entropy_sum,
+    targets_ahead,
+    token_cross_entropy,
+)
 from model.moe.balance import (
     BalanceSums,
     RouterSums,
@@ -136,6 +143,13 @@ class Transformer(nn.Module):
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
 
+    def attentions(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every attention and its name, in the order of ModelOutput.largest_logits."""
+        for i, block in enumerate(self.blocks):
+            yield f"blocks.{i}.attention", cast(nn.Module, cast(Block, block).attention)
+        for i, module in enumerate(self.mtp):
+            yield f"mtp.{i}.block.attention", cast(nn.Module, cast(Block, module.block).attention)
+
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
         in training.
@@ -153,6 +167,7 @@ class Transformer(nn.Module):
         measure: bool = False,
         paging: Paging | None = None,
         whole_positions: torch.Tensor | None = None,
+        largest: LargestLogits | None = None,
     ) -> SequenceLayout:
         """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
         here. whole_positions: where the positions are of a part of rows, those of whole ones.
@@ -181,6 +196,7 @@ class Transformer(nn.Module):
             measure=measure,
             paging=paging,
             exchange=exchange,
+            largest=largest,
         )
 
     def _backbone(
@@ -251,15 +267,19 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def _loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens
-        in memory at a time.
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        by_token: bool,
+        with_z: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """loss_sum, token_losses and logit_z_sum of ModelOutput, with the logits of
+        model.loss_chunk_size tokens in memory at a time.
         """
 
         def of_chunk(
             hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             if weight is None:
                 logits = self._project(hidden)
             else:
@@ -269,7 +289,11 @@ class Transformer(nn.Module):
                 if by_token
                 else logits.new_empty(0, dtype=torch.float32)
             )
-            return cross_entropy_sum(logits, targets), by_tokens
+            if with_z:
+                loss, z = cross_entropy_and_z_sums(logits, targets)
+                return loss, by_tokens, z
+            loss = cross_entropy_sum(logits, targets)
+            return loss, by_tokens, loss.new_zeros(())
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
@@ -283,7 +307,7 @@ class Transformer(nn.Module):
                 (self.embedding if self.head is None else self.head).weight, len(parts)
             )
 
-        sums, by_tokens = zip(
+        sums, by_tokens, z_sums = zip(
             *(
                 checkpoint(of_chunk, *chunk, use_reentrant=False)
                 if torch.is_grad_enabled()
@@ -292,7 +316,11 @@ class Transformer(nn.Module):
             ),
             strict=True,
         )
-        return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
+        return (
+            torch.stack(sums).sum(),
+            torch.cat(by_tokens).view(targets.shape if by_token else 0),
+            torch.stack(z_sums).sum(),
+        )
 
     def _balance_sums(
         self, layers: list[RouterSums], previous_counts: torch.Tensor | None, like: torch.Tensor
@@ -317,6 +345,7 @@ class Transformer(nn.Module):
             whole.token_mask,
             request.measure_attention,
             whole_positions=None if batch.whole is None else whole.positions,
+            largest=LargestLogits() if request.measure_logits else None,
         )
         counting = self.training if request.with_histogram is None else request.with_histogram
         routing_request = RoutingRequest(
@@ -327,8 +356,9 @@ class Transformer(nn.Module):
             snapshot=request.snapshot,
         )
         hidden = self._backbone(batch.input_ids, layout, routing_request, request.given_ids)
-        loss_sum, token_losses = self._loss(
-            hidden.last, batch.targets, request.keep_routing and not self.training
+        by_token = request.keep_routing and not self.training
+        loss_sum, token_losses, logit_z_sum = self._loss(
+            hidden.last, batch.targets, by_token, request.with_logit_z
         )
         further: list[torch.Tensor] = []
         if self.training:
@@ -355,6 +385,8 @@ class Transformer(nn.Module):
             attention_stats=attention_stats,
             token_losses=token_losses,
             mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            largest_logits=_stacked(layout.largest, loss_sum),
+            logit_z_sum=logit_z_sum,
         )
 
     def logits(
@@ -470,6 +502,13 @@ def _of_layer(
     if given_ids is None:
         return request
     return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+
+
+def _stacked(largest: LargestLogits | None, like: torch.Tensor) -> torch.Tensor:
+    """largest_logits of ModelOutput."""
+    if largest is None or not largest.layers:
+        return like.new_zeros((0, 0))
+    return torch.stack(largest.layers)
 
 
 def _attention_totals(

@@ -15,31 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
-    "checkpoint_scale": ["--layers", "2", "--experts", "8", "--repeats", "1"],
-    "large_run": [
-        "--layers",
-        "2",
-        "--experts",
-        "8",
-        "--ranks",
-        "2",
-        "--mib",
-        "1",
-        "--audit-mib",
-        "1",
-    ],
-    "prepare_data": ["--megabytes", "1", "--workers", "1", "--rounds", "1", "--vocabulary", "300"],
-    "killed_preparation": [
-        "--megabytes",
-        "2",
-        "--kills",
-        "1",
-        "--workers",
-        "1",
-        "--vocabulary",
-        "300",
-    ],
-    "reliability": ["--steps", "4", "--save-interval", "2"],
+    "checkpoint_scale": {"layers": 2, "experts": 8, "repeats": 1},
+    "large_run": {"layers": 2, "experts": 8, "ranks": 2, "mib": 1, "audit-mib": 1},
+    "prepare_data": {"megabytes": 1, "workers": 1, "rounds": 1, "vocabulary": 300},
+    "killed_preparation": {"megabytes": 2, "kills": 1, "workers": 1, "vocabulary": 300},
+    "reliability": {"steps": 4, "save-interval": 2},
 }
 
 
@@ -47,7 +27,8 @@ SMALLEST = {
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_bench_runs_and_writes_what_it_found(name, tmp_path):
     found = tmp_path / "found.json"
-    command = [sys.executable, "-m", f"bench.{name}", *SMALLEST[name], "--json", str(found)]
+    options = [word for key, value in SMALLEST[name].items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", f"bench.{name}", *options, "--json", str(found)]
     done = subprocess.run(
         command,
         cwd=tmp_path,

@@ -67,6 +67,7 @@ def filled(word: str, place: Path) -> str:
         r"\bHOSTS\b": place / "hosts",
         r"\bFILE\b": place / "run/placement.json",
         r"\bDIR\b": place / "own",
+        r"(?<=resume=)NEW\b": place / "run",
         r"\bMODEL\b": place / "model",
         r"\bDENSE\b": place / "dense",
         r"\bTEXT\b": place / "other.txt",
@@ -184,6 +185,8 @@ def test_the_command_runs(command, place, tmp_path):
         overrides = benchable(overrides, tmp_path)
     elif name == "export":
         overrides = exportable(overrides, place, tmp_path)
+    elif name == "branch":
+        overrides = branchable(tmp_path)
     elif name == "place" and not any("parallel_size" in word for word in overrides):
         overrides.append("expert_parallel_size=2")  # the page's run has several ranks
     done = launch(name, *overrides, check=False, env={"HOME": str(tmp_path), **os.environ})
@@ -210,6 +213,13 @@ def benchable(overrides: list[str], folder: Path) -> list[str]:
         launch("evaluate", f"run={run}", f"router.budget={budgets[0]}", "save_budgets=true")
     kept = [word for word in overrides if not word.startswith(("run=", "contexts=", "rows="))]
     return [*kept, f"run={run}", "contexts=[8]", "rows=[1,2]", "new_tokens=4", "max_rounds=6"]
+
+
+def branchable(folder: Path) -> list[str]:
+    """A branch of a run whose learning rate is constant."""
+    run = folder / "run"
+    launch("train", *small(["optim.decay_style=constant", "optim.warmup_steps=1"], folder))
+    return [f"run={run}", f"to={folder / 'out'}", "decay_steps=2"]
 
 
 WITH_ITS_MODEL = (

@@ -20,6 +20,7 @@ ORDER = ("launch", "train", "infer", "model", "ops")
 COMMANDS = (
     "audit",
     "benchmark",
+    "branch",
     "evaluate",
     "export",
     "generate",

@@ -31,6 +31,7 @@ from train.data.loader import TrainingLoader
 from train.data.open import held_out_rows, open_store, stream_of, training_samples
 from train.data.store import TokenStore, TrainingSamples
 from train.engine.deepspeed import Engine
+from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
 from train.guard.alarms import settled
@@ -144,7 +145,6 @@ def fit(
         routing = RoutingControl(
             engine.module.routers(),
             groups,
-            config.balance,
             config.budget,
             config.fail_safe,
             engine.module.rank_shares,
@@ -166,6 +166,9 @@ def fit(
             probe=probe,
             guard=guard,
             routing=routing,
+            qk_clip=None
+            if config.optim.qk_clip is None
+            else QkClip(config.optim.qk_clip, config.optim.qk_clip_interval),
             alarms=alarms,
             sinks=sinks,
             progress=progress,

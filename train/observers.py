@@ -56,7 +56,7 @@ def standard_observers(
         Heartbeat(),
         HostSyncs(device, detailed),
         speed,
-        Updates(schedule, progress.skipped_steps),
+        Updates(schedule, progress.skipped_steps, config.balance, config.train.num_steps),
         StepMetrics(
             config.model,
             model.routers(),

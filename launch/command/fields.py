@@ -27,6 +27,7 @@ RECORDS = {
     "evaluate": "train.config.commands:EvaluateConfig",
     "generate": "train.config.commands:GenerateConfig",
     "export": "train.config.commands:ExportConfig",
+    "branch": "train.config.commands:BranchConfig",
     "runs": "launch.runs.command:RunsConfig",
     "serve": "train.config.commands:ServeConfig",
     "benchmark": "train.config.commands:BenchmarkConfig",

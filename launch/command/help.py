@@ -45,6 +45,7 @@ EXAMPLES = {
         "run=RUN prompt='To be, or not to be' temperature=0",
         "run=RUN input=prompts.jsonl output=out.jsonl",
     ),
+    "branch": ("run=RUN checkpoint=step-250 to=DIR decay_steps=50",),
     "export": ("run=RUN to=DIR", "run=RUN to=DIR router.top_k=2 dtype=fp32"),
     "serve": ("run=RUN", "path=DIR serve.port=8080 engine.max_slots=64"),
     "quantize": ("run=RUN", "run=RUN max_loss_increase=0.002"),

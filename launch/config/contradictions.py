@@ -55,6 +55,7 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
+    problems += _clipping(run)
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _prediction(run) + _lengths(run) + layout_problems(run, world_size)
     return problems
@@ -281,6 +282,31 @@ def _adapters(run: RunConfig) -> list[str]:
     return problems
 
 
+def _clipping(run: RunConfig) -> list[str]:
+    """Attention logits are clipped by scaling the projections that they are linear in."""
+    threshold = run.optim.qk_clip
+    if threshold is None:
+        return []
+    problems, about = [], f"optim.qk_clip is {threshold:g}"
+    if run.attention.name not in ("dense", "mla"):
+        problems.append(
+            f"{about}, and attention={run.attention.name} has no largest logit over all that a "
+            "query sees; use attention=dense or mla, or drop optim.qk_clip"
+        )
+    elif run.attention.name == "dense" and run.model.qk_norm != "none":
+        problems.append(
+            f"{about}, but with model.qk_norm={run.model.qk_norm} the size of queries and keys is "
+            "that of the norms, which bounds logits by itself; drop optim.qk_clip, or set "
+            "model.qk_norm=none"
+        )
+    if run.lora.rank or "attention" in run.optim.freeze:
+        problems.append(
+            f"{about}, but lora.rank {run.lora.rank} and optim.freeze {list(run.optim.freeze)} "
+            "leave projections of attention as they are; drop optim.qk_clip"
+        )
+    return problems
+
+
 def _lengths(run: RunConfig) -> list[str]:
     train, problems = run.train, []
 
@@ -347,7 +373,8 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
         if len(train.batch_size_rampup) != 3:
             problems.append(
                 f"train.batch_size_rampup {list(train.batch_size_rampup)} "
-                "must be [start, increment, samples]"
+                "must be [start, increment, samples], or [start, increment] with "
+                "train.batch_size_rampup_tokens"
             )
         else:
             start, increment, samples = train.batch_size_rampup

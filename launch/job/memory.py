@@ -169,6 +169,7 @@ def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
         grad_accum_dtype=run.train.grad_accum_dtype,
         trained=run.trained,
         one_moment=planned_muon(run, num_ranks).parameters,
+        averaged=run.optim.ema_decay is not None,
     )
 
 

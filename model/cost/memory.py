@@ -64,6 +64,7 @@ def device_memory(
     grad_accum_dtype: str = "fp32",
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
+    averaged: bool = False,
 ) -> DeviceMemory:
     """Memory under ZeRO, expert and context parallelism, which shares out the tokens of a row.
 
@@ -72,8 +73,8 @@ def device_memory(
     moments), 8 at stage 0 in fp32, where the weights are the masters. Gradients are sums in
     grad_accum_dtype; the ones that backward makes, of the weights' dtype, live one parameter at a
     time. `one_moment` says how many dense parameters, and how many of all experts', have one moment
-    instead of two, as those that Muon moves. A stage-3 device also holds the gathered weights of
-    the layer at work, not counted here.
+    instead of two, as those that Muon moves; `averaged`, that all have a moving average beside
+    them. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
     trained: what of it is; None: everything.
     """
     count = count_parameters(config, experts_per_token, attention)
@@ -94,7 +95,7 @@ def device_memory(
     row_values = 0 if recompute_experts else 2 * config.expert_intermediate_size
     # and the row itself, where it travelled
     row_values += config.hidden_size if expert_parallel_size > 1 else 0
-    per_state = 8 if zero_stage == 0 else 12
+    per_state = (8 if zero_stage == 0 else 12) + (4 if averaged else 0)
     over_dense, over_experts = (world_size, expert_data_size) if zero_stage >= 1 else (1, 1)
     return DeviceMemory(
         dense_weights=width * share(dense, world_size, 3),

@@ -104,6 +104,8 @@ VARIANTS = [
         "clip": 0.5,
         "scope": "batch",
         "model": {"tie_embeddings": True, "loss_chunk_size": 24},
+        "z_loss": 0.02,
+        "largest": True,
     },
     {
         "ep": 2,
