@@ -54,7 +54,7 @@ def main(config: DictConfig) -> float:
     settings: EvaluateConfig = record(config, EvaluateConfig)
 
     # Every run and checkpoint is looked at before the first is evaluated.
-    targets = [_target(one) for one in _each(settings)]
+    targets, lacking = _targets(settings)
     for target in targets:
         require_even_experts(target.run.model, settings.parallel)
     if settings.launch.num_devices > 1 and not is_worker():
@@ -74,7 +74,7 @@ def main(config: DictConfig) -> float:
         if settings.budgets:
             return _evaluate_budgets(targets[0], place)
         if settings.runs or settings.checkpoints:
-            return _evaluate_all(targets, place)
+            return _evaluate_all(targets, lacking, place)
         return _evaluate(targets[0], place)
 
 
@@ -108,6 +108,33 @@ class _Target(NamedTuple):
         if len(self.checkpoints) <= 1:
             return {}
         return {"averaged": [checkpoint.name for checkpoint in self.checkpoints]}
+
+
+def _targets(settings: EvaluateConfig) -> tuple[list[_Target], dict[str, str]]:
+    """The models to evaluate; of several runs, those without one stand in the table too, each with
+    the reason.
+
+    Raises:
+        CheckpointError: no run has a checkpoint that can be used.
+    """
+    from train.files.manifest import CheckpointError
+
+    if len(settings.runs) < 2:
+        return [_target(one) for one in _each(settings)], {}
+    targets: list[_Target] = []
+    lacking: dict[str, str] = {}
+    for name in settings.runs:
+        try:
+            found = [_target(one) for one in _each(dataclasses.replace(settings, runs=(name,)))]
+        except (CheckpointError, FileNotFoundError) as error:
+            lacking[name] = str(error)
+        else:
+            targets += found
+            if not found:  # checkpoint=all, and there is none
+                lacking[name] = f"{name} has no checkpoint"
+    if not targets:
+        raise CheckpointError("no run can be evaluated: " + "; ".join(lacking.values()))
+    return targets, lacking
 
 
 def _each(settings: EvaluateConfig) -> Iterator[EvaluateConfig]:
@@ -186,8 +213,10 @@ def _measure(target: _Target, place: Place) -> _Measured:
     return _Measured(result, store, held_out.problem)
 
 
-def _evaluate_all(targets: list[_Target], place: Place) -> float:
-    """A table with a line for each; returns the lowest loss."""
+def _evaluate_all(targets: list[_Target], lacking: dict[str, str], place: Place) -> float:
+    """A table with a line for each, and for each run that lacks a checkpoint; returns the lowest
+    loss.
+    """
     from launch.history.comparable import incomparable, measure_of
     from train.checkpoint.folder import read_state
 
@@ -217,6 +246,9 @@ def _evaluate_all(targets: list[_Target], place: Place) -> float:
                 flush=True,
             )
 
+    if place.rank == 0:
+        for run_dir, why in lacking.items():
+            print(f"{'-':>9}  {'-':>10}  {'-':>9}  {'-':>7}  {run_dir}: {why}", flush=True)
     lowest = min(row["val_loss"] for row in rows)
     measures = [measure_of(str(t.settings.run), _row_length(t)) for t in targets]
     if targets[0].settings.text is not None:  # the text is one for all
@@ -228,7 +260,8 @@ def _evaluate_all(targets: list[_Target], place: Place) -> float:
         elif len(rows) > 1:
             best = min(rows, key=lambda row: float(row["val_loss"]))
             print(f"lowest loss: {best['run_dir']}/checkpoints/{best['checkpoint']}")
-        print_result({"rows": rows, "comparable": reason is None})
+        left_out = [{"run_dir": run, "reason": why} for run, why in lacking.items()]
+        print_result({"rows": rows, "left_out": left_out, "comparable": reason is None})
     return float(lowest)
 
 

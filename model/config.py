@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ops.grouped_mlp.spec import Activation
+from ops.grouped_mlp.spec import Activation, Precision
 
 
 @dataclass(frozen=True)
@@ -357,6 +357,11 @@ class ExpertsConfig:
     token_rounding: int = 0
     """In training, round each expert's assignments of a micro-batch to a multiple of this
     (ops/router/overflow.py); 0: off.
+    """
+    precision: Precision = "native"
+    """Of the experts' products (docs/concepts/fp8.md). native: train.precision. fp8: forward, and
+    back to the tokens, of values rounded to 8-bit floats with a scale for each row; 8-bit tensor
+    cores compute it from compute capability 8.9 on, other devices the same in wider products.
     """
 
     def problems(self) -> list[str]:

@@ -177,6 +177,12 @@ def test_the_command_runs(command, place, tmp_path):
     elif name == "generate":
         overrides = [word if word != "prompt=..." else "prompt=the" for word in overrides]
         overrides.append("max_new_tokens=4")
+    elif name == "compare":
+        if any(word.startswith("resume=") for word in overrides):
+            pytest.skip("there is no comparison; tests/end_to_end/test_compare.py goes on with one")
+        overrides.append("launch.dry_run=true")
+    elif name == "benchmark":
+        overrides = benchable(overrides, tmp_path)
     elif name == "export":
         overrides = exportable(overrides, place, tmp_path)
     elif name == "branch":
@@ -196,6 +202,17 @@ def exportable(overrides: list[str], place: Path, folder: Path) -> list[str]:
     launch("train", f"init.path={place / 'model'}", *settings, *steps, f"run_dir={run}")
     kept = [word for word in overrides if not word.startswith(("run=", "to="))]
     return [*kept, f"run={run}", f"to={folder / 'out'}"]
+
+
+def benchable(overrides: list[str], folder: Path) -> list[str]:
+    """The same benchmark of a run with saved budgets, of few tokens."""
+    run = folder / "run"
+    train_on(1, *small(["router=threshold", "balance=none"], folder))
+    budgets = [word.partition("=")[2] for word in overrides if word.startswith("budgets=")]
+    if budgets:
+        launch("evaluate", f"run={run}", f"router.budget={budgets[0]}", "save_budgets=true")
+    kept = [word for word in overrides if not word.startswith(("run=", "contexts=", "rows="))]
+    return [*kept, f"run={run}", "contexts=[8]", "rows=[1,2]", "new_tokens=4", "max_rounds=6"]
 
 
 def branchable(folder: Path) -> list[str]:

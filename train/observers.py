@@ -94,6 +94,7 @@ def _routing_sample(
         model.hidden_size,
         model.expert_intermediate_size,
         model.plain_experts,
+        config.experts.precision,
     )
 
     def tile_rows(slots: int) -> int:

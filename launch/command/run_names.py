@@ -86,6 +86,8 @@ def _keys(command: str, of_checkpoint: bool = False) -> tuple[str, ...]:
         return ("checkpoint",) if of_checkpoint else ("run",)
     if command in READ_WHOLE:
         return () if of_checkpoint else ("run", "compare") if command == "audit" else ("run",)
+    if command == "compare":  # whose resume is a comparison
+        return ("init.checkpoint",) if of_checkpoint else ("init.run",)
     return ("init.checkpoint",) if of_checkpoint else ("resume", "init.run")
 
 

@@ -128,6 +128,20 @@ def _components(run: RunConfig) -> list[str]:
             f"than the {tokens:.3g} tokens an expert gets of a micro-batch, "
             "so most would get none; lower it, or raise train.micro_batch_size"
         )
+    if run.experts.precision == "fp8" and run.experts.backend == "grouped_mm":
+        problems.append(
+            "experts.backend=grouped_mm has no products of 8-bit floats, which "
+            "experts.precision=fp8 asks for; set experts.backend=auto"
+        )
+    if (
+        run.experts.precision == "fp8"
+        and run.train.precision == "fp32"
+        and (run.experts.backend == "triton")
+    ):
+        problems.append(
+            "experts.precision=fp8 by experts.backend=triton goes with train.precision=bf16, not "
+            "fp32; set experts.backend=auto, or train.precision=bf16"
+        )
     if run.experts.backend == "triton" and not run.model.plain_experts:
         problems.append(
             "experts.backend=triton computes plain SwiGLU without biases, but model.activation is "
@@ -321,6 +335,11 @@ def _lengths(run: RunConfig) -> list[str]:
         )
 
     vocab_size = run.data.tokenizer.vocab_size
+    if run.data.streaming and train.num_epochs is not None:
+        problems.append(
+            f"train.num_epochs is {train.num_epochs:g}, but nobody knows how long a pass over a "
+            "stream is (data.streaming=true); give train.num_steps or train.num_tokens"
+        )
     if train.sample_prompt and not run.data.has_tokenizer:
         problems.append(
             f"train.sample_prompt is {train.sample_prompt!r}, but the data are tokens and there is "

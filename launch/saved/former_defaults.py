@@ -162,6 +162,13 @@ HELD: dict[str, dict[str, Any]] = {
         "thinking": None,
         "train_on": "assistant",
         "too_long": "refuse",
+        "streaming": False,
+        "stream": {},
+    },
+    "StreamConfig": {
+        "window_mib": 64,
+        "head_documents": 10_000,
+        "workers": None,
     },
     "SourceConfig": {
         "name": None,
@@ -276,6 +283,7 @@ HELD: dict[str, dict[str, Any]] = {
         "backend": "auto",
         "recompute": False,
         "token_rounding": 0,
+        "precision": "native",
     },
     "WatchdogConfig": {
         "timeout_seconds": 60.0,
@@ -349,6 +357,7 @@ HELD: dict[str, dict[str, Any]] = {
         "window_size": 512,
         "num_sink_blocks": 1,
         "coarse_block_size": 32,
+        "entries": "mean",
         "order": 2,
         "max_variance": 4.0,
         "score": "prob",

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
-from model.cost.parameters import Trained, count_parameters, is_latent, windowed_layers
+from model.cost.parameters import (
+    Trained,
+    count_parameters,
+    is_latent,
+    sparse_layers,
+    windowed_layers,
+)
 
 LOGIT_BYTES = 12
 """Per logit at the peak of backward: the fp32 log-softmax and two fp32 gradients."""
@@ -54,6 +60,7 @@ def device_memory(
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
     recompute_experts: bool = False,
+    fp8_experts: bool = False,
     grad_accum_dtype: str = "fp32",
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
@@ -106,7 +113,8 @@ def device_memory(
             attention,
             context_parallel_size > 1,
         )
-        + _adapted_bytes(config, trained, width, expert_parallel_size),
+        + _adapted_bytes(config, trained, width, expert_parallel_size)
+        + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
         logits=_logit_bytes(config, tokens, precision),
     )
 
@@ -121,6 +129,14 @@ def _adapted_bytes(
         return 0
     one = 3 * config.hidden_size * config.expert_intermediate_size
     return 2 * width * one * -(-config.num_experts // expert_parallel_size)
+
+
+def _rounded_bytes(config: ModelConfig, width: int, expert_parallel_size: int) -> int:
+    """Of one layer's gate_up at its most in backward: a copy with its columns as rows, that copy
+    scaled, and its 8-bit floats.
+    """
+    values = 2 * config.hidden_size * config.expert_intermediate_size
+    return (2 * width + 1) * values * -(-config.num_experts // expert_parallel_size)
 
 
 def _logit_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
@@ -172,8 +188,12 @@ def _attention_bytes(
         q_width = heads * config.attention_head_dim
         kv_width = config.num_kv_heads * config.attention_head_dim
         rotary = 4 * (heads + config.num_kv_heads) * config.rotary_size
-        copies = _windowed_copies(config, attention)
-        return width * (2 * q_width + 2 * kv_width) + round(width * q_width * copies), rotary
+        copies = round(width * q_width * _windowed_copies(config, attention))
+        # the logits of learned entries: of every key and value
+        if attention is not None and attention.get("entries") == "gated":
+            share = len(sparse_layers(config.num_layers, attention)) / config.num_layers
+            copies += round(width * 2 * kv_width * share)
+        return width * (2 * q_width + 2 * kv_width) + copies, rotary
 
     nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
     value = attention["v_head_dim"]

@@ -251,7 +251,9 @@ def run_case(case: dict) -> dict:
         dataclasses.replace(config, loss_chunk_size=0),
         balance,
         router=kind,
-        experts=ExpertsConfig(backend="reference"),
+        experts=ExpertsConfig(
+            backend="reference", precision=case.get("experts", {}).get("precision", "native")
+        ),
         **options,
     )
     start_routers(master.routers(), BUDGET, FAIL_SAFE)

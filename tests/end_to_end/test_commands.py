@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,27 @@ def test_evaluate_repeats_the_loss_of_training(trained):
     assert evaluated["val_loss"] == pytest.approx(last_json(result)["val_loss"], rel=1e-5)
     assert evaluated["perplexity"] > 1 and evaluated["bits_per_byte"] > 0
     assert len(evaluated["checkpoint"]) and "load/mean" in launch("evaluate", f"run={run}").stdout
+
+
+def test_a_run_without_a_checkpoint_stands_in_the_table_and_the_others_are_evaluated(
+    trained, tmp_path
+):
+    _, _, run, _ = trained
+    begun = tmp_path / "runs" / "begun"
+    begun.mkdir(parents=True)
+    shutil.copy(run / "config.yaml", begun)
+    (tmp_path / "runs" / "whole").symlink_to(run)
+    told = launch("evaluate", f"run={tmp_path}/runs/*", "max_sequences=8")
+    found = last_json(told)
+    assert [row["run_dir"] for row in found["rows"]] == [f"{tmp_path}/runs/whole"]
+    assert [row["run_dir"] for row in found["left_out"]] == [str(begun)]
+    assert "no usable checkpoint" in found["left_out"][0]["reason"]
+    assert f"-  {begun}: " in told.stdout
+
+    shutil.copytree(begun, begun.with_name("other"))
+    (tmp_path / "runs" / "whole").unlink()
+    told = launch("evaluate", f"run={tmp_path}/runs/*", check=False)
+    assert told.returncode == 65 and "no run can be evaluated" in told.stderr
 
 
 def test_checkpoints_and_runs_are_evaluated_side_by_side(trained):

@@ -334,6 +334,12 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "data.cache_dir": acts(
         "data.cache_dir=CACHE", lambda ran, other: "CACHE" in str(ran.lines("config.txt"))
     ),
+    "data.streaming": refused("data.streaming=true", ORDER),
+    # of a run that is prepared they do nothing, which is said before they are compared
+    **{
+        f"data.stream.{name}": refused(f"data.stream.{name}=3", "data.streaming=true only")
+        for name in ("window_mib", "head_documents", "workers")
+    },
     "data.max_bad_rows": reaches("data.max_bad_rows=0.5"),
     "data.on_bad_row": reaches("data.on_bad_row=fail"),
     # a run on text has no use for the others, which are refused before they are compared
@@ -503,6 +509,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     },
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
+    "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),
     "attention.offset": refused("attention.offset=true", "does not hold", "scc"),
     "attention.trust": refused("attention.trust=true", "does not hold", "scc"),
     "attention.sink": refused("attention.sink=true", "does not hold", "scc"),
@@ -657,6 +664,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     # devices, processes, machines
     "experts.backend": reaches("experts.backend=reference"),
     "experts.recompute": reaches("experts.recompute=true"),
+    "experts.precision": acts("experts.precision=fp8", LOSS),
     "train.grad_accum_dtype": acts(
         "train.grad_accum_dtype=bf16 train.micro_batch_size=1",
         LOSS,

@@ -449,6 +449,52 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class CanaryConfig:
+    """A budget that is tried on some of the requests."""
+
+    budget: float | None = None
+    """One of the saved ones; null: no canary."""
+    share: float = 0.05
+    """Of the requests that fix no budget themselves."""
+
+    def problems(self) -> list[str]:
+        if not 0 < self.share < 1:
+            return [f"serve.canary.share is {self.share}; it must be between 0 and 1"]
+        return []
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """Whether experts are used as in training: a request in so many tells where its tokens went."""
+
+    sample_one_in: int = 0
+    """Requests; 0: off. The prompt of such a request is computed anew."""
+    window_tokens: int = 10_000
+    """That a comparison is made of."""
+    limit: float = 0.1
+    """Of the Jensen-Shannon divergence of a layer's loads to those of training, in nats (ln 2 at
+    most), beyond which the alarm rings.
+    """
+    action: Literal["none", "full_budget"] = "none"
+    """full_budget: until a window is below the limit, no request gets less than the trained budget
+    unasked.
+    """
+
+    def problems(self) -> list[str]:
+        found = [
+            f"serve.drift.{name} is {value}; it must be at least {least}"
+            for name, value, least in (
+                ("sample_one_in", self.sample_one_in, 0),
+                ("window_tokens", self.window_tokens, 100),
+            )
+            if value < least
+        ]
+        if not 0 < self.limit < 0.7:
+            found.append(f"serve.drift.limit is {self.limit}; it must be between 0 and ln 2")
+        return found
+
+
+@dataclass(frozen=True)
 class EndpointConfig:
     """Where answers are given, and to whom."""
 
@@ -462,6 +508,20 @@ class EndpointConfig:
     """Requests that may wait for a slot; one more is answered with 429 and Retry-After."""
     drain_seconds: int = 60
     """After SIGTERM, until requests that have not ended are given up."""
+    budget: Literal["auto"] | None = None
+    """auto: requests that fix no budget get the largest saved one that holds itl_ms. None: all get
+    the one of router.budget.
+    """
+    itl_ms: float = 40.0
+    """With budget=auto: 95% of the times between two tokens are to stay below."""
+    budget_min: float | None = None
+    """With budget=auto: the least that a request gets unasked; None: the least saved one."""
+    latency: str | None = None
+    """With budget=auto: the file that launch.benchmark output=FILE has written on this device, for
+    these budgets.
+    """
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
     def problems(self) -> list[str]:
         found = []
@@ -479,7 +539,16 @@ class EndpointConfig:
             )
             if value < 0
         ]
-        return found
+        if self.budget == "auto" and self.latency is None:
+            found.append(
+                "serve.budget=auto holds a latency by what was measured: give serve.latency=FILE "
+                "of python -m launch.benchmark run=RUN budgets=[...] rows=[...] output=FILE"
+            )
+        if self.budget is None and (self.latency is not None or self.budget_min is not None):
+            found.append("serve.latency and serve.budget_min are of serve.budget=auto; add it")
+        if not self.itl_ms > 0:
+            found.append(f"serve.itl_ms is {self.itl_ms}; it must be positive")
+        return found + self.canary.problems() + self.drift.problems()
 
     @property
     def is_local(self) -> bool:
@@ -526,6 +595,14 @@ class ServeConfig:
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
         found += problems_of_weights(self.weights, self.path)
         found += self.sampling.problems() + self.serve.problems()
+        chosen = self.serve.budget is not None or self.serve.canary.budget is not None
+        if chosen and (self.path is not None or self.router.top_k is not None):
+            found.append(
+                "serve.budget and serve.canary.budget are of the saved budgets of a run; drop "
+                "them, or " + ("give run=RUN" if self.path is not None else "drop router.top_k")
+            )
+        if self.serve.drift.sample_one_in and self.path is not None:
+            found.append("serve.drift compares with the training of a run; give run=RUN")
         found += [f"engine.{problem}" for problem in self.engine.problems()]
         return found
 

@@ -54,7 +54,9 @@ class TrainConfig:
     """
     seq_len: int
     micro_batch_size: int
-    """Sequences per device and forward pass."""
+    """Sequences per device and forward pass; auto: the largest that fits by the plan, a number from
+    the start of the run on.
+    """
     global_batch_size: int
     """Sequences per optimisation step, over all ranks and accumulation steps."""
     batch_size_rampup: tuple[int, ...] | None = None
