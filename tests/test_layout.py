@@ -28,6 +28,7 @@ COMMANDS = (
     "prepare",
     "quantize",
     "serve",
+    "teach",
 )
 PAGES = ("dashboard", "doctor", "report")
 """Rooms that are commands with something to show."""
@@ -50,7 +51,7 @@ FLOORS = {
         ("evaluation", "step"),
         ("parts",),
         ("progress",),
-        ("audit", "sinks", "trained"),
+        ("audit", "objectives", "sinks", "trained"),
         ("guard", "timing"),
         ("observe", "pretrained"),
         ("checkpoint", "data"),
@@ -73,6 +74,7 @@ FLOORS = {
         ("moe",),
         ("attention",),
         ("dispatch", "families", "routers"),
+        ("distillation",),
         ("cost", "layers", "lora", "loss", "weight_sums"),
         ("parallel", "placement"),
         ("component", "config", "request"),

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from model.loss import training_loss
+from model.loss import ModelOutput, training_loss
 from model.request import ForwardRequest
 from train.agenda import Step
 from train.data.loader import Batch
 from train.guard.step import Orders
+from train.objectives.objective import Again
 from train.observe.base import Ask, MicroBatch, StepResult
 from train.parts import Parts
 from train.timing.communication import CommunicationMeter
@@ -63,9 +64,12 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     statistics = scope_counts = None
     losses = []
     for batch in batches:
+        is_last = batch is batches[-1]
         with run.watch.phase(step, "forward"):
-            request = request_for(orders, ask, scope_counts)
-            output = run.engine.forward(batch.inputs(run.engine.device), request)
+            inputs = run.objective.inputs(batch, batch.inputs(run.engine.device))
+            request = request_for(orders, ask, scope_counts, run.objective.keeps_hidden)
+            output = run.engine.forward(inputs, request)
+        again = run.objective.again(inputs, output, step.number)
         communication = meter.read()
         with run.watch.phase(step, "backward"):
             share = training_loss(
@@ -75,12 +79,14 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
                 run.config.balance,
                 run.config.train.mtp_coeff,
                 size.num_mtp_targets,
+                run.objective.teaching,
             )
-            run.engine.backward(share, is_last=batch is batches[-1])
+            run.engine.backward(share, is_last=is_last and again is None)
+        second = None if again is None else learn_again(run, step, again, size, orders, is_last)
         losses.append(output.loss_sum.detach())
         scope_counts = output.scope_counts
         statistics = output.stats if statistics is None else statistics + output.stats
-        run.watch.micro_batch(step, MicroBatch(batch, output, communication))
+        run.watch.micro_batch(step, MicroBatch(batch, output, communication, second))
 
     # Clipping and the update. A gradient that is not finite on any rank leaves the weights of all
     # as they are, and must not move the routers either.
@@ -108,6 +114,18 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     return result
 
 
+def learn_again(
+    run: Parts, step: Step, again: Again, size: StepSize, orders: Orders, is_last: bool
+) -> ModelOutput:
+    """The second pass of a micro-batch. Balance and budgets are of the first one alone."""
+    with run.watch.phase(step, "forward"):
+        output = run.engine.forward(again.inputs, again.request._replace(frozen=orders.frozen))
+    with run.watch.phase(step, "backward"):
+        share = again.weight * output.kl_sum / max(size.num_targets, 1)
+        run.engine.backward(share, is_last=is_last)
+    return output
+
+
 def agree_on_size(
     batches: Sequence[Batch], asked_to_stop: bool, num_mtp_layers: int = 0
 ) -> StepSize:
@@ -130,7 +148,9 @@ def agree_on_size(
     return StepSize(num_targets, num_tokens, asked, tuple(ahead))
 
 
-def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> ForwardRequest:
+def request_for(
+    orders: Orders, ask: Ask, scope_counts: torch.Tensor | None, keep_hidden: bool = False
+) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
     Args:
@@ -142,4 +162,5 @@ def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> 
         snapshot=orders.snapshot,
         frozen=orders.frozen,
         measure_attention=Ask.ATTENTION in ask,
+        keep_hidden=keep_hidden,
     )

@@ -30,6 +30,7 @@ RECORDS = {
     "serve": "train.config.commands:ServeConfig",
     "benchmark": "train.config.commands:BenchmarkConfig",
     "quantize": "train.config.commands:QuantizeConfig",
+    "teach": "train.config.run:RunConfig",
     "report": "launch.report.command:ReportConfig",
     "place": "launch.place.settings:PlaceConfig",
 }

@@ -124,6 +124,8 @@ def shape_of(run: RunConfig) -> Shape:
         Need.TOP_P: law == "top_p",
         Need.NULL_EXPERTS: bool(router.get("num_null_experts")),
         Need.MTP: run.model.num_mtp_layers > 0,
+        Need.TEACHER: run.objective.name != "next_token",
+        Need.LOWER_BUDGET: run.objective.name == "self_distil",
         Need.BIAS: run.balance.bias_update != "none" or law in ("quantile", "relu", "null"),
         Need.AUX_LOSS: run.balance.aux_loss_coeff > 0,
         Need.WHOLE_ROUTERS: run.zero_stage < 3,

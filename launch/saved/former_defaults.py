@@ -23,6 +23,7 @@ HELD: dict[str, dict[str, Any]] = {
         "watchdog": {},
         "init": {},
         "lora": {},
+        "objective": {"name": "next_token"},
         "experiment_name": "default",
         "seed": 1234,
         "run_dir": None,

@@ -28,6 +28,8 @@ class DeviceMemory:
     optimizer: int
     activations: int
     logits: int
+    teacher: int = 0
+    """Of train.config.teaching: a teacher's weights, and what the divergence from it keeps."""
 
     @property
     def total(self) -> int:
@@ -38,6 +40,7 @@ class DeviceMemory:
             + self.optimizer
             + self.activations
             + self.logits
+            + self.teacher
         )
 
 

@@ -102,6 +102,21 @@ class PrepareCommandConfig:
 
 
 @dataclass(frozen=True)
+class TeachCommandConfig:
+    """What launch.teach writes; the rows are those of the run whose settings it is given."""
+
+    to: str
+    """The folder to write."""
+    num_ids: int = 32
+    """Likeliest tokens that are kept one by one; all others are kept together."""
+
+    def problems(self) -> list[str]:
+        if self.num_ids < 1:
+            return [f"num_ids is {self.num_ids}; it must be at least 1"]
+        return []
+
+
+@dataclass(frozen=True)
 class PlanCommandConfig:
     """What launch.plan is asked beside the config of a run."""
 

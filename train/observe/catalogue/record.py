@@ -46,6 +46,8 @@ class Need(Enum):
     NULL_EXPERTS = "the router has null experts"
     BIAS = "a selection bias is not 0"
     MTP = "model.num_mtp_layers is above 0"
+    TEACHER = "objective is distil or self_distil"
+    LOWER_BUDGET = "objective is self_distil"
     AUX_LOSS = "balance.aux_loss_coeff is above 0"
     WHOLE_ROUTERS = "ranks hold whole routers (with ZeRO-3 small ones only)"
     SPREAD_EXPERTS = "experts are spread over ranks"
