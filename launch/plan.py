@@ -27,9 +27,9 @@ from launch.job.fit import Device, alternatives, device_of
 from launch.job.memory import planned_exchange, planned_memory, planned_teacher
 from launch.saved.initial import check_weights
 from launch.saved.teacher import check_teacher
-from train.config.teaching import taught_flops
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
+from train.objectives.cost import taught_flops
 
 if TYPE_CHECKING:
     from train.config.commands import PlanCommandConfig

@@ -92,7 +92,11 @@ it. A file beside the rooms is a room of its own; room/file takes one file of a 
 """
 CROSSINGS: dict[tuple[str, str], str] = {}
 """(importing file, imported room) -> why this one import may run up or across."""
-SIZES: dict[str, str] = {"launch": "a command is a file or a room, and there are many of them"}
+SIZES: dict[str, str] = {
+    "launch": "a command is a file or a room, and there are many of them",
+    "launch/saved": "each kind of saved thing that a run can name has its file",
+    "train/config": "each section of the config has its file",
+}
 """Folder -> why it has fewer than 2 or more than 10 files."""
 CODE_IN_INIT = {
     "launch": "Ctrl-C in the imports of a command needs no traceback, and this is the first import",

@@ -16,9 +16,9 @@ from train.audit.observer import RoutingAudit
 from train.checkpoint.folder import saved_steps
 from train.config.objective import NextTokenConfig
 from train.config.run import RunConfig
-from train.config.teaching import taught_flops
 from train.engine.deepspeed import Engine
 from train.engine.schedule import Schedule
+from train.objectives.cost import taught_flops
 from train.observe.base import Observer
 from train.observe.distillation import Distillation
 from train.observe.gradients import GradientWatch

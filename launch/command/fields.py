@@ -35,11 +35,15 @@ RECORDS = {
     "place": "launch.place.settings:PlaceConfig",
 }
 """Command -> the record of its settings; those of others stand in their YAML."""
-OF_ONE_COMMAND = {"prepare": ("data", "prepare", "model.vocab_size", "seed")}
+OF_ONE_COMMAND = {
+    "prepare": ("data", "prepare", "model.vocab_size", "seed"),
+    "teach": ("objective",),
+}
 """Of the record of another command, what a command reads."""
 OWN = {
     "prepare": "train.config.commands:PrepareCommandConfig",
     "plan": "train.config.commands:PlanCommandConfig",
+    "teach": "train.config.commands:TeachCommandConfig",
 }
 """Of a command that reads another one's record, what it has beside it."""
 

@@ -22,9 +22,9 @@ from launch.process.ask import ask
 from launch.saved.teacher import read_teacher
 from model.cost.exchange import Exchange, exchanged_bytes
 from model.cost.memory import DeviceMemory, device_memory
-from train.config.teaching import taught_bytes
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
+from train.objectives.cost import taught_bytes
 
 PROGRAM_SECONDS = 20.0
 UNLIMITED = 2**60

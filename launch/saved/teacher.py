@@ -14,6 +14,7 @@ from launch.saved.run import load_folder, load_run, require_tokenizer
 from train.checkpoint.folder import find_checkpoint
 from train.config.objective import DistilConfig
 from train.config.training import problems_of_checkpoint
+from train.files.manifest import read_json, require_owned
 
 if TYPE_CHECKING:
     from train.config.run import RunConfig
@@ -109,10 +110,11 @@ def check_teacher(run: RunConfig) -> list[str]:
     if not isinstance(settings, DistilConfig):
         return []
     if settings.cache is not None:
-        from train.files.manifest import read_json
-
-        told = read_json(Path(settings.cache).expanduser() / "manifest.json")
-        return [f"taught by {settings.cache}, the words of {told.get('teacher')}"]
+        folder = Path(settings.cache).expanduser()
+        require_owned(folder)
+        told = read_json(folder / "manifest.json").get("teacher")
+        name = told.get("from") if isinstance(told, dict) else None
+        return [f"taught by {settings.cache}" + (f", what {name} said" if name else "")]
     assert teacher_of(run) is not None
     return [f"taught by {_named(settings)}"]
 

@@ -29,7 +29,7 @@ class DeviceMemory:
     activations: int
     logits: int
     teacher: int = 0
-    """Of train.config.teaching: a teacher's weights, and what the divergence from it keeps."""
+    """Of train/objectives/cost.py: a teacher's weights, and what the divergence from it keeps."""
 
     @property
     def total(self) -> int:

@@ -18,7 +18,13 @@ from commandline import TINY, last_json, launch, losses, train_on, write_text
 
 pytestmark = [pytest.mark.slow]
 COMMON = (*TINY, "balance=none", "train.num_steps=6", "train.eval_max_sequences=4")
-SELF = ("objective=self_distil", "model.top_k=3", "objective.top_k=[1,2]")
+SELF = (
+    "objective=self_distil",
+    "router=top_k_raw",
+    "model.top_k=3",
+    "model.init_std=0.3",
+    "objective.top_k=[1,2]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +158,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(settings, teacher, taught, own, tmp_p
     assert which == "own" or "checkpoint: step-00000006" in text
 
 
+def test_other_commands_read_such_a_run_without_its_objective(own):
+    """Also at a budget that would be no full one."""
+    found = last_json(launch("evaluate", f"run={own}", "router.top_k=1", "max_sequences=4"))
+    assert found["experts_per_token"] == 1
+
+
 @pytest.mark.nightly
 def test_a_folder_of_published_weights_teaches_in_bf16(settings, tmp_path):
     """Of a model that began with it and has not learned yet, the divergence is what rounding
@@ -174,25 +186,26 @@ def test_the_plan_counts_the_teacher(settings, teacher, own):
     held = found["memory_bytes"]["teacher"] - 16 * 32 * 300
     assert held == 4 * theirs["parameters"] and plain["memory_bytes"]["teacher"] == 0
     assert found["memory_bytes"]["total"] == plain["memory_bytes"]["total"] + held + 16 * 32 * 300
-    full = last_json(launch("plan", *settings, "model.top_k=3"))["flops_per_token"]
-    lower = [
-        last_json(launch("plan", *settings, f"model.top_k={k}"))["flops_per_token"] for k in (1, 2)
-    ]
+    raw = (*settings, "router=top_k_raw")
+    full = last_json(launch("plan", *raw, "model.top_k=3"))["flops_per_token"]
+    lower = [last_json(launch("plan", *raw, f"model.top_k={k}"))["flops_per_token"] for k in (1, 2)]
     twice = last_json(launch("plan", *settings, *SELF))["flops_per_token"]
     assert twice - full == pytest.approx(sum(lower) / 2 + 2 * 16 * 300)
 
 
 def test_what_cannot_teach_is_refused_before_anything_starts(settings, teacher, cache, tmp_path):
     def refusal(*overrides: str) -> str:
-        done = launch("train", *settings, *overrides, f"run_dir={tmp_path / 'no'}", check=False)
+        run = tmp_path / str(len(list(tmp_path.iterdir())))
+        done = launch("train", *settings, *overrides, f"run_dir={run}", check=False)
         assert done.returncode == 2, done.stderr
-        assert not (tmp_path / "no" / "checkpoints").exists()
+        assert not (run / "checkpoints").exists()
         return done.stdout + done.stderr
 
     assert "objective=distil has no teacher" in refusal("objective=distil")
     of_run = ("objective=distil", f"objective.run={teacher}")
     assert "has a vocabulary of 300" in refusal(*of_run, "model.vocab_size=301")
     assert "a lower budget must be" in refusal("objective=self_distil", "objective.top_k=[2]")
+    assert "makes a single gate 1" in refusal("objective=self_distil")
     assert "router=expert_choice" in refusal("objective=self_distil", "router=expert_choice")
     of_cache = ("objective=distil", f"objective.cache={cache}")
     assert "was written with objective.temperature=1.0" in refusal(

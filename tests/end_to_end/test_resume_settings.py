@@ -106,7 +106,7 @@ BASES = {
     ),
     "mtp": ("model.num_mtp_layers=1", "train.mtp_coeff=0.3"),
     "muon": ("optim=muon",),
-    "self_distil": ("objective=self_distil", "model.top_k=3"),
+    "self_distil": ("objective=self_distil", "router=top_k_raw", "model.top_k=3"),
     "spike": ("fail_safe.spike_zscore=1000", "train.stop_after_step=55"),
 }
 """The runs that are resumed, by name; 10 steps each, unless they say otherwise."""
@@ -336,7 +336,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         )
     },
     # routers
-    "objective.name": acts("objective=self_distil", LOSS),
+    "objective.name": acts("objective=self_distil", LOSS, control=("router=top_k_raw",)),
     "objective.top_k": acts("objective.top_k=[2]", "distil/kl", "self_distil"),
     "objective.weight": acts("objective.weight=3", LOSS, "self_distil"),
     "objective.temperature": acts("objective.temperature=3", "distil/kl", "self_distil"),

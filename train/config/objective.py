@@ -6,15 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from model.component import Component
 from model.config import ModelConfig
 from model.routers.config import RouterConfig
 from train.config.training import TrainConfig, problems_of_checkpoint
-
-if TYPE_CHECKING:
-    from train.objectives.objective import Objective, Teacher
 
 LOWERED = ("top_k", "top_p", "threshold")
 """Routers whose tokens can be sent to their best so many experts in a causal way, by gates that are
@@ -34,12 +30,6 @@ class ObjectiveConfig(Component):
     def problems(self, model: ModelConfig, router: RouterConfig, train: TrainConfig) -> list[str]:
         """Contradictions of the settings with each other and the run."""
         return []
-
-    def build(self, teacher: Teacher | None = None) -> Objective:
-        """What the step asks. teacher: who says what the next token is, where somebody does."""
-        from train.objectives.objective import Objective
-
-        return Objective()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +78,6 @@ class DistilConfig(ObjectiveConfig):
         found += _of_temperature(self.temperature)
         return found + problems_of_checkpoint("objective.checkpoint", self.checkpoint)
 
-    def build(self, teacher: Teacher | None = None) -> Objective:
-        from train.objectives.objective import Distillation
-
-        assert teacher is not None
-        return Distillation(self, teacher)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SelfDistilConfig(ObjectiveConfig):
@@ -129,6 +113,12 @@ class SelfDistilConfig(ObjectiveConfig):
             for number in self.top_k
             if not 1 <= number < full
         ]
+        if 1 in self.top_k and router.name == "top_k" and router.arguments["normalize_weights"]:
+            found.append(
+                "objective.top_k has 1, but router.normalize_weights=true makes a single gate 1 "
+                "whatever the router says, which nothing else computes with one expert; name "
+                "budgets from 2 on, or use router.normalize_weights=false or an adaptive router"
+            )
         if not self.top_k:
             found.append("objective.top_k is empty; name lower budgets, as objective.top_k=[1]")
         if self.weight < 0:
@@ -140,11 +130,6 @@ class SelfDistilConfig(ObjectiveConfig):
                 "train.mtp_coeff=0"
             )
         return found + _of_temperature(self.temperature)
-
-    def build(self, teacher: Teacher | None = None) -> Objective:
-        from train.objectives.objective import SelfDistillation
-
-        return SelfDistillation(self)
 
 
 def _of_temperature(temperature: float) -> list[str]:

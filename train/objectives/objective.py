@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from model.loss import UNTAUGHT, ModelOutput, Teaching
 from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch
-
-if TYPE_CHECKING:
-    from train.config.objective import DistilConfig, SelfDistilConfig
-    from train.data.loader import Batch
+from train.config.objective import DistilConfig, SelfDistilConfig
+from train.data.loader import Batch
 
 
 class Teacher(Protocol):

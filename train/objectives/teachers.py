@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from model.parallel.groups import ParallelGroups
-from train.config.objective import DistilConfig
+from train.config.objective import DistilConfig, SelfDistilConfig
 from train.config.run import RunConfig
 from train.data.store import TokenStore
 from train.data.tokenizer import load_tokenizer
 from train.objectives.cache import CachedTeacher
-from train.objectives.objective import Objective
+from train.objectives.objective import Distillation, Objective, SelfDistillation
 from train.objectives.online import load_teacher
 from train.rank.runtime import from_rank_zero
 
@@ -52,12 +52,14 @@ def objective_of(
         ValueError: a cache was written for another run.
     """
     settings = config.objective
+    if isinstance(settings, SelfDistilConfig):
+        return SelfDistillation(settings)
     if not isinstance(settings, DistilConfig):
-        return settings.build()
+        return Objective()
     if not settings.needs_teacher:
         # Looked at on one rank first, so that all end with what it says.
         from_rank_zero(lambda: CachedTeacher(settings, config, store) and None)
-        return settings.build(CachedTeacher(settings, config, store))
+        return Distillation(settings, CachedTeacher(settings, config, store))
     assert teacher is not None
     from_rank_zero(lambda: require_same_tokens(settings, teacher, store))
-    return settings.build(load_teacher(settings, teacher, config, groups, device))
+    return Distillation(settings, load_teacher(settings, teacher, config, groups, device))
