@@ -36,7 +36,7 @@ FLOORS = {
     "launch": (
         ("__main__", "train"),
         (*COMMANDS, *PAGES),
-        ("layouts",),
+        ("harness", "layouts"),
         ("job",),
         ("launchers", "runs"),
         ("history",),
@@ -114,6 +114,7 @@ HOMES = {
     "safetensors": ("train/pretrained/",),
     "transformers": ("train/pretrained/verify.py",),
     "peft": ("train/pretrained/verify.py",),
+    "lm_eval": ("launch/harness/",),
     "jinja2": ("launch/report/", "train/data/chat/"),
     "markupsafe": ("launch/report/",),
     "starlette": ("launch/serving/",),

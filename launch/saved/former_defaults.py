@@ -29,6 +29,15 @@ HELD: dict[str, dict[str, Any]] = {
         "run_dir": None,
         "resume": None,
     },
+    "DistilConfig": {
+        "run": None,
+        "path": None,
+        "checkpoint": "best",
+        "cache": None,
+        "weight": 0.5,
+        "temperature": 1.0,
+    },
+    "SelfDistilConfig": {"top_k": [1], "weight": 1.0, "temperature": 1.0},
     "ModelConfig": {
         "top_k": 2,
         "head_dim": None,
