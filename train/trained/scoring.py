@@ -133,11 +133,11 @@ class Scorer:
         if self.engine is None:
             settings = EngineConfig(max_slots=self.batch_size)
             self.engine = Engine(self.model, settings, end_token=self.end_token)
-        requests = []
+        asked = []
         for i, item in enumerate(prompts):
             # Room is left for the answer, and one token of the prompt at least.
             prompt = item.prompt[-max(1, self.max_len - item.max_new_tokens) :]
             sampling = SamplingConfig(item.max_new_tokens, temperature=0.0, stop=item.stop)
-            requests.append(Request(str(i), prompt, sampling, self.text(prompt)))
-        found = {int(done.name): done.text for done in self.engine.run(requests)}
+            asked.append(Request(str(i), prompt, sampling, self.text(prompt)))
+        found = {int(done.name): done.text for done in self.engine.run(asked)}
         return [found[i] for i in range(len(prompts))]
