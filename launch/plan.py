@@ -25,6 +25,7 @@ from launch.config.parse import searches_layout, world_size
 from launch.job.disk import disk_usage, run_bytes
 from launch.job.fit import Device, alternatives, device_of
 from launch.job.memory import planned_exchange, planned_memory, planned_teacher
+from launch.job.micro_batch import is_asked, with_micro_batch
 from launch.saved.initial import check_weights
 from launch.saved.teacher import check_teacher
 from train.engine.muon.planned import planned_muon
@@ -55,6 +56,9 @@ def main(config: DictConfig) -> None:
     num_ranks = world_size(config)
     problems: list[str] = []
     try:
+        if is_asked(config):
+            config, said = with_micro_batch(config, asked.device)
+            print(said)
         run = parse(plain(config), num_ranks)
         path = run.data.tokenizer.path
         if path is None or Path(path).expanduser().exists():

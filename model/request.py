@@ -123,6 +123,10 @@ class ForwardRequest(NamedTuple):
     """
     keep_hidden: bool = False
     """Fill ModelOutput.hidden."""
+    measure_logits: bool = False
+    """Fill ModelOutput.largest_logits."""
+    with_logit_z: bool = False
+    """Fill ModelOutput.logit_z_sum."""
 
 
 SUMS_ALONE = ForwardRequest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,6 +19,7 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
@@ -26,7 +27,13 @@ from model.config import ModelConfig
 from model.distillation import divergence
 from model.init import initialize_parameters
 from model.layers import RMSNorm, rotary_tables, times
-from model.loss import ModelOutput, cross_entropy_sum, targets_ahead, token_cross_entropy
+from model.loss import (
+    ModelOutput,
+    cross_entropy_and_z_sums,
+    cross_entropy_sum,
+    targets_ahead,
+    token_cross_entropy,
+)
 from model.moe.balance import (
     BalanceSums,
     RouterSums,
@@ -62,6 +69,7 @@ class _Losses(NamedTuple):
 
     loss_sum: torch.Tensor
     token_losses: torch.Tensor
+    logit_z_sum: torch.Tensor
     kl_sum: torch.Tensor
     agreed: torch.Tensor
 
@@ -146,6 +154,13 @@ class Transformer(nn.Module):
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
 
+    def attentions(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every attention and its name, in the order of ModelOutput.largest_logits."""
+        for i, block in enumerate(self.blocks):
+            yield f"blocks.{i}.attention", cast(nn.Module, cast(Block, block).attention)
+        for i, module in enumerate(self.mtp):
+            yield f"mtp.{i}.block.attention", cast(nn.Module, cast(Block, module.block).attention)
+
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
         in training.
@@ -163,6 +178,7 @@ class Transformer(nn.Module):
         measure: bool = False,
         paging: Paging | None = None,
         whole_positions: torch.Tensor | None = None,
+        largest: LargestLogits | None = None,
     ) -> SequenceLayout:
         """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
         here. whole_positions: where the positions are of a part of rows, those of whole ones.
@@ -191,6 +207,7 @@ class Transformer(nn.Module):
             measure=measure,
             paging=paging,
             exchange=exchange,
+            largest=largest,
         )
 
     def _backbone(
@@ -266,6 +283,7 @@ class Transformer(nn.Module):
         targets: torch.Tensor,
         by_token: bool,
         taught: Taught | None = None,
+        with_z: bool = False,
     ) -> _Losses:
         """What ModelOutput says of the targets, with the logits of model.loss_chunk_size tokens in
         memory at a time.
@@ -286,11 +304,15 @@ class Transformer(nn.Module):
                 if by_token
                 else logits.new_empty(0, dtype=torch.float32)
             )
-            loss_sum = cross_entropy_sum(logits, targets)
+            if with_z:
+                loss_sum, z_sum = cross_entropy_and_z_sums(logits, targets)
+            else:
+                loss_sum = cross_entropy_sum(logits, targets)
+                z_sum = loss_sum.new_zeros(())
             kl_sum, agreed = loss_sum.new_zeros(()), targets.new_zeros(())
             if taught is not None:
                 kl_sum, agreed = divergence(logits, targets, taught, self._teacher_logits(taught))
-            return _Losses(loss_sum, by_tokens, kl_sum, agreed)
+            return _Losses(loss_sum, by_tokens, z_sum, kl_sum, agreed)
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
@@ -305,7 +327,7 @@ class Transformer(nn.Module):
                 (self.embedding if self.head is None else self.head).weight, len(parts)
             )
 
-        sums, by_tokens, divergences, agreed = zip(
+        sums, by_tokens, z_sums, divergences, agreed = zip(
             *(
                 checkpoint(of_chunk, *chunk, use_reentrant=False)
                 if torch.is_grad_enabled()
@@ -317,6 +339,7 @@ class Transformer(nn.Module):
         return _Losses(
             torch.stack(sums).sum(),
             torch.cat(by_tokens).view(targets.shape if by_token else 0),
+            torch.stack(z_sums).sum(),
             torch.stack(divergences).sum(),
             torch.stack(agreed).sum(),
         )
@@ -362,6 +385,7 @@ class Transformer(nn.Module):
             batch.targets,
             request.keep_routing and not self.training,
             batch.taught,
+            request.with_logit_z,
         )
         loss_sum = found.loss_sum
         further: list[torch.Tensor] = []
@@ -389,6 +413,8 @@ class Transformer(nn.Module):
             attention_stats=attention_stats,
             token_losses=found.token_losses,
             mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            largest_logits=_stacked(layout.largest, loss_sum),
+            logit_z_sum=found.logit_z_sum,
             kl_sum=found.kl_sum,
             agreed=found.agreed,
             hidden=hidden.last.detach() if request.keep_hidden else hidden.last.new_zeros(0),
@@ -411,6 +437,7 @@ class Transformer(nn.Module):
             whole.token_mask,
             request.measure_attention,
             whole_positions=None if batch.whole is None else whole.positions,
+            largest=LargestLogits() if request.measure_logits else None,
         )
         counting = self.training if request.with_histogram is None else request.with_histogram
         routing_request = RoutingRequest(
@@ -536,6 +563,13 @@ def _of_layer(
     if given_ids is None:
         return request
     return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+
+
+def _stacked(largest: LargestLogits | None, like: torch.Tensor) -> torch.Tensor:
+    """largest_logits of ModelOutput."""
+    if largest is None or not largest.layers:
+        return like.new_zeros((0, 0))
+    return torch.stack(largest.layers)
 
 
 def _attention_totals(

@@ -20,6 +20,7 @@ ORDER = ("launch", "train", "infer", "model", "ops")
 COMMANDS = (
     "audit",
     "benchmark",
+    "branch",
     "evaluate",
     "export",
     "generate",
@@ -34,14 +35,14 @@ PAGES = ("dashboard", "doctor", "report")
 """Rooms that are commands with something to show."""
 FLOORS = {
     "launch": (
-        ("__main__", "train"),
+        ("__main__", "compare", "train"),
         (*COMMANDS, *PAGES),
-        ("harness", "layouts"),
+        ("comparing", "harness", "layouts"),
         ("job",),
         ("launchers", "runs"),
         ("history",),
         ("benchmarking", "prompts", "saved", "serving"),
-        ("command",),
+        ("command", "page"),
         ("config",),
         ("process",),
     ),
@@ -115,8 +116,8 @@ HOMES = {
     "transformers": ("train/pretrained/verify.py",),
     "peft": ("train/pretrained/verify.py",),
     "lm_eval": ("launch/harness/",),
-    "jinja2": ("launch/report/", "train/data/chat/"),
-    "markupsafe": ("launch/report/",),
+    "jinja2": ("launch/page/", "train/data/chat/"),
+    "markupsafe": ("launch/page/",),
     "starlette": ("launch/serving/",),
     "uvicorn": ("launch/serving/",),
     "prometheus_client": ("launch/serving/",),

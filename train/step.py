@@ -62,12 +62,22 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     # The loss of a micro-batch is its share of the whole step's, so that gradients add up to that
     # of the mean over all targets, however they are spread over ranks and micro-batches.
     statistics = scope_counts = None
+    with_logit_z = run.config.train.z_loss_coeff > 0
+    clip = run.qk_clip if run.qk_clip is not None and run.qk_clip.is_due(step.number) else None
+    balance = run.config.balance.at(step.number, run.config.train.num_steps)
     losses = []
     for batch in batches:
         is_last = batch is batches[-1]
         with run.watch.phase(step, "forward"):
             inputs = run.objective.inputs(batch, batch.inputs(run.engine.device))
-            request = request_for(orders, ask, scope_counts, run.objective.keeps_hidden)
+            request = request_for(
+                orders,
+                ask,
+                scope_counts,
+                with_logit_z,
+                clip is not None,
+                run.objective.keeps_hidden,
+            )
             output = run.engine.forward(inputs, request)
         again = run.objective.again(inputs, output, step.number)
         communication = meter.read()
@@ -76,14 +86,17 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
                 output,
                 size.num_targets,
                 size.num_tokens,
-                run.config.balance,
+                balance,
                 run.config.train.mtp_coeff,
                 size.num_mtp_targets,
+                run.config.train.z_loss_coeff,
                 run.objective.teaching,
             )
             run.engine.backward(share, is_last=is_last and again is None)
         second = None if again is None else learn_again(run, step, again, size, orders, is_last)
         losses.append(output.loss_sum.detach())
+        if clip is not None:
+            clip.see(output)
         scope_counts = output.scope_counts
         statistics = output.stats if statistics is None else statistics + output.stats
         run.watch.micro_batch(step, MicroBatch(batch, output, communication, second))
@@ -93,11 +106,14 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     with run.watch.phase(step, "step"):
         grad_norm = run.engine.step()
     applied = math.isfinite(grad_norm)
+    clipped = clip.apply(run.engine) if clip is not None and applied else None
+    if clip is not None and not applied:
+        clip.forget()
     communication = meter.finish()
     assert statistics is not None  # a step has a micro-batch
     layers = run.routing.reduce(statistics)
     if applied and layers is not None:
-        run.routing.update(layers)
+        run.routing.update(layers, balance)
 
     # The step is told to those who watch before the guard, which may end the run with it.
     result = StepResult(
@@ -108,6 +124,7 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
         applied=applied,
         layers=layers,
         communication=communication,
+        clipped=clipped,
     )
     run.watch.end_step(step, result)
     run.guard.after(step, result, orders, losses, batches)
@@ -149,12 +166,19 @@ def agree_on_size(
 
 
 def request_for(
-    orders: Orders, ask: Ask, scope_counts: torch.Tensor | None, keep_hidden: bool = False
+    orders: Orders,
+    ask: Ask,
+    scope_counts: torch.Tensor | None,
+    with_logit_z: bool,
+    measure_logits: bool,
+    keep_hidden: bool = False,
 ) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
     Args:
         scope_counts: of the micro-batches of the step before this one, for the balance loss.
+        with_logit_z: the loss has a term of the logits' normalizers.
+        measure_logits: attention logits are clipped after this step.
     """
     return ForwardRequest(
         previous_counts=scope_counts,
@@ -162,5 +186,7 @@ def request_for(
         snapshot=orders.snapshot,
         frozen=orders.frozen,
         measure_attention=Ask.ATTENTION in ask,
+        with_logit_z=with_logit_z,
+        measure_logits=measure_logits,
         keep_hidden=keep_hidden,
     )

@@ -23,9 +23,11 @@ RECORDS = {
     "train": "train.config.run:RunConfig",
     "plan": "train.config.run:RunConfig",
     "prepare": "train.config.run:RunConfig",
+    "compare": "train.config.run:RunConfig",
     "evaluate": "train.config.commands:EvaluateConfig",
     "generate": "train.config.commands:GenerateConfig",
     "export": "train.config.commands:ExportConfig",
+    "branch": "train.config.commands:BranchConfig",
     "runs": "launch.runs.command:RunsConfig",
     "serve": "train.config.commands:ServeConfig",
     "benchmark": "train.config.commands:BenchmarkConfig",
@@ -44,6 +46,7 @@ OWN = {
     "prepare": "train.config.commands:PrepareCommandConfig",
     "plan": "train.config.commands:PlanCommandConfig",
     "teach": "train.config.commands:TeachCommandConfig",
+    "compare": "launch.comparing.settings:CompareConfig",
 }
 """Of a command that reads another one's record, what it has beside it."""
 
@@ -69,10 +72,15 @@ def settings(command: str) -> list[Setting]:
     only = OF_ONE_COMMAND.get(command)
     if only is not None:
         found = [s for s in found if s.key in only or s.key.partition(".")[0] in only]
-    if command in OWN:
-        module, _, name = OWN[command].partition(":")
-        found += _of_record(getattr(importlib.import_module(module), name), "", command)
-    return found
+    return [*found, *own_settings(command)]
+
+
+def own_settings(command: str) -> list[Setting]:
+    """What a command that reads another one's record has beside it."""
+    if command not in OWN:
+        return []
+    module, _, name = OWN[command].partition(":")
+    return list(_of_record(getattr(importlib.import_module(module), name), "", command))
 
 
 def _of_record(cls: type, path: str, command: str) -> Iterator[Setting]:

@@ -168,9 +168,11 @@ def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
         seq_len=run.train.seq_len,
         attention=run.attention.arguments,
         recompute_experts=run.experts.recompute,
+        fp8_experts=run.experts.precision == "fp8",
         grad_accum_dtype=run.train.grad_accum_dtype,
         trained=run.trained,
         one_moment=planned_muon(run, num_ranks).parameters,
+        averaged=run.optim.ema_decay is not None,
     )
     return replace(found, teacher=taught_bytes(run, planned_teacher(run)))
 

@@ -104,6 +104,8 @@ VARIANTS = [
         "clip": 0.5,
         "scope": "batch",
         "model": {"tie_embeddings": True, "loss_chunk_size": 24},
+        "z_loss": 0.02,
+        "largest": True,
     },
     {
         "ep": 2,
@@ -152,6 +154,14 @@ VARIANTS = [
         "clip": 0.5,
         "scope": "batch",
         "zero_options": {"stage3_param_persistence_threshold": 0},
+    },
+    {
+        "ep": 2,
+        "zero": 1,
+        "accumulation": 2,
+        "clip": 0.5,
+        "scope": "batch",
+        "experts": {"precision": "fp8"},
     },
     {"ep": 2, "zero": 1, "accumulation": 1, "clip": 0.5, "scope": "batch", "precision": "bf16"},
     {"ep": 2, "zero": 2, "accumulation": 2, "clip": 0.5, "scope": "batch", "precision": "bf16"},
