@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from model.loss import training_loss
+from model.loss import ModelOutput, training_loss
 from model.request import ForwardRequest
 from train.agenda import Step
 from train.data.loader import Batch
 from train.guard.step import Orders
+from train.objectives.objective import Again
 from train.observe.base import Ask, MicroBatch, StepResult
 from train.parts import Parts
 from train.timing.communication import CommunicationMeter
@@ -66,9 +67,19 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     balance = run.config.balance.at(step.number, run.config.train.num_steps)
     losses = []
     for batch in batches:
+        is_last = batch is batches[-1]
         with run.watch.phase(step, "forward"):
-            request = request_for(orders, ask, scope_counts, with_logit_z, clip is not None)
-            output = run.engine.forward(batch.inputs(run.engine.device), request)
+            inputs = run.objective.inputs(batch, batch.inputs(run.engine.device))
+            request = request_for(
+                orders,
+                ask,
+                scope_counts,
+                with_logit_z,
+                clip is not None,
+                run.objective.keeps_hidden,
+            )
+            output = run.engine.forward(inputs, request)
+        again = run.objective.again(inputs, output, step.number)
         communication = meter.read()
         with run.watch.phase(step, "backward"):
             share = training_loss(
@@ -79,14 +90,16 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
                 run.config.train.mtp_coeff,
                 size.num_mtp_targets,
                 run.config.train.z_loss_coeff,
+                run.objective.teaching,
             )
-            run.engine.backward(share, is_last=batch is batches[-1])
+            run.engine.backward(share, is_last=is_last and again is None)
+        second = None if again is None else learn_again(run, step, again, size, orders, is_last)
         losses.append(output.loss_sum.detach())
         if clip is not None:
             clip.see(output)
         scope_counts = output.scope_counts
         statistics = output.stats if statistics is None else statistics + output.stats
-        run.watch.micro_batch(step, MicroBatch(batch, output, communication))
+        run.watch.micro_batch(step, MicroBatch(batch, output, communication, second))
 
     # Clipping and the update. A gradient that is not finite on any rank leaves the weights of all
     # as they are, and must not move the routers either.
@@ -118,6 +131,18 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     return result
 
 
+def learn_again(
+    run: Parts, step: Step, again: Again, size: StepSize, orders: Orders, is_last: bool
+) -> ModelOutput:
+    """The second pass of a micro-batch. Balance and budgets are of the first one alone."""
+    with run.watch.phase(step, "forward"):
+        output = run.engine.forward(again.inputs, again.request._replace(frozen=orders.frozen))
+    with run.watch.phase(step, "backward"):
+        share = again.weight * output.kl_sum / max(size.num_targets, 1)
+        run.engine.backward(share, is_last=is_last)
+    return output
+
+
 def agree_on_size(
     batches: Sequence[Batch], asked_to_stop: bool, num_mtp_layers: int = 0
 ) -> StepSize:
@@ -146,6 +171,7 @@ def request_for(
     scope_counts: torch.Tensor | None,
     with_logit_z: bool,
     measure_logits: bool,
+    keep_hidden: bool = False,
 ) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
@@ -162,4 +188,5 @@ def request_for(
         measure_attention=Ask.ATTENTION in ask,
         with_logit_z=with_logit_z,
         measure_logits=measure_logits,
+        keep_hidden=keep_hidden,
     )

@@ -58,6 +58,7 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     problems += _clipping(run)
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _prediction(run) + _lengths(run) + layout_problems(run, world_size)
+    problems += run.objective.problems(run.model, run.router, run.train)
     return problems
 
 
