@@ -4,6 +4,7 @@ python -m launch.evaluate run=DIR [checkpoint=best|latest|step-00000250] [averag
 [attention=scc] [router.budget=K | router.top_k=K]
 python -m launch.evaluate run=[DIR,DIR2] | run='runs/*/*' | run=DIR checkpoint=all
 python -m launch.evaluate run=DIR router.budget=[1,1.5,2,3] [save_budgets=true]
+python -m launch.evaluate run=DIR tasks=[plays_answer,plays_text] [max_documents=100]
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from launch.command.progress import followed, working
 from launch.config.build import record
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
-from launch.saved.run import load_folder, load_run, require_text, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -67,10 +68,17 @@ def main(config: DictConfig) -> float:
             raise SystemExit(code)
         return math.nan
 
+    if settings.tasks:
+        from launch.harness.command import require_harness
+
+        require_harness()
+
     # Only now what imports torch: a mistake in the settings is told at once.
     from train.trained.ranks import joined
 
     with joined(settings.launch.num_devices, settings.parallel) as place:
+        if settings.tasks:
+            return _evaluate_tasks(targets[0], place)
         if settings.budgets:
             return _evaluate_budgets(targets[0], place)
         if settings.runs or settings.checkpoints:
@@ -96,12 +104,16 @@ class _Target(NamedTuple):
     def label(self) -> str:
         if len(self.checkpoints) > 1:
             return f"{self.checkpoint} and the {len(self.checkpoints) - 1} before it, their mean"
+        if self.settings.weights == "ema":
+            return f"{self.checkpoint}, the moving average"
         return str(self.settings.path if self.checkpoint is None else self.checkpoint)
 
     @property
-    def averaged(self) -> dict[str, list[str]]:
+    def averaged(self) -> dict[str, Any]:
         """What a result says of it."""
-        if len(self.checkpoints) == 1:
+        if self.settings.weights == "ema":
+            return {"weights": "ema"}
+        if len(self.checkpoints) <= 1:
             return {}
         return {"averaged": [checkpoint.name for checkpoint in self.checkpoints]}
 
@@ -154,6 +166,7 @@ def _target(settings: EvaluateConfig) -> _Target:
     if settings.run is not None:
         checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
         run = load_run(settings.run, settings.attention, checkpoints[0], settings.router.top_k)
+        require_average(run, settings.weights, checkpoints[0])
         if settings.text is not None:
             require_text(run, settings.run)
         return _Target(settings, run, checkpoints)
@@ -182,7 +195,7 @@ def _model(target: _Target, place: Place) -> Transformer:
     model = build_model(spread(target.run, target.settings.parallel), place.groups)
     with working(f"loading {target.label}"):
         if target.checkpoints:
-            load_weights(model, reader_of(target.checkpoints))
+            load_weights(model, reader_of(target.checkpoints, target.settings.weights))
         else:
             PretrainedFolder(Path(str(target.settings.path)).expanduser()).fill_model(model)
     return model.to(place.device).eval()
@@ -206,6 +219,26 @@ def _measure(target: _Target, place: Place) -> _Measured:
     result = evaluate(model, batches, place.device, model.routers(), sparse)
     assert result is not None
     return _Measured(result, store, held_out.problem)
+
+
+def _evaluate_tasks(target: _Target, place: Place) -> float:
+    """The harness's table of tasks; returns NaN, as there is no loss."""
+    from launch.harness.command import evaluate_tasks
+    from train.trained.text import FolderTokens
+
+    settings, run, _ = target
+    tokens: TokenStore | FolderTokens
+    if settings.run is not None:
+        tokens = _store(dataclasses.replace(settings, text=""), run, place)
+    else:
+        tokens = FolderTokens.of(run.data.tokenizer)
+    model = _model(target, place)
+    if settings.router.budget is not None:
+        _calibrate(settings, run, _store(settings, run, place), model, place.device)
+    result = evaluate_tasks(settings, model, tokens, place, target.label)
+    if place.rank == 0:
+        print_result({"model": target.label, **result})
+    return math.nan
 
 
 def _evaluate_all(targets: list[_Target], lacking: dict[str, str], place: Place) -> float:

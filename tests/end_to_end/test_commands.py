@@ -39,6 +39,7 @@ def trained(tmp_path_factory):
         "checkpoint.save_interval=4",
         "train.sample_prompt=the quick",
         "tracker.tensorboard=true",
+        "optim.ema_decay=0.9",
     )
     return folder, data, folder / "run", result
 
@@ -98,7 +99,7 @@ def test_the_plan_says_what_a_run_writes(trained):
         assert 0.67 * real[kind] <= found[kind].total <= 1.5 * real[kind], (kind, real, found)
     folders = sorted((run / "checkpoints").glob("step-*"))
     assert len(folders) <= found["checkpoints"].number == 3
-    tensors = 3 * 100  # of so small a model most of a checkpoint is headers
+    tensors = 4 * 100  # of so small a model most of a checkpoint is headers
     assert (
         found["checkpoints"].each
         <= real["checkpoints"] / len(folders)
@@ -170,6 +171,10 @@ def test_the_mean_of_checkpoints_is_measured_and_sampled_from(trained):
     assert found["val_loss"] not in losses
     text = last_json(launch("generate", f"run={run}", *mean, "prompt=the", "max_new_tokens=4"))
     assert text["text"]
+    told = launch("evaluate", f"run={run}", "checkpoint=latest", "weights=ema", "max_sequences=8")
+    assert "the moving average: val_loss" in told.stdout
+    ema = last_json(told)
+    assert ema["weights"] == "ema" and ema["val_loss"] not in (*losses, found["val_loss"])
     refused = launch("export", f"run={run}", "to=nowhere", "average=9", check=False)
     assert refused.returncode == 2 and "average=9 needs 9 whole checkpoints" in refused.stderr
 
