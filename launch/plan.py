@@ -25,7 +25,7 @@ from launch.config.parse import searches_layout, world_size
 from launch.job.disk import disk_usage, run_bytes
 from launch.job.fit import Device, alternatives, device_of
 from launch.job.memory import planned_exchange, planned_memory, planned_teacher
-from launch.job.micro_batch import is_asked, with_micro_batch
+from launch.layouts.micro_batch import is_asked, with_micro_batch
 from launch.saved.initial import check_weights
 from launch.saved.teacher import check_teacher
 from train.engine.muon.planned import planned_muon
