@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,13 +19,21 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
+from model.distillation import divergence
 from model.init import initialize_parameters
 from model.layers import RMSNorm, rotary_tables, times
-from model.loss import ModelOutput, cross_entropy_sum, targets_ahead, token_cross_entropy
+from model.loss import (
+    ModelOutput,
+    cross_entropy_and_z_sums,
+    cross_entropy_sum,
+    targets_ahead,
+    token_cross_entropy,
+)
 from model.moe.balance import (
     BalanceSums,
     RouterSums,
@@ -36,7 +44,7 @@ from model.moe.balance import (
 from model.moe.layer import ModelParts, MoELayer
 from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
-from model.request import SUMS_ALONE, ForwardRequest, TokenBatch
+from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch
 from model.routers.base import Router, RoutingRequest
 from model.weight_sums import Embedding, uses_of
 from ops.all_to_all import Communication, total_communication
@@ -54,6 +62,16 @@ class _Hidden(NamedTuple):
     """Of the MoE layers, in layer order; those of multi-token prediction come after."""
     routings: list[RouterOutput]
     """Likewise."""
+
+
+class _Losses(NamedTuple):
+    """Of the targets: fields of ModelOutput."""
+
+    loss_sum: torch.Tensor
+    token_losses: torch.Tensor
+    logit_z_sum: torch.Tensor
+    kl_sum: torch.Tensor
+    agreed: torch.Tensor
 
 
 class Decoded(NamedTuple):
@@ -136,6 +154,13 @@ class Transformer(nn.Module):
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
 
+    def attentions(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every attention and its name, in the order of ModelOutput.largest_logits."""
+        for i, block in enumerate(self.blocks):
+            yield f"blocks.{i}.attention", cast(nn.Module, cast(Block, block).attention)
+        for i, module in enumerate(self.mtp):
+            yield f"mtp.{i}.block.attention", cast(nn.Module, cast(Block, module.block).attention)
+
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
         in training.
@@ -153,6 +178,7 @@ class Transformer(nn.Module):
         measure: bool = False,
         paging: Paging | None = None,
         whole_positions: torch.Tensor | None = None,
+        largest: LargestLogits | None = None,
     ) -> SequenceLayout:
         """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
         here. whole_positions: where the positions are of a part of rows, those of whole ones.
@@ -181,6 +207,7 @@ class Transformer(nn.Module):
             measure=measure,
             paging=paging,
             exchange=exchange,
+            largest=largest,
         )
 
     def _backbone(
@@ -243,7 +270,7 @@ class Transformer(nn.Module):
                 found.routings.append(routing)
 
             targets = batch.own(targets_ahead(whole.targets, whole.positions, number))
-            sums.append(self._loss(hidden, targets, by_token=False)[0])
+            sums.append(self._loss(hidden, targets, by_token=False).loss_sum)
         return sums
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -251,15 +278,23 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def _loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens
-        in memory at a time.
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        by_token: bool,
+        taught: Taught | None = None,
+        with_z: bool = False,
+    ) -> _Losses:
+        """What ModelOutput says of the targets, with the logits of model.loss_chunk_size tokens in
+        memory at a time.
         """
 
         def of_chunk(
-            hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden: torch.Tensor,
+            targets: torch.Tensor,
+            weight: torch.Tensor | None = None,
+            taught: Taught | None = None,
+        ) -> _Losses:
             if weight is None:
                 logits = self._project(hidden)
             else:
@@ -269,12 +304,21 @@ class Transformer(nn.Module):
                 if by_token
                 else logits.new_empty(0, dtype=torch.float32)
             )
-            return cross_entropy_sum(logits, targets), by_tokens
+            if with_z:
+                loss_sum, z_sum = cross_entropy_and_z_sums(logits, targets)
+            else:
+                loss_sum = cross_entropy_sum(logits, targets)
+                z_sum = loss_sum.new_zeros(())
+            kl_sum, agreed = loss_sum.new_zeros(()), targets.new_zeros(())
+            if taught is not None:
+                kl_sum, agreed = divergence(logits, targets, taught, self._teacher_logits(taught))
+            return _Losses(loss_sum, by_tokens, z_sum, kl_sum, agreed)
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
-            return of_chunk(hidden, targets)
+            return of_chunk(hidden, targets, None, taught)
         hiddens, parts = hidden.flatten(0, 1).split(size), targets.flatten().split(size)
+        teachings = [None] * len(parts) if taught is None else taught.chunks(size)
 
         # In bf16 a weight that many chunks use would add up its gradient in bf16: see uses_of.
         weights: list[torch.Tensor] | list[None] = [None] * len(parts)
@@ -283,16 +327,46 @@ class Transformer(nn.Module):
                 (self.embedding if self.head is None else self.head).weight, len(parts)
             )
 
-        sums, by_tokens = zip(
+        sums, by_tokens, z_sums, divergences, agreed = zip(
             *(
                 checkpoint(of_chunk, *chunk, use_reentrant=False)
                 if torch.is_grad_enabled()
                 else of_chunk(*chunk)
-                for chunk in zip(hiddens, parts, weights, strict=True)
+                for chunk in zip(hiddens, parts, weights, teachings, strict=True)
             ),
             strict=True,
         )
-        return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
+        return _Losses(
+            torch.stack(sums).sum(),
+            torch.cat(by_tokens).view(targets.shape if by_token else 0),
+            torch.stack(z_sums).sum(),
+            torch.stack(divergences).sum(),
+            torch.stack(agreed).sum(),
+        )
+
+    @torch.no_grad()
+    def _teacher_logits(self, taught: Taught) -> torch.Tensor | None:
+        """[..., vocab_size] of a teacher that is known by its hidden states; None: by its words."""
+        if taught.hidden is None:
+            return None
+        if taught.weight is None:
+            return self._project(taught.hidden)
+        return F.linear(taught.hidden, taught.weight)
+
+    def output_projection(self) -> torch.Tensor:
+        """[vocab_size, D] of the weights, what the last hidden states are multiplied by to be
+        logits, model.logits_divisor included.
+        """
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return times(weight, 1 / self.config.logits_divisor)
+
+    @torch.no_grad()
+    def last_hidden(self, batch: TokenBatch) -> torch.Tensor:
+        """[B, S, D], what the head projects, of packed rows as `forward` reads them; no loss is
+        computed.
+        """
+        layout, request = self._reading(batch, SUMS_ALONE)
+        return self._backbone(batch.input_ids, layout, request).last
 
     def _balance_sums(
         self, layers: list[RouterSums], previous_counts: torch.Tensor | None, like: torch.Tensor
@@ -304,32 +378,16 @@ class Transformer(nn.Module):
 
     def forward(self, batch: TokenBatch, request: ForwardRequest = SUMS_ALONE) -> ModelOutput:
         """Sums over the micro-batch `batch`, and what `request` asks for besides."""
-        # Attention sees whole rows; all else is of the tokens here.
-        whole = batch.rows
-        assert (batch.whole is not None) == (self.groups.context_size > 1), (
-            f"{self.groups.context_size} ranks share rows, which are to be cut (Batch.part)"
-        )
-        layout = self._layout(
-            batch.positions,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            whole.token_ids,
-            whole.token_mask,
-            request.measure_attention,
-            whole_positions=None if batch.whole is None else whole.positions,
-        )
-        counting = self.training if request.with_histogram is None else request.with_histogram
-        routing_request = RoutingRequest(
-            token_mask=None if batch.token_mask is None else batch.token_mask.reshape(-1),
-            num_bins=int(counting),
-            token_ids=None if batch.token_ids is None else batch.token_ids.reshape(-1),
-            frozen=request.frozen,
-            snapshot=request.snapshot,
-        )
+        layout, routing_request = self._reading(batch, request)
         hidden = self._backbone(batch.input_ids, layout, routing_request, request.given_ids)
-        loss_sum, token_losses = self._loss(
-            hidden.last, batch.targets, request.keep_routing and not self.training
+        found = self._loss(
+            hidden.last,
+            batch.targets,
+            request.keep_routing and not self.training,
+            batch.taught,
+            request.with_logit_z,
         )
+        loss_sum = found.loss_sum
         further: list[torch.Tensor] = []
         if self.training:
             further = self._predict_further(
@@ -353,9 +411,44 @@ class Transformer(nn.Module):
             processed=balance.processed,
             routings=tuple(hidden.routings) if request.keep_routing else (),
             attention_stats=attention_stats,
-            token_losses=token_losses,
+            token_losses=found.token_losses,
             mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            largest_logits=_stacked(layout.largest, loss_sum),
+            logit_z_sum=found.logit_z_sum,
+            kl_sum=found.kl_sum,
+            agreed=found.agreed,
+            hidden=hidden.last.detach() if request.keep_hidden else hidden.last.new_zeros(0),
         )
+
+    def _reading(
+        self, batch: TokenBatch, request: ForwardRequest
+    ) -> tuple[SequenceLayout, RoutingRequest]:
+        """What attention and the routers read of a micro-batch besides its hidden states."""
+        # Attention sees whole rows; all else is of the tokens here.
+        whole = batch.rows
+        assert (batch.whole is not None) == (self.groups.context_size > 1), (
+            f"{self.groups.context_size} ranks share rows, which are to be cut (Batch.part)"
+        )
+        layout = self._layout(
+            batch.positions,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            whole.token_ids,
+            whole.token_mask,
+            request.measure_attention,
+            whole_positions=None if batch.whole is None else whole.positions,
+            largest=LargestLogits() if request.measure_logits else None,
+        )
+        counting = self.training if request.with_histogram is None else request.with_histogram
+        routing_request = RoutingRequest(
+            token_mask=None if batch.token_mask is None else batch.token_mask.reshape(-1),
+            num_bins=int(counting),
+            token_ids=None if batch.token_ids is None else batch.token_ids.reshape(-1),
+            frozen=request.frozen,
+            snapshot=request.snapshot,
+            plain_k=request.plain_k,
+        )
+        return layout, routing_request
 
     def logits(
         self,
@@ -470,6 +563,13 @@ def _of_layer(
     if given_ids is None:
         return request
     return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+
+
+def _stacked(largest: LargestLogits | None, like: torch.Tensor) -> torch.Tensor:
+    """largest_logits of ModelOutput."""
+    if largest is None or not largest.layers:
+        return like.new_zeros((0, 0))
+    return torch.stack(largest.layers)
 
 
 def _attention_totals(

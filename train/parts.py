@@ -11,10 +11,12 @@ from train.config.run import RunConfig
 from train.data.loader import TrainingLoader
 from train.data.store import TokenStore
 from train.engine.deepspeed import Engine
+from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
 from train.guard.routing import RoutingControl
 from train.guard.step import StepGuard
+from train.objectives.objective import Objective
 from train.observe.base import Watch
 from train.observe.probe import RoutingProbe
 from train.progress import Progress
@@ -34,6 +36,8 @@ class Parts:
     schedule: Schedule
     loader: TrainingLoader
     store: TokenStore
+    objective: Objective
+    """What a micro-batch learns from."""
     writer: CheckpointWriter
     stop: StopSignal
 
@@ -48,6 +52,8 @@ class Parts:
     """What may skip a step or end the run."""
     routing: RoutingControl
     """What moves the routers between steps."""
+    qk_clip: QkClip | None
+    """What holds attention logits down; None: nothing does."""
     alarms: AlarmActions
     """What reads the records, and asks for more than a line in a file."""
 

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from model.loss import training_loss
+from model.loss import ModelOutput, training_loss
 from model.request import ForwardRequest
 from train.agenda import Step
 from train.data.loader import Batch
 from train.guard.step import Orders
+from train.objectives.objective import Again
 from train.observe.base import Ask, MicroBatch, StepResult
 from train.parts import Parts
 from train.timing.communication import CommunicationMeter
@@ -61,37 +62,58 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     # The loss of a micro-batch is its share of the whole step's, so that gradients add up to that
     # of the mean over all targets, however they are spread over ranks and micro-batches.
     statistics = scope_counts = None
+    with_logit_z = run.config.train.z_loss_coeff > 0
+    clip = run.qk_clip if run.qk_clip is not None and run.qk_clip.is_due(step.number) else None
+    balance = run.config.balance.at(step.number, run.config.train.num_steps)
     losses = []
     for batch in batches:
+        is_last = batch is batches[-1]
         with run.watch.phase(step, "forward"):
-            request = request_for(orders, ask, scope_counts)
-            output = run.engine.forward(batch.inputs(run.engine.device), request)
+            inputs = run.objective.inputs(batch, batch.inputs(run.engine.device))
+            request = request_for(
+                orders,
+                ask,
+                scope_counts,
+                with_logit_z,
+                clip is not None,
+                run.objective.keeps_hidden,
+            )
+            output = run.engine.forward(inputs, request)
+        again = run.objective.again(inputs, output, step.number)
         communication = meter.read()
         with run.watch.phase(step, "backward"):
             share = training_loss(
                 output,
                 size.num_targets,
                 size.num_tokens,
-                run.config.balance,
+                balance,
                 run.config.train.mtp_coeff,
                 size.num_mtp_targets,
+                run.config.train.z_loss_coeff,
+                run.objective.teaching,
             )
-            run.engine.backward(share, is_last=batch is batches[-1])
+            run.engine.backward(share, is_last=is_last and again is None)
+        second = None if again is None else learn_again(run, step, again, size, orders, is_last)
         losses.append(output.loss_sum.detach())
+        if clip is not None:
+            clip.see(output)
         scope_counts = output.scope_counts
         statistics = output.stats if statistics is None else statistics + output.stats
-        run.watch.micro_batch(step, MicroBatch(batch, output, communication))
+        run.watch.micro_batch(step, MicroBatch(batch, output, communication, second))
 
     # Clipping and the update. A gradient that is not finite on any rank leaves the weights of all
     # as they are, and must not move the routers either.
     with run.watch.phase(step, "step"):
         grad_norm = run.engine.step()
     applied = math.isfinite(grad_norm)
+    clipped = clip.apply(run.engine) if clip is not None and applied else None
+    if clip is not None and not applied:
+        clip.forget()
     communication = meter.finish()
     assert statistics is not None  # a step has a micro-batch
     layers = run.routing.reduce(statistics)
     if applied and layers is not None:
-        run.routing.update(layers)
+        run.routing.update(layers, balance)
 
     # The step is told to those who watch before the guard, which may end the run with it.
     result = StepResult(
@@ -102,10 +124,23 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
         applied=applied,
         layers=layers,
         communication=communication,
+        clipped=clipped,
     )
     run.watch.end_step(step, result)
     run.guard.after(step, result, orders, losses, batches)
     return result
+
+
+def learn_again(
+    run: Parts, step: Step, again: Again, size: StepSize, orders: Orders, is_last: bool
+) -> ModelOutput:
+    """The second pass of a micro-batch. Balance and budgets are of the first one alone."""
+    with run.watch.phase(step, "forward"):
+        output = run.engine.forward(again.inputs, again.request._replace(frozen=orders.frozen))
+    with run.watch.phase(step, "backward"):
+        share = again.weight * output.kl_sum / max(size.num_targets, 1)
+        run.engine.backward(share, is_last=is_last)
+    return output
 
 
 def agree_on_size(
@@ -130,11 +165,20 @@ def agree_on_size(
     return StepSize(num_targets, num_tokens, asked, tuple(ahead))
 
 
-def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> ForwardRequest:
+def request_for(
+    orders: Orders,
+    ask: Ask,
+    scope_counts: torch.Tensor | None,
+    with_logit_z: bool,
+    measure_logits: bool,
+    keep_hidden: bool = False,
+) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
     Args:
         scope_counts: of the micro-batches of the step before this one, for the balance loss.
+        with_logit_z: the loss has a term of the logits' normalizers.
+        measure_logits: attention logits are clipped after this step.
     """
     return ForwardRequest(
         previous_counts=scope_counts,
@@ -142,4 +186,7 @@ def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> 
         snapshot=orders.snapshot,
         frozen=orders.frozen,
         measure_attention=Ask.ATTENTION in ask,
+        with_logit_z=with_logit_z,
+        measure_logits=measure_logits,
+        keep_hidden=keep_hidden,
     )

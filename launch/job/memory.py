@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from typing import Any
 import psutil
 
 from launch.process.ask import ask
+from launch.saved.teacher import read_teacher
 from model.cost.exchange import Exchange, exchanged_bytes
 from model.cost.memory import DeviceMemory, device_memory
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
+from train.objectives.cost import taught_bytes
 
 PROGRAM_SECONDS = 20.0
 UNLIMITED = 2**60
@@ -153,7 +156,7 @@ def memory_problem(run: Any, num_ranks: int, ranks_here: int, machine: Machine) 
 
 def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
     """Bytes on the fullest device of a run."""
-    return device_memory(
+    found = device_memory(
         run.model,
         run.experts_per_token,
         precision=run.train.precision,
@@ -165,10 +168,30 @@ def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
         seq_len=run.train.seq_len,
         attention=run.attention.arguments,
         recompute_experts=run.experts.recompute,
+        fp8_experts=run.experts.precision == "fp8",
         grad_accum_dtype=run.train.grad_accum_dtype,
         trained=run.trained,
         one_moment=planned_muon(run, num_ranks).parameters,
+        averaged=run.optim.ema_decay is not None,
     )
+    return replace(found, teacher=taught_bytes(run, planned_teacher(run)))
+
+
+def planned_teacher(run: Any) -> Any:
+    """The config of the teacher that is there while a run learns. None: there is none, or it cannot
+    be read here, which those say who check it.
+    """
+    if not run.objective.needs_teacher:
+        return None
+    return _read_teacher(run.objective)
+
+
+@cache
+def _read_teacher(settings: Any) -> Any:
+    try:
+        return read_teacher(settings)
+    except (OSError, ValueError):
+        return None
 
 
 def planned_exchange(run: Any, num_ranks: int) -> Exchange:

@@ -10,6 +10,7 @@ from launch.config.overrides import plain
 from launch.process.secrets import redact_text
 from model.dispatch.config import LocalDispatcherConfig
 from train.config.data import no_tokenizer
+from train.config.objective import NextTokenConfig
 
 FOLDER_SEQ_LEN = 2048
 """Most tokens of a row where a folder of published weights is evaluated and nobody says."""
@@ -63,6 +64,7 @@ def load_run(
     saved.launch = {"kind": "inline"}
     saved.parallel = {}
     saved.experts = {}
+    saved.objective = {"name": NextTokenConfig.name}
     if not adapters:
         saved.lora = {}
     saved.dispatcher = {"name": LocalDispatcherConfig.name}
@@ -78,6 +80,18 @@ def load_run(
     if top_k is not None:
         config["router"] = _fixed(config["router"], top_k)
     return parse(config, world_size=1)
+
+
+def require_average(run: Any, weights: str, checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: weights=ema of a checkpoint that was saved without a moving average.
+    """
+    if weights == "ema" and run.optim.ema_decay is None:
+        raise ValueError(
+            f"weights=ema: {checkpoint} was saved without a moving average of its weights; train "
+            "with optim.ema_decay=0.999, or leave weights out"
+        )
 
 
 def load_folder(

@@ -251,7 +251,9 @@ def run_case(case: dict) -> dict:
         dataclasses.replace(config, loss_chunk_size=0),
         balance,
         router=kind,
-        experts=ExpertsConfig(backend="reference"),
+        experts=ExpertsConfig(
+            backend="reference", precision=case.get("experts", {}).get("precision", "native")
+        ),
         **options,
     )
     start_routers(master.routers(), BUDGET, FAIL_SAFE)
@@ -296,23 +298,29 @@ def run_case(case: dict) -> dict:
         "attention": 0.0,
     }
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
+    z_loss = case.get("z_loss", 0.0)
+    asked = ForwardRequest(
+        measure_attention=True, with_logit_z=z_loss > 0, measure_logits=case.get("largest", False)
+    )
     for step in range(case.get("steps", STEPS)):
         num_targets, num_tokens = counts_of(step, num_micro)
         mtp = (0.3, mtp_targets_of(step, num_micro, config.num_mtp_layers))
         reference.zero_grad()
         reference_loss, previous = 0.0, None
         reference_stats, own_stats, reference_attention, own_attention = [], [], [], []
+        reference_largest, own_largest = [], []
         for model in (reference, engine.module):
             model.set_step(step)
         for micro in range(num_micro):
             output = reference(
                 take(batch(step, micro, ROWS), 0, ROWS),
-                ForwardRequest(previous_counts=previous, measure_attention=True),
+                asked._replace(previous_counts=previous),
             )
             previous = output.scope_counts
             reference_attention.append(output.attention_stats)
             reference_stats.append(output.stats)
-            loss = training_loss(output, num_targets, num_tokens, balance, *mtp)
+            reference_largest.append(output.largest_logits)
+            loss = training_loss(output, num_targets, num_tokens, balance, *mtp, z_loss)
             loss.backward()
             reference_loss += float(loss)
         own = torch.zeros((), dtype=torch.float64)
@@ -321,15 +329,21 @@ def run_case(case: dict) -> dict:
             with fault(case, engine):
                 output = engine.forward(
                     own_tokens(batch(step, micro, ROWS), groups),
-                    ForwardRequest(previous_counts=previous, measure_attention=True),
+                    asked._replace(previous_counts=previous),
                 )
                 previous = output.scope_counts
                 own_attention.append(output.attention_stats)
                 own_stats.append(output.stats)
-                loss = training_loss(output, num_targets, num_tokens, balance, *mtp)
+                own_largest.append(output.largest_logits)
+                loss = training_loss(output, num_targets, num_tokens, balance, *mtp, z_loss)
                 engine.backward(loss, is_last=micro == num_micro - 1)
             own += loss.detach().double()
         dist.all_reduce(own)
+        if case.get("largest"):
+            largest = torch.stack(own_largest).amax(0)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            expected = torch.stack(reference_largest).amax(0)
+            errors["attention"] = max(errors["attention"], relative(largest, expected))
         errors["attention"] = max(
             errors["attention"], compare_attention(sum(own_attention), sum(reference_attention))
         )

@@ -43,14 +43,18 @@ class InferenceRouterConfig:
         return []
 
 
-Weights = Literal["native", "int8"]
-"""native: as they were saved. int8: experts of 8 bits, made by launch.quantize."""
+Weights = Literal["native", "int8", "ema"]
+"""native: as they were saved. int8: experts of 8 bits, made by launch.quantize. ema: their moving
+average (optim.ema_decay).
+"""
 
 
 def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1) -> list[str]:
-    """Of the experts that launch.quantize has made."""
+    """Of the experts that launch.quantize has made, and of the average that training kept."""
     if weights == "native":
         return []
+    if weights == "ema":
+        return [] if path is None else ["weights=ema is kept by a run; give run=RUN"]
     found = []
     if path is not None:
         found.append("weights=int8 is made for a run by launch.quantize; give run=RUN")
@@ -114,6 +118,21 @@ class PrepareCommandConfig:
 
     def problems(self) -> list[str]:
         return self.prepare.problems()
+
+
+@dataclass(frozen=True)
+class TeachCommandConfig:
+    """What launch.teach writes; the rows are those of the run whose settings it is given."""
+
+    to: str
+    """The folder to write."""
+    num_ids: int = 32
+    """Likeliest tokens that are kept one by one; all others are kept together."""
+
+    def problems(self) -> list[str]:
+        if self.num_ids < 1:
+            return [f"num_ids is {self.num_ids}; it must be at least 1"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -239,6 +258,8 @@ class EvaluateConfig:
     """What checkpoint=[...] and checkpoint=all fill."""
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
+    weights: Literal["native", "ema"] = "native"
+    """ema: the moving average of the weights, of a run with optim.ema_decay."""
     batch_size: int = 8
     max_sequences: int | None = None
     budgets: tuple[float, ...] = ()
@@ -249,9 +270,41 @@ class EvaluateConfig:
     """Keep the table in RUN/budgets, from where launch.generate takes a budget without
     calibrating.
     """
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness instead of held-out text (pip install -r
+    requirements-tasks.txt).
+    """
+    tasks_path: str = "bench/tasks"
+    """A folder with tasks in the harness's form. Its own tasks are known besides, and fetch their
+    data from the Hub.
+    """
+    max_documents: int | None = None
+    """Documents of a task; None: all of them."""
+
+    def _task_problems(self) -> list[str]:
+        if not self.tasks:
+            return []
+        given = {
+            "text": self.text,
+            "seq_len": self.seq_len,
+            "max_sequences": self.max_sequences,
+            "router.budget=[...]": self.budgets or None,
+            "a list of runs or checkpoints": self.runs or self.checkpoints or None,
+        }
+        found = [
+            f"tasks are asked of one model and bring their own documents; drop {name}"
+            for name, value in given.items()
+            if value is not None
+        ]
+        if self.router.budget is not None and self.launch.num_devices > 1:
+            found.append("router.budget is calibrated in one process; set launch.num_devices=1")
+        if self.max_documents is not None and self.max_documents < 1:
+            found.append(f"max_documents is {self.max_documents}; it must be at least 1, or null")
+        return found
 
     def problems(self) -> list[str]:
         found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
+        found += self._task_problems()
         found += [
             problem
             for name in self.checkpoints or (self.checkpoint,)
@@ -264,8 +317,8 @@ class EvaluateConfig:
             found.append(
                 "a list of budgets is measured of one checkpoint; name one run and one checkpoint"
             )
-        if self.path is not None and self.text is None:
-            found.append("path=DIR has no held-out text; give text=FILE")
+        if self.path is not None and self.text is None and not self.tasks:
+            found.append("path=DIR has no held-out text; give text=FILE, or tasks=[...]")
         if self.seq_len is not None and self.text is None:
             found.append(f"seq_len={self.seq_len} cuts the rows of text=FILE, which is not given")
         if self.budgets and (self.path is not None or self.text is not None):
@@ -293,11 +346,12 @@ class EvaluateConfig:
             found.append("a list of budgets is measured in one process; set launch.num_devices=1")
         if len(set(self.budgets)) < len(self.budgets):
             found.append("router.budget has a budget twice in its list; name each once")
-        found += problems_of_average(self.average, self.path)
-        if self.save_budgets and self.average > 1:
+        found += problems_of_average(self.average, self.path, self.weights)
+        found += problems_of_weights(self.weights, self.path)
+        if self.save_budgets and (self.average > 1 or self.weights != "native"):
             found.append(
-                f"save_budgets=true keeps the table of one checkpoint, and average={self.average} "
-                "is the mean of several; drop one of them"
+                "save_budgets=true keeps the table of a checkpoint's own weights, and "
+                f"average={self.average} weights={self.weights} are others; drop one of them"
             )
         if self.save_budgets and not self.budgets:
             found.append("save_budgets=true needs a list of budgets: router.budget=[1,1.5,2]")
@@ -325,21 +379,44 @@ class ExportConfig:
     """
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
+    weights: Literal["native", "ema"] = "native"
+    """ema: the moving average of the weights, of a run with optim.ema_decay."""
 
     def problems(self) -> list[str]:
         found = self.router.problems()
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
         if self.router.budget is not None:
             found.append("router.budget has no place in config.json; give router.top_k")
-        found += problems_of_average(self.average, None)
-        if self.adapter and self.average > 1:
+        found += problems_of_average(self.average, None, self.weights)
+        if self.adapter and (self.average > 1 or self.weights != "native"):
             found.append(
-                f"adapter=true with average={self.average}: a mean of adapters A and B is not the "
-                "adapter of the mean; leave adapter=true out, and the mean of the weights with "
-                "adapters added is written"
+                f"adapter=true with average={self.average} weights={self.weights}: an average of A "
+                "and one of B make another product; leave adapter=true out, and the weights are "
+                "written with adapters added"
             )
         if self.max_shard_size <= 0:
             found.append(f"max_shard_size is {self.max_shard_size}; give GB, more than 0")
+        return found
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    run: str
+    to: str
+    """The run directory to make; it must not exist."""
+    decay_steps: int
+    """Steps of the decay, which ends the branch."""
+    checkpoint: str = "latest"
+    """best, latest, or a name: step-00000250. The learning rate must be constant there."""
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Form of the decay (optim.wsd_decay_style)."""
+    min_lr: float | None = None
+    """The learning rate at the end; None: optim.min_lr of the run."""
+
+    def problems(self) -> list[str]:
+        found = problems_of_checkpoint("checkpoint", self.checkpoint)
+        if self.decay_steps < 1:
+            found.append(f"decay_steps is {self.decay_steps}; it must be at least 1")
         return found
 
 
@@ -349,7 +426,9 @@ class GenerateConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run."""
+    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
+    the weights, of a run with optim.ema_decay.
+    """
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
     prompt: str | None = None
@@ -533,7 +612,9 @@ class ServeConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run."""
+    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
+    the weights, of a run with optim.ema_decay.
+    """
     attention: AttentionConfig | None = None
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: str = "best"
@@ -596,7 +677,9 @@ class BenchmarkConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run."""
+    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
+    the weights, of a run with optim.ema_decay.
+    """
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)

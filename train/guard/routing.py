@@ -25,14 +25,13 @@ class RoutingControl:
         self,
         routers: list[Router],
         groups: ParallelGroups,
-        balance: BalanceConfig,
         budget: BudgetConfig,
         fail_safe: FailSafeConfig,
         rank_shares: torch.Tensor | None,
         actions: frozenset[str] = frozenset(),
     ):
         self._routers, self._groups, self._rank_shares = routers, groups, rank_shares
-        self._balance, self._budget, self._fail_safe = balance, budget, fail_safe
+        self._budget, self._fail_safe = budget, fail_safe
         self._actions = actions
 
     def reduce(self, statistics: torch.Tensor) -> LayerStats | None:
@@ -50,12 +49,14 @@ class RoutingControl:
         first = self._routers[0]
         return unpack_stats(statistics, first.spec.num_experts, first.max_top_k)
 
-    def update(self, layers: LayerStats) -> None:
-        """Move bias, budget and fallbacks of every layer by one step that updated the weights."""
+    def update(self, layers: LayerStats, balance: BalanceConfig) -> None:
+        """Move bias, budget and fallbacks of every layer by one step that updated the weights, with
+        the balance settings of that step.
+        """
         update_routers(
             self._routers,
             layers,
-            self._balance,
+            balance,
             self._budget,
             self._fail_safe,
             self._rank_shares,

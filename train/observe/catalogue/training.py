@@ -38,7 +38,53 @@ TRAINING = (
             "the interval's updates, and over the modules; without its weight train.mtp_coeff",
             needs=needs(Need.MTP),
         ),
+        Metric(
+            "z_loss",
+            "z-loss of the logits",
+            "",
+            NEITHER,
+            "squared logsumexp of the output logits, mean over the predicted targets of the "
+            "interval's updates, without its weight train.z_loss_coeff",
+            needs=needs(Need.LOGIT_Z_LOSS),
+        ),
         Metric("lr", "learning rate", "", NEITHER, "of the logged step, as scheduled", STEP),
+        Metric(
+            "aux_loss_coeff",
+            "balance loss coefficient",
+            "",
+            NEITHER,
+            "balance.aux_loss_coeff of the logged step, as scheduled",
+            STEP,
+            needs=needs(Need.AUX_LOSS_SCHEDULE),
+        ),
+        Metric(
+            "bias_update_rate",
+            "bias update rate",
+            "",
+            NEITHER,
+            "balance.bias_update_rate of the logged step, as scheduled",
+            STEP,
+            needs=needs(Need.BIAS_RATE_SCHEDULE),
+        ),
+        Metric(
+            "max_attention_logit",
+            "largest attention logit",
+            "",
+            NEITHER,
+            "over all layers, heads and tokens of the last step that was measured "
+            "(optim.qk_clip_interval), before its clip",
+            STEP,
+            needs=needs(Need.QK_CLIP),
+        ),
+        Metric(
+            "clipped_heads",
+            "clipped heads",
+            "heads",
+            LOWER,
+            "of all layers, whose projections were scaled after that step",
+            STEP,
+            needs=needs(Need.QK_CLIP),
+        ),
         Metric(
             "grad_norm",
             "gradient norm",
@@ -55,6 +101,37 @@ TRAINING = (
             "steps without an update, because their gradient was not finite "
             "(train.on_nonfinite=skip)",
             SO_FAR,
+        ),
+    ),
+    group(
+        "Distillation",
+        "distil/",
+        (Need.TEACHER,),
+        "What a model has learned of its teacher: of another model, or, with "
+        "objective=self_distil, of itself at its full budget.",
+        Metric(
+            "kl",
+            "divergence from the teacher",
+            "nats",
+            LOWER,
+            "KL(teacher || model) per predicted target of the interval's updates, at "
+            "objective.temperature; of a cache, with all tokens beside its own in one",
+        ),
+        Metric(
+            "agreement",
+            "agreement with the teacher",
+            "share",
+            HIGHER,
+            "of those targets, at how many the likeliest token is the teacher's",
+        ),
+        Metric(
+            "student_loss",
+            "loss at the lower budget",
+            "nats",
+            LOWER,
+            "cross-entropy of the second pass, at the lower budgets of objective.top_k in turn; "
+            "train/loss is of the full one",
+            needs=needs(Need.LOWER_BUDGET),
         ),
     ),
     group(
