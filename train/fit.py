@@ -11,10 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.attention.config import AttentionConfig, SparseAttentionConfig
+from model.config import ModelConfig
 from model.cost.parameters import count_parameters
 from model.parallel.groups import ParallelGroups, initialize_parallel
 from ops.grouped_mlp import select_backend
 from ops.router import select_backend as router_backend
+from ops.sparse_attention import backend_for as attention_backend
 from train import loop
 from train.agenda import last_step_of
 from train.checkpoint.folder import begins_anew
@@ -292,6 +295,21 @@ def trained_line(kinds: dict[str, tuple[int, int]]) -> str:
     return f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}): {', '.join(parts)}"
 
 
+def attention_line(
+    attention: AttentionConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Which back-end sparse attention has; nothing where there is none, or where it selects on two
+    levels, which is plain torch everywhere.
+    """
+    if not isinstance(attention, SparseAttentionConfig) or attention.num_levels == 2:
+        return ""
+    group = model.num_heads // model.num_kv_heads
+    name = attention_backend(
+        device.type, model.attention_head_dim, group, attention.block_size, str(dtype)
+    )
+    return f", sparse attention {name}"
+
+
 def banner(
     config: RunConfig,
     groups: ParallelGroups,
@@ -341,7 +359,8 @@ def banner(
         f"{groups.rows_size} {where} x {micro_steps} accumulation steps",
         f"data     {store.path} ({tokens}, vocabulary {store.vocab_size})",
         f"kernels  {device.type}; experts by {backend}{_rounding(config, backend)}, router "
-        f"{router_backend(device, torch.float32)}",
+        f"{router_backend(device, torch.float32)}"
+        + attention_line(config.attention, model, device, dtype),
         f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
     ]
 

@@ -367,6 +367,7 @@ HELD: dict[str, dict[str, Any]] = {
         "window_size": 512,
         "num_sink_blocks": 1,
         "coarse_block_size": 32,
+        "entries": "mean",
         "order": 2,
         "max_variance": 4.0,
         "score": "prob",

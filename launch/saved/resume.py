@@ -260,7 +260,7 @@ def _learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int,
     if "block_size" not in attention:
         return set()
     names = [name for name in ("offset", "trust", "sink") if attention.get(name)]
-    names += ["merge=gated"] if attention.get("merge") == "gated" else []
+    names += [f"{name}=gated" for name in ("merge", "entries") if attention.get(name) == "gated"]
     return {
         (layer, name) for layer in sparse_layers(model["num_layers"], attention) for name in names
     }

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
-from model.cost.parameters import Trained, count_parameters, is_latent, windowed_layers
+from model.cost.parameters import (
+    Trained,
+    count_parameters,
+    is_latent,
+    sparse_layers,
+    windowed_layers,
+)
 
 LOGIT_BYTES = 12
 """Per logit at the peak of backward: the fp32 log-softmax and two fp32 gradients."""
@@ -185,8 +191,12 @@ def _attention_bytes(
         q_width = heads * config.attention_head_dim
         kv_width = config.num_kv_heads * config.attention_head_dim
         rotary = 4 * (heads + config.num_kv_heads) * config.rotary_size
-        copies = _windowed_copies(config, attention)
-        return width * (2 * q_width + 2 * kv_width) + round(width * q_width * copies), rotary
+        copies = round(width * q_width * _windowed_copies(config, attention))
+        # the logits of learned entries: of every key and value
+        if attention is not None and attention.get("entries") == "gated":
+            share = len(sparse_layers(config.num_layers, attention)) / config.num_layers
+            copies += round(width * 2 * kv_width * share)
+        return width * (2 * q_width + 2 * kv_width) + copies, rotary
 
     nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
     value = attention["v_head_dim"]

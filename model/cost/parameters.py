@@ -155,7 +155,7 @@ def _latent_parameters(config: ModelConfig, attention: Mapping[str, Any]) -> tup
 
 def _corrections(config: ModelConfig, attention: Mapping[str, Any]) -> int:
     """Parameters that layers learn beside dense attention's: sinks of windowed attention; offset,
-    sink, trust and gates of sparse layers.
+    sink, trust, gates and weights of entries of sparse layers.
     """
     if "window" in attention:
         return config.num_layers * config.num_heads * bool(attention["sinks"])
@@ -166,11 +166,10 @@ def _corrections(config: ModelConfig, attention: Mapping[str, Any]) -> int:
         + projection * bool(attention.get("trust"))
         + 3 * projection * (attention.get("merge") == "gated")
     )
-    return (
-        per_head * config.num_heads * len(sparse_layers(config.num_layers, attention))
-        if per_head
-        else 0
-    )
+    # a matrix per key/value head, from values to weights in an entry's key and in its value
+    weights = 2 * config.num_kv_heads * config.attention_head_dim**2
+    per_layer = per_head * config.num_heads + weights * (attention.get("entries") == "gated")
+    return per_layer * len(sparse_layers(config.num_layers, attention)) if per_layer else 0
 
 
 def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:

@@ -223,6 +223,7 @@ LEARNED = {
     "offset": True,
     "trust": True,
     "sink": True,
+    "entries": "gated",
     "mass_kl_coeff": 0.1,
     "coherence_coeff": 0.1,
     "alignment_coeff": 0.1,

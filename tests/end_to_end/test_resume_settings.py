@@ -520,6 +520,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     },
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
+    "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),
     "attention.offset": refused("attention.offset=true", "does not hold", "scc"),
     "attention.trust": refused("attention.trust=true", "does not hold", "scc"),
     "attention.sink": refused("attention.sink=true", "does not hold", "scc"),
@@ -581,9 +582,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "train.micro_batch_size": acts("train.micro_batch_size=2", LOSS),
     "train.global_batch_size": acts("train.global_batch_size=8", "tokens"),
     "train.batch_size_rampup_tokens": acts(
-        "train.batch_size_rampup_tokens=12800",
-        "tokens",
-        control=("train.batch_size_rampup=[1,1,40]",),
+        "train.batch_size_rampup_tokens=12800 train.batch_size_rampup=[1,1]", "tokens"
     ),
     "train.batch_size_rampup": acts("train.batch_size_rampup=[1,1,400]", "tokens"),
     "train.precision": acts("train.precision=bf16", LOSS),
