@@ -30,6 +30,8 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
     residual_std = std / math.sqrt(2 * num_layers)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                continue
             full_name = f"{module_name}.{name}"
             into_residual = "o_proj" in full_name or full_name.endswith((".down", ".down.weight"))
             scale = residual_std if into_residual else std

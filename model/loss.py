@@ -17,7 +17,8 @@ IGNORE_INDEX = -100
 
 class ModelOutput(NamedTuple):
     """Sums over this rank's micro-batch. A NamedTuple so that ZeRO-3's hooks find the tensors
-    inside.
+    inside. Of a stage of a pipeline, tables have rows for its own layers alone, and the losses that
+    the last stage makes are 0 on others.
     """
 
     loss_sum: torch.Tensor
@@ -54,6 +55,8 @@ class ModelOutput(NamedTuple):
     """[model.num_mtp_layers] fp32, cross-entropy in nats over the targets of each module of
     multi-token prediction (targets_ahead); empty in evaluation.
     """
+    hidden: torch.Tensor | None = None
+    """[B, S, D] with gradient, what the next stage goes on with; None where there is none."""
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

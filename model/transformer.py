@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,6 +19,7 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.config import SparseAttentionConfig
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
@@ -30,15 +31,18 @@ from model.moe.balance import (
     BalanceSums,
     RouterSums,
     balance_sums,
+    histogram_bins,
     no_balance_sums,
     rank_shares,
+    stats_size,
 )
 from model.moe.layer import ModelParts, MoELayer
 from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
+from model.parallel.part import ModelPart
 from model.request import SUMS_ALONE, ForwardRequest, TokenBatch
 from model.routers.base import Router, RoutingRequest
-from model.weight_sums import Embedding, uses_of
+from model.weight_sums import Embedding, looked_up, uses_of
 from ops.all_to_all import Communication, total_communication
 from ops.router import RouterOutput
 
@@ -47,7 +51,9 @@ class _Hidden(NamedTuple):
     """What the blocks leave behind."""
 
     last: torch.Tensor
-    """[B, S, D], normalised: what the head projects."""
+    """[B, S, D], normalised: what the head projects. Of a stage before the last: what the next one
+    goes on with.
+    """
     attentions: list[AttentionSums]
     """Of the sparse layers, in layer order."""
     balances: list[RouterSums]
@@ -67,14 +73,44 @@ class Decoded(NamedTuple):
     """[B * S, MoE layers, K] int16 where they are kept, -1 for a slot without an expert."""
 
 
+class Layers(nn.Module):
+    """Neighbouring blocks, by their numbers in the whole model: a stage of a pipeline has some of
+    them, and its parameters are named as the whole model's are.
+    """
+
+    def __init__(self, blocks: Mapping[int, Block]):
+        super().__init__()
+        for number, block in blocks.items():
+            self.add_module(str(number), block)
+
+    def __iter__(self) -> Iterator[Block]:
+        return (cast(Block, block) for block in self.children())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, number: int) -> Block:
+        return cast(Block, self.get_submodule(str(number)))
+
+
 class Transformer(nn.Module):
-    """Token ids in, summed losses out (or logits, through `logits`).
+    """Token ids in, summed losses out (or logits, through `logits`). Or one stage of a pipeline:
+    the first embeds, the last projects and has the loss, and between them hidden states travel.
 
     Args:
         config: the shape; parts: records of router, attention, dispatcher, and the balance
             settings.
         groups: parallel groups; this rank builds only its own experts.
         seed: of the initial weights, which are the same under every parallel layout.
+        layers: of this stage; None: all.
+
+    Attributes:
+        part: which layers these are.
+        router_kind: what all routers have in common, also where no layer with experts is on this
+            stage; a router without numbers. None for a dense model.
+        lent_embedding: [V, D], on a last stage that needs the embedding, which the first has (tied
+            to the head, or for multi-token prediction): who trains it puts it here, and what it
+            gathers as a gradient goes back to the first stage.
     """
 
     def __init__(
@@ -83,32 +119,72 @@ class Transformer(nn.Module):
         parts: ModelParts,
         groups: ParallelGroups | None = None,
         seed: int = 0,
+        layers: range | None = None,
     ):
         super().__init__()
         groups = groups or ParallelGroups.single()
-        self.config, self.balance, self.groups = config, parts.balance, groups
+        self.config, self.parts, self.groups = config, parts, groups
+        self.balance = parts.balance
+        every = range(config.num_layers)
+        settings = parts.attention
+        self.part = ModelPart.of(
+            every if layers is None else layers,
+            config.num_layers,
+            config.moe_layers,
+            [i for i in every if settings.is_sparse(config, i)]
+            if isinstance(settings, SparseAttentionConfig)
+            else [],
+        )
+        # In a tuple, so that it is no part of the model.
+        self._router_kind: tuple[Router, ...] = ()
+        if config.num_experts:
+            with torch.device("meta"):
+                self._router_kind = (parts.router.build(config),)
         self.exchange = HeadExchange(groups.context, groups.context_rank, groups.context_size)
         self.rotary_size = parts.attention.rotary_size(config)
         self.rank_shares = rank_shares(
             config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement
         )
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            Block(config, groups, parts, i) for i in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.embedding: Embedding | None = None
+        self.lent_embedding: torch.Tensor | None = None
+        if self.part.is_first:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = Layers({i: Block(config, groups, parts, i) for i in self.part.layers})
+        self.norm: RMSNorm | None = None
+        self.head: nn.Linear | None = None
+        if self.part.is_last:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            if not config.tie_embeddings:
+                self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
-            PredictionModule(config, groups, parts, k) for k in range(config.num_mtp_layers)
+            PredictionModule(config, groups, parts, k)
+            for k in range(config.num_mtp_layers if self.part.is_last else 0)
         )
         initialize_parameters(self, seed, config.init_std, config.num_layers)
 
+    @property
+    def router_kind(self) -> Router | None:
+        return self._router_kind[0] if self._router_kind else None
+
+    @property
+    def borrows_embedding(self) -> bool:
+        """Whether this stage needs the embedding of the first one in training."""
+        needs = self.config.tie_embeddings or self.config.num_mtp_layers > 0
+        return self.part.is_last and not self.part.is_first and needs
+
+    def whole(self) -> Transformer:
+        """The model that this is a stage of, with this rank's experts: names and shapes, no
+        numbers. A whole model is itself.
+        """
+        if self.part.is_whole:
+            return self
+        with torch.device("meta"):
+            return Transformer(self.config, self.parts, self.groups)
+
     def moe_layers(self) -> list[MoELayer]:
-        """As ModelConfig.moe_layers has them: of the blocks, then of multi-token prediction."""
+        """Those here, as ModelConfig.moe_layers has them: of the blocks, then of multi-token
+        prediction.
+        """
         blocks = [*self.blocks, *(module.block for module in self.mtp)]
         return [block.mlp for block in blocks if isinstance(block.mlp, MoELayer)]
 
@@ -157,7 +233,7 @@ class Transformer(nn.Module):
         """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
         here. whole_positions: where the positions are of a part of rows, those of whole ones.
         """
-        dtype = self.embedding.weight.dtype
+        dtype = self.any_weight.dtype
         config = self.config
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
@@ -183,6 +259,28 @@ class Transformer(nn.Module):
             exchange=exchange,
         )
 
+    @property
+    def any_weight(self) -> torch.Tensor:
+        """Any of the weights, for their dtype and device."""
+        return next(iter(self.blocks)).attention_norm.weight
+
+    @property
+    def _embedding_weight(self) -> torch.Tensor:
+        """[V, D], own or lent."""
+        if self.embedding is not None:
+            return self.embedding.weight
+        assert self.lent_embedding is not None, "nobody has lent this stage the embedding"
+        return self.lent_embedding
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, S] token ids -> [B, S, D]."""
+        # As a call of the module where it is here, since ZeRO-3 gathers weights for such calls.
+        if self.embedding is not None:
+            found = self.embedding(ids)
+        else:
+            found = looked_up(self._embedding_weight, ids)
+        return times(found, self.config.embedding_multiplier)
+
     def _backbone(
         self,
         input_ids: torch.Tensor,
@@ -190,14 +288,19 @@ class Transformer(nn.Module):
         request: RoutingRequest,
         given_ids: tuple[torch.Tensor, ...] | None = None,
         caches: Sequence[LayerCache | Pages] | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> _Hidden:
-        """[B, S] token ids through all blocks; see ForwardRequest for given_ids."""
-        hidden = times(self.embedding(input_ids), self.config.embedding_multiplier)
+        """[B, S] token ids through all blocks here; hidden: what the stage before has made of them.
+        See ForwardRequest for given_ids.
+        """
+        assert (hidden is None) == self.part.is_first, self.part
+        if hidden is None:
+            hidden = self._embedded(input_ids)
         attentions: list[AttentionSums] = []
         balances: list[RouterSums] = []
         routings: list[RouterOutput] = []
         for i, block in enumerate(self.blocks):
-            own = _of_layer(request, given_ids, len(routings))
+            own = self._of_layer(request, given_ids, len(routings))
             if self._recomputes():
                 found = checkpoint(block, hidden, layout, own, use_reentrant=False)
             else:
@@ -209,7 +312,9 @@ class Transformer(nn.Module):
             if balance is not None:
                 balances.append(balance)
                 routings.append(routing)
-        return _Hidden(self.norm(hidden), attentions, balances, routings)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return _Hidden(hidden, attentions, balances, routings)
 
     def _recomputes(self) -> bool:
         return self.config.recompute == "block" and self.training and torch.is_grad_enabled()
@@ -230,8 +335,8 @@ class Transformer(nn.Module):
             # attends to it, no expert sees it, and nothing counts it.
             ids, there = tokens_ahead(whole, number)
             ids, there = batch.own(ids), batch.own(there)
-            embedded = times(self.embedding(ids), self.config.embedding_multiplier)
-            own = _of_layer(request, given_ids, len(found.routings))
+            embedded = self._embedded(ids)
+            own = self._of_layer(request, given_ids, len(found.routings))
             own = own._replace(token_mask=there.reshape(-1))
             if self._recomputes():
                 out = checkpoint(module, hidden, embedded, layout, own, use_reentrant=False)
@@ -248,7 +353,7 @@ class Transformer(nn.Module):
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = times(hidden, 1 / self.config.logits_divisor)
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return F.linear(hidden, self._embedding_weight) if self.head is None else self.head(hidden)
 
     def _loss(
         self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool
@@ -280,7 +385,7 @@ class Transformer(nn.Module):
         weights: list[torch.Tensor] | list[None] = [None] * len(parts)
         if torch.is_grad_enabled() and hidden.dtype != torch.float32:
             weights = uses_of(
-                (self.embedding if self.head is None else self.head).weight, len(parts)
+                self._embedding_weight if self.head is None else self.head.weight, len(parts)
             )
 
         sums, by_tokens = zip(
@@ -295,15 +400,31 @@ class Transformer(nn.Module):
         return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
 
     def _balance_sums(
-        self, layers: list[RouterSums], previous_counts: torch.Tensor | None, like: torch.Tensor
+        self,
+        layers: list[RouterSums],
+        previous_counts: torch.Tensor | None,
+        like: torch.Tensor,
+        counting: bool,
     ) -> BalanceSums:
         """Those of the MoE layers; a dense model's are zeros and empty, as `like` is."""
+        kind = self.router_kind
+        if not layers and kind is not None:
+            bins = histogram_bins(self.balance, kind) if counting else 0
+            size = stats_size(self.config.num_experts, kind.max_top_k, bins)
+            return no_balance_sums(like, self.config.num_experts, size)
         if not layers:
             return no_balance_sums(like)
         return balance_sums(layers, self.balance, self.groups, previous_counts)
 
-    def forward(self, batch: TokenBatch, request: ForwardRequest = SUMS_ALONE) -> ModelOutput:
-        """Sums over the micro-batch `batch`, and what `request` asks for besides."""
+    def forward(
+        self,
+        batch: TokenBatch,
+        request: ForwardRequest = SUMS_ALONE,
+        hidden: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Sums over the micro-batch `batch`, and what `request` asks for besides. hidden: [B, S, D]
+        of the stage before, None on the first.
+        """
         # Attention sees whole rows; all else is of the tokens here.
         whole = batch.rows
         assert (batch.whole is not None) == (self.groups.context_size > 1), (
@@ -326,19 +447,27 @@ class Transformer(nn.Module):
             frozen=request.frozen,
             snapshot=request.snapshot,
         )
-        hidden = self._backbone(batch.input_ids, layout, routing_request, request.given_ids)
-        loss_sum, token_losses = self._loss(
-            hidden.last, batch.targets, request.keep_routing and not self.training
+        found = self._backbone(
+            batch.input_ids, layout, routing_request, request.given_ids, hidden=hidden
         )
-        further: list[torch.Tensor] = []
-        if self.training:
-            further = self._predict_further(
-                hidden, batch, layout, routing_request, request.given_ids
+        if self.part.is_last:
+            loss_sum, token_losses = self._loss(
+                found.last, batch.targets, request.keep_routing and not self.training
             )
-        balance = self._balance_sums(hidden.balances, request.previous_counts, loss_sum)
+        else:
+            loss_sum = found.last.new_zeros((), dtype=torch.float32)
+            token_losses = loss_sum.new_zeros(0)
+        further: list[torch.Tensor] = []
+        if self.training and self.part.is_last:
+            further = self._predict_further(
+                found, batch, layout, routing_request, request.given_ids
+            )
+        elif self.training:
+            further = [loss_sum] * self.config.num_mtp_layers
+        balance = self._balance_sums(found.balances, request.previous_counts, loss_sum, counting)
 
         # Attention's penalties first, then the routers': the order of a sum decides its last bit.
-        penalty_sum, attention_stats = _attention_totals(hidden.attentions, loss_sum)
+        penalty_sum, attention_stats = _attention_totals(found.attentions, loss_sum)
         for penalty in balance.penalties:
             penalty_sum = penalty_sum + penalty
 
@@ -351,10 +480,11 @@ class Transformer(nn.Module):
             scope_counts=balance.scope_counts,
             stats=balance.stats,
             processed=balance.processed,
-            routings=tuple(hidden.routings) if request.keep_routing else (),
+            routings=tuple(found.routings) if request.keep_routing else (),
             attention_stats=attention_stats,
             token_losses=token_losses,
             mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            hidden=None if self.part.is_last else found.last,
         )
 
     def logits(
@@ -444,32 +574,30 @@ class Transformer(nn.Module):
 
     def new_pages(self, num_pages: int, page_size: int) -> list[Pages]:
         """Empty pools of pages, one per layer; see model/attention/cache.py."""
-        weight = self.embedding.weight
+        weight = self.any_weight
         return [
-            cast(Block, block).attention.new_pages(
-                num_pages, page_size, weight.dtype, weight.device
-            )
+            block.attention.new_pages(num_pages, page_size, weight.dtype, weight.device)
             for block in self.blocks
         ]
 
     def new_caches(self, batch_size: int, max_len: int) -> list[LayerCache]:
         """Empty caches, one per layer."""
-        weight = self.embedding.weight
+        weight = self.any_weight
         return [
-            cast(Block, block).attention.new_cache(batch_size, max_len, weight.dtype, weight.device)
+            block.attention.new_cache(batch_size, max_len, weight.dtype, weight.device)
             for block in self.blocks
         ]
 
-
-def _of_layer(
-    request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None, layer: int
-) -> RoutingRequest:
-    """The request for the MoE layer before which so many have routed: a replay names the experts by
-    layer.
-    """
-    if given_ids is None:
-        return request
-    return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+    def _of_layer(
+        self, request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None, before: int
+    ) -> RoutingRequest:
+        """The request for the MoE layer before which so many have routed here: a replay names the
+        experts by layer.
+        """
+        if given_ids is None:
+            return request
+        layer = self.part.moe.own.start + before
+        return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
 
 
 def _attention_totals(

@@ -16,7 +16,9 @@ from train.config.run import RunConfig
 
 
 def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Transformer:
-    """The transformer of a run, with this rank's share of the experts and its initial weights."""
+    """The transformer of a run, or the stage of it that `groups` say, with this rank's share of the
+    experts and its initial weights.
+    """
     placement = None
     if config.parallel.placement is not None and groups is not None and groups.expert_size > 1:
         placement = Placement.load(Path(config.parallel.placement))
@@ -28,7 +30,10 @@ def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Tran
         config.experts,
         placement,
     )
-    transformer = Transformer(config.model, parts, groups, config.seed)
+    layers = None
+    if groups is not None and groups.pipeline_size > 1:
+        layers = config.stage_layers[groups.pipeline_rank]
+    transformer = Transformer(config.model, parts, groups, config.seed, layers)
     start_routers(transformer.routers(), config.budget, config.fail_safe)
     adapted = ranks_of(config.lora, config.model, config.attention.arguments)
     if adapted:

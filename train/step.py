@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from model.loss import training_loss
+from model.loss import ModelOutput, training_loss
 from model.request import ForwardRequest
+from ops.all_to_all import Communication
 from train.agenda import Step
 from train.data.loader import Batch
 from train.guard.step import Orders
@@ -46,7 +47,12 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     run.schedule.set_step(run.progress.step)
     with run.watch.phase(step, "data"):
         batches = run.loader.next_step(run.schedule.num_micro_batches(first_sample))
-    size = agree_on_size(batches, run.stop.received, run.config.model.num_mtp_layers)
+    size = agree_on_size(
+        batches,
+        run.stop.received,
+        run.config.model.num_mtp_layers,
+        run.groups.is_last_stage,
+    )
     if size.asked_to_stop:
         run.loader.consumed_samples = first_sample
         return None
@@ -55,32 +61,14 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     run.engine.module.set_step(run.progress.step)
     orders = run.guard.before(step)
     ask = run.watch.begin_step(step)
-    exchanges = run.groups.expert_size > 1 or run.groups.context_size > 1
-    meter = CommunicationMeter(run.engine.module, exchanges and Ask.COMMUNICATION in ask)
+    exchanges = max(run.groups.expert_size, run.groups.context_size, run.groups.pipeline_size) > 1
+    meter = CommunicationMeter(
+        run.engine.module, exchanges and Ask.COMMUNICATION in ask, run.pipeline.link.meter
+    )
 
-    # The loss of a micro-batch is its share of the whole step's, so that gradients add up to that
-    # of the mean over all targets, however they are spread over ranks and micro-batches.
-    statistics = scope_counts = None
-    losses = []
-    for batch in batches:
-        with run.watch.phase(step, "forward"):
-            request = request_for(orders, ask, scope_counts)
-            output = run.engine.forward(batch.inputs(run.engine.device), request)
-        communication = meter.read()
-        with run.watch.phase(step, "backward"):
-            share = training_loss(
-                output,
-                size.num_targets,
-                size.num_tokens,
-                run.config.balance,
-                run.config.train.mtp_coeff,
-                size.num_mtp_targets,
-            )
-            run.engine.backward(share, is_last=batch is batches[-1])
-        losses.append(output.loss_sum.detach())
-        scope_counts = output.scope_counts
-        statistics = output.stats if statistics is None else statistics + output.stats
-        run.watch.micro_batch(step, MicroBatch(batch, output, communication))
+    # One micro-batch after the other; in a pipeline several are on their way.
+    passes = _Passes(run, step, batches, size, orders, ask, meter)
+    run.pipeline.run(len(batches), batches[0].input_ids.shape, passes)
 
     # Clipping and the update. A gradient that is not finite on any rank leaves the weights of all
     # as they are, and must not move the routers either.
@@ -88,8 +76,8 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
         grad_norm = run.engine.step()
     applied = math.isfinite(grad_norm)
     communication = meter.finish()
-    assert statistics is not None  # a step has a micro-batch
-    layers = run.routing.reduce(statistics)
+    assert passes.statistics is not None  # a step has a micro-batch
+    layers = run.routing.reduce(passes.statistics)
     if applied and layers is not None:
         run.routing.update(layers)
 
@@ -104,27 +92,92 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
         communication=communication,
     )
     run.watch.end_step(step, result)
-    run.guard.after(step, result, orders, losses, batches)
+    run.guard.after(step, result, orders, passes.losses, batches)
     return result
 
 
+class _Passes:
+    """The forward and backward passes of one step on this rank, and what they sum up to.
+
+    The loss of a micro-batch is its share of the whole step's, so that gradients add up to that of
+    the mean over all targets, however they are spread over ranks, stages and micro-batches.
+
+    Attributes:
+        statistics: ModelOutput.stats over the micro-batches so far; losses: their loss sums.
+    """
+
+    def __init__(
+        self,
+        run: Parts,
+        step: Step,
+        batches: Sequence[Batch],
+        size: StepSize,
+        orders: Orders,
+        ask: Ask,
+        meter: CommunicationMeter,
+    ):
+        self._run, self._step, self._batches, self._size = run, step, batches, size
+        self._orders, self._ask, self._meter = orders, ask, meter
+        self._scope_counts: torch.Tensor | None = None
+        self._outputs: dict[int, tuple[ModelOutput, Communication | None]] = {}
+        self.statistics: torch.Tensor | None = None
+        self.losses: list[torch.Tensor] = []
+
+    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """As train.pipeline.flow.Passes."""
+        engine = self._run.engine
+        with self._run.watch.phase(self._step, "forward"):
+            request = request_for(self._orders, self._ask, self._scope_counts)
+            output = engine.forward(self._batches[number].inputs(engine.device), request, hidden)
+        self._scope_counts = output.scope_counts
+        self._outputs[number] = output, self._meter.read()
+        return output.hidden
+
+    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+        """As train.pipeline.flow.Passes."""
+        run, (output, communication) = self._run, self._outputs.pop(number)
+        with run.watch.phase(self._step, "backward"):
+            share = training_loss(
+                output,
+                self._size.num_targets,
+                self._size.num_tokens,
+                run.config.balance,
+                run.config.train.mtp_coeff,
+                self._size.num_mtp_targets,
+            )
+            run.engine.backward(share, is_last, carried)
+        self.losses.append(output.loss_sum.detach())
+        if self.statistics is None:
+            self.statistics = output.stats
+        else:
+            self.statistics = self.statistics + output.stats
+        done = MicroBatch(self._batches[number], output, communication)
+        run.watch.micro_batch(self._step, done)
+
+
 def agree_on_size(
-    batches: Sequence[Batch], asked_to_stop: bool, num_mtp_layers: int = 0
+    batches: Sequence[Batch],
+    asked_to_stop: bool,
+    num_mtp_layers: int = 0,
+    counts: bool = True,
 ) -> StepSize:
     """By one all-reduce of integers, which also asks whether any rank was told to stop: all of them
     leave before the same step. Collective.
+
+    Args:
+        counts: whether these batches count: those of one stage do, since all have the same.
     """
-    local = torch.tensor(
-        [
-            sum(batch.num_targets for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            int(asked_to_stop),
-            *(
-                sum(batch.num_targets_ahead(number) for batch in batches)
-                for number in range(1, num_mtp_layers + 1)
-            ),
-        ]
-    )
+    sums = [
+        sum(batch.num_targets for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        *(
+            sum(batch.num_targets_ahead(number) for batch in batches)
+            for number in range(1, num_mtp_layers + 1)
+        ),
+    ]
+    if not counts:
+        sums = [0] * len(sums)
+    local = torch.tensor([*sums[:2], int(asked_to_stop), *sums[2:]])
     dist.all_reduce(local)
     num_targets, num_tokens, asked, *ahead = local.tolist()
     return StepSize(num_targets, num_tokens, asked, tuple(ahead))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model.parallel.family import is_expert_parameter
+from model.transformer import Transformer
 from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
 from train.config.training import OptimConfig
 from train.engine.muon.optimizer import Muon
@@ -46,20 +47,17 @@ def parameter_groups(
             nothing is a matrix.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    own = [group.match for group in config.groups]
-    _require_matches("optim.groups", own, [name for name, _ in trained])
+    found = _together(trained, config)
 
-    # What belongs together, in this order: of all of them, matrices, vectors, experts' matrices,
-    # experts' vectors; of either kind of matrices AdamW's and then Muon's.
-    found: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
-    for name, parameter in trained:
-        rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
-        is_expert = is_expert_parameter(parameter)
-        is_vector = parameter.dim() < 2 + is_expert
-        sort = 2 * is_expert + is_vector
-        by_muon = _is_moved_by_muon(name, parameter, config, rule)
-        found.setdefault((rule, sort, by_muon), []).append(parameter)
-    _require_muon(config, {rule for rule, _, by_muon in found if by_muon})
+    # A rule may mean what another stage of a pipeline has.
+    everything, every = trained, found
+    if isinstance(model, Transformer) and not model.part.is_whole:
+        everything = list(model.whole().named_parameters())
+        every = _together(everything, config)
+    _require_matches(
+        "optim.groups", [group.match for group in config.groups], [name for name, _ in everything]
+    )
+    _require_muon(config, {rule for rule, _, by_muon in every if by_muon})
 
     groups: list[dict[str, Any]] = []
     for (rule, sort, by_muon), parameters in sorted(found.items(), key=lambda item: item[0]):
@@ -87,6 +85,23 @@ def parameter_groups(
         groups.append(group)
     assert sum(len(g["params"]) for g in groups) == len(trained)
     return groups
+
+
+def _together(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> dict[tuple[int, int, bool], list[nn.Parameter]]:
+    """What belongs together, by rule of optim.groups, sort, and whether Muon has it: matrices are
+    of sort 0, vectors of 1, experts' matrices and vectors of 2 and 3.
+    """
+    own = [group.match for group in config.groups]
+    found: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
+        is_expert = is_expert_parameter(parameter)
+        is_vector = parameter.dim() < 2 + is_expert
+        by_muon = _is_moved_by_muon(name, parameter, config, rule)
+        found.setdefault((rule, 2 * is_expert + is_vector, by_muon), []).append(parameter)
+    return found
 
 
 def _is_moved_by_muon(name: str, parameter: nn.Parameter, config: OptimConfig, rule: int) -> bool:
