@@ -53,7 +53,7 @@ FLOORS = {
         ("audit", "sinks", "trained"),
         ("guard", "timing"),
         ("observe", "pretrained"),
-        ("checkpoint", "data"),
+        ("checkpoint", "data", "pipeline"),
         ("components", "engine"),
         ("agenda", "rank"),
         ("config", "files"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 from model.config import ModelConfig
@@ -194,22 +195,43 @@ def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
         one or two. Dense attention has seq_len / 2.
     """
     block = attention["block_size"]
-    local = max(1, -(-(attention["window_size"] + block - 1) // block))
-    second_order = attention["order"] == 2
-    per_block = block / attention["coarse_block_size"]
+    return _keys_per_query(
+        seq_len,
+        block,
+        max(1, -(-(attention["window_size"] + block - 1) // block)),
+        attention["num_sink_blocks"],
+        attention["top_k"],
+        attention["min_sparse_length"],
+        block / attention["coarse_block_size"],
+        attention["order"] == 2,
+        attention["tail"] == "drop",
+    )
+
+
+@lru_cache(maxsize=64)
+def _keys_per_query(
+    seq_len: int,
+    block: int,
+    local: int,
+    num_sink_blocks: int,
+    top_k: int,
+    min_sparse_length: int,
+    per_block: float,
+    second_order: bool,
+    drops: bool,
+) -> float:
+    """Remembered, since it goes through all blocks of a row and is asked for every stage of every
+    layout. local: blocks of the window; per_block: coarse entries of a block.
+    """
     total = 0.0
     for own in range(-(-seq_len // block)):
         queries = min(block, seq_len - own * block)
-        forced = (
-            own
-            if own * block < attention["min_sparse_length"]
-            else min(own, local - 1 + attention["num_sink_blocks"])
-        )
-        selected = min(attention["top_k"], own - forced)
+        forced = own if own * block < min_sparse_length else min(own, local - 1 + num_sink_blocks)
+        selected = min(top_k, own - forced)
         keys = (forced + selected) * block + (queries + 1) / 2
-        if attention["tail"] != "drop":
+        if not drops:
             keys += (own - forced - selected) * per_block * (1.5 if second_order else 1.0)
-        if attention["top_k"] > 0 and own > forced:
+        if top_k > 0 and own > forced:
             keys += own * per_block * (2 if second_order else 1) / 6
         total += keys * queries
     return total / seq_len
