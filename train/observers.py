@@ -76,7 +76,10 @@ def standard_observers(
     if config.profile.steps:
         rank = dist.get_rank()
         found.append(Profiler(config.profile, run_dir, device, rank, prints=rank == 0))
-    found += [StragglerWatch(config.watchdog.straggler_ratio, device), SaveSeconds()]
+    found += [
+        StragglerWatch(config.watchdog.straggler_ratio, device, groups.stage_size),
+        SaveSeconds(),
+    ]
     if config.model.num_experts:
         found.append(_routing_sample(config, groups, device))
     if config.model.num_experts and config.audit.sample_one_in:

@@ -91,7 +91,7 @@ PLACES = {
     "steady state": (1, "backward#2"),
     "drain": (0, "backward#4"),
 }
-"""Of four micro-batches in two stages: rank 0 goes forward once, then in turn, and backward last."""
+"""Of four micro-batches in two stages: rank 0 goes forward once, then in turn, at last backward."""
 
 
 @pytest.mark.parametrize("place", PLACES)

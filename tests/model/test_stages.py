@@ -85,7 +85,8 @@ def test_stages_have_the_parameters_of_the_whole_and_the_plan_counts_them(cut, a
     flops = [flops_per_token(SHAPE, 2.0, 32, arguments, layers) for layers in ranges_of(cut)]
     assert sum(flops) == pytest.approx(flops_per_token(SHAPE, 2.0, 32, arguments))
     matrices = [hidden_matrices(SHAPE, arguments, layers) for layers in ranges_of(cut)]
-    assert sum(matrices, []) == hidden_matrices(SHAPE, arguments)
+    together = [one for stage in matrices for one in stage]
+    assert together == hidden_matrices(SHAPE, arguments)
 
 
 def batch() -> TokenBatch:

@@ -182,6 +182,8 @@ class PretrainedFolder:
         """
         if not self.reading.model["tie_embeddings"] or "lm_head.weight" not in self._shards.shapes:
             return
+        if "embedding.weight" not in dict(model.named_parameters()):
+            return  # another stage of a pipeline has it, and looks
         embedding = model.get_parameter("embedding.weight")
         if not torch.equal(self._shards.tensor("lm_head.weight").to(embedding.dtype), embedding):
             raise PretrainedError(
