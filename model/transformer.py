@@ -24,7 +24,7 @@ from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
-from model.init import initialize_parameters
+from model.init import materialize, matrices_on_meta
 from model.layers import RMSNorm, rotary_tables, times
 from model.loss import ModelOutput, cross_entropy_sum, targets_ahead, token_cross_entropy
 from model.moe.balance import (
@@ -101,8 +101,10 @@ class Transformer(nn.Module):
         config: the shape; parts: records of router, attention, dispatcher, and the balance
             settings.
         groups: parallel groups; this rank builds only its own experts.
-        seed: of the initial weights, which are the same under every parallel layout.
+        seed: of the initial weights, which are the same under every parallel layout. None: they
+            have no numbers.
         layers: of this stage; None: all.
+        dtype: of the weights.
 
     Attributes:
         part: which layers these are.
@@ -118,8 +120,9 @@ class Transformer(nn.Module):
         config: ModelConfig,
         parts: ModelParts,
         groups: ParallelGroups | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         layers: range | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         groups = groups or ParallelGroups.single()
@@ -145,6 +148,12 @@ class Transformer(nn.Module):
         self.rank_shares = rank_shares(
             config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement
         )
+        with matrices_on_meta():
+            self._build(config, groups, parts)
+        if seed is not None:
+            materialize(self, seed, config.init_std, config.num_layers, dtype)
+
+    def _build(self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts) -> None:
         self.embedding: Embedding | None = None
         self.lent_embedding: torch.Tensor | None = None
         if self.part.is_first:
@@ -160,7 +169,6 @@ class Transformer(nn.Module):
             PredictionModule(config, groups, parts, k)
             for k in range(config.num_mtp_layers if self.part.is_last else 0)
         )
-        initialize_parameters(self, seed, config.init_std, config.num_layers)
 
     @property
     def router_kind(self) -> Router | None:
@@ -178,8 +186,7 @@ class Transformer(nn.Module):
         """
         if self.part.is_whole:
             return self
-        with torch.device("meta"):
-            return Transformer(self.config, self.parts, self.groups)
+        return Transformer(self.config, self.parts, self.groups, seed=None)
 
     def moe_layers(self) -> list[MoELayer]:
         """Those here, as ModelConfig.moe_layers has them: of the blocks, then of multi-token

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from model.adapters import add_adapters
 from model.moe.budget import start_routers
 from model.moe.layer import ModelParts
@@ -15,7 +17,11 @@ from train.config.lora import ranks_of
 from train.config.run import RunConfig
 
 
-def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Transformer:
+def build_model(
+    config: RunConfig,
+    groups: ParallelGroups | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
     """The transformer of a run, or the stage of it that `groups` say, with this rank's share of the
     experts and its initial weights.
     """
@@ -33,7 +39,7 @@ def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Tran
     layers = None
     if groups is not None and groups.pipeline_size > 1:
         layers = config.stage_layers[groups.pipeline_rank]
-    transformer = Transformer(config.model, parts, groups, config.seed, layers)
+    transformer = Transformer(config.model, parts, groups, config.seed, layers, dtype)
     start_routers(transformer.routers(), config.budget, config.fail_safe)
     adapted = ranks_of(config.lora, config.model, config.attention.arguments)
     if adapted:

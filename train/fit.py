@@ -85,7 +85,8 @@ def fit(
         parallel.context_parallel_size,
         parallel.pipeline_parallel_size,
     )
-    model = build_model(config, groups)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model = build_model(config, groups, dtype)
 
     # Before the engine shards it: so beside the model one tensor at a time is in memory.
     weights = None

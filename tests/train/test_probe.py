@@ -57,9 +57,9 @@ def test_stability_is_measured_against_the_evaluation_before_also_after_a_resume
     second = first.clone()
     second[:5] = torch.tensor([1, 2])
     again = RoutingProbe(tmp_path, Rows(), 16)
-    again.add(batch, output(second, losses))
+    again.add(batch, *output(second, losses))
     assert again.measure(20)["eval/router_stability"] == pytest.approx(0.75)
-    again.add(batch, output(second, losses))
+    again.add(batch, *output(second, losses))
     # step 20 is of a future that was undone
     assert again.measure(15)["eval/router_stability"] == pytest.approx(0.75)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from model.loss import ModelOutput
 from model.parallel.groups import ParallelGroups
@@ -45,7 +46,7 @@ class Passes(Protocol):
 class Pipeline:
     """The stages as this rank sees them. One stage alone is a loop over micro-batches.
 
-    Every method is collective over the pipeline group.
+    Making one, and every method, is collective over the pipeline group.
     """
 
     def __init__(self, engine: Engine, groups: ParallelGroups):
@@ -57,6 +58,10 @@ class Pipeline:
         self._shares_embedding = groups.pipeline_size > 1 and (
             config.tie_embeddings or config.num_mtp_layers > 0
         )
+        # NCCL makes a group's connections at its first collective, in which all of its ranks have
+        # to take part; what neighbours send each other is no such one.
+        if groups.pipeline_size > 1:
+            dist.all_reduce(torch.zeros(1, device=engine.device), group=groups.pipeline)
 
     # --- training ---------------------------------------------------------------------------------
 

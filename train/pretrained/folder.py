@@ -182,9 +182,7 @@ class PretrainedFolder:
         """
         if not self.reading.model["tie_embeddings"] or "lm_head.weight" not in self._shards.shapes:
             return
-        if "embedding.weight" not in dict(model.named_parameters()):
-            return  # another stage of a pipeline has it, and looks
-        embedding = model.get_parameter("embedding.weight")
+        embedding = self.read("embedding.weight")
         if not torch.equal(self._shards.tensor("lm_head.weight").to(embedding.dtype), embedding):
             raise PretrainedError(
                 f"{self.folder}: config.json says tie_word_embeddings, but lm_head.weight differs "
