@@ -13,7 +13,6 @@ takes above what the process held before it: of the first round, as later ones f
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import shutil
 import statistics
@@ -26,15 +25,15 @@ from typing import Any
 import torch
 
 from bench.common import find_commit
-from model.attention.dense import DenseAttention
+from model.attention.config import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
-from model.dispatch.all_to_all import AllToAllDispatcher
+from model.dispatch.config import AllToAllConfig
 from model.moe.layer import ModelParts
 from model.parallel.groups import initialize_parallel
-from model.routers.top_k import TopKRouter
+from model.routers.config import TopKConfig
 from model.transformer import Transformer
 from train.checkpoint.folder import damage_since_verified
-from train.checkpoint.reader import _Reader
+from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.writer import CheckpointWriter, damage, load_engine
 from train.config.training import CheckpointConfig, OptimConfig, TrainConfig
 from train.engine.deepspeed import STATE_KEYS, Engine
@@ -57,7 +56,7 @@ def build(options: argparse.Namespace) -> tuple[Engine, Any]:
         max_seq_len=16,
     )
     parts = ModelParts(
-        functools.partial(TopKRouter, top_k=2), DenseAttention, AllToAllDispatcher, BalanceConfig()
+        TopKConfig(top_k=2), DenseAttentionConfig(), AllToAllConfig(), BalanceConfig()
     )
     groups = initialize_parallel(1)
     engine = Engine(
@@ -168,7 +167,7 @@ def main() -> None:
                 run_round(engine, writer, folder, step, payload)
                 for step in range(1, options.repeats + 1)
             ]
-            reader = _Reader(folder / "checkpoints" / f"step-{options.repeats:08d}")
+            reader = CheckpointReader(folder / "checkpoints" / f"step-{options.repeats:08d}")
             keys, entries = len(reader.shapes), reader.num_entries
             engine.close()
     finally:

@@ -1,7 +1,7 @@
 """Evaluate a run on its held-out text.
 
-python -m launch.evaluate run=DIR [checkpoint=best|latest|step-00000250] [attention=scc]
-[router.budget=K | router.top_k=K]
+python -m launch.evaluate run=DIR [checkpoint=best|latest|step-00000250] [average=N]
+[attention=scc] [router.budget=K | router.top_k=K]
 python -m launch.evaluate run=[DIR,DIR2] | run='runs/*/*' | run=DIR checkpoint=all
 python -m launch.evaluate run=DIR router.budget=[1,1.5,2,3] [save_budgets=true]
 """
@@ -26,7 +26,7 @@ from launch.command.progress import followed, working
 from launch.config.build import record
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
-from launch.saved.run import load_folder, load_run, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -84,12 +84,26 @@ class _Target(NamedTuple):
     settings: EvaluateConfig
     """With its run and checkpoint."""
     run: RunConfig
-    checkpoint: Path | None
-    """None: path=DIR."""
+    checkpoints: tuple[Path, ...] = ()
+    """The newest first: of several the mean is evaluated; none: path=DIR."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """None: path=DIR."""
+        return self.checkpoints[0] if self.checkpoints else None
 
     @property
     def label(self) -> str:
+        if len(self.checkpoints) > 1:
+            return f"{self.checkpoint} and the {len(self.checkpoints) - 1} before it, their mean"
         return str(self.settings.path if self.checkpoint is None else self.checkpoint)
+
+    @property
+    def averaged(self) -> dict[str, list[str]]:
+        """What a result says of it."""
+        if len(self.checkpoints) == 1:
+            return {}
+        return {"averaged": [checkpoint.name for checkpoint in self.checkpoints]}
 
 
 def _each(settings: EvaluateConfig) -> Iterator[EvaluateConfig]:
@@ -108,16 +122,18 @@ def _each(settings: EvaluateConfig) -> Iterator[EvaluateConfig]:
 
 
 def _target(settings: EvaluateConfig) -> _Target:
-    from train.checkpoint.folder import find_checkpoint
+    from train.checkpoint.folder import find_last
 
     if settings.run is not None:
-        checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
-        run = load_run(settings.run, settings.attention, checkpoint, settings.router.top_k)
-        return _Target(settings, run, checkpoint)
+        checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
+        run = load_run(settings.run, settings.attention, checkpoints[0], settings.router.top_k)
+        if settings.text is not None:
+            require_text(run, settings.run)
+        return _Target(settings, run, checkpoints)
     assert settings.path is not None
     run = load_folder(settings.path, settings.attention, settings.router.top_k, settings.seq_len)
     require_tokenizer(run, settings.path)
-    return _Target(settings, run, None)
+    return _Target(settings, run)
 
 
 class _Measured(NamedTuple):
@@ -133,12 +149,13 @@ def _model(target: _Target, place: Place) -> Transformer:
     from train.checkpoint.writer import load_weights
     from train.components import build_model
     from train.pretrained.folder import PretrainedFolder
+    from train.trained.averages import reader_of
     from train.trained.ranks import spread
 
     model = build_model(spread(target.run, target.settings.parallel), place.groups)
     with working(f"loading {target.label}"):
-        if target.checkpoint is not None:
-            load_weights(model, target.checkpoint)
+        if target.checkpoints:
+            load_weights(model, reader_of(target.checkpoints))
         else:
             PretrainedFolder(Path(str(target.settings.path)).expanduser()).fill_model(model)
     return model.to(place.device).eval()
@@ -148,7 +165,7 @@ def _measure(target: _Target, place: Place) -> _Measured:
     """Collective."""
     from train.trained.evaluate import evaluate
 
-    settings, run, _ = target
+    settings, run = target.settings, target.run
     store = None if settings.run is None else _store(settings, run, place)
     held_out = _held_out(settings, run, store, place)
     model = _model(target, place)
@@ -179,6 +196,7 @@ def _evaluate_all(targets: list[_Target], place: Place) -> float:
             "run_dir": target.settings.run,
             "checkpoint": target.checkpoint.name,
             "step": read_state(target.checkpoint)["step"],
+            **target.averaged,
             **{name: result.get(name) for name in ("val_loss", "perplexity")},
             **{name: result.get(name) for name in ("bits_per_byte", "experts_per_token")},
         }
@@ -190,7 +208,7 @@ def _evaluate_all(targets: list[_Target], place: Place) -> float:
             )
             print(
                 f"{row['val_loss']:9.4f}  {row['perplexity']:10.2f}  {bits:>9}  {experts:>7}  "
-                f"{target.checkpoint}",
+                f"{target.label}",
                 flush=True,
             )
 
@@ -219,7 +237,7 @@ def _evaluate(target: _Target, place: Place) -> float:
     from train.checkpoint.folder import read_state
     from train.config.data import labels
 
-    settings, run, checkpoint = target
+    settings, run, checkpoint = target.settings, target.run, target.checkpoint
     result, store, bytes_problem = _measure(target, place)
     if place.rank:
         return float(result["val_loss"])
@@ -275,6 +293,7 @@ def _evaluate(target: _Target, place: Place) -> float:
             "run_dir": settings.run,
             "checkpoint": checkpoint.name,
             "step": read_state(checkpoint)["step"],
+            **target.averaged,
         }
     told = {"text": settings.text} if settings.text is not None else {"unigram_entropy": entropy}
     print_result({**source, **told, **result})
@@ -298,7 +317,7 @@ def _evaluate_budgets(target: _Target, place: Place) -> float:
     )
     from train.trained.calibrate import calibrate_budget, calibration_batches
 
-    settings, run, checkpoint = target
+    settings, run, checkpoint = target.settings, target.run, target.checkpoint
     assert checkpoint is not None
     store, model, device = _store(settings, run, place), _model(target, place), place.device
     rows = held_out_rows(run, store)
@@ -330,7 +349,7 @@ def _evaluate_budgets(target: _Target, place: Place) -> float:
             f"{row.high:.4f}]  {row.difference:+.4f} [{row.difference_low:+.4f}, "
             f"{row.difference_high:+.4f}]  {row.flops_per_token / 1e6:.1f}"
         )
-    result = {"run_dir": settings.run, "checkpoint": checkpoint.name}
+    result = {"run_dir": settings.run, "checkpoint": checkpoint.name, **target.averaged}
     if settings.save_budgets:
         path = save_table(run_dir, checkpoint.name, table)
         print(f"saved: {path}; launch.generate router.budget=... needs no calibration for these")

@@ -1,7 +1,7 @@
 """Write a run as a folder that transformers and vLLM load unchanged.
 
-python -m launch.export run=RUN to=DIR [checkpoint=best|latest] [dtype=bf16] [max_shard_size=5]
-[verify=true] [adapter=true] [router.top_k=K]
+python -m launch.export run=RUN to=DIR [checkpoint=best|latest] [average=N] [dtype=bf16]
+[max_shard_size=5] [verify=true] [adapter=true] [router.top_k=K]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.config.build import ConfigError, record
-from launch.saved.run import load_run
+from launch.saved.run import load_run, require_text
 
 if TYPE_CHECKING:
     from train.config.commands import ExportConfig
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def main(config: DictConfig) -> None:
     """Export a checkpoint; refuses before anything is written."""
     from model.families.reading import FamilyError
-    from train.checkpoint.folder import find_checkpoint
+    from train.checkpoint.folder import find_last
     from train.config.commands import ExportConfig
 
     if config.run is None or config.to is None:
@@ -39,10 +39,13 @@ def main(config: DictConfig) -> None:
     to = Path(settings.to).expanduser()
     if to.exists():
         raise ValueError(f"{to} exists; give a folder that does not, or remove it")
-    checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
+    checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
+    checkpoint = checkpoints[0]
     run = load_run(settings.run, None, checkpoint, settings.router.top_k, adapters=settings.adapter)
+    require_text(run, settings.run)
 
     from train.pretrained.export import export, plan_export, tokenizer_of
+    from train.trained.averages import reader_of
 
     try:
         plan = plan_export(run)
@@ -54,15 +57,20 @@ def main(config: DictConfig) -> None:
         _require_memory(run)
     tokenizer = tokenizer_of(run, Path(settings.run))
     result: dict[str, Any] = {}
+    if len(checkpoints) > 1:
+        result["averaged"] = [c.name for c in checkpoints]
+    reader = reader_of(checkpoints)
 
     def verify(folder: Path) -> dict[str, Any]:
         if not settings.verify:
-            return {}
+            return result
         from train.pretrained.verify import compare, compare_adapter
 
         found: Comparison | AdapterComparison
-        look = compare_adapter if settings.adapter else compare
-        found = look(run, checkpoint, Path(settings.run), folder)
+        if settings.adapter:
+            found = compare_adapter(run, checkpoint, Path(settings.run), folder)
+        else:
+            found = compare(run, reader, Path(settings.run), folder)
         print(found.line)
         result["verified"] = found.facts
         return result
@@ -72,11 +80,13 @@ def main(config: DictConfig) -> None:
         told = {"to": str(to), "checkpoint": checkpoint.name, "base": run.init.path, "bytes": size}
         print_result({**told, **result})
         return
+    if len(checkpoints) > 1:
+        print(f"the mean of {', '.join(c.name for c in reversed(checkpoints))}")
     print(f"{checkpoint} as {plan.config['architectures'][0]}")
 
     files = export(
         plan,
-        checkpoint,
+        reader,
         tokenizer,
         to,
         settings.dtype,

@@ -47,6 +47,7 @@ def sample(
     path: str | None = None,
     sampling: Any = None,
     weights: str = "native",
+    average: int = 1,
 ) -> Iterator[str]:
     """Yield the prompt and then the text as it is generated, piece by piece, from one process.
     Joined it is what all tokens decode to: a piece may be empty, while a character or a run of
@@ -54,7 +55,17 @@ def sample(
     """
     from infer.config import EngineConfig, SamplingConfig
 
-    model, store, _ = opened(run_dir, checkpoint, budget, attention, top_k, path, weights=weights)
+    model, store, _ = opened(
+        run_dir,
+        checkpoint,
+        budget,
+        attention,
+        top_k,
+        path,
+        weights=weights,
+        average=average,
+        for_text=True,
+    )
     tokenizer = store.tokenizer()
 
     from infer.engine import Engine
@@ -98,7 +109,7 @@ def answer(settings: GenerateConfig) -> None:
     from launch.prompts.answers import AnswerFile
 
     # What an answer depends on: a restart under other settings would mix two kinds of texts.
-    kept = {
+    kept: dict[str, Any] = {
         **_source(settings),
         "router": dataclasses.asdict(settings.router),
         "attention": settings.attention
@@ -107,6 +118,8 @@ def answer(settings: GenerateConfig) -> None:
     }
     if settings.weights != "native":
         kept["weights"] = settings.weights
+    if settings.average > 1:
+        kept["average"] = settings.average
     from train.trained.ranks import joined
 
     with contextlib.ExitStack() as stack:
@@ -126,6 +139,8 @@ def answer(settings: GenerateConfig) -> None:
             place,
             settings.parallel,
             settings.weights,
+            settings.average,
+            for_text=True,
         )
         tokenizer = store.tokenizer()
 
@@ -198,6 +213,7 @@ def main(config: DictConfig) -> None:
         settings.path,
         settings.sampling,
         settings.weights,
+        settings.average,
     ):
         pieces.append(piece)
         print(piece, end="", flush=True)

@@ -43,16 +43,13 @@ def main(config: DictConfig) -> None:
     with reading_bar() as (report, progress):
         path = prepare(settings, report, how.prepare.workers, progress)
     store = TokenStore(path)
-    for source in store.manifest["sources"]:
+    held_out = {"path": "held out", **store.manifest["validation"]}
+    for counts in (*store.manifest["sources"], held_out):
+        size = f"{counts['bytes']:>14,} bytes" if "bytes" in counts else ""
         print(
-            f"{source['path']:30s} {source['documents']:>10,} documents {source['tokens']:>14,} "
-            f"tokens {source['bytes']:>14,} bytes"
+            f"{counts['path']:30s} {counts['documents']:>10,} documents {counts['tokens']:>14,} "
+            f"tokens {size}".rstrip()
         )
-    held_out = store.manifest["validation"]
-    print(
-        f"{'held out':30s} {held_out['documents']:>10,} documents {held_out['tokens']:>14,} tokens "
-        f"{held_out['bytes']:>14,} bytes"
-    )
     print_result({"store": str(store.path), **store.manifest})
 
 
@@ -71,22 +68,24 @@ def _inspect(settings: DataConfig) -> None:
     pages = inspect(settings, tokenizer)
     for page in pages:
         share = page.duplicates / max(page.documents, 1)
-        print(f"{page.label}: {page.documents:,} documents, {page.bytes:,} bytes")
+        size = f"{page.bytes:,} bytes" if page.tokens is None else f"{page.tokens:,} tokens"
+        print(f"{page.label}: {page.documents:,} documents, {size}")
         print(f"  duplicates   {page.duplicates:,} ({share:.2%})")
-        print("  characters   " + _listed(page.lengths, "{:,}"))
-        print("  scripts      " + _listed(page.scripts, "{:.1%}"))
+        print(f"  {page.unit:12s} " + _listed(page.lengths, "{:,}"))
+        if page.scripts:
+            print("  scripts      " + _listed(page.scripts, "{:.1%}"))
         if page.bad_rows:
             print("  left out     " + _listed(page.bad_rows, "{:,}"))
         if page.bytes_per_token is not None:
             print(
-                f"  tokenizer    {page.bytes_per_token:.2f} bytes per token, "
-                f"{page.unknown_share:.2%} unknown"
+                f"  tokenizer    {page.bytes_per_token:.2f} bytes per token"
+                + ("" if page.unknown_share is None else f", {page.unknown_share:.2%} unknown")
             )
         for rate, place, begin in page.worst:
             print(
                 f"  few bytes    {rate:.2f} per token: {place} {dumps(begin, ensure_ascii=False)}"
             )
-    if tokenizer is None:
+    if tokenizer is None and settings.has_tokenizer:
         print("no tokenizer yet: prepare first, or give data.tokenizer.path")
     print_result({"sources": [dataclasses.asdict(page) for page in pages]})
 

@@ -89,6 +89,7 @@ def main(config: DictConfig) -> None:
         settings.router.top_k,
         settings.path,
         weights=settings.weights,
+        for_text=True,
     )
     table = _table(settings)
 

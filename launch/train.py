@@ -339,7 +339,8 @@ def finish(config: DictConfig, run: Any, stop: StopSignal) -> float | None:
 
     print(f"run directory {run_dir} (metrics.jsonl, routing.jsonl, checkpoints/)")
     print(f"next: python -m launch.report {typed('run', run_dir)}")
-    print(f"      python -m launch.generate {typed('run', run_dir)} prompt='...'")
+    if run.data.has_tokenizer:
+        print(f"      python -m launch.generate {typed('run', run_dir)} prompt='...'")
     print(f"      python -m launch.evaluate {typed('run', run_dir)}")
     print(f"      python -m launch.train {typed('resume', run_dir)} train.num_steps=N")
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BEGAN = pytest.StashKey[float]()
+CPU = "cpu_seconds"
+"""Of a case that passed, with the fixtures that it was the first to need."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
@@ -52,6 +55,7 @@ def pytest_runtest_call(item: pytest.Item):
     result = yield
     tier = "fast" if item.get_closest_marker("fast") else "default"
     used = tiers.cpu_seconds() - item.stash[BEGAN]
+    item.user_properties.append((CPU, used))
     if used > tiers.SECONDS[tier] and not any(
         item.get_closest_marker(name) for name in ("nightly", "faults", "gpu")
     ):
@@ -60,6 +64,21 @@ def pytest_runtest_call(item: pytest.Item):
             "(tests/README.md)"
         )
     return result
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The tests that took most of the processors, whose times a busy machine stretches less than
+    those by the clock. .pytest_cache/v/cpu_seconds has all of them.
+    """
+    used: dict[str, float] = {}
+    for report in terminalreporter.getreports("passed"):
+        name = report.nodeid.split("[")[0]
+        used[name] = used.get(name, 0.0) + dict(report.user_properties).get(CPU, 0.0)
+    if hasattr(config, "cache") and config.cache is not None and len(used) > 100:
+        config.cache.set(CPU, used)
+    terminalreporter.section(f"most processor time of {sum(used.values()):.0f} s")
+    for name in sorted(used, key=lambda name: -used[name])[:25]:
+        terminalreporter.line(f"{used[name]:7.2f}s {name}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -79,6 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             original_max_position_embeddings=16,
         ),
     ),
+    "mistral": ("mistral", dict(head_dim=16, sliding_window=None)),
     "qwen2": ("qwen2", {}),
     "qwen3 with yarn": (
         "qwen3",

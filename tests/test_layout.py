@@ -166,6 +166,57 @@ def test_the_import_rule_catches_a_planted_violation(tmp_path):
     assert upward("model", first_words(tmp_path / "x.py")) == [(2, "train")]
 
 
+# --- what is imported is there --------------------------------------------------------------------
+
+
+def module_file(name: str, root: Path = ROOT) -> Path | None:
+    """Where a module of ours lies, by its dotted name."""
+    path = root.joinpath(*name.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
+
+
+@functools.cache
+def names_of(path: Path) -> frozenset[str]:
+    """What a module defines or imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return frozenset(found)
+
+
+def is_there(name: str, root: Path = ROOT) -> bool:
+    """Whether a dotted name is a module of ours or stands in one."""
+    if module_file(name, root) or root.joinpath(*name.split(".")).is_dir():
+        return True
+    module, _, last = name.rpartition(".")
+    file = module_file(module, root) if module else None
+    return file is not None and (last in names_of(file) or "__getattr__" in names_of(file))
+
+
+def test_what_benches_and_tests_import_is_there():
+    """No run of the tests imports a bench, and a test that starts ranks imports late."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for package in ("bench", "tests", *ORDER)
+        for path in files(package)
+        for line, name in imports(path)
+        if name.split(".")[0] in (*ORDER, "bench") and not is_there(name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_import_of_what_is_gone_is_seen(tmp_path):
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house/tools.py").write_text("def saw(): ...\n")
+    assert is_there("house.tools.saw", tmp_path) and is_there("house.tools", tmp_path)
+    assert not is_there("house.tools.hammer", tmp_path) and not is_there("house.nails", tmp_path)
+
+
 # --- rooms and floors -----------------------------------------------------------------------------
 
 

@@ -295,6 +295,11 @@ def _lengths(run: RunConfig) -> list[str]:
         )
 
     vocab_size = run.data.tokenizer.vocab_size
+    if train.sample_prompt and not run.data.has_tokenizer:
+        problems.append(
+            f"train.sample_prompt is {train.sample_prompt!r}, but the data are tokens and there is "
+            "no tokenizer to read it; set it to null, or give data.tokenizer.path"
+        )
     if run.data.tokenizer.path is None and vocab_size > run.model.vocab_size:
         problems.append(
             f"data.tokenizer.vocab_size {vocab_size} exceeds model.vocab_size "

@@ -177,6 +177,7 @@ HELD: dict[str, dict[str, Any]] = {
         "vocab_size": 32768,
         "end_of_document": "<|endoftext|>",
         "max_documents": None,
+        "end_of_document_id": None,
     },
     "CheckpointConfig": {
         "save_interval": 0,

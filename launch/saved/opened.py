@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.command.progress import working
-from launch.saved.run import load_folder, load_run, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -39,18 +39,24 @@ def opened(
     place: Place | None = None,
     parallel: ParallelConfig | None = None,
     weights: str = "native",
+    average: int = 1,
+    for_text: bool = False,
 ) -> tuple[Transformer, TokenStore | FolderTokens, torch.device]:
     """The model of a run, or of a folder of published weights, on its device and at its budget, and
     its tokens. With a place it is this rank's share of the experts of a run. weights: int8, the
-    experts that launch.quantize has made.
+    experts that launch.quantize has made; average: of how many checkpoints the mean is taken;
+    for_text: a run without a tokenizer is refused.
     """
-    from train.checkpoint.folder import find_checkpoint
+    from train.checkpoint.folder import find_last
 
     if path is not None:
         return _opened_folder(path, attention, top_k)
     assert run_dir is not None
-    folder = find_checkpoint(Path(run_dir), prefer=checkpoint)
+    checkpoints = find_last(Path(run_dir), checkpoint, average)
+    folder = checkpoints[0]
     config = load_run(run_dir, attention, folder, top_k)
+    if for_text:
+        require_text(config, run_dir)
 
     # Only now what imports torch: a mistake in the settings is told at once.
     import torch
@@ -58,6 +64,7 @@ def opened(
     from train.checkpoint.writer import load_weights
     from train.components import build_model
     from train.data.store import TokenStore
+    from train.trained.averages import reader_of
 
     store = TokenStore(Path(run_dir) / "data")
     if place is None or parallel is None:
@@ -68,7 +75,7 @@ def opened(
 
         model, device = build_model(spread(config, parallel), place.groups), place.device
     with working(f"loading {folder}"):
-        load_weights(model, folder)
+        load_weights(model, reader_of(checkpoints))
     if weights == "int8":
         from train.trained.quantize import use_int8
 
@@ -82,7 +89,7 @@ def opened(
         from train.trained.calibrate import calibrate_budget, calibration_batches
 
         table = load_table(Path(run_dir), folder.name)
-        matches = table is not None and table.attention == described(attention)
+        matches = table is not None and table.attention == described(attention) and average == 1
         if table is None or not matches or not table.use(model, budget):
             batches = calibration_batches(config, TokenStore(prepare(config.data)), store.path)
             calibrate_budget(model, batches, budget, config.balance, config.budget, device)

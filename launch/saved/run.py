@@ -9,6 +9,7 @@ from typing import Any
 from launch.config.overrides import plain
 from launch.process.secrets import redact_text
 from model.dispatch.config import LocalDispatcherConfig
+from train.config.data import no_tokenizer
 
 FOLDER_SEQ_LEN = 2048
 """Most tokens of a row where a folder of published weights is evaluated and nobody says."""
@@ -133,6 +134,15 @@ def load_folder(
         "deepspeed": {},
     }
     return parse(config, world_size=1)
+
+
+def require_text(config: Any, run: str) -> None:
+    """
+    Raises:
+        ValueError: the run was trained on tokens alone, and has no tokenizer.
+    """
+    if not config.data.has_tokenizer:
+        raise ValueError(no_tokenizer(run))
 
 
 def require_tokenizer(config: Any, path: str) -> Any:

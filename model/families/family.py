@@ -183,6 +183,12 @@ FAMILIES: Mapping[str, Family] = {
             harmless={**NO_BIAS},
         ),
         Family(
+            "mistral",
+            "MistralForCausalLM",
+            is_moe=False,
+            harmless={"sliding_window": (None,)},
+        ),
+        Family(
             "qwen2",
             "Qwen2ForCausalLM",
             is_moe=False,

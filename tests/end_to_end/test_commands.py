@@ -135,6 +135,23 @@ def test_checkpoints_and_runs_are_evaluated_side_by_side(trained):
     assert f"lowest loss: {run}/checkpoints/{best}" in told.stdout
 
 
+def test_the_mean_of_checkpoints_is_measured_and_sampled_from(trained):
+    _, _, run, _ = trained
+    names = sorted((path.name for path in (run / "checkpoints").glob("step-*")), reverse=True)
+    mean = ["checkpoint=latest", "average=2"]
+    told = launch("evaluate", f"run={run}", *mean, "max_sequences=8")
+    found = last_json(told)
+    assert found["averaged"] == names[:2] and "their mean: val_loss" in told.stdout
+    table = last_json(launch("evaluate", f"run={run}", "checkpoint=all", "max_sequences=8"))
+    losses = [row["val_loss"] for row in table["rows"]]
+    assert min(losses) - 0.1 < found["val_loss"] < max(losses)
+    assert found["val_loss"] not in losses
+    text = last_json(launch("generate", f"run={run}", *mean, "prompt=the", "max_new_tokens=4"))
+    assert text["text"]
+    refused = launch("export", f"run={run}", "to=nowhere", "average=9", check=False)
+    assert refused.returncode == 2 and "average=9 needs 9 whole checkpoints" in refused.stderr
+
+
 def test_generate_is_reproducible_by_seed(trained):
     _, _, run, _ = trained
     texts = [

@@ -59,7 +59,8 @@ def text(tmp_path_factory) -> list[str]:
 def begun(qwen, text, tmp_path_factory) -> Path:
     """A run of three steps on one rank."""
     run = tmp_path_factory.mktemp("begun") / "run"
-    launch("train", f"init.path={qwen}", *text, *TRAIN, f"run_dir={run}")
+    saved = "checkpoint.save_interval=1"
+    launch("train", f"init.path={qwen}", *text, *TRAIN, saved, f"run_dir={run}")
     return run
 
 
@@ -240,9 +241,37 @@ def test_an_export_that_fails_leaves_nothing(begun, tmp_path, monkeypatch):
     plan = module.plan_export(config)
     tokenizer = module.tokenizer_of(config, run)
     with pytest.raises(KeyboardInterrupt):
-        module.export(plan, checkpoint, tokenizer, tmp_path / "out", "bf16", 10**9, killed)
+        module.export(
+            plan,
+            module.MergedReader(checkpoint),
+            tokenizer,
+            tmp_path / "out",
+            "bf16",
+            10**9,
+            killed,
+        )
     assert "config.json" in seen[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_mean_of_checkpoints_comes_out_as_a_folder(begun, tmp_path):
+    """Every tensor is the mean of those that the single checkpoints come out as, and transformers
+    computes it.
+    """
+    settings = [f"run={begun}", "dtype=fp32"]
+    for step in (2, 3):
+        chosen = f"checkpoint=step-0000000{step}"
+        launch("export", *settings, chosen, f"to={tmp_path / str(step)}", "verify=false")
+    launch("export", *settings, "checkpoint=latest", "average=2", f"to={tmp_path / 'mean'}")
+    one, other = tensors(tmp_path / "2"), tensors(tmp_path / "3")
+    found = tensors(tmp_path / "mean")
+    assert found.keys() == one.keys()
+    for name, tensor in found.items():
+        expected = ((one[name].double() + other[name].double()) / 2).float()
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8)
+    facts = json.loads((tmp_path / "mean" / "loadstone.json").read_text())
+    assert facts["averaged"] == ["step-00000003", "step-00000002"]
+    assert facts["verified"]["largest_difference"] < 1e-4
 
 
 @pytest.mark.parametrize(

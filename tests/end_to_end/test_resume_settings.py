@@ -315,6 +315,8 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "data.mixture.schedule.*.weights": refused(PHASE, ORDER),
     "data.tokenizer.path": refused("data.tokenizer.path=other", ORDER),
     "data.tokenizer.max_documents": refused("data.tokenizer.max_documents=9", ORDER),
+    # a run on text has a tokenizer, which says it
+    "data.tokenizer.end_of_document_id": refused("data.tokenizer.end_of_document_id=9", "drop it"),
     "data.tokenizer.vocab_size": refused("data.tokenizer.vocab_size=290", ORDER),
     "data.tokenizer.end_of_document": refused("data.tokenizer.end_of_document=x", ORDER),
     "data.validation_fraction": refused("data.validation_fraction=0.2", ORDER),

@@ -249,6 +249,39 @@ def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
     raise no_usable_checkpoint(run_dir, reasons)
 
 
+def find_last(run_dir: Path, prefer: str, number: int) -> tuple[Path, ...]:
+    """A checkpoint and those before it, `number` in all, the newest first. Damaged ones are named
+    in the log and passed over.
+
+    prefer: of the newest, as find_checkpoint.
+
+    Raises:
+        CheckpointError: as find_checkpoint. ValueError: there are fewer.
+    """
+    newest = find_checkpoint(run_dir, prefer)
+    found = [newest]
+    for step in reversed(saved_steps(newest.parent)):
+        checkpoint = newest.parent / name_of(step)
+        if len(found) == number:
+            break
+        if step >= step_of(newest):
+            continue
+        require_owned(checkpoint)
+        damaged = damage_since_verified(checkpoint)
+        if damaged is None:
+            found.append(checkpoint)
+        else:
+            log.warning("checkpoint %s is damaged (%s) and is left out", checkpoint, damaged)
+    if len(found) < number:
+        names = ", ".join(checkpoint.name for checkpoint in reversed(found))
+        raise ValueError(
+            f"average={number} needs {number} whole checkpoints up to {newest.name}, and "
+            f"{newest.parent} has {len(found)}: {names}; give average={len(found)} or less, a "
+            f"later checkpoint, or train with checkpoint.keep_last={number}"
+        )
+    return tuple(found)
+
+
 def candidates(run_dir: Path, prefer: str = "latest") -> list[Path]:
     """The checkpoints of a run in the order in which they are tried, whole or not. prefer:
     "latest", "best", or the name of the only one.

@@ -117,27 +117,32 @@ def _whole(
     return every | shapes, expert_ids_of(whole) | expert_ids
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
+def load_weights(model: nn.Module, source: Path | CheckpointReader) -> None:
     """Restore a plain model, outside any engine, from the fp32 master weights, adapters added, at
     the step it was saved after: a layer that was still dense then is dense now.
+
+    Args:
+        source: a checkpoint, or a reader of one that reads its weights otherwise
+            (train/trained/averages.py).
 
     Raises:
         CheckpointError: the checkpoint cannot be read, is not ours, or belongs to another model.
     """
-    _load_buffers(model, load_parameters(model, checkpoint))
+    reader = load_parameters(model, source)
+    _load_buffers(model, reader)
     if isinstance(model, Transformer):
-        model.set_step(read_state(checkpoint)["step"])
+        model.set_step(read_state(reader.checkpoint)["step"])
 
 
-def load_parameters(model: nn.Module, checkpoint: Path) -> CheckpointReader:
+def load_parameters(model: nn.Module, source: Path | CheckpointReader) -> CheckpointReader:
     """Restore the parameters alone of a plain model, but for adapters, which start anew; returns
-    the reader, for what else there is.
+    the reader, for what else there is. source: as load_weights.
 
     Raises:
         CheckpointError: as load_weights.
     """
     expert_ids = expert_ids_of(model)
-    reader = MergedReader(checkpoint)
+    reader = MergedReader(source) if isinstance(source, Path) else source
     parameters = [(name, p) for name, p in model.named_parameters() if not is_adapter(name)]
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     reader.require_model(*_whole(model, shapes, expert_ids))

@@ -26,7 +26,6 @@ from __future__ import annotations
 import copy
 import datetime
 import errno
-import hashlib
 import logging
 import os
 import platform
@@ -36,7 +35,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +68,7 @@ from train.checkpoint.reader import expert_ids_of, load_engine, load_weights
 from train.config.training import CheckpointConfig
 from train.engine.deepspeed import Engine
 from train.files.durable import remove, sync_folder, write_json, write_text
+from train.files.hashed_file import HashedFile
 from train.files.manifest import FORMAT, MANIFEST, CheckpointError, file_facts
 
 __all__ = [
@@ -466,32 +466,6 @@ class CheckpointWriter:
         remove_old(self.folder, self.config.keep_last, self.config.keep_best)
 
 
-class _Hashing:
-    """A file open for writing from start to end, hashed on the way: while one part is hashed, the
-    kernel writes the one before, and nothing is read again.
-    """
-
-    def __init__(self, file: Any):
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def write(self, data: Any) -> int:
-        self._digest.update(data)
-        written: int = self._file.write(data)
-        self._size += written
-        return written
-
-    def facts(self) -> dict[str, Any]:
-        """As manifest.file_facts."""
-        return {"size": self._size, "sha256": self._digest.hexdigest()}
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("tell", "flush", "fileno", "close", "closed"):
-            raise AttributeError(name)
-        return getattr(self._file, name)
-
-
 class _HashingFileSystem(FileSystem):
     def __init__(self) -> None:
         self.hashed: dict[str, dict[str, Any]] = {}
@@ -502,9 +476,9 @@ class _HashingFileSystem(FileSystem):
             if "w" not in mode:
                 yield file
                 return
-            hashing = _Hashing(file)
-            yield hashing
-            self.hashed[Path(path).name] = hashing.facts()
+            with HashedFile(cast(BinaryIO, file)) as hashed:
+                yield hashed
+            self.hashed[Path(path).name] = hashed.facts()
 
 
 class _Writer(FileSystemWriter):

@@ -59,6 +59,21 @@ def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1
     return found
 
 
+def problems_of_average(average: int, path: str | None, weights: Weights = "native") -> list[str]:
+    """Of the mean of a run's last checkpoints."""
+    if average == 1:
+        return []
+    if average < 1:
+        return [f"average is {average}; it is a number of checkpoints, at least 1"]
+    if path is not None:
+        return [f"average={average} is of a run's checkpoints, and path=DIR has none; give run=RUN"]
+    if weights != "native":
+        return [
+            f"average={average} and weights={weights} are two kinds of weights; drop one of them"
+        ]
+    return []
+
+
 def problems_of_source(
     run: str | None, path: str | None, router: InferenceRouterConfig
 ) -> list[str]:
@@ -228,6 +243,8 @@ class EvaluateConfig:
     """best, latest, or a name: step-00000250. A list or all: a table, which `checkpoints` holds."""
     checkpoints: tuple[str, ...] = ()
     """What checkpoint=[...] and checkpoint=all fill."""
+    average: int = 1
+    """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
     batch_size: int = 8
     max_sequences: int | None = None
     budgets: tuple[float, ...] = ()
@@ -282,6 +299,12 @@ class EvaluateConfig:
             found.append("a list of budgets is measured in one process; set launch.num_devices=1")
         if len(set(self.budgets)) < len(self.budgets):
             found.append("router.budget has a budget twice in its list; name each once")
+        found += problems_of_average(self.average, self.path)
+        if self.save_budgets and self.average > 1:
+            found.append(
+                f"save_budgets=true keeps the table of one checkpoint, and average={self.average} "
+                "is the mean of several; drop one of them"
+            )
         if self.save_budgets and not self.budgets:
             found.append("save_budgets=true needs a list of budgets: router.budget=[1,1.5,2]")
         if self.budgets and (self.router.budget or self.router.top_k) is not None:
@@ -306,12 +329,21 @@ class ExportConfig:
     """Write the adapters of a run with lora.rank alone, as peft reads them, and not the weights
     with the adapters added.
     """
+    average: int = 1
+    """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
 
     def problems(self) -> list[str]:
         found = self.router.problems()
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
         if self.router.budget is not None:
             found.append("router.budget has no place in config.json; give router.top_k")
+        found += problems_of_average(self.average, None)
+        if self.adapter and self.average > 1:
+            found.append(
+                f"adapter=true with average={self.average}: a mean of adapters A and B is not the "
+                "adapter of the mean; leave adapter=true out, and the mean of the weights with "
+                "adapters added is written"
+            )
         if self.max_shard_size <= 0:
             found.append(f"max_shard_size is {self.max_shard_size}; give GB, more than 0")
         return found
@@ -324,6 +356,8 @@ class GenerateConfig:
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
     """int8: with the experts that launch.quantize has made for the run."""
+    average: int = 1
+    """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
     prompt: str | None = None
     """Text to continue."""
     input: str | None = None
@@ -364,6 +398,7 @@ class GenerateConfig:
         found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
         found += problems_of_weights(self.weights, self.path, self.launch.num_devices)
+        found += problems_of_average(self.average, self.path, self.weights)
         found += self.sampling.problems()
         found += [f"engine.{problem}" for problem in self.engine.problems()]
         found += _devices_problems(self.launch, self.parallel, self.router, self.path)

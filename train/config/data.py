@@ -18,8 +18,12 @@ FORMATS = {
     "text": ("txt", "plain", "md"),
     "csv": ("tsv",),
     "parquet": ("pq",),
+    "megatron": ("idx",),
+    "npy": (),
 }
 """Formats of files -> what else they are called, and what names of such files end with."""
+TOKEN_FORMATS = ("megatron", "npy")
+"""Those that hold ids of tokens instead of text."""
 
 
 def problem_of_path(path: str, data_files: object) -> str | None:
@@ -29,9 +33,11 @@ def problem_of_path(path: str, data_files: object) -> str | None:
     place = Path(path).expanduser()
     if place.is_file():
         ends = place.name.lower().split(".")[1:]
+        # of a store of Megatron's the other half
+        ends = ["idx" if end == "bin" else end for end in ends]
         formats = [form for form, others in FORMATS.items() if {form, *others} & set(ends)]
         return (
-            f"is {path!r}, a file; give path={formats[0] if formats else 'json|parquet|csv|text'} "
+            f"is {path!r}, a file; give path={formats[0] if formats else '|'.join(FORMATS)} "
             f"and data_files={path}"
         )
     if path in FORMATS or place.exists() or "/" in path:
@@ -45,10 +51,12 @@ def problem_of_path(path: str, data_files: object) -> str | None:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One text source, in the words of datasets.load_dataset."""
+    """One source of documents, in the words of datasets.load_dataset."""
 
     path: str
-    """A Hub name, a builder (json, parquet, csv, text), or "sample" for the bundled text."""
+    """A Hub name, a builder (json, parquet, csv, text), or "sample" for the bundled text. Of what
+    is tokens already: megatron (pairs of .idx and .bin) or npy (arrays of ids).
+    """
     name: str | None = None
     split: str = "train"
     data_files: str | tuple[str, ...] | None = None
@@ -89,9 +97,26 @@ class SourceConfig:
             found.append(
                 f"{path}.max_documents is {self.max_documents}; it must be at least 2, or null"
             )
+        if self.holds_tokens:
+            found += [
+                f"{path}.{name} is {value!r}, which acts on text only; {path}.path={self.path} "
+                "holds tokens, so drop it"
+                for name, usual in (
+                    ("name", None),
+                    ("split", "train"),
+                    ("text_column", "text"),
+                    ("sample_by", "document"),
+                )
+                if (value := getattr(self, name)) != usual
+            ]
         if self.label is not None and (not self.label or NOT_IN_LABELS.search(self.label)):
             found.append(f"{path}.label is {self.label!r}; use letters, digits, '.', '_' and '-'")
         return found
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether it is tokenised already."""
+        return self.path in TOKEN_FORMATS
 
     @property
     def named_files(self) -> tuple[str, ...]:
@@ -207,8 +232,12 @@ class TokenizerConfig:
     path: str | None = None
     """A tokenizer.json or a folder holding one; None: train a byte-level BPE on the sources."""
     vocab_size: int = 32768
-    """Size of the BPE to train."""
+    """Size of the BPE to train; of tokens without a tokenizer, how many ids there may be."""
     end_of_document: str = "<|endoftext|>"
+    end_of_document_id: int | None = None
+    """Id of the token that ends documents, where all sources are tokens already and no tokenizer is
+    given; null: the tokenizer's own.
+    """
     max_documents: int | None = None
     """Most documents that a BPE is trained on: a sample by a hash of their text, none of it held
     out. null: all, held-out ones among them.
@@ -275,6 +304,7 @@ class DataConfig:
                 found += source.problems(f"{group}[{i}]")
         found += self.mixture.problems(len(self.sources))
         found += self._chat_problems()
+        found += self._token_problems()
         found += self.tokenizer.problems()
         if not self.tokenizer.end_of_document:
             found.append(
@@ -296,10 +326,54 @@ class DataConfig:
                 f"data.max_bad_rows is {self.max_bad_rows}; it is a share of the rows, between 0 "
                 "and 1"
             )
-        if self.tokenizer.path is None and self.tokenizer.vocab_size < 257:
+        trains_one = self.has_tokenizer and self.tokenizer.path is None
+        if trains_one and self.tokenizer.vocab_size < 257:
             found.append(
                 f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; a byte-level BPE needs "
                 "at least 257"
+            )
+        return found
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one, given or to be trained: without it no text goes in or out."""
+        sources = (*self.sources, *self.validation.sources)
+        return self.tokenizer.path is not None or not all(s.holds_tokens for s in sources)
+
+    def _token_problems(self) -> list[str]:
+        """What contradicts sources of tokens, or their absence."""
+        sources = (*self.sources, *self.validation.sources)
+        tokenizer = self.tokenizer
+        end = tokenizer.end_of_document_id
+        found = []
+        if self.has_tokenizer and end is not None:
+            found.append(
+                f"data.tokenizer.end_of_document_id is {end}, but there is a tokenizer, which "
+                f"says the id of {tokenizer.end_of_document!r}; drop it"
+            )
+        if not any(source.holds_tokens for source in sources):
+            return found
+
+        if self.has_tokenizer and tokenizer.path is None:
+            found.append(
+                "data.tokenizer.path is null, but some of the sources are text and some are tokens "
+                "already: a tokenizer that is trained here would give other ids; name the one that "
+                "made the tokens"
+            )
+        if not self.has_tokenizer and end is None:
+            found.append(
+                "data.tokenizer.end_of_document_id is null, and there is no tokenizer to say it; "
+                "give the id that ends documents, or data.tokenizer.path"
+            )
+        if end is not None and not 0 <= end < tokenizer.vocab_size:
+            found.append(
+                f"data.tokenizer.end_of_document_id is {end}; it must be between 0 and "
+                f"{tokenizer.vocab_size - 1}, below data.tokenizer.vocab_size"
+            )
+        if not self.has_tokenizer and tokenizer.max_documents is not None:
+            found.append(
+                f"data.tokenizer.max_documents is {tokenizer.max_documents}, but all sources are "
+                "tokens, so no tokenizer is trained; drop it"
             )
         return found
 
@@ -327,7 +401,7 @@ class DataConfig:
                 ("data.validation.sources", self.validation.sources),
             )
             for i, source in enumerate(sources)
-            if source.path in ("sample", "text", "csv")
+            if source.path in ("sample", "text", "csv", *TOKEN_FORMATS)
         ]
         if self.chat_template is not None and not Path(self.chat_template).expanduser().is_file():
             found.append(
@@ -335,3 +409,11 @@ class DataConfig:
                 "jinja chat template, or null for the one beside the tokenizer"
             )
         return found
+
+
+def no_tokenizer(place: str) -> str:
+    """What is said where text is needed and a run was trained on tokens alone."""
+    return (
+        f"{place} has no tokenizer: the run was trained on tokens alone, so no text can be read or "
+        "written; train with data.tokenizer.path, the tokenizer that made them"
+    )

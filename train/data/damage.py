@@ -31,8 +31,9 @@ PIECE_BYTES = 2**16
 """What is verified at a time. A row of a sample reads a piece for each of its documents."""
 MANIFEST = folders.MANIFEST
 FORMAT = 1
-_INDEX = struct.Struct("<9sQBQQ")
+INDEX = struct.Struct("<9sQBQQ")
 """Head of a .idx file: magic, version, code of the token type, sequences, documents."""
+MAGIC = b"MMIDIDX\0\0"
 _TOKEN_TYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 """Megatron-core's codes of the types that prepare.py uses."""
 
@@ -169,21 +170,21 @@ def check_split(
     index, tokens = (check_file(folder, f"{name}.{kind}", manifest) for kind in ("idx", "bin"))
     try:
         with index.open("rb") as file:
-            head = file.read(_INDEX.size)
+            head = file.read(INDEX.size)
         sizes = index.stat().st_size, tokens.stat().st_size
     except OSError as error:
         raise damaged(index, f"cannot be read ({error.strerror})") from error
 
-    if len(head) < _INDEX.size:
-        raise damaged(index, f"has {len(head)} bytes, fewer than its head of {_INDEX.size}")
+    if len(head) < INDEX.size:
+        raise damaged(index, f"has {len(head)} bytes, fewer than its head of {INDEX.size}")
 
     # megatron-core trusts these numbers, so they are held against the files' sizes first.
-    magic, version, code, num_sequences, num_documents = _INDEX.unpack(head)
-    if magic != b"MMIDIDX\0\0" or version != 1 or code not in _TOKEN_TYPES:
+    magic, version, code, num_sequences, num_documents = INDEX.unpack(head)
+    if magic != MAGIC or version != 1 or code not in _TOKEN_TYPES:
         raise damaged(index, "is no index of tokens")
 
     # length, place; first sequence of each document
-    needed = _INDEX.size + 12 * num_sequences + 8 * num_documents
+    needed = INDEX.size + 12 * num_sequences + 8 * num_documents
     if sizes[0] != needed:
         raise damaged(index, f"has {sizes[0]} bytes instead of {needed}")
 
@@ -213,25 +214,34 @@ class Numbers:
 
     Args:
         path: an existing NAME.bin of the size it should have; dtype: of its numbers.
+        table: the checksums of its pieces; None: NAME.bin.crc, where the manifest lists it.
+        begin, size: bytes before the numbers, and of all of them; None: to the end.
 
     Raises:
         ValueError: from reading, when the bytes are not those that were written.
     """
 
-    def __init__(self, path: Path, dtype: Any, manifest: dict[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        dtype: Any,
+        manifest: dict[str, Any],
+        table: Path | None = None,
+        begin: int = 0,
+        size: int | None = None,
+    ):
         self.path, self._dtype = path, np.dtype(dtype)
+        size = path.stat().st_size - begin if size is None else size
         self._bytes = (
-            np.memmap(path, dtype=np.uint8, mode="r")
-            if path.stat().st_size
-            else np.empty(0, np.uint8)
+            np.memmap(path, np.uint8, "r", begin, (size,)) if size else np.empty(0, np.uint8)
         )
         self._table = None
-        if (name := path.name + ".crc") in manifest.get("files", {}):
-            self._table = np.fromfile(check_file(path.parent, name, manifest), dtype="<u4")
+        table = path.with_name(path.name + ".crc") if table is None else table
+        if table.name in manifest.get("files", {}):
+            self._table = np.fromfile(check_file(table.parent, table.name, manifest), dtype="<u4")
             if len(self._table) != -(-len(self._bytes) // PIECE_BYTES):
                 raise damaged(
-                    path.with_name(name),
-                    f"holds {len(self._table)} checksums for {len(self._bytes)} bytes",
+                    table, f"holds {len(self._table)} checksums for {len(self._bytes)} bytes"
                 )
             self._verified = np.zeros(len(self._table), dtype=bool)
 
@@ -249,6 +259,9 @@ class Numbers:
         start, stop, _ = part.indices(len(self))
         return self.read(self._dtype, max(0, stop - start), start * self._dtype.itemsize)
 
+    def _error(self, what: str) -> ValueError:
+        return damaged(self.path, what)
+
     def _verify(self, start: int, stop: int) -> None:
         if self._table is None:
             return
@@ -256,9 +269,8 @@ class Numbers:
         for piece in pieces[~self._verified[pieces]]:
             first = int(piece) * PIECE_BYTES
             if zlib.crc32(self._bytes[first : first + PIECE_BYTES].tobytes()) != self._table[piece]:
-                raise damaged(
-                    self.path,
-                    f"has another checksum between bytes {first} and {first + PIECE_BYTES}",
+                raise self._error(
+                    f"has another checksum between bytes {first} and {first + PIECE_BYTES}"
                 )
             self._verified[piece] = True
 
@@ -270,17 +282,24 @@ class Tokens(Numbers):
         ValueError: from reading, also when an id is beyond the vocabulary.
     """
 
-    def __init__(self, path: Path, dtype: Any, manifest: dict[str, Any]):
-        super().__init__(path, dtype, manifest)
+    def __init__(
+        self,
+        path: Path,
+        dtype: Any,
+        manifest: dict[str, Any],
+        table: Path | None = None,
+        begin: int = 0,
+        size: int | None = None,
+    ):
+        super().__init__(path, dtype, manifest, table, begin, size)
         self.vocab_size: int = manifest["vocab_size"]
 
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
         ids = super().read(dtype, count, offset)
         if count and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise damaged(
-                self.path,
-                "holds a token id outside of the vocabulary "
-                f"of {self.vocab_size}, near byte {offset}",
+            raise self._error(
+                f"holds a token id outside of the vocabulary of {self.vocab_size}, near byte "
+                f"{offset}"
             )
         return ids
 

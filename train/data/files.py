@@ -89,6 +89,10 @@ class Meter:
             self._finished += os.stat(self._file.name).st_size
             self._file = None
 
+    def skip(self, num_bytes: int) -> None:
+        """So many more are read, by whoever else."""
+        self._finished += num_bytes
+
     @property
     def position(self) -> int:
         if self._file is not None and self._file.closed:

@@ -103,8 +103,8 @@ def _record_data(store: Path, folder: Path) -> None:
             "put them back, or start a new run"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["tokenizer.json", "token_bytes.npy", "manifest.json"]
-    names += [CHAT_TEMPLATE] if (store / CHAT_TEMPLATE).is_file() else []
-    for name in names:
+    # The manifest last: with it the folder is one.
+    names = ["tokenizer.json", "token_bytes.npy", CHAT_TEMPLATE, "manifest.json"]
+    for name in filter(lambda name: (store / name).is_file(), names):
         with replacing(folder / name) as scratch:
             shutil.copyfile(store / name, scratch)

@@ -6,10 +6,12 @@ A store is a folder named by the fingerprint of what it was made from:
     tokenizer.json       Hugging Face tokenizers format
     token_bytes.npy      bytes of text each token spells, for bits per byte
     train_<i>.bin/.idx   one per source, megatron-core's indexed format; every document ends with
-                         end_of_document
+                         end_of_document. Of a source that is tokens already, what tokens/place.py
+                         says: they stay where they are
     validation.bin/.idx  held-out documents of all sources
     validation_bytes.bin uint32, bytes of text each held-out token stands for; only where they are
                          not what it spells
+A store of tokens without a tokenizer lacks tokenizer.json and token_bytes.npy.
 A store of conversations (data.format=chat) has no end_of_document in it, and
     train_<i>_targets.bin, validation_targets.bin
                          uint8, 1 for a token that is learnt
@@ -45,11 +47,13 @@ from train.data.tokenizer import (
     LOADING_SECONDS,
     load_tokenizer,
     no_end,
+    spells_exactly,
     token_bytes,
     tokenizer_file,
     tokenizers_errors,
     vocabulary_size,
 )
+from train.data.tokens.files import IdFile, parts_of
 from train.data.worker import apart, doing, no_progress, tell
 from train.files.durable import replacing
 from train.files.scratch import make_folder
@@ -68,6 +72,9 @@ def fingerprint(config: DataConfig) -> str:
         for of_the_run in ("weight", "max_epochs", "label"):
             facts.pop(of_the_run)
         files = [f for f in files_of(source) if os.path.isfile(f)]
+        if source.holds_tokens:
+            files = [part for file in files for part in parts_of(file)]
+            facts["places"] = list(map(os.path.abspath, files))
         # a data set's own folder
         if source.data_files is None and os.path.isdir(source.path):
             files = sorted(str(p) for p in Path(source.path).rglob("*") if p.is_file())
@@ -79,8 +86,10 @@ def fingerprint(config: DataConfig) -> str:
             facts["literal_names"] = True
         sources.append(facts)
     tokenizer: dict[str, Any] = dataclasses.asdict(config.tokenizer)
-    if config.tokenizer.max_documents is None:  # as in stores that were made before it could be set
-        tokenizer.pop("max_documents")
+    # as in stores that were made before these could be set
+    for name in ("max_documents", "end_of_document_id"):
+        if tokenizer[name] is None:
+            tokenizer.pop(name)
     if config.tokenizer.path is not None:
         tokenizer["content"] = hashlib.sha256(
             tokenizer_file(config.tokenizer).read_bytes()
@@ -242,6 +251,28 @@ def _write_store(
     for source in (*config.sources, *config.validation.sources):
         checked_files(source)
 
+    encoder = _encoder(config, folder, parts) if config.has_tokenizer else _of_ids(config)
+    template = _template(config, folder)
+    if template is not None:
+        encoder = ChatEncoder(encoder, template, config.train_on)
+
+    # Each shard is made once, by whoever is free, and stays if this process is killed.
+    shards = Shards(config, encoder, parts)
+    counted = shards.make(num_workers)
+
+    # What is held out is known when all are there.
+    try:
+        manifest = _assembled(config, folder, parts, counted, encoder, shards.id_files)
+        return manifest | _chat_facts(config, template)
+    except DamagedShard:
+        raise
+    except ValueError:  # about the documents: other ones are needed
+        parts.discard()
+        raise
+
+
+def _encoder(config: DataConfig, folder: Path, parts: Parts) -> Encoder:
+    """What tokenises text; the store keeps its tokenizer, and what every token of it spells."""
     tokenizer = _tokenizer(config, parts)
     end_of_document = tokenizer.token_to_id(config.tokenizer.end_of_document)
     if end_of_document is None:
@@ -261,24 +292,22 @@ def _write_store(
     tokenizer.post_processor = None  # it adds nothing here, and may move offsets
     np.save(folder / "token_bytes.npy", spelled)
 
-    template = _template(config, folder)
-
-    # Each shard is made once, by whoever is free, and stays if this process is killed.
-    dtype = np.dtype(np.uint16 if vocab_size < 65500 else np.int32)  # as megatron-core chooses
     below = config.validation_fraction * 2**64
-    encoder = Encoder(tokenizer, about, end_of_document, spelled, dtype, below)
-    if template is not None:
-        encoder = ChatEncoder(encoder, template, config.train_on)
-    counted = Shards(config, encoder, parts).make(num_workers)
+    return Encoder(tokenizer, about, end_of_document, spelled, _dtype(vocab_size), below)
 
-    # What is held out is known when all are there.
-    try:
-        return _assembled(config, folder, parts, counted, encoder) | _chat_facts(config, template)
-    except DamagedShard:
-        raise
-    except ValueError:  # about the documents: other ones are needed
-        parts.discard()
-        raise
+
+def _of_ids(config: DataConfig) -> Encoder:
+    """The facts of a vocabulary without a tokenizer, for sources that need none."""
+    end, vocab_size = config.tokenizer.end_of_document_id, config.tokenizer.vocab_size
+    assert end is not None
+    spelled = np.zeros(vocab_size, dtype=np.int32)
+    below = config.validation_fraction * 2**64
+    return Encoder(None, "no tokenizer", end, spelled, _dtype(vocab_size), below)
+
+
+def _dtype(vocab_size: int) -> Any:
+    """Of tokens, as megatron-core chooses it."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def _assembled(
@@ -287,11 +316,13 @@ def _assembled(
     parts: Parts,
     counted: list[tuple[int, BadRows]],
     encoder: Encoder,
+    id_files: dict[int, list[IdFile]],
 ) -> dict[str, Any]:
     """Write the files of the store from its shards; returns the manifest.
 
     Args:
-        counted: of every source how many shards it has, and its bad rows.
+        counted: of every source how many shards it has, and its bad rows; id_files: of sources that
+            are tokens already.
     """
 
     def keys(first: int, last: int) -> Iterator[np.ndarray]:
@@ -304,21 +335,25 @@ def _assembled(
         keys(0, num_sources), config.validation_fraction, keys(num_sources, len(counted))
     )
     chat = config.format == "chat"
-    assembly = Assembly(folder, encoder.dtype, encoder.spelled, held_out, chat)
+    spells = encoder.tokenizer is not None and spells_exactly(encoder.tokenizer)
+    assembly = Assembly(
+        folder, encoder.dtype, encoder.spelled, held_out, encoder.end_of_document, spells, chat
+    )
 
     sources = []
     for i, source in enumerate(config.sources):
         num_shards, bad_rows = counted[i]
-        counts = assembly.add_source(i, parts, num_shards)
+        places: dict[str, Any] = {}
+        if i in id_files:
+            counts, places["files"] = assembly.add_tokens(i, parts, num_shards, id_files[i])
+        else:
+            counts = assembly.add_source(i, parts, num_shards)
         if not counts.documents:
             raise ValueError(
                 f"source {source.path!r} left no training document; lower data.validation_fraction "
                 f"{config.validation_fraction} or give more text"
             )
-        tell(
-            f"source {source.path}: {counts.documents:,} documents, {counts.tokens:,} "
-            f"tokens, {counts.bytes:,} bytes{counts.share_learnt}"
-        )
+        tell(f"source {source.path}: {counts.told}{counts.share_learnt}")
         if bad_rows.count:
             tell(f"source {source.path}: left out {bad_rows}{bad_rows.by_kind}")
         sources.append(
@@ -327,12 +362,16 @@ def _assembled(
                 **counts.facts(),
                 "bad_rows": bad_rows.count,
                 "bad_rows_by_reason": bad_rows.reasons,
+                **places,
             }
         )
 
     for i, source in enumerate(config.validation.sources, num_sources):
         num_shards, bad_rows = counted[i]
-        counts = assembly.add_validation(i, parts, num_shards)
+        if i in id_files:
+            counts = assembly.add_validation_tokens(i, parts, num_shards, id_files[i])
+        else:
+            counts = assembly.add_validation(i, parts, num_shards)
         if not counts.documents:
             raise ValueError(f"validation source {source.path!r} holds no document")
         tell(f"validation source {source.path}: {counts.documents:,} documents")

@@ -13,7 +13,7 @@ import glob
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from train.config.data import FORMATS, MAX_BAD_ROWS, SourceConfig
 from train.data.chat.rows import as_conversation, read_conversations, wanted_columns
 from train.data.files import KINDS, Format, Meter, Odd, Row, as_text, read_rows
+from train.data.tokens.files import is_ends
 from train.data.worker import doing
 
 _NUMBER = re.compile(r"\d+")
@@ -63,8 +64,22 @@ def files_of(source: SourceConfig) -> list[str]:
     """
     if source.path == "sample":
         return sample_files()
-    found = (file for name in source.named_files for file in _files_named(source, name))
+    found: Iterable[str] = (
+        file for name in source.named_files for file in _files_named(source, name)
+    )
+    if source.path == "megatron":
+        found = map(index_file, found)
+    if source.path == "npy":
+        found = (file for file in found if not is_ends(file))
     return list(dict.fromkeys(found))
+
+
+def index_file(named: str) -> str:
+    """The .idx file of a store of Megatron's that is named by either half, or by what both begin
+    with.
+    """
+    stem = named.removesuffix(".bin").removesuffix(".idx")
+    return named if named == stem and os.path.lexists(named) else f"{stem}.idx"
 
 
 def _files_named(source: SourceConfig, name: str) -> list[str]:

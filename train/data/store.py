@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from train.config.data import DataConfig
+from train.config.data import DataConfig, no_tokenizer
 from train.data.damage import (
     MANIFEST,
     Numbers,
@@ -30,6 +30,7 @@ from train.data.damage import (
 )
 from train.data.mixture import Blend, Mixture
 from train.data.tokenizer import tokenizers_errors
+from train.data.tokens.place import PlacedDocuments
 
 HELD_OUT_BYTES = "validation_bytes.bin"
 """Present where held-out tokens do not stand for what they spell."""
@@ -78,7 +79,15 @@ class TokenStore:
         self.unigram_entropy: float = self.manifest["unigram_entropy"]
         self.holds_conversations = "chat" in self.manifest
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Not where all sources were tokens already, and no tokenizer was given."""
+        files = self.manifest.get("files")
+        return files is None or "tokenizer.json" in files
+
     def tokenizer(self) -> Any:
+        if not self.has_tokenizer:
+            raise ValueError(no_tokenizer(str(self.path)))
         from tokenizers import Tokenizer
 
         path = check_file(self.path, "tokenizer.json", self.manifest)
@@ -113,7 +122,8 @@ class TokenStore:
         Args:
             tokens: all held-out tokens.
         """
-        if HELD_OUT_BYTES in self.manifest.get("files", {}):
+        facts = self.manifest["validation"]
+        if HELD_OUT_BYTES in self.manifest.get("files", {}) and "bytes" in facts:
             path = check_file(self.path, HELD_OUT_BYTES, self.manifest)
             if path.stat().st_size != 4 * len(tokens):
                 raise damaged(
@@ -124,6 +134,9 @@ class TokenStore:
             counts = Numbers(path, np.uint32, self.manifest)
             return lambda part: counts[part]
 
+        if not self.has_tokenizer or "bytes" not in facts:
+            return None
+
         # Stores of an earlier version lack the file: if the tokens spell as many bytes as the text
         # had, each stands for what it spells.
         spelled = self.token_bytes()
@@ -131,7 +144,7 @@ class TokenStore:
             int(spelled[tokens[i : i + CHUNK_TOKENS]].sum())
             for i in range(0, len(tokens), CHUNK_TOKENS)
         )
-        if total != self.manifest["validation"].get("bytes"):
+        if total != facts["bytes"]:
             return None
         return lambda part: spelled[tokens[part]]
 
@@ -147,9 +160,14 @@ class _SourceSamples:
         self.seq_len = seq_len
         self.seed = seed
         self.source = source
-        tokens = store.manifest["sources"][source]["tokens"]
-        dtype = check_split(store.path, f"train_{source}", tokens, store.manifest)
-        self._tokens = Tokens(store.path / f"train_{source}.bin", dtype, store.manifest)
+        facts = store.manifest["sources"][source]
+        tokens = facts["tokens"]
+        self._placed = self._tokens = None
+        if "files" in facts:
+            self._placed = PlacedDocuments(store.path, source, store.manifest)
+        else:
+            dtype = check_split(store.path, f"train_{source}", tokens, store.manifest)
+            self._tokens = Tokens(store.path / f"train_{source}.bin", dtype, store.manifest)
         self.per_epoch = (tokens - 1) // seq_len
         if self.per_epoch < 1:
             raise ValueError(
@@ -228,8 +246,10 @@ class _SourceSamples:
 
         # What megatron-core has cached may be a pickle: looked at before it is read.
         plain_arrays(cache)
-        indexed = IndexedDataset(self.prefix)
-        indexed.bin_reader = self._tokens
+        indexed: Any = self._placed
+        if indexed is None:
+            indexed = IndexedDataset(self.prefix)
+            indexed.bin_reader = self._tokens
         return GPTDataset(
             indexed, self.prefix, np.arange(len(indexed), dtype=np.int32), None, Split.train, config
         )
@@ -402,6 +422,17 @@ class ValidationRows:
         """Why there are no bits per byte of this split."""
         if self._bytes is not None or not self.num_tokens:
             return None
+        facts = self.store.manifest["validation"]
+        if "files" in self.store.manifest and "bytes" not in facts:
+            return (
+                "bits_per_byte is left out: held-out text that came as tokens is known by its "
+                "tokens alone, "
+                + (
+                    "and a token of this tokenizer does not always stand for the same bytes"
+                    if self.store.has_tokenizer
+                    else "and there is no tokenizer"
+                )
+            )
         return (
             f"bits_per_byte is left out: the store {self.store.path} is of an earlier version and "
             "does not say how many bytes its held-out tokens stand for; delete it, and it is made "

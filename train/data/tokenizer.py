@@ -162,6 +162,11 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
     return lengths
 
 
+def spells_exactly(tokenizer: Any) -> bool:
+    """Whether every token stands for the bytes that it spells, wherever it is."""
+    return "ByteLevel" in _decoder_kinds(tokenizer)
+
+
 def encoded_bytes(text: str, encoding: Any, spelled: np.ndarray) -> np.ndarray:
     """[tokens + 1] int64: bytes of the text that each token of its encoding stands for; their sum
     is its UTF-8 length.

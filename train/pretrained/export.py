@@ -128,7 +128,7 @@ def plan_export(run: RunConfig) -> Export:
 
 def export(
     plan: Export,
-    checkpoint: Path,
+    reader: MergedReader,
     tokenizer: Tokenizer,
     to: Path,
     dtype: str,
@@ -138,14 +138,14 @@ def export(
     """Write the folder. Returns the names of its files.
 
     Args:
-        checkpoint: read tensor by tensor.
+        reader: of a checkpoint, which is read tensor by tensor.
         verify: looks at the whole folder while it still has another name, and returns what it has
             found, for loadstone.json; what it raises ends the export, and nothing is left.
 
     Raises:
         PretrainedError: the state of a router cannot be expressed.
     """
-    reader = MergedReader(checkpoint)
+    checkpoint = reader.checkpoint
     _require_no_bias(plan.reading, reader, checkpoint)
     with new_folder(to) as scratch:
         files = _write_weights(plan.reading, reader, scratch, dtype, max_shard_bytes)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from train.checkpoint.reader import MergedReader
 from train.checkpoint.writer import load_weights
 from train.components import build_model
 from train.config.lora import LoraConfig
@@ -124,9 +125,11 @@ def compare_adapter(
 
 
 @torch.no_grad()
-def compare(run: RunConfig, checkpoint: Path, run_dir: Path, folder: Path) -> Comparison:
-    """Load the folder twice, with transformers and with our reader, and hold both against the
-    checkpoint. Everything in fp32 on the CPU.
+def compare(
+    run: RunConfig, checkpoint: Path | MergedReader, run_dir: Path, folder: Path
+) -> Comparison:
+    """Load the folder twice, with transformers and with our reader, and hold both against what was
+    exported, a checkpoint or what else a reader reads. Everything in fp32 on the CPU.
 
     Raises:
         PretrainedError: transformers is not installed, does not load the folder, or computes

@@ -18,6 +18,9 @@ import numpy as np
 from train.data.shards.encode import Shard
 from train.data.shards.parts import Parts
 from train.data.store import HELD_OUT_BYTES, targets_file
+from train.data.tokens.files import IdFile
+from train.data.tokens.place import PlaceFiles
+from train.data.tokens.read import ReadRange
 
 _CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 """Megatron-core's codes of the types of tokens."""
@@ -33,6 +36,8 @@ class Counts:
     """Of text in UTF-8."""
     targets: int | None = None
     """Of conversations: tokens that are learnt."""
+    unknown_bytes: bool = False
+    """Whether nobody knows how many bytes of text some of the tokens stand for."""
 
     def add(self, shard: Shard, chosen: np.ndarray) -> None:
         self.documents += int(chosen.sum())
@@ -43,7 +48,16 @@ class Counts:
 
     def facts(self) -> dict[str, int]:
         """What the manifest says."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        if said.pop("unknown_bytes"):
+            said.pop("bytes")
+        return said
+
+    @property
+    def told(self) -> str:
+        """What a line says."""
+        size = "" if self.unknown_bytes else f", {self.bytes:,} bytes"
+        return f"{self.documents:,} documents, {self.tokens:,} tokens{size}"
 
     @property
     def share_learnt(self) -> str:
@@ -181,8 +195,11 @@ class Assembly:
     folder: Path
     dtype: Any
     spelled: np.ndarray
-    """[vocab_size] int32: bytes that each token spells."""
+    """[vocab_size] int32: bytes that each token spells; 0 where nobody knows it of any."""
     held_out: HeldOut
+    end_of_document: int
+    tokens_spell: bool = True
+    """Whether that is exact, whatever stands before a token."""
     chat: bool = False
     """Whether documents are conversations."""
     by_source: list[Counts] = field(default_factory=list)
@@ -225,6 +242,71 @@ class Assembly:
             self._add_held_out(shard, np.ones(len(shard.lengths), dtype=bool), held)
         self.by_source.append(held)
         return held
+
+    def add_tokens(
+        self, source: int, parts: Parts, shards: int, files: list[IdFile]
+    ) -> tuple[Counts, list[dict[str, Any]]]:
+        """Of a source that is tokens already: what its training documents are and where, and a copy
+        of what is held out. Returns their counts, and what the manifest says of the files.
+        """
+        counts, held = self._counts(), self._counts()
+        counts.unknown_bytes = not self.tokens_spell
+        placed = PlaceFiles(self.folder, source)
+        for number in range(shards):
+            read = parts.read_range(source, number)
+            is_one = read.lengths > read.has_end
+            is_validation = np.isin(read.keys, self.held_out.of_validation)
+            self.dropped += int((is_one & is_validation).sum())
+            is_one &= ~is_validation
+            is_held_out = is_one & self.held_out.among(read.keys)
+
+            trained = is_one & ~is_held_out
+            lengths = placed.add(read, trained)
+            counts.documents += len(lengths)
+            counts.tokens += int(lengths.sum())
+            counts.bytes += int(read.text_bytes[trained].sum())
+            self._hold_out_tokens(read, is_held_out, files, held)
+        self.by_source.append(held)
+        return counts, placed.close(files)
+
+    def add_validation_tokens(
+        self, source: int, parts: Parts, shards: int, files: list[IdFile]
+    ) -> Counts:
+        """All documents of a validation source that is tokens already."""
+        held = self._counts()
+        for number in range(shards):
+            read = parts.read_range(source, number)
+            self._hold_out_tokens(read, read.lengths > read.has_end, files, held)
+        self.by_source.append(held)
+        return held
+
+    def _hold_out_tokens(
+        self, read: ReadRange, chosen: np.ndarray, files: list[IdFile], held: Counts
+    ) -> None:
+        """Copy documents of a range; all of the range goes into the hash."""
+        self._content.update(read.hashed.tobytes() + chosen.tobytes())
+        if not chosen.any():
+            return
+        ids = files[int(read.of_file[0])].ids()
+        documents = []
+        for start, length, has_end in zip(
+            read.starts[chosen], read.lengths[chosen], read.has_end[chosen], strict=True
+        ):
+            documents.append(ids[start : start + length].astype(np.int64))
+            if not has_end:
+                documents.append(np.array([self.end_of_document]))
+        tokens = np.concatenate(documents)
+        for counts in (held, self.validation):
+            counts.unknown_bytes |= not self.tokens_spell
+        shard = Shard(
+            tokens,
+            (read.lengths + ~read.has_end)[chosen],
+            read.keys[chosen],
+            read.text_bytes[chosen],
+            np.ones(int(chosen.sum()), dtype=bool),
+            self.spelled[tokens].astype(np.uint32),
+        )
+        self._add_held_out(shard, shard.is_candidate, held)
 
     def _without_validation(self, shard: Shard) -> Shard:
         """The documents of a shard that are no validation text."""

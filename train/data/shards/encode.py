@@ -72,6 +72,7 @@ class Encoder:
     """A tokenizer, told how documents end and which may be held out.
 
     Args:
+        tokenizer: None where all sources are tokens already, which need none.
         about: the tokenizer in messages; spelled: its token_bytes; held_out_below: documents with
             smaller keys are held out. The one with the smallest key of a shard is a candidate too,
             in case that no document of the corpus is below.
@@ -92,6 +93,14 @@ class Encoder:
         self.spelled = spelled
         self.dtype = np.dtype(dtype)
         self.held_out_below = held_out_below
+
+    @property
+    def identity(self) -> bytes:
+        """What tells it from others that would make other tokens."""
+        if self.tokenizer is None:
+            return f"{len(self.spelled)} ids, {self.end_of_document} ends".encode()
+        said: str = self.tokenizer.to_str()
+        return said.encode()
 
     def shard(self, texts: Sequence[Any], source: str, is_validation: bool = False) -> Shard:
         """

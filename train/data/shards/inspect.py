@@ -15,12 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from train.config.data import DataConfig, labels
+from train.config.data import DataConfig, SourceConfig, labels
 from train.data.chat.examples import spoken
 from train.data.shards.encode import batches, document_key
 from train.data.shards.make import bad_rows_of
-from train.data.sources import placed_documents
-from train.data.tokenizer import LOADING_SECONDS, load_tokenizer, tokenizers_errors
+from train.data.sources import checked_files, placed_documents
+from train.data.tokenizer import (
+    LOADING_SECONDS,
+    load_tokenizer,
+    no_end,
+    token_bytes,
+    tokenizers_errors,
+)
+from train.data.tokens.files import id_files
+from train.data.tokens.read import ranges, read_range
 from train.data.worker import apart, doing
 
 SAMPLE = 2000
@@ -45,11 +53,15 @@ class SourcePage:
     bad_rows: dict[str, int] = field(default_factory=dict)
     """By kind of reason."""
     lengths: dict[str, int] = field(default_factory=dict)
-    """Characters of the shortest document, the median, and so on."""
+    """Characters of the shortest document, the median, and so on; of tokens their number."""
+    unit: str = "characters"
+    """What lengths are counted in."""
+    tokens: int | None = None
+    """Of a source that is tokens already."""
     scripts: dict[str, float] = field(default_factory=dict)
     """Share of the letters, in Unicode's names."""
     bytes_per_token: float | None = None
-    """Of a sample; None without a tokenizer."""
+    """Of a sample, and of tokens of all; None without a tokenizer."""
     unknown_share: float | None = None
     """Tokens of the sample that stand for what the tokenizer does not know."""
     worst: list[tuple[float, str, str]] = field(default_factory=list)
@@ -82,6 +94,10 @@ def _pages(config: DataConfig, tokenizer_file: Path | None) -> Iterator[SourcePa
     sources = (*config.sources, *config.validation.sources)
     for source, label in zip(sources, labels(sources), strict=True):
         page = SourcePage(label)
+        if source.holds_tokens:
+            _look_at_tokens(page, source, config, tokenizer, seen)
+            yield page
+            continue
         # counted, and told whatever their number
         bad_rows = bad_rows_of(source, config)
         bad_rows.limit, bad_rows.fails = 1.0, False
@@ -111,6 +127,44 @@ def _pages(config: DataConfig, tokenizer_file: Path | None) -> Iterator[SourcePa
         if tokenizer is not None and sample:
             _try(tokenizer, page, [(place, text) for _, place, text in sorted(sample)])
         yield page
+
+
+def _look_at_tokens(
+    page: SourcePage, source: SourceConfig, config: DataConfig, tokenizer: Any, seen: set[int]
+) -> None:
+    """Of a source that is tokens already; its scripts and bytes are those of a sample."""
+    page.unit, page.tokens = "tokens", 0
+    end, spelled = config.tokenizer.end_of_document_id, np.zeros(config.tokenizer.vocab_size, int)
+    if tokenizer is not None:
+        end = tokenizer.token_to_id(config.tokenizer.end_of_document)
+        spelled = token_bytes(tokenizer)
+    if end is None:
+        raise ValueError(no_end(config.tokenizer))
+
+    lengths: list[int] = []
+    letters: Counter[str] = Counter()
+    for place, found in enumerate(id_files(source, checked_files(source), end)):
+        for asked in ranges(place, found):
+            with doing(f"reading {found.path}"):
+                read = read_range(asked, end, spelled)
+            is_one = read.lengths > read.has_end
+            for key in read.keys[is_one].tolist():
+                page.duplicates += key in seen
+                seen.add(key)
+            lengths += (read.lengths - read.has_end)[is_one].tolist()
+            page.documents += int(is_one.sum())
+            page.tokens += int(read.lengths[is_one].sum())
+            page.bytes += int(read.text_bytes.sum())
+            if tokenizer is not None:
+                for start in read.starts[is_one][:SAMPLE].tolist():
+                    ids = found.ids()[start : start + READ_CHARACTERS].tolist()
+                    text = tokenizer.decode(ids)
+                    letters.update(map(_script, filter(str.isalpha, text[:READ_CHARACTERS])))
+    page.lengths = _spread(lengths)
+    total = max(letters.total(), 1)
+    page.scripts = {name: count / total for name, count in letters.most_common(6)}
+    if tokenizer is not None:
+        page.bytes_per_token = page.bytes / max(page.tokens, 1)
 
 
 def _spread(lengths: list[int]) -> dict[str, int]:

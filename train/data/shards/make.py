@@ -6,6 +6,7 @@ had made when it was killed is what any other would make.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +18,10 @@ from train.data.shards.chat import bad_in
 from train.data.shards.encode import Encoder
 from train.data.shards.parts import Parts, digest
 from train.data.shards.pool import Pool
-from train.data.sources import BadRows, placed_documents
-from train.data.worker import show, tell
+from train.data.sources import BadRows, checked_files, placed_documents
+from train.data.tokens.files import IdFile, id_files
+from train.data.tokens.read import Range, ranges, read_range
+from train.data.worker import doing, show, tell
 
 T = TypeVar("T")
 SHARD_DOCUMENTS = 2**15
@@ -53,8 +56,8 @@ class Task(NamedTuple):
 
     source: int
     number: int
-    documents: list[Any]
-    """Their texts; of conversations their rows."""
+    documents: list[Any] | Range
+    """Their texts; of conversations their rows; of tokens where they are."""
 
 
 class Made(NamedTuple):
@@ -77,7 +80,9 @@ class Shards:
         self.sources = (*config.sources, *config.validation.sources)
         self.encoder = encoder
         self.parts = parts
-        self._tokenizer = encoder.tokenizer.to_str().encode()
+        self._tokenizer = encoder.identity
+        self.id_files: dict[int, list[IdFile]] = {}
+        """Of sources that are tokens already: their files, when `make` has returned."""
         self._kept = 0
         self._done = 0
         self._found: list[tuple[int, BadRows]] = []
@@ -122,14 +127,46 @@ class Shards:
 
     def _work(self, task: Task) -> Made:
         """In a process of the pool."""
+        if isinstance(task.documents, Range):
+            return self._read(task, task.documents)
         is_validation = task.source >= len(self.config.sources)
         shard = self.encoder.shard(task.documents, self.sources[task.source].path, is_validation)
         of = digest(self._texts(task.documents), self._tokenizer)
         self.parts.write(task.source, task.number, of, shard)
         return Made(len(shard.lengths), len(shard.tokens), int(shard.text_bytes.sum()))
 
+    def _read(self, task: Task, asked: Range) -> Made:
+        """Of a source that is tokens already."""
+        with doing(f"reading {asked.path}"):
+            read = read_range(asked, self.encoder.end_of_document, self.encoder.spelled)
+        self.parts.write(task.source, task.number, self._digest_of(asked), read)
+        return Made(len(read.lengths), int(read.lengths.sum()), int(read.text_bytes.sum()))
+
+    def _digest_of(self, asked: Range) -> bytes:
+        return hashlib.sha256(self._tokenizer + asked.facts()).digest()
+
+    def _missing_ranges(self, i: int, source: SourceConfig) -> Iterator[Task | None]:
+        files = list(id_files(source, checked_files(source), self.encoder.end_of_document))
+        self.id_files[i] = files
+        self._meter = Meter()
+        self._meter.total = sum(found.count * found.dtype.itemsize for found in files)
+        number = 0
+        for place, found in enumerate(files):
+            for asked in ranges(place, found):
+                if self.parts.holds(i, number, self._digest_of(asked)):
+                    self._kept += 1
+                    self._done += len(asked.bounds) - 1
+                else:
+                    yield Task(i, number, asked)
+                self._meter.skip(asked.num_bytes)
+                number += 1
+        self._found.append((number, bad_rows_of(source, self.config)))
+
     def _missing(self) -> Iterator[Task | None]:
         for i, source in enumerate(self.sources):
+            if source.holds_tokens:
+                yield from self._missing_ranges(i, source)
+                continue
             bad_rows = bad_rows_of(source, self.config)
             number = 0
             self._meter = Meter()

@@ -4,7 +4,8 @@
         lock                 flocked by the process that makes the store
         tokenizer.json       the one that was trained
         SOURCE/THOUSAND/NUMBER.npz
-                             a shard: the arrays of encode.Shard, and the digest of its texts
+                             a shard: the arrays of encode.Shard, and the digest of its texts;
+                             of tokens those of tokens/read.ReadRange, and of file and place
 
 A shard is on disk before it has its name. Its digest says what texts it was made of, so a shard
 whose texts have changed is made again.
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from train.data.shards.encode import Shard
+from train.data.tokens.read import ReadRange
 from train.data.worker import tell
 from train.files.manifest import require_owned
 from train.files.scratch import IDLE_SECONDS
@@ -71,7 +73,7 @@ class Parts:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return False
 
-    def write(self, source: int, number: int, of: bytes, shard: Shard) -> None:
+    def write(self, source: int, number: int, of: bytes, shard: Shard | ReadRange) -> None:
         path = self.path(source, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".tmp")
@@ -89,6 +91,11 @@ class Parts:
         """
         with self._arrays(source, number) as arrays:
             return Shard(*(arrays[name] for name in Shard._fields))
+
+    def read_range(self, source: int, number: int) -> ReadRange:
+        """The same, of a source that is tokens already."""
+        with self._arrays(source, number) as arrays:
+            return ReadRange(*(arrays[name] for name in ReadRange._fields))
 
     def keys(self, source: int, number: int) -> np.ndarray:
         """[documents] uint64: those of the shard's documents, without reading its tokens."""
