@@ -26,7 +26,7 @@ from model.request import ForwardRequest, TokenBatch
 from model.transformer import Transformer
 from train.engine.deepspeed import Engine
 from train.pipeline.link import Link
-from train.pipeline.schedule import Pass, actions
+from train.pipeline.schedule import Exchange, actions
 
 
 class Passes(Protocol):
@@ -69,49 +69,37 @@ class Pipeline:
         """All passes of a step. tokens: [B, S] of every micro-batch here."""
         place, size = self.groups.pipeline_rank, self.groups.pipeline_size
         shape = (*tokens, self.engine.module.config.hidden_size)
-        arrived: dict[int, torch.Tensor] = {}
-        departs: dict[int, torch.Tensor] = {}
-        held: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        flight = _Flight()
         lent = self._lent_sum()
 
         for action in actions(place, size, num_micro_batches):
-            if not isinstance(action, Pass):
-                received = self._received(shape, action.receive)
-                sent = None if action.send is None else departs.pop(action.send)
-                self.link.exchange(action.with_next, sent, received)
-                if received is not None and action.receive is not None:
-                    arrived[action.receive] = received
-                continue
-
-            number = action.number
-            if action.kind == "forward":
-                before = arrived.pop(number, None)
-                hidden = None if before is None else before.requires_grad_()
-                out = passes.forward(number, hidden)
-                held[number] = hidden, out
-                if out is not None:
-                    departs[number] = out
-                continue
-
-            hidden, out = held.pop(number)
-            is_last = number == num_micro_batches - 1
-            carried = None if out is None else given(out, arrived.pop(number))
-            if is_last:
-                carried = self._with_lent_gradient(carried)
-            passes.backward(number, carried, is_last)
-            if lent is not None:
-                self._add_lent_gradient(lent)
-            if hidden is not None:
-                assert hidden.grad is not None
-                departs[number], hidden.grad = hidden.grad, None
+            if isinstance(action, Exchange):
+                self._exchange(action, shape, flight)
+            elif action.kind == "forward":
+                out = passes.forward(action.number, flight.enter(action.number))
+                flight.keep(action.number, out)
+            else:
+                # The last pass of the first stage takes in what the last one gathered for it.
+                is_last = action.number == num_micro_batches - 1
+                carried = flight.carried(action.number)
+                if is_last:
+                    carried = self._with_lent_gradient(carried)
+                passes.backward(action.number, carried, is_last)
+                flight.leave(action.number)
+                if lent is not None:
+                    self._add_lent_gradient(lent)
 
         if lent is not None:
             self.link.send_to(0, lent)
 
-    def _received(self, shape: tuple[int, ...], number: int | None) -> torch.Tensor | None:
-        if number is None:
-            return None
-        return torch.empty(shape, dtype=self._dtype, device=self.engine.device)
+    def _exchange(self, action: Exchange, shape: tuple[int, ...], flight: _Flight) -> None:
+        send = None if action.send is None else flight.departs.pop(action.send)
+        if action.receive is None:
+            self.link.exchange(action.with_next, send, None)
+            return
+        received = torch.empty(shape, dtype=self._dtype, device=self.engine.device)
+        self.link.exchange(action.with_next, send, received)
+        flight.arrived[action.receive] = received
 
     # --- what the last stage is lent --------------------------------------------------------------
 
@@ -177,6 +165,47 @@ class Pipeline:
         if place < size - 1:
             self.link.exchange(True, output.hidden, None)
         return output
+
+
+class _Flight:
+    """Hidden states and gradients of the micro-batches that a stage holds, by their numbers.
+
+    Attributes:
+        arrived: hidden states to go on with, or the gradient that came back; departs: what is to be
+            sent.
+    """
+
+    def __init__(self) -> None:
+        self.arrived: dict[int, torch.Tensor] = {}
+        self.departs: dict[int, torch.Tensor] = {}
+        self._held: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._entered: torch.Tensor | None = None
+
+    def enter(self, number: int) -> torch.Tensor | None:
+        """Hidden states that a forward pass goes on with; None on the first stage."""
+        hidden = self.arrived.pop(number, None)
+        self._entered = None if hidden is None else hidden.requires_grad_()
+        return self._entered
+
+    def keep(self, number: int, out: torch.Tensor | None) -> None:
+        """What the pass has made of them, None on the last stage."""
+        self._held[number], self._entered = (self._entered, out), None
+        if out is not None:
+            self.departs[number] = out
+
+    def carried(self, number: int) -> torch.Tensor | None:
+        """A zero with the gradient that came back; None on the last stage."""
+        out = self._held[number][1]
+        return None if out is None else given(out, self.arrived.pop(number))
+
+    def leave(self, number: int) -> None:
+        """After the backward pass: its gradient goes to the stage before, and all else is let
+        go.
+        """
+        hidden, _ = self._held.pop(number)
+        if hidden is not None:
+            assert hidden.grad is not None, f"no gradient has reached micro-batch {number}"
+            self.departs[number], hidden.grad = hidden.grad, None
 
 
 def given(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
