@@ -2,10 +2,11 @@
 
 `python -m bench.sparse_attention --device cpu|cuda [--all] [--output FILE]`
 
-cpu: forward and backward of one document of 2k to 32k tokens in one thread, with its peak memory (a
-    fresh process each), for the default spec, the same with a dropped tail, and torch's SDPA; and
-    the exponents of N that fit them. Times are of the process, not of the clock, so that other work
-    on the machine counts less.
+cpu: forward and backward of one document of 2k to 32k tokens in one thread, with what they add to
+    the memory that their inputs are in (a fresh process each), for the default spec, the same with
+    a dropped tail, the default spec in plain torch, and torch's SDPA; and the exponents of N that
+    fit them. Times are of the process, not of the clock, so that other work on the machine counts
+    less.
 
 cuda: bf16, random inputs, which is the worst case for the union factor (blocks that the queries of
     a kernel's tile select together, over those that one selects: 1 is best). The core shapes fit
@@ -32,13 +33,13 @@ import argparse
 import functools
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,7 @@ DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTIO
 # CPU
 
 CPU_REPEATS = {2048: 7, 4096: 5, 8192: 3, 16384: 2, 32768: 1}
+CPU_RIVALS = ("chunked", "sdpa")
 CPU_SPECS = {
     "scc": SPEC,
     "drop": replace(SPEC, tail="drop", order=0, coarse_block_size=SPEC.block_size),
@@ -95,25 +97,34 @@ def cpu_call(name: str, length: int) -> Call:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 out = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
         else:
-            out = sparse_attention(*inputs, cu_seqlens, CPU_SPECS[name]).out
+            spec, backend = CPU_SPECS.get(name, SPEC), "chunked" if name == "chunked" else "cpp"
+            out = sparse_attention(*inputs, cu_seqlens, spec, backend=backend).out
         torch.autograd.grad(out, inputs, grad)
 
     return call
 
 
 def print_cpu_samples(name: str, length: int, repeats: int) -> None:
-    """JSON [MiB, [ms, ...]] of forward and backward, for a fresh process: by how much they raise
-    its peak memory over its inputs, and the processor time of every call.
+    """JSON [MiB, [ms, ...]] of forward and backward, for a fresh process: by how much its peak
+    memory is above what it holds before them, and the processor time of every call.
     """
     torch.set_num_threads(1)
     cpu_call(name, 256)()  # libraries are loaded, thread pools exist
     call, samples = cpu_call(name, length), []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The peak counts from here: making the inputs may have taken more than they are.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_mib("VmRSS")
     for _ in range(repeats):
         begin = time.process_time()
         call()
         samples.append(1e3 * (time.process_time() - begin))
-    print(dumps([(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, samples]))
+    print(dumps([memory_mib("VmHWM") - before, samples]))
+
+
+def memory_mib(name: str) -> float:
+    """A line of /proc/self/status: VmRSS is what the process holds, VmHWM the most it has held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) / 1024 for x in lines if x.startswith(f"{name}:"))
 
 
 def sample_cpu(name: str, length: int, repeats: int) -> tuple[float, float]:
@@ -137,7 +148,7 @@ def exponent(lengths: list[int], values: list[float]) -> float:
 
 
 def run_cpu() -> list[Row]:
-    device, names = torch.device("cpu"), ("scc", "drop", "sdpa")
+    device, names = torch.device("cpu"), ("scc", "drop", *CPU_RIVALS)
     times: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, list[float]] = {name: [] for name in names}
     for length, repeats in CPU_REPEATS.items():
@@ -150,12 +161,13 @@ def run_cpu() -> list[Row]:
     for name in ("scc", "drop"):
         for i, length in enumerate(lengths):
             extra: dict[str, float | str | None] = {
-                "backend": "chunked",
+                "backend": "cpp",
                 "threads": 1,
                 "clock": "process",
                 "mib": round(peaks[name][i], 1),
-                "sdpa_mib": round(peaks["sdpa"][i], 1),
             }
+            rivals = CPU_RIVALS if name == "scc" else ("sdpa",)
+            extra |= {f"{rival}_mib": round(peaks[rival][i], 1) for rival in rivals}
             if length == lengths[-1]:
                 extra |= {
                     f"{n}{quantity}_exponent": round(exponent(lengths, values[key]), 3)
@@ -169,7 +181,7 @@ def run_cpu() -> list[Row]:
                     shape,
                     torch.float32,
                     device,
-                    {"ours": times[name][i], "sdpa": times["sdpa"][i]},
+                    {"ours": times[name][i]} | {rival: times[rival][i] for rival in rivals},
                     None,
                     **extra,
                 )

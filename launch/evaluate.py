@@ -26,7 +26,7 @@ from launch.command.progress import followed, working
 from launch.config.build import record
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
-from launch.saved.run import load_folder, load_run, require_text, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def main(config: DictConfig) -> float:
     settings: EvaluateConfig = record(config, EvaluateConfig)
 
     # Every run and checkpoint is looked at before the first is evaluated.
-    targets = [_target(one) for one in _each(settings)]
+    targets, lacking = _targets(settings)
     for target in targets:
         require_even_experts(target.run.model, settings.parallel)
     if settings.launch.num_devices > 1 and not is_worker():
@@ -74,7 +74,7 @@ def main(config: DictConfig) -> float:
         if settings.budgets:
             return _evaluate_budgets(targets[0], place)
         if settings.runs or settings.checkpoints:
-            return _evaluate_all(targets, place)
+            return _evaluate_all(targets, lacking, place)
         return _evaluate(targets[0], place)
 
 
@@ -96,14 +96,45 @@ class _Target(NamedTuple):
     def label(self) -> str:
         if len(self.checkpoints) > 1:
             return f"{self.checkpoint} and the {len(self.checkpoints) - 1} before it, their mean"
+        if self.settings.weights == "ema":
+            return f"{self.checkpoint}, the moving average"
         return str(self.settings.path if self.checkpoint is None else self.checkpoint)
 
     @property
-    def averaged(self) -> dict[str, list[str]]:
+    def averaged(self) -> dict[str, Any]:
         """What a result says of it."""
-        if len(self.checkpoints) == 1:
+        if self.settings.weights == "ema":
+            return {"weights": "ema"}
+        if len(self.checkpoints) <= 1:
             return {}
         return {"averaged": [checkpoint.name for checkpoint in self.checkpoints]}
+
+
+def _targets(settings: EvaluateConfig) -> tuple[list[_Target], dict[str, str]]:
+    """The models to evaluate; of several runs, those without one stand in the table too, each with
+    the reason.
+
+    Raises:
+        CheckpointError: no run has a checkpoint that can be used.
+    """
+    from train.files.manifest import CheckpointError
+
+    if len(settings.runs) < 2:
+        return [_target(one) for one in _each(settings)], {}
+    targets: list[_Target] = []
+    lacking: dict[str, str] = {}
+    for name in settings.runs:
+        try:
+            found = [_target(one) for one in _each(dataclasses.replace(settings, runs=(name,)))]
+        except (CheckpointError, FileNotFoundError) as error:
+            lacking[name] = str(error)
+        else:
+            targets += found
+            if not found:  # checkpoint=all, and there is none
+                lacking[name] = f"{name} has no checkpoint"
+    if not targets:
+        raise CheckpointError("no run can be evaluated: " + "; ".join(lacking.values()))
+    return targets, lacking
 
 
 def _each(settings: EvaluateConfig) -> Iterator[EvaluateConfig]:
@@ -127,6 +158,7 @@ def _target(settings: EvaluateConfig) -> _Target:
     if settings.run is not None:
         checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
         run = load_run(settings.run, settings.attention, checkpoints[0], settings.router.top_k)
+        require_average(run, settings.weights, checkpoints[0])
         if settings.text is not None:
             require_text(run, settings.run)
         return _Target(settings, run, checkpoints)
@@ -155,7 +187,7 @@ def _model(target: _Target, place: Place) -> Transformer:
     model = build_model(spread(target.run, target.settings.parallel), place.groups)
     with working(f"loading {target.label}"):
         if target.checkpoints:
-            load_weights(model, reader_of(target.checkpoints))
+            load_weights(model, reader_of(target.checkpoints, target.settings.weights))
         else:
             PretrainedFolder(Path(str(target.settings.path)).expanduser()).fill_model(model)
     return model.to(place.device).eval()
@@ -181,8 +213,10 @@ def _measure(target: _Target, place: Place) -> _Measured:
     return _Measured(result, store, held_out.problem)
 
 
-def _evaluate_all(targets: list[_Target], place: Place) -> float:
-    """A table with a line for each; returns the lowest loss."""
+def _evaluate_all(targets: list[_Target], lacking: dict[str, str], place: Place) -> float:
+    """A table with a line for each, and for each run that lacks a checkpoint; returns the lowest
+    loss.
+    """
     from launch.history.comparable import incomparable, measure_of
     from train.checkpoint.folder import read_state
 
@@ -212,6 +246,9 @@ def _evaluate_all(targets: list[_Target], place: Place) -> float:
                 flush=True,
             )
 
+    if place.rank == 0:
+        for run_dir, why in lacking.items():
+            print(f"{'-':>9}  {'-':>10}  {'-':>9}  {'-':>7}  {run_dir}: {why}", flush=True)
     lowest = min(row["val_loss"] for row in rows)
     measures = [measure_of(str(t.settings.run), _row_length(t)) for t in targets]
     if targets[0].settings.text is not None:  # the text is one for all
@@ -223,7 +260,8 @@ def _evaluate_all(targets: list[_Target], place: Place) -> float:
         elif len(rows) > 1:
             best = min(rows, key=lambda row: float(row["val_loss"]))
             print(f"lowest loss: {best['run_dir']}/checkpoints/{best['checkpoint']}")
-        print_result({"rows": rows, "comparable": reason is None})
+        left_out = [{"run_dir": run, "reason": why} for run, why in lacking.items()]
+        print_result({"rows": rows, "left_out": left_out, "comparable": reason is None})
     return float(lowest)
 
 

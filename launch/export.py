@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.config.build import ConfigError, record
-from launch.saved.run import load_run, require_text
+from launch.saved.run import load_run, require_average, require_text
 
 if TYPE_CHECKING:
     from train.config.commands import ExportConfig
@@ -42,6 +42,7 @@ def main(config: DictConfig) -> None:
     checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
     checkpoint = checkpoints[0]
     run = load_run(settings.run, None, checkpoint, settings.router.top_k, adapters=settings.adapter)
+    require_average(run, settings.weights, checkpoint)
     require_text(run, settings.run)
 
     from train.pretrained.export import export, plan_export, tokenizer_of
@@ -59,7 +60,9 @@ def main(config: DictConfig) -> None:
     result: dict[str, Any] = {}
     if len(checkpoints) > 1:
         result["averaged"] = [c.name for c in checkpoints]
-    reader = reader_of(checkpoints)
+    if settings.weights == "ema":
+        result["weights"] = "ema"
+    reader = reader_of(checkpoints, settings.weights)
 
     def verify(folder: Path) -> dict[str, Any]:
         if not settings.verify:
@@ -82,6 +85,8 @@ def main(config: DictConfig) -> None:
         return
     if len(checkpoints) > 1:
         print(f"the mean of {', '.join(c.name for c in reversed(checkpoints))}")
+    if settings.weights == "ema":
+        print("the moving average of the weights (optim.ema_decay)")
     print(f"{checkpoint} as {plan.config['architectures'][0]}")
 
     files = export(

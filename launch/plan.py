@@ -30,6 +30,7 @@ from launch.job.memory import (
     planned_memory,
     planned_stages,
 )
+from launch.job.micro_batch import is_asked, with_micro_batch
 from launch.saved.initial import check_weights
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
@@ -58,6 +59,9 @@ def main(config: DictConfig) -> None:
     num_ranks = world_size(config)
     problems: list[str] = []
     try:
+        if is_asked(config):
+            config, said = with_micro_batch(config, asked.device)
+            print(said)
         run = parse(plain(config), num_ranks)
         path = run.data.tokenizer.path
         if path is None or Path(path).expanduser().exists():

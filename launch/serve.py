@@ -23,11 +23,16 @@ from omegaconf import DictConfig
 from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.config.build import record
+from launch.config.overrides import typed
 from launch.saved.opened import checkpoint_name, opened
 from launch.saved.run import load_folder, load_run
 
 if TYPE_CHECKING:
+    from infer.engine import Engine
+    from infer.request import Completion, Request
     from launch.serving.app import Model
+    from launch.serving.meters import Meters
+    from launch.serving.policy import Policy
     from model.transformer import Transformer
     from train.config.commands import ServeConfig
     from train.data.chat.template import ChatTemplate
@@ -107,7 +112,20 @@ def main(config: DictConfig) -> None:
     )
     served = _served(settings, model, store, table)
     meters, failed = Meters(), list[Callable[[], None]]()
-    worker = Worker(engine, settings.serve.max_waiting, meters.ended, lambda: failed[0]())
+    policy = _policy(settings, engine, meters, table)
+
+    def ended(request: Request, done: Completion) -> None:
+        policy.ended(request, done)
+        meters.ended(request, done)
+
+    worker = Worker(
+        engine,
+        settings.serve.max_waiting,
+        ended,
+        lambda: failed[0](),
+        policy.take,
+        policy.stepped,
+    )
     meters.watch(worker)
     app = make_app(served, worker, meters, token, settings.serve.is_local)
 
@@ -130,7 +148,7 @@ def main(config: DictConfig) -> None:
     if worker.failure is not None:
         raise worker.failure
     worker.close(timeout=5.0)
-    print_result({"model": served.name, **meters.totals()})
+    print_result({"model": served.name, **meters.totals(), **policy.summary()})
 
 
 def _table(settings: ServeConfig) -> BudgetTable | None:
@@ -150,6 +168,86 @@ def _table(settings: ServeConfig) -> BudgetTable | None:
         )
         return None
     return table
+
+
+def _policy(
+    settings: ServeConfig, engine: Engine, meters: Meters, table: BudgetTable | None
+) -> Policy:
+    """What is decided about requests that leave it open.
+
+    Raises:
+        ValueError: a budget that is asked for is not there, or nothing is known of its latency or
+            of the training's loads.
+    """
+    from launch.serving.budgets import LoadController, read_latency
+    from launch.serving.drift import Drift
+    from launch.serving.policy import Policy
+
+    asked = settings.serve
+    there = () if table is None else tuple(sorted(table.states))
+    for name, budget in (
+        ("serve.canary.budget", asked.canary.budget),
+        ("serve.budget_min", asked.budget_min),
+    ):
+        if budget is not None and budget not in there:
+            wanted = ",".join(f"{b:g}" for b in sorted({*there, budget}))
+            raise ValueError(
+                f"{name} is {budget:g}, which is none of the saved budgets "
+                f"({', '.join(f'{b:g}' for b in there) or 'none'}): python -m launch.evaluate "
+                f"{typed('run', settings.run)} router.budget=[{wanted}] save_budgets=true"
+            )
+    controller = None
+    if asked.budget is not None:
+        if len(there) < 2:
+            raise ValueError(
+                "serve.budget=auto chooses among saved budgets, and the run has "
+                f"{len(there) or 'none'}: python -m launch.evaluate {typed('run', settings.run)} "
+                "router.budget=[1,1.5,2] save_budgets=true"
+            )
+        from launch.benchmarking.rates import name_of
+
+        known = read_latency(str(asked.latency), there, name_of(engine.device))
+        controller = LoadController(known, asked.itl_ms, asked.budget_min)
+
+    drift = None
+    if asked.drift.sample_one_in:
+        counts = _trained_loads(settings)
+        drift = Drift(counts, asked.drift.window_tokens, asked.drift.limit)
+    return Policy(
+        engine,
+        meters,
+        controller,
+        asked.canary,
+        drift,
+        asked.drift.sample_one_in,
+        asked.drift.action == "full_budget",
+    )
+
+
+LAST_LINES = 10
+"""Of routing.jsonl, whose mean is how training used its experts."""
+
+
+def _trained_loads(settings: ServeConfig) -> Any:
+    """Loads of the experts at the end of training, [layers, experts].
+
+    Raises:
+        ValueError: the run has no record of them.
+    """
+    from launch.runs.loads import read_frames
+
+    run = load_run(str(settings.run))
+    layers = len(run.model.decoder_moe_layers)
+    frames = None
+    if layers:
+        path = Path(str(settings.run)) / "routing.jsonl"
+        frames = read_frames(path, len(run.model.moe_layers), run.model.num_experts)
+    if frames is None:
+        raise ValueError(
+            f"serve.drift compares with the loads of training, and {settings.run} has none of "
+            "them; set serve.drift.sample_one_in=0"
+        )
+    return frames.load[-LAST_LINES:].sum(0)[:layers]
 
 
 def _served(

@@ -24,6 +24,7 @@ from launch.config.epochs import rows_of_epochs
 from launch.config.length import with_length
 from launch.config.overrides import literal, plain, quoted, typed
 from launch.config.parse import world_size
+from launch.job.micro_batch import is_asked, with_micro_batch
 from launch.job.worker import give_way, require_memory, stopped_before_training, tell_changes, work
 from launch.launchers import hosts
 from launch.process.identity import is_worker, rank
@@ -54,6 +55,10 @@ def train(config: DictConfig) -> float | None:
         tell_edits(config, Path(config.run_dir))
         return supervise(config, parse(plain(config), world_size(config)))
 
+    # A number from here on: the run saves it, and is resumed with it.
+    if is_asked(config):
+        config, said = with_micro_batch(config)
+        print(said, flush=True)
     run = parse(plain(config), world_size(config))
     if run.launch.hostfile:
         hosts.check(run.launch)

@@ -5,10 +5,10 @@ it without a device.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ops.grouped_mlp.spec import Activation
+from ops.grouped_mlp.spec import Activation, Precision
 
 
 @dataclass(frozen=True)
@@ -358,6 +358,11 @@ class ExpertsConfig:
     """In training, round each expert's assignments of a micro-batch to a multiple of this
     (ops/router/overflow.py); 0: off.
     """
+    precision: Precision = "native"
+    """Of the experts' products (docs/concepts/fp8.md). native: train.precision. fp8: forward, and
+    back to the tokens, of values rounded to 8-bit floats with a scale for each row; 8-bit tensor
+    cores compute it from compute capability 8.9 on, other devices the same in wider products.
+    """
 
     def problems(self) -> list[str]:
         if self.token_rounding < 0:
@@ -369,12 +374,60 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class FactorSchedule:
+    """What a setting is multiplied by over the steps of a run: 1, and from `start` on it falls to
+    `floor`, which it reaches in the last step.
+    """
+
+    style: Literal["constant", "step", "linear", "cosine"] = "constant"
+    """step: it falls at once, behind `start`."""
+    start: float = 0.0
+    """The last step at the whole setting: a share of train.num_steps where it is below 1."""
+    floor: float = 0.0
+    """Share of the setting that is left at the end."""
+
+    def start_step(self, num_steps: int) -> int:
+        """`start` as a number of steps."""
+        return round(self.start * num_steps) if self.start < 1 else int(self.start)
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """In step number `step`, the first of which is 1."""
+        start = self.start_step(num_steps)
+        if self.style == "constant" or step <= start:
+            return 1.0
+        passed = min(1.0, (step - start) / max(1, num_steps - start))
+        left = {"step": 0.0, "linear": 1 - passed}.get(
+            self.style, 0.5 * (1 + math.cos(math.pi * passed))
+        )
+        return self.floor + (1 - self.floor) * left
+
+    def problems(self, about: str) -> list[str]:
+        """about: the setting that this record is."""
+        found = []
+        if self.start < 0 or (self.start >= 1 and self.start != int(self.start)):
+            found.append(
+                f"{about}.start is {self.start}; give a share of train.num_steps below 1, or a "
+                "whole number of steps"
+            )
+        if not 0 <= self.floor <= 1:
+            found.append(f"{about}.floor is {self.floor}; it must be between 0 and 1")
+        if self.style == "constant" and (self.start, self.floor) != (0.0, 0.0):
+            found.append(
+                f"{about}.start {self.start} and floor {self.floor} belong to {about}.style=step, "
+                "linear or cosine, which is constant"
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class BalanceConfig:
     """What keeps the experts evenly loaded. All coefficients act on per-token means
     (docs/numerics.md).
     """
 
     aux_loss_coeff: float = 0.0
+    aux_loss_schedule: FactorSchedule = field(default_factory=FactorSchedule)
+    """Of aux_loss_coeff, over the steps."""
     aux_loss_scope: Literal["sequence", "batch", "global_batch"] = "batch"
     """The tokens the load fractions are taken over: one sequence; one micro-batch over all
     data-parallel ranks; or all micro-batches of the optimisation step so far, over all
@@ -389,6 +442,10 @@ class BalanceConfig:
     """
     bias_update_rate: float = 0.0
     """Step of bias_update=sign."""
+    bias_rate_schedule: FactorSchedule = field(default_factory=FactorSchedule)
+    """Of bias_update_rate, over the steps (DeepSeek-V3: style=step to 0 for the last 3.4% of the
+    tokens).
+    """
     quantile_momentum: float = 0.5
     """Share of the old bias kept by a quantile update, 0 to 0.99; also that of the
     routers that balance by themselves."""
@@ -401,6 +458,22 @@ class BalanceConfig:
     """Weight of the L1 norm of R R^T - I over the normalised rows of the router, per expert
     (SimBal, arXiv 2506.14038).
     """
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether anything of it changes over the steps."""
+        return {self.aux_loss_schedule.style, self.bias_rate_schedule.style} != {"constant"}
+
+    def at(self, step: int, num_steps: int) -> BalanceConfig:
+        """The settings of step number `step` of a run, the first of which is 1."""
+        if not self.is_scheduled:
+            return self
+        return replace(
+            self,
+            aux_loss_coeff=self.aux_loss_coeff * self.aux_loss_schedule.factor(step, num_steps),
+            bias_update_rate=self.bias_update_rate
+            * self.bias_rate_schedule.factor(step, num_steps),
+        )
 
     def problems(self) -> list[str]:
         found = [
@@ -419,6 +492,17 @@ class BalanceConfig:
                 f"balance.bias_update_rate {self.bias_update_rate} belongs to "
                 f"balance.bias_update=sign, which is {self.bias_update}: set both or neither"
             )
+        for name, setting in (
+            ("aux_loss_schedule", "aux_loss_coeff"),
+            ("bias_rate_schedule", "bias_update_rate"),
+        ):
+            schedule = getattr(self, name)
+            found += schedule.problems(f"balance.{name}")
+            if schedule.style != "constant" and getattr(self, setting) == 0:
+                found.append(
+                    f"balance.{name}.style is {schedule.style}, but balance.{setting} is 0, and "
+                    "so there is nothing to schedule; drop it"
+                )
         if not 0 <= self.quantile_momentum < 1:
             found.append(
                 f"balance.quantile_momentum is {self.quantile_momentum}; it must be in [0, 1)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,14 @@ class ModelOutput(NamedTuple):
     """[model.num_mtp_layers] fp32, cross-entropy in nats over the targets of each module of
     multi-token prediction (targets_ahead); empty in evaluation.
     """
+    largest_logits: torch.Tensor
+    """[layers, heads] fp32, the largest attention logit of each head, those of multi-token
+    prediction last; -inf of heads that other ranks attend with. Empty where it was not asked for.
+    """
+    logit_z_sum: torch.Tensor
+    """[] fp32, squared logsumexp of the output logits, summed over the targets of loss_sum; 0
+    where it was not asked for.
+    """
     hidden: torch.Tensor | None = None
     """[B, S, D] with gradient, what the next stage goes on with; None where there is none."""
 
@@ -69,6 +77,47 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
         ignore_index=IGNORE_INDEX,
         reduction="sum",
     )
+
+
+class _CrossEntropyAndZ(torch.autograd.Function):
+    """One pass over the logits each way: backward makes a single tensor of their size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normalizer = logits.float().logsumexp(1)
+        counted = targets != IGNORE_INDEX
+        ctx.save_for_backward(logits, targets, normalizer)
+        chosen = logits.gather(1, targets.clamp_min(0)[:, None]).float()[:, 0]
+        zero = normalizer.new_zeros(())
+        losses = torch.where(counted, normalizer - chosen, zero)
+        return losses.sum(), torch.where(counted, normalizer.square(), zero).sum()
+
+    @staticmethod
+    def backward(ctx: Any, of_loss: torch.Tensor, of_z: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, normalizer = ctx.saved_tensors
+        counted = (targets != IGNORE_INDEX).float()
+        gradient = (logits.float() - normalizer[:, None]).exp_()
+        gradient *= (counted * (of_loss + 2 * of_z * normalizer))[:, None]
+        gradient.scatter_add_(1, targets.clamp_min(0)[:, None], -(counted * of_loss)[:, None])
+        return gradient.to(logits.dtype), None
+
+
+def cross_entropy_and_z_sums(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cross_entropy_sum, and the sum of logsumexp(logits) squared over the same positions, both
+    [] fp32: the z-loss of output logits (Chowdhery et al., PaLM, arXiv 2204.02311, section 5),
+    which keeps their normalizer near 1.
+
+    Args:
+        logits: [..., vocab_size]; targets: [...] int64 with IGNORE_INDEX.
+    """
+    sums: tuple[torch.Tensor, torch.Tensor] = _CrossEntropyAndZ.apply(  # type: ignore[no-untyped-call]
+        logits.view(-1, logits.shape[-1]), targets.reshape(-1)
+    )
+    return sums
 
 
 def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -106,6 +155,7 @@ def training_loss(
     balance: BalanceConfig,
     mtp_coeff: float = 0.0,
     num_mtp_targets: Sequence[int] = (),
+    z_loss_coeff: float = 0.0,
 ) -> torch.Tensor:
     """This micro-batch's share of the step's loss; shares of all ranks and micro-batches add up to
     the whole.
@@ -114,12 +164,15 @@ def training_loss(
         and micro-batches.
     mtp_coeff: weight of the mean over modules of multi-token prediction of their mean losses;
         num_mtp_targets: of each module, as num_targets.
+    z_loss_coeff: weight of the mean of squared normalizers of the output logits.
     """
     loss = output.loss_sum / max(num_targets, 1) + output.penalty_sum / max(num_tokens, 1)
     if balance.aux_loss_coeff > 0:
         loss = loss + balance.aux_loss_coeff * output.aux_sum / max(num_tokens, 1)
     if balance.z_loss_coeff > 0:
         loss = loss + balance.z_loss_coeff * output.z_sum / max(num_tokens, 1)
+    if z_loss_coeff > 0:
+        loss = loss + z_loss_coeff * output.logit_z_sum / max(num_targets, 1)
     for mtp_sum, number in zip(output.mtp_sums, num_mtp_targets, strict=True):
         loss = loss + mtp_coeff / len(num_mtp_targets) * mtp_sum / max(number, 1)
     return loss

@@ -84,6 +84,10 @@ class ForwardRequest(NamedTuple):
     """Take snapshots of the routers' weights."""
     measure_attention: bool = False
     """Fill ModelOutput.attention_stats."""
+    measure_logits: bool = False
+    """Fill ModelOutput.largest_logits."""
+    with_logit_z: bool = False
+    """Fill ModelOutput.logit_z_sum."""
 
 
 SUMS_ALONE = ForwardRequest()

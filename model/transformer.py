@@ -20,13 +20,20 @@ from model.attention.base import (
 )
 from model.attention.cache import LayerCache, Pages
 from model.attention.config import SparseAttentionConfig
+from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
 from model.init import materialize, matrices_on_meta
 from model.layers import RMSNorm, rotary_tables, times
-from model.loss import ModelOutput, cross_entropy_sum, targets_ahead, token_cross_entropy
+from model.loss import (
+    ModelOutput,
+    cross_entropy_and_z_sums,
+    cross_entropy_sum,
+    targets_ahead,
+    token_cross_entropy,
+)
 from model.moe.balance import (
     BalanceSums,
     RouterSums,
@@ -219,6 +226,13 @@ class Transformer(nn.Module):
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
 
+    def attentions(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every attention and its name, in the order of ModelOutput.largest_logits."""
+        for i, block in enumerate(self.blocks):
+            yield f"blocks.{i}.attention", cast(nn.Module, cast(Block, block).attention)
+        for i, module in enumerate(self.mtp):
+            yield f"mtp.{i}.block.attention", cast(nn.Module, cast(Block, module.block).attention)
+
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
         in training.
@@ -236,6 +250,7 @@ class Transformer(nn.Module):
         measure: bool = False,
         paging: Paging | None = None,
         whole_positions: torch.Tensor | None = None,
+        largest: LargestLogits | None = None,
     ) -> SequenceLayout:
         """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
         here. whole_positions: where the positions are of a part of rows, those of whole ones.
@@ -264,6 +279,7 @@ class Transformer(nn.Module):
             measure=measure,
             paging=paging,
             exchange=exchange,
+            largest=largest,
         )
 
     @property
@@ -363,15 +379,19 @@ class Transformer(nn.Module):
         return F.linear(hidden, self._embedding_weight) if self.head is None else self.head(hidden)
 
     def _loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, by_token: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """loss_sum and token_losses of ModelOutput, with the logits of model.loss_chunk_size tokens
-        in memory at a time.
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        by_token: bool,
+        with_z: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """loss_sum, token_losses and logit_z_sum of ModelOutput, with the logits of
+        model.loss_chunk_size tokens in memory at a time.
         """
 
         def of_chunk(
             hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             if weight is None:
                 logits = self._project(hidden)
             else:
@@ -381,7 +401,11 @@ class Transformer(nn.Module):
                 if by_token
                 else logits.new_empty(0, dtype=torch.float32)
             )
-            return cross_entropy_sum(logits, targets), by_tokens
+            if with_z:
+                loss, z = cross_entropy_and_z_sums(logits, targets)
+                return loss, by_tokens, z
+            loss = cross_entropy_sum(logits, targets)
+            return loss, by_tokens, loss.new_zeros(())
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
@@ -395,7 +419,7 @@ class Transformer(nn.Module):
                 self._embedding_weight if self.head is None else self.head.weight, len(parts)
             )
 
-        sums, by_tokens = zip(
+        sums, by_tokens, z_sums = zip(
             *(
                 checkpoint(of_chunk, *chunk, use_reentrant=False)
                 if torch.is_grad_enabled()
@@ -404,7 +428,11 @@ class Transformer(nn.Module):
             ),
             strict=True,
         )
-        return torch.stack(sums).sum(), torch.cat(by_tokens).view(targets.shape if by_token else 0)
+        return (
+            torch.stack(sums).sum(),
+            torch.cat(by_tokens).view(targets.shape if by_token else 0),
+            torch.stack(z_sums).sum(),
+        )
 
     def _balance_sums(
         self,
@@ -445,6 +473,7 @@ class Transformer(nn.Module):
             whole.token_mask,
             request.measure_attention,
             whole_positions=None if batch.whole is None else whole.positions,
+            largest=LargestLogits() if request.measure_logits else None,
         )
         counting = self.training if request.with_histogram is None else request.with_histogram
         routing_request = RoutingRequest(
@@ -458,11 +487,12 @@ class Transformer(nn.Module):
             batch.input_ids, layout, routing_request, request.given_ids, hidden=hidden
         )
         if self.part.is_last:
-            loss_sum, token_losses = self._loss(
-                found.last, batch.targets, request.keep_routing and not self.training
+            by_token = request.keep_routing and not self.training
+            loss_sum, token_losses, logit_z_sum = self._loss(
+                found.last, batch.targets, by_token, request.with_logit_z
             )
         else:
-            loss_sum = found.last.new_zeros((), dtype=torch.float32)
+            loss_sum = logit_z_sum = found.last.new_zeros((), dtype=torch.float32)
             token_losses = loss_sum.new_zeros(0)
         further: list[torch.Tensor] = []
         if self.training and self.part.is_last:
@@ -491,6 +521,8 @@ class Transformer(nn.Module):
             attention_stats=attention_stats,
             token_losses=token_losses,
             mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            largest_logits=_stacked(layout.largest, loss_sum),
+            logit_z_sum=logit_z_sum,
             hidden=None if self.part.is_last else found.last,
         )
 
@@ -605,6 +637,13 @@ class Transformer(nn.Module):
             return request
         layer = self.part.moe.own.start + before
         return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+
+
+def _stacked(largest: LargestLogits | None, like: torch.Tensor) -> torch.Tensor:
+    """largest_logits of ModelOutput."""
+    if largest is None or not largest.layers:
+        return like.new_zeros((0, 0))
+    return torch.stack(largest.layers)
 
 
 def _attention_totals(

@@ -4,6 +4,8 @@ not the sparse figure.
 
 from __future__ import annotations
 
+import re
+
 # name fragment: (dense bf16 TFLOP/s, memory bandwidth in TB/s, memory in GiB), by vendors' data
 # sheets. Longer names first.
 _DEVICES = {
@@ -27,9 +29,14 @@ _LINKS = {
 }
 
 
+def _known(name: str) -> str | None:
+    """What this file calls a device; H1000 is no H100."""
+    return next((f for f in _DEVICES if re.search(re.escape(f) + r"(?!\d)", name, re.I)), None)
+
+
 def _find(name: str) -> tuple[float, float, float] | None:
-    named = name.lower()
-    return next((r for fragment, r in _DEVICES.items() if fragment.lower() in named), None)
+    known = _known(name)
+    return None if known is None else _DEVICES[known]
 
 
 def peak_tflops(name: str) -> float | None:
@@ -56,8 +63,7 @@ def link_rates(name: str) -> tuple[float, float] | None:
     """GB/s in one direction, of a device to others of its node and to other nodes; None where
     unknown.
     """
-    known = next((f for f in _DEVICES if f.lower() in name.lower()), "")
-    return _LINKS.get(known)
+    return _LINKS.get(_known(name) or "")
 
 
 def known_devices() -> tuple[str, ...]:

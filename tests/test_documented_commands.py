@@ -67,6 +67,7 @@ def filled(word: str, place: Path) -> str:
         r"\bHOSTS\b": place / "hosts",
         r"\bFILE\b": place / "run/placement.json",
         r"\bDIR\b": place / "own",
+        r"(?<=resume=)NEW\b": place / "run",
         r"\bMODEL\b": place / "model",
         r"\bDENSE\b": place / "dense",
         r"\bTEXT\b": place / "other.txt",
@@ -176,8 +177,16 @@ def test_the_command_runs(command, place, tmp_path):
     elif name == "generate":
         overrides = [word if word != "prompt=..." else "prompt=the" for word in overrides]
         overrides.append("max_new_tokens=4")
+    elif name == "compare":
+        if any(word.startswith("resume=") for word in overrides):
+            pytest.skip("there is no comparison; tests/end_to_end/test_compare.py goes on with one")
+        overrides.append("launch.dry_run=true")
+    elif name == "benchmark":
+        overrides = benchable(overrides, tmp_path)
     elif name == "export":
         overrides = exportable(overrides, place, tmp_path)
+    elif name == "branch":
+        overrides = branchable(tmp_path)
     elif name == "place" and not any("parallel_size" in word for word in overrides):
         overrides.append("expert_parallel_size=2")  # the page's run has several ranks
     done = launch(name, *overrides, check=False, env={"HOME": str(tmp_path), **os.environ})
@@ -193,6 +202,24 @@ def exportable(overrides: list[str], place: Path, folder: Path) -> list[str]:
     launch("train", f"init.path={place / 'model'}", *settings, *steps, f"run_dir={run}")
     kept = [word for word in overrides if not word.startswith(("run=", "to="))]
     return [*kept, f"run={run}", f"to={folder / 'out'}"]
+
+
+def benchable(overrides: list[str], folder: Path) -> list[str]:
+    """The same benchmark of a run with saved budgets, of few tokens."""
+    run = folder / "run"
+    train_on(1, *small(["router=threshold", "balance=none"], folder))
+    budgets = [word.partition("=")[2] for word in overrides if word.startswith("budgets=")]
+    if budgets:
+        launch("evaluate", f"run={run}", f"router.budget={budgets[0]}", "save_budgets=true")
+    kept = [word for word in overrides if not word.startswith(("run=", "contexts=", "rows="))]
+    return [*kept, f"run={run}", "contexts=[8]", "rows=[1,2]", "new_tokens=4", "max_rounds=6"]
+
+
+def branchable(folder: Path) -> list[str]:
+    """A branch of a run whose learning rate is constant."""
+    run = folder / "run"
+    launch("train", *small(["optim.decay_style=constant", "optim.warmup_steps=1"], folder))
+    return [f"run={run}", f"to={folder / 'out'}", "decay_steps=2"]
 
 
 WITH_ITS_MODEL = (

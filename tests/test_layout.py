@@ -20,6 +20,7 @@ ORDER = ("launch", "train", "infer", "model", "ops")
 COMMANDS = (
     "audit",
     "benchmark",
+    "branch",
     "evaluate",
     "export",
     "generate",
@@ -33,14 +34,14 @@ PAGES = ("dashboard", "doctor", "report")
 """Rooms that are commands with something to show."""
 FLOORS = {
     "launch": (
-        ("__main__", "train"),
+        ("__main__", "compare", "train"),
         (*COMMANDS, *PAGES),
-        ("layouts",),
+        ("comparing", "layouts"),
         ("job",),
         ("launchers", "runs"),
         ("history",),
         ("benchmarking", "prompts", "saved", "serving"),
-        ("command",),
+        ("command", "page"),
         ("config",),
         ("process",),
     ),
@@ -108,8 +109,8 @@ HOMES = {
     "safetensors": ("train/pretrained/",),
     "transformers": ("train/pretrained/verify.py",),
     "peft": ("train/pretrained/verify.py",),
-    "jinja2": ("launch/report/", "train/data/chat/"),
-    "markupsafe": ("launch/report/",),
+    "jinja2": ("launch/page/", "train/data/chat/"),
+    "markupsafe": ("launch/page/",),
     "starlette": ("launch/serving/",),
     "uvicorn": ("launch/serving/",),
     "prometheus_client": ("launch/serving/",),

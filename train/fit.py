@@ -11,10 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.attention.config import AttentionConfig, SparseAttentionConfig
+from model.config import ModelConfig
 from model.cost.parameters import count_parameters
 from model.parallel.groups import ParallelGroups, initialize_parallel
 from ops.grouped_mlp import select_backend
 from ops.router import select_backend as router_backend
+from ops.sparse_attention import backend_for as attention_backend
 from train import loop
 from train.agenda import last_step_of
 from train.checkpoint.folder import begins_anew
@@ -25,9 +28,10 @@ from train.config.run import RunConfig
 from train.data.chat.samples import ChatSamples
 from train.data.chat.show import shown_example
 from train.data.loader import TrainingLoader
-from train.data.open import held_out_rows, open_store, training_samples
-from train.data.store import TokenStore
+from train.data.open import held_out_rows, open_store, stream_of, training_samples
+from train.data.store import TokenStore, TrainingSamples
 from train.engine.deepspeed import Engine
+from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
 from train.guard.alarms import settled
@@ -77,6 +81,8 @@ def fit(
     # Data and groups of ranks come first: the model is built under both.
     seed_everything(config.seed, dist.get_rank(), config.train.deterministic)
     store = open_store(config, run_dir, stop)
+    # Its process is to be a fork of a small one.
+    stream = stream_of(config, store, run_dir / "data")
     parallel = config.parallel
     groups = initialize_parallel(
         parallel.expert_parallel_size,
@@ -97,7 +103,7 @@ def fit(
     engine = Engine(model, groups, config.train, config.optim, config.deepspeed)
     with contextlib.closing(engine):  # also where a checkpoint cannot be resumed
         schedule = Schedule(engine.param_groups, config.optim, config.train, groups.rows_size)
-        loader = training_loader(config, store, groups, run_dir)
+        loader = training_loader(config, store, groups, run_dir, stream)
         if any(source.max_epochs is not None for source in config.data.sources):
             loader.samples.require(schedule.num_samples(config.train.num_steps))
 
@@ -144,7 +150,6 @@ def fit(
             engine.module.router_kind,
             engine.module.part.moe,
             groups,
-            config.balance,
             config.budget,
             config.fail_safe,
             engine.module.rank_shares,
@@ -167,6 +172,9 @@ def fit(
             probe=probe,
             guard=guard,
             routing=routing,
+            qk_clip=None
+            if config.optim.qk_clip is None
+            else QkClip(config.optim.qk_clip, config.optim.qk_clip_interval),
             alarms=alarms,
             sinks=sinks,
             progress=progress,
@@ -176,6 +184,7 @@ def fit(
             summary = loop.train(run)
         finally:
             run.watch.close()
+            loader.samples.close()
 
     if sinks is None:
         return None
@@ -184,12 +193,20 @@ def fit(
 
 
 def training_loader(
-    config: RunConfig, store: TokenStore, groups: ParallelGroups, run_dir: Path
+    config: RunConfig,
+    store: TokenStore,
+    groups: ParallelGroups,
+    run_dir: Path,
+    stream: TrainingSamples | None,
 ) -> TrainingLoader:
-    """This rank's share of the training rows, in the order that the seed gives."""
+    """This rank's share of the training rows, in the order that the seed gives.
+
+    Args:
+        stream: the rows, where they are not those of the store.
+    """
     settings = config.train
     return TrainingLoader(
-        training_samples(config, store, run_dir / "data"),
+        training_samples(config, store, run_dir / "data") if stream is None else stream,
         settings.seq_len,
         settings.micro_batch_size,
         store.end_of_document,
@@ -276,6 +293,21 @@ def trained_line(kinds: dict[str, tuple[int, int]]) -> str:
     return f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}): {', '.join(parts)}"
 
 
+def attention_line(
+    attention: AttentionConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Which back-end sparse attention has; nothing where there is none, or where it selects on two
+    levels, which is plain torch everywhere.
+    """
+    if not isinstance(attention, SparseAttentionConfig) or attention.num_levels == 2:
+        return ""
+    group = model.num_heads // model.num_kv_heads
+    name = attention_backend(
+        device.type, model.attention_head_dim, group, attention.block_size, str(dtype)
+    )
+    return f", sparse attention {name}"
+
+
 def banner(
     config: RunConfig,
     groups: ParallelGroups,
@@ -287,7 +319,9 @@ def banner(
     """What is about to run, in a few lines."""
     model, settings = config.model, config.train
     count = count_parameters(model, config.experts_per_token, config.attention.arguments)
-    tokens = sum(s["tokens"] for s in store.manifest["sources"])
+    tokens = f"{sum(s['tokens'] for s in store.manifest['sources']):,} training tokens"
+    if config.data.streaming:
+        tokens = f"streamed, shuffled in windows of {config.data.stream.window_mib} MiB of text"
     micro_steps = config.gradient_accumulation_steps(groups.rows_size)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     backend = select_backend(
@@ -297,6 +331,7 @@ def banner(
         model.hidden_size,
         model.expert_intermediate_size,
         model.plain_experts,
+        config.experts.precision,
     )
     shape = (
         f"{model.num_experts} experts, {config.experts_per_token:g} per token, in "
@@ -326,11 +361,21 @@ def banner(
         f"batch    {settings.global_batch_size} sequences of {settings.seq_len} = "
         f"{settings.micro_batch_size} x "
         f"{groups.rows_size} {where} x {micro_steps} accumulation steps",
-        f"data     {store.path} ({tokens:,} training tokens, vocabulary {store.vocab_size})",
-        f"kernels  {device.type}; experts by {backend}, router "
-        f"{router_backend(device, torch.float32)}",
+        f"data     {store.path} ({tokens}, vocabulary {store.vocab_size})",
+        f"kernels  {device.type}; experts by {backend}{_rounding(config, backend)}, router "
+        f"{router_backend(device, torch.float32)}"
+        + attention_line(config.attention, model, device, dtype),
         f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
     ]
+
+
+def _rounding(config: RunConfig, backend: str) -> str:
+    """How the experts round, where they do."""
+    if not config.model.num_experts or config.experts.precision == "native":
+        return ""
+    if backend == "triton":
+        return " in fp8"
+    return f" in fp8, computed in {config.train.precision}"
 
 
 def nodes_line(groups: ParallelGroups, num_devices: int, num_nodes: int) -> list[str]:

@@ -56,7 +56,7 @@ def standard_observers(
         Heartbeat(),
         HostSyncs(device, detailed),
         speed,
-        Updates(schedule, progress.skipped_steps),
+        Updates(schedule, progress.skipped_steps, config.balance, config.train.num_steps),
         StepMetrics(
             config.model,
             model.routers(),
@@ -100,6 +100,7 @@ def _routing_sample(
         model.hidden_size,
         model.expert_intermediate_size,
         model.plain_experts,
+        config.experts.precision,
     )
 
     def tile_rows(slots: int) -> int:

@@ -11,6 +11,7 @@ from train.config.run import RunConfig
 from train.data.loader import TrainingLoader
 from train.data.store import TokenStore
 from train.engine.deepspeed import Engine
+from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
 from train.guard.routing import RoutingControl
@@ -51,6 +52,8 @@ class Parts:
     """What may skip a step or end the run."""
     routing: RoutingControl
     """What moves the routers between steps."""
+    qk_clip: QkClip | None
+    """What holds attention logits down; None: nothing does."""
     alarms: AlarmActions
     """What reads the records, and asks for more than a line in a file."""
 

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from model.config import BalanceConfig
 from model.loss import ModelOutput, training_loss
 from model.request import ForwardRequest
 from ops.all_to_all import Communication
 from train.agenda import Step
 from train.data.loader import Batch
+from train.engine.qk_clip import QkClip
 from train.guard.step import Orders
 from train.observe.base import Ask, MicroBatch, StepResult
 from train.parts import Parts
@@ -67,7 +69,9 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     )
 
     # One micro-batch after the other; in a pipeline several are on their way.
-    passes = _Passes(run, step, batches, size, orders, ask, meter)
+    clip = run.qk_clip if run.qk_clip is not None and run.qk_clip.is_due(step.number) else None
+    balance = run.config.balance.at(step.number, run.config.train.num_steps)
+    passes = _Passes(run, step, batches, size, orders, ask, meter, balance, clip)
     run.pipeline.run(len(batches), batches[0].input_ids.shape, passes)
 
     # Clipping and the update. A gradient that is not finite on any rank leaves the weights of all
@@ -75,11 +79,14 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     with run.watch.phase(step, "step"):
         grad_norm = run.engine.step()
     applied = math.isfinite(grad_norm)
+    clipped = clip.apply(run.engine) if clip is not None and applied else None
+    if clip is not None and not applied:
+        clip.forget()
     communication = meter.finish()
     assert passes.statistics is not None  # a step has a micro-batch
     layers = run.routing.reduce(passes.statistics)
     if applied and layers is not None:
-        run.routing.update(layers)
+        run.routing.update(layers, balance)
 
     # The step is told to those who watch before the guard, which may end the run with it.
     result = StepResult(
@@ -90,6 +97,7 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
         applied=applied,
         layers=layers,
         communication=communication,
+        clipped=clipped,
     )
     run.watch.end_step(step, result)
     run.guard.after(step, result, orders, passes.losses, batches)
@@ -115,9 +123,12 @@ class _Passes:
         orders: Orders,
         ask: Ask,
         meter: CommunicationMeter,
+        balance: BalanceConfig,
+        clip: QkClip | None,
     ):
         self._run, self._step, self._batches, self._size = run, step, batches, size
         self._orders, self._ask, self._meter = orders, ask, meter
+        self._balance, self._clip = balance, clip
         self._scope_counts: torch.Tensor | None = None
         self._outputs: dict[int, tuple[ModelOutput, Communication | None]] = {}
         self.statistics: torch.Tensor | None = None
@@ -127,7 +138,13 @@ class _Passes:
         """As train.pipeline.flow.Passes."""
         engine = self._run.engine
         with self._run.watch.phase(self._step, "forward"):
-            request = request_for(self._orders, self._ask, self._scope_counts)
+            request = request_for(
+                self._orders,
+                self._ask,
+                self._scope_counts,
+                self._run.config.train.z_loss_coeff > 0,
+                self._clip is not None,
+            )
             output = engine.forward(self._batches[number].inputs(engine.device), request, hidden)
         self._scope_counts = output.scope_counts
         self._outputs[number] = output, self._meter.read()
@@ -141,12 +158,15 @@ class _Passes:
                 output,
                 self._size.num_targets,
                 self._size.num_tokens,
-                run.config.balance,
+                self._balance,
                 run.config.train.mtp_coeff,
                 self._size.num_mtp_targets,
+                run.config.train.z_loss_coeff,
             )
             run.engine.backward(share, is_last, carried)
         self.losses.append(output.loss_sum.detach())
+        if self._clip is not None:
+            self._clip.see(output)
         if self.statistics is None:
             self.statistics = output.stats
         else:
@@ -183,11 +203,19 @@ def agree_on_size(
     return StepSize(num_targets, num_tokens, asked, tuple(ahead))
 
 
-def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> ForwardRequest:
+def request_for(
+    orders: Orders,
+    ask: Ask,
+    scope_counts: torch.Tensor | None,
+    with_logit_z: bool,
+    measure_logits: bool,
+) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
     Args:
         scope_counts: of the micro-batches of the step before this one, for the balance loss.
+        with_logit_z: the loss has a term of the logits' normalizers.
+        measure_logits: attention logits are clipped after this step.
     """
     return ForwardRequest(
         previous_counts=scope_counts,
@@ -195,4 +223,6 @@ def request_for(orders: Orders, ask: Ask, scope_counts: torch.Tensor | None) -> 
         snapshot=orders.snapshot,
         frozen=orders.frozen,
         measure_attention=Ask.ATTENTION in ask,
+        with_logit_z=with_logit_z,
+        measure_logits=measure_logits,
     )

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.common import find_commit
+from bench.quality.optimizers import interval
 from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, sparse_attention
 from train.files.strict_json import dumps
 
@@ -42,10 +43,13 @@ NOISY_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Variant:
-    """spec: None is dense attention. noisy: Gumbel noise on the selection in training."""
+    """spec: None is dense attention. noisy: Gumbel noise on the selection in training. gated:
+    entries under learned weights (attention.entries=gated).
+    """
 
     spec: SparseAttentionSpec | None
     noisy: bool = False
+    gated: bool = False
 
 
 SPEC = SparseAttentionSpec(
@@ -60,6 +64,8 @@ VARIANTS = {
     "order2": Variant(SPEC),
     "order2_unbounded": Variant(replace(SPEC, max_variance=1e4)),
     "order2_noise": Variant(SPEC, noisy=True),
+    "order0_gated": Variant(replace(SPEC, order=0), gated=True),
+    "order2_gated": Variant(SPEC, gated=True),
     "order2_sub2": Variant(replace(SPEC, coarse_block_size=4)),
 }
 
@@ -99,6 +105,7 @@ class Layer(nn.Module):
         hidden_size: int = 64,
         num_heads: int = 2,
         num_kv_heads: int = 1,
+        gated: bool = False,
     ):
         super().__init__()
         self.spec, self.num_heads, self.num_kv_heads = spec, num_heads, num_kv_heads
@@ -106,6 +113,12 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
         self.qkv = nn.Linear(
             hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False
+        )
+        # as SparseAttention.entry_weights: from values to weights in an entry's key and value
+        self.entry_weights = (
+            nn.Parameter(torch.zeros(num_kv_heads, self.head_dim, 2 * self.head_dim))
+            if gated
+            else None
         )
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.mlp = nn.Sequential(
@@ -129,17 +142,26 @@ class Layer(nn.Module):
             token_ids = (
                 None if noise is None else first_token_id + torch.arange(batch_size * length)
             )
+            pool_logits = None
+            if self.entry_weights is not None:
+                pool_logits = torch.einsum("thd,hde->the", v, self.entry_weights)
+                pool_logits = pool_logits.unflatten(-1, (2, self.head_dim))
             attended = sparse_attention(
-                q, k, v, cu_seqlens, self.spec, noise=noise, token_ids=token_ids
+                q,
+                k,
+                v,
+                cu_seqlens,
+                self.spec,
+                pool_logits=pool_logits,
+                noise=noise,
+                token_ids=token_ids,
             ).out
         hidden = hidden + self.out(attended.reshape(batch_size, length, -1))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
 class RecallModel(nn.Module):
-    def __init__(
-        self, spec: SparseAttentionSpec | None, num_layers: int = 1, hidden_size: int = 64
-    ):
+    def __init__(self, variant: Variant, num_layers: int = 1, hidden_size: int = 64):
         super().__init__()
         self.keys, self.values = (
             nn.Embedding(2 * NUM_KEYS + 1, hidden_size),
@@ -147,7 +169,9 @@ class RecallModel(nn.Module):
         )
         for table in (self.keys, self.values):
             nn.init.normal_(table.weight, std=0.3)
-        self.layers = nn.ModuleList(Layer(spec, hidden_size) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            Layer(variant.spec, hidden_size, gated=variant.gated) for _ in range(num_layers)
+        )
         self.norm, self.head = (
             nn.RMSNorm(hidden_size),
             nn.Linear(hidden_size, NUM_VALUES, bias=False),
@@ -179,7 +203,7 @@ def train(
 ) -> Iterator[tuple[RecallModel, dict[str, Any]]]:
     """The model and an evaluation on fresh sequences, every eval_interval steps and at the end."""
     torch.manual_seed(seed)
-    model = RecallModel(VARIANTS[variant].spec, num_layers)
+    model = RecallModel(VARIANTS[variant], num_layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     generator = torch.Generator().manual_seed(100 + seed)
     # the same for all
@@ -233,7 +257,7 @@ def trained(
     )
     if file is not None and file.is_file():
         saved = torch.load(file)
-        model = RecallModel(VARIANTS[variant].spec, num_layers)
+        model = RecallModel(VARIANTS[variant], num_layers)
         model.load_state_dict(saved["model"])
         return model, saved["evaluations"]
     evaluations = []
@@ -270,6 +294,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality.recall")
     add_arguments(parser, ["drop", "order0", "order2", "dense"], [0, 1, 2])
     parser.add_argument("--eval-interval", type=int, default=250)
+    parser.add_argument(
+        "--baseline", choices=VARIANTS, help="a variant that the others are compared with by seed"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -292,6 +319,14 @@ def main() -> None:
             f"| {variant} | {steps_of(variant, arguments)} | {statistics.mean(by_seed):.4f} | "
             f"{' '.join(f'{x:.4f}' for x in by_seed)} |"
         )
+    for variant in arguments.variants if arguments.baseline in arguments.variants else ():
+        if variant != arguments.baseline and len(arguments.seeds) > 1:
+            differences = [
+                final[variant, seed]["accuracy"] - final[arguments.baseline, seed]["accuracy"]
+                for seed in arguments.seeds
+            ]
+            mean, half = interval(differences)
+            print(f"{variant} less {arguments.baseline}: {mean:+.4f} +- {half:.4f} (95%)")
     if arguments.output:
         arguments.output.write_text(
             dumps(

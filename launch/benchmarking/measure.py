@@ -119,6 +119,14 @@ class Bench:
             for speeds, routing, cache, peak in zip(rounds, routings, caches, peaks, strict=True)
         ]
 
+    def problem(self, variant: Variant) -> str | None:
+        """Why the engine does not run a variant; None: it does."""
+        try:
+            self._engine(variant, self.cell.rows)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _sure(self, rounds: list[list[Speed]], precision: float) -> bool:
         base, *others = [[s.tokens_per_second for s in speeds] for speeds in rounds]
         return all(ratio_of(other, base).half_width <= precision for other in others)

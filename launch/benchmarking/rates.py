@@ -34,13 +34,11 @@ class Rates:
 
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     """The vendor's where they are known and meant (half precision on a GPU), else measured."""
+    name = name_of(device)
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         peak, bandwidth = peak_tflops(name), memory_bandwidth_tbs(name)
         if peak is not None and bandwidth is not None and dtype != torch.float32:
             return Rates(name, peak * 1e12, bandwidth * 1e12, "data sheet")
-    else:
-        name = f"CPU, {torch.get_num_threads()} threads"
 
     a, b = (torch.rand(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -49,6 +47,13 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     target = torch.ones_like(source)
     copy = _fastest(lambda: target.copy_(source), device)
     return Rates(name, 2 * MATRIX**3 / product, 2 * 4 * COPIED / copy, "measured")
+
+
+def name_of(device: torch.device) -> str:
+    """What a device is called where its speed was measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:

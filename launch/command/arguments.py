@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from launch.config.overrides import quoted
 from launch.process.identity import ROOT
 
-TEXTS = ("prompt", "train.sample_prompt", "sample_prompt", "note")
+TEXTS = ("prompt", "train.sample_prompt", "sample_prompt", "note", "question", "target")
 """Settings whose value is text, whatever it looks like."""
 WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i")
 """Options of Hydra's that are followed by a value."""

@@ -23,9 +23,11 @@ RECORDS = {
     "train": "train.config.run:RunConfig",
     "plan": "train.config.run:RunConfig",
     "prepare": "train.config.run:RunConfig",
+    "compare": "train.config.run:RunConfig",
     "evaluate": "train.config.commands:EvaluateConfig",
     "generate": "train.config.commands:GenerateConfig",
     "export": "train.config.commands:ExportConfig",
+    "branch": "train.config.commands:BranchConfig",
     "runs": "launch.runs.command:RunsConfig",
     "serve": "train.config.commands:ServeConfig",
     "benchmark": "train.config.commands:BenchmarkConfig",
@@ -39,6 +41,7 @@ OF_ONE_COMMAND = {"prepare": ("data", "prepare", "model.vocab_size", "seed")}
 OWN = {
     "prepare": "train.config.commands:PrepareCommandConfig",
     "plan": "train.config.commands:PlanCommandConfig",
+    "compare": "launch.comparing.settings:CompareConfig",
 }
 """Of a command that reads another one's record, what it has beside it."""
 
@@ -64,10 +67,15 @@ def settings(command: str) -> list[Setting]:
     only = OF_ONE_COMMAND.get(command)
     if only is not None:
         found = [s for s in found if s.key in only or s.key.partition(".")[0] in only]
-    if command in OWN:
-        module, _, name = OWN[command].partition(":")
-        found += _of_record(getattr(importlib.import_module(module), name), "", command)
-    return found
+    return [*found, *own_settings(command)]
+
+
+def own_settings(command: str) -> list[Setting]:
+    """What a command that reads another one's record has beside it."""
+    if command not in OWN:
+        return []
+    module, _, name = OWN[command].partition(":")
+    return list(_of_record(getattr(importlib.import_module(module), name), "", command))
 
 
 def _of_record(cls: type, path: str, command: str) -> Iterator[Setting]:

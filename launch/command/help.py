@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-from launch.command.fields import RECORDS, Setting, groups_of, settings
+from launch.command.fields import OWN, RECORDS, Setting, groups_of, own_settings, settings
 from launch.command.refusals import options
 from launch.process.identity import ROOT
 
@@ -27,6 +27,11 @@ EXAMPLES = {
         "experiment=olmoe_1b_7b device=H100 train.num_tokens=100B price=2.5",
         "experiment=qwen3_30b_a3b parallel=auto world=64 device=H100",
     ),
+    "compare": (
+        "experiment=quickstart train.num_steps=250 variants=[top_k,dense,adaptive]",
+        "variants=[top_k,sparse] sizes=[] seeds=5 launch.dry_run=true",
+        "resume=DIR seeds=6",
+    ),
     "prepare": ("data=files data.sources.0.path=text data.sources.0.data_files=FILE",),
     "evaluate": (
         "run=RUN",
@@ -40,6 +45,7 @@ EXAMPLES = {
         "run=RUN prompt='To be, or not to be' temperature=0",
         "run=RUN input=prompts.jsonl output=out.jsonl",
     ),
+    "branch": ("run=RUN checkpoint=step-250 to=DIR decay_steps=50",),
     "export": ("run=RUN to=DIR", "run=RUN to=DIR router.top_k=2 dtype=fp32"),
     "serve": ("run=RUN", "path=DIR serve.port=8080 engine.max_slots=64"),
     "quantize": ("run=RUN", "run=RUN max_loss_increase=0.002"),
@@ -144,7 +150,9 @@ def reference() -> str:
     ]
     for command in ("train", *sorted(RECORDS.keys() - {"train", "plan", "prepare"})):
         parts.append(f"## launch.{command}\n")
-        parts.append("".join(_rows(settings(command))))
+        if command in OWN:
+            parts.append("Beside the settings of launch.train:\n")
+        parts.append("".join(_rows(own_settings(command) or settings(command))))
     return "\n".join(parts)
 
 

@@ -144,7 +144,13 @@ def run_main(
     if multirun and after_sweep is not None:
         after_sweep(jobs)
     if failed_jobs:
-        raise SystemExit(f"{len(failed_jobs)} job(s) of the sweep failed; their errors stand above")
+        # What ended all of them ends the sweep.
+        code = failed_jobs[0] if len(set(failed_jobs)) == 1 else 1
+        print(
+            f"{len(failed_jobs)} job(s) of the sweep failed; their errors stand above",
+            file=sys.stderr,
+        )
+        raise SystemExit(code if isinstance(code, int) else 1)
 
 
 def _explained(

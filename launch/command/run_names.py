@@ -27,7 +27,7 @@ LISTED = 5
 """Runs that a message names."""
 READ_WHOLE = ("report", "dashboard", "audit", "place", "runs")
 """Commands that read a run and not one of its checkpoints."""
-READ_CHECKPOINT = ("evaluate", "generate", "export", "serve", "benchmark", "quantize")
+READ_CHECKPOINT = ("branch", "evaluate", "generate", "export", "serve", "benchmark", "quantize")
 """Commands that read one of them."""
 SEVERAL = ("evaluate", "report", "runs")
 """Commands whose `run` may be several."""
@@ -86,6 +86,8 @@ def _keys(command: str, of_checkpoint: bool = False) -> tuple[str, ...]:
         return ("checkpoint",) if of_checkpoint else ("run",)
     if command in READ_WHOLE:
         return () if of_checkpoint else ("run", "compare") if command == "audit" else ("run",)
+    if command == "compare":  # whose resume is a comparison
+        return ("init.checkpoint",) if of_checkpoint else ("init.run",)
     return ("init.checkpoint",) if of_checkpoint else ("resume", "init.run")
 
 

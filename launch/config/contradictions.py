@@ -55,6 +55,7 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
+    problems += _clipping(run)
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _prediction(run) + _lengths(run) + layout_problems(run, world_size)
     return problems
@@ -126,6 +127,20 @@ def _components(run: RunConfig) -> list[str]:
             f"experts.token_rounding {run.experts.token_rounding} is more "
             f"than the {tokens:.3g} tokens an expert gets of a micro-batch, "
             "so most would get none; lower it, or raise train.micro_batch_size"
+        )
+    if run.experts.precision == "fp8" and run.experts.backend == "grouped_mm":
+        problems.append(
+            "experts.backend=grouped_mm has no products of 8-bit floats, which "
+            "experts.precision=fp8 asks for; set experts.backend=auto"
+        )
+    if (
+        run.experts.precision == "fp8"
+        and run.train.precision == "fp32"
+        and (run.experts.backend == "triton")
+    ):
+        problems.append(
+            "experts.precision=fp8 by experts.backend=triton goes with train.precision=bf16, not "
+            "fp32; set experts.backend=auto, or train.precision=bf16"
         )
     if run.experts.backend == "triton" and not run.model.plain_experts:
         problems.append(
@@ -267,6 +282,31 @@ def _adapters(run: RunConfig) -> list[str]:
     return problems
 
 
+def _clipping(run: RunConfig) -> list[str]:
+    """Attention logits are clipped by scaling the projections that they are linear in."""
+    threshold = run.optim.qk_clip
+    if threshold is None:
+        return []
+    problems, about = [], f"optim.qk_clip is {threshold:g}"
+    if run.attention.name not in ("dense", "mla"):
+        problems.append(
+            f"{about}, and attention={run.attention.name} has no largest logit over all that a "
+            "query sees; use attention=dense or mla, or drop optim.qk_clip"
+        )
+    elif run.attention.name == "dense" and run.model.qk_norm != "none":
+        problems.append(
+            f"{about}, but with model.qk_norm={run.model.qk_norm} the size of queries and keys is "
+            "that of the norms, which bounds logits by itself; drop optim.qk_clip, or set "
+            "model.qk_norm=none"
+        )
+    if run.lora.rank or "attention" in run.optim.freeze:
+        problems.append(
+            f"{about}, but lora.rank {run.lora.rank} and optim.freeze {list(run.optim.freeze)} "
+            "leave projections of attention as they are; drop optim.qk_clip"
+        )
+    return problems
+
+
 def _lengths(run: RunConfig) -> list[str]:
     train, problems = run.train, []
 
@@ -295,6 +335,11 @@ def _lengths(run: RunConfig) -> list[str]:
         )
 
     vocab_size = run.data.tokenizer.vocab_size
+    if run.data.streaming and train.num_epochs is not None:
+        problems.append(
+            f"train.num_epochs is {train.num_epochs:g}, but nobody knows how long a pass over a "
+            "stream is (data.streaming=true); give train.num_steps or train.num_tokens"
+        )
     if train.sample_prompt and not run.data.has_tokenizer:
         problems.append(
             f"train.sample_prompt is {train.sample_prompt!r}, but the data are tokens and there is "
@@ -328,7 +373,8 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
         if len(train.batch_size_rampup) != 3:
             problems.append(
                 f"train.batch_size_rampup {list(train.batch_size_rampup)} "
-                "must be [start, increment, samples]"
+                "must be [start, increment, samples], or [start, increment] with "
+                "train.batch_size_rampup_tokens"
             )
         else:
             start, increment, samples = train.batch_size_rampup
@@ -384,6 +430,12 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
             f"{name} with lora.rank {run.lora.rank}: adapters are not shared out over stages; use "
             "parallel.pipeline_parallel_size=1"
         )
+    for setting in ("qk_clip", "ema_decay"):
+        if (value := getattr(run.optim, setting)) is not None:
+            problems.append(
+                f"{name} with optim.{setting} {value:g}: stages do not know of it yet; drop "
+                f"optim.{setting}, or use parallel.pipeline_parallel_size=1"
+            )
     if run.optim.freeze:
         problems.append(
             f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "

@@ -22,6 +22,8 @@ def rows_of_epochs(config: DictConfig) -> int | None:
     seq_len, seed = settings["train"].get("seq_len"), settings.get("seed")
     if problems or data.problems() or type(seq_len) is not int or type(seed) is not int:
         return None  # said by whoever reads the whole config
+    if data.streaming:
+        return None  # refused: nobody knows how long a pass is
     from train.data.chat.samples import samples_of
     from train.data.prepare import store_path
     from train.data.store import TokenStore

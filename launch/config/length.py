@@ -46,6 +46,7 @@ def with_length(
     if not isinstance(train, DictConfig) or not isinstance(optim, DictConfig):
         return config  # its record refuses it
 
+    _set_rampup(train, typed)
     _keep_one(train, "train", LENGTHS, typed)
     _keep_one(optim, "optim", ("warmup_steps", "warmup_fraction"), typed)
     if train.get("num_tokens") is not None:
@@ -58,6 +59,30 @@ def with_length(
     if _is_number(fraction) and _is_number(steps) and 0 <= fraction < 1:
         optim.warmup_steps = round(fraction * steps)
     return config
+
+
+def _set_rampup(train: DictConfig, typed: set[str]) -> None:
+    """The samples of train.batch_size_rampup for the tokens it takes, where these are given. A
+    resumed run has both; then what is typed holds.
+    """
+    tokens, rampup = train.get("batch_size_rampup_tokens"), train.get("batch_size_rampup")
+    if tokens is None or not OmegaConf.is_list(rampup):
+        return
+    train.batch_size_rampup_tokens = count(tokens)
+    if "train.batch_size_rampup" in typed and len(rampup) == 3:
+        if "train.batch_size_rampup_tokens" in typed:
+            raise ConfigError(
+                [
+                    f"train.batch_size_rampup={list(rampup)} says over how many samples the batch "
+                    f"grows, and train.batch_size_rampup_tokens={tokens} over how many tokens; "
+                    "give [start,increment] with the tokens, or drop them"
+                ]
+            )
+        train.batch_size_rampup_tokens = None
+        return
+    row, amount = _whole(train.get("seq_len")), train.batch_size_rampup_tokens
+    if row and _is_number(amount) and amount > 0:
+        train.batch_size_rampup = [*rampup[:2], math.ceil(amount / row)]
 
 
 def _keep_one(node: DictConfig, path: str, names: tuple[str, ...], typed: set[str]) -> None:

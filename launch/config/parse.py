@@ -42,6 +42,13 @@ def parse(config: dict[str, Any], world_size: int) -> RunConfig:
                 "world=N device=H100 prints commands that have them"
             ]
         )
+    if isinstance(config.get("train"), dict) and config["train"].get("micro_batch_size") == AUTO:
+        raise ConfigError(
+            [
+                "train.micro_batch_size=auto is chosen by the command that starts the ranks "
+                "(launch=inline, deepspeed or torchrun); here give a number"
+            ]
+        )
     problems = problems_of_settings(config)
     run: RunConfig = build_record(config, RunConfig, "", problems)
     if problems:

@@ -172,7 +172,9 @@ def _cores(launch: LaunchConfig) -> Finding:
 
 
 def compilers(facts: dict[str, Any]) -> list[Finding]:
-    """g++ for the router's CPU ops (and Triton's launchers), nvcc for its CUDA kernels."""
+    """g++ for the CPU ops of router and sparse attention (and Triton's launchers), nvcc for the
+    router's CUDA kernels.
+    """
     has_gpu = bool(facts["devices"])
     level = failed if has_gpu else warn
     findings = []
@@ -187,7 +189,7 @@ def compilers(facts: dict[str, Any]) -> list[Finding]:
                 "compiler",
                 answer.reason,
                 "install g++, or name a C++ compiler in CXX; without one the "
-                "router runs in plain torch, slowly"
+                "router, and sparse attention on a CPU, run in plain torch, slowly"
                 + (", and Triton not at all" if has_gpu else ""),
             )
         )
@@ -218,7 +220,8 @@ def compilers(facts: dict[str, Any]) -> list[Finding]:
 
 def kernels(facts: dict[str, Any]) -> list[Finding]:
     state = facts["kernels"]
-    wanted = ["router", *(["router_cuda"] if facts["devices"] else [])]
+    # Sparse attention has Triton kernels on GPUs, and C++ on a CPU.
+    wanted = ["router", "router_cuda" if facts["devices"] else "attention"]
     missing = [name for name in wanted if not state["libraries"][name]]
     text = (
         f"{state['folder']}: "

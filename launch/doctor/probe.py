@@ -69,10 +69,10 @@ def _kernels() -> dict[str, Any]:
     """
     from ops.compile.cuda import ROOT, cache_folder
 
-    folder, sources = cache_folder(), ROOT / "router" / "csrc"
-    newest = max(path.stat().st_mtime for path in sources.iterdir())
-    libraries = {}
-    for name in ("router", "router_cuda"):
+    folder, libraries = cache_folder(), {}
+    rooms = {"router": "router", "router_cuda": "router", "attention": "sparse_attention"}
+    for name, room in rooms.items():
+        newest = max(path.stat().st_mtime for path in (ROOT / room / "csrc").iterdir())
         built = [path.stat().st_mtime for path in folder.glob(f"{name}-*.so")]
         libraries[name] = bool(built) and max(built) > newest
     return {

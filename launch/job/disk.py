@@ -97,7 +97,8 @@ def checkpoint_bytes(run: RunConfig, num_ranks: int) -> int:
     trained = run.trained
     frozen = count.total + trained.adapters - trained.total
     one_moment = sum(planned_muon(run, num_ranks).parameters)
-    states = STATE_BYTES * trained.total + WEIGHT_BYTES * frozen - 4 * one_moment
+    each = STATE_BYTES + (4 if run.optim.ema_decay is not None else 0)
+    states = each * trained.total + WEIGHT_BYTES * frozen - 4 * one_moment
     return states + RNG_BYTES * num_ranks
 
 

@@ -194,6 +194,8 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
             run.experts_per_token,
             **shared,
             recompute_experts=run.experts.recompute,
+            fp8_experts=run.experts.precision == "fp8",
+            averaged=run.optim.ema_decay is not None,
             # Stages and parameters that are not trained do not go together.
             trained=run.trained if len(every) == 1 else None,
             one_moment=planned_muon(run, num_ranks, layers).parameters,

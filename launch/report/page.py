@@ -13,16 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from launch.history.comparable import incomparable, measure_of
 from launch.history.differences import SET, differences, shareable
+from launch.page.templates import embedded, templates
 from launch.process.secrets import redact_text
 from launch.runs.records import Curve, Frames, RunData, evenly
 from launch.saved.resume import shown
-from train.files.strict_json import dumps
 from train.observe.catalogue.names import REASONS, find
 from train.observe.catalogue.record import Better
 
@@ -381,43 +379,6 @@ FEW = (
     "moe/max_vio",
 )
 """Numbers that stand beside it; the others unfold."""
-_SCALES = (
-    (1e24, "Y"),
-    (1e21, "Z"),
-    (1e18, "E"),
-    (1e15, "P"),
-    (1e12, "T"),
-    (1e9, "G"),
-    (1e6, "M"),
-    (1e3, "k"),
-)
-
-
-def fmt(value: float | None, unit: str) -> str:
-    """A number for people; the template's fmt() writes the same."""
-    if value is None or not math.isfinite(value):
-        return "–" if value is None else "not finite"
-    if unit == "percent":
-        return "<0.0001%" if 0 < abs(value) < 1e-6 else f"{100 * value:.3g}%"
-    if unit == "duration":
-        return _duration(value)
-    if unit == "seconds":
-        return f"{value:.3g} s" if value >= 1 or value == 0 else f"{1000 * value:.3g} ms"
-    if unit == "gib":
-        return f"{value:.2f} GiB"
-    for scale, letter in _SCALES:
-        if abs(value) >= scale and (scale > 1e3 or abs(value) >= 1e4):
-            return f"{value / scale:.3g}{letter}"
-    return f"{value:.0f}" if unit == "count" or abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 59.5:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -433,16 +394,13 @@ def render(runs: list[RunData], refresh_seconds: float | None = None) -> str:
         "empty": EMPTY,
         "runs": [payload_of(run, name) for run, name in zip(runs, names, strict=True)],
     }
-    # "<" as an escape, so that no text of a run can end the script element.
-    data = dumps(payload, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
     # The worst alarms first, and of those that are over the latest.
     pairs = [(alarm, name) for run, name in zip(runs, names, strict=True) for alarm in run.alarms]
     active = sorted((p for p in pairs if p[0].active), key=lambda p: p[0].severity != "critical")
     past = sorted((p for p in pairs if not p[0].active), key=lambda p: -p[0].since)
 
     return (
-        _templates()
+        templates(TEMPLATE.parent, MAX_ACTIVE=MAX_ACTIVE, MAX_PAST=MAX_PAST)
         .get_template(TEMPLATE.name)
         .render(
             title="Routing of " + ", ".join(names),
@@ -458,22 +416,9 @@ def render(runs: list[RunData], refresh_seconds: float | None = None) -> str:
             incomparable=why_incomparable(runs),
             settings=all_settings(runs[0]) if len(runs) == 1 else [],
             notes=[(n, line) for run, n in zip(runs, names, strict=True) for line in left_out(run)],
-            payload=Markup(data),
+            payload=embedded(payload),
         )
     )
-
-
-def _templates() -> jinja2.Environment:
-    """Templates of this folder: every value is escaped, and a name not given is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"redact": redact_text, "fmt": fmt}
-    environment.globals |= {"MAX_ACTIVE": MAX_ACTIVE, "MAX_PAST": MAX_PAST}
-    return environment
 
 
 def run_names(runs: list[RunData]) -> list[str]:

@@ -69,6 +69,8 @@ def open_texts(run_dir: str, run: Any) -> Texts | None:
     from train.data.store import TokenStore
 
     try:
+        if run.data.streaming:
+            raise ValueError("the text of a stream is not kept (data.streaming=true)")
         recorded = TokenStore(Path(run_dir) / "data").manifest
         # even if the files it was made of are gone
         path = Path(run.data.cache_dir) / recorded["fingerprint"]

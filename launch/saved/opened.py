@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.command.progress import working
-from launch.saved.run import load_folder, load_run, require_text, require_tokenizer
+from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,8 @@ def opened(
 ) -> tuple[Transformer, TokenStore | FolderTokens, torch.device]:
     """The model of a run, or of a folder of published weights, on its device and at its budget, and
     its tokens. With a place it is this rank's share of the experts of a run. weights: int8, the
-    experts that launch.quantize has made; average: of how many checkpoints the mean is taken;
-    for_text: a run without a tokenizer is refused.
+    experts that launch.quantize has made, or ema, the moving average of a run; average: of how many
+    checkpoints the mean is taken; for_text: a run without a tokenizer is refused.
     """
     from train.checkpoint.folder import find_last
 
@@ -55,6 +55,7 @@ def opened(
     checkpoints = find_last(Path(run_dir), checkpoint, average)
     folder = checkpoints[0]
     config = load_run(run_dir, attention, folder, top_k)
+    require_average(config, weights, folder)
     if for_text:
         require_text(config, run_dir)
 
@@ -75,7 +76,7 @@ def opened(
 
         model, device = build_model(spread(config, parallel), place.groups), place.device
     with working(f"loading {folder}"):
-        load_weights(model, reader_of(checkpoints))
+        load_weights(model, reader_of(checkpoints, weights))
     if weights == "int8":
         from train.trained.quantize import use_int8
 
@@ -89,7 +90,9 @@ def opened(
         from train.trained.calibrate import calibrate_budget, calibration_batches
 
         table = load_table(Path(run_dir), folder.name)
-        matches = table is not None and table.attention == described(attention) and average == 1
+        matches = table is not None and table.attention == described(attention)
+        # The saved cuts are those of the checkpoint's own weights.
+        matches = matches and average == 1 and weights != "ema"
         if table is None or not matches or not table.use(model, budget):
             batches = calibration_batches(config, TokenStore(prepare(config.data)), store.path)
             calibrate_budget(model, batches, budget, config.balance, config.budget, device)

@@ -58,6 +58,7 @@ FREE = (
     "data.cache_dir",
     "data.max_bad_rows",
     "data.on_bad_row",
+    "data.stream.workers",
 )
 """Keys under those patterns that may change: memory (but for the order of a sum), places, and what
 preparing bears. The tokens themselves are compared when the store is opened.
@@ -66,7 +67,7 @@ INSTEAD = {"model.top_k": "router.top_k or router.budget"}
 """What to change instead of a key that is fixed."""
 OF_THE_COMMAND = ("run_dir", "resume", "saved_config", "attempt", "launch.dry_run")
 """Keys that say nothing about how the run trains."""
-KEPT_GROUPS = ("experiment", "debug", "model")
+KEPT_GROUPS = ("experiment", "size", "variant", "debug", "model")
 
 
 class _Unset:
@@ -258,7 +259,7 @@ def _learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int,
     if "block_size" not in attention:
         return set()
     names = [name for name in ("offset", "trust", "sink") if attention.get(name)]
-    names += ["merge=gated"] if attention.get("merge") == "gated" else []
+    names += [f"{name}=gated" for name in ("merge", "entries") if attention.get(name) == "gated"]
     return {
         (layer, name) for layer in sparse_layers(model["num_layers"], attention) for name in names
     }

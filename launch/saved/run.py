@@ -80,6 +80,18 @@ def load_run(
     return parse(config, world_size=1)
 
 
+def require_average(run: Any, weights: str, checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: weights=ema of a checkpoint that was saved without a moving average.
+    """
+    if weights == "ema" and run.optim.ema_decay is None:
+        raise ValueError(
+            f"weights=ema: {checkpoint} was saved without a moving average of its weights; train "
+            "with optim.ema_decay=0.999, or leave weights out"
+        )
+
+
 def load_folder(
     path: str, attention: Any = None, top_k: int | None = None, seq_len: int | None = None
 ) -> Any:

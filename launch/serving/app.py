@@ -181,6 +181,7 @@ class Endpoint:
             return _json(body, error.status)
         except QueueFull as error:
             self.meters.refused.labels("queue_full").inc()
+            self.meters.fallback.labels("queue_full").inc()
             full = _json(error_body(str(error), "rate_limit_error"), 429)
             full.headers["Retry-After"] = str(error.retry_after)
             return full

@@ -59,6 +59,36 @@ class Meters:
             "e2e_request_latency_seconds", "From arrival to the last token.", SECONDS
         )
         self.queued = histogram("request_queue_time_seconds", "From arrival to a slot.", SECONDS)
+        self.fallback = counter(
+            "fallback", "What was done less well than asked, by reason.", "reason"
+        )
+        self.budget = Gauge(
+            "loadstone_budget",
+            "Experts per token that a request gets which fixes none, with serve.budget=auto.",
+            registry=self.registry,
+        )
+        self.drift = Gauge(
+            "loadstone_routing_drift",
+            "Largest divergence of a layer's loads from those of training, in nats.",
+            registry=self.registry,
+        )
+        self.arm_requests = counter(
+            "arm_request_success", "Requests that ended, by arm and reason.", "arm", "reason"
+        )
+        self.arm_tokens = counter("arm_generation_tokens", "Generated tokens, by arm.", "arm")
+        self.arm_log_probability = Gauge(
+            "loadstone_arm_log_probability_sum",
+            "Sum of log-probabilities of the generated tokens, by arm.",
+            ("arm",),
+            registry=self.registry,
+        )
+        self.arm_per_token = Histogram(
+            "loadstone_arm_time_per_output_token_seconds",
+            "Mean of a request between its tokens, by arm.",
+            ("arm",),
+            buckets=TOKEN_SECONDS,
+            registry=self.registry,
+        )
 
     def watch(self, worker: Worker) -> None:
         """Look at a worker whenever somebody asks."""
@@ -82,6 +112,10 @@ class Meters:
         self.generation_tokens.inc(len(done.tokens))
         self.reused_tokens.inc(done.num_reused_tokens)
         self.preemptions.inc(done.num_preemptions)
+        if done.num_preemptions:
+            self.fallback.labels("preempted").inc(done.num_preemptions)
+        if done.finish_reason == "error":
+            self.fallback.labels("nonfinite").inc()
         name = "default" if request.budget is None else f"{request.budget:g}"
         computed = done.num_prompt_tokens - done.num_reused_tokens + len(done.tokens)
         self.experts.labels(name).inc(done.experts_per_token * computed)
@@ -97,6 +131,15 @@ class Meters:
             self.between.observe(after - before)
         if len(times) > 1:
             self.per_token.observe((times[-1] - times[0]) / (len(times) - 1))
+
+    def arm_ended(self, arm: str, done: Completion) -> None:
+        """Count a request of an arm that has come to its end."""
+        self.arm_requests.labels(arm, done.finish_reason).inc()
+        self.arm_tokens.labels(arm).inc(len(done.tokens))
+        self.arm_log_probability.labels(arm).inc(sum(done.log_probabilities))
+        times = done.token_times
+        if len(times) > 1:
+            self.arm_per_token.labels(arm).observe((times[-1] - times[0]) / (len(times) - 1))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -38,6 +38,10 @@ class Worker:
     Args:
         max_waiting: requests that may wait for a slot.
         told: sees every completion, in the engine's thread.
+        taken: sees every request before the engine does, in the engine's thread, and may fill in
+            what it leaves open.
+        stepped: called there after a step in which requests got a token, with its seconds, their
+            number and the mean of the tokens that running requests hold.
         failed: called once, in the engine's thread, when the engine has raised.
 
     Attributes:
@@ -50,10 +54,12 @@ class Worker:
         max_waiting: int,
         told: Callable[[Request, Completion], None] = lambda request, completion: None,
         failed: Callable[[], None] = lambda: None,
+        taken: Callable[[Request], None] = lambda request: None,
+        stepped: Callable[[float, int, float], None] = lambda seconds, rows, held: None,
     ):
         self.engine, self.max_waiting = engine, max_waiting
         self.failure: BaseException | None = None
-        self._told, self._failed = told, failed
+        self._told, self._failed, self._given, self._stepped = told, failed, taken, stepped
         self._wake = threading.Condition()
         self._inbox: list[tuple[Request, Deliver]] = []
         self._cancelled: list[str] = []
@@ -119,8 +125,13 @@ class Worker:
             while self._take():
                 if not self.engine.has_work:
                     continue
+                before, began = self.engine.rows_decoded, time.monotonic()
                 for event in self.engine.step():
                     self._tell(event)
+                if rows := self.engine.rows_decoded - before:
+                    held = [sequence.held for sequence in self.engine.running]
+                    mean = sum(held) / len(held) if held else 1.0
+                    self._stepped(time.monotonic() - began, rows, mean)
                 self._num_waiting = len(self.engine.waiting)
         except BaseException as error:
             with self._wake:
@@ -141,6 +152,7 @@ class Worker:
             self._inbox, self._cancelled = [], []
             for request, deliver in inbox:
                 self._taken[request.name] = (request, deliver)
+                self._given(request)
                 self.engine.add(request)
             self._num_waiting = len(self.engine.waiting)
         for name in cancelled:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from model.attention.cache import LayerCache, Pages
+from model.attention.largest import LargestLogits, largest_logits
 from model.parallel.heads import HeadExchange
 
 
@@ -80,6 +81,8 @@ class SequenceLayout:
     """Set where the tokens are a part of longer rows, which attention puts together; such an
     attention sees some of the heads.
     """
+    largest: LargestLogits | None = None
+    """Where dense layers say their largest logits; None: nobody asks."""
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -92,6 +95,20 @@ class SequenceLayout:
         """The way back, of [B, S', heads', ...] to [B, S, heads, ...]."""
         return heads if self.exchange is None else self.exchange.to_tokens(heads)
 
+    def see_logits(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
+        """Note the largest logits of a layer, for whoever asked. q, k: whole rows of the heads
+        that this rank attends with; those of other heads are -inf here.
+        """
+        if self.largest is None:
+            return
+        documents = self.shared("documents", lambda: _documents(self.cu_seqlens, q))
+        found = largest_logits(q, k, documents, self.token_mask, scale)
+        if self.exchange is not None:
+            whole = found.new_full((len(found) * self.exchange.size,), -torch.inf)
+            self.exchange.own(whole).copy_(found)
+            found = whole
+        self.largest.see(found)
+
     def own_heads(self, by_head: torch.Tensor) -> torch.Tensor:
         """Of [heads, ...], those that this rank attends with."""
         return by_head if self.exchange is None else self.exchange.own(by_head)
@@ -101,6 +118,12 @@ class SequenceLayout:
         if name not in self._shared:
             self._shared[name] = make()
         return self._shared[name]
+
+
+def _documents(cu_seqlens: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """[B * S] int64, the number of each token's document."""
+    places = torch.arange(q.shape[0] * q.shape[1], device=q.device)
+    return torch.bucketize(places, cu_seqlens.to(torch.int64), right=True)
 
 
 class AttentionSums(NamedTuple):

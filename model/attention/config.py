@@ -128,6 +128,10 @@ class SparseAttentionConfig(AttentionConfig):
     """First blocks of a document that are always exact."""
     coarse_block_size: int = 32
     """Tokens pooled into one coarse entry; divides block_size."""
+    entries: Literal["mean", "gated"] = "mean"
+    """How tokens are pooled into an entry. mean: equally. gated: under weights per channel that a
+    layer learns to read from the values; they start equal, so that dense checkpoints convert.
+    """
     order: int = 2
     """0: coarse entries are means. 2: they have the variance term as well."""
     max_variance: float = 4.0
@@ -221,6 +225,7 @@ class SparseAttentionConfig(AttentionConfig):
         found += self._layer_problems(model, alone=not found)
         found += self._audit_problems()
         found += self._gate_problems(spec) if self.merge == "gated" else []
+        found += self._entry_problems(spec) if self.entries == "gated" else []
         # The gates weigh a coarse branch of their own, whatever becomes of the one softmax's tail.
         if spec.tail == "drop" and self.merge != "gated":
             found += [
@@ -277,6 +282,25 @@ class SparseAttentionConfig(AttentionConfig):
             for name in ("offset", "trust", "sink")
             if getattr(self, name)
         ]
+
+    def _entry_problems(self, spec: SparseAttentionSpec) -> list[str]:
+        found = []
+        if spec.num_levels == 2:
+            found.append(
+                "attention.entries=gated does not reach super-blocks, whose tokens are pooled "
+                "equally; set attention.num_levels=1"
+            )
+        if self.merge == "gated":
+            found.append(
+                "attention.entries=gated learns through the one softmax, which merge=gated does "
+                "not have; set attention.merge=lse"
+            )
+        elif spec.tail == "drop":
+            found.append(
+                "attention.entries=gated learns through the tail, which tail=drop does not have; "
+                "set attention.tail=coarse"
+            )
+        return found
 
     def _noise_problems(self) -> list[str]:
         if self.min_top_k is None:

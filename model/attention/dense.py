@@ -90,8 +90,25 @@ class DenseAttention(nn.Module):
         cache.
         """
         q, k, v = layout.to_heads(*self._project(hidden, layout))
+        layout.see_logits(q, k, 1 / math.sqrt(self.head_dim))
         out = layout.to_tokens(self._attend_densely(q, k, v, layout, cache))
         return self.o_proj(out.flatten(2)), None
+
+    def clipped_rows(self, factors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Factors on the rows of projections that multiply the logits of each head by [heads]
+        `factors`: name of a parameter -> [rows]. Queries and keys take half each, but keys that
+        heads share stay, and queries take all (K2, arXiv 2507.20534, section 2.1).
+        """
+        shares_keys = self.num_heads != self.num_kv_heads
+        rows = (factors if shares_keys else factors.sqrt()).repeat_interleave(self.head_dim)
+        projections = {"q_proj": self.q_proj}
+        if not shares_keys:
+            projections["k_proj"] = self.k_proj
+        return {
+            f"{name}.{key}": rows
+            for name, projection in projections.items()
+            for key, _ in projection.named_parameters()
+        }
 
     def _attend_densely(
         self,

@@ -63,6 +63,20 @@ class LatentAttention(nn.Module):
         )
         self.o_proj = nn.Linear(self.num_heads * self.value_dim, hidden_size, bias=False)
 
+    def clipped_rows(self, factors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Factors on the rows of projections that multiply the logits of each head by [heads]
+        `factors`: name of a parameter -> [rows]. The parts without positions take half each; of the
+        turned parts the key is that of all heads and stays, and the query takes all (K2, arXiv
+        2507.20534, section 2.1).
+        """
+        half, rest = factors.sqrt(), torch.ones_like(factors)
+        parts = ((half, self.nope_dim), (factors, self.rope_dim))
+        queries = torch.cat([f[:, None].expand(-1, size) for f, size in parts], 1)
+        parts = ((half, self.nope_dim), (rest, self.value_dim))
+        keys = torch.cat([f[:, None].expand(-1, size) for f, size in parts], 1)
+        name = "q_b_proj" if self.q_proj is None else "q_proj"
+        return {f"{name}.weight": queries.flatten(), "kv_b_proj.weight": keys.flatten()}
+
     def new_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> LatentCache:
@@ -92,6 +106,7 @@ class LatentAttention(nn.Module):
         # Nothing was held: these tokens are all there is, cached or not.
         if held == 0:
             own, k, v = layout.to_heads(q, *self._expanded(rows))
+            layout.see_logits(own, k, self.scale)
             out = layout.to_tokens(self._attend(own, k, v, layout))
         elif q.shape[1] <= self._most_absorbed():
             out = self._attend_absorbed(q, rows)

@@ -25,7 +25,7 @@ from ops.sparse_attention import (
     sparse_attention,
 )
 from ops.sparse_attention.audit import audit_rows, sample_rows
-from ops.sparse_attention.cache import EntryCache, EntryPages
+from ops.sparse_attention.cache import EntryCache, EntryPages, Weigh
 from ops.sparse_attention.noise import token_hash
 from ops.sparse_attention.ranking import union_counts
 
@@ -83,6 +83,13 @@ class SparseAttention(DenseAttention):
             else None
         )
 
+        # A vector too, though it is used as [Hk, d, 2, d]: zeros pool equally.
+        self.entry_weights = (
+            nn.Parameter(torch.zeros(2 * self.num_kv_heads * self.head_dim**2))
+            if settings.entries == "gated" and self.is_sparse
+            else None
+        )
+
         # The sigmoid of 4 is near 1: the entries' logits start almost as they are, and the branches
         # with equal gates.
         with torch.no_grad():
@@ -97,7 +104,14 @@ class SparseAttention(DenseAttention):
         if not self.is_sparse:
             return super().new_cache(batch_size, max_len, dtype, device)
         return SparseKVCache(
-            self.spec, batch_size, max_len, self.num_kv_heads, self.head_dim, dtype, device
+            self.spec,
+            batch_size,
+            max_len,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype,
+            device,
+            None if self.entry_weights is None else self._pool_logits,
         )
 
     def new_pages(
@@ -110,7 +124,15 @@ class SparseAttention(DenseAttention):
             raise ValueError(
                 f"page_size {page_size} must be attention.block_size {self.spec.block_size}"
             )
-        return SparseKVPages(self.spec, num_pages, self.num_kv_heads, self.head_dim, dtype, device)
+        return SparseKVPages(
+            self.spec,
+            num_pages,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype,
+            device,
+            None if self.entry_weights is None else self._pool_logits,
+        )
 
     def forward(
         self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | KVPages | None = None
@@ -159,7 +181,7 @@ class SparseAttention(DenseAttention):
         missing one would be missing from the reductions over ranks. Modules are called, so that
         ZeRO-3 gathers them.
         """
-        values = [p for p in (self.offset, self.sink) if p is not None]
+        values = [p for p in (self.offset, self.sink, self.entry_weights) if p is not None]
         values += [
             module(hidden[:1, :1]) for module in (self.trust, self.gates) if module is not None
         ]
@@ -175,6 +197,20 @@ class SparseAttention(DenseAttention):
         """Those of the heads that attend here."""
         sink = self._sink_logits()
         return None if sink is None else layout.own_heads(sink)
+
+    def _pool_logits(
+        self, values: torch.Tensor, layout: SequenceLayout | None = None
+    ) -> torch.Tensor:
+        """Of a token's weight within its entry: values [..., Hk, d] -> [..., Hk, 2, d], by a matrix
+        per key/value head. Values say what a token holds and know nothing of its position, and a
+        cache has them already. layout: the values are those of this rank's heads alone.
+        """
+        assert self.entry_weights is not None
+        weights = self.entry_weights.view(self.num_kv_heads, self.head_dim, -1)
+        weights = weights if layout is None else layout.own_heads(weights)
+        found = torch.einsum("...hd,hde->...he", values, weights.to(values.dtype))
+        logits: torch.Tensor = found.unflatten(-1, (2, self.head_dim))
+        return logits
 
     def _noise(self, layout: SequenceLayout) -> SelectionNoise | None:
         done = self.step - self.dense_steps
@@ -213,6 +249,7 @@ class SparseAttention(DenseAttention):
         bias = self._bias(hidden)
         if bias is not None:
             bias = layout.to_heads(bias)[0].flatten(0, 1)
+        pool_logits = None if self.entry_weights is None else self._pool_logits(v, layout)
         attended = sparse_attention(
             q,
             k,
@@ -221,10 +258,11 @@ class SparseAttention(DenseAttention):
             self.spec,
             bias=bias,
             sink=self._own_sinks(layout),
+            pool_logits=pool_logits,
             noise=self._noise(layout),
             token_ids=layout.token_ids,
         )
-        return attended.out, self._sums(q, k, v, attended, bias, layout)
+        return attended.out, self._sums(q, k, v, attended, bias, layout, pool_logits=pool_logits)
 
     def _gated(
         self,
@@ -328,6 +366,7 @@ class SparseAttention(DenseAttention):
         bias: torch.Tensor | None,
         layout: SequenceLayout,
         audit: bool = True,
+        pool_logits: torch.Tensor | None = None,
     ) -> AttentionSums:
         regularised = any(self.coeffs) and self.training
         found = dict.fromkeys(STATS, q.new_zeros((), dtype=torch.float32))
@@ -349,7 +388,16 @@ class SparseAttention(DenseAttention):
             sinks = self._own_sinks(layout)
             with torch.set_grad_enabled(regularised and torch.is_grad_enabled()):
                 audited = audit_rows(
-                    q, k, v, layout.cu_seqlens, self.spec, attended, rows, bias, sinks
+                    q,
+                    k,
+                    v,
+                    layout.cu_seqlens,
+                    self.spec,
+                    attended,
+                    rows,
+                    bias,
+                    sinks,
+                    pool_logits,
                 )
 
             # A sampled row stands for 1 / audit_rows tokens. The mean is over all heads: ranks that
@@ -390,9 +438,12 @@ class SparseKVCache(KVCache):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        weigh: Weigh | None = None,
     ):
         super().__init__(batch_size, max_len, num_kv_heads, head_dim, dtype, device)
-        self.entries = EntryCache(spec, batch_size, max_len, num_kv_heads, head_dim, dtype, device)
+        self.entries = EntryCache(
+            spec, batch_size, max_len, num_kv_heads, head_dim, dtype, device, weigh
+        )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before = self.length
@@ -412,9 +463,10 @@ class SparseKVPages(KVPages):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        weigh: Weigh | None = None,
     ):
         super().__init__(num_pages, spec.block_size, num_kv_heads, head_dim, dtype, device)
-        self.entries = EntryPages(spec, num_pages, num_kv_heads, head_dim, dtype, device)
+        self.entries = EntryPages(spec, num_pages, num_kv_heads, head_dim, dtype, device, weigh)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (*super().tensors(), *self.entries.entries)

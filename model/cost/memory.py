@@ -14,6 +14,7 @@ from model.cost.parameters import (
     count_parameters,
     is_latent,
     number_in,
+    sparse_layers,
     windowed_layers,
 )
 
@@ -60,9 +61,11 @@ def device_memory(
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
     recompute_experts: bool = False,
+    fp8_experts: bool = False,
     grad_accum_dtype: str = "fp32",
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
+    averaged: bool = False,
     layers: range | None = None,
     in_flight: int = 1,
 ) -> DeviceMemory:
@@ -73,8 +76,8 @@ def device_memory(
     moments), 8 at stage 0 in fp32, where the weights are the masters. Gradients are sums in
     grad_accum_dtype; the ones that backward makes, of the weights' dtype, live one parameter at a
     time. `one_moment` says how many dense parameters, and how many of all experts', have one moment
-    instead of two, as those that Muon moves. A stage-3 device also holds the gathered weights of
-    the layer at work, not counted here.
+    instead of two, as those that Muon moves; `averaged`, that all have a moving average beside
+    them. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
 
     Of one stage of a pipeline `layers` are there, world_size is that of the stage, and activations
     are of as many micro-batches as are in flight; a last stage that is lent the embedding has it
@@ -101,7 +104,7 @@ def device_memory(
     row_values = 0 if recompute_experts else 2 * config.expert_intermediate_size
     # and the row itself, where it travelled
     row_values += config.hidden_size if expert_parallel_size > 1 else 0
-    per_state = 8 if zero_stage == 0 else 12
+    per_state = (8 if zero_stage == 0 else 12) + (4 if averaged else 0)
     lent = 0
     if is_last and layers.start > 0 and (config.tie_embeddings or config.num_mtp_layers):
         lent = config.vocab_size * config.hidden_size
@@ -125,7 +128,8 @@ def device_memory(
             layers,
             in_flight,
         )
-        + _adapted_bytes(config, trained, width, expert_parallel_size),
+        + _adapted_bytes(config, trained, width, expert_parallel_size)
+        + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
         logits=_logit_bytes(config, tokens, precision) if is_last else 0,
     )
 
@@ -140,6 +144,14 @@ def _adapted_bytes(
         return 0
     one = 3 * config.hidden_size * config.expert_intermediate_size
     return 2 * width * one * -(-config.num_experts // expert_parallel_size)
+
+
+def _rounded_bytes(config: ModelConfig, width: int, expert_parallel_size: int) -> int:
+    """Of one layer's gate_up at its most in backward: a copy with its columns as rows, that copy
+    scaled, and its 8-bit floats.
+    """
+    values = 2 * config.hidden_size * config.expert_intermediate_size
+    return (2 * width + 1) * values * -(-config.num_experts // expert_parallel_size)
 
 
 def _logit_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
@@ -193,8 +205,12 @@ def _attention_bytes(
         q_width = heads * config.attention_head_dim
         kv_width = config.num_kv_heads * config.attention_head_dim
         rotary = 4 * (heads + config.num_kv_heads) * config.rotary_size
-        copies = _windowed_copies(config, attention, layers)
-        return width * (2 * q_width + 2 * kv_width) + round(width * q_width * copies), rotary
+        copies = round(width * q_width * _windowed_copies(config, attention, layers))
+        # the logits of learned entries: of every key and value
+        if attention is not None and attention.get("entries") == "gated":
+            sparse = number_in(layers, sparse_layers(config.num_layers, attention))
+            copies += round(width * 2 * kv_width * sparse / len(layers))
+        return width * (2 * q_width + 2 * kv_width) + copies, rotary
 
     nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
     value = attention["v_head_dim"]

@@ -167,7 +167,7 @@ def _latent_parameters(config: ModelConfig, attention: Mapping[str, Any]) -> tup
 
 def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: range) -> int:
     """Parameters that layers learn beside dense attention's: sinks of windowed attention; offset,
-    sink, trust and gates of sparse layers.
+    sink, trust, gates and weights of entries of sparse layers.
     """
     if "window" in attention:
         return len(layers) * config.num_heads * bool(attention["sinks"])
@@ -178,11 +178,12 @@ def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: rang
         + projection * bool(attention.get("trust"))
         + 3 * projection * (attention.get("merge") == "gated")
     )
-    return (
-        per_head * config.num_heads * number_in(layers, sparse_layers(config.num_layers, attention))
-        if per_head
-        else 0
-    )
+    # a matrix per key/value head, from values to weights in an entry's key and in its value
+    weights = 2 * config.num_kv_heads * config.attention_head_dim**2
+    per_layer = per_head * config.num_heads + weights * (attention.get("entries") == "gated")
+    if not per_layer:
+        return 0
+    return per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
 
 
 def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:

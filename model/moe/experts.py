@@ -241,4 +241,5 @@ class Experts(nn.Module):
                 activation=self.activation,
                 gate_up_bias=gate_up_bias,
                 down_bias=down_bias,
+                precision=self.settings.precision,
             )

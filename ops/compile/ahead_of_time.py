@@ -42,6 +42,7 @@ from ops.compile.cuda import cache_folder
 from ops.compile.launch import Launch, record_launches
 
 if TYPE_CHECKING:
+    from ops.grouped_mlp.spec import Precision
     from ops.sparse_attention.spec import SparseAttentionSpec
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -55,6 +56,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
@@ -210,6 +212,7 @@ def grouped_mlp_launches(
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
     int8: bool = False,
+    precision: Precision = "native",
 ) -> list[Launch]:
     """What a forward and backward would start, of int8 weights a forward alone; sizes: tokens, D,
     F, experts, slots of a token. Tensors have no memory.
@@ -238,8 +241,8 @@ def grouped_mlp_launches(
             scales = [tensor(num_experts, w, dtype=torch.float32) for w in widths]
             triton_backend.forward(*given, False, (scales[0], scales[1]))
             return launches
-        _, pre = triton_backend.forward(*given, not recompute)
-        triton_backend.backward(hidden, *given, pre)
+        _, pre = triton_backend.forward(*given, not recompute, precision=precision)
+        triton_backend.backward(hidden, *given, pre, precision)
     return launches
 
 
@@ -318,10 +321,13 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
         dtype: torch.dtype = torch.bfloat16,
         products: bool = True,
         int8: bool = False,
+        precision: Precision = "native",
     ) -> Iterator[Job]:
         sizes = num_tokens, hidden_size, width, num_experts, top_k
         for recompute in (True,) if int8 else (False, True):
-            for launch in grouped_mlp_launches(architecture, sizes, dtype, recompute, int8):
+            for launch in grouped_mlp_launches(
+                architecture, sizes, dtype, recompute, int8, precision
+            ):
                 absent = [
                     name.removesuffix("_ptr")
                     for name, value in _named(launch)
@@ -343,6 +349,10 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
         yield from record(f"int8 {name}", 32768, 2048, 768, 128, 8, dtype, int8=True)
         yield from record(f"int8 {name} few rows", 64, 2048, 768, 128, 8, dtype, int8=True)
     yield from record("int8 masked", 64, 2872, 2872, 8, 1, torch.bfloat16, int8=True)
+    if architecture >= 89:
+        yield from record("fp8 D2048 F768 K8", 32768, 2048, 768, 128, 8, precision="fp8")
+        yield from record("fp8 few rows", 1024, 2048, 768, 128, 8, precision="fp8")
+        yield from record("fp8 masked", 8192, 2872, 2872, 8, 1, precision="fp8")
 
 
 @functools.cache
@@ -354,11 +364,13 @@ def jobs_of(architecture: int) -> dict[str, Job]:
     return jobs
 
 
-def compile_job(title: str, architecture: int) -> Usage | str:
+def compile_job(title: str, architecture: int) -> Usage | str | None:
     """Compile, or take the result of an earlier run with the same content; what the compiler said
-    where it failed.
+    where it failed; None where the architecture has no such kernel.
     """
-    job = jobs_of(architecture)[title]
+    job = jobs_of(architecture).get(title)
+    if job is None:
+        return None
     path = cache_folder() / "triton" / f"{job.key(architecture)}.json"
     if path.is_file():
         return Usage(**json.loads(path.read_text()))
@@ -415,7 +427,8 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     architectures = [int(a) for a in arguments] or list(SHARED_MEMORY)
-    titles = list(jobs_of(architectures[0]))
+    jobs = {title: job for a in reversed(architectures) for title, job in jobs_of(a).items()}
+    titles = list(jobs)
     print(
         f"triton {triton.__version__}: warps, then registers, KiB of shared memory and tensor core "
         f"instructions on sm_{', sm_'.join(map(str, architectures))}"
@@ -428,9 +441,12 @@ def main(arguments: list[str]) -> int:
             compile_job, *zip(*itertools.product(titles, architectures), strict=True)
         )
         for title in titles:
-            row = f"{title:34}{jobs_of(architectures[0])[title].options.get('num_warps', 4):2}"
+            row = f"{title:34}{jobs[title].options.get('num_warps', 4):2}"
             for architecture in architectures:
                 usage = next(results)
+                if usage is None:
+                    row += f" |{'none':>4}{'':18}"
+                    continue
                 if isinstance(usage, str):
                     failed, row = True, f"{row} | {usage}"
                     continue

@@ -44,15 +44,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LOADSTONE_KERNELS", ROOT.parent / ".cache" / "kernels"))
 
 
-def _cpu_flags() -> list[str]:
+def _cpu_flags(widest: bool = False) -> list[str]:
     """AVX2 and fused multiply-add where this machine has them; a shared cache keeps one build per
-    choice.
+    choice. widest: also AVX-512, for code whose sums do not hang on a vector's width.
     """
     if platform.machine() == "x86_64":
         try:
             flags = Path("/proc/cpuinfo").read_text()
         except OSError:
             flags = ""
+        wide = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+        if widest and all(f" {flag} " in flags for flag in wide):
+            return ["-march=x86-64-v4", "-mprefer-vector-width=512"]
         if " avx2 " in flags and " fma " in flags and " bmi2 " in flags:
             return ["-march=x86-64-v3"]
     return []
@@ -135,8 +138,8 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def build_ops(name: str, sources: list[Path]) -> Path:
-    """Dispatcher ops over torch's stable ABI, by g++ (or $CXX)."""
+def build_ops(name: str, sources: list[Path], widest: bool = False) -> Path:
+    """Dispatcher ops over torch's stable ABI, by g++ (or $CXX); widest: with the widest vectors."""
     package = Path(torch.__file__).parent
     include = package / "include"
     return compile_library(
@@ -148,7 +151,7 @@ def build_ops(name: str, sources: list[Path]) -> Path:
             "-O3",
             "-fPIC",
             "-shared",
-            *_cpu_flags(),
+            *_cpu_flags(widest),
             "-ffp-contract=off",
             "-fno-math-errno",
             "-fno-trapping-math",

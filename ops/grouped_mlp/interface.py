@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ops.compiling import constant_when_compiled
 from ops.grouped_mlp.reference import reference_grouped_mlp
-from ops.grouped_mlp.spec import Activation
+from ops.grouped_mlp.spec import Activation, Precision
 
 log = logging.getLogger("loadstone")
 BACKENDS = ("auto", "triton", "grouped_mm", "torch", "reference")
@@ -36,6 +36,7 @@ def grouped_mlp(
     activation: Activation = "swiglu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    precision: Precision = "native",
 ) -> Tensor:
     """Every token through its experts: out[t] = sum_k weights[t, k] * SwiGLU_expert(t,
     k)(hidden[t]).
@@ -55,6 +56,8 @@ def grouped_mlp(
         activation: see ops.grouped_mlp.spec; other than "swiglu", and biases, are for the torch,
             grouped_mm and reference back-ends.
         gate_up_bias: [L, 2F]; down_bias: [L, D]; both or none, in the dtype of `hidden`.
+        precision: see ops.grouped_mlp.spec; "fp8" is for the triton, torch and reference back-ends,
+            of which only triton has 8-bit products: the others compute the same in wider ones.
 
     Returns:
         [T, D] in the dtype of `hidden`; a token without experts gets zeros. Every weight gets a
@@ -74,6 +77,10 @@ def grouped_mlp(
     _check(hidden, weights, gate_up, down, slots, inverse, offsets)
     _check_biases(hidden, gate_up, down, gate_up_bias, down_bias)
     _check_activation(activation)
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"unknown precision {precision!r}; choose {' or '.join(get_args(Precision))}"
+        )
     chosen = select_backend(
         backend,
         hidden.device,
@@ -81,6 +88,7 @@ def grouped_mlp(
         hidden.shape[1],
         down.shape[2],
         activation == "swiglu" and gate_up_bias is None,
+        precision,
     )
     if chosen == "reference":
         return reference_grouped_mlp(
@@ -94,6 +102,7 @@ def grouped_mlp(
             activation,
             gate_up_bias,
             down_bias,
+            precision,
         )
 
     # Asked here, as inside a custom op gradients are always off.
@@ -115,6 +124,7 @@ def grouped_mlp(
         activation,
         None if gate_up_bias is None else gate_up_bias.contiguous(),
         None if down_bias is None else down_bias.contiguous(),
+        precision,
     )
     return out
 
@@ -127,13 +137,15 @@ def select_backend(
     hidden_size: int,
     width: int,
     plain: bool = True,
+    precision: Precision = "native",
 ) -> str:
     """The backend of `requested`; a faster one that "auto" has to pass over is named once, with the
     reason.
 
     plain: SwiGLU without biases.
 
-    triton: our kernels, on CUDA, for plain experts; fp32, bf16 or fp16. grouped_mm: torch's grouped
+    triton: our kernels, on CUDA, for plain experts; fp32, bf16 or fp16, and bf16 for fp8 products,
+        which want compute capability 8.9. grouped_mm: torch's grouped
         GEMM, on CUDA in bf16 with compute capability 8.0 or more and widths that are multiples of 8
         (slow but right on CPU). torch: one expert at a time, any device; on CUDA it waits for the
         sizes. reference: the definition. auto: the first of them that the device has.
@@ -144,8 +156,8 @@ def select_backend(
     if requested not in BACKENDS:
         raise ValueError(f"unknown experts backend {requested!r}; choose {', '.join(BACKENDS)}")
     if requested == "auto":
-        return _best_backend(device, dtype, hidden_size, width, plain)
-    reason = _unsuited(requested, device, dtype, hidden_size, width, plain)
+        return _best_backend(device, dtype, hidden_size, width, plain, precision)
+    reason = _unsuited(requested, device, dtype, hidden_size, width, plain, precision)
     if reason is not None:
         raise ValueError(f"experts.backend={requested} cannot be used: {reason}")
     return requested
@@ -165,11 +177,16 @@ def product_tile_rows(backend: str, num_rows: int, num_experts: int, dtype: torc
 
 @functools.cache
 def _best_backend(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, width: int, plain: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    width: int,
+    plain: bool,
+    precision: Precision,
 ) -> str:
     reasons = {}
     for name in ("triton", "grouped_mm", "torch") if device.type == "cuda" else ("torch",):
-        reasons[name] = _unsuited(name, device, dtype, hidden_size, width, plain)
+        reasons[name] = _unsuited(name, device, dtype, hidden_size, width, plain, precision)
         if reasons[name] is None:
             break
     for other, reason in reasons.items():
@@ -192,6 +209,7 @@ def _unsuited(
     hidden_size: int,
     width: int,
     plain: bool,
+    precision: Precision = "native",
 ) -> str | None:
     """Why a backend cannot serve; None where it can."""
     if name == "triton":
@@ -202,10 +220,14 @@ def _unsuited(
         try:
             triton_backend = importlib.import_module("ops.grouped_mlp.triton_backend")
             problem: str | None = triton_backend.problem(dtype, hidden_size, width)
+            if problem is None and precision == "fp8":
+                problem = triton_backend.problem_of_fp8(dtype, device)
             return problem
         except ImportError as error:
             return f"triton is not installed ({error})"
     if name == "grouped_mm":
+        if precision == "fp8":
+            return "it has no products of 8-bit floats"
         if hidden_size % 8 or width % 8:
             return f"its rows must be multiples of 8 values, not {hidden_size} and {width}"
         if device.type == "cuda" and dtype != torch.bfloat16:
@@ -236,9 +258,10 @@ def _forward(
     activation: str = "swiglu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    precision: str = "native",
 ) -> tuple[Tensor, Tensor]:
     """Output [T, D] and pre-activations [T * K, 2F], or an empty tensor without `keep`."""
-    special = _special(activation, gate_up_bias, down_bias)
+    special = _special(activation, gate_up_bias, down_bias, precision)
     out, pre = _backend(backend).forward(
         hidden, weights, gate_up, down, slots, inverse, offsets, keep, **special
     )
@@ -279,9 +302,10 @@ def _backward(
     activation: str,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Those of hidden, weights, gate_up, down and the biases, empty where there are none."""
-    special = _special(activation, gate_up_bias, down_bias)
+    special = _special(activation, gate_up_bias, down_bias, precision)
     grads = _backend(backend).backward(
         grad,
         hidden,
@@ -315,6 +339,7 @@ def _(
     activation: str,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    precision: str,
 ) -> tuple[Tensor, ...]:
     return (
         *(torch.empty_like(t) for t in (hidden, weights, gate_up, down)),
@@ -326,7 +351,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend, ctx.keep, ctx.activation, gate_up_bias, down_bias = inputs
+    *tensors, ctx.backend, ctx.keep, ctx.activation, gate_up_bias, down_bias, precision = inputs
+    ctx.precision = precision
     ctx.save_for_backward(*tensors, output[1], gate_up_bias, down_bias)
     # or the pre-activations would get a gradient of zeros
     ctx.set_materialize_grads(False)
@@ -334,11 +360,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     *saved, gate_up_bias, down_bias = ctx.saved_tensors
     settings = ctx.backend, ctx.keep, ctx.activation
     *grads, grad_gate_up_bias, grad_down_bias = _backward(
-        grad.contiguous(), *saved, *settings, gate_up_bias, down_bias
+        grad.contiguous(), *saved, *settings, gate_up_bias, down_bias, ctx.precision
     )
     # slots, inverse, offsets, and the settings
     return (
@@ -346,6 +372,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, .
         *[None] * 6,
         None if gate_up_bias is None else grad_gate_up_bias,
         None if down_bias is None else grad_down_bias,
+        None,
     )
 
 
@@ -355,12 +382,17 @@ torch.library.register_autograd(
 
 
 def _special(
-    activation: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
+    activation: str, gate_up_bias: Tensor | None, down_bias: Tensor | None, precision: str
 ) -> dict[str, Any]:
     """What plain experts do without, as the back-ends that know it take it."""
+    found: dict[str, Any] = {} if precision == "native" else {"precision": precision}
     if activation == "swiglu" and gate_up_bias is None:
-        return {}
-    return {"activation": activation, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+        return found
+    return found | {
+        "activation": activation,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
 
 
 def _check_activation(activation: str) -> None:

@@ -10,3 +10,8 @@ Activation = Literal["swiglu", "clamped_swiglu"]
 """
 LIMIT = 7.0
 ALPHA = 1.702
+Precision = Literal["native", "fp8"]
+"""Of the products. native: the dtype of the tensors. fp8: both sides of the products forward and of
+those back to the tokens are rounded to e4m3 (ops/grouped_mlp/fp8.py), sums are fp32, and the
+gradients of weights are products in the dtype of the tensors.
+"""

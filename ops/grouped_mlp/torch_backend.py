@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ops.grouped_mlp.spec import Activation
+from ops.grouped_mlp.fp8 import rounded_columns, rounded_rows
+from ops.grouped_mlp.spec import Activation, Precision
 from ops.grouped_mlp.swiglu import activate, activation_backward
 
 
@@ -33,6 +34,10 @@ def _experts(
             )
 
 
+def _as_it_is(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
 def forward(
     hidden: torch.Tensor,
     weights: torch.Tensor,
@@ -46,6 +51,7 @@ def forward(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    precision: Precision = "native",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [T, D], and the pre-activations [T * K, 2F] in expert order where `keep`.
 
@@ -53,11 +59,15 @@ def forward(
     expert's weights at a time are in the dtype of `hidden`.
     """
     num_slots, flat_weights = inverse.shape[1], weights.reshape(-1)
+    # What is rounded to 8 bits is exact in the dtype of `hidden`, so its products are products of
+    # that dtype.
+    rounds = rounded_rows if precision == "fp8" else _as_it_is
+    hidden = rounds(hidden)
     out = torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device)
     pre = hidden.new_empty((slots.shape[0], gate_up.shape[1])) if keep else None
     for expert, rows, assigned, tokens in _experts(slots, num_slots, offsets):
         x = hidden.index_select(0, tokens)
-        w_up, w_down = gate_up[expert], down[expert]
+        w_up, w_down = rounds(gate_up[expert]), rounds(down[expert])
         if scales is not None:
             w_up, w_down = w_up.to(hidden.dtype), w_down.to(hidden.dtype)
         projected = x @ w_up.t() if pre is None else torch.mm(x, w_up.t(), out=pre[rows])
@@ -66,7 +76,7 @@ def forward(
         if gate_up_bias is not None:
             projected += gate_up_bias[expert]
         gate, up = projected.chunk(2, dim=-1)
-        y = activate(gate, up, activation) @ w_down.t()
+        y = rounds(activate(gate, up, activation)) @ w_down.t()
         if scales is not None:
             y *= scales[1][expert]
         if down_bias is not None:
@@ -89,11 +99,15 @@ def backward(
     activation: Activation = "swiglu",
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    precision: Precision = "native",
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of hidden, weights, gate_up and down, and of the biases where there are some. The
     gates' is <grad_out W_down, act> (and <grad_out, b_down>): no output row is needed.
     """
     num_slots, flat_weights = inverse.shape[1], weights.reshape(-1)
+    low = precision == "fp8"
+    rows_of, columns_of = (rounded_rows, rounded_columns) if low else (_as_it_is, _as_it_is)
+    rounded_grad = rows_of(grad_out)
     grad_hidden = torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device)
     grad_weights = torch.zeros_like(flat_weights)
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
@@ -112,12 +126,11 @@ def backward(
         if pre is not None:
             projected = pre[rows]
         else:
-            projected = x @ gate_up[expert].t()
+            projected = rows_of(x) @ rows_of(gate_up[expert]).t()
             if gate_up_bias is not None:
                 projected += gate_up_bias[expert]
-        grad_gates, act, grad_pre = activation_backward(
-            projected, grad_rows @ down[expert], gates, activation
-        )
+        grad_act = rounded_grad.index_select(0, tokens) @ columns_of(down[expert])
+        grad_gates, act, grad_pre = activation_backward(projected, grad_act, gates, activation)
         if down_bias is not None and grad_down_bias is not None:
             grad_gates += (grad_rows * down_bias[expert]).sum(1, dtype=grad_gates.dtype)
             grad_down_bias[expert] = (grad_rows * gates).sum(0)
@@ -126,7 +139,8 @@ def backward(
         grad_weights[assigned] = grad_gates
         torch.mm(grad_rows.t(), act, out=grad_down[expert])
         torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
-        grad_hidden.index_add_(0, tokens, (grad_pre @ gate_up[expert]).to(weights.dtype))
+        grad_x = rows_of(grad_pre) @ columns_of(gate_up[expert])
+        grad_hidden.index_add_(0, tokens, grad_x.to(weights.dtype))
     biases = [g for g in (grad_gate_up_bias, grad_down_bias) if g is not None]
     grads = grad_hidden.to(hidden.dtype), grad_weights.view_as(weights), grad_gate_up, grad_down
     return (*grads, *biases)

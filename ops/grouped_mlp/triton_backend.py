@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.compile.launch import architecture, launch
+from ops.grouped_mlp.fp8 import FP8, round_rows
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.kernels.backward import (
     act_grad_kernel,
@@ -24,8 +25,12 @@ from ops.grouped_mlp.kernels.backward import (
 from ops.grouped_mlp.kernels.common import tile_map_kernel
 from ops.grouped_mlp.kernels.configs import Config
 from ops.grouped_mlp.kernels.forward import combine_kernel, down_kernel, up_kernel
+from ops.grouped_mlp.spec import Precision
 
-__all__ = ["backward", "forward", "problem"]
+__all__ = ["backward", "forward", "problem", "problem_of_fp8"]
+
+Scaled = tuple[Tensor, Tensor | None]
+"""What a product takes, and its scales where it is e4m3."""
 
 
 def problem(dtype: torch.dtype, hidden_size: int, width: int) -> str | None:
@@ -34,6 +39,15 @@ def problem(dtype: torch.dtype, hidden_size: int, width: int) -> str | None:
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 or float16, not {dtype}"
+    return None
+
+
+def problem_of_fp8(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why they cannot multiply 8-bit floats; None where they can."""
+    if dtype != torch.bfloat16:
+        return f"its 8-bit products go with bfloat16, not {dtype}"
+    if device.type == "cuda" and architecture(device) < 89:
+        return "products of 8-bit floats need compute capability 8.9"
     return None
 
 
@@ -47,10 +61,12 @@ def forward(
     offsets: Tensor,
     keep: bool,
     scales: tuple[Tensor, Tensor] | None = None,
+    precision: Precision = "native",
 ) -> tuple[Tensor, Tensor | None]:
     """Output [T, D], and the pre-activations [R, 2F] in row order where `keep`. Arguments:
     interface.grouped_mlp. scales: of int8 weights, [L, 2F] and [L, D] fp32.
     """
+    low = precision == "fp8"
     num_experts, hidden_size, width = down.shape
     top_k = weights.shape[1]
     rows = configs.tile_rows(len(slots), num_experts, hidden.dtype)
@@ -60,10 +76,15 @@ def forward(
     pre = hidden.new_empty(len(slots), 2 * width) if keep else None
     act = hidden.new_empty(len(slots), width)
     up_scales, down_scales = scales or (None, None)
-    _up(hidden, gate_up, slots, offsets, tiles, act, pre, top_k, rows, up_scales)
+    tokens: Scaled = round_rows(hidden) if low else (hidden, None)
+    matrices: Scaled = round_rows(gate_up) if low else (gate_up, up_scales)
+    _up(tokens, matrices, slots, offsets, tiles, act, pre, top_k, rows)
 
+    act_scales = None
+    if low:
+        (act, act_scales), (down, down_scales) = round_rows(act), round_rows(down)
     config = _fitting(
-        configs.row_config(rows, width, hidden.dtype, architecture(hidden.device)), act, down
+        configs.row_config(rows, width, act.dtype, architecture(hidden.device)), act, down
     )
 
     # With one slot a token the rows are the tokens: the product writes them in place, weighted, and
@@ -76,6 +97,7 @@ def forward(
         act,
         _rows(act, config),
         _matrices(down, (config.columns, config.step), config),
+        act_scales,
         down_scales,
         weights,
         slots,
@@ -85,6 +107,7 @@ def forward(
         HIDDEN=hidden_size,
         WIDTH=width,
         SCATTER=scatter,
+        FP8=low,
         **config.sizes,
     )
     return out if scatter else _combine(out, inverse, weights), pre
@@ -100,10 +123,12 @@ def backward(
     inverse: Tensor,
     offsets: Tensor,
     pre: Tensor | None,
+    precision: Precision = "native",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weights (fp32), gate_up and down. pre: of forward; None computes it
     again.
     """
+    low = precision == "fp8"
     num_tokens, top_k = weights.shape
     num_experts, hidden_size, width = down.shape
     num_rows = len(slots)
@@ -115,11 +140,15 @@ def backward(
     tiles = _tile_map(slots, offsets, rows)
     if pre is None:
         pre = hidden.new_empty(num_rows, 2 * width)
-        _up(hidden, gate_up, slots, offsets, tiles, None, pre, top_k, rows)
+        tokens: Scaled = round_rows(hidden) if low else (hidden, None)
+        matrices: Scaled = round_rows(gate_up) if low else (gate_up, None)
+        _up(tokens, matrices, slots, offsets, tiles, None, pre, top_k, rows)
 
     # Through the down-projection and SwiGLU, with the weights' gradient on the way: each tile of
     # columns has a part of <grad_act, act>, and a second kernel adds them in order.
-    config = _fitting(configs.act_grad_config(rows, hidden.dtype, target), down)
+    grad_rows: Scaled = round_rows(grad_out) if low else (grad_out, None)
+    down_columns: Scaled = _rounded_columns(down) if low else (down, None)
+    config = _fitting(configs.act_grad_config(rows, grad_rows[0].dtype, target), down_columns[0])
     num_parts = -(-width // config.columns)
     grad_pre, act = torch.empty_like(pre), hidden.new_empty(num_rows, width)
     partial = torch.empty(num_parts, num_rows, dtype=torch.float32, device=hidden.device)
@@ -128,8 +157,10 @@ def backward(
     launch(
         act_grad_kernel,
         _row_grid(tiles, width, config),
-        grad_out,
-        _matrices(down, (config.step, config.columns), config),
+        grad_rows[0],
+        _columns(down_columns[0], config, low),
+        grad_rows[1],
+        down_columns[1],
         pre,
         weights,
         slots,
@@ -143,6 +174,7 @@ def backward(
         EXPERTS=num_experts,
         TOP_K=top_k,
         SPLITS=config.splits,
+        FP8=low,
         **config.sizes,
     )
 
@@ -191,7 +223,13 @@ def backward(
     )
 
     # Back to the tokens. With one slot a token the product writes to the tokens themselves.
-    config = _fitting(configs.row_config(rows, 2 * width, hidden.dtype, target), grad_pre, gate_up)
+    grad_scales: Tensor | None = None
+    up_columns: Scaled = (gate_up, None)
+    if low:
+        (grad_pre, grad_scales), up_columns = round_rows(grad_pre), _rounded_columns(gate_up)
+    config = _fitting(
+        configs.row_config(rows, 2 * width, grad_pre.dtype, target), grad_pre, up_columns[0]
+    )
     scatter = top_k == 1
     row_grads = torch.zeros_like(hidden) if scatter else hidden.new_empty(num_rows, hidden_size)
     launch(
@@ -199,13 +237,16 @@ def backward(
         _row_grid(tiles, hidden_size, config),
         grad_pre,
         _rows(grad_pre, config),
-        _matrices(gate_up, (config.step, config.columns), config),
+        _columns(up_columns[0], config, low),
+        grad_scales,
+        up_columns[1],
         slots,
         offsets,
         *tiles,
         row_grads,
         **sizes,
         SCATTER=scatter,
+        FP8=low,
         **config.sizes,
     )
     grad_hidden = row_grads if scatter else _combine(row_grads, inverse, None)
@@ -266,6 +307,19 @@ def _matrices(
     return _descriptor(matrices, (1, *block), config) or matrices
 
 
+def _columns(matrices: Tensor, config: Config, low: bool) -> Tensor | TensorDescriptor:
+    """Of an expert at a time, summed over its rows; of 8-bit floats it has those as columns."""
+    block = (config.columns, config.step) if low else (config.step, config.columns)
+    return _matrices(matrices, block, config)
+
+
+def _rounded_columns(matrices: Tensor) -> Scaled:
+    """[L, m, n] -> e4m3 [L, n, m], whose rows are summed over and lie as tensor cores want 8-bit
+    values, and scales [L, n].
+    """
+    return round_rows(matrices.transpose(1, 2).contiguous())
+
+
 def _row_grid(tiles: tuple[Tensor, Tensor], columns: int, config: Config) -> tuple[int]:
     return (len(tiles[0]) * -(-columns // config.columns),)
 
@@ -276,8 +330,8 @@ def _expert_grid(grad: Tensor, config: Config) -> tuple[int]:
 
 
 def _up(
-    hidden: Tensor,
-    gate_up: Tensor,
+    tokens: Scaled,
+    matrices: Scaled,
     slots: Tensor,
     offsets: Tensor,
     tiles: tuple[Tensor, Tensor],
@@ -285,8 +339,8 @@ def _up(
     pre: Tensor | None,
     top_k: int,
     rows: int,
-    scales: Tensor | None = None,
 ) -> None:
+    (hidden, hidden_scales), (gate_up, gate_up_scales) = tokens, matrices
     num_experts, double_width, hidden_size = gate_up.shape
     width = double_width // 2
     config = _fitting(configs.up_config(rows, hidden.dtype, architecture(hidden.device)), gate_up)
@@ -296,7 +350,8 @@ def _up(
         _row_grid(tiles, width, config),
         hidden,
         _matrices(pairs, (2, config.columns, config.step), config),
-        scales,
+        hidden_scales,
+        gate_up_scales,
         slots,
         offsets,
         *tiles,
@@ -305,6 +360,7 @@ def _up(
         HIDDEN=hidden_size,
         WIDTH=width,
         TOP_K=top_k,
+        FP8=hidden.dtype == FP8,
         **config.sizes,
     )
 

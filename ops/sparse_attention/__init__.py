@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ops.sparse_attention.estimator import Estimate, estimate
     from ops.sparse_attention.interface import (
         AttentionOutput,
+        backend_for,
         decode,
         select_backend,
         sparse_attention,
@@ -30,6 +31,7 @@ __all__ = [
     "SelectionNoise",
     "SparseAttentionSpec",
     "audit_rows",
+    "backend_for",
     "block_table",
     "decode",
     "decode_pages",
@@ -51,6 +53,7 @@ __getattr__ = lazily(
         "Estimate": "estimator",
         "RowAudit": "audit",
         "audit_rows": "audit",
+        "backend_for": "interface",
         "block_table": "blocks",
         "decode": "interface",
         "decode_pages": "paged",

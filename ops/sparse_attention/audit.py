@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.chunked import real_dtype
-from ops.sparse_attention.entries import CoarseEntries, pool_groups
+from ops.sparse_attention.entries import CoarseEntries, pool_groups, weigh_groups
 from ops.sparse_attention.interface import AttentionOutput
 from ops.sparse_attention.noise import mix
 from ops.sparse_attention.spec import SparseAttentionSpec
@@ -96,12 +96,13 @@ def audit_rows(
     rows: Tensor,
     bias: Tensor | None = None,
     sink: Tensor | None = None,
+    pool_logits: Tensor | None = None,
 ) -> RowAudit:
     """Compare `result` with dense attention on `rows` [m] int64. Other arguments as
     sparse_attention was given, which had both branches.
     """
     table = block_table(cu_seqlens, len(q), spec)
-    pooled = _pool(k, v, table, spec)
+    pooled = _pool(k, v, table, spec, pool_logits)
     step = max(1, _ELEMENTS // max(1, q.shape[1] * len(k)))
     parts = [
         _audit(q, k, v, table, spec, result, chunk, bias, sink, pooled)
@@ -116,7 +117,9 @@ class _Pooled(NamedTuple):
     complete: Tensor
     """[M] bool."""
     entries: CoarseEntries
-    """[Hk, E, d] each; they carry gradient."""
+    """[Hk, E, d] each, under the weights that the op has; they carry gradient."""
+    means: CoarseEntries
+    """The same under equal weights, which the theorem is about."""
     key_radius: Tensor
     """[Hk, E], largest distance of a key from the mean; no gradient."""
     value_radius: Tensor
@@ -125,7 +128,9 @@ class _Pooled(NamedTuple):
     """[Hk, E], root mean square distance of the values from the mean; no gradient."""
 
 
-def _pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> _Pooled:
+def _pool(
+    k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec, pool_logits: Tensor | None
+) -> _Pooled:
     """Of every block; tokens beyond an incomplete one are its last one again."""
     at = table.start.long().unsqueeze(1) + torch.arange(spec.block_size, device=k.device)
     at = torch.minimum(at, (table.end.long() - 1).clamp_min(0).unsqueeze(1)).view(-1)
@@ -133,13 +138,18 @@ def _pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) ->
     keys, values = (
         x[at].to(real).transpose(0, 1).unflatten(1, (-1, spec.coarse_block_size)) for x in (k, v)
     )
-    entries = pool_groups(keys, values)
+    means = pool_groups(keys, values)
+    entries = means
+    if pool_logits is not None:
+        logits = pool_logits[at].transpose(0, 1).unflatten(1, (-1, spec.coarse_block_size))
+        entries = weigh_groups(keys, values, logits, means)
     with torch.no_grad():
-        key_distance = (keys - entries.key_mean.unsqueeze(2)).norm(dim=-1)
-        value_distance = (values - entries.value_mean.unsqueeze(2)).norm(dim=-1)
+        key_distance = (keys - means.key_mean.unsqueeze(2)).norm(dim=-1)
+        value_distance = (values - means.value_mean.unsqueeze(2)).norm(dim=-1)
         return _Pooled(
             table.end - table.start == spec.block_size,
             entries,
+            means,
             key_distance.amax(2),
             value_distance.amax(2),
             value_distance.square().mean(2).sqrt(),
@@ -198,14 +208,16 @@ def _audit(
     norm = torch.maximum(dense.norm(dim=-1), least_norm)
 
     # the coarse entries as the op sees them
-    mean, value_mean, var = pooled.entries
+    mean, value_entry, var = pooled.entries
     kappa = torch.zeros(*z.shape[:3], mean.shape[1], dtype=real, device=q.device)
     if spec.order == 2:
         kappa = 0.5 * scale**2 * torch.einsum("hmgd,hed->hmge", queries.square(), var)
         kappa = kappa.clamp_max(spec.max_variance)
-    centre = scale * torch.einsum("hmgd,hed->hmge", queries, mean)
-    centre = centre + math.log(spec.coarse_block_size)
-    c = centre + kappa
+    size = math.log(spec.coarse_block_size)
+    c = scale * torch.einsum("hmgd,hed->hmge", queries, mean) + size + kappa
+    # the least that the entry's tokens can weigh: their mean's mass
+    with torch.no_grad():
+        centre = scale * torch.einsum("hmgd,hed->hmge", queries, pooled.means.key_mean) + size
     block_logits = c.unflatten(-1, (-1, r)).logsumexp(-1).masked_fill(~past[None, :, None], _NEVER)
     some = past.any(1)[None, :, None]
     estimated = block_logits.masked_fill(~past[None, :, None], -1e30).log_softmax(-1)
@@ -260,10 +272,15 @@ def _audit(
             bounds = [difference.norm(dim=-1)] * 2
         elif spec.num_levels == 1:
             spreads = _worst_case(queries, pooled, scale), _sub_gaussian(queries, pooled, scale)
-            masses = log_exact, log_least, log_mass, kappa + shift
+            masses = log_exact, log_least, log_mass, c + shift - centre
+            # An entry's value may be any: the tokens' mean is as far from it as from their mean
+            # value, and that one's distance more.
+            moved = (value_entry - pooled.means.value_mean).norm(dim=-1)[:, None, None]
             bounds = [
-                torch.minimum(farthest, _bound(ours, noise, *masses, value_mean, *spread))
-                for farthest, spread in zip(bounds, spreads, strict=True)
+                torch.minimum(
+                    farthest, _bound(ours, noise, *masses, value_entry, log_spread, away + moved)
+                )
+                for farthest, (log_spread, away) in zip(bounds, spreads, strict=True)
             ]
 
     def by_row(x: Tensor) -> Tensor:
@@ -298,7 +315,7 @@ def _sub_gaussian(queries: Tensor, pooled: _Pooled, scale: float) -> tuple[Tenso
     """The same where logits within an entry are sub-Gaussian with the variance that the diagonal
     gives.
     """
-    sigma2 = scale**2 * torch.einsum("hmgd,hed->hmge", queries.square(), pooled.entries.key_var)
+    sigma2 = scale**2 * torch.einsum("hmgd,hed->hmge", queries.square(), pooled.means.key_var)
     return 0.5 * sigma2, pooled.value_spread[:, None, None] * torch.expm1(
         (2 * sigma2).clamp_max(60)
     ).sqrt()
@@ -320,7 +337,8 @@ def _bound(
     noise [Hk, m, G]: how far rounding may have moved `ours`, which the theorem multiplies by the
     ratio of the masses. Logarithms of masses, in any common unit: of the exact part log_exact [Hk,
     m, G, 1]; of an entry the least it can be (its mean's), log_least, and the estimated one,
-    log_mass = log_least + added; the most it can be is log_least + log_spread. [Hk, m, G, E] each,
+    log_mass = log_least + added, which may lie
+    outside; the most it can be is log_least + log_spread. [Hk, m, G, E] each,
     -inf outside of the tail. Sums are of positive terms alone: 1 - (mass of the tail), as the
     theorem is written, loses everything where the tail has nearly all of it.
     """

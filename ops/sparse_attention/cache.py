@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ops.sparse_attention.entries import CoarseEntries, pool_groups
+from ops.sparse_attention.entries import CoarseEntries, pool_groups, weigh_groups
 from ops.sparse_attention.spec import SparseAttentionSpec
+
+Weigh = Callable[[Tensor], Tensor]
+"""From values [..., Hk, d] to pool_logits [..., Hk, 2, d]."""
+
+
+def _pooled(keys: Tensor, values: Tensor, weigh: Weigh | None) -> CoarseEntries:
+    """Over the third dimension of keys and values [A, B, C, Hk, d], in fp32 or fp64."""
+    real = torch.promote_types(keys.dtype, torch.float32)
+    k, v = keys.to(real), values.to(real)
+    means = pool_groups(k, v)
+    if weigh is None:
+        return means
+    # rounded first, as in training, where a back-end's pool comes before the weights
+    rounded = CoarseEntries(*(x.to(keys.dtype).to(real) for x in means))
+    return weigh_groups(k, v, weigh(values), rounded)
 
 
 class EntryCache:
     """`entries`: tensors [N, Hk, max_blocks * r, d] for N sequences of equal length, valid for
-    complete blocks.
+    complete blocks. weigh: gives the weights of learned entries; None: equal ones.
     """
 
     def __init__(
@@ -23,8 +40,9 @@ class EntryCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        weigh: Weigh | None = None,
     ):
-        self.spec = spec
+        self.spec, self.weigh = spec, weigh
         shape = (
             num_rows,
             num_kv_heads,
@@ -45,17 +63,15 @@ class EntryCache:
         if begin == end:
             return
         at = slice(begin // size, end // size)
-        real = torch.promote_types(keys.dtype, torch.float32)
-        pooled = pool_groups(
-            *(x[:, begin:end].to(real).unflatten(1, (-1, size)) for x in (keys, values))
-        )
+        new_keys, new_values = (x[:, begin:end].unflatten(1, (-1, size)) for x in (keys, values))
+        pooled = _pooled(new_keys, new_values, self.weigh)
         for entries, found in zip(self.entries, pooled, strict=True):
             entries[:, :, at] = found.transpose(1, 2).to(entries.dtype)
 
 
 class EntryPages:
     """Pooled entries of a pool of pages, each a block: `entries` are tensors [pages, Hk, r, d],
-    valid for pages whose last token has been written.
+    valid for pages whose last token has been written. weigh: as EntryCache.
     """
 
     def __init__(
@@ -66,8 +82,9 @@ class EntryPages:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        weigh: Weigh | None = None,
     ):
-        self.spec = spec
+        self.spec, self.weigh = spec, weigh
         shape = (num_pages, num_kv_heads, spec.entries_per_block, head_dim)
         self.entries = CoarseEntries(
             *(torch.zeros(shape, dtype=dtype, device=device) for _ in CoarseEntries._fields)
@@ -82,12 +99,8 @@ class EntryPages:
         full = slots[slots % size == size - 1] // size
         if not len(full):
             return
-        real = torch.promote_types(keys.dtype, torch.float32)
-        pooled = pool_groups(
-            *(
-                x[full].to(real).unflatten(1, (-1, self.spec.coarse_block_size))
-                for x in (keys, values)
-            )
-        )
+        size = self.spec.coarse_block_size
+        new_keys, new_values = (x[full].unflatten(1, (-1, size)) for x in (keys, values))
+        pooled = _pooled(new_keys, new_values, self.weigh)
         for entries, found in zip(self.entries, pooled, strict=True):
             entries[full] = found.transpose(1, 2).to(entries.dtype)

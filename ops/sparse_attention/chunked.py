@@ -443,8 +443,13 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def attend_backward(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    pooled: bool = True,
+) -> tuple[Tensor | None, ...]:
     """See interface.Backend.attend_backward."""
     p, sink = Rows(problem), problem.sink
     table, spec = problem.table, problem.spec
@@ -509,7 +514,7 @@ def attend_backward(
         )
 
     # From the entries back to the tokens they were pooled from.
-    if p.entries is not None and grads is not None:
+    if pooled and p.entries is not None and grads is not None:
         complete, r = complete_blocks(table, spec), spec.entries_per_block
         mean, *dentries = (
             x.unflatten(1, (-1, r))[:, complete].flatten(1, 2) for x in (p.entries.key_mean, *grads)
@@ -535,6 +540,7 @@ def attend_backward(
         dv.transpose(0, 1).to(problem.v.dtype),
         None if dbias is None else p.by_token(dbias.squeeze(-1)),
         dsink,
+        *(() if pooled or grads is None else grads),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +25,30 @@ def pool_groups(keys: Tensor, values: Tensor) -> CoarseEntries:
     """Means and variance over the third dimension of keys and values, in their dtype."""
     mean = keys.mean(2)
     return CoarseEntries(mean, values.mean(2), (keys - mean.unsqueeze(2)).square().mean(2))
+
+
+def weigh_groups(
+    keys: Tensor, values: Tensor, logits: Tensor, means: CoarseEntries
+) -> CoarseEntries:
+    """Entries under learned weights (README, Learned entries), from those under equal ones.
+
+    Weights are written as what they have more than 1 / C, which is nothing at all where the logits
+    are zero: there `means` come back to the last bit. Differentiable in everything.
+
+    Args:
+        keys, values: [A, B, C, ..., d], pooled over the third dimension.
+        logits: [A, B, C, ..., 2, d], of a token's weight in the key of its entry and in the value.
+        means: [A, B, ..., d] each, pool_groups(keys, values), rounded or not.
+    """
+    more = torch.softmax(logits.to(keys.dtype), 2) - 1 / keys.shape[2]
+    key_more, value_more = more.unbind(-2)
+    apart = keys - means.key_mean.unsqueeze(2)
+    shift = (key_more * apart).sum(2)
+    value_shift = (value_more * (values - means.value_mean.unsqueeze(2))).sum(2)
+    # the mean of the squares moves by shift^2, and their weights by `more`
+    spread = shift.square() + (key_more * (apart - shift.unsqueeze(2)).square()).sum(2)
+    return CoarseEntries(
+        means.key_mean + shift,
+        means.value_mean + value_shift,
+        (means.key_var + spread).clamp_min(0.0),
+    )

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ops.sparse_attention import chunked
+from ops.sparse_attention import chunked, cpp_backend
 from ops.sparse_attention.blocks import BlockTable, block_table
-from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.entries import CoarseEntries, weigh_groups
 from ops.sparse_attention.hierarchy import attend_in_two_levels, decode_in_two_levels
 from ops.sparse_attention.noise import (
     NO_NOISE,
@@ -37,7 +38,7 @@ log = logging.getLogger("loadstone")
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (32, 64, 128)
 MAX_GROUP = 16
-"""What the Triton kernels are built for; the CPU path takes any."""
+"""What the Triton kernels are built for; a CPU takes any."""
 
 
 class AttentionOutput(NamedTuple):
@@ -80,10 +81,20 @@ class Backend(Protocol):
         """(out, lse, tail_mass, selected_mass) of AttentionOutput."""
 
     def attend_backward(
-        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        self,
+        problem: Problem,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        pooled: bool = True,
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, bias, sink in their dtypes, from what attend gave and the gradients
         of it.
+
+        pooled: entries are `pool` of the keys and values, which get what reaches these. Otherwise
+            entries are inputs of their own, and where coarse ones take part, the gradients of the
+            three follow, in the dtype computed in.
         """
 
     def decode(self, problem: DecodeProblem) -> tuple[Tensor, Tensor]:
@@ -99,6 +110,7 @@ def sparse_attention(
     *,
     bias: Tensor | None = None,
     sink: Tensor | None = None,
+    pool_logits: Tensor | None = None,
     noise: SelectionNoise | None = None,
     token_ids: Tensor | None = None,
     selected: Tensor | None = None,
@@ -114,21 +126,24 @@ def sparse_attention(
         cu_seqlens: [documents + 1] integers on the device, from 0 to T, not falling.
         bias: [T, H], added to the logits of coarse entries (learned offset and trust). sink: [H], a
             logit of value zero.
+        pool_logits: [T, Hk, 2, d], logits of a token's weight within its coarse entry, per channel,
+            for the entry's key and for its value. Zeros: None, to the last bit. Not with two
+            levels.
         noise: randomness of the selection, in training; token_ids: [T] int64 names of the tokens it
             hangs on (None: positions in the batch).
         selected: [Hk, T, K] int32 block ids to use instead of selecting, -1 for none; candidates
             only, without repeats. exact, coarse: branches that take part; without the exact one,
             coarse entries stand for every complete past block.
-        backend: "triton" (CUDA) or "chunked" (any device); None: the device's.
+        backend: "triton" (CUDA), "cpp" (CPU) or "chunked" (any device); None: the device's.
 
     Returns:
-        AttentionOutput; gradients flow from out and lse to q, k, v, bias and sink in closed form.
+        AttentionOutput; gradients flow from out and lse to q, k, v, bias, sink and pool_logits.
         Deterministic. Equal to dense attention for documents up to spec.dense_length tokens.
 
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
     """
-    _check(q, k, v, cu_seqlens, spec, bias, sink, token_ids, selected, exact, coarse)
+    _check(q, k, v, cu_seqlens, spec, bias, sink, pool_logits, token_ids, selected, exact, coarse)
     chosen = _backend(backend or select_backend(q, k, spec))
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     wants_tail = spec.has_tail(exact, coarse)
@@ -146,6 +161,8 @@ def sparse_attention(
         coarse=wants_tail,
     )
     if spec.num_levels == 2:
+        if pool_logits is not None:
+            raise ValueError("num_levels=2 pools with equal weights: leave pool_logits out")
         if selected is not None or not exact or not coarse:
             raise ValueError("num_levels=2 selects by itself and has no branches to leave out")
         return AttentionOutput._make(attend_in_two_levels(problem, noise, token_ids))
@@ -154,15 +171,38 @@ def sparse_attention(
 
     # Entries are pooled for the tail, for the selection, or for both.
     ranks = exact and selected is None and spec.top_k > 0
+    learned: CoarseEntries | None = None
     if wants_tail or ranks:
+        if pool_logits is None:
+            with torch.no_grad():
+                entries = chosen.pool(k, v, problem.table, spec)
+        else:
+            # Made again in the backward pass: it has a dozen copies of keys and values inside.
+            entries = CoarseEntries(
+                *checkpoint(
+                    weigh,
+                    k,
+                    v,
+                    pool_logits,
+                    problem.table,
+                    spec,
+                    chosen,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            )
         with torch.no_grad():
-            entries = chosen.pool(k, v, problem.table, spec)
             if ranks:
-                found = select(q, entries, problem.table, spec, noise, token_ids, chosen)
+                given = CoarseEntries(*(x.detach() for x in entries))
+                found = select(q, given, problem.table, spec, noise, token_ids, chosen)
                 problem = problem._replace(selected=found)
-        if wants_tail:
+        if wants_tail and pool_logits is None:
             problem = problem._replace(entries=entries)
-    out, lse, tail_mass, selected_mass = _Attend.apply(*problem, chosen)  # type: ignore[no-untyped-call]
+        elif wants_tail:
+            learned = entries
+    out, lse, tail_mass, selected_mass = _Attend.apply(  # type: ignore[no-untyped-call]
+        *(learned or (None,) * 3), *problem, chosen
+    )
     return AttentionOutput(out, lse, tail_mass, selected_mass, problem.selected)
 
 
@@ -265,12 +305,84 @@ def select(
     return torch.where(rising == far, -1, rising)
 
 
+def weigh(
+    k: Tensor,
+    v: Tensor,
+    pool_logits: Tensor,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+    backend: Backend,
+) -> CoarseEntries:
+    """Entries [Hk, M * r, d] under learned weights, in the dtype of the keys; of incomplete blocks
+    as pool makes them. Differentiable. pool_logits: [T, Hk, 2, d].
+    """
+    base = CoarseEntries(*_Pool.apply(k, v, table, spec, backend))  # type: ignore[no-untyped-call]
+    complete, r = chunked.complete_blocks(table, spec), spec.entries_per_block
+    spans = chunked.token_spans(table.start[complete], spec.block_size)
+    real = chunked.real_dtype(k.dtype)
+    keys, values, logits = (
+        x[spans].to(real).transpose(0, 1).unflatten(1, (-1, spec.coarse_block_size))
+        for x in (k, v, pool_logits)
+    )
+    means = CoarseEntries(
+        *(x.unflatten(1, (-1, r))[:, complete].flatten(1, 2).to(real) for x in base)
+    )
+
+    def place(x: Tensor, new: Tensor) -> Tensor:
+        blocks = new.unflatten(1, (-1, r)).to(x.dtype)
+        placed: Tensor = x.unflatten(1, (-1, r)).index_copy(1, complete, blocks)
+        return placed.flatten(1, 2)
+
+    found = weigh_groups(keys, values, logits, means)
+    return CoarseEntries(*(place(x, new) for x, new in zip(base, found, strict=True)))
+
+
+class _Pool(torch.autograd.Function):
+    """apply(k, v, table, spec, backend) -> the three of CoarseEntries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec, backend: Any
+    ) -> tuple[Tensor, ...]:
+        entries = backend.pool(k, v, table, spec)
+        ctx.save_for_backward(k, entries.key_mean, *table)
+        ctx.spec = spec
+        return tuple(entries)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        k, mean, *rest = ctx.saved_tensors
+        table, spec = BlockTable(*rest), ctx.spec
+        complete, r = chunked.complete_blocks(table, spec), spec.entries_per_block
+        real = chunked.real_dtype(k.dtype)
+        dk, dv = (k.new_zeros(k.transpose(0, 1).shape, dtype=real) for _ in range(2))
+        mean, *dentries = (
+            x.to(real).unflatten(1, (-1, r))[:, complete].flatten(1, 2) for x in (mean, *grads)
+        )
+        chunked.pool_spans_backward(
+            k,
+            chunked.token_spans(table.start[complete], spec.block_size),
+            spec.coarse_block_size,
+            mean,
+            CoarseEntries(*dentries),
+            dk,
+            dv,
+        )
+        return dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(k.dtype), None, None, None
+
+
 class _Attend(torch.autograd.Function):
-    """apply(*problem, backend) -> (out, lse, tail_mass, selected_mass)."""
+    """apply(*entries, *problem, backend) -> (out, lse, tail_mass, selected_mass). entries: the
+    three tensors of entries that get a gradient of their own; None where they are pooled, or there
+    are none.
+    """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-        problem, backend = Problem(*given[:-1]), given[-1]
+        problem, backend = Problem(*given[3:-1]), given[-1]
+        ctx.pooled = given[0] is None
+        if not ctx.pooled:
+            problem = problem._replace(entries=CoarseEntries(*(x.contiguous() for x in given[:3])))
         out, lse, tail_mass, selected_mass = backend.attend(problem)
         ctx.save_for_backward(*problem.tensors(), out, lse)
         ctx.settings = problem.spec, problem.exact, problem.coarse
@@ -287,16 +399,36 @@ class _Attend(torch.autograd.Function):
         problem = Problem.of_tensors(tensors, *ctx.settings)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        grads = ctx.backend.attend_backward(problem, out, lse, dout, dlse)
+        grads = ctx.backend.attend_backward(problem, out, lse, dout, dlse, ctx.pooled)
+        entries: tuple[Tensor | None, ...] = (None,) * 3
+        if problem.entries is not None and not ctx.pooled:
+            entries = tuple(
+                x.to(like.dtype) for x, like in zip(grads[GRADIENTS:], problem.entries, strict=True)
+            )
         without = len(Problem._fields) + 1 - GRADIENTS
-        return (*grads, *(None,) * without)
+        return (*entries, *grads[:GRADIENTS], *(None,) * without)
 
 
 def select_backend(q: Tensor, k: Tensor, spec: SparseAttentionSpec) -> str:
-    """ "triton" on CUDA for the shapes the kernels are built for, else "chunked"; said once."""
-    reason = _not_triton(
+    """The back-end that takes a call with these tensors; said once. See backend_for."""
+    return backend_for(
         q.device.type, q.shape[-1], q.shape[1] // k.shape[1], spec.block_size, str(q.dtype)
     )
+
+
+def backend_for(device: str, head_dim: int, group: int, block_size: int, dtype: str) -> str:
+    """ "triton" on CUDA for the shapes the kernels are built for, "cpp" on a CPU where it can be
+    compiled, else "chunked"; said once.
+
+    Args:
+        group: heads that share a key/value head.
+        dtype: as str(torch.float32).
+    """
+    if device == "cpu":
+        reason = cpp_backend.unavailable()
+        _announce("C++ on the CPU" if reason is None else f"chunked torch: {reason}")
+        return "cpp" if reason is None else "chunked"
+    reason = _not_triton(device, head_dim, group, block_size, dtype)
     _announce(reason or "Triton kernels")
     return "triton" if reason is None else "chunked"
 
@@ -327,11 +459,14 @@ def _announce(text: str) -> None:
 def _backend(name: str) -> Backend:
     if name == "chunked":
         return chunked
+    if name == "cpp":
+        cpp_backend.load_library()
+        return cpp_backend
     if name == "triton":
         from ops.sparse_attention import triton_backend
 
         return triton_backend
-    raise ValueError(f"unknown sparse attention backend {name!r}; choose triton or chunked")
+    raise ValueError(f"unknown sparse attention backend {name!r}; choose triton, cpp or chunked")
 
 
 def _check_candidates(selected: Tensor, table: BlockTable) -> None:
@@ -357,6 +492,7 @@ def _check(
     spec: SparseAttentionSpec,
     bias: Tensor | None,
     sink: Tensor | None,
+    pool_logits: Tensor | None,
     token_ids: Tensor | None,
     selected: Tensor | None,
     exact: bool,
@@ -408,6 +544,7 @@ def _check(
     for name, tensor, shape in (
         ("bias", bias, (len(q), q.shape[1])),
         ("sink", sink, (q.shape[1],)),
+        ("pool_logits", pool_logits, (*k.shape[:2], 2, k.shape[2])),
         ("token_ids", token_ids, (len(q),)),
     ):
         if tensor is not None and tuple(tensor.shape) != shape:

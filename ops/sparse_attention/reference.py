@@ -65,19 +65,27 @@ def reference_blocks(cu_seqlens: Tensor, block_size: int) -> Blocks:
 
 
 def pooled(
-    x: Tensor, blocks: Blocks, spec: SparseAttentionSpec, size: int
+    x: Tensor,
+    blocks: Blocks,
+    spec: SparseAttentionSpec,
+    size: int,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and elementwise variance over `size` consecutive tokens of each block: [Hk, M *
-    block_size / size, d] each; zero where the block is not complete.
+    block_size / size, d] each; zero where the block is not complete. logits: like x, of the tokens'
+    weights; None: equal ones.
     """
+    if logits is None:
+        logits = torch.zeros_like(x)
     means, variances = [], []
     for start, end in zip(blocks.start.tolist(), blocks.end.tolist(), strict=True):
         for at in range(start, start + spec.block_size, size):
             tokens = (
                 x[at : at + size] if end - start == spec.block_size else torch.zeros_like(x[:1])
             )
-            means.append(tokens.mean(0))
-            variances.append((tokens - tokens.mean(0)).square().mean(0))
+            weights = torch.softmax(logits[at : at + len(tokens)], 0)
+            means.append((weights * tokens).sum(0))
+            variances.append((weights * (tokens - means[-1]).square()).sum(0))
     if not means:
         return x.new_zeros(x.shape[1], 0, x.shape[2]), x.new_zeros(x.shape[1], 0, x.shape[2])
     return torch.stack(means, 1), torch.stack(variances, 1)
@@ -133,13 +141,15 @@ def reference_attention(
     *,
     bias: Tensor | None = None,
     sink: Tensor | None = None,
+    pool_logits: Tensor | None = None,
     noise: SelectionNoise | None = None,
     token_ids: Tensor | None = None,
     selected: Tensor | None = None,
     exact: bool = True,
     coarse: bool = True,
 ) -> Reference:
-    """q [T, H, d], k and v [T, Hk, d], cu_seqlens [documents + 1]; bias [T, H], sink [H].
+    """q [T, H, d], k and v [T, Hk, d], cu_seqlens [documents + 1]; bias [T, H], sink [H],
+    pool_logits [T, Hk, 2, d].
 
     selected: [Hk, T, M] bool to use instead of selecting. exact, coarse: which branches take part;
         without the exact one the coarse one holds every complete past block. tail "drop" or
@@ -161,8 +171,9 @@ def reference_attention(
     forced = local | (past & (block < blocks.first[own][:, None] + spec.num_sink_blocks))
     candidates = past & ~forced
 
-    mean, var = pooled(k, blocks, spec, spec.coarse_block_size)
-    value, _ = pooled(v, blocks, spec, spec.coarse_block_size)
+    weights = (None, None) if pool_logits is None else pool_logits.to(real).unbind(2)
+    mean, var = pooled(k, blocks, spec, spec.coarse_block_size, weights[0])
+    value, _ = pooled(v, blocks, spec, spec.coarse_block_size, weights[1])
     c, kappa = coarse_logits(grouped, mean, var, spec.coarse_block_size, spec)
     per_entry = [x.repeat_interleave(spec.entries_per_block, -1) for x in (past, candidates)]
     with torch.no_grad():

@@ -305,9 +305,14 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def attend_backward(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, bias and sink in their dtypes."""
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    pooled: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """See interface.Backend.attend_backward."""
     q, k, v, bias, sink, selected, entries, table, spec, exact, coarse = problem
     num_tokens, num_heads, dim = q.shape
     kv_heads, num_blocks = k.shape[1], len(table.start)
@@ -388,14 +393,18 @@ def attend_backward(
         if coarse:
             entry_grads = _entry_grads(problem, tiles, run, dout, lse, delta, entry_grads)
 
-    # The tokens' last, as what reached the entries goes on to them.
-    dk, dv = _key_grads(problem, dout, lse, delta, entry_grads)
+    # The tokens' last, as what reached the entries goes on to them where these are their means.
+    dk, dv = _key_grads(problem, dout, lse, delta, entry_grads if pooled else None)
     dsink = None
     if sink is not None:
         dsink = -(torch.exp(sink.float() - lse) * delta).sum(0).to(sink.dtype)
     if bias is not None and dbias is not None:
         dbias = dbias.to(bias.dtype)
-    return dq, dk, dv, dbias, dsink
+    if pooled or entry_grads is None:
+        return dq, dk, dv, dbias, dsink
+    # order 0 has no variance term, and nothing was written for it
+    key, value, var = entry_grads.unbind(0)
+    return dq, dk, dv, dbias, dsink, key, value, torch.zeros_like(key) if spec.order == 0 else var
 
 
 def _entry_tensors(

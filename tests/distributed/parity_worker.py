@@ -146,14 +146,13 @@ def move_controllers(
         own.router_kind,
         own.part.moe,
         own.groups,
-        balance,
         budget,
         FAIL_SAFE,
         None,
     )
     layers = control.reduce(own_stats)
     assert layers is not None
-    control.update(layers)
+    control.update(layers, balance)
     layers = unpack_stats(reference_stats, reference[0].spec.num_experts, reference[0].max_top_k)
     update_routers(reference, layers, balance, budget, FAIL_SAFE)
     pairs = [
@@ -213,20 +212,22 @@ class OneStep:
         self,
         engine: Engine,
         inputs: list[TokenBatch],
+        asked: ForwardRequest,
         loss_of: Callable[[ModelOutput], torch.Tensor],
     ):
-        self.engine, self.inputs, self.loss_of = engine, inputs, loss_of
+        self.engine, self.inputs, self.asked, self.loss_of = engine, inputs, asked, loss_of
         self.loss = torch.zeros((), dtype=torch.float64)
-        self.attention, self.stats = [], []
+        self.attention, self.stats, self.largest = [], [], []
         self._previous = None
         self._outputs: dict[int, ModelOutput] = {}
 
     def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        request = ForwardRequest(previous_counts=self._previous, measure_attention=True)
+        request = self.asked._replace(previous_counts=self._previous)
         output = self.engine.forward(self.inputs[number], request, hidden)
         self._previous = output.scope_counts
         self.attention.append(output.attention_stats)
         self.stats.append(output.stats)
+        self.largest.append(output.largest_logits)
         self._outputs[number] = output
         return output.hidden
 
@@ -328,7 +329,9 @@ def run_case(case: dict) -> dict:
         dataclasses.replace(config, loss_chunk_size=0),
         balance,
         router=kind,
-        experts=ExpertsConfig(backend="reference"),
+        experts=ExpertsConfig(
+            backend="reference", precision=case.get("experts", {}).get("precision", "native")
+        ),
         **options,
     )
     start_routers(master.routers(), BUDGET, FAIL_SAFE)
@@ -378,29 +381,35 @@ def run_case(case: dict) -> dict:
     }
     pipeline = Pipeline(engine, groups)
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
+    z_loss = case.get("z_loss", 0.0)
+    asked = ForwardRequest(
+        measure_attention=True, with_logit_z=z_loss > 0, measure_logits=case.get("largest", False)
+    )
     for step in range(case.get("steps", STEPS)):
         num_targets, num_tokens = counts_of(step, num_micro)
         mtp = (0.3, mtp_targets_of(step, num_micro, config.num_mtp_layers))
         reference.zero_grad()
         reference_loss, previous = 0.0, None
-        reference_stats, reference_attention = [], []
+        reference_stats, reference_attention, reference_largest = [], [], []
         for model in (reference, engine.module):
             model.set_step(step)
         for micro in range(num_micro):
             output = reference(
                 take(batch(step, micro, ROWS), 0, ROWS),
-                ForwardRequest(previous_counts=previous, measure_attention=True),
+                asked._replace(previous_counts=previous),
             )
             previous = output.scope_counts
             reference_attention.append(output.attention_stats)
             reference_stats.append(output.stats)
-            loss = training_loss(output, num_targets, num_tokens, balance, *mtp)
+            reference_largest.append(output.largest_logits)
+            loss = training_loss(output, num_targets, num_tokens, balance, *mtp, z_loss)
             loss.backward()
             reference_loss += float(loss)
         inputs = [own_tokens(batch(step, micro, ROWS), groups) for micro in range(num_micro)]
         done = OneStep(
             engine,
             inputs,
+            asked,
             functools.partial(
                 training_loss,
                 num_targets=num_targets,
@@ -408,12 +417,18 @@ def run_case(case: dict) -> dict:
                 balance=balance,
                 mtp_coeff=mtp[0],
                 num_mtp_targets=mtp[1],
+                z_loss_coeff=z_loss,
             ),
         )
         with fault(case, engine):
             pipeline.run(num_micro, inputs[0].input_ids.shape, done)
         own = done.loss
         dist.all_reduce(own)
+        if case.get("largest"):
+            largest = torch.stack(done.largest).amax(0)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            expected = torch.stack(reference_largest).amax(0)
+            errors["attention"] = max(errors["attention"], relative(largest, expected))
         own_attention = engine.module.part.sparse.placed(sum(done.attention))
         errors["attention"] = max(
             errors["attention"], compare_attention(own_attention, sum(reference_attention))

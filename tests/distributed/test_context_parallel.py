@@ -40,10 +40,22 @@ def case(cp: int, ep: int, zero: int, accumulation: int, scope: str, **more) -> 
 
 TWO_RANKS = [
     case(2, 2, 3, 1, "sequence", attention=LEARNED, model={"recompute": "block"}),
-    case(2, 1, 2, 1, "batch", attention=LATENT, model={**LATENT_SHAPE, "recompute": "block"}),
+    case(
+        2,
+        1,
+        2,
+        1,
+        "batch",
+        attention=LATENT,
+        model={**LATENT_SHAPE, "recompute": "block"},
+        z_loss=0.02,
+        largest=True,
+    ),
     case(2, 2, 1, 2, "sequence", **SINKS_AHEAD),
 ]
-FOUR_RANKS = [case(4, 4, 0, 1, "sequence", model={"num_kv_heads": 4}, router="threshold")]
+FOUR_RANKS = [
+    case(4, 4, 0, 1, "sequence", model={"num_kv_heads": 4}, router="threshold", largest=True)
+]
 MORE_ON_TWO = [
     case(2, 2, 0, 1, "sequence"),
     case(2, 1, 1, 2, "global_batch", model={"recompute": "block", "loss_chunk_size": 7}),

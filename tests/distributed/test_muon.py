@@ -4,6 +4,7 @@ process; what the start says and what a plan says before it.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ SETTINGS = (
     "optim.warmup_steps=2",
     "optim.lr=0.01",
     "optim.orthogonalize_dtype=fp32",
+    "optim.ema_decay=0.6",
+    "model.qk_norm=none",
+    "optim.qk_clip=0.02",
     "train.num_steps=6",
     "balance=none",  # a loss over a micro-batch is another on two ranks
 )
@@ -57,6 +61,9 @@ def alone(data) -> Path:
         r"optimizer muon moves ([\d,]+) parameters in (\d+) matrices, adamw .* ([\d,]+)\n", text
     )
     assert found, text
+    records = [json.loads(line) for line in (folder / "alone/metrics.jsonl").open()]
+    clipped = [record["train/clipped_heads"] for record in records if "train/loss" in record]
+    assert len(clipped) == 6 and max(clipped) > 0
     by_muon = {
         key: value
         for key, value in tensors(folder / "alone").items()
@@ -78,7 +85,8 @@ def test_a_checkpoint_holds_one_moment_of_what_muon_moves_and_two_of_the_rest(al
         states.setdefault(name, set()).add(state)
     for name, keys in states.items():
         by_muon = is_hidden_matrix(re.sub(r"\.\d+$", "", name))
-        assert keys == {"fp32"} | ({"momentum_buffer"} if by_muon else {"exp_avg", "exp_avg_sq"})
+        moments = {"momentum_buffer"} if by_muon else {"exp_avg", "exp_avg_sq"}
+        assert keys == {"fp32", "ema"} | moments
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def trained(tmp_path_factory):
         "checkpoint.save_interval=4",
         "train.sample_prompt=the quick",
         "tracker.tensorboard=true",
+        "optim.ema_decay=0.9",
     )
     return folder, data, folder / "run", result
 
@@ -97,7 +99,7 @@ def test_the_plan_says_what_a_run_writes(trained):
         assert 0.67 * real[kind] <= found[kind].total <= 1.5 * real[kind], (kind, real, found)
     folders = sorted((run / "checkpoints").glob("step-*"))
     assert len(folders) <= found["checkpoints"].number == 3
-    tensors = 3 * 100  # of so small a model most of a checkpoint is headers
+    tensors = 4 * 100  # of so small a model most of a checkpoint is headers
     assert (
         found["checkpoints"].each
         <= real["checkpoints"] / len(folders)
@@ -118,6 +120,27 @@ def test_evaluate_repeats_the_loss_of_training(trained):
     assert evaluated["val_loss"] == pytest.approx(last_json(result)["val_loss"], rel=1e-5)
     assert evaluated["perplexity"] > 1 and evaluated["bits_per_byte"] > 0
     assert len(evaluated["checkpoint"]) and "load/mean" in launch("evaluate", f"run={run}").stdout
+
+
+def test_a_run_without_a_checkpoint_stands_in_the_table_and_the_others_are_evaluated(
+    trained, tmp_path
+):
+    _, _, run, _ = trained
+    begun = tmp_path / "runs" / "begun"
+    begun.mkdir(parents=True)
+    shutil.copy(run / "config.yaml", begun)
+    (tmp_path / "runs" / "whole").symlink_to(run)
+    told = launch("evaluate", f"run={tmp_path}/runs/*", "max_sequences=8")
+    found = last_json(told)
+    assert [row["run_dir"] for row in found["rows"]] == [f"{tmp_path}/runs/whole"]
+    assert [row["run_dir"] for row in found["left_out"]] == [str(begun)]
+    assert "no usable checkpoint" in found["left_out"][0]["reason"]
+    assert f"-  {begun}: " in told.stdout
+
+    shutil.copytree(begun, begun.with_name("other"))
+    (tmp_path / "runs" / "whole").unlink()
+    told = launch("evaluate", f"run={tmp_path}/runs/*", check=False)
+    assert told.returncode == 65 and "no run can be evaluated" in told.stderr
 
 
 def test_checkpoints_and_runs_are_evaluated_side_by_side(trained):
@@ -148,6 +171,10 @@ def test_the_mean_of_checkpoints_is_measured_and_sampled_from(trained):
     assert found["val_loss"] not in losses
     text = last_json(launch("generate", f"run={run}", *mean, "prompt=the", "max_new_tokens=4"))
     assert text["text"]
+    told = launch("evaluate", f"run={run}", "checkpoint=latest", "weights=ema", "max_sequences=8")
+    assert "the moving average: val_loss" in told.stdout
+    ema = last_json(told)
+    assert ema["weights"] == "ema" and ema["val_loss"] not in (*losses, found["val_loss"])
     refused = launch("export", f"run={run}", "to=nowhere", "average=9", check=False)
     assert refused.returncode == 2 and "average=9 needs 9 whole checkpoints" in refused.stderr
 

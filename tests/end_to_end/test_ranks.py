@@ -4,6 +4,7 @@ fails ends all.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -21,6 +22,9 @@ from launch.process.ranks import run_on_ranks
 from tests import forked
 
 RANKS = ["launch.num_devices=2", "parallel=ep2"]
+WITH_ALL_EXPERTS = ["launch.num_devices=2", "parallel=single"]
+"""Each rank has the whole model, and a share of the rows or prompts."""
+LAYOUTS = [RANKS, pytest.param(WITH_ALL_EXPERTS, marks=pytest.mark.nightly)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def on_two(command: str, *overrides: str) -> list[str]:
+def on_two(command: str, *overrides: str, ranks: list[str]) -> list[str]:
     """Outputs of the two ranks of a command, which are forks told their places."""
     environment = {
         **os.environ,
@@ -39,15 +43,16 @@ def on_two(command: str, *overrides: str) -> list[str]:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    done = forked.run_ranks(f"launch.{command}", 2, [*overrides, *RANKS], environment, 300)
+    done = forked.run_ranks(f"launch.{command}", 2, [*overrides, *ranks], environment, 300)
     assert [d.returncode for d in done] == [0, 0], [d.stderr[-2000:] for d in done]
     return [d.stdout for d in done]
 
 
 @pytest.mark.slow
-def test_evaluation_over_two_ranks_is_that_of_one_process(run):
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_evaluation_over_two_ranks_is_that_of_one_process(run, ranks):
     expected = last_json(launch("evaluate", f"run={run}", "checkpoint=latest"))
-    first, second = on_two("evaluate", f"run={run}", "checkpoint=latest")
+    first, second = on_two("evaluate", f"run={run}", "checkpoint=latest", ranks=ranks)
     found = json.loads(first.splitlines()[-1])
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
     assert found["num_targets"] == expected["num_targets"]
@@ -56,12 +61,13 @@ def test_evaluation_over_two_ranks_is_that_of_one_process(run):
 
 
 @pytest.mark.slow
-def test_a_file_of_prompts_over_two_ranks_gets_the_texts_of_one_process(run, tmp_path):
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_a_file_of_prompts_over_two_ranks_gets_the_texts_of_one_process(run, tmp_path, ranks):
     prompts = ["the quick", "a lazy dog", "seven wise owls", "rivers", "old oak trees and sing"]
     source = tmp_path / "prompts.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts) + "\nnot json")
     answers = {}
-    for name, call in (("one", launch), ("two", on_two)):
+    for name, call in (("one", launch), ("two", functools.partial(on_two, ranks=ranks))):
         output = tmp_path / f"{name}.jsonl"
         arguments = [f"run={run}", f"input={source}", f"output={output}", "max_new_tokens=12"]
         done = call("generate", *arguments)

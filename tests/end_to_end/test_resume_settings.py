@@ -37,7 +37,8 @@ from launch.saved import files as saved
 from launch.saved.files import load_config
 from launch.saved.resume import OF_THE_COMMAND, examine, flat, merged
 from launch.saved.run import load_run
-from train.checkpoint.folder import point_best
+from train.checkpoint.folder import find_checkpoint, point_best
+from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.writer import CheckpointError
 from train.config.component import FORMER, KINDS, SETTINGS
 from train.config.data import SourceConfig
@@ -106,6 +107,7 @@ BASES = {
     ),
     "mtp": ("model.num_mtp_layers=1", "train.mtp_coeff=0.3"),
     "muon": ("optim=muon",),
+    "plain_keys": ("model.qk_norm=none",),
     "spike": ("fail_safe.spike_zscore=1000", "train.stop_after_step=55"),
 }
 """The runs that are resumed, by name; 10 steps each, unless they say otherwise."""
@@ -205,6 +207,15 @@ ALARM = "alarm/collapse"
 def profiled(ran: Ran) -> list[int]:
     """Steps that the profile of rank 0 is of."""
     return json.loads((ran.folder / "profile/rank-00000-phases.json").read_text())["steps"]
+
+
+def averages_after_resuming(ran: Ran, control: Ran) -> bool:
+    """It is in the checkpoint that follows, and no loss is another."""
+    held = [
+        any(key.endswith("/ema") for key in CheckpointReader(find_checkpoint(r.folder)).stored)
+        for r in (ran, control)
+    ]
+    return held == [True, False] and ran.values(LOSS) == control.values(LOSS)
 
 
 CASES: dict[str, Acts | Reaches | Refused] = {
@@ -323,6 +334,12 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "data.cache_dir": acts(
         "data.cache_dir=CACHE", lambda ran, other: "CACHE" in str(ran.lines("config.txt"))
     ),
+    "data.streaming": refused("data.streaming=true", ORDER),
+    # of a run that is prepared they do nothing, which is said before they are compared
+    **{
+        f"data.stream.{name}": refused(f"data.stream.{name}=3", "data.streaming=true only")
+        for name in ("window_mib", "head_documents", "workers")
+    },
     "data.max_bad_rows": reaches("data.max_bad_rows=0.5"),
     "data.on_bad_row": reaches("data.on_bad_row=fail"),
     # a run on text has no use for the others, which are refused before they are compared
@@ -367,6 +384,20 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     ),
     # balance
     "balance.aux_loss_coeff": acts("balance.aux_loss_coeff=1.0", LOSS),
+    **{
+        f"balance.{schedule}.{name}": acts(
+            f"balance.{schedule}.{name}={value}", f"train/{metric}", base, control
+        )
+        for schedule, metric, base in (
+            ("aux_loss_schedule", "aux_loss_coeff", "top_k"),
+            ("bias_rate_schedule", "bias_update_rate", "bias"),
+        )
+        for name, value, control in (
+            ("style", "step", ()),
+            ("start", 12, (f"balance.{schedule}.style=linear",)),
+            ("floor", 0.5, (f"balance.{schedule}.style=cosine",)),
+        )
+    },
     "balance.aux_loss_scope": acts(
         "balance.aux_loss_scope=global_batch", LOSS, control=("balance.aux_loss_coeff=1.0",)
     ),
@@ -420,6 +451,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "fail_safe.rank_overload": reaches("fail_safe.rank_overload=1.5"),
     "fail_safe.overload_steps": reaches("fail_safe.overload_steps=3"),
     "model.num_mtp_layers": refused("model.num_mtp_layers=2", SHAPE, "mtp"),
+    "train.z_loss_coeff": acts("train.z_loss_coeff=0.1", "train/z_loss"),
     "train.mtp_coeff": acts("train.mtp_coeff=3", LOSS, "mtp"),
     # attention
     "attention.name": acts("attention=dense", LOSS, "scc"),
@@ -477,6 +509,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     },
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
+    "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),
     "attention.offset": refused("attention.offset=true", "does not hold", "scc"),
     "attention.trust": refused("attention.trust=true", "does not hold", "scc"),
     "attention.sink": refused("attention.sink=true", "does not hold", "scc"),
@@ -501,11 +534,17 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         "train/lr",
         control=("optim.decay_style=WSD", "optim.wsd_decay_steps=5"),
     ),
+    "optim.wsd_decay_style": acts(
+        "optim.wsd_decay_style=minus_sqrt",
+        "train/lr",
+        control=("optim.decay_style=WSD", "optim.wsd_decay_steps=75"),
+    ),
     "optim.weight_decay": acts("optim.weight_decay=5.0", LOSS),
     "optim.beta1": acts("optim.beta1=0.1", LOSS),
     "optim.beta2": acts("optim.beta2=0.1", LOSS),
     "optim.eps": acts("optim.eps=0.1", LOSS),
     "optim.optimizer": refused("optim.optimizer=muon", "init.run=RUN init.checkpoint=latest"),
+    "optim.ema_decay": acts("optim.ema_decay=0.9", averages_after_resuming),
     "optim.momentum": acts("optim.momentum=0.1", LOSS, "muon"),
     "optim.nesterov": acts("optim.nesterov=false", LOSS, "muon"),
     "optim.update_rms": acts("optim.update_rms=0.02", LOSS, "muon"),
@@ -514,6 +553,11 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "optim.groups.*.optimizer": refused(
         "optim.groups=[{match: experts, optimizer: muon}]", "init.run=RUN init.checkpoint=latest"
     ),
+    "optim.qk_clip": acts("optim.qk_clip=0.001", LOSS, "plain_keys"),
+    "optim.qk_clip_interval": acts(
+        "optim.qk_clip_interval=3", LOSS, "plain_keys", control=("optim.qk_clip=0.001",)
+    ),
+    "optim.layer_lr_decay": acts("optim.layer_lr_decay=0.5", LOSS),
     "optim.freeze": refused("optim.freeze=[embedding]", "moments of what was trained alone"),
     **{
         f"optim.groups.*.{name}": reaches(f"optim.groups=[{{match: norms, {name}: {value}}}]")
@@ -526,6 +570,11 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "train.num_epochs": acts("train.num_epochs=20", "train/lr"),
     "train.micro_batch_size": acts("train.micro_batch_size=2", LOSS),
     "train.global_batch_size": acts("train.global_batch_size=8", "tokens"),
+    "train.batch_size_rampup_tokens": acts(
+        "train.batch_size_rampup_tokens=12800",
+        "tokens",
+        control=("train.batch_size_rampup=[1,1,40]",),
+    ),
     "train.batch_size_rampup": acts("train.batch_size_rampup=[1,1,400]", "tokens"),
     "train.precision": acts("train.precision=bf16", LOSS),
     "train.clip_grad_norm": acts("train.clip_grad_norm=0.001", LOSS, control=("optim.eps=0.1",)),
@@ -617,6 +666,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     # devices, processes, machines
     "experts.backend": reaches("experts.backend=reference"),
     "experts.recompute": reaches("experts.recompute=true"),
+    "experts.precision": acts("experts.precision=fp8", LOSS),
     "train.grad_accum_dtype": acts(
         "train.grad_accum_dtype=bf16 train.micro_batch_size=1",
         LOSS,

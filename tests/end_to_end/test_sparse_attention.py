@@ -31,6 +31,7 @@ SPARSE = (
     "attention.offset=true",
     "attention.trust=true",
     "attention.sink=true",
+    "attention.entries=gated",
     "attention.mass_kl_coeff=0.1",
 )
 

@@ -80,6 +80,26 @@ def test_a_growing_batch_is_counted_as_the_schedule_does(rampup):
     assert steps_for(17, 16) == 2
 
 
+def test_a_batch_that_grows_over_tokens_grows_over_their_rows():
+    ramp = {"batch_size_rampup": [4, 4], "global_batch_size": 16}
+    config = made("train.batch_size_rampup_tokens=1K", **ramp)
+    length = config.train.seq_len
+    assert list(config.train.batch_size_rampup) == [4, 4, -(-1000 // length)]
+    assert config.train.batch_size_rampup_tokens == 1000
+
+    # What was saved has both; the command line decides which of them is meant.
+    saved = {"batch_size_rampup_tokens": 1000, "global_batch_size": 16}
+    again = made("train.batch_size_rampup_tokens=2000", **ramp)
+    assert list(again.train.batch_size_rampup) == [4, 4, -(-2000 // length)]
+    other = made("train.batch_size_rampup=[4,4,77]", **saved)
+    assert list(other.train.batch_size_rampup) == [4, 4, 77]
+    assert other.train.batch_size_rampup_tokens is None
+    with pytest.raises(ConfigError, match=r"says over how many samples.*drop them"):
+        made("train.batch_size_rampup=[4,4,77]", "train.batch_size_rampup_tokens=9")
+    alone = TrainConfig(1, 1, 1, 1, batch_size_rampup_tokens=5)
+    assert "but no batch grows" in alone.problems()[0]
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [

@@ -17,8 +17,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from launch.page.numbers import fmt
 from launch.report import command
-from launch.report.page import KPIS, fmt, load_levels, run_names
+from launch.report.page import KPIS, load_levels, run_names
 from launch.runs.loads import _deciles
 from launch.runs.records import Curve, evenly, spans
 from launch.runs.run import read_run

@@ -26,10 +26,12 @@ from infer.config import EngineConfig, SamplingConfig
 from infer.engine import Engine
 from infer.request import Request
 from launch.serving.asked import BadRequest, read_asked
+from launch.serving.budgets import LatencyTable, LoadController, Point
+from launch.serving.drift import Drift
 from launch.serving.worker import QueueFull, Worker
 from model.config import BalanceConfig
 from model.routers.config import ThresholdConfig
-from train.config.commands import EndpointConfig
+from train.config.commands import CanaryConfig, EndpointConfig
 from train.data.chat.template import ChatTemplate
 from train.data.tokenizer import TextInside, TextStream
 
@@ -87,11 +89,18 @@ class Gate:
 
 @contextlib.contextmanager
 def serving(
-    engine: Engine, max_waiting: int = 8, token: str | None = None, template: str | None = TEMPLATE
+    engine: Engine,
+    max_waiting: int = 8,
+    token: str | None = None,
+    template: str | None = TEMPLATE,
+    **decided,
 ) -> Iterator[SimpleNamespace]:
-    """A server on a free port, in a thread."""
+    """A server on a free port, in a thread. decided: what its policy has beside engine and
+    meters.
+    """
     from launch.serving.app import Model, make_app
     from launch.serving.meters import Meters
+    from launch.serving.policy import Policy
     from launch.serving.server import listen
 
     tokenizer = make_tokenizer()
@@ -110,8 +119,14 @@ def serving(
         chat_stop=(END_OF_TURN,),
     )
     meters, running = Meters(), SimpleNamespace(ended=threading.Event())
+    policy = running.policy = Policy(engine, meters, **decided)
+
+    def told(request, done):
+        policy.ended(request, done)
+        meters.ended(request, done)
+
     ended = running.ended.set
-    worker = Worker(engine, max_waiting, meters.ended, ended)
+    worker = Worker(engine, max_waiting, told, ended, policy.take, policy.stepped)
     meters.watch(worker)
     started = threading.Event()
 
@@ -313,6 +328,43 @@ def test_a_budget_of_the_table_is_used_and_another_refused(served):
     assert found["data"][0]["id"] == "tiny" and found["data"][0]["budgets"] == [1.0, 3.0]
 
 
+def test_a_canary_has_the_budget_it_tries_and_is_counted_apart():
+    decided = {"canary": CanaryConfig(1.0, 0.5), "drift": Drift([[1.0] * 8] * 2, 100, 0.5)}
+    with serving(make_engine(max_slots=4), **decided, sample_one_in=1) as running:
+        found = [complete(running, prompt="hello there") for _ in range(12)]
+        fixed = complete(running, prompt="hello there", budget=3.0)
+        arms = running.policy.summary()["arms"]
+        metrics = send(running, "GET", "/metrics")[2]
+    spent = [answer["usage"]["experts_per_token"] for answer in found]
+    # two budgets, two texts; the client's own is in no arm
+    assert len({round(number, 6) for number in spent}) == 2
+    assert arms["control"]["requests"] + arms["canary"]["requests"] == 12
+    assert arms["canary"]["experts_per_token"] == pytest.approx(min(spent))
+    assert arms["control"]["experts_per_token"] == pytest.approx(max(spent))
+    assert fixed["usage"]["experts_per_token"] not in spent
+    assert 'arm_generation_tokens_total{arm="canary"}' in metrics
+    # routing is looked at, and nobody is told who has not asked
+    assert running.policy.drift.windows >= 1 and "loadstone_routing_drift" in metrics
+    assert not any("routed_experts" in answer["choices"][0] for answer in found)
+
+
+def test_a_latency_is_held_by_a_saved_budget():
+    """What steps take is what the table says times the machine's mood, so the limit is set by what
+    is seen: with one that nothing can hold, the least budget is given; with one that all hold, the
+    largest.
+    """
+    table = LatencyTable([Point(b, r, 32, b) for b in (1.0, 3.0) for r in (1, 4)])
+    for limit, budget in ((1e-3, 1.0), (1e6, 3.0)):
+        controller = LoadController(table, limit)
+        with serving(make_engine(max_slots=4), controller=controller) as running:
+            for _ in range(5):
+                complete(running, prompt="hello there", ignore_eos=True)
+            assert controller.budget == budget
+            given = complete(running, prompt="hello there", max_tokens=8)
+            alike = complete(running, prompt="hello there", max_tokens=8, budget=budget)
+            assert given["choices"][0]["text"] == alike["choices"][0]["text"]
+
+
 def test_metrics_count_what_was_served(served):
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -500,6 +552,8 @@ def test_full_queue_says_429():
         until(lambda: served.worker.num_waiting == 2)
         status, headers, found = send(served, "POST", "/v1/completions", {"prompt": "ef"})
         assert status == 429 and 1 <= int(headers["Retry-After"]) <= 120
+        metrics = send(served, "GET", "/metrics")[2]
+        assert 'loadstone_fallback_total{reason="queue_full"} 1.0' in metrics
         assert "the queue is full" in found["error"]["message"]
         # neither is a part taken of what does not fit as a whole
         assert send(served, "POST", "/v1/completions", {"prompt": "ef", "n": 3})[0] == 429

@@ -276,6 +276,14 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
             "parallel.pipeline_parallel_size 2 with lora.rank 4",
         ),
         (
+            {"parallel__pipeline_parallel_size": 2, "optim__ema_decay": 0.99},
+            "parallel.pipeline_parallel_size 2 with optim.ema_decay 0.99",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "optim__qk_clip": 100.0},
+            "parallel.pipeline_parallel_size 2 with optim.qk_clip 100",
+        ),
+        (
             {"parallel__pipeline_parallel_size": 2, "optim__freeze": ["norms"]},
             "parallel.pipeline_parallel_size 2 with optim.freeze ['norms']",
         ),

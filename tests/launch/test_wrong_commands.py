@@ -126,6 +126,12 @@ def test_it_takes_less_than_two_seconds_of_a_processor(argument):
     assert b"error: " in process.stderr.read()
 
 
+def test_a_sweep_of_mistakes_ends_as_each_of_them_would(tmp_path):
+    done = launch("train", "-m", "seed=x,y", f"hydra.sweep.dir={tmp_path}", check=False)
+    assert done.returncode == 2 and done.stderr.count("it must be int") == 2
+    assert "2 job(s) of the sweep failed" in done.stderr
+
+
 # --- right ones -----------------------------------------------------------------------------------
 
 TEXTS = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import batch, build, take, tiny_config
 
-from model.config import BalanceConfig
+from model.config import BalanceConfig, FactorSchedule
 from model.loss import training_loss
 from model.moe.balance import (
     auxiliary_loss_sums,
@@ -261,6 +261,57 @@ def test_training_loss_adds_coefficients_times_per_token_means():
 
 
 # --- the loss-free bias ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        (dict(), {1: 1, 100: 1}),
+        (dict(style="step", start=0.96), {1: 1, 96: 1, 97: 0, 100: 0}),
+        (dict(style="step", start=96, floor=0.25), {96: 1, 97: 0.25, 100: 0.25}),
+        (dict(style="linear", start=0.5, floor=0.2), {50: 1, 75: 0.6, 100: 0.2}),
+        (dict(style="linear"), {1: 0.99, 40: 0.6, 100: 0}),
+        (dict(style="cosine", start=20, floor=0.1), {20: 1, 60: 0.55, 40: 0.868198, 100: 0.1}),
+        (dict(style="cosine", start=200), {1: 1, 100: 1}),
+    ],
+    ids=str,
+)
+def test_a_schedule_multiplies_coefficient_and_rate(schedule, factors):
+    """1 up to `start`, the floor in the last step, and the one not scheduled stays."""
+    made = FactorSchedule(**schedule)
+    assert made.problems("x") == []
+    for step, factor in factors.items():
+        found = BalanceConfig(
+            aux_loss_coeff=0.5,
+            aux_loss_schedule=made,
+            bias_update="sign",
+            bias_update_rate=0.01,
+        ).at(step, 100)
+        assert found.aux_loss_coeff == pytest.approx(0.5 * factor, abs=1e-6)
+        assert found.bias_update_rate == 0.01
+        rate = BalanceConfig(bias_update="sign", bias_update_rate=0.01, bias_rate_schedule=made).at(
+            step, 100
+        )
+        assert rate.bias_update_rate == pytest.approx(0.01 * factor, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(style="linear", start=-1.0), "start is -1.0; give a share"),
+        (dict(style="linear", start=1.5), "start is 1.5; give a share"),
+        (dict(style="linear", floor=1.5), "floor is 1.5; it must be between 0 and 1"),
+        (dict(floor=0.5), "belong to balance.aux_loss_schedule.style=step"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(settings, words):
+    balance = BalanceConfig(aux_loss_coeff=0.1, aux_loss_schedule=FactorSchedule(**settings))
+    assert any(words in problem for problem in balance.problems())
+
+
+def test_a_schedule_of_what_is_off_is_refused():
+    (problem,) = BalanceConfig(bias_rate_schedule=FactorSchedule("step", 0.9)).problems()
+    assert "balance.bias_update_rate is 0" in problem and "nothing to schedule" in problem
 
 
 def test_the_bias_rises_for_underloaded_experts_and_keeps_its_mean():

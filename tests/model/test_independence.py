@@ -73,7 +73,7 @@ SPARSE: dict[str, dict] = {
     "drop": {**SMALL, "tail": "drop", "order": 0},
     "nsa": {**SMALL, "merge": "gated"},
     "sliding_window": {**SMALL, "tail": "drop", "top_k": 0, "num_sink_blocks": 0},
-    "learned": {**SMALL, "offset": True, "trust": True, "sink": True},
+    "learned": {**SMALL, "offset": True, "trust": True, "sink": True, "entries": "gated"},
     "noisy": {**SMALL, "noise_steps": 100, "temperature": 4.0, "min_top_k": 0},
     "covering": {**SMALL, "top_p": 0.7},
     "dense so far": {**SMALL, "dense_steps": 100},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from common import LATENT, LATENT_SHAPE, batch, build, take, tiny_config
 
+from model.attention.config import SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.memory import device_memory
 from model.cost.parameters import count_parameters
@@ -77,6 +78,23 @@ def test_a_rank_that_shares_rows_keeps_its_part_of_them(attention, monkeypatch):
     assert planned[1] - planned[0] == pytest.approx(
         measured[1] - measured[0], abs=0.005 * measured[0]
     )
+
+
+def test_learned_entries_keep_their_logits_for_backward():
+    sparse = dict(block_size=4, coarse_block_size=2, top_k=1, window_size=4, audit_rows=0.0)
+    config = tiny_config(hidden_size=64, num_layers=4)
+    measured, planned = [], []
+    for entries in ("mean", "gated"):
+        attention = {**sparse, "entries": entries, "dense_layers": (0,)}
+        model = build(config, BalanceConfig(), attention=attention)
+        with kept_for_backward(*model.parameters()) as kept:
+            model(take(batch(0, 0, 8), 0, 8)._replace(token_mask=None))
+        measured.append(sum(kept.values()))
+        arguments = SparseAttentionConfig(**attention).arguments
+        planned.append(device_memory(config, 2.0, **SETTINGS, attention=arguments).activations)
+    logits = 3 * 8 * 16 * 2 * config.num_kv_heads * config.attention_head_dim * 4
+    assert planned[1] - planned[0] == logits
+    assert logits <= measured[1] - measured[0] < 1.5 * logits
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])

@@ -19,7 +19,7 @@ ATTENTIONS: dict[str, dict | None] = {
     "dense": None,
     "scc": SMALL,
     "drop": {**SMALL, "tail": "drop"},
-    "learned": {**SMALL, "offset": True, "trust": True, "sink": True},
+    "learned": {**SMALL, "offset": True, "trust": True, "sink": True, "entries": "gated"},
     "gated": {**SMALL, "merge": "gated"},
     "two levels": {**SMALL, "num_levels": 2, "fanout": 2, "num_expanded": 1},
     "max": {**SMALL, "score": "max", "order": 0},
@@ -45,7 +45,7 @@ def model_of(name: str, **options):
     with torch.no_grad():
         for layer in model.sparse_attentions():
             for part, parameter in layer.named_parameters():
-                if part.split(".")[0] in ("offset", "sink", "trust", "gates"):
+                if part.split(".")[0] in ("offset", "sink", "trust", "gates", "entry_weights"):
                     parameter.add_(0.5 * torch.randn(parameter.shape, generator=gen))
     return model.eval()
 

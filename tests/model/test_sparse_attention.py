@@ -20,7 +20,7 @@ from ops.sparse_attention.reference import reference_attention, reference_blocks
 from train.observe.attention import attention_metrics, short_rows_note
 
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4, "audit_rows": 0.5}
-LEARNED = {**SMALL, "offset": True, "trust": True, "sink": True}
+LEARNED = {**SMALL, "offset": True, "trust": True, "sink": True, "entries": "gated"}
 GATED = {**SMALL, "merge": "gated"}
 FORMS = {
     "scc": SMALL,
@@ -43,7 +43,7 @@ def model_of(attention: dict | None, seed: int = 7, **changes):
     with torch.no_grad():
         for layer in model.sparse_attentions():
             for name, parameter in layer.named_parameters():
-                if name.split(".")[0] in ("offset", "sink", "trust", "gates"):
+                if name.split(".")[0] in ("offset", "sink", "trust", "gates", "entry_weights"):
                     parameter.add_(0.5 * torch.randn(parameter.shape, generator=gen))
     return model
 
@@ -334,6 +334,18 @@ def test_flops_of_a_pattern_are_those_of_its_layers():
     )
 
 
+def test_entries_that_have_learned_nothing_are_means_to_the_last_bit():
+    """So a checkpoint of a run without them goes on in one with them."""
+    plain = build(tiny_config(), BalanceConfig(), attention=SMALL)
+    gated = build(tiny_config(), BalanceConfig(), attention={**SMALL, "entries": "gated"})
+    missing, unexpected = gated.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and {name.split(".")[-1] for name in missing} == {"entry_weights"}
+    (loss, _), (expected, _) = (loss_of(model, inputs()) for model in (gated, plain))
+    assert torch.equal(loss, expected)
+    grads = gradients(gated, inputs())
+    assert all(g.any() for name, g in grads.items() if name.endswith("entry_weights"))
+
+
 WRONG = [
     (
         {"block_size": 6, "coarse_block_size": 4},
@@ -363,6 +375,9 @@ WRONG = [
     ({"merge": "gated", "coherence_coeff": 0.1}, "merge=gated"),
     ({"tail": "drop", "offset": True}, "offset"),
     ({"merge": "gated", "num_levels": 2}, "num_levels"),
+    ({"entries": "gated", "num_levels": 2}, "set attention.num_levels=1"),
+    ({"entries": "gated", "merge": "gated"}, "set attention.merge=lse"),
+    ({"entries": "gated", "tail": "drop"}, "set attention.tail=coarse"),
 ]
 
 

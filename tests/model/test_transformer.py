@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import VOCAB_SIZE, batch, build, take, tiny_config
 
 from model.config import BalanceConfig, ModelConfig
 from model.cost.parameters import count_parameters, flops_per_token
-from model.loss import IGNORE_INDEX, training_loss
+from model.loss import IGNORE_INDEX, cross_entropy_and_z_sums, training_loss
 from model.moe.layer import MoELayer
 from model.parallel.family import is_expert_parameter
 from model.parallel.groups import ParallelGroups
@@ -353,6 +354,64 @@ def test_a_loss_in_chunks_is_the_whole_loss(shape, chunk):
         )
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_z_loss_is_its_definition_and_its_gradient_that_of_autograd(dtype):
+    """coefficient * mean(logsumexp^2) beside the cross-entropy, over targets alone; also of logits
+    whose exponentials overflow.
+    """
+    gen = torch.Generator().manual_seed(0)
+    logits = (torch.randn(5, 7, 11, generator=gen, dtype=torch.float64) * 40).to(dtype)
+    logits[0, 0] += 200
+    targets = torch.randint(0, 11, (5, 7), generator=gen)
+    targets[1:3] = IGNORE_INDEX
+    found, defined = (logits.clone().requires_grad_() for _ in "ab")
+    loss, z = cross_entropy_and_z_sums(found, targets)
+    (0.3 * loss + 0.02 * z).backward()
+
+    wide = defined if dtype == torch.float64 else defined.float()
+    kept = targets != IGNORE_INDEX
+    expected_z = wide.logsumexp(-1)[kept].square().sum()
+    expected = F.cross_entropy(wide[kept], targets[kept], reduction="sum")
+    (0.3 * expected + 0.02 * expected_z).backward()
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z.double(), expected_z.double(), rtol=1e-5, atol=1e-5)
+    limit = {} if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.grad, defined.grad, **limit)
+    assert not found.grad[1:3].any() and found.grad[0].abs().max() > 1
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+@pytest.mark.parametrize("shape", ["tiny", "tied"])
+def test_the_z_loss_of_a_model_is_that_of_its_logits(shape, chunk):
+    """In chunks as whole; modules of multi-token prediction have none, and without the request
+    there is none.
+    """
+    config = tiny_config(**SHAPES[shape], num_mtp_layers=1, loss_chunk_size=chunk)
+    found = []
+    for by_model in (True, False):
+        model = build(config, NO_BALANCE)
+        rows = torch.randint(0, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(3))
+        ids, targets = rows, rows.roll(-1, 1).clone()
+        targets[:, -1] = IGNORE_INDEX
+        positions = torch.arange(12).expand(2, 12)
+        inputs = TokenBatch(ids, targets, positions, torch.tensor([0, 12, 24]).int(), 12)
+        if by_model:
+            output = model(inputs, ForwardRequest(with_logit_z=True))
+            z = output.logit_z_sum
+            plain = build(config, NO_BALANCE)(inputs)
+            assert float(plain.logit_z_sum) == 0
+            torch.testing.assert_close(output.loss_sum, plain.loss_sum)
+            torch.testing.assert_close(output.mtp_sums, plain.mtp_sums)
+            share = training_loss(output, 22, 24, NO_BALANCE, 0.0, [1], 1e-2)
+            torch.testing.assert_close(share, (output.loss_sum + 1e-2 * z) / 22)
+        else:
+            z = model.logits(ids)[targets != IGNORE_INDEX].logsumexp(-1).square().sum()
+        z.backward()
+        found.append((z.detach(), gradients(model)["embedding.weight"]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_in_chunks_keeps_the_logits_of_none():

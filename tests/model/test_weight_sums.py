@@ -20,6 +20,7 @@ SPARSE = {
     "offset": True,
     "trust": True,
     "sink": True,
+    "entries": "gated",
 }
 LENGTH = 32
 

@@ -24,3 +24,8 @@ def test_output_and_every_gradient_match_the_definition_in_half_precision(interp
 @pytest.mark.slow
 def test_weights_of_8_bits_are_scaled_where_their_products_end(interpret) -> None:
     interpret("grouped_mlp_cases.py", "int8")
+
+
+@pytest.mark.slow
+def test_products_of_8_bit_floats_match_the_definition(interpret) -> None:
+    interpret("grouped_mlp_cases.py", "fp8")

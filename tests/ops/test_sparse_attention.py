@@ -1,5 +1,6 @@
-"""The CPU backend of sparse attention against its definition (ops/sparse_attention/reference.py),
-and the rules of ops/sparse_attention/README.md one by one.
+"""The CPU back-ends of sparse attention against its definition (ops/sparse_attention/reference.py),
+and the rules of ops/sparse_attention/README.md one by one. What does not say which back-end it
+means has the one that a CPU has by default, in C++.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ops.sparse_attention import (
     SparseAttentionSpec,
     chunked,
     decode,
+    interface,
     sparse_attention,
 )
 from ops.sparse_attention.audit import audit_rows, mean_error_bound, sample_rows
@@ -41,6 +43,7 @@ SMALL = SparseAttentionSpec(
 """Two local blocks; a variance term that about half of the entries reach the bound of."""
 RAGGED = (0, 37, 1, 0, 61, 7, 8, 9, 3)
 DENSE = replace(SMALL, top_k=10**4)
+BACKENDS = ("chunked", "cpp")
 SCALES = {torch.float64: 1e-14, torch.float32: 2e-6}
 """Largest rounding difference between two orders of the same sums, over the largest value."""
 
@@ -55,6 +58,12 @@ def poisoned():
 def short_chunks(monkeypatch):
     """Runs of 16 queries, so that small inputs have many."""
     monkeypatch.setattr(chunked, "_ELEMENTS", 1)
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request, monkeypatch):
+    """The test once more with each of them as the default."""
+    monkeypatch.setattr(interface, "select_backend", lambda *_: request.param)
 
 
 def short(spec: Any) -> str:
@@ -109,6 +118,12 @@ def extras(x: Inputs, seed: int = 7) -> dict[str, Tensor]:
     }
 
 
+def weights(x: Inputs, seed: int = 11) -> dict[str, Tensor]:
+    """pool_logits [T, Hk, 2, d], far from equal weights."""
+    length, kv_heads, dim = x.k.shape
+    return {"pool_logits": 1.5 * normal(length, kv_heads, 2, dim, seed=seed, dtype=x.q.dtype)}
+
+
 def as_mask(selected: Tensor, num_blocks: int) -> Tensor:
     """[Hk, T, K] ids -> [Hk, T, M] bool."""
     column = torch.where(selected < 0, num_blocks, selected.long())
@@ -144,9 +159,7 @@ def run_ours(
     x: Inputs, spec: SparseAttentionSpec, given: dict[str, Tensor] | None = None, **options: Any
 ) -> tuple[AttentionOutput, dict[str, Tensor]]:
     wanted = leaves(x, given or {})
-    out = sparse_attention(
-        cu_seqlens=x.cu_seqlens, spec=spec, **wanted, backend="chunked", **options
-    )
+    out = sparse_attention(cu_seqlens=x.cu_seqlens, spec=spec, **wanted, **options)
     return out, grads_of(out.out, out.lse, wanted)
 
 
@@ -176,30 +189,42 @@ def assert_equals_reference(
     selected: Tensor | None = None,
     **options: Any,
 ) -> tuple[AttentionOutput, Reference]:
-    """same_selection: the reference selects for itself and must come to the same; otherwise it is
-    handed ours.
+    """Both back-ends, and what the default one gave.
+
+    same_selection: the reference selects for itself and must come to the same; otherwise it is
+        handed ours.
     """
     dtype = x.q.dtype
-    ours, grads = run_ours(x, spec, given, selected=selected, **options)
     real_blocks = int((block_table(x.cu_seqlens, len(x.q), spec).start < len(x.q)).sum())
-    mask = as_mask(ours.selected, real_blocks)
-    options = {**options, "selected": None if same_selection and selected is None else mask}
-    expected, expected_grads = run_reference(x, spec, given, **options)
-    if same_selection and options.get("exact", True):
-        assert torch.equal(mask, expected.selected)
-    assert ours.out.dtype == dtype and ours.lse.dtype == chunked.real_dtype(dtype)
-    assert_close("out", ours.out, expected.out)
-    assert_lse(ours.lse, expected.lse, dtype)
-    for name in ("tail_mass", "selected_mass"):
-        error = (getattr(ours, name) - getattr(expected, name)).abs()
-        assert error.numel() == 0 or error.max() <= TOLERANCE[dtype], name
-    for name, grad in grads.items():
-        assert grad is None or grad.dtype == dtype, name
-        reference = expected_grads[name]
-        if reference is None or reference.numel() == 0 or not reference.abs().max() > 1e-8:
-            assert grad is None or grad.numel() == 0 or grad.abs().max() <= TOLERANCE[dtype], name
-        else:
-            assert_close(f"gradient of {name}", grad, reference)
+    known: list[tuple[Tensor, Reference, dict[str, Tensor]]] = []
+    for backend in BACKENDS:
+        ours, grads = run_ours(x, spec, given, selected=selected, backend=backend, **options)
+        mask = as_mask(ours.selected, real_blocks)
+
+        # The definition is slow: once for the same question.
+        if not known or not (same_selection or torch.equal(known[0][0], mask)):
+            chosen = None if same_selection and selected is None else mask
+            known = [(mask, *run_reference(x, spec, given, **{**options, "selected": chosen}))]
+        _, expected, expected_grads = known[0]
+
+        if same_selection and options.get("exact", True):
+            assert torch.equal(mask, expected.selected), backend
+        assert ours.out.dtype == dtype and ours.lse.dtype == chunked.real_dtype(dtype)
+        assert_close(f"{backend}: out", ours.out, expected.out)
+        assert_lse(ours.lse, expected.lse, dtype)
+        for name in ("tail_mass", "selected_mass"):
+            error = (getattr(ours, name) - getattr(expected, name)).abs()
+            assert error.numel() == 0 or error.max() <= TOLERANCE[dtype], (backend, name)
+        for name, grad in grads.items():
+            assert grad is None or grad.dtype == dtype, name
+            reference = expected_grads[name]
+            if reference is None or reference.numel() == 0 or not reference.abs().max() > 1e-8:
+                assert grad is None or grad.numel() == 0 or grad.abs().max() <= TOLERANCE[dtype], (
+                    backend,
+                    name,
+                )
+            else:
+                assert_close(f"{backend}: gradient of {name}", grad, reference)
     return ours, expected
 
 
@@ -217,7 +242,7 @@ COLUMNS: dict[str, tuple[Any, ...]] = {
     "num_sink_blocks": (0, 1, 3),
     "branches": ("both", "exact", "coarse"),
     "noise": (None, (1.0, None), (0.0, 0), (0.7, 1)),
-    "given": ((), ("bias",), ("sink",), ("bias", "sink")),
+    "given": ((), ("bias",), ("sink",), ("bias", "sink"), ("bias", "sink", "pool_logits")),
     "heads": ((2, 2), (4, 2), (3, 1)),
 }
 
@@ -268,7 +293,7 @@ def test_outputs_masses_and_gradients_equal_the_reference(number, dtype, monkeyp
     if number % 2:
         monkeypatch.setattr(chunked, "_ELEMENTS", 1)
     x = draw(heads=case["heads"][0], kv_heads=case["heads"][1], seed=number, dtype=dtype)
-    given = {name: t for name, t in extras(x).items() if name in case["given"]}
+    given = {name: t for name, t in (extras(x) | weights(x)).items() if name in case["given"]}
     options: dict[str, Any] = {
         "exact": case["branches"] != "coarse",
         "coarse": case["branches"] != "exact",
@@ -305,9 +330,11 @@ def test_the_variance_bound_is_active_and_not_always():
 )
 def test_half_precision_stays_near_the_fp64_reference_of_the_same_selection(spec, dtype, poisoned):
     x = draw(heads=6, dim=16, dtype=dtype)
-    assert_equals_reference(x, replace(spec, max_variance=4.0), extras(x), same_selection=False)
+    given = extras(x) | (weights(x) if spec == SMALL else {})
+    assert_equals_reference(x, replace(spec, max_variance=4.0), given, same_selection=False)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("order", [0, 2])
 def test_closed_form_backward_passes_gradcheck(order):
     x = draw((9, 0, 4), heads=2, kv_heads=1, dim=2)
@@ -322,7 +349,7 @@ def test_closed_form_backward_passes_gradcheck(order):
     )
     selected = sparse_attention(*x, spec).selected
     assert (selected >= 0).any()
-    wanted = leaves(x, extras(x))
+    wanted = leaves(x, extras(x) | weights(x))
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         out = sparse_attention(
@@ -334,6 +361,21 @@ def test_closed_form_backward_passes_gradcheck(order):
         return out.out, out.lse
 
     assert torch.autograd.gradcheck(call, tuple(wanted.values()), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [(8, 4), (6, 3)], ids=str)
+def test_weights_of_zero_are_none_to_the_last_bit(sizes, dtype):
+    x = draw(dtype=dtype)
+    spec = replace(SMALL, block_size=sizes[0], coarse_block_size=sizes[1])
+    zeros = {name: torch.zeros_like(t) for name, t in weights(x).items()}
+    (plain, grads), (weighed, others) = (run_ours(x, spec, extras(x) | w) for w in ({}, zeros))
+    assert (plain.tail_mass > 0.01).any()
+    assert all(torch.equal(a, b) for a, b in zip(plain, weighed, strict=True))
+    assert others["pool_logits"].abs().max() > 0
+    for name, grad in grads.items():
+        assert_close(name, others[name], grad)
 
 
 def test_a_gradient_of_one_output_alone_reaches_the_inputs():
@@ -384,6 +426,7 @@ def test_any_document_lengths(case, branches, poisoned, short_chunks):
         assert_equals_reference(x, spec, extras(x), exact=branches[0], coarse=branches[1])
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize(
     "branches", [(True, True), (True, False), (False, True)], ids=["both", "exact", "coarse"]
 )
@@ -428,6 +471,7 @@ def test_one_giant_document_in_many_chunks(spec, poisoned):
     assert_equals_reference(x, spec, extras(x))
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("block_size", [1, 64])
 def test_thousands_of_documents_of_one_and_two_tokens(block_size, poisoned):
     lengths = (1 + (normal(3000, seed=1) > 0).long()).tolist()
@@ -679,6 +723,7 @@ def assert_rows(
             assert (x - y).abs().max() <= SCALES[x.dtype] * max(1.0, float(y.abs().max())), name
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("noise", [None, NOISE], ids=["plain", "noise"])
 @pytest.mark.parametrize(
     "dtype",
@@ -706,6 +751,7 @@ def test_no_token_sees_the_future(spec, dtype, noise, short_chunks):
         assert_rows(out, sparse_attention(*shorter, spec, noise=noise), rows, rows, bitwise=False)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (2, 2)])
 def test_no_token_sees_what_later_queries_select_to_the_last_bit(heads, kv_heads, dtype):
@@ -718,6 +764,7 @@ def test_no_token_sees_what_later_queries_select_to_the_last_bit(heads, kv_heads
         )
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("spec", LEAK_SPECS, ids=short)
 def test_no_document_sees_another(spec, dtype, short_chunks):
@@ -739,6 +786,7 @@ def test_no_document_sees_another(spec, dtype, short_chunks):
         )
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_gradients_of_a_document_do_not_depend_on_the_others():
     x = draw((70, 90, 33))
     rows = torch.arange(70, 160)
@@ -755,6 +803,7 @@ def test_gradients_of_a_document_do_not_depend_on_the_others():
         assert torch.equal(a[rows], b[rows]) and (a[outside] == 0).all()
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
 )
@@ -1079,14 +1128,19 @@ def test_decoding_with_a_sink_alone_equals_the_last_token_of_the_whole():
     assert torch.equal(out, expected.out[-1:]) and torch.equal(lse, expected.lse[-1:])
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["mean", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_decoding_in_lower_precision_equals_the_whole(dtype):
+def test_decoding_in_lower_precision_equals_the_whole(dtype, learned):
     x = draw((64, 64), dim=16, dtype=dtype)
     q, keys, values = (y.unflatten(0, (2, 64)) for y in x[:3])
-    cache = EntryCache(SMALL, 2, 64, 2, 16, dtype, q.device)
+
+    def weigh(values: Tensor) -> Tensor:
+        return torch.stack((2 * values, values.flip(-1)), -2)
+
+    cache = EntryCache(SMALL, 2, 64, 2, 16, dtype, q.device, weigh if learned else None)
     cache.update(keys, values, 0)
     out, lse = decode(q[:, -1], keys, values, cache.entries, 64, SMALL)
-    expected = sparse_attention(*x, SMALL)
+    expected = sparse_attention(*x, SMALL, pool_logits=weigh(x.v) if learned else None)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close("out", out, expected.out[[63, 127]])
     assert_close("lse", lse, expected.lse[[63, 127]])
@@ -1194,6 +1248,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cu_falls": ({"cu_seqlens": torch.tensor([0, 12, 8, 20])}, "falls in between"),
     "bias": ({"bias": X.q[..., 0].T}, r"bias has shape \(4, 20\), expected \(20, 4\)"),
     "sink": ({"sink": torch.zeros(2)}, r"sink has shape \(2,\), expected \(4,\)"),
+    "pool_logits": (
+        {"pool_logits": X.k},
+        r"pool_logits has shape \(20, 2, 8\), expected \(20, 2, 2, 8\)",
+    ),
+    "pool_logits_levels": (
+        {
+            "pool_logits": torch.stack((X.k, X.k), 2),
+            "spec": replace(SMALL, num_levels=2),
+        },
+        "leave pool_logits out",
+    ),
     "token_ids": ({"token_ids": torch.arange(19)}, r"token_ids has shape \(19,\)"),
     "selected": (
         {"selected": torch.zeros(4, 20, 1)},
@@ -1203,7 +1268,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ht": ({"spec": replace(SMALL, tail="ht")}, "tail=ht is sampled"),
     "ht_cv": ({"spec": replace(SMALL, tail="ht_cv")}, "tail=ht_cv is sampled"),
     "no_branch": ({"exact": False, "coarse": False}, "nothing is left"),
-    "backend": ({"backend": "cudnn"}, "'cudnn'; choose triton or chunked"),
+    "backend": ({"backend": "cudnn"}, "'cudnn'; choose triton, cpp or chunked"),
 }
 
 
@@ -1244,13 +1309,13 @@ AUDITED = [
 ]
 
 
-@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias_and_sink"])
+@pytest.mark.parametrize("extra", [False, True], ids=["plain", "bias_and_sink_and_weights"])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("spec", AUDITED, ids=short)
 def test_the_audit_finds_the_true_error_and_theorem_1_bounds_it(spec, scale, extra):
     for seed, smooth in ((0, 0.0), (1, 0.95)):
         x = draw((0, 61, 1, 80), seed=seed, scale=scale, smooth=smooth)
-        given = extras(x) if extra else {}
+        given = extras(x) | weights(x) if extra else {}
         result = sparse_attention(*x, spec, **given)
         rows = (
             torch.arange(len(x.q))[::3]

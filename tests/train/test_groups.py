@@ -56,6 +56,33 @@ def test_every_parameter_of_a_model_has_a_kind():
     assert found["blocks.2.mlp.shared.down.weight"] == "shared_experts"
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_learning_rates_fall_from_layer_to_layer(optimizer):
+    """0.5 per layer below the head, times the factor of a rule, at every step of the schedule."""
+    ours = model()
+    optim = dataclasses.replace(
+        OPTIM,
+        optimizer=optimizer,
+        layer_lr_decay=0.5,
+        groups=(GroupConfig("norms", lr_factor=3.0),),
+    )
+    groups = parameter_groups(ours, optim, "ep")
+    train = TrainConfig(num_steps=9, seq_len=8, micro_batch_size=1, global_batch_size=1)
+    found = by_name(ours, groups)
+    assert len(found) == len(dict(ours.named_parameters()))
+    usual = Schedule([{"lr": 0.0, "weight_decay": 0.0}], OPTIM, train, 1)
+    schedule = Schedule(groups, optim, train, 1)
+    for step in (0, 3, 7):
+        schedule.set_step(step)
+        usual.set_step(step)
+        assert schedule.learning_rate == pytest.approx(usual.learning_rate)
+        for name, group in found.items():
+            layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+            below = {"embedding.weight": 4, "norm.weight": 0, "head.weight": 0}.get(name, 3 - layer)
+            factor = 0.5**below * (3.0 if kind_of(name) == "norms" else 1.0)
+            assert group["lr"] == pytest.approx(usual.learning_rate * factor), name
+
+
 def test_without_rules_the_groups_are_matrices_vectors_and_experts():
     ours = model()
     groups = parameter_groups(ours, OPTIM, "ep_size_1")

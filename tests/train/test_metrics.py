@@ -85,11 +85,14 @@ def started(*overrides: str) -> StepMetrics:
     return found
 
 
-def micro_batch(loss: float, aux: float, z: float, processed: int) -> SimpleNamespace:
+def micro_batch(
+    loss: float, aux: float, z: float, processed: int, logit_z: float = 0.0
+) -> SimpleNamespace:
     return SimpleNamespace(
         loss_sum=torch.tensor(loss),
         aux_sum=torch.tensor(aux),
         z_sum=torch.tensor(z),
+        logit_z_sum=torch.tensor(logit_z),
         processed=torch.tensor(processed),
         attention_stats=torch.zeros(0, len(STATS)),
     )
@@ -224,6 +227,18 @@ def test_the_loss_of_multi_token_prediction_is_the_mean_of_its_modules_means(clo
     assert scalars["train/loss"] == 2.0
     shown = {**scalars, "train/lr": 1e-3, "train/grad_norm": 1.0, "train/skipped_steps": 0}
     assert "loss 2.0000  mtp 1.7500  lr" in console_line(7, 9, shown, 8.0)
+
+
+def test_the_z_loss_of_the_logits_is_the_mean_over_targets_of_updates(clock):
+    found = started("train.z_loss_coeff=1e-4")
+    for logit_z, applied in ((18.0, True), (math.nan, False), (36.0, True)):
+        mark = found.mark()
+        found.add(micro_batch(18.0, 0.0, 0.0, 5, logit_z), 9, 10)
+        if not applied:
+            found.revert(mark)
+    clock.now += 1.0
+    scalars, _ = found.reduce()
+    assert scalars["train/z_loss"] == pytest.approx(54 / 18) and scalars["train/loss"] == 2.0
 
 
 def test_an_interval_without_an_update_has_a_speed_and_no_loss(clock):

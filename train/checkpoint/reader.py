@@ -6,6 +6,7 @@ unpickler that knows a handful of records.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import sys
 import warnings
@@ -28,9 +29,11 @@ from model.transformer import Transformer
 from train.checkpoint.expert_stacks import EXPERT_IDS, StackLoadPlanner, Wanted, row_of_expert
 from train.checkpoint.folder import read_state
 from train.checkpoint.packs import members_of
+from train.engine.average import AVERAGE
 from train.engine.deepspeed import STATE_KEYS, Engine
 from train.files.manifest import CheckpointError, require_owned
 
+log = logging.getLogger("loadstone")
 LOAD_CHUNK_BYTES = 2**29
 PACKS_HELD_BYTES = 2**28
 OPTIONAL_BUFFER = ".snapshot_weight"
@@ -90,16 +93,28 @@ def fill_engine(engine: Engine, checkpoint: Path, step: int) -> None:
 
     # In pieces, since a whole model's masters and moments need not fit the host twice.
     engine.prepare_scatter(step)
+    begun = 0
     for chunk in _chunks(list(engine.named_parameters()), engine):
-        want = {
-            f"{name}/{state}": torch.empty(shapes[name])
+        keys = {
+            name: [
+                state
+                for state in engine.state_keys(parameter)
+                if state != AVERAGE or reader.has_average(name, expert_ids)
+            ]
             for name, parameter in chunk
-            for state in engine.state_keys(parameter)
+        }
+        want = {
+            f"{name}/{state}": torch.empty(shapes[name]) for name in keys for state in keys[name]
         }
         reader.read_parameters(want, expert_ids)
         for name, parameter in chunk:
             for state in engine.state_keys(parameter):
-                engine.scatter_state(parameter, state, want[f"{name}/{state}"])
+                # A run that kept no average so far begins it with its weights.
+                held = state if state in keys[name] else "fp32"
+                begun += held != state
+                engine.scatter_state(parameter, state, want[f"{name}/{held}"])
+    if begun:
+        log.info("%s has no moving average of the weights: it begins with them", checkpoint)
 
     _load_buffers(engine.module, reader)
 
@@ -212,7 +227,11 @@ def _chunks(
     size = 0
     for name, parameter in parameters:
         chunk.append((name, parameter))
-        size += 4 * len(STATE_KEYS) * engine.parameter_shape(parameter).numel()
+        size += (
+            4
+            * (len(STATE_KEYS) + (engine.average is not None))
+            * engine.parameter_shape(parameter).numel()
+        )
         if size >= LOAD_CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -511,6 +530,10 @@ class CheckpointReader:
             if self.stored.get(key) != tuple(tensor.shape):
                 raise self._of_another_model(key, self.stored.get(key), tuple(tensor.shape))
         self._fill(plain, stacks)
+
+    def has_average(self, name: str, expert_ids: dict[str, tuple[int, ...]]) -> bool:
+        """Whether a parameter was saved with a moving average (train/engine/average.py)."""
+        return self._shape(f"{_keys(name, expert_ids)[0]}/{AVERAGE}") is not None
 
     def _place(self, key: str) -> tuple[str, int] | None:
         """Stack and row of an expert's key. None where it is stored under its own key, or not at

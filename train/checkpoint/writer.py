@@ -3,7 +3,8 @@ distributed format.
 
     checkpoints/step-00000100/
         weights/          torch.distributed.checkpoint files: "<parameter>/<state>" with the states
-                          fp32, exp_avg and exp_avg_sq and all experts of a layer stacked
+                          fp32, exp_avg and exp_avg_sq (ema where there is
+                          one, momentum_buffer with Muon) and all experts of a layer stacked
                           (expert_stacks.py), and "buffer/<name>"; small tensors share
                           entries (packs.py). Readers ask for
                           "<parameter>[.<global expert>]/<state>"

@@ -43,14 +43,18 @@ class InferenceRouterConfig:
         return []
 
 
-Weights = Literal["native", "int8"]
-"""native: as they were saved. int8: experts of 8 bits, made by launch.quantize."""
+Weights = Literal["native", "int8", "ema"]
+"""native: as they were saved. int8: experts of 8 bits, made by launch.quantize. ema: their moving
+average (optim.ema_decay).
+"""
 
 
 def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1) -> list[str]:
-    """Of the experts that launch.quantize has made."""
+    """Of the experts that launch.quantize has made, and of the average that training kept."""
     if weights == "native":
         return []
+    if weights == "ema":
+        return [] if path is None else ["weights=ema is kept by a run; give run=RUN"]
     found = []
     if path is not None:
         found.append("weights=int8 is made for a run by launch.quantize; give run=RUN")
@@ -245,6 +249,8 @@ class EvaluateConfig:
     """What checkpoint=[...] and checkpoint=all fill."""
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
+    weights: Literal["native", "ema"] = "native"
+    """ema: the moving average of the weights, of a run with optim.ema_decay."""
     batch_size: int = 8
     max_sequences: int | None = None
     budgets: tuple[float, ...] = ()
@@ -299,11 +305,12 @@ class EvaluateConfig:
             found.append("a list of budgets is measured in one process; set launch.num_devices=1")
         if len(set(self.budgets)) < len(self.budgets):
             found.append("router.budget has a budget twice in its list; name each once")
-        found += problems_of_average(self.average, self.path)
-        if self.save_budgets and self.average > 1:
+        found += problems_of_average(self.average, self.path, self.weights)
+        found += problems_of_weights(self.weights, self.path)
+        if self.save_budgets and (self.average > 1 or self.weights != "native"):
             found.append(
-                f"save_budgets=true keeps the table of one checkpoint, and average={self.average} "
-                "is the mean of several; drop one of them"
+                "save_budgets=true keeps the table of a checkpoint's own weights, and "
+                f"average={self.average} weights={self.weights} are others; drop one of them"
             )
         if self.save_budgets and not self.budgets:
             found.append("save_budgets=true needs a list of budgets: router.budget=[1,1.5,2]")
@@ -331,21 +338,44 @@ class ExportConfig:
     """
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
+    weights: Literal["native", "ema"] = "native"
+    """ema: the moving average of the weights, of a run with optim.ema_decay."""
 
     def problems(self) -> list[str]:
         found = self.router.problems()
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
         if self.router.budget is not None:
             found.append("router.budget has no place in config.json; give router.top_k")
-        found += problems_of_average(self.average, None)
-        if self.adapter and self.average > 1:
+        found += problems_of_average(self.average, None, self.weights)
+        if self.adapter and (self.average > 1 or self.weights != "native"):
             found.append(
-                f"adapter=true with average={self.average}: a mean of adapters A and B is not the "
-                "adapter of the mean; leave adapter=true out, and the mean of the weights with "
-                "adapters added is written"
+                f"adapter=true with average={self.average} weights={self.weights}: an average of A "
+                "and one of B make another product; leave adapter=true out, and the weights are "
+                "written with adapters added"
             )
         if self.max_shard_size <= 0:
             found.append(f"max_shard_size is {self.max_shard_size}; give GB, more than 0")
+        return found
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    run: str
+    to: str
+    """The run directory to make; it must not exist."""
+    decay_steps: int
+    """Steps of the decay, which ends the branch."""
+    checkpoint: str = "latest"
+    """best, latest, or a name: step-00000250. The learning rate must be constant there."""
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Form of the decay (optim.wsd_decay_style)."""
+    min_lr: float | None = None
+    """The learning rate at the end; None: optim.min_lr of the run."""
+
+    def problems(self) -> list[str]:
+        found = problems_of_checkpoint("checkpoint", self.checkpoint)
+        if self.decay_steps < 1:
+            found.append(f"decay_steps is {self.decay_steps}; it must be at least 1")
         return found
 
 
@@ -355,7 +385,9 @@ class GenerateConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run."""
+    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
+    the weights, of a run with optim.ema_decay.
+    """
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
     prompt: str | None = None
@@ -423,6 +455,52 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class CanaryConfig:
+    """A budget that is tried on some of the requests."""
+
+    budget: float | None = None
+    """One of the saved ones; null: no canary."""
+    share: float = 0.05
+    """Of the requests that fix no budget themselves."""
+
+    def problems(self) -> list[str]:
+        if not 0 < self.share < 1:
+            return [f"serve.canary.share is {self.share}; it must be between 0 and 1"]
+        return []
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """Whether experts are used as in training: a request in so many tells where its tokens went."""
+
+    sample_one_in: int = 0
+    """Requests; 0: off. The prompt of such a request is computed anew."""
+    window_tokens: int = 10_000
+    """That a comparison is made of."""
+    limit: float = 0.1
+    """Of the Jensen-Shannon divergence of a layer's loads to those of training, in nats (ln 2 at
+    most), beyond which the alarm rings.
+    """
+    action: Literal["none", "full_budget"] = "none"
+    """full_budget: until a window is below the limit, no request gets less than the trained budget
+    unasked.
+    """
+
+    def problems(self) -> list[str]:
+        found = [
+            f"serve.drift.{name} is {value}; it must be at least {least}"
+            for name, value, least in (
+                ("sample_one_in", self.sample_one_in, 0),
+                ("window_tokens", self.window_tokens, 100),
+            )
+            if value < least
+        ]
+        if not 0 < self.limit < 0.7:
+            found.append(f"serve.drift.limit is {self.limit}; it must be between 0 and ln 2")
+        return found
+
+
+@dataclass(frozen=True)
 class EndpointConfig:
     """Where answers are given, and to whom."""
 
@@ -436,6 +514,20 @@ class EndpointConfig:
     """Requests that may wait for a slot; one more is answered with 429 and Retry-After."""
     drain_seconds: int = 60
     """After SIGTERM, until requests that have not ended are given up."""
+    budget: Literal["auto"] | None = None
+    """auto: requests that fix no budget get the largest saved one that holds itl_ms. None: all get
+    the one of router.budget.
+    """
+    itl_ms: float = 40.0
+    """With budget=auto: 95% of the times between two tokens are to stay below."""
+    budget_min: float | None = None
+    """With budget=auto: the least that a request gets unasked; None: the least saved one."""
+    latency: str | None = None
+    """With budget=auto: the file that launch.benchmark output=FILE has written on this device, for
+    these budgets.
+    """
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
     def problems(self) -> list[str]:
         found = []
@@ -453,7 +545,16 @@ class EndpointConfig:
             )
             if value < 0
         ]
-        return found
+        if self.budget == "auto" and self.latency is None:
+            found.append(
+                "serve.budget=auto holds a latency by what was measured: give serve.latency=FILE "
+                "of python -m launch.benchmark run=RUN budgets=[...] rows=[...] output=FILE"
+            )
+        if self.budget is None and (self.latency is not None or self.budget_min is not None):
+            found.append("serve.latency and serve.budget_min are of serve.budget=auto; add it")
+        if not self.itl_ms > 0:
+            found.append(f"serve.itl_ms is {self.itl_ms}; it must be positive")
+        return found + self.canary.problems() + self.drift.problems()
 
     @property
     def is_local(self) -> bool:
@@ -470,7 +571,9 @@ class ServeConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run."""
+    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
+    the weights, of a run with optim.ema_decay.
+    """
     attention: AttentionConfig | None = None
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: str = "best"
@@ -498,6 +601,14 @@ class ServeConfig:
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
         found += problems_of_weights(self.weights, self.path)
         found += self.sampling.problems() + self.serve.problems()
+        chosen = self.serve.budget is not None or self.serve.canary.budget is not None
+        if chosen and (self.path is not None or self.router.top_k is not None):
+            found.append(
+                "serve.budget and serve.canary.budget are of the saved budgets of a run; drop "
+                "them, or " + ("give run=RUN" if self.path is not None else "drop router.top_k")
+            )
+        if self.serve.drift.sample_one_in and self.path is not None:
+            found.append("serve.drift compares with the training of a run; give run=RUN")
         found += [f"engine.{problem}" for problem in self.engine.problems()]
         return found
 
@@ -525,7 +636,9 @@ class BenchmarkConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run."""
+    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
+    the weights, of a run with optim.ema_decay.
+    """
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -260,6 +260,44 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """How data are tokenised while a run trains, with data.streaming=true."""
+
+    window_mib: int = 64
+    """MiB of text whose documents are shuffled with each other, source by source."""
+    head_documents: int = 10_000
+    """Documents at the beginning of every source that are read before the training: held-out text
+    is among them, and a BPE is trained on them.
+    """
+    workers: int | None = None
+    """Processes that tokenise, beside rank 0; null: one for every second core that it may use. No
+    token depends on it.
+    """
+
+    def problems(self, streaming: bool) -> list[str]:
+        if not streaming:
+            return [
+                f"data.stream.{f.name} is {getattr(self, f.name)}, which acts with "
+                "data.streaming=true only; add that, or drop it"
+                for f in fields(self)
+                if getattr(self, f.name) != f.default
+            ]
+        found = [
+            f"data.stream.{name} is {value}; it must be at least {least}"
+            for name, value, least in (
+                ("window_mib", self.window_mib, 1),
+                ("head_documents", self.head_documents, 2),
+            )
+            if value < least
+        ]
+        if self.workers is not None and not 1 <= self.workers <= 1024:
+            found.append(
+                f"data.stream.workers is {self.workers}; it must be between 1 and 1024, or null"
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...]
     tokenizer: TokenizerConfig
@@ -291,6 +329,10 @@ class DataConfig:
     """Which tokens of a conversation are learnt: every answer, the last answer, or all of them."""
     too_long: Literal["refuse", "cut"] = "refuse"
     """What becomes of conversations that are longer than train.seq_len."""
+    streaming: bool = False
+    """Tokenise while the run trains instead of before: for sets that are larger than the disk."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How that is done."""
 
     def problems(self) -> list[str]:
         found = []
@@ -305,6 +347,8 @@ class DataConfig:
         found += self.mixture.problems(len(self.sources))
         found += self._chat_problems()
         found += self._token_problems()
+        found += self.stream.problems(self.streaming)
+        found += self._streaming_problems() if self.streaming else []
         found += self.tokenizer.problems()
         if not self.tokenizer.end_of_document:
             found.append(
@@ -332,6 +376,45 @@ class DataConfig:
                 f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; a byte-level BPE needs "
                 "at least 257"
             )
+        return found
+
+    @property
+    def head(self) -> DataConfig:
+        """What of the data is prepared: all, or of a stream the first documents of its sources."""
+        if not self.streaming:
+            return self
+        most = self.stream.head_documents
+        sources = tuple(
+            replace(source, max_documents=min(most, source.max_documents or most))
+            for source in self.sources
+        )
+        return replace(self, sources=sources, streaming=False, stream=StreamConfig())
+
+    def _streaming_problems(self) -> list[str]:
+        """What needs to know a source whole, or is there already."""
+        found = []
+        if self.format == "chat":
+            found.append(
+                "data.streaming is true, but conversations are packed over a whole set "
+                "(data.format=chat); prepare them, data.streaming=false"
+            )
+        if self.mixture.temperature is not None:
+            found.append(
+                f"data.mixture.temperature is {self.mixture.temperature}, which needs the sizes of "
+                "the sources, and nobody knows those of a stream; give data.sources.*.weight"
+            )
+        for i, source in enumerate(self.sources):
+            if source.max_epochs is not None:
+                found.append(
+                    f"data.sources[{i}].max_epochs is {source.max_epochs}, which needs the size of "
+                    "the source, and nobody knows that of a stream; drop it, or set "
+                    "data.streaming=false"
+                )
+            if source.holds_tokens:
+                found.append(
+                    f"data.sources[{i}].path={source.path} holds tokens, which are trained on in "
+                    "place; set data.streaming=false"
+                )
         return found
 
     @property

@@ -54,12 +54,18 @@ class TrainConfig:
     """
     seq_len: int
     micro_batch_size: int
-    """Sequences per device and forward pass."""
+    """Sequences per device and forward pass; auto: the largest that fits by the plan, a number from
+    the start of the run on.
+    """
     global_batch_size: int
     """Sequences per optimisation step, over all ranks and accumulation steps."""
     batch_size_rampup: tuple[int, ...] | None = None
     """[start, increment, samples]: global batch grows from start to global_batch_size over that
     many samples.
+    """
+    batch_size_rampup_tokens: int | None = None
+    """Tokens over which the batch grows, also as 10B or 300M, in place of the number of samples:
+    batch_size_rampup is then [start, increment]. None: it says samples.
     """
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -69,6 +75,10 @@ class TrainConfig:
     mtp_coeff: float = 0.0
     """Weight of the loss of multi-token prediction, with model.num_mtp_layers (DeepSeek-V3: 0.3, at
     the end 0.1).
+    """
+    z_loss_coeff: float = 0.0
+    """Weight of the z-loss of the output logits: the mean over targets of squared logsumexp (PaLM:
+    1e-4). Those of multi-token prediction have none, and routers have balance.z_loss_coeff.
     """
     clip_grad_norm: float = 1.0
     """Maximum global gradient norm; 0 switches clipping off."""
@@ -109,15 +119,20 @@ class TrainConfig:
         ]
         found += [
             f"train.{name} is {value}; it must be positive, or null"
-            for name in ("num_tokens", "num_epochs")
+            for name in ("num_tokens", "num_epochs", "batch_size_rampup_tokens")
             if (value := getattr(self, name)) is not None and value <= 0
         ]
-        for name in ("eval_interval", "clip_grad_norm", "mtp_coeff"):
+        for name in ("eval_interval", "clip_grad_norm", "mtp_coeff", "z_loss_coeff"):
             if getattr(self, name) < 0:
                 found.append(
                     f"train.{name} is {getattr(self, name)}; it must not be negative (0 switches "
                     "it off)"
                 )
+        if self.batch_size_rampup_tokens is not None and self.batch_size_rampup is None:
+            found.append(
+                f"train.batch_size_rampup_tokens is {self.batch_size_rampup_tokens}, but no batch "
+                "grows; give train.batch_size_rampup=[start,increment] as well, or drop it"
+            )
         if self.grad_accum_dtype == "bf16" and self.precision != "bf16":
             found.append(
                 f"train.grad_accum_dtype is bf16, but train.precision={self.precision} has no bf16 "
@@ -187,10 +202,16 @@ class OptimConfig:
     decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     wsd_decay_steps: int | None = None
     """Steps of the final decay of decay_style=WSD."""
+    wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Its form. minus_sqrt: 1 - sqrt of the share that is done (arXiv 2405.18392)."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay, 0.999 for example, in fp32
+    beside the moments; weights=ema of other commands reads it. None: none.
+    """
     momentum: float = 0.95
     """Of Muon: how much of the last step's momentum stays."""
     nesterov: bool = True
@@ -210,6 +231,17 @@ class OptimConfig:
     groups: tuple[GroupConfig, ...] = ()
     """Parameters with their own learning rate, weight decay or optimizer; the first that matches
     holds.
+    """
+    qk_clip: float | None = None
+    """Hold the attention logits of each head to this (K2: 100): after an update, queries and keys
+    of a head with larger ones are scaled down. Of dense and latent attention, without QK-norm; the
+    largest logit takes the products of queries and keys once more. None: none is clipped.
+    """
+    qk_clip_interval: int = 1
+    """Steps between measurements: the others cost nothing, and nothing is clipped in them."""
+    layer_lr_decay: float | None = None
+    """Factor on the learning rate from each layer to the one below: the head and what stands
+    behind the last layer have optim.lr, the embedding the least. None: all have the same.
     """
 
     @property
@@ -237,9 +269,26 @@ class OptimConfig:
                 f"optim.warmup_fraction is {self.warmup_fraction}; it must be at least 0 and below "
                 "1, or null"
             )
+        if self.qk_clip is not None and not self.qk_clip > 0:
+            found.append(f"optim.qk_clip is {self.qk_clip}; it must be positive, or null")
+        if self.qk_clip_interval < 1 or (self.qk_clip is None and self.qk_clip_interval != 1):
+            found.append(
+                f"optim.qk_clip_interval is {self.qk_clip_interval}; it must be at least 1, and "
+                "belongs to optim.qk_clip"
+            )
+        if self.layer_lr_decay is not None and not 0 < self.layer_lr_decay <= 1:
+            found.append(
+                f"optim.layer_lr_decay is {self.layer_lr_decay}; it must be above 0 and at most 1, "
+                "or null"
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            found.append(
+                f"optim.ema_decay is {self.ema_decay}; it must be above 0 and below 1, or null for "
+                "no average"
+            )
         if not 0 <= self.momentum < 1:
             found.append(f"optim.momentum is {self.momentum}; it must be in [0, 1)")
         if not self.update_rms > 0:
@@ -259,6 +308,11 @@ class OptimConfig:
         if (self.decay_style == "WSD") != (self.wsd_decay_steps is not None):
             found.append(
                 "optim.wsd_decay_steps belongs to optim.decay_style=WSD: set both or neither"
+            )
+        if self.decay_style != "WSD" and self.wsd_decay_style != "linear":
+            found.append(
+                f"optim.wsd_decay_style={self.wsd_decay_style} belongs to optim.decay_style=WSD, "
+                f"which is {self.decay_style}; drop it"
             )
         return found
 

@@ -76,6 +76,8 @@ class Meter:
     def __init__(self) -> None:
         self.total: int | None = None
         """Bytes of all files; None where nobody knows."""
+        self.number = 0
+        """Of the file that is read, among those of its split."""
         self._finished = 0
         self._file: Any = None
 

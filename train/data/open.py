@@ -11,6 +11,7 @@ from train.data.chat.samples import ChatValidationRows, samples_of
 from train.data.chat.template import template_problems
 from train.data.prepare import prepare
 from train.data.store import CHAT_TEMPLATE, TokenStore, TrainingSamples, ValidationRows
+from train.data.streaming.samples import StreamingSamples
 from train.data.tokenizer import tokenizer_problems
 from train.files.durable import replacing
 from train.rank.runtime import from_rank_zero
@@ -52,7 +53,7 @@ def open_store(config: RunConfig, run_dir: Path, stop: StopSignal) -> TokenStore
 
 
 def training_samples(config: RunConfig, store: TokenStore, run_data: Path) -> TrainingSamples:
-    """The training rows of a run, in the order that its seed gives.
+    """The training rows of a run, in the order that its seed gives; of a stream those of its head.
 
     Args:
         run_data: RUN/data, which all ranks share.
@@ -60,7 +61,20 @@ def training_samples(config: RunConfig, store: TokenStore, run_data: Path) -> Tr
     Raises:
         ValueError: the store is damaged, or its documents do not fit train.seq_len.
     """
-    samples = samples_of(store, config.data, config.train.seq_len, config.seed, run_data)
+    data = config.data.head
+    samples = samples_of(store, data, config.train.seq_len, config.seed, run_data)
+    samples.mix(data)
+    return samples
+
+
+def stream_of(config: RunConfig, store: TokenStore, run_data: Path) -> TrainingSamples | None:
+    """The training rows of a run whose text is tokenised meanwhile; None: they are in the store.
+
+    Collective. Rank 0 starts a process, which is a fork.
+    """
+    if not config.data.streaming:
+        return None
+    samples = StreamingSamples(store, config.data, config.train.seq_len, config.seed, run_data)
     samples.mix(config.data)
     return samples
 

@@ -105,6 +105,8 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def store_path(config: DataConfig) -> Path:
+    """Of a stream that of its head."""
+    config = config.head
     return Path(config.cache_dir) / fingerprint(config)
 
 
@@ -115,6 +117,7 @@ def prepare(
     progress: Callable[[Progress], None] = no_progress,
 ) -> Path:
     """Make the store unless it exists, and return its folder. It is whole or absent at any time.
+    Of a stream it is the store of its head (DataConfig.head).
 
     Files and tokenizer are read in processes of their own (train/data/worker.py), which end at once
     when this one is asked to stop. What they have tokenised by then is kept beside the place of the
@@ -129,6 +132,8 @@ def prepare(
         ValueError: the sources or the tokenizer cannot be read, or the place of the store not be
             written.
     """
+    is_stream, most = config.streaming, config.stream.head_documents
+    config = config.head
     final = store_path(config)
 
     def is_whole() -> bool:
@@ -142,6 +147,8 @@ def prepare(
     import tokenizers  # noqa: F401
 
     workers = num_workers or len(os.sched_getaffinity(0))
+    if is_stream:
+        report(f"of a stream the first {most:,} documents of every source are prepared")
 
     def build(scratch: Path) -> None:
         apart(lambda: _fill(config, scratch, final, workers), report, progress)
@@ -400,6 +407,7 @@ def _assembled(
             "sources": [counts.facts() for counts in assembly.by_source],
         },
         "unigram_entropy": entropy,
+        **({} if held_out.smallest is None else {"held_out_key": str(held_out.smallest)}),
     }
 
 

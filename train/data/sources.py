@@ -13,7 +13,9 @@ import glob
 import importlib.util
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -261,18 +263,25 @@ def documents(
 
 
 def placed_documents(
-    source: SourceConfig, bad_rows: BadRows, chat: bool = False, meter: Meter | None = None
+    source: SourceConfig,
+    bad_rows: BadRows,
+    chat: bool = False,
+    meter: Meter | None = None,
+    first_file: int = 0,
+    keep_files: bool = True,
 ) -> Iterator[tuple[Row, str]]:
     """The same documents, each with the row it stands in.
 
     Args:
         meter: is told how far the files are read.
+        first_file: those before it are left out; only of a whole split, not of a part of it.
+        keep_files: whether what is fetched stays; else it goes when it has been read.
 
     A document that turns out bad later may be added to bad_rows until the end of the source, where
     they are judged.
     """
     count = 0
-    for row in _rows(source, chat, meter or Meter()):
+    for row in _rows(source, chat, meter or Meter(), first_file, keep_files):
         bad_rows.rows += 1
         if isinstance(row.text, Odd):
             bad_rows.add(row, row.text)
@@ -287,14 +296,16 @@ def placed_documents(
 # --- which files, which of their rows -------------------------------------------------------------
 
 
-def _rows(source: SourceConfig, chat: bool, meter: Meter) -> Iterator[Row]:
+def _rows(
+    source: SourceConfig, chat: bool, meter: Meter, first_file: int, keep_files: bool
+) -> Iterator[Row]:
     files = checked_files(source)
     if source.path == "sample" or source.path in KINDS:
         kind = "text" if source.path == "sample" else source.path
         form = Format(kind, source.sample_by)
         meter.total = sum(os.path.getsize(file) for file in files)
-        return _split_rows(source, {"train": files}, form, _itself, chat, meter)
-    return _found_rows(source, files, chat, meter)
+        return _split_rows(source, {"train": files}, form, nullcontext, chat, meter, first_file)
+    return _found_rows(source, files, chat, meter, first_file, keep_files)
 
 
 def checked_files(source: SourceConfig) -> list[str]:
@@ -329,27 +340,31 @@ def _split_rows(
     source: SourceConfig,
     files: Mapping[str, Sequence[str]],
     form: Format,
-    local: Callable[[str], str],
+    local: Callable[[str], AbstractContextManager[str]],
     chat: bool,
     meter: Meter,
+    first_file: int = 0,
 ) -> Iterator[Row]:
     """Rows of `source.split`, in the words of load_dataset: "train", "a+b", "train[:10%]".
 
     Args:
-        files: of every split; local: from such a file to one that can be opened.
+        files: of every split; local: from such a file to one that can be opened meanwhile.
     """
     about = f"source {source.path!r} cannot be read"
     read = read_conversations if chat else read_rows
 
-    def rows(split: str) -> Iterator[Row]:
-        for file in files[split]:
+    def rows(split: str, first: int = 0) -> Iterator[Row]:
+        for number, file in enumerate(files[split][first:], first):
+            meter.number = number
             try:
-                yield from read(local(file), form, source.text_column, meter)
+                with local(file) as there:
+                    yield from read(there, form, source.text_column, meter)
+                    meter.finish()  # while it is there
             except ValueError as error:
                 raise ValueError(f"{about}: {error}") from error
 
     if source.split in files:
-        yield from rows(source.split)
+        yield from rows(source.split, first_file)
         return
     import datasets
 
@@ -365,14 +380,17 @@ def _split_rows(
         yield from islice(rows(part.splitname), part.from_, part.to)
 
 
-def _itself(file: str) -> str:
-    return file
-
-
 # --- what datasets finds --------------------------------------------------------------------------
 
 
-def _found_rows(source: SourceConfig, files: list[str], chat: bool, meter: Meter) -> Iterator[Row]:
+def _found_rows(
+    source: SourceConfig,
+    files: list[str],
+    chat: bool,
+    meter: Meter,
+    first_file: int,
+    keep_files: bool,
+) -> Iterator[Row]:
     """Rows behind a Hub name, a folder with a data set, or files of another format."""
     import datasets
 
@@ -407,14 +425,22 @@ def _found_rows(source: SourceConfig, files: list[str], chat: bool, meter: Meter
     # What it only has to find is read by our own readers, which look at the text column alone.
     manager = datasets.DownloadManager()
 
-    def local(file: str) -> str:
+    @contextmanager
+    def local(file: str) -> Iterator[str]:
         if os.path.isfile(file):
-            return file
-        return str(_explained(source, lambda: manager.download(file)))
+            yield file
+            return
+        begun = time.time()
+        fetched = str(_explained(source, lambda: manager.download(file)))
+        yield fetched
+        # What others had fetched before is theirs.
+        if not keep_files and os.stat(fetched).st_ctime >= begun:
+            for name in {fetched, os.path.realpath(fetched)}:
+                os.unlink(name)
 
     found = builder.config.data_files.items()
     named = {str(split): list(map(str, names)) for split, names in found}
-    return _split_rows(source, named, form, local, chat, meter)
+    return _split_rows(source, named, form, local, chat, meter, first_file)
 
 
 def _explained(

@@ -344,6 +344,9 @@ class TrainingSamples:
         for source, epoch in sorted(needed):
             self.sources[source].open_epoch(epoch)
 
+    def close(self) -> None:
+        """Nothing more is read."""
+
     def source_of(self, index: int) -> int:
         """The source that sample `index` comes from."""
         return self._locate(index)[0]

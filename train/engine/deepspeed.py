@@ -35,6 +35,7 @@ from model.parallel.groups import ParallelGroups
 from model.parallel.topology import StageTopology
 from model.request import SUMS_ALONE, ForwardRequest, TokenBatch
 from train.config.training import OptimConfig, TrainConfig
+from train.engine.average import AVERAGE
 from train.engine.frozen import read_frozen, write_frozen
 from train.engine.library import (
     _anchor,
@@ -112,6 +113,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=StageTopology(groups)
         )
+        self.average = optimizer.average
         self.module = self.deepspeed.module
         self.device = torch.device(self.deepspeed.device)
         if groups.pipeline_size > 1 and self.stage > 0:
@@ -239,7 +241,8 @@ class Engine:
         """What there is of a parameter to save: one that is frozen has no moments."""
         if not parameter.requires_grad:
             return ("fp32",)
-        return MUON_STATE_KEYS if parameter in self._by_muon else STATE_KEYS
+        keys = MUON_STATE_KEYS if parameter in self._by_muon else STATE_KEYS
+        return keys if self.average is None else (*keys, AVERAGE)
 
     def trained_by_kind(self) -> dict[str, tuple[int, int]]:
         """Kind of parameters -> elements that are trained, and elements, over all ranks."""
@@ -323,6 +326,8 @@ class Engine:
             masters = list(optimizer.fp32_partitioned_groups_flat)
         fused = bool(inner.param_groups[0].get("fused"))
         for master in masters:
+            if self.average is not None:
+                inner.state[master][AVERAGE] = self.average.begin(master, step)
             if self.muon is not None and master in self.muon.layouts:
                 inner.state[master][MOMENTUM] = torch.zeros_like(master)
                 continue
@@ -352,6 +357,24 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+    def scale_rows(self, factors: dict[str, torch.Tensor]) -> None:
+        """Multiply rows of master weights, and what the forward pass uses of them. Collective.
+
+        Args:
+            factors: name of a parameter -> [rows], the same on every rank.
+        """
+        named = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, rows in factors.items():
+                value = self.gather_state(named[name], "fp32")
+                by_row = rows.to(value.device).view(-1, *[1] * (value.dim() - 1))
+                self.scatter_state(named[name], "fp32", value * by_row)
+        # Whole small parameters, which stage 3 keeps between steps, are gathered again only where
+        # they were let go before.
+        if self.stage == 3:
+            self.deepspeed.optimizer._partition_all_parameters()
+        self.finish_scatter()
 
     def finish_scatter(self) -> None:
         """Copy the fp32 masters into the weights the forward pass uses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from model.parallel.family import is_expert_parameter
 from model.transformer import Transformer
 from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
 from train.config.training import OptimConfig
+from train.engine.average import AveragedAdamW, MovingAverage
 from train.engine.muon.optimizer import Muon
 
 
@@ -47,20 +49,20 @@ def parameter_groups(
             nothing is a matrix.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    found = _together(trained, config)
-
-    # A rule may mean what another stage of a pipeline has.
-    everything, every = trained, found
+    # A rule may mean what another stage of a pipeline has, and depth is that in the whole model.
+    everything = trained
     if isinstance(model, Transformer) and not model.part.is_whole:
         everything = list(model.whole().named_parameters())
-        every = _together(everything, config)
+    below = layers_below_the_top([name for name, _ in everything])
+    found = _together(trained, config, below)
+    every = found if everything is trained else _together(everything, config, below)
     _require_matches(
         "optim.groups", [group.match for group in config.groups], [name for name, _ in everything]
     )
-    _require_muon(config, {rule for rule, _, by_muon in every if by_muon})
+    _require_muon(config, {rule for rule, _, by_muon, _ in every if by_muon})
 
     groups: list[dict[str, Any]] = []
-    for (rule, sort, by_muon), parameters in sorted(found.items(), key=lambda item: item[0]):
+    for (rule, sort, by_muon, depth), parameters in sorted(found.items(), key=lambda item: item[0]):
         is_expert, is_vector = sort >= 2, sort % 2 == 1
         usual = 0.0 if is_vector else config.weight_decay
         settings = config.groups[rule] if rule >= 0 else None
@@ -75,12 +77,15 @@ def parameter_groups(
         }
         if is_expert:
             group["moe"] = True
-        if settings is not None:
+        factor = 1.0 if settings is None else settings.lr_factor
+        if config.layer_lr_decay is not None:
+            factor *= config.layer_lr_decay**depth
+        if settings is not None or config.layer_lr_decay is not None:
             group |= {
                 "own_weight_decay": given,
-                "lr_factor": settings.lr_factor,
-                "max_lr": config.lr * settings.lr_factor,
-                "min_lr": config.min_lr * settings.lr_factor,
+                "lr_factor": factor,
+                "max_lr": config.lr * factor,
+                "min_lr": config.min_lr * factor,
             }
         groups.append(group)
     assert sum(len(g["params"]) for g in groups) == len(trained)
@@ -88,20 +93,39 @@ def parameter_groups(
 
 
 def _together(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
-) -> dict[tuple[int, int, bool], list[nn.Parameter]]:
-    """What belongs together, by rule of optim.groups, sort, and whether Muon has it: matrices are
-    of sort 0, vectors of 1, experts' matrices and vectors of 2 and 3.
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, below: dict[str, int]
+) -> dict[tuple[int, int, bool, int], list[nn.Parameter]]:
+    """What belongs together, in this order: by rule of optim.groups; matrices, vectors, experts'
+    matrices, experts' vectors; of either kind of matrices AdamW's and then Muon's; of each by
+    layers, from the last one down, where these differ. below: layers_below_the_top.
     """
     own = [group.match for group in config.groups]
-    found: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
+    found: dict[tuple[int, int, bool, int], list[nn.Parameter]] = {}
     for name, parameter in named:
         rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
         is_expert = is_expert_parameter(parameter)
         is_vector = parameter.dim() < 2 + is_expert
         by_muon = _is_moved_by_muon(name, parameter, config, rule)
-        found.setdefault((rule, 2 * is_expert + is_vector, by_muon), []).append(parameter)
+        depth = 0 if config.layer_lr_decay is None else below[name]
+        found.setdefault((rule, 2 * is_expert + is_vector, by_muon, depth), []).append(parameter)
     return found
+
+
+def layers_below_the_top(names: list[str]) -> dict[str, int]:
+    """How many layers each parameter lies below what follows the last layer: 0 for the last norm,
+    the head and multi-token prediction, 1 for the last layer, one more than the first layer's for
+    the embedding, tied or not (Clark et al., ELECTRA, arXiv 2003.10555, appendix A).
+    """
+    layers = {n: int(m[1]) for n in names if (m := re.match(r"blocks\.(\d+)\.", n))}
+    number = max(layers.values(), default=-1) + 1
+    return {
+        name: number - layers[name]
+        if name in layers
+        else number + 1
+        if name.startswith("embedding.")
+        else 0
+        for name in names
+    }
 
 
 def _is_moved_by_muon(name: str, parameter: nn.Parameter, config: OptimConfig, rule: int) -> bool:
@@ -156,16 +180,23 @@ def trained_by_kind(named: Iterable[tuple[str, nn.Parameter, int]]) -> dict[str,
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, expert_group: str | None
-) -> torch.optim.AdamW:
-    """AdamW, or a Muon which has AdamW for the rest, still to be told where its matrices lie."""
+) -> AveragedAdamW | Muon:
+    """AdamW, or a Muon which has AdamW for the rest, still to be told where its matrices lie; with
+    a moving average of what they move if optim.ema_decay asks for one.
+    """
     groups = parameter_groups(model, config, expert_group)
     fused = torch.cuda.is_available()
+    optimizer: AveragedAdamW | Muon
     if config.uses_muon:
-        return Muon(groups, config, fused)
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused,
-    )
+        optimizer = Muon(groups, config, fused)
+    else:
+        optimizer = AveragedAdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=fused,
+        )
+    if config.ema_decay is not None:
+        optimizer.average = MovingAverage(config.ema_decay)
+    return optimizer

@@ -46,7 +46,7 @@ class Schedule:
             wd_incr_steps=train.num_steps,
             wd_incr_style="constant",
             wsd_decay_steps=optim.wsd_decay_steps,
-            lr_wsd_decay_style="linear" if optim.decay_style == "WSD" else None,
+            lr_wsd_decay_style=optim.wsd_decay_style if optim.decay_style == "WSD" else None,
         )
         self._samples_a_micro_batch = train.micro_batch_size * data_parallel_size
         sizes = (train.global_batch_size, train.micro_batch_size, data_parallel_size)

@@ -29,7 +29,6 @@ class RoutingControl:
         kind: Router | None,
         rows: LayerRows,
         groups: ParallelGroups,
-        balance: BalanceConfig,
         budget: BudgetConfig,
         fail_safe: FailSafeConfig,
         rank_shares: torch.Tensor | None,
@@ -37,7 +36,7 @@ class RoutingControl:
     ):
         self._routers, self._kind, self._rows = routers, kind, rows
         self._groups, self._rank_shares = groups, rank_shares
-        self._balance, self._budget, self._fail_safe = balance, budget, fail_safe
+        self._budget, self._fail_safe = budget, fail_safe
         self._actions = actions
 
     def reduce(self, statistics: torch.Tensor) -> LayerStats | None:
@@ -55,9 +54,10 @@ class RoutingControl:
             dist.all_reduce(whole)
         return unpack_stats(whole, self._kind.spec.num_experts, self._kind.max_top_k)
 
-    def update(self, layers: LayerStats) -> None:
-        """Move bias, budget and fallbacks of the layers here by one step that updated the weights.
-        Collective over the pipeline group where budget.scope is "model".
+    def update(self, layers: LayerStats, balance: BalanceConfig) -> None:
+        """Move bias, budget and fallbacks of the layers here by one step that updated the weights,
+        with the balance settings of that step. Collective over the pipeline group where
+        budget.scope is "model".
         """
         assert self._kind is not None
         places = self._rows.places
@@ -66,7 +66,7 @@ class RoutingControl:
             update_routers(
                 self._routers,
                 LayerStats(*(part[places] for part in layers)),
-                self._balance,
+                balance,
                 self._budget,
                 self._fail_safe,
                 None if shares is None else shares[places],

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from model.moe.balance import LayerStats
     from ops.all_to_all import Communication
     from train.data.loader import Batch
+    from train.engine.qk_clip import Clipped
 
 Phase = Literal["whole", "data", "forward", "backward", "step", "log", "pause", "evaluate", "save"]
 """What training does. "whole" is one optimisation step: "data", a "forward" and a "backward" for
@@ -92,6 +93,8 @@ class StepResult(NamedTuple):
     """Statistics of the routers, one row per MoE layer; None without experts."""
     communication: Communication | None
     """What this rank sent and waited for; None where nobody asked for it."""
+    clipped: Clipped | None = None
+    """What clipping attention logits has found; None in a step that was not measured."""
 
 
 @dataclass

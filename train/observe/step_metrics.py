@@ -29,9 +29,9 @@ from train.observe.attention import attention_metrics
 from train.observe.base import Ask, MicroBatch, Observer, Phase, StepResult
 from train.observe.routing import RouterTables, routing_metrics, routing_tables
 
-HEAD = 12
+HEAD = 13
 """Scalar sums in front of the packed vector."""
-OF_UPDATES = 6
+OF_UPDATES = 7
 """The first so many of them count only steps that updated the weights."""
 
 
@@ -45,9 +45,10 @@ def memory_bytes(device: torch.device) -> int:
 class StepMetrics(Observer):
     """Sums over the steps since the last log line.
 
-    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed | bytes, exposed seconds,
-    seconds, squared rounding, squared values, tokens of all steps | attention | multi-token
-    prediction | memory by rank | what routers hold, where stages share them out].
+    Local sums until `reduce`: [loss, aux, z, targets, tokens, processed, z of the output logits |
+    bytes, exposed seconds, seconds, squared rounding, squared values, tokens of all steps |
+    attention | multi-token prediction | memory by rank | what routers hold, where stages share
+    them out].
     The routers' statistics come reduced over ranks, once per step. A skipped step took its time,
     computed its tokens and sent its rows, and counts in nothing else.
 
@@ -163,7 +164,8 @@ class StepMetrics(Observer):
         self.sums[0] += output.loss_sum.detach()
         self.sums[3] += num_targets
         self.sums[4] += num_tokens
-        self.sums[11] += num_tokens
+        self.sums[6] += output.logit_z_sum.detach()
+        self.sums[12] += num_tokens
         if num_mtp_targets:
             self.mtp[0] += output.mtp_sums.detach()
             self.mtp[1] += torch.tensor(num_mtp_targets, device=self.device)
@@ -179,7 +181,7 @@ class StepMetrics(Observer):
         """Add what one optimisation step of this rank sent and waited for, and how long the step
         took.
         """
-        self.sums[OF_UPDATES:11] += torch.tensor(
+        self.sums[OF_UPDATES:12] += torch.tensor(
             [found.num_bytes, found.exposed_seconds, seconds, *found.payload_error],
             dtype=torch.float64,
             device=self.device,
@@ -221,6 +223,7 @@ class StepMetrics(Observer):
             targets,
             tokens,
             processed,
+            logit_z,
             num_bytes,
             exposed,
             measured,
@@ -239,6 +242,8 @@ class StepMetrics(Observer):
             "perf/step_seconds": seconds / max(self.steps, 1),
             "perf/memory_gib": float(all_memory.max()) / GIB,
         }
+        if logit_z > 0:
+            scalars["train/z_loss"] = logit_z / targets
         if flat_mtp.numel():
             mtp_sums, mtp_targets = flat_mtp.view_as(self.mtp)
             of_modules = mtp_sums / mtp_targets  # NaN where no module predicted anything

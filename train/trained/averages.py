@@ -1,13 +1,18 @@
-"""Weights that no single checkpoint holds: the mean of several checkpoints of a run."""
+"""Averages of weights as a reader gives them: the mean of several checkpoints of a run, or the
+moving average that a checkpoint holds beside its weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from train.checkpoint.expert_stacks import Wanted
 from train.checkpoint.reader import MergedReader
+from train.engine.average import AVERAGE
 from train.files.manifest import CheckpointError
 
 SELECTION_BIAS = ".router.balance_bias"
@@ -15,15 +20,18 @@ SELECTION_BIAS = ".router.balance_bias"
 """
 
 
-def reader_of(checkpoints: Sequence[Path]) -> MergedReader:
+def reader_of(checkpoints: Sequence[Path], weights: str = "native") -> MergedReader:
     """A reader of one checkpoint, or of the mean of several, adapters added.
 
     Args:
         checkpoints: of one run, the newest first.
+        weights: ema: of the only one, the moving average.
 
     Raises:
         CheckpointError: one of them cannot be read, or they hold different models.
     """
+    if weights == "ema":
+        return MovingAverageReader(checkpoints[0])
     return MergedReader(checkpoints[0]) if len(checkpoints) == 1 else AverageReader(checkpoints)
 
 
@@ -78,6 +86,37 @@ class AverageReader(MergedReader):
                 read(other, {key: term})
                 tensor += term
             tensor /= 1 + len(self._others)
+
+
+class MovingAverageReader(MergedReader):
+    """Reads the moving average of a checkpoint's weights in their place. What was not trained is
+    as it is, and so is what routers keep beside their weights.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or has no moving average.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self._averages: dict[str, str] = {}
+        super().__init__(checkpoint)
+        held = [key for key in self.stored if key.endswith(f"/{AVERAGE}")]
+        if not held:
+            raise CheckpointError(
+                f"{checkpoint} has no moving average of its weights; train with optim.ema_decay"
+            )
+        # Under the key of the weight stands its average, here and among what is packed.
+        self._averages = {key.removesuffix(AVERAGE) + "fp32": key for key in held}
+        for asked, key in self._averages.items():
+            self.stored[asked] = self.stored.pop(key)
+            self._members.pop(asked, None)
+            if key in self._members:
+                self._members[asked] = self._members.pop(key)
+
+    def _load_entries(self, plain: dict[str, torch.Tensor], stacks: dict[str, Wanted]) -> None:
+        def renamed(wanted: dict[str, Any]) -> dict[str, Any]:
+            return {self._averages.get(key, key): value for key, value in wanted.items()}
+
+        super()._load_entries(renamed(plain), renamed(stacks))
 
 
 def _is_averaged(key: str) -> bool:

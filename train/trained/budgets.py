@@ -149,7 +149,8 @@ def losses_by_row(
         sums.append(output.token_losses.double().sum(1).cpu())
         counts.append((given.targets != IGNORE_INDEX).sum(1).double().cpu())
         visited = [(routing.expert_ids >= 0).sum() for routing in output.routings]
-        experts += float(torch.stack(visited).double().mean())
+        if visited:  # else it is a dense model
+            experts += float(torch.stack(visited).double().mean())
         mask = given.token_mask
         tokens += given.input_ids.numel() if mask is None else int(mask.sum())
     return torch.cat(sums), torch.cat(counts), experts / max(1, tokens)

@@ -99,6 +99,8 @@ def act_grad_columns(
 def act_grad_kernel(
     grad_ptr,
     down,
+    grad_scales,
+    down_scales,
     pre_ptr,
     weights_ptr,
     slots_ptr,
@@ -119,11 +121,13 @@ def act_grad_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    FP8: tl.constexpr = False,
 ):
     """Grid (row tiles * cdiv(WIDTH, COLUMNS)). grad: [T, HIDDEN]; pre, grad_pre: [R, 2 * WIDTH];
     act: [R, WIDTH], times the weight; partial: [column tiles, R] fp32, this tile's part of the
-    weights' gradient. Behind the last row of all, the tile is filled with zeros: expert_product
-    reads that far.
+    weights' gradient. With FP8 grad and down are e4m3, grad_scales [T], and of down its columns
+    were rounded: it is [experts, WIDTH, HIDDEN], with down_scales [experts, WIDTH]. Behind the last
+    row of all, the tile is filled with zeros: expert_product reads that far.
     """
     expert, start, row, read_row, live, column_tile = row_tile(
         tile_expert_ptr, tile_start_ptr, offsets_ptr, tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS
@@ -144,7 +148,7 @@ def act_grad_kernel(
         column_tile * COLUMNS,
         column,
         True,
-        False,
+        FP8,
         False,
         HIDDEN,
         WIDTH,
@@ -152,7 +156,12 @@ def act_grad_kernel(
         STEP,
         ROWS,
         COLUMNS,
+        FP8,
     )
+    if FP8:
+        scale = down_scales + expert.to(tl.int64) * WIDTH + column
+        grad_act *= tl.load(grad_scales + slot // TOP_K)[:, None]
+        grad_act *= tl.load(scale, mask=column < WIDTH, other=0.0)[None, :]
 
     # expert_product steps over whole tiles and may read rows behind the last one, which must be
     # finite.
@@ -197,6 +206,8 @@ def row_grad_kernel(
     grad_pre_ptr,
     grad_pre,
     gate_up,
+    grad_scales,
+    gate_up_scales,
     slots_ptr,
     offsets_ptr,
     tile_expert_ptr,
@@ -210,9 +221,12 @@ def row_grad_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    FP8: tl.constexpr = False,
 ):
     """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one
-    slot a token, by tokens. grad_pre: the descriptor of grad_pre_ptr, None without TMA.
+    slot a token, by tokens. grad_pre: the descriptor of grad_pre_ptr, None without TMA. With FP8
+    grad_pre and gate_up are e4m3, grad_scales [R], and of gate_up its columns were rounded: it is
+    [experts, HIDDEN, 2 * WIDTH], with gate_up_scales [experts, HIDDEN].
     """
     expert, start, row, read_row, live, column_tile = row_tile(
         tile_expert_ptr, tile_start_ptr, offsets_ptr, tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS
@@ -230,7 +244,7 @@ def row_grad_kernel(
         column_tile * COLUMNS,
         column,
         False,
-        False,
+        FP8,
         False,
         2 * WIDTH,
         HIDDEN,
@@ -238,7 +252,12 @@ def row_grad_kernel(
         STEP,
         ROWS,
         COLUMNS,
+        FP8,
     )
+    if FP8:
+        scale = gate_up_scales + expert.to(tl.int64) * HIDDEN + column
+        acc *= tl.load(grad_scales + read_row)[:, None]
+        acc *= tl.load(scale, mask=column < HIDDEN, other=0.0)[None, :]
 
     # With one slot a token, a slot's number is its token's.
     if SCATTER:

@@ -4,7 +4,8 @@ products.
 Rows are assignments in the order of `slots`; a row's token is slots[row] // TOP_K. Grids are upper
 bounds: the number of rows is known on the device only, and superfluous programs return. Products
 are in the dtype of the inputs with fp32 accumulators; "ieee" keeps fp32 inputs from being rounded
-to tf32.
+to tf32. Sums of 8-bit products leave sm_90's tensor cores, whose own have some 14 bits, after every
+STEP of them (arXiv 2412.19437, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def row_product(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """[ROWS, COLUMNS] fp32: rows of DEPTH values times a tile of columns of an expert's matrix.
 
@@ -118,9 +120,11 @@ def row_product(
     matrix: [experts, DEPTH, WIDTH], TRANSPOSED: [experts, WIDTH, DEPTH], PAIRS: [experts, 2, WIDTH,
         DEPTH], the pointer or with TMA the descriptor; int8 by its pointer alone, as numbers.
     column: [COLUMNS], of the matrix; PAIRS: the first half of them of either part.
+    FP8: both are e4m3; what they are scaled by is the caller's.
     """
     step = tl.arange(0, STEP)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    LOW: tl.constexpr = STEP if FP8 else 0
 
     # TMA loads whole tiles by their place and fills what lies outside with zeros. Rows that are
     # gathered have no place: they are read by their pointers all the same.
@@ -143,7 +147,7 @@ def row_product(
                 w = matrix.load([expert, column_start, k]).reshape(COLUMNS, STEP).T
             else:
                 w = matrix.load([expert, k, column_start]).reshape(STEP, COLUMNS)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            acc = tl.dot(x, w, acc, input_precision="ieee", max_num_imprecise_acc=LOW)
     else:
         # Without TMA the masks are compiled only for sizes that do not fill their tiles.
         x_ptr = rows[:, None] + step[None, :]
@@ -168,12 +172,14 @@ def row_product(
             if EVEN:
                 x = tl.load(x_ptr)
                 w = tl.load(w_ptr).to(x.dtype)
-                acc = tl.dot(x, w, acc, input_precision="ieee")
+                acc = tl.dot(x, w, acc, input_precision="ieee", max_num_imprecise_acc=LOW)
             else:
                 inside = step < DEPTH - k
                 x = tl.load(x_ptr, mask=inside[None, :], other=0.0)
-                w = tl.load(w_ptr, mask=inside[:, None] & (column < WIDTH)[None, :], other=0)
-                acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
+                w = tl.load(w_ptr, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
+                acc = tl.dot(
+                    x, w.to(x.dtype), acc, input_precision="ieee", max_num_imprecise_acc=LOW
+                )
             x_ptr += STEP
             w_ptr += STEP * depth_stride
     return acc

@@ -56,6 +56,17 @@ class Config(NamedTuple):
 
 
 _EXACT = Config(32, 32, 16, 4, 1)
+_STEP_BYTES = 128
+"""Of a row in a step of a product of 16-bit or 8-bit values."""
+
+
+def _step(dtype: torch.dtype) -> int:
+    return _STEP_BYTES // dtype.itemsize
+
+
+def _most_columns(dtype: torch.dtype) -> int:
+    """Of a tile of 128 rows. Sums of 8-bit products take two accumulators (common.py)."""
+    return 128 if dtype.itemsize == 1 else 256
 
 
 def _large(architecture: int) -> bool:
@@ -79,8 +90,9 @@ def up_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
     if dtype == torch.float32:
         return _EXACT
     if _large(architecture):
-        return Config(rows, 128, 64, rows // 16, 4, group=16, tma=True)
-    return Config(rows, 64, 64, rows // 16, 4)
+        columns = _most_columns(dtype) // 2
+        return Config(rows, columns, _step(dtype), rows // 16, 4, group=16, tma=True)
+    return Config(rows, 64, _step(dtype), rows // 16, 4)
 
 
 def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> Config:
@@ -90,10 +102,11 @@ def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> 
     if dtype == torch.float32:
         return _EXACT
     if not _large(architecture):
-        return Config(rows, 128, 64, rows // 16, 4)
+        return Config(rows, 128, _step(dtype), rows // 16, 4)
     if depth >= 1024:
-        return Config(rows, 256, 64, rows // 16, 4, group=16, tma=True)
-    return Config(rows, 128, 64, 4, 3, tma=True)
+        columns = _most_columns(dtype)
+        return Config(rows, columns, _step(dtype), rows // 16, 4, group=16, tma=True)
+    return Config(rows, 128, _step(dtype), 4, 3, tma=True)
 
 
 def int8_config(config: Config) -> Config:
@@ -108,8 +121,9 @@ def act_grad_config(rows: int, dtype: torch.dtype, architecture: int) -> Config:
     if dtype == torch.float32:
         return _EXACT
     if architecture == 90:
-        return Config(rows, 128, 64, rows // 16, 4, tma=True)
-    return Config(rows, 128, 64, rows // 16, 4)
+        return Config(rows, 128, _step(dtype), rows // 16, 4, tma=True)
+    splits = 2 if dtype.itemsize == 1 else 1
+    return Config(rows, 128, _step(dtype), rows // 16, 4, splits=splits)
 
 
 def expert_config(gathers_left: bool, dtype: torch.dtype, architecture: int) -> Config:

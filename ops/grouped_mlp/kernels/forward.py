@@ -14,6 +14,7 @@ from ops.grouped_mlp.kernels.common import row_product, row_tile
 def up_kernel(
     hidden_ptr,
     gate_up,
+    hidden_scales,
     gate_up_scales,
     slots_ptr,
     offsets_ptr,
@@ -29,12 +30,14 @@ def up_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    FP8: tl.constexpr = False,
 ):
     """Grid (row tiles * cdiv(WIDTH, COLUMNS)). act [R, WIDTH] and pre [R, 2 * WIDTH], either may be
     None.
 
     One product of 2 * COLUMNS columns, of gate and then of up, is split in registers: a thread has
-    both. gate_up_scales: [experts, 2 * WIDTH], None where the weights are not int8.
+    both. gate_up_scales: [experts, 2 * WIDTH], None where the weights are neither int8 nor, with
+    FP8, e4m3, where hidden is too and hidden_scales are [T].
     """
     expert, start, row, read_row, live, column_tile = row_tile(
         tile_expert_ptr, tile_start_ptr, offsets_ptr, tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS
@@ -60,7 +63,10 @@ def up_kernel(
         STEP,
         ROWS,
         2 * COLUMNS,
+        FP8,
     )
+    if FP8:
+        acc *= tl.load(hidden_scales + token)[:, None]
 
     # The columns are those of gate and then of up; split takes a last axis of two.
     gate, up = tl.split(acc.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1))
@@ -90,6 +96,7 @@ def down_kernel(
     act_ptr,
     act,
     down,
+    act_scales,
     down_scales,
     weights_ptr,
     slots_ptr,
@@ -105,10 +112,12 @@ def down_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    FP8: tl.constexpr = False,
 ):
     """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one
     slot a token, by tokens and times the weight. act: the descriptor of act_ptr, None without TMA.
-    down_scales: [experts, HIDDEN], None where the weights are not int8.
+    down_scales: [experts, HIDDEN], None where the weights are neither int8 nor, with FP8, e4m3,
+    where act is too and act_scales are [R].
     """
     expert, start, row, read_row, live, column_tile = row_tile(
         tile_expert_ptr, tile_start_ptr, offsets_ptr, tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS
@@ -134,8 +143,11 @@ def down_kernel(
         STEP,
         ROWS,
         COLUMNS,
+        FP8,
     )
 
+    if FP8:
+        acc *= tl.load(act_scales + read_row)[:, None]
     if down_scales is not None:
         scale = down_scales + expert.to(tl.int64) * HIDDEN + column
         acc *= tl.load(scale, mask=column < HIDDEN, other=0.0)[None, :]

@@ -156,13 +156,83 @@ def check_int8(case: Case) -> str:
     return f"out {float((out - expected).abs().max() / expected.abs().max()):.1e}"
 
 
-GROUPS = {"float32": FLOAT32, "half": HALF, "int8": INT8}
+FP8 = {
+    "edges": Case((67, 5, 3, "unused"), 80, 72),
+    "odd widths": Case((23, 3, 2, "skewed"), 37, 19),
+    "whole tiles": Case((140, 3, 2, "skewed"), 256, 128),
+    "one slot": Case((70, 2, 1, "half"), 64, 64),
+    "no tokens": Case(EDGE_CASES["no_tokens"]),
+    "bf16": Case((131, 5, 3, "unused"), 144, 136, torch.bfloat16, few_rows=0),
+}
+
+
+def check_fp8(case: Case) -> str:
+    """The products of 8-bit floats against their definition in the same dtype: what differs is the
+    order of sums and, where that moves a value over the middle of two neighbours, its rounding. In
+    bf16, whose own rounding does that to one value in twenty, the bound is half of what rounding to
+    8 bits costs.
+    """
+    (num_tokens, num_experts, top_k, _), dim, width = case.routing, case.hidden_size, case.width
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    places = group_by_expert(draw_expert_ids(*case.routing), num_experts)
+    gate_up = normal(num_experts, 2 * width, dim) * 1.5 * dim**-0.5
+    down = normal(num_experts, dim, width) * width**-0.5
+    # rows and columns of very different sizes, so that a scale of another one would show
+    gate_up *= torch.logspace(-1, 1, 2 * width)[:, None]
+    down *= torch.logspace(1, -1, dim)[:, None] * torch.logspace(-1, 1, width)
+    hidden, gate_up, down, grad_out = (
+        x.to(case.dtype) for x in (normal(num_tokens, dim), gate_up, down, normal(num_tokens, dim))
+    )
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    given = (hidden, weights, gate_up, down, *places)
+    with poisoned_memory():
+        out, pre = triton_backend.forward(*given, keep=True, precision="fp8")
+        again, _ = triton_backend.forward(*given, keep=False, precision="fp8")
+        grads = triton_backend.backward(grad_out, *given, pre, "fp8")
+        recomputed = triton_backend.backward(grad_out, *given, None, "fp8")
+    assert torch.equal(out, again)
+    for one, other in zip(grads, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+    leaves = [x.detach().requires_grad_() for x in given[:4]]
+    expected = reference_grouped_mlp(*leaves, *places, precision="fp8")
+    theirs = torch.autograd.grad(expected, leaves, grad_out)
+    plain = [x.detach().requires_grad_() for x in given[:4]]
+    unrounded = reference_grouped_mlp(*plain, *places)
+    unrounded_grads = torch.autograd.grad(unrounded, plain, grad_out)
+    found = []
+    for name, ours, reference, other in zip(
+        ("out", *NAMES),
+        (out, *grads),
+        (expected, *theirs),
+        (unrounded, *unrounded_grads),
+        strict=True,
+    ):
+        if not reference.count_nonzero():
+            assert not ours.count_nonzero(), name
+            continue
+        error, rounding = (
+            float((x.detach() - reference.detach()).float().norm() / reference.detach().norm())
+            for x in (ours, other)
+        )
+        bound = 2e-3 if case.dtype == torch.float32 else rounding / 2
+        assert error < bound and rounding > 0.01, f"{name} is off by {error:.1e} of {rounding:.1e}"
+        found.append(f"{name} {error:.1e}")
+    return ", ".join(found)
+
+
+GROUPS = {"float32": FLOAT32, "half": HALF, "int8": INT8, "fp8": FP8}
+CHECKS = {"int8": check_int8, "fp8": check_fp8}
 
 
 def main(groups: list[str]) -> int:
     failed = False
     for group in groups:
-        check_of = check_int8 if group == "int8" else check
+        check_of = CHECKS.get(group, check)
         for name, case in GROUPS[group].items():
             start, configs.FEW_ROWS = time.process_time(), case.few_rows
             triton_backend.architecture = lambda device, case=case: case.architecture

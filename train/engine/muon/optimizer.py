@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from train.config.training import OptimConfig
+from train.engine.average import MovingAverage
 from train.engine.muon.exchange import Layout
 from train.engine.muon.orthogonalize import orthogonalize
 
@@ -48,6 +49,7 @@ class Muon(torch.optim.AdamW):
         self.settings = config
         self.layouts: dict[Tensor, Layout] = {}
         self.device: torch.device | None = None
+        self.average: MovingAverage | None = None
 
     def place(self, layouts: dict[Tensor, Layout], device: torch.device) -> None:
         """Say what the parameters of Muon's groups are made of.
@@ -82,6 +84,8 @@ class Muon(torch.optim.AdamW):
                 for master in group["params"]:
                     if master.grad is not None:
                         self._update(master, group["lr"], group["weight_decay"])
+        if self.average is not None:
+            self.average.follow(self)
         return result
 
     def _update(self, master: Tensor, lr: float, weight_decay: float) -> None:

@@ -46,6 +46,10 @@ class Need(Enum):
     NULL_EXPERTS = "the router has null experts"
     BIAS = "a selection bias is not 0"
     MTP = "model.num_mtp_layers is above 0"
+    LOGIT_Z_LOSS = "train.z_loss_coeff is above 0"
+    QK_CLIP = "optim.qk_clip is set, from the first measured step on"
+    AUX_LOSS_SCHEDULE = "balance.aux_loss_schedule is not constant"
+    BIAS_RATE_SCHEDULE = "balance.bias_rate_schedule is not constant"
     AUX_LOSS = "balance.aux_loss_coeff is above 0"
     WHOLE_ROUTERS = "ranks hold whole routers (with ZeRO-3 small ones only)"
     SPREAD_EXPERTS = "experts are spread over ranks"
@@ -149,6 +153,7 @@ UNITS = {
     "bits/byte": "bits per byte of text",
     "logits": "as the router's logits",
     "experts": "a number of experts",
+    "heads": "a number of attention heads",
     "experts/token": "a mean number of experts per token",
     "blocks": "a mean number of blocks of keys",
     "layer": "the number of a layer, from 0",

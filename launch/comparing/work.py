@@ -1,0 +1,207 @@
+"""Running the cells: each is launch.train in a process of its own, and what became of it is on disk
+before the next begins, so that a comparison that was killed goes on where it stood.
+
+    DIR/compare.json           what is compared
+    DIR/runs/CELL/             run directories
+    DIR/outcomes/CELL.json     done, failed or interrupted, seconds, and the last lines of a failure
+    DIR/logs/CELL.log          what its command printed
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.comparing.grid import Cell, directory_of
+from launch.config.overrides import plain, quoted
+from launch.process.exits import IN_USE
+from launch.process.identity import ROOT
+from launch.process.secrets import redact, redact_text
+from launch.saved.configs import load_run_config
+from launch.saved.files import read_result
+from launch.saved.resume import OF_THE_COMMAND, flat, shown
+from train.checkpoint.folder import newest_complete
+from train.files.durable import write_json
+
+PR_SET_PDEATHSIG = 1
+TOLD = 6
+"""Last lines of a failed command that are kept."""
+LINE = 400
+GRACE_SECONDS = 150.0
+"""Between asking a run to save and end, and killing it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a cell so far."""
+
+    state: str
+    """done, failed, interrupted."""
+    seconds: float
+    """At work, over all attempts."""
+    code: int = 0
+    """Of its command, where it failed; below 0: the signal that ended it."""
+    lines: tuple[str, ...] = ()
+    """The last ones that a failed command printed."""
+
+
+def outcome_of(folder: Path, cell: Cell) -> Outcome | None:
+    """What is known of a cell; None: it has not begun, or its record is damaged."""
+    path = folder / "outcomes" / f"{cell.name}.json"
+    try:
+        found = json.loads(path.read_bytes())
+        outcome = Outcome(
+            str(found["state"]),
+            float(found["seconds"]),
+            int(found["code"]),
+            tuple(map(str, found["lines"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        outcome = None
+    # The run itself says whether it has ended: the record may be lost, or of an earlier attempt.
+    if has_ended(directory_of(folder, cell), cell.run.train.num_steps):
+        return Outcome("done", outcome.seconds if outcome else 0.0)
+    if outcome is not None and outcome.state == "done":
+        return Outcome("interrupted", outcome.seconds)
+    return outcome
+
+
+def has_ended(run_dir: Path, num_steps: int) -> bool:
+    """Whether a run has done all its steps and been evaluated."""
+    result = read_result(run_dir)
+    return result is not None and result.get("step") == num_steps and not result.get("stopped")
+
+
+def run_cell(folder: Path, cell: Cell) -> Outcome:
+    """Train a cell to its end, from its newest checkpoint where it has one.
+
+    Raises:
+        ValueError: another process works on it. KeyboardInterrupt: asked to stop; the run has saved
+            then.
+    """
+    run_dir, before = directory_of(folder, cell), outcome_of(folder, cell)
+    spent = before.seconds if before is not None else 0.0
+    if (run_dir / "config.yaml").is_file() and newest_complete(run_dir) is None:
+        _put_aside(folder, run_dir)
+    if (run_dir / "config.yaml").is_file():
+        arguments = [f"resume={quoted(run_dir)}"]
+    else:
+        arguments = [*cell.overrides, f"run_dir={quoted(run_dir)}"]
+
+    log = folder / "logs" / f"{cell.name}.log"
+    for path in (log, folder / "outcomes" / "x", run_dir):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    try:
+        code = _run([sys.executable, "-m", "launch.train", *arguments], log)
+    except KeyboardInterrupt:
+        seconds = spent + time.monotonic() - started
+        _keep(folder, cell, Outcome("interrupted", seconds))
+        raise
+    seconds = spent + time.monotonic() - started
+
+    if code == IN_USE:
+        raise ValueError(f"{run_dir} is at work in another process; wait for it, or end it")
+    if code == 0 and has_ended(run_dir, cell.run.train.num_steps):
+        outcome = Outcome("done", seconds)
+    elif code == 0:  # asked to stop by somebody
+        outcome = Outcome("interrupted", seconds)
+    else:
+        outcome = Outcome("failed", seconds, code, _last_lines(log))
+    _keep(folder, cell, outcome)
+    return outcome
+
+
+def _run(command: list[str], log: Path) -> int:
+    """The exit code of a command whose output goes to a file. It is asked to end with this process,
+    whatever ends that.
+    """
+    parent = os.getpid()
+
+    def tie_to_parent() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with log.open("ab") as output:
+        # A group of its own: Ctrl-C reaches it through this process, once.
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=tie_to_parent,
+            process_group=0,
+        )
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            try:
+                child.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            raise
+
+
+def _put_aside(folder: Path, run_dir: Path) -> None:
+    """A run without any checkpoint begins anew; what it left stays to be looked at."""
+    aside = folder / "begun"
+    aside.mkdir(exist_ok=True)
+    number = sum(1 for _ in aside.iterdir())
+    run_dir.rename(aside / f"{run_dir.name}-{number}")
+
+
+def _keep(folder: Path, cell: Cell, outcome: Outcome) -> None:
+    write_json(folder / "outcomes" / f"{cell.name}.json", asdict(outcome))
+
+
+def _last_lines(log: Path) -> tuple[str, ...]:
+    """What a failed command said last: its errors, or the end of its traceback."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 16)))
+        text = file.read().decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error")]
+    return tuple(redact_text(line[:LINE]) for line in (errors or lines)[-TOLD:])
+
+
+def changed(folder: Path, cells: Sequence[Cell]) -> list[str]:
+    """Settings that differ between a run that is there and what its cell is now: files under conf/
+    may have changed, or the steps with them.
+    """
+    found = []
+    for cell in cells:
+        path = directory_of(folder, cell) / "config.yaml"
+        if not path.is_file():
+            continue
+        before, now = _settings(plain(load_run_config(path))), _settings(plain(cell.config))
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if keys:
+            key = keys[0]
+            found.append(
+                f"{cell.name} was run under {key}={shown(before.get(key))} and is "
+                f"{shown(now.get(key))} now"
+                + (f" (and {len(keys) - 1} other settings)" if len(keys) > 1 else "")
+            )
+    return found
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flat(redact(config)).items()
+        if key not in OF_THE_COMMAND and not key.startswith("launch.env")
+    }

@@ -1,0 +1,1 @@
+"""What our pages of HTML share: their look, their script's helpers, how they are filled."""

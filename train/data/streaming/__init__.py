@@ -1,0 +1,1 @@
+"""Training on sets that are larger than the disk: tokenised while the run trains."""
