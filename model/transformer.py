@@ -97,6 +97,9 @@ class Layers(nn.Module):
         return len(self._modules)
 
     def __getitem__(self, number: int) -> Block:
+        """Block `number` of the model; of negative numbers, counted from the last one here."""
+        if number < 0:
+            return [*self][number]
         return cast(Block, self.get_submodule(str(number)))
 
 
