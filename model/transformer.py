@@ -99,7 +99,8 @@ class Layers(nn.Module):
     def __getitem__(self, number: int) -> Block:
         """Block `number` of the model; of negative numbers, counted from the last one here."""
         if number < 0:
-            return [*self][number]
+            from_the_end: list[Block] = [*self]
+            return from_the_end[number]
         return cast(Block, self.get_submodule(str(number)))
 
 
@@ -231,8 +232,8 @@ class Transformer(nn.Module):
 
     def attentions(self) -> Iterator[tuple[str, nn.Module]]:
         """Every attention and its name, in the order of ModelOutput.largest_logits."""
-        for i, block in enumerate(self.blocks):
-            yield f"blocks.{i}.attention", cast(nn.Module, cast(Block, block).attention)
+        for i, block in zip(self.part.layers, self.blocks, strict=True):
+            yield f"blocks.{i}.attention", cast(nn.Module, block.attention)
         for i, module in enumerate(self.mtp):
             yield f"mtp.{i}.block.attention", cast(nn.Module, cast(Block, module.block).attention)
 
