@@ -4,6 +4,7 @@ python -m launch.evaluate run=DIR [checkpoint=best|latest|step-00000250] [averag
 [attention=scc] [router.budget=K | router.top_k=K]
 python -m launch.evaluate run=[DIR,DIR2] | run='runs/*/*' | run=DIR checkpoint=all
 python -m launch.evaluate run=DIR router.budget=[1,1.5,2,3] [save_budgets=true]
+python -m launch.evaluate run=DIR tasks=[plays_answer,plays_text] [max_documents=100]
 """
 
 from __future__ import annotations
@@ -67,10 +68,17 @@ def main(config: DictConfig) -> float:
             raise SystemExit(code)
         return math.nan
 
+    if settings.tasks:
+        from launch.harness.command import require_harness
+
+        require_harness()
+
     # Only now what imports torch: a mistake in the settings is told at once.
     from train.trained.ranks import joined
 
     with joined(settings.launch.num_devices, settings.parallel) as place:
+        if settings.tasks:
+            return _evaluate_tasks(targets[0], place)
         if settings.budgets:
             return _evaluate_budgets(targets[0], place)
         if settings.runs or settings.checkpoints:
@@ -211,6 +219,26 @@ def _measure(target: _Target, place: Place) -> _Measured:
     result = evaluate(model, batches, place.device, model.routers(), sparse)
     assert result is not None
     return _Measured(result, store, held_out.problem)
+
+
+def _evaluate_tasks(target: _Target, place: Place) -> float:
+    """The harness's table of tasks; returns NaN, as there is no loss."""
+    from launch.harness.command import evaluate_tasks
+    from train.trained.text import FolderTokens
+
+    settings, run, _ = target
+    tokens: TokenStore | FolderTokens
+    if settings.run is not None:
+        tokens = _store(dataclasses.replace(settings, text=""), run, place)
+    else:
+        tokens = FolderTokens.of(run.data.tokenizer)
+    model = _model(target, place)
+    if settings.router.budget is not None:
+        _calibrate(settings, run, _store(settings, run, place), model, place.device)
+    result = evaluate_tasks(settings, model, tokens, place, target.label)
+    if place.rank == 0:
+        print_result({"model": target.label, **result})
+    return math.nan
 
 
 def _evaluate_all(targets: list[_Target], lacking: dict[str, str], place: Place) -> float:

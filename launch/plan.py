@@ -29,11 +29,14 @@ from launch.job.memory import (
     planned_exchange,
     planned_memory,
     planned_stages,
+    planned_teacher,
 )
 from launch.job.micro_batch import is_asked, with_micro_batch
 from launch.saved.initial import check_weights
+from launch.saved.teacher import check_teacher
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
+from train.objectives.cost import taught_flops
 
 if TYPE_CHECKING:
     from train.config.commands import PlanCommandConfig
@@ -75,6 +78,8 @@ def main(config: DictConfig) -> None:
         if config.resume is None:
             for line in check_weights(run.init):
                 print(line)
+        for line in check_teacher(run):
+            print(line)
     except ConfigError as error:
         problems = error.problems
         run = built(plain(config))
@@ -172,7 +177,10 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     rows_size = run.parallel.rows_size(num_ranks)
     micro_steps = run.gradient_accumulation_steps(rows_size)
     tokens = settings.global_batch_size * settings.seq_len
-    flops = flops_per_token(model, run.experts_per_token, settings.seq_len, run.attention.arguments)
+    taught = taught_flops(run, planned_teacher(run))
+    flops = taught + flops_per_token(
+        model, run.experts_per_token, settings.seq_len, run.attention.arguments
+    )
 
     trained = run.trained.total
     width = 4 if settings.precision == "fp32" else 2
@@ -209,6 +217,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         ("optimizer state", memory.optimizer),
         ("activations (estimate)", memory.activations),
         ("logits", memory.logits),
+        *([("teacher", memory.teacher)] if memory.teacher else []),
         ("total", memory.total),
     ):
         print(f"  {label:28s} {value / GIB:>16.3f} GiB")
@@ -246,6 +255,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     print(
         f"compute\n  {flops:.4g} FLOPs per token (forward and backward), "
         f"{flops * tokens:.4g} per step, {flops * tokens * settings.num_steps:.4g} for the run"
+        + (f"; {taught / flops:.0%} of them for the teacher" if taught else "")
     )
 
     muon = planned_muon(run, num_ranks)
@@ -356,6 +366,7 @@ def _told_time(
     tokens = settings.num_steps * settings.global_batch_size * settings.seq_len
     attention = run.attention.arguments
     flops = flops_per_token(run.model, run.experts_per_token, settings.seq_len, attention)
+    flops += taught_flops(run, planned_teacher(run))
     rate = device.tflops * 1e12 * asked.mfu * num_ranks / flops
     hours = tokens / rate / 3600
     print(

@@ -33,6 +33,7 @@ from launch.saved.configs import load_run_config
 from launch.saved.files import new_run_dir, refuse_used_run_dir, save_config
 from launch.saved.initial import check_weights
 from launch.saved.resume import examine_restart, with_saved_config
+from launch.saved.teacher import check_teacher
 from train.rank.stop import Stopped, StopSignal
 
 
@@ -71,6 +72,8 @@ def train(config: DictConfig) -> float | None:
     if config.resume is None:
         for line in check_weights(run.init):
             print(line, flush=True)
+    for line in check_teacher(run):
+        print(line, flush=True)
 
     # Secrets in launch.forward_env are refused before anything is written.
     forwarded_environment(os.environ, run.launch.forward_env)

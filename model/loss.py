@@ -55,6 +55,14 @@ class ModelOutput(NamedTuple):
     """[model.num_mtp_layers] fp32, cross-entropy in nats over the targets of each module of
     multi-token prediction (targets_ahead); empty in evaluation.
     """
+    kl_sum: torch.Tensor
+    """[] fp32, divergence from a teacher in nats over the targets (model/distillation.py), at its
+    temperature; 0 without a teacher.
+    """
+    agreed: torch.Tensor
+    """[] int64, targets at which the likeliest token is the teacher's; 0 without a teacher."""
+    hidden: torch.Tensor
+    """[B, S, D] without a gradient, what the head projected, where it was asked for; else empty."""
     largest_logits: torch.Tensor
     """[layers, heads] fp32, the largest attention logit of each head, those of multi-token
     prediction last; -inf of heads that other ranks attend with. Empty where it was not asked for.
@@ -63,7 +71,7 @@ class ModelOutput(NamedTuple):
     """[] fp32, squared logsumexp of the output logits, summed over the targets of loss_sum; 0
     where it was not asked for.
     """
-    hidden: torch.Tensor | None = None
+    handed_on: torch.Tensor | None = None
     """[B, S, D] with gradient, what the next stage goes on with; None where there is none."""
 
 
@@ -148,6 +156,24 @@ def targets_ahead(targets: torch.Tensor, positions: torch.Tensor, number: int) -
     return torch.where(is_ahead(positions, number), targets.roll(-number, 1), IGNORE_INDEX)
 
 
+class Teaching(NamedTuple):
+    """Weights of what a model learns from: (1 - w) and w T^2 for a teacher of weight w and
+    temperature T, whose gradients shrink with T^2 (arXiv 1503.02531).
+    """
+
+    targets: float
+    """Of the mean cross-entropy of the targets."""
+    teacher: float
+    """Of the mean divergence from the teacher."""
+
+    @staticmethod
+    def of(weight: float, temperature: float) -> Teaching:
+        return Teaching(1 - weight, weight * temperature**2)
+
+
+UNTAUGHT = Teaching(1.0, 0.0)
+
+
 def training_loss(
     output: ModelOutput,
     num_targets: int,
@@ -156,6 +182,7 @@ def training_loss(
     mtp_coeff: float = 0.0,
     num_mtp_targets: Sequence[int] = (),
     z_loss_coeff: float = 0.0,
+    teaching: Teaching = UNTAUGHT,
 ) -> torch.Tensor:
     """This micro-batch's share of the step's loss; shares of all ranks and micro-batches add up to
     the whole.
@@ -165,8 +192,14 @@ def training_loss(
     mtp_coeff: weight of the mean over modules of multi-token prediction of their mean losses;
         num_mtp_targets: of each module, as num_targets.
     z_loss_coeff: weight of the mean of squared normalizers of the output logits.
+    teaching: how much the targets count, and the teacher.
     """
-    loss = output.loss_sum / max(num_targets, 1) + output.penalty_sum / max(num_tokens, 1)
+    data = output.loss_sum / max(num_targets, 1)
+    if teaching.targets != 1:
+        data = teaching.targets * data
+    if teaching.teacher > 0:
+        data = data + teaching.teacher * output.kl_sum / max(num_targets, 1)
+    loss = data + output.penalty_sum / max(num_tokens, 1)
     if balance.aux_loss_coeff > 0:
         loss = loss + balance.aux_loss_coeff * output.aux_sum / max(num_tokens, 1)
     if balance.z_loss_coeff > 0:

@@ -10,6 +10,37 @@ from typing import Any, NamedTuple
 import torch
 
 
+class Taught(NamedTuple):
+    """What a teacher says of every token of a micro-batch. Either `hidden`, or `ids` and
+    `log_probs`. A NamedTuple, as what it goes into a forward pass with.
+    """
+
+    temperature: float = 1.0
+    """Of both distributions."""
+    hidden: torch.Tensor | None = None
+    """[B, S, teacher's D], what its head projects. Logits are made of it where the model's are: so
+    few tokens' are in memory at a time as there are of the model's own.
+    """
+    weight: torch.Tensor | None = None
+    """[vocab_size, teacher's D], its head; None: the head of the model that learns."""
+    ids: torch.Tensor | None = None
+    """[B, S, K] int64, its most likely tokens, the likeliest first."""
+    log_probs: torch.Tensor | None = None
+    """[B, S, K + 1] fp32, their log-probabilities and that of all others together, which sum up to
+    probability 1; [B, S, K] where K is the whole vocabulary.
+    """
+
+    def chunks(self, size: int) -> list[Taught]:
+        """Of so many tokens each, of all B * S."""
+        parts = {
+            name: value.flatten(0, 1).split(size)
+            for name in ("hidden", "ids", "log_probs")
+            if (value := getattr(self, name)) is not None
+        }
+        number = len(next(iter(parts.values())))
+        return [self._replace(**{k: v[i] for k, v in parts.items()}) for i in range(number)]
+
+
 class TokenBatch(NamedTuple):
     """Packed rows of one micro-batch on one rank, on the model's device: B rows of S tokens. Under
     context parallelism these are a part of longer rows.
@@ -39,6 +70,8 @@ class TokenBatch(NamedTuple):
     """
     first: int = 0
     """Place in its row of the first token here."""
+    taught: Taught | None = None
+    """What a teacher says of the tokens here; None: nobody teaches."""
 
     @property
     def rows(self) -> TokenBatch:
@@ -84,6 +117,12 @@ class ForwardRequest(NamedTuple):
     """Take snapshots of the routers' weights."""
     measure_attention: bool = False
     """Fill ModelOutput.attention_stats."""
+    plain_k: int = 0
+    """Route by plain top-k with so many experts a token, whatever the controllers say; 0: as they
+    say.
+    """
+    keep_hidden: bool = False
+    """Fill ModelOutput.hidden."""
     measure_logits: bool = False
     """Fill ModelOutput.largest_logits."""
     with_logit_z: bool = False

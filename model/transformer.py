@@ -25,6 +25,7 @@ from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
+from model.distillation import divergence
 from model.init import materialize, matrices_on_meta
 from model.layers import RMSNorm, rotary_tables, times
 from model.loss import (
@@ -47,7 +48,7 @@ from model.moe.layer import ModelParts, MoELayer
 from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
 from model.parallel.part import ModelPart
-from model.request import SUMS_ALONE, ForwardRequest, TokenBatch
+from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch
 from model.routers.base import Router, RoutingRequest
 from model.weight_sums import Embedding, looked_up, uses_of
 from ops.all_to_all import Communication, total_communication
@@ -67,6 +68,16 @@ class _Hidden(NamedTuple):
     """Of the MoE layers, in layer order; those of multi-token prediction come after."""
     routings: list[RouterOutput]
     """Likewise."""
+
+
+class _Losses(NamedTuple):
+    """Of the targets: fields of ModelOutput."""
+
+    loss_sum: torch.Tensor
+    token_losses: torch.Tensor
+    logit_z_sum: torch.Tensor
+    kl_sum: torch.Tensor
+    agreed: torch.Tensor
 
 
 class Decoded(NamedTuple):
@@ -375,7 +386,7 @@ class Transformer(nn.Module):
                 found.routings.append(routing)
 
             targets = batch.own(targets_ahead(whole.targets, whole.positions, number))
-            sums.append(self._loss(hidden, targets, by_token=False)[0])
+            sums.append(self._loss(hidden, targets, by_token=False).loss_sum)
         return sums
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -387,15 +398,19 @@ class Transformer(nn.Module):
         hidden: torch.Tensor,
         targets: torch.Tensor,
         by_token: bool,
+        taught: Taught | None = None,
         with_z: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """loss_sum, token_losses and logit_z_sum of ModelOutput, with the logits of
-        model.loss_chunk_size tokens in memory at a time.
+    ) -> _Losses:
+        """What ModelOutput says of the targets, with the logits of model.loss_chunk_size tokens in
+        memory at a time.
         """
 
         def of_chunk(
-            hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            hidden: torch.Tensor,
+            targets: torch.Tensor,
+            weight: torch.Tensor | None = None,
+            taught: Taught | None = None,
+        ) -> _Losses:
             if weight is None:
                 logits = self._project(hidden)
             else:
@@ -406,15 +421,20 @@ class Transformer(nn.Module):
                 else logits.new_empty(0, dtype=torch.float32)
             )
             if with_z:
-                loss, z = cross_entropy_and_z_sums(logits, targets)
-                return loss, by_tokens, z
-            loss = cross_entropy_sum(logits, targets)
-            return loss, by_tokens, loss.new_zeros(())
+                loss_sum, z_sum = cross_entropy_and_z_sums(logits, targets)
+            else:
+                loss_sum = cross_entropy_sum(logits, targets)
+                z_sum = loss_sum.new_zeros(())
+            kl_sum, agreed = loss_sum.new_zeros(()), targets.new_zeros(())
+            if taught is not None:
+                kl_sum, agreed = divergence(logits, targets, taught, self._teacher_logits(taught))
+            return _Losses(loss_sum, by_tokens, z_sum, kl_sum, agreed)
 
         size = self.config.loss_chunk_size
         if not 0 < size < targets.numel():
-            return of_chunk(hidden, targets)
+            return of_chunk(hidden, targets, None, taught)
         hiddens, parts = hidden.flatten(0, 1).split(size), targets.flatten().split(size)
+        teachings = [None] * len(parts) if taught is None else taught.chunks(size)
 
         # In bf16 a weight that many chunks use would add up its gradient in bf16: see uses_of.
         weights: list[torch.Tensor] | list[None] = [None] * len(parts)
@@ -423,20 +443,46 @@ class Transformer(nn.Module):
                 self._embedding_weight if self.head is None else self.head.weight, len(parts)
             )
 
-        sums, by_tokens, z_sums = zip(
+        sums, by_tokens, z_sums, divergences, agreed = zip(
             *(
                 checkpoint(of_chunk, *chunk, use_reentrant=False)
                 if torch.is_grad_enabled()
                 else of_chunk(*chunk)
-                for chunk in zip(hiddens, parts, weights, strict=True)
+                for chunk in zip(hiddens, parts, weights, teachings, strict=True)
             ),
             strict=True,
         )
-        return (
+        return _Losses(
             torch.stack(sums).sum(),
             torch.cat(by_tokens).view(targets.shape if by_token else 0),
             torch.stack(z_sums).sum(),
+            torch.stack(divergences).sum(),
+            torch.stack(agreed).sum(),
         )
+
+    @torch.no_grad()
+    def _teacher_logits(self, taught: Taught) -> torch.Tensor | None:
+        """[..., vocab_size] of a teacher that is known by its hidden states; None: by its words."""
+        if taught.hidden is None:
+            return None
+        if taught.weight is None:
+            return self._project(taught.hidden)
+        return F.linear(taught.hidden, taught.weight)
+
+    def output_projection(self) -> torch.Tensor:
+        """[vocab_size, D] of the weights, what the last hidden states are multiplied by to be
+        logits, model.logits_divisor included.
+        """
+        weight = self._embedding_weight if self.head is None else self.head.weight
+        return times(weight, 1 / self.config.logits_divisor)
+
+    @torch.no_grad()
+    def last_hidden(self, batch: TokenBatch) -> torch.Tensor:
+        """[B, S, D], what the head projects, of packed rows as `forward` reads them; no loss is
+        computed.
+        """
+        layout, request = self._reading(batch, SUMS_ALONE)
+        return self._backbone(batch.input_ids, layout, request).last
 
     def _balance_sums(
         self,
@@ -459,11 +505,68 @@ class Transformer(nn.Module):
         self,
         batch: TokenBatch,
         request: ForwardRequest = SUMS_ALONE,
-        hidden: torch.Tensor | None = None,
+        before: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """Sums over the micro-batch `batch`, and what `request` asks for besides. hidden: [B, S, D]
+        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: [B, S, D]
         of the stage before, None on the first.
         """
+        layout, routing_request = self._reading(batch, request)
+        hidden = self._backbone(
+            batch.input_ids, layout, routing_request, request.given_ids, hidden=before
+        )
+        if self.part.is_last:
+            found = self._loss(
+                hidden.last,
+                batch.targets,
+                request.keep_routing and not self.training,
+                batch.taught,
+                request.with_logit_z,
+            )
+        else:
+            zero = hidden.last.new_zeros((), dtype=torch.float32)
+            found = _Losses(zero, zero.new_zeros(0), zero, zero, zero)
+        loss_sum = found.loss_sum
+        further: list[torch.Tensor] = []
+        if self.training and self.part.is_last:
+            further = self._predict_further(
+                hidden, batch, layout, routing_request, request.given_ids
+            )
+        elif self.training:
+            further = [loss_sum] * self.config.num_mtp_layers
+        balance = self._balance_sums(
+            hidden.balances, request.previous_counts, loss_sum, routing_request.num_bins > 0
+        )
+
+        # Attention's penalties first, then the routers': the order of a sum decides its last bit.
+        penalty_sum, attention_stats = _attention_totals(hidden.attentions, loss_sum)
+        for penalty in balance.penalties:
+            penalty_sum = penalty_sum + penalty
+
+        return ModelOutput(
+            loss_sum=loss_sum,
+            aux_sum=balance.aux_sum,
+            z_sum=balance.z_sum,
+            penalty_sum=penalty_sum,
+            counts=balance.counts,
+            scope_counts=balance.scope_counts,
+            stats=balance.stats,
+            processed=balance.processed,
+            routings=tuple(hidden.routings) if request.keep_routing else (),
+            attention_stats=attention_stats,
+            token_losses=found.token_losses,
+            mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
+            largest_logits=_stacked(layout.largest, loss_sum),
+            logit_z_sum=found.logit_z_sum,
+            kl_sum=found.kl_sum,
+            agreed=found.agreed,
+            hidden=hidden.last.detach() if request.keep_hidden else hidden.last.new_zeros(0),
+            handed_on=None if self.part.is_last else hidden.last,
+        )
+
+    def _reading(
+        self, batch: TokenBatch, request: ForwardRequest
+    ) -> tuple[SequenceLayout, RoutingRequest]:
+        """What attention and the routers read of a micro-batch besides its hidden states."""
         # Attention sees whole rows; all else is of the tokens here.
         whole = batch.rows
         assert (batch.whole is not None) == (self.groups.context_size > 1), (
@@ -486,49 +589,9 @@ class Transformer(nn.Module):
             token_ids=None if batch.token_ids is None else batch.token_ids.reshape(-1),
             frozen=request.frozen,
             snapshot=request.snapshot,
+            plain_k=request.plain_k,
         )
-        found = self._backbone(
-            batch.input_ids, layout, routing_request, request.given_ids, hidden=hidden
-        )
-        if self.part.is_last:
-            by_token = request.keep_routing and not self.training
-            loss_sum, token_losses, logit_z_sum = self._loss(
-                found.last, batch.targets, by_token, request.with_logit_z
-            )
-        else:
-            loss_sum = logit_z_sum = found.last.new_zeros((), dtype=torch.float32)
-            token_losses = loss_sum.new_zeros(0)
-        further: list[torch.Tensor] = []
-        if self.training and self.part.is_last:
-            further = self._predict_further(
-                found, batch, layout, routing_request, request.given_ids
-            )
-        elif self.training:
-            further = [loss_sum] * self.config.num_mtp_layers
-        balance = self._balance_sums(found.balances, request.previous_counts, loss_sum, counting)
-
-        # Attention's penalties first, then the routers': the order of a sum decides its last bit.
-        penalty_sum, attention_stats = _attention_totals(found.attentions, loss_sum)
-        for penalty in balance.penalties:
-            penalty_sum = penalty_sum + penalty
-
-        return ModelOutput(
-            loss_sum=loss_sum,
-            aux_sum=balance.aux_sum,
-            z_sum=balance.z_sum,
-            penalty_sum=penalty_sum,
-            counts=balance.counts,
-            scope_counts=balance.scope_counts,
-            stats=balance.stats,
-            processed=balance.processed,
-            routings=tuple(found.routings) if request.keep_routing else (),
-            attention_stats=attention_stats,
-            token_losses=token_losses,
-            mtp_sums=torch.stack(further) if further else loss_sum.new_zeros(0),
-            largest_logits=_stacked(layout.largest, loss_sum),
-            logit_z_sum=logit_z_sum,
-            hidden=None if self.part.is_last else found.last,
-        )
+        return layout, routing_request
 
     def logits(
         self,

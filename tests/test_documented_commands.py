@@ -55,6 +55,8 @@ def place(tmp_path_factory) -> Path:
     published("qwen3_moe", folder / "model", max_position_embeddings=8192)
     published("llama", folder / "dense", max_position_embeddings=8192, num_hidden_layers=3)
     (folder / "other.txt").write_text("the quick brown fox jumps over the lazy dog")
+    (folder / "words").mkdir()
+    (folder / "words/manifest.json").write_text('{"teacher": {}}')
     (folder / "prompts.jsonl").write_text('{"prompt": "the quick"}\n{"prompt": "a lazy"}\n')
     return folder
 
@@ -70,6 +72,7 @@ def filled(word: str, place: Path) -> str:
         r"(?<=resume=)NEW\b": place / "run",
         r"\bMODEL\b": place / "model",
         r"\bDENSE\b": place / "dense",
+        r"\bCACHE\b": place / "words",
         r"\bTEXT\b": place / "other.txt",
         r"(?<==)K\b": 0,
         r"(?<==)HOST\b": "127.0.0.1",
@@ -96,6 +99,8 @@ def overrides_of(command: Command, place: Path) -> list[str]:
         words += ["launch=deepspeed", f"launch.num_devices={number}"]
     if any(word.startswith("parallel.placement=") for word in words):
         words += ["launch=deepspeed", "launch.num_devices=2", "parallel.expert_parallel_size=2"]
+    if any(word.startswith("objective.run=") for word in words):
+        words.append("model.vocab_size=300")  # a student has its teacher's tokens
     return words
 
 
@@ -170,8 +175,16 @@ def test_the_command_runs(command, place, tmp_path):
         overrides = [word for word in overrides if not word.startswith("run=")]
         overrides.append(f"run={tmp_path / 'run'}")
 
+    if any(word.startswith("objective.cache=") for word in overrides):
+        of = ("objective=distil", f"objective.run={place / 'run'}")
+        launch("teach", *without_run(small(list(of), tmp_path)), f"to={tmp_path / 'words'}")
+        overrides = [w.replace(str(place / "words"), str(tmp_path / "words")) for w in overrides]
+
     if name == "train":
         overrides = small(overrides, tmp_path)
+    elif name == "teach":
+        kept = [word for word in overrides if not word.startswith("to=")]
+        overrides = [*without_run(small(kept, tmp_path)), f"to={tmp_path / 'words'}"]
     elif name == "prepare":
         overrides = little(overrides, tmp_path)
     elif name == "generate":
@@ -263,6 +276,11 @@ def small(overrides: list[str], folder: Path) -> list[str]:
         f"train.num_steps={7 if resumed else 3}",
         *([] if resumed else [f"run_dir={folder / 'run'}"]),
     ]
+
+
+def without_run(overrides: list[str]) -> list[str]:
+    """Without the directory of a run, which launch.teach does not make."""
+    return [word for word in overrides if not word.startswith("run_dir=")]
 
 
 def little(overrides: list[str], folder: Path) -> list[str]:

@@ -29,6 +29,7 @@ COMMANDS = (
     "prepare",
     "quantize",
     "serve",
+    "teach",
 )
 PAGES = ("dashboard", "doctor", "report")
 """Rooms that are commands with something to show."""
@@ -36,7 +37,7 @@ FLOORS = {
     "launch": (
         ("__main__", "compare", "train"),
         (*COMMANDS, *PAGES),
-        ("comparing", "layouts"),
+        ("comparing", "harness", "layouts"),
         ("job",),
         ("launchers", "runs"),
         ("history",),
@@ -51,7 +52,7 @@ FLOORS = {
         ("evaluation", "step"),
         ("parts",),
         ("progress",),
-        ("audit", "sinks", "trained"),
+        ("audit", "objectives", "sinks", "trained"),
         ("guard", "timing"),
         ("observe", "pretrained"),
         ("checkpoint", "data", "pipeline"),
@@ -74,6 +75,7 @@ FLOORS = {
         ("moe",),
         ("attention",),
         ("dispatch", "families", "routers"),
+        ("distillation",),
         ("cost", "layers", "lora", "loss", "weight_sums"),
         ("parallel", "placement"),
         ("component", "config", "request"),
@@ -91,7 +93,11 @@ it. A file beside the rooms is a room of its own; room/file takes one file of a 
 """
 CROSSINGS: dict[tuple[str, str], str] = {}
 """(importing file, imported room) -> why this one import may run up or across."""
-SIZES: dict[str, str] = {"launch": "a command is a file or a room, and there are many of them"}
+SIZES: dict[str, str] = {
+    "launch": "a command is a file or a room, and there are many of them",
+    "launch/saved": "each kind of saved thing that a run can name has its file",
+    "train/config": "each section of the config has its file",
+}
 """Folder -> why it has fewer than 2 or more than 10 files."""
 CODE_IN_INIT = {
     "launch": "Ctrl-C in the imports of a command needs no traceback, and this is the first import",
@@ -109,6 +115,7 @@ HOMES = {
     "safetensors": ("train/pretrained/",),
     "transformers": ("train/pretrained/verify.py",),
     "peft": ("train/pretrained/verify.py",),
+    "lm_eval": ("launch/harness/",),
     "jinja2": ("launch/page/", "train/data/chat/"),
     "markupsafe": ("launch/page/",),
     "starlette": ("launch/serving/",),

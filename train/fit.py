@@ -37,6 +37,7 @@ from train.guard.alarm_actions import AlarmActions
 from train.guard.alarms import settled
 from train.guard.routing import RoutingControl
 from train.guard.step import StepGuard
+from train.objectives.teachers import objective_of
 from train.observe.attention import short_rows_note
 from train.observe.base import Observer, Watch
 from train.observe.probe import RoutingProbe
@@ -62,6 +63,7 @@ def fit(
     plain_config: dict[str, Any],
     restarted: bool = False,
     observers: Sequence[Observer] = (),
+    teacher: RunConfig | None = None,
 ) -> dict[str, Any] | None:
     """Train, evaluate and save, inside train.rank.runtime.process_group. Rank 0 returns the
     summary, others None.
@@ -74,6 +76,7 @@ def fit(
             of refusing.
         observers: more of them than a run has by itself (train/observe/base.py), the same on all
             ranks.
+        teacher: the config of a model that teaches while this one learns (config.objective).
 
     Raises:
         Stopped: on all ranks, when rank 0 was asked to stop while it prepared the data.
@@ -110,6 +113,8 @@ def fit(
         if weights is not None and config.train.precision == "bf16":
             weights.fill_masters(engine)
 
+        objective = objective_of(config, teacher, store, groups, engine.device)
+
         # Where the run stands, before anything asks: weights, random streams, samples are restored.
         progress = Progress()
         if config.resume is not None:
@@ -133,7 +138,9 @@ def fit(
 
         # What looks, and what acts: kept apart, so that looking changes nothing.
         speed = Speed()
-        own = standard_observers(config, run_dir, groups, engine, schedule, progress, speed)
+        own = standard_observers(
+            config, run_dir, groups, engine, schedule, progress, speed, teacher
+        )
         alarms = AlarmActions(
             settled(config.alarms, config.budget), progress.alarms, config.model.moe_layers
         )
@@ -165,6 +172,7 @@ def fit(
             schedule=schedule,
             loader=loader,
             store=store,
+            objective=objective,
             writer=writer,
             stop=stop,
             watch=Watch([*own, *observers]),

@@ -15,10 +15,13 @@ from train.audit.format import FOLDER
 from train.audit.log import AuditLog
 from train.audit.observer import RoutingAudit
 from train.checkpoint.folder import saved_steps
+from train.config.objective import NextTokenConfig
 from train.config.run import RunConfig
 from train.engine.deepspeed import Engine
 from train.engine.schedule import Schedule
+from train.objectives.cost import taught_flops
 from train.observe.base import Observer
+from train.observe.distillation import Distillation
 from train.observe.gradients import GradientWatch
 from train.observe.sample import RoutingSample
 from train.observe.step_metrics import StepMetrics
@@ -39,17 +42,19 @@ def standard_observers(
     schedule: Schedule,
     progress: Progress,
     speed: Speed,
+    teacher: RunConfig | None = None,
 ) -> list[Observer]:
     """The observers of a run, the same ones on all ranks: their `log` may be collective.
 
     Args:
         speed: the one that the run's result is read from.
+        teacher: of an online teacher, whose work counts as the run's.
     """
     model, device = engine.module, engine.device
     detailed = config.tracker.metrics == "detailed"
     flops = flops_per_token(
         config.model, config.experts_per_token, config.train.seq_len, config.attention.arguments
-    )
+    ) + taught_flops(config, teacher)
 
     # The sign of life comes first: whatever hangs in a phase hangs after it was named.
     found: list[Observer] = [
@@ -71,6 +76,8 @@ def standard_observers(
             model.part,
         ),
     ]
+    if not isinstance(config.objective, NextTokenConfig):
+        found.append(Distillation(device))
     if config.model.num_experts and detailed:
         found.append(GradientWatch(model, device))
     if config.profile.steps:

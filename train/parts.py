@@ -16,6 +16,7 @@ from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
 from train.guard.routing import RoutingControl
 from train.guard.step import StepGuard
+from train.objectives.objective import Objective
 from train.observe.base import Watch
 from train.observe.probe import RoutingProbe
 from train.pipeline.flow import Pipeline
@@ -38,6 +39,8 @@ class Parts:
     schedule: Schedule
     loader: TrainingLoader
     store: TokenStore
+    objective: Objective
+    """What a micro-batch learns from."""
     writer: CheckpointWriter
     stop: StopSignal
 

@@ -17,6 +17,7 @@ from train.agenda import Step
 from train.data.loader import Batch
 from train.engine.qk_clip import QkClip
 from train.guard.step import Orders
+from train.objectives.objective import Again
 from train.observe.base import Ask, MicroBatch, StepResult
 from train.parts import Parts
 from train.timing.communication import CommunicationMeter
@@ -130,13 +131,13 @@ class _Passes:
         self._orders, self._ask, self._meter = orders, ask, meter
         self._balance, self._clip = balance, clip
         self._scope_counts: torch.Tensor | None = None
-        self._outputs: dict[int, tuple[ModelOutput, Communication | None]] = {}
+        self._outputs: dict[int, tuple[ModelOutput, Communication | None, Again | None]] = {}
         self.statistics: torch.Tensor | None = None
         self.losses: list[torch.Tensor] = []
 
     def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """As train.pipeline.flow.Passes."""
-        engine = self._run.engine
+        engine, objective = self._run.engine, self._run.objective
         with self._run.watch.phase(self._step, "forward"):
             request = request_for(
                 self._orders,
@@ -144,15 +145,19 @@ class _Passes:
                 self._scope_counts,
                 self._run.config.train.z_loss_coeff > 0,
                 self._clip is not None,
+                objective.keeps_hidden,
             )
-            output = engine.forward(self._batches[number].inputs(engine.device), request, hidden)
+            batch = self._batches[number]
+            inputs = objective.inputs(batch, batch.inputs(engine.device))
+            output = engine.forward(inputs, request, hidden)
+        again = objective.again(inputs, output, self._step.number)
         self._scope_counts = output.scope_counts
-        self._outputs[number] = output, self._meter.read()
-        return output.hidden
+        self._outputs[number] = output, self._meter.read(), again
+        return output.handed_on
 
     def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
         """As train.pipeline.flow.Passes."""
-        run, (output, communication) = self._run, self._outputs.pop(number)
+        run, (output, communication, again) = self._run, self._outputs.pop(number)
         with run.watch.phase(self._step, "backward"):
             share = training_loss(
                 output,
@@ -162,8 +167,12 @@ class _Passes:
                 run.config.train.mtp_coeff,
                 self._size.num_mtp_targets,
                 run.config.train.z_loss_coeff,
+                run.objective.teaching,
             )
-            run.engine.backward(share, is_last, carried)
+            run.engine.backward(share, is_last and again is None, carried)
+        second = None
+        if again is not None:
+            second = learn_again(run, self._step, again, self._size, self._orders, is_last)
         self.losses.append(output.loss_sum.detach())
         if self._clip is not None:
             self._clip.see(output)
@@ -171,8 +180,20 @@ class _Passes:
             self.statistics = output.stats
         else:
             self.statistics = self.statistics + output.stats
-        done = MicroBatch(self._batches[number], output, communication)
+        done = MicroBatch(self._batches[number], output, communication, second)
         run.watch.micro_batch(self._step, done)
+
+
+def learn_again(
+    run: Parts, step: Step, again: Again, size: StepSize, orders: Orders, is_last: bool
+) -> ModelOutput:
+    """The second pass of a micro-batch. Balance and budgets are of the first one alone."""
+    with run.watch.phase(step, "forward"):
+        output = run.engine.forward(again.inputs, again.request._replace(frozen=orders.frozen))
+    with run.watch.phase(step, "backward"):
+        share = again.weight * output.kl_sum / max(size.num_targets, 1)
+        run.engine.backward(share, is_last=is_last)
+    return output
 
 
 def agree_on_size(
@@ -209,6 +230,7 @@ def request_for(
     scope_counts: torch.Tensor | None,
     with_logit_z: bool,
     measure_logits: bool,
+    keep_hidden: bool = False,
 ) -> ForwardRequest:
     """What is wanted of a forward pass besides its loss.
 
@@ -225,4 +247,5 @@ def request_for(
         measure_attention=Ask.ATTENTION in ask,
         with_logit_z=with_logit_z,
         measure_logits=measure_logits,
+        keep_hidden=keep_hidden,
     )

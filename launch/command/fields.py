@@ -32,15 +32,20 @@ RECORDS = {
     "serve": "train.config.commands:ServeConfig",
     "benchmark": "train.config.commands:BenchmarkConfig",
     "quantize": "train.config.commands:QuantizeConfig",
+    "teach": "train.config.run:RunConfig",
     "report": "launch.report.command:ReportConfig",
     "place": "launch.place.settings:PlaceConfig",
 }
 """Command -> the record of its settings; those of others stand in their YAML."""
-OF_ONE_COMMAND = {"prepare": ("data", "prepare", "model.vocab_size", "seed")}
+OF_ONE_COMMAND = {
+    "prepare": ("data", "prepare", "model.vocab_size", "seed"),
+    "teach": ("objective",),
+}
 """Of the record of another command, what a command reads."""
 OWN = {
     "prepare": "train.config.commands:PrepareCommandConfig",
     "plan": "train.config.commands:PlanCommandConfig",
+    "teach": "train.config.commands:TeachCommandConfig",
     "compare": "launch.comparing.settings:CompareConfig",
 }
 """Of a command that reads another one's record, what it has beside it."""

@@ -49,6 +49,7 @@ EXAMPLES = {
     "export": ("run=RUN to=DIR", "run=RUN to=DIR router.top_k=2 dtype=fp32"),
     "serve": ("run=RUN", "path=DIR serve.port=8080 engine.max_slots=64"),
     "quantize": ("run=RUN", "run=RUN max_loss_increase=0.002"),
+    "teach": ("objective=distil objective.run=RUN to=CACHE",),
     "benchmark": ("run=RUN rows=[1,8,32]", "run=RUN budgets=[2,1] contexts=[128,1024]"),
     "report": ("run=RUN", "run=[RUN,RUN2]", "run=RUN watch=true"),
     "dashboard": ("run=RUN",),

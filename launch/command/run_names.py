@@ -31,7 +31,11 @@ READ_CHECKPOINT = ("branch", "evaluate", "generate", "export", "serve", "benchma
 """Commands that read one of them."""
 SEVERAL = ("evaluate", "report", "runs")
 """Commands whose `run` may be several."""
-CHECKPOINT_OF = {"run": "checkpoint", "init.run": "init.checkpoint"}
+CHECKPOINT_OF = {
+    "run": "checkpoint",
+    "init.run": "init.checkpoint",
+    "objective.run": "objective.checkpoint",
+}
 """Setting of a run -> setting of its checkpoint."""
 BEGUN = ("config.yaml", "metrics.jsonl", "result.json")
 """Files whose time says when a run was last at work."""
@@ -86,9 +90,11 @@ def _keys(command: str, of_checkpoint: bool = False) -> tuple[str, ...]:
         return ("checkpoint",) if of_checkpoint else ("run",)
     if command in READ_WHOLE:
         return () if of_checkpoint else ("run", "compare") if command == "audit" else ("run",)
+    if of_checkpoint:
+        return ("init.checkpoint", "objective.checkpoint")
     if command == "compare":  # whose resume is a comparison
-        return ("init.checkpoint",) if of_checkpoint else ("init.run",)
-    return ("init.checkpoint",) if of_checkpoint else ("resume", "init.run")
+        return ("init.run", "objective.run")
+    return ("resume", "init.run", "objective.run")
 
 
 def _settings(

@@ -58,6 +58,7 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     problems += _clipping(run)
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _prediction(run) + _lengths(run) + layout_problems(run, world_size)
+    problems += run.objective.problems(run.model, run.router, run.train)
     return problems
 
 
@@ -436,6 +437,11 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
                 f"{name} with optim.{setting} {value:g}: stages do not know of it yet; drop "
                 f"optim.{setting}, or use parallel.pipeline_parallel_size=1"
             )
+    if run.objective.name != "next_token":
+        problems.append(
+            f"{name} with objective={run.objective.name}: a teacher's words are compared where the "
+            "model is whole; use parallel.pipeline_parallel_size=1"
+        )
     if run.optim.freeze:
         problems.append(
             f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "

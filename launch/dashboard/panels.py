@@ -128,6 +128,8 @@ def shape_of(run: RunConfig) -> Shape:
         Need.BIAS_RATE_SCHEDULE: run.balance.bias_rate_schedule.style != "constant",
         Need.QK_CLIP: run.optim.qk_clip is not None,
         Need.MTP: run.model.num_mtp_layers > 0,
+        Need.TEACHER: run.objective.name != "next_token",
+        Need.LOWER_BUDGET: run.objective.name == "self_distil",
         Need.BIAS: run.balance.bias_update != "none" or law in ("quantile", "relu", "null"),
         Need.AUX_LOSS: run.balance.aux_loss_coeff > 0,
         Need.WHOLE_ROUTERS: run.zero_stage < 3,

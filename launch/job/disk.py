@@ -139,6 +139,20 @@ def _tokens(run: RunConfig) -> int:
     return run.train.global_batch_size * run.train.seq_len
 
 
+def _of_options(run: RunConfig) -> set[str]:
+    """Metrics of settings that the run has not."""
+    clips = run.optim.qk_clip is not None
+    logged = {
+        "train/z_loss": run.train.z_loss_coeff > 0,
+        "train/aux_loss_coeff": run.balance.aux_loss_schedule.style != "constant",
+        "train/bias_update_rate": run.balance.bias_rate_schedule.style != "constant",
+        "train/max_attention_logit": clips,
+        "train/clipped_heads": clips,
+        "train/mtp_loss": run.model.num_mtp_layers > 0,
+    }
+    return {name for name, is_logged in logged.items() if not is_logged}
+
+
 def _metrics_line(run: RunConfig, num_ranks: int) -> int:
     """Bytes of a record of training, with the metrics that such a run can measure."""
     model = run.model
@@ -168,6 +182,8 @@ def _metrics_line(run: RunConfig, num_ranks: int) -> int:
         absent |= {name for name in names if name.startswith("moe/")}
     if "block_size" not in run.attention.arguments:
         absent |= {name for name in names if name.startswith("attention/")}
+
+    absent |= _of_options(run)
 
     written = [*(names - absent), *(f"alarm/{name}" for name in run.alarms)]
     return 40 + sum(len(name) + 4 + VALUE for name in written)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import psutil
 
 from launch.process.ask import ask
+from launch.saved.teacher import read_teacher
 from model.cost.exchange import Exchange, exchanged_bytes
 from model.cost.memory import DeviceMemory, device_memory
 from model.cost.parameters import flops_per_token
 from train.config.run import RunConfig
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
+from train.objectives.cost import taught_bytes
 from train.pipeline.schedule import in_flight
 
 PROGRAM_SECONDS = 20.0
@@ -219,7 +222,25 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
 
 def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
     """Bytes on the fullest device of a run."""
-    return max((s.memory for s in planned_stages(run, num_ranks)), key=lambda m: m.total)
+    found = max((s.memory for s in planned_stages(run, num_ranks)), key=lambda m: m.total)
+    return replace(found, teacher=taught_bytes(run, planned_teacher(run)))
+
+
+def planned_teacher(run: Any) -> Any:
+    """The config of the teacher that is there while a run learns. None: there is none, or it cannot
+    be read here, which those say who check it.
+    """
+    if not run.objective.needs_teacher:
+        return None
+    return _read_teacher(run.objective)
+
+
+@cache
+def _read_teacher(settings: Any) -> Any:
+    try:
+        return read_teacher(settings)
+    except (OSError, ValueError):
+        return None
 
 
 def planned_exchange(run: Any, num_ranks: int) -> Exchange:

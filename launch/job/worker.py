@@ -18,6 +18,7 @@ from launch.process.secrets import redact, redact_text
 from launch.saved.configs import load_run_config
 from launch.saved.files import new_run_dir, read_result, refuse_used_run_dir, save_config
 from launch.saved.resume import examine
+from launch.saved.teacher import teacher_of
 from train.files.durable import write_text
 from train.files.strict_json import dumps
 from train.rank.stop import Stopped, StopSignal
@@ -128,6 +129,8 @@ def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
             ranks_of_this_node(os.environ, 1 if started_directly else run.launch.num_devices),
         )
 
+    teacher = teacher_of(run)
+
     from train.fit import fit
     from train.rank.lock import RunLock
 
@@ -138,7 +141,7 @@ def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
                 # Resolved, so a secret named by ${oc.env:...} would stand in it.
                 shown = redact(plain(config))
                 text = OmegaConf.to_yaml(OmegaConf.create(literal(shown)))
-                result = fit(run, run_dir, stop, text, shown, restarted)
+                result = fit(run, run_dir, stop, text, shown, restarted, teacher=teacher)
     except Stopped:
         result = stopped_before_training(run_dir) if rank() == 0 else None
 

@@ -41,7 +41,10 @@ def defaults_of(cls: type) -> dict[str, Any]:
             found[field.name] = _plain(field.default)
         elif field.default_factory is not dataclasses.MISSING:
             made = field.default_factory()
-            found[field.name] = {} if dataclasses.is_dataclass(made) else _plain(made)
+            if isinstance(made, Component):
+                found[field.name] = {"name": made.name}
+            else:
+                found[field.name] = {} if dataclasses.is_dataclass(made) else _plain(made)
     return found
 
 

@@ -27,6 +27,7 @@ from launch.saved.defaults import complete
 from launch.saved.environment import require_confirmed
 from launch.saved.files import read_result
 from launch.saved.initial import with_initial_weights
+from launch.saved.teacher import with_named_checkpoint
 from model.cost.parameters import is_latent, sparse_layers
 from train.checkpoint.folder import find_checkpoint, newest_complete, step_of
 from train.config.component import SETTINGS
@@ -409,7 +410,7 @@ def with_saved_config(config: DictConfig) -> DictConfig:
     """
     if config.resume is None:
         # once more, as the weights may have brought another router or attention
-        config = complete(with_initial_weights(complete(config)))
+        config = complete(with_named_checkpoint(with_initial_weights(complete(config))))
         typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         return with_length(config, typed, rows_of_epochs(config))
     path = Path(config.resume) / "config.yaml"
@@ -433,4 +434,4 @@ def with_saved_config(config: DictConfig) -> DictConfig:
         )
     saved, overrides = load_run_config(path), list(HydraConfig.get().overrides.task)
     require_confirmed(OmegaConf.to_container(saved, resolve=False), overrides, config.resume)
-    return merged(saved, config, overrides, config.resume)
+    return with_named_checkpoint(merged(saved, config, overrides, config.resume))

@@ -10,6 +10,7 @@ from launch.config.overrides import plain
 from launch.process.secrets import redact_text
 from model.dispatch.config import LocalDispatcherConfig
 from train.config.data import no_tokenizer
+from train.config.objective import NextTokenConfig
 
 FOLDER_SEQ_LEN = 2048
 """Most tokens of a row where a folder of published weights is evaluated and nobody says."""
@@ -63,6 +64,7 @@ def load_run(
     saved.launch = {"kind": "inline"}
     saved.parallel = {}
     saved.experts = {}
+    saved.objective = {"name": NextTokenConfig.name}
     if not adapters:
         saved.lora = {}
     saved.dispatcher = {"name": LocalDispatcherConfig.name}

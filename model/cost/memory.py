@@ -35,6 +35,8 @@ class DeviceMemory:
     optimizer: int
     activations: int
     logits: int
+    teacher: int = 0
+    """Of train/objectives/cost.py: a teacher's weights, and what the divergence from it keeps."""
 
     @property
     def total(self) -> int:
@@ -45,6 +47,7 @@ class DeviceMemory:
             + self.optimizer
             + self.activations
             + self.logits
+            + self.teacher
         )
 
 

@@ -58,6 +58,8 @@ class RoutingRequest(NamedTuple):
     """Choose experts with the snapshot of the weight."""
     snapshot: bool = False
     """Take a snapshot of the weight."""
+    plain_k: int = 0
+    """Plain top-k with so many experts instead of what the controllers say; 0: as they say."""
 
 
 class LoopWatch:
@@ -227,14 +229,19 @@ class Router(nn.Module):
         """The buffer `controller` by name, to read and to write in place."""
         return ControllerState.of(self.controller)
 
-    def inputs_in_force(self) -> torch.Tensor:
+    def inputs_in_force(self, plain_k: int = 0) -> torch.Tensor:
         """[4] fp32, `control` as the op reads it now. An overload's limit answers to loads of ranks
-        in training, so it is lifted elsewhere.
+        in training, so it is lifted elsewhere. plain_k: of RoutingRequest.
         """
-        if self.training:
+        if self.training and not plain_k:
             return self.control
         control = self.control.clone()
-        RouterInputs.of(control).limit.fill_(float(self.max_top_k))
+        inputs = RouterInputs.of(control)
+        if not self.training:
+            inputs.limit.fill_(float(self.max_top_k))
+        if plain_k:
+            inputs.share.fill_(0.0)
+            inputs.fallback_k.fill_(float(plain_k))
         return control
 
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -287,7 +294,7 @@ class Router(nn.Module):
 
         bias = self._selection_bias(spec)
         choice: dict[str, Any] = {
-            "router_inputs": self.inputs_in_force(),
+            "router_inputs": self.inputs_in_force(request.plain_k),
             "histogram_range": self.histogram_range,
             "num_bins": request.num_bins,
             "bias": bias,

@@ -30,9 +30,9 @@ class ExpertChoiceRouter(Router):
     def mode_spec(self) -> RouteSpec:
         return self.spec if self.training else dataclasses.replace(self.spec, mode="threshold")
 
-    def inputs_in_force(self) -> torch.Tensor:
-        control = super().inputs_in_force()
-        if self.training:
+    def inputs_in_force(self, plain_k: int = 0) -> torch.Tensor:
+        control = super().inputs_in_force(plain_k)
+        if self.training or plain_k:
             return control
         # A cut of zero would let every expert through. Asked on the device, as `any` on the host
         # would wait for it.

@@ -54,7 +54,7 @@ class Passes:
 
     def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
         self.output = self.engine.forward(self.rows, hidden=hidden)
-        return self.output.hidden
+        return self.output.handed_on
 
     def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
         assert self.output is not None

@@ -229,7 +229,7 @@ class OneStep:
         self.stats.append(output.stats)
         self.largest.append(output.largest_logits)
         self._outputs[number] = output
-        return output.hidden
+        return output.handed_on
 
     def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
         loss = self.loss_of(self._outputs.pop(number))

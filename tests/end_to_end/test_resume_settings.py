@@ -107,6 +107,7 @@ BASES = {
     ),
     "mtp": ("model.num_mtp_layers=1", "train.mtp_coeff=0.3"),
     "muon": ("optim=muon",),
+    "self_distil": ("objective=self_distil", "router=top_k_raw", "model.top_k=3"),
     "plain_keys": ("model.qk_norm=none",),
     "spike": ("fail_safe.spike_zscore=1000", "train.stop_after_step=55"),
 }
@@ -354,6 +355,16 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         )
     },
     # routers
+    "objective.name": acts("objective=self_distil", LOSS, control=("router=top_k_raw",)),
+    "objective.top_k": acts("objective.top_k=[2]", "distil/kl", "self_distil"),
+    "objective.weight": acts("objective.weight=3", LOSS, "self_distil"),
+    "objective.temperature": acts("objective.temperature=3", "distil/kl", "self_distil"),
+    "objective.run": reaches("objective.run=elsewhere", "objective=distil"),
+    "objective.path": reaches("objective.path=elsewhere", "objective=distil"),
+    "objective.checkpoint": reaches(
+        "objective.checkpoint=latest", "objective.run=elsewhere", "objective=distil"
+    ),
+    "objective.cache": reaches("objective.cache=elsewhere", "objective=distil"),
     "router.name": acts("router=expert_choice", ROUTED, control=("balance=none",)),
     "router.top_k": acts("router.top_k=3", EXPERTS),
     "router.budget": acts("router.budget=3", EXPERTS, "threshold", steps=12),
@@ -571,9 +582,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "train.micro_batch_size": acts("train.micro_batch_size=2", LOSS),
     "train.global_batch_size": acts("train.global_batch_size=8", "tokens"),
     "train.batch_size_rampup_tokens": acts(
-        "train.batch_size_rampup_tokens=12800",
-        "tokens",
-        control=("train.batch_size_rampup=[1,1,40]",),
+        "train.batch_size_rampup_tokens=12800 train.batch_size_rampup=[1,1]", "tokens"
     ),
     "train.batch_size_rampup": acts("train.batch_size_rampup=[1,1,400]", "tokens"),
     "train.precision": acts("train.precision=bf16", LOSS),

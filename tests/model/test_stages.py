@@ -110,8 +110,8 @@ def test_stages_one_after_the_other_are_the_whole_model_to_the_last_bit(attentio
         stage = model_of(layers, attention).train(training)
         if stage.borrows_embedding:
             stage.lent_embedding = whole.embedding.weight
-        output = stage(batch(), hidden=hidden)
-        hidden = output.hidden
+        output = stage(batch(), before=hidden)
+        hidden = output.handed_on
         part = stage.part.moe if training else stage.part.decoder_moe
         rows.append((part.placed(output.stats), stage.part.sparse.placed(output.attention_stats)))
     assert hidden is None

@@ -122,6 +122,7 @@ def names_of(run: RunConfig, conditions: set[Need]) -> set[str]:
         ("router.capacity_factor=0.5", "train.eval_interval=0"),
         ("model.num_mtp_layers=2", "train.mtp_coeff=0.3", "tracker.metrics=detailed"),
         ("model.num_experts=0", "balance=none"),
+        ("objective=self_distil", "router=top_k_raw", "train.eval_interval=0"),
     ],
     ids=lambda o: o[0],
 )

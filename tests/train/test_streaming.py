@@ -209,8 +209,8 @@ def test_a_source_that_has_changed_is_refused(config, tmp_path):
     store = store_of(config)
     read(config, tmp_path / "run", 0, 120)
     texts = texts_of(240, 1)
-    texts[100] = "another"
-    write(tmp_path / "many", "1.jsonl", texts[80:160])
+    texts[5] = "another"
+    write(tmp_path / "many", "0.jsonl", texts[:80])
     samples = StreamingSamples(store, config, SEQ_LEN, SEED, tmp_path / "run")
     samples.mix(config)
     with pytest.raises(ValueError, match=r"has changed since the run has read it"):

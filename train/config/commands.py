@@ -121,6 +121,21 @@ class PrepareCommandConfig:
 
 
 @dataclass(frozen=True)
+class TeachCommandConfig:
+    """What launch.teach writes; the rows are those of the run whose settings it is given."""
+
+    to: str
+    """The folder to write."""
+    num_ids: int = 32
+    """Likeliest tokens that are kept one by one; all others are kept together."""
+
+    def problems(self) -> list[str]:
+        if self.num_ids < 1:
+            return [f"num_ids is {self.num_ids}; it must be at least 1"]
+        return []
+
+
+@dataclass(frozen=True)
 class PlanCommandConfig:
     """What launch.plan is asked beside the config of a run."""
 
@@ -261,9 +276,41 @@ class EvaluateConfig:
     """Keep the table in RUN/budgets, from where launch.generate takes a budget without
     calibrating.
     """
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness instead of held-out text (pip install -r
+    requirements-tasks.txt).
+    """
+    tasks_path: str = "bench/tasks"
+    """A folder with tasks in the harness's form. Its own tasks are known besides, and fetch their
+    data from the Hub.
+    """
+    max_documents: int | None = None
+    """Documents of a task; None: all of them."""
+
+    def _task_problems(self) -> list[str]:
+        if not self.tasks:
+            return []
+        given = {
+            "text": self.text,
+            "seq_len": self.seq_len,
+            "max_sequences": self.max_sequences,
+            "router.budget=[...]": self.budgets or None,
+            "a list of runs or checkpoints": self.runs or self.checkpoints or None,
+        }
+        found = [
+            f"tasks are asked of one model and bring their own documents; drop {name}"
+            for name, value in given.items()
+            if value is not None
+        ]
+        if self.router.budget is not None and self.launch.num_devices > 1:
+            found.append("router.budget is calibrated in one process; set launch.num_devices=1")
+        if self.max_documents is not None and self.max_documents < 1:
+            found.append(f"max_documents is {self.max_documents}; it must be at least 1, or null")
+        return found
 
     def problems(self) -> list[str]:
         found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
+        found += self._task_problems()
         found += [
             problem
             for name in self.checkpoints or (self.checkpoint,)
@@ -276,8 +323,8 @@ class EvaluateConfig:
             found.append(
                 "a list of budgets is measured of one checkpoint; name one run and one checkpoint"
             )
-        if self.path is not None and self.text is None:
-            found.append("path=DIR has no held-out text; give text=FILE")
+        if self.path is not None and self.text is None and not self.tasks:
+            found.append("path=DIR has no held-out text; give text=FILE, or tasks=[...]")
         if self.seq_len is not None and self.text is None:
             found.append(f"seq_len={self.seq_len} cuts the rows of text=FILE, which is not given")
         if self.budgets and (self.path is not None or self.text is not None):

@@ -1,4 +1,4 @@
-"""Components of the model by name: the records that router, attention and dispatcher may be."""
+"""Components by name: the records that router, attention, dispatcher and objective may be."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from model.attention.config import ATTENTIONS, AttentionConfig
 from model.component import Component
 from model.dispatch.config import DISPATCHERS, DispatcherConfig
 from model.routers.config import ROUTERS, RouterConfig
+from train.config.objective import OBJECTIVES, ObjectiveConfig
 
 KINDS: dict[type[Component], Mapping[str, type[Component]]] = {
     RouterConfig: ROUTERS,
     AttentionConfig: ATTENTIONS,
     DispatcherConfig: DISPATCHERS,
+    ObjectiveConfig: OBJECTIVES,
 }
 """What a setting of RunConfig may be -> name in a config -> record."""
-SETTINGS = ("router", "attention", "dispatcher")
+SETTINGS = ("router", "attention", "dispatcher", "objective")
 """Settings of RunConfig that hold a component."""
 FORMER = {
     "model.routers.top_k.TopKRouter": "top_k",

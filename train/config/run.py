@@ -26,6 +26,7 @@ from model.routers.config import RouterConfig
 from train.config.data import DataConfig
 from train.config.launching import LaunchConfig, WatchdogConfig
 from train.config.lora import LoraConfig, trained_of
+from train.config.objective import NextTokenConfig, ObjectiveConfig
 from train.config.training import (
     CheckpointConfig,
     InitConfig,
@@ -65,6 +66,7 @@ class RunConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init: InitConfig = field(default_factory=InitConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = field(default_factory=NextTokenConfig)
     experiment_name: str = "default"
     seed: int = 1234
     run_dir: str | None = None

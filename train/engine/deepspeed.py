@@ -155,7 +155,7 @@ class Engine:
     ) -> ModelOutput:
         """Transformer.forward of this rank's micro-batch."""
         # By keyword: ZeRO-3 would wrap every positional tensor, and these need no gradient.
-        output: ModelOutput = self.deepspeed(batch=batch, request=request, hidden=hidden)
+        output: ModelOutput = self.deepspeed(batch=batch, request=request, before=hidden)
         return output
 
     def backward(

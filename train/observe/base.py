@@ -74,6 +74,8 @@ class MicroBatch(NamedTuple):
     """On the device."""
     communication: Communication | None
     """Of the forward pass, and of the backward pass before it; None where nobody asked for it."""
+    second: ModelOutput | None = None
+    """Of the second pass that an objective may ask for (train/objectives); None: there was none."""
 
 
 class StepResult(NamedTuple):

@@ -163,7 +163,7 @@ class Pipeline:
             self.link.exchange(False, None, hidden)
         output = self.engine.forward(batch, request, hidden)
         if place < size - 1:
-            self.link.exchange(True, output.hidden, None)
+            self.link.exchange(True, output.handed_on, None)
         return output
 
 

@@ -46,6 +46,8 @@ class Need(Enum):
     NULL_EXPERTS = "the router has null experts"
     BIAS = "a selection bias is not 0"
     MTP = "model.num_mtp_layers is above 0"
+    TEACHER = "objective is distil or self_distil"
+    LOWER_BUDGET = "objective is self_distil"
     LOGIT_Z_LOSS = "train.z_loss_coeff is above 0"
     QK_CLIP = "optim.qk_clip is set, from the first measured step on"
     AUX_LOSS_SCHEDULE = "balance.aux_loss_schedule is not constant"

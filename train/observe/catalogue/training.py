@@ -104,6 +104,37 @@ TRAINING = (
         ),
     ),
     group(
+        "Distillation",
+        "distil/",
+        (Need.TEACHER,),
+        "What a model has learned of its teacher: of another model, or, with "
+        "objective=self_distil, of itself at its full budget.",
+        Metric(
+            "kl",
+            "divergence from the teacher",
+            "nats",
+            LOWER,
+            "KL(teacher || model) per predicted target of the interval's updates, at "
+            "objective.temperature; of a cache, with all tokens beside its own in one",
+        ),
+        Metric(
+            "agreement",
+            "agreement with the teacher",
+            "share",
+            HIGHER,
+            "of those targets, at how many the likeliest token is the teacher's",
+        ),
+        Metric(
+            "student_loss",
+            "loss at the lower budget",
+            "nats",
+            LOWER,
+            "cross-entropy of the second pass, at the lower budgets of objective.top_k in turn; "
+            "train/loss is of the full one",
+            needs=needs(Need.LOWER_BUDGET),
+        ),
+    ),
+    group(
         "Speed and memory",
         "perf/",
         (),

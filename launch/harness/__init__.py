@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, asked of a model of ours."""
