@@ -223,12 +223,19 @@ def _run(
         loss = result.get("val_loss")
         said = f"held-out loss {loss:.4f}" if outcome.state == "done" and loss else outcome.state
         if outcome.state == "failed":
-            said += f", exit code {outcome.code}: {(*outcome.lines, 'it said nothing')[0]}"
+            said += f", exit code {outcome.code}: {_cause(outcome.lines)}"
         print(
             f"[{number}/{len(cells)}] {cell.name}: {said}, {outcome.seconds:.0f} s; about "
             f"{left / 60:.1f} minutes left",
             flush=True,
         )
+
+
+def _cause(lines: Sequence[str]) -> str:
+    """The first error of those that a command has told, or the end of its traceback."""
+    if not lines:
+        return "it said nothing"
+    return lines[0] if lines[0].startswith("error") else lines[-1]
 
 
 def _finish(

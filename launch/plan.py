@@ -31,7 +31,7 @@ from launch.job.memory import (
     planned_stages,
     planned_teacher,
 )
-from launch.job.micro_batch import is_asked, with_micro_batch
+from launch.layouts.micro_batch import is_asked, with_micro_batch
 from launch.saved.initial import check_weights
 from launch.saved.teacher import check_teacher
 from train.engine.muon.planned import planned_muon

@@ -64,6 +64,11 @@ def main(config: DictConfig) -> None:
 
 def _problems(run: RunConfig, asked: TeachCommandConfig) -> list[str]:
     found = []
+    if run.data.streaming:
+        found.append(
+            "data.streaming is true, and rows of a stream are not kept: prepare them, "
+            "data.streaming=false"
+        )
     if Path(asked.to).expanduser().exists():
         found.append(f"{asked.to} exists; give a folder that does not, or remove it")
     if asked.num_ids > run.model.vocab_size:

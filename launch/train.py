@@ -24,9 +24,9 @@ from launch.config.epochs import rows_of_epochs
 from launch.config.length import with_length
 from launch.config.overrides import literal, plain, quoted, typed
 from launch.config.parse import world_size
-from launch.job.micro_batch import is_asked, with_micro_batch
 from launch.job.worker import give_way, require_memory, stopped_before_training, tell_changes, work
 from launch.launchers import hosts
+from launch.layouts.micro_batch import is_asked, with_micro_batch
 from launch.process.identity import is_worker, rank
 from launch.process.secrets import forwarded_environment, redact_text
 from launch.saved.configs import load_run_config

@@ -111,7 +111,7 @@ def run_cell(folder: Path, cell: Cell) -> Outcome:
 
     if code == IN_USE:
         raise ValueError(f"{run_dir} is at work in another process; wait for it, or end it")
-    if code == 0 and has_ended(run_dir, cell.run.train.num_steps):
+    if has_ended(run_dir, cell.run.train.num_steps):  # whatever came after its last evaluation
         outcome = Outcome("done", seconds)
     elif code == 0:  # asked to stop by somebody
         outcome = Outcome("interrupted", seconds)

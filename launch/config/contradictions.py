@@ -336,6 +336,12 @@ def _lengths(run: RunConfig) -> list[str]:
         )
 
     vocab_size = run.data.tokenizer.vocab_size
+    if run.data.streaming and getattr(run.objective, "cache", None) is not None:
+        problems.append(
+            "objective.cache holds what a teacher said of prepared rows, and those of a stream are "
+            "others (data.streaming=true); give objective.path or objective.run, or "
+            "data.streaming=false"
+        )
     if run.data.streaming and train.num_epochs is not None:
         problems.append(
             f"train.num_epochs is {train.num_epochs:g}, but nobody knows how long a pass over a "

@@ -31,7 +31,7 @@ class Loadstone(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return [tuple(scored) for scored in self.scorer.score(pairs)]
+        return [(s.log_likelihood, s.is_greedy) for s in self.scorer.score(pairs)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Each token is predicted once, in windows as long as the model knows; the first after the

@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-from commandline import ROOT, TINY, launch, write_text
+
+from tests.end_to_end.commandline import ROOT, TINY, launch, write_text
 
 pytestmark = pytest.mark.nightly
 NOT_HERE = ("model.hidden_size", "train.num_steps")
 ASKED = (
     *(o for o in TINY if o.partition("=")[0] not in NOT_HERE),
     *("model.hidden_size=16", "train.num_steps=30", "parallel=single"),
-    *("variants=[top_k,dense]", "sizes=[]", "seeds=2", "checkpoint.save_interval=10"),
+    *("variants=[top_k,adaptive]", "sizes=[]", "seeds=2", "checkpoint.save_interval=10"),
     *("speed.rows=2", "speed.context=8", "speed.new_tokens=4", "speed.max_rounds=6"),
 )
 
@@ -47,7 +48,7 @@ def test_a_killed_comparison_goes_on_and_runs_nothing_twice(data, tmp_path):
         text=True,
     )
     first = folder / "outcomes" / "top_k-1234.json"
-    second = folder / "runs" / "dense-1234" / "metrics.jsonl"
+    second = folder / "runs" / "adaptive-1234" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (first.is_file() and second.is_file()):
         assert command.poll() is None and time.monotonic() < deadline
@@ -56,7 +57,7 @@ def test_a_killed_comparison_goes_on_and_runs_nothing_twice(data, tmp_path):
     command.wait()
     before = first.stat().st_mtime_ns, (folder / "runs/top_k-1234/metrics.jsonl").read_bytes()
     # The run that was at work is told by the kernel that its parent is gone, and saves.
-    lock = folder / "runs" / "dense-1234" / "lock"
+    lock = folder / "runs" / "adaptive-1234" / "lock"
     while lock.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -71,7 +72,7 @@ def test_a_killed_comparison_goes_on_and_runs_nothing_twice(data, tmp_path):
     now = first.stat().st_mtime_ns, (folder / "runs/top_k-1234/metrics.jsonl").read_bytes()
     assert now == before
     page = Path(found["page"]).read_text()
-    assert "Comparison of top_k, dense" in page and "4 runs, 4 ended" in page
+    assert "Comparison of top_k, adaptive" in page and "4 runs, 4 ended" in page
 
     result = json.loads((folder / "result.json").read_text())
     (size,) = result["sizes"]

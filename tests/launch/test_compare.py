@@ -265,7 +265,7 @@ class Trainer:
     """launch.train as the runner sees it: what it was asked, and what it leaves behind."""
 
     def __init__(self, monkeypatch, cells, *codes: int):
-        self.asked, self.cells, self.codes = [], cells, list(codes)
+        self.asked, self.cells, self.codes, self.ends = [], cells, list(codes), False
         monkeypatch.setattr(work, "_run", self.run)
 
     def run(self, command, log):
@@ -276,7 +276,7 @@ class Trainer:
         run_dir = log.parent.parent / "runs" / cell.name
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cell.config, run_dir / "config.yaml")
-        if not code:
+        if not code or self.ends:
             record = {"step": cell.run.train.num_steps, "stopped": False, "val_loss": 5.0}
             (run_dir / "result.json").write_text(json.dumps(record))
         return code
@@ -296,6 +296,10 @@ def test_a_finished_run_is_known_and_a_failed_one_keeps_its_reason(tmp_path, cel
     assert (found.state, found.code, found.lines) == ("failed", 70, ("error: the disk said no",))
     assert not is_open(work.outcome_of(tmp_path, one), retry_failed=True)
     assert not is_open(found, retry_failed=False) and is_open(found, retry_failed=True)
+
+    # one that trained to its end and failed behind it has ended
+    trainer.codes, trainer.ends = [1], True
+    assert work.run_cell(tmp_path, other).state == "done"
 
     # a lost record does not make a finished run run again, and a record alone does not finish one
     (tmp_path / "outcomes" / f"{one.name}.json").unlink()

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from launch.config.build import ConfigError
 from launch.config.overrides import plain
 from launch.config.parse import parse
-from launch.job import micro_batch
 from launch.job.memory import Machine, planned_memory
-from launch.job.micro_batch import is_asked, with_micro_batch
+from launch.layouts import micro_batch
+from launch.layouts.micro_batch import is_asked, with_micro_batch
 from tests.end_to_end.commandline import ROOT
 from train.files.sizes import GIB
 
