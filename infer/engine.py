@@ -66,7 +66,7 @@ class Engine:
             raise ValueError("; ".join(problems))
         self.model, self.settings = model.eval(), settings
         self.end_token, self.context, self.clock = end_token, context, clock
-        self.device = model.embedding.weight.device
+        self.device = model.any_weight.device
         self.max_len = model.config.max_seq_len
         self.group = model.groups.expert if model.groups.expert_size > 1 else None
 
@@ -76,7 +76,7 @@ class Engine:
         num_pages = settings.max_slots * by_request if room is None else -(-room // self.page_size)
         self.pool = PagePool(1 + num_pages, self.page_size)
         self.pages = model.new_pages(1 + num_pages, self.page_size)
-        self.packed = has_varlen_kernel(self.device, model.embedding.weight.dtype)
+        self.packed = has_varlen_kernel(self.device, model.any_weight.dtype)
 
         self.budgets: dict[float | None, list[RouterState]] = {}
         if budgets:

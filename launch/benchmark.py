@@ -101,7 +101,7 @@ def _measure(
                 "more or less; experts are as measured",
                 file=sys.stderr,
             )
-    weight = variants[0].model.embedding.weight
+    weight = variants[0].model.any_weight
     rates = rates_of(weight.device, weight.dtype)
     width = weight.element_size()
     print(

@@ -24,7 +24,13 @@ from launch.config.overrides import plain
 from launch.config.parse import searches_layout, world_size
 from launch.job.disk import disk_usage, run_bytes
 from launch.job.fit import Device, alternatives, device_of
-from launch.job.memory import planned_exchange, planned_memory, planned_teacher
+from launch.job.memory import (
+    planned_bubble,
+    planned_exchange,
+    planned_memory,
+    planned_stages,
+    planned_teacher,
+)
 from launch.layouts.micro_batch import is_asked, with_micro_batch
 from launch.saved.initial import check_weights
 from launch.saved.teacher import check_teacher
@@ -197,6 +203,9 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     ):
         print(f"  {label:28s} {value:>20,}")
     shared = f"context parallel {context_size}, " if context_size > 1 else ""
+    stages = run.parallel.pipeline_parallel_size
+    if stages > 1:
+        shared = f"{stages} stages, {shared}"
     print(
         f"memory per device ({num_ranks} ranks, {shared}expert parallel {expert_size}, ZeRO "
         f"{run.zero_stage}, {settings.precision}, gradients in {settings.grad_accum_dtype})"
@@ -213,6 +222,8 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     ):
         print(f"  {label:28s} {value / GIB:>16.3f} GiB")
 
+    pipeline = _told_stages(run, num_ranks) if stages > 1 else {}
+
     print(
         f"  {'cache, for each token that is generated':28s} "
         f"{cached:>10,} bytes, in {settings.precision}"
@@ -222,6 +233,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     if num_ranks > 1:
         print("exchange (model), what a device sends in an optimisation step")
         for label, value in (
+            *([("stages of the pipeline", exchange.stages)] if stages > 1 else []),
             ("heads of attention", exchange.heads),
             ("rows of experts", exchange.rows),
             ("gradients", exchange.gradients),
@@ -231,6 +243,8 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
             print(f"  {label:28s} {value / GIB:>16.3f} GiB")
 
     where = "ranks" if context_size == 1 else f"groups of {context_size} ranks that share rows"
+    if stages > 1:
+        where += " of every stage"
     print("batch")
     print(
         f"  {settings.global_batch_size} sequences of {settings.seq_len} = "
@@ -275,12 +289,43 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         "trained_parameters": trained,
         "memory_bytes": {**vars(memory), "total": memory.total},
         "exchange_bytes": {**vars(exchange), "total": exchange.total},
+        **pipeline,
         **({"muon": vars(muon)} if muon.num_matrices else {}),
         "gradient_accumulation_steps": micro_steps,
         "tokens_per_step": tokens,
         "flops_per_token": flops,
         "cache_bytes_per_token": cached,
     }
+
+
+def _told_stages(run: Any, num_ranks: int) -> dict[str, Any]:
+    """Print the cut of the layers, with what each stage costs."""
+    stages, bubble = planned_stages(run, num_ranks), planned_bubble(run, num_ranks)
+    flops = sum(stage.flops for stage in stages)
+    cut = ",".join(str(len(stage.layers)) for stage in stages)
+    how = "balanced" if run.parallel.pipeline_split is None else "as given"
+    print(
+        f"stages (parallel.pipeline_split=[{cut}], {how}; the memory above is of the fullest, "
+        f"{bubble:.1%} of a step is spent filling and draining)"
+    )
+    for number, stage in enumerate(stages):
+        first, last = stage.layers.start, stage.layers.stop - 1
+        micro = f"{stage.in_flight} micro-batch" + ("es" if stage.in_flight > 1 else "")
+        print(
+            f"  {number:>3}  layers {f'{first} to {last}':12s} {stage.flops / flops:>6.1%} of the "
+            f"FLOPs  {stage.memory.total / GIB:>9.3f} GiB  {micro} in flight"
+        )
+    found = [
+        {
+            "layers": [stage.layers.start, stage.layers.stop - 1],
+            "flops_per_token": stage.flops,
+            "in_flight": stage.in_flight,
+            "memory_bytes": stage.memory.total,
+            "exchange_bytes": stage.exchange.total,
+        }
+        for stage in stages
+    ]
+    return {"stages": found, "bubble": bubble}
 
 
 def told_of_device(run: Any, num_ranks: int, asked: PlanCommandConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def generate(
     if len(prompt) >= max_len:
         raise ValueError(f"the prompt has {len(prompt)} tokens; model.max_seq_len is {max_len}")
     model.eval()
-    device = model.embedding.weight.device
+    device = model.any_weight.device
     generator = torch.Generator().manual_seed(seed)
     budget = min(max_new_tokens, max_len - len(prompt))
     caches = model.new_caches(1, len(prompt) + budget)

@@ -1,16 +1,28 @@
 """Initial weights that depend on names and global expert ids only, never on ranks or construction
 order.
+
+Modules are built without numbers: a matrix is on the meta device as soon as a module has it
+(`matrices_on_meta`), and `materialize` draws one after the other into the dtype that it is trained
+in. So no rank ever holds more than its own weights and a piece of one matrix in fp32.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from model.moe.experts import Experts
+
+PIECE = 2**22
+"""Numbers that are drawn in fp32 at a time. A multiple of 16, by which torch's stream goes on as if
+they were drawn at once.
+"""
 
 
 def stream_of(*key: object) -> torch.Generator:
@@ -19,29 +31,65 @@ def stream_of(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-@torch.no_grad()
-def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: int) -> None:
-    """Normal(0, std) everywhere; projections back into the residual stream get std / sqrt(2 *
-    num_layers) (GPT-2).
+@contextmanager
+def matrices_on_meta() -> Iterator[None]:
+    """Inside, every parameter of two or more dimensions that a module registers is a shape without
+    numbers. Vectors begin as constants, which their modules know, and stay as they are.
+    """
 
-    Norm gains stay 1. Each expert draws from its own stream, keyed by (seed, parameter name, global
-    expert id), so every expert-parallel size starts from the same model.
+    def emptied(_: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.dim() < 2 or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    # What a hook returns takes the parameter's place, which torch's annotation does not say.
+    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def materialize(
+    model: nn.Module, seed: int, std: float, num_layers: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Give every parameter its numbers: Normal(0, std) for matrices; projections back into the
+    residual stream get std / sqrt(2 * num_layers) (GPT-2).
+
+    Norm gains stay 1, biases 0. Each expert draws from its own stream, keyed by (seed, parameter
+    name, global expert id), so every expert-parallel size starts from the same model. Numbers are
+    drawn in fp32 and rounded once, as a whole model would be that is built in fp32 and cast.
     """
     residual_std = std / math.sqrt(2 * num_layers)
     for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{module_name}.{name}"
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(dtype)
+                continue
             into_residual = "o_proj" in full_name or full_name.endswith((".down", ".down.weight"))
             scale = residual_std if into_residual else std
-            if isinstance(module, Experts):
-                if parameter.dim() == 2:  # biases, which start at 0 as vectors elsewhere
-                    continue
+            values = torch.empty(parameter.shape, dtype=dtype)
+            if not isinstance(module, Experts):
+                _fill(values, scale, stream_of(seed, full_name))
+            elif parameter.dim() == 2:  # biases
+                values.zero_()
+            else:
                 for local, expert in enumerate(module.global_ids):
-                    values = torch.empty(parameter.shape[1:])
-                    values.normal_(0.0, scale, generator=stream_of(seed, full_name, expert))
-                    parameter[local].copy_(values)
-            elif parameter.dim() > 1:
-                values = torch.empty(parameter.shape).normal_(
-                    0.0, scale, generator=stream_of(seed, full_name)
-                )
-                parameter.copy_(values)
+                    _fill(values[local], scale, stream_of(seed, full_name, expert))
+            real = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            real.__dict__.update(parameter.__dict__)  # marks of its family
+            module.register_parameter(name, real)
+
+
+def _fill(values: torch.Tensor, scale: float, stream: torch.Generator) -> None:
+    """The numbers of `torch.empty(shape).normal_(0, scale)` in fp32, a piece at a time."""
+    flat, first = values.view(-1), 0
+    while first < len(flat):
+        left = len(flat) - first
+        # Fewer than 16 would be drawn in another way.
+        size = PIECE if left >= PIECE + 16 else left
+        piece = torch.empty(size).normal_(0.0, scale, generator=stream)
+        flat[first : first + size].copy_(piece)
+        first += size

@@ -17,7 +17,8 @@ IGNORE_INDEX = -100
 
 class ModelOutput(NamedTuple):
     """Sums over this rank's micro-batch. A NamedTuple so that ZeRO-3's hooks find the tensors
-    inside.
+    inside. Of a stage of a pipeline, tables have rows for its own layers alone, and the losses that
+    the last stage makes are 0 on others.
     """
 
     loss_sum: torch.Tensor
@@ -70,6 +71,8 @@ class ModelOutput(NamedTuple):
     """[] fp32, squared logsumexp of the output logits, summed over the targets of loss_sum; 0
     where it was not asked for.
     """
+    handed_on: torch.Tensor | None = None
+    """[B, S, D] with gradient, what the next stage goes on with; None where there is none."""
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig, ModelConfig
-from model.init import initialize_parameters
+from model.init import materialize, matrices_on_meta
 from model.moe.balance import LayerStats, histogram_bins, pack_stats, unpack_stats
 from model.moe.budget import start_routers, update_routers
 from model.routers.base import Router, RoutingRequest
@@ -84,8 +84,9 @@ def make_router(
     problems = settings.problems(config)
     if problems:
         raise ValueError("; ".join(problems))
-    router = settings.build(config)
-    initialize_parameters(router, seed, init_std, 1)
+    with matrices_on_meta():
+        router = settings.build(config)
+    materialize(router, seed, init_std, 1)
     return router
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,13 +19,14 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.config import SparseAttentionConfig
 from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
 from model.distillation import divergence
-from model.init import initialize_parameters
+from model.init import materialize, matrices_on_meta
 from model.layers import RMSNorm, rotary_tables, times
 from model.loss import (
     ModelOutput,
@@ -38,15 +39,18 @@ from model.moe.balance import (
     BalanceSums,
     RouterSums,
     balance_sums,
+    histogram_bins,
     no_balance_sums,
     rank_shares,
+    stats_size,
 )
 from model.moe.layer import ModelParts, MoELayer
 from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
+from model.parallel.part import ModelPart
 from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch
 from model.routers.base import Router, RoutingRequest
-from model.weight_sums import Embedding, uses_of
+from model.weight_sums import Embedding, looked_up, uses_of
 from ops.all_to_all import Communication, total_communication
 from ops.router import RouterOutput
 
@@ -55,7 +59,9 @@ class _Hidden(NamedTuple):
     """What the blocks leave behind."""
 
     last: torch.Tensor
-    """[B, S, D], normalised: what the head projects."""
+    """[B, S, D], normalised: what the head projects. Of a stage before the last: what the next one
+    goes on with.
+    """
     attentions: list[AttentionSums]
     """Of the sparse layers, in layer order."""
     balances: list[RouterSums]
@@ -85,14 +91,50 @@ class Decoded(NamedTuple):
     """[B * S, MoE layers, K] int16 where they are kept, -1 for a slot without an expert."""
 
 
+class Layers(nn.Module):
+    """Neighbouring blocks, by their numbers in the whole model: a stage of a pipeline has some of
+    them, and its parameters are named as the whole model's are.
+    """
+
+    def __init__(self, blocks: Mapping[int, Block]):
+        super().__init__()
+        for number, block in blocks.items():
+            self.add_module(str(number), block)
+
+    def __iter__(self) -> Iterator[Block]:
+        return (cast(Block, block) for block in self.children())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, number: int) -> Block:
+        """Block `number` of the model; of negative numbers, counted from the last one here."""
+        if number < 0:
+            from_the_end: list[Block] = [*self]
+            return from_the_end[number]
+        return cast(Block, self.get_submodule(str(number)))
+
+
 class Transformer(nn.Module):
-    """Token ids in, summed losses out (or logits, through `logits`).
+    """Token ids in, summed losses out (or logits, through `logits`). Or one stage of a pipeline:
+    the first embeds, the last projects and has the loss, and between them hidden states travel.
 
     Args:
         config: the shape; parts: records of router, attention, dispatcher, and the balance
             settings.
         groups: parallel groups; this rank builds only its own experts.
-        seed: of the initial weights, which are the same under every parallel layout.
+        seed: of the initial weights, which are the same under every parallel layout. None: they
+            have no numbers.
+        layers: of this stage; None: all.
+        dtype: of the weights.
+
+    Attributes:
+        part: which layers these are.
+        router_kind: what all routers have in common, also where no layer with experts is on this
+            stage; a router without numbers. None for a dense model.
+        lent_embedding: [V, D], on a last stage that needs the embedding, which the first has (tied
+            to the head, or for multi-token prediction): who trains it puts it here, and what it
+            gathers as a gradient goes back to the first stage.
     """
 
     def __init__(
@@ -100,33 +142,78 @@ class Transformer(nn.Module):
         config: ModelConfig,
         parts: ModelParts,
         groups: ParallelGroups | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
+        layers: range | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         groups = groups or ParallelGroups.single()
-        self.config, self.balance, self.groups = config, parts.balance, groups
+        self.config, self.parts, self.groups = config, parts, groups
+        self.balance = parts.balance
+        every = range(config.num_layers)
+        settings = parts.attention
+        self.part = ModelPart.of(
+            every if layers is None else layers,
+            config.num_layers,
+            config.moe_layers,
+            [i for i in every if settings.is_sparse(config, i)]
+            if isinstance(settings, SparseAttentionConfig)
+            else [],
+        )
+        # In a tuple, so that it is no part of the model.
+        self._router_kind: tuple[Router, ...] = ()
+        if config.num_experts:
+            with torch.device("meta"):
+                self._router_kind = (parts.router.build(config),)
         self.exchange = HeadExchange(groups.context, groups.context_rank, groups.context_size)
         self.rotary_size = parts.attention.rotary_size(config)
         self.rank_shares = rank_shares(
             config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement
         )
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            Block(config, groups, parts, i) for i in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        with matrices_on_meta():
+            self._build(config, groups, parts)
+        if seed is not None:
+            materialize(self, seed, config.init_std, config.num_layers, dtype)
+
+    def _build(self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts) -> None:
+        self.embedding: Embedding | None = None
+        self.lent_embedding: torch.Tensor | None = None
+        if self.part.is_first:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = Layers({i: Block(config, groups, parts, i) for i in self.part.layers})
+        self.norm: RMSNorm | None = None
+        self.head: nn.Linear | None = None
+        if self.part.is_last:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            if not config.tie_embeddings:
+                self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
-            PredictionModule(config, groups, parts, k) for k in range(config.num_mtp_layers)
+            PredictionModule(config, groups, parts, k)
+            for k in range(config.num_mtp_layers if self.part.is_last else 0)
         )
-        initialize_parameters(self, seed, config.init_std, config.num_layers)
+
+    @property
+    def router_kind(self) -> Router | None:
+        return self._router_kind[0] if self._router_kind else None
+
+    @property
+    def borrows_embedding(self) -> bool:
+        """Whether this stage needs the embedding of the first one in training."""
+        needs = self.config.tie_embeddings or self.config.num_mtp_layers > 0
+        return self.part.is_last and not self.part.is_first and needs
+
+    def whole(self) -> Transformer:
+        """The model that this is a stage of, with this rank's experts: names and shapes, no
+        numbers. A whole model is itself.
+        """
+        if self.part.is_whole:
+            return self
+        return Transformer(self.config, self.parts, self.groups, seed=None)
 
     def moe_layers(self) -> list[MoELayer]:
-        """As ModelConfig.moe_layers has them: of the blocks, then of multi-token prediction."""
+        """Those here, as ModelConfig.moe_layers has them: of the blocks, then of multi-token
+        prediction.
+        """
         blocks = [*self.blocks, *(module.block for module in self.mtp)]
         return [block.mlp for block in blocks if isinstance(block.mlp, MoELayer)]
 
@@ -156,8 +243,8 @@ class Transformer(nn.Module):
 
     def attentions(self) -> Iterator[tuple[str, nn.Module]]:
         """Every attention and its name, in the order of ModelOutput.largest_logits."""
-        for i, block in enumerate(self.blocks):
-            yield f"blocks.{i}.attention", cast(nn.Module, cast(Block, block).attention)
+        for i, block in zip(self.part.layers, self.blocks, strict=True):
+            yield f"blocks.{i}.attention", cast(nn.Module, block.attention)
         for i, module in enumerate(self.mtp):
             yield f"mtp.{i}.block.attention", cast(nn.Module, cast(Block, module.block).attention)
 
@@ -183,7 +270,7 @@ class Transformer(nn.Module):
         """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
         here. whole_positions: where the positions are of a part of rows, those of whole ones.
         """
-        dtype = self.embedding.weight.dtype
+        dtype = self.any_weight.dtype
         config = self.config
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
@@ -210,6 +297,28 @@ class Transformer(nn.Module):
             largest=largest,
         )
 
+    @property
+    def any_weight(self) -> torch.Tensor:
+        """Any of the weights, for their dtype and device."""
+        return next(iter(self.blocks)).attention_norm.weight
+
+    @property
+    def _embedding_weight(self) -> torch.Tensor:
+        """[V, D], own or lent."""
+        if self.embedding is not None:
+            return self.embedding.weight
+        assert self.lent_embedding is not None, "nobody has lent this stage the embedding"
+        return self.lent_embedding
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, S] token ids -> [B, S, D]."""
+        # As a call of the module where it is here, since ZeRO-3 gathers weights for such calls.
+        if self.embedding is not None:
+            found = self.embedding(ids)
+        else:
+            found = looked_up(self._embedding_weight, ids)
+        return times(found, self.config.embedding_multiplier)
+
     def _backbone(
         self,
         input_ids: torch.Tensor,
@@ -217,14 +326,19 @@ class Transformer(nn.Module):
         request: RoutingRequest,
         given_ids: tuple[torch.Tensor, ...] | None = None,
         caches: Sequence[LayerCache | Pages] | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> _Hidden:
-        """[B, S] token ids through all blocks; see ForwardRequest for given_ids."""
-        hidden = times(self.embedding(input_ids), self.config.embedding_multiplier)
+        """[B, S] token ids through all blocks here; hidden: what the stage before has made of them.
+        See ForwardRequest for given_ids.
+        """
+        assert (hidden is None) == self.part.is_first, self.part
+        if hidden is None:
+            hidden = self._embedded(input_ids)
         attentions: list[AttentionSums] = []
         balances: list[RouterSums] = []
         routings: list[RouterOutput] = []
         for i, block in enumerate(self.blocks):
-            own = _of_layer(request, given_ids, len(routings))
+            own = self._of_layer(request, given_ids, len(routings))
             if self._recomputes():
                 found = checkpoint(block, hidden, layout, own, use_reentrant=False)
             else:
@@ -236,7 +350,9 @@ class Transformer(nn.Module):
             if balance is not None:
                 balances.append(balance)
                 routings.append(routing)
-        return _Hidden(self.norm(hidden), attentions, balances, routings)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return _Hidden(hidden, attentions, balances, routings)
 
     def _recomputes(self) -> bool:
         return self.config.recompute == "block" and self.training and torch.is_grad_enabled()
@@ -257,8 +373,8 @@ class Transformer(nn.Module):
             # attends to it, no expert sees it, and nothing counts it.
             ids, there = tokens_ahead(whole, number)
             ids, there = batch.own(ids), batch.own(there)
-            embedded = times(self.embedding(ids), self.config.embedding_multiplier)
-            own = _of_layer(request, given_ids, len(found.routings))
+            embedded = self._embedded(ids)
+            own = self._of_layer(request, given_ids, len(found.routings))
             own = own._replace(token_mask=there.reshape(-1))
             if self._recomputes():
                 out = checkpoint(module, hidden, embedded, layout, own, use_reentrant=False)
@@ -275,7 +391,7 @@ class Transformer(nn.Module):
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = times(hidden, 1 / self.config.logits_divisor)
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return F.linear(hidden, self._embedding_weight) if self.head is None else self.head(hidden)
 
     def _loss(
         self,
@@ -324,7 +440,7 @@ class Transformer(nn.Module):
         weights: list[torch.Tensor] | list[None] = [None] * len(parts)
         if torch.is_grad_enabled() and hidden.dtype != torch.float32:
             weights = uses_of(
-                (self.embedding if self.head is None else self.head).weight, len(parts)
+                self._embedding_weight if self.head is None else self.head.weight, len(parts)
             )
 
         sums, by_tokens, z_sums, divergences, agreed = zip(
@@ -357,7 +473,7 @@ class Transformer(nn.Module):
         """[vocab_size, D] of the weights, what the last hidden states are multiplied by to be
         logits, model.logits_divisor included.
         """
-        weight = self.embedding.weight if self.head is None else self.head.weight
+        weight = self._embedding_weight if self.head is None else self.head.weight
         return times(weight, 1 / self.config.logits_divisor)
 
     @torch.no_grad()
@@ -369,31 +485,57 @@ class Transformer(nn.Module):
         return self._backbone(batch.input_ids, layout, request).last
 
     def _balance_sums(
-        self, layers: list[RouterSums], previous_counts: torch.Tensor | None, like: torch.Tensor
+        self,
+        layers: list[RouterSums],
+        previous_counts: torch.Tensor | None,
+        like: torch.Tensor,
+        counting: bool,
     ) -> BalanceSums:
         """Those of the MoE layers; a dense model's are zeros and empty, as `like` is."""
+        kind = self.router_kind
+        if not layers and kind is not None:
+            bins = histogram_bins(self.balance, kind) if counting else 0
+            size = stats_size(self.config.num_experts, kind.max_top_k, bins)
+            return no_balance_sums(like, self.config.num_experts, size)
         if not layers:
             return no_balance_sums(like)
         return balance_sums(layers, self.balance, self.groups, previous_counts)
 
-    def forward(self, batch: TokenBatch, request: ForwardRequest = SUMS_ALONE) -> ModelOutput:
-        """Sums over the micro-batch `batch`, and what `request` asks for besides."""
+    def forward(
+        self,
+        batch: TokenBatch,
+        request: ForwardRequest = SUMS_ALONE,
+        before: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: [B, S, D]
+        of the stage before, None on the first.
+        """
         layout, routing_request = self._reading(batch, request)
-        hidden = self._backbone(batch.input_ids, layout, routing_request, request.given_ids)
-        found = self._loss(
-            hidden.last,
-            batch.targets,
-            request.keep_routing and not self.training,
-            batch.taught,
-            request.with_logit_z,
+        hidden = self._backbone(
+            batch.input_ids, layout, routing_request, request.given_ids, hidden=before
         )
+        if self.part.is_last:
+            found = self._loss(
+                hidden.last,
+                batch.targets,
+                request.keep_routing and not self.training,
+                batch.taught,
+                request.with_logit_z,
+            )
+        else:
+            zero = hidden.last.new_zeros((), dtype=torch.float32)
+            found = _Losses(zero, zero.new_zeros(0), zero, zero, zero)
         loss_sum = found.loss_sum
         further: list[torch.Tensor] = []
-        if self.training:
+        if self.training and self.part.is_last:
             further = self._predict_further(
                 hidden, batch, layout, routing_request, request.given_ids
             )
-        balance = self._balance_sums(hidden.balances, request.previous_counts, loss_sum)
+        elif self.training:
+            further = [loss_sum] * self.config.num_mtp_layers
+        balance = self._balance_sums(
+            hidden.balances, request.previous_counts, loss_sum, routing_request.num_bins > 0
+        )
 
         # Attention's penalties first, then the routers': the order of a sum decides its last bit.
         penalty_sum, attention_stats = _attention_totals(hidden.attentions, loss_sum)
@@ -418,6 +560,7 @@ class Transformer(nn.Module):
             kl_sum=found.kl_sum,
             agreed=found.agreed,
             hidden=hidden.last.detach() if request.keep_hidden else hidden.last.new_zeros(0),
+            handed_on=None if self.part.is_last else hidden.last,
         )
 
     def _reading(
@@ -537,32 +680,30 @@ class Transformer(nn.Module):
 
     def new_pages(self, num_pages: int, page_size: int) -> list[Pages]:
         """Empty pools of pages, one per layer; see model/attention/cache.py."""
-        weight = self.embedding.weight
+        weight = self.any_weight
         return [
-            cast(Block, block).attention.new_pages(
-                num_pages, page_size, weight.dtype, weight.device
-            )
+            block.attention.new_pages(num_pages, page_size, weight.dtype, weight.device)
             for block in self.blocks
         ]
 
     def new_caches(self, batch_size: int, max_len: int) -> list[LayerCache]:
         """Empty caches, one per layer."""
-        weight = self.embedding.weight
+        weight = self.any_weight
         return [
-            cast(Block, block).attention.new_cache(batch_size, max_len, weight.dtype, weight.device)
+            block.attention.new_cache(batch_size, max_len, weight.dtype, weight.device)
             for block in self.blocks
         ]
 
-
-def _of_layer(
-    request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None, layer: int
-) -> RoutingRequest:
-    """The request for the MoE layer before which so many have routed: a replay names the experts by
-    layer.
-    """
-    if given_ids is None:
-        return request
-    return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+    def _of_layer(
+        self, request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None, before: int
+    ) -> RoutingRequest:
+        """The request for the MoE layer before which so many have routed here: a replay names the
+        experts by layer.
+        """
+        if given_ids is None:
+            return request
+        layer = self.part.moe.own.start + before
+        return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
 
 
 def _stacked(largest: LargestLogits | None, like: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,17 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int64 -> [..., D] in the weights' dtype."""
-        if self.weight.dtype == torch.float32 or not torch.is_grad_enabled():
-            return super().forward(ids)
-        found: Tensor = _Lookup.apply(self.weight, ids)  # type: ignore[no-untyped-call]
-        return found
+        return looked_up(self.weight, ids)
+
+
+def looked_up(weight: Tensor, ids: Tensor) -> Tensor:
+    """weight [V, D], ids [...] int64 -> [..., D]. The gradient of `weight` adds up a token's
+    occurrences in fp32.
+    """
+    if weight.dtype == torch.float32 or not torch.is_grad_enabled():
+        return F.embedding(ids, weight)
+    found: Tensor = _Lookup.apply(weight, ids)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Lookup(torch.autograd.Function):

@@ -55,7 +55,7 @@ FLOORS = {
         ("audit", "objectives", "sinks", "trained"),
         ("guard", "timing"),
         ("observe", "pretrained"),
-        ("checkpoint", "data"),
+        ("checkpoint", "data", "pipeline"),
         ("components", "engine"),
         ("agenda", "rank"),
         ("config", "files"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from model.adapters import add_adapters
 from model.moe.budget import start_routers
 from model.moe.layer import ModelParts
@@ -15,8 +17,14 @@ from train.config.lora import ranks_of
 from train.config.run import RunConfig
 
 
-def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Transformer:
-    """The transformer of a run, with this rank's share of the experts and its initial weights."""
+def build_model(
+    config: RunConfig,
+    groups: ParallelGroups | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The transformer of a run, or the stage of it that `groups` say, with this rank's share of the
+    experts and its initial weights.
+    """
     placement = None
     if config.parallel.placement is not None and groups is not None and groups.expert_size > 1:
         placement = Placement.load(Path(config.parallel.placement))
@@ -28,7 +36,10 @@ def build_model(config: RunConfig, groups: ParallelGroups | None = None) -> Tran
         config.experts,
         placement,
     )
-    transformer = Transformer(config.model, parts, groups, config.seed)
+    layers = None
+    if groups is not None and groups.pipeline_size > 1:
+        layers = config.stage_layers[groups.pipeline_rank]
+    transformer = Transformer(config.model, parts, groups, config.seed, layers, dtype)
     start_routers(transformer.routers(), config.budget, config.fail_safe)
     adapted = ranks_of(config.lora, config.model, config.attention.arguments)
     if adapted:

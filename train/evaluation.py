@@ -16,7 +16,7 @@ from train.data.store import ValidationRows
 from train.parts import Parts
 from train.progress import routing_facts
 from train.rank.runtime import from_rank_zero
-from train.trained.evaluate import evaluate
+from train.trained.evaluate import StageOf, evaluate
 
 log = logging.getLogger("loadstone")
 OF_A_RECORD = ("val_loss", "perplexity", "bits_per_byte", "experts_per_token")
@@ -74,15 +74,18 @@ def _evaluated(run: Parts, step: Step, rows: ValidationRows) -> dict[str, Any] |
         return run.progress.evaluation_left
 
     model.eval()
+    run.pipeline.lend_embedding()
     # the stage that launch.evaluate finds in the checkpoint
     model.set_step(run.progress.step)
     result = evaluate(
-        run.engine.forward,
+        run.pipeline.forward,
         batches,
         run.engine.device,
         model.routers(),
         probe=run.probe,
         stopped=stopped,
+        # The probe is with rank 0, to whose stages' layers its tokens go.
+        stage=StageOf.of(model, bool(run.config.model.num_experts) and run.groups.stage_rank == 0),
     )
     model.train()
     return result

@@ -43,6 +43,7 @@ from train.observe.base import Observer, Watch
 from train.observe.probe import RoutingProbe
 from train.observers import standard_observers
 from train.parts import Parts
+from train.pipeline.flow import Pipeline
 from train.pretrained.start import starting_weights
 from train.progress import Progress, resume
 from train.rank.runtime import from_rank_zero, seed_everything
@@ -91,8 +92,10 @@ def fit(
         parallel.timeout_seconds,
         parallel.ranks_per_node,
         parallel.context_parallel_size,
+        parallel.pipeline_parallel_size,
     )
-    model = build_model(config, groups)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model = build_model(config, groups, dtype)
 
     # Before the engine shards it: so beside the model one tensor at a time is in memory.
     weights = None
@@ -151,6 +154,8 @@ def fit(
         )
         routing = RoutingControl(
             engine.module.routers(),
+            engine.module.router_kind,
+            engine.module.part.moe,
             groups,
             config.budget,
             config.fail_safe,
@@ -163,6 +168,7 @@ def fit(
             run_dir=run_dir,
             groups=groups,
             engine=engine,
+            pipeline=Pipeline(engine, groups),
             schedule=schedule,
             loader=loader,
             store=store,
@@ -341,19 +347,25 @@ def banner(
         if model.num_experts
         else "dense, "
     )
-    # Ranks of a context group are neighbours, and so are those of a node.
-    context, where = "", "ranks"
+    axes = []
+    if groups.pipeline_size > 1:
+        layers = ", ".join(str(len(part)) for part in config.stage_layers)
+        axes.append(f"{groups.pipeline_size} stages of {layers} layers")
+    if groups.context_size > 1 or axes:
+        axes.append(f"rows {groups.rows_size}")
     if groups.context_size > 1:
-        context, where = f"rows {groups.rows_size} x context {groups.context_size}; ", "rows"
-        if config.launch.num_nodes > 1:
-            spans = config.launch.num_devices % groups.context_size > 0
-            context = context[:-2] + (" across nodes; " if spans else " within nodes; ")
+        axes.append(f"context {groups.context_size}")
+    where = "rows" if groups.context_size > 1 else "ranks"
+    if groups.pipeline_size > 1:
+        where += " of a stage"
+    shared = " x ".join(axes) + "; " if axes else ""
     return [
         f"model    {count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {shape}"
         f"{model.num_layers} layers",
-        f"parallel {groups.stage_size} ranks: {context}expert {groups.expert_size} x expert data "
-        f"{groups.expert_data_size}, "
+        f"parallel {groups.stage_size * groups.pipeline_size} ranks: {shared}expert "
+        f"{groups.expert_size} x expert data {groups.expert_data_size}, "
         f"ZeRO {config.zero_stage}, {settings.precision}",
+        *nodes_line(groups, config.launch.num_devices, config.launch.num_nodes),
         f"batch    {settings.global_batch_size} sequences of {settings.seq_len} = "
         f"{settings.micro_batch_size} x "
         f"{groups.rows_size} {where} x {micro_steps} accumulation steps",
@@ -372,3 +384,38 @@ def _rounding(config: RunConfig, backend: str) -> str:
     if backend == "triton":
         return " in fp8"
     return f" in fp8, computed in {config.train.precision}"
+
+
+def nodes_line(groups: ParallelGroups, num_devices: int, num_nodes: int) -> list[str]:
+    """Which groups of ranks stay inside a node, where there are several; the hostfile's order says
+    which rank is where.
+    """
+    if num_nodes == 1:
+        return []
+    world = groups.stage_size * groups.pipeline_size
+
+    def within(size: int, stride: int) -> bool:
+        """Whether groups of `size` ranks, `stride` apart, each lie on one node."""
+        span = size * stride
+        return all(
+            len({(first + i * stride) // num_devices for i in range(size)}) == 1
+            for start in range(0, world, span)
+            for first in range(start, start + stride)
+        )
+
+    axes = {
+        "context": (groups.context_size, 1),
+        "expert": (groups.expert_size, 1),
+        "stage": (groups.stage_size, 1),
+        "pipeline": (groups.pipeline_size, groups.stage_size),
+    }
+    if groups.pipeline_size == 1:
+        del axes["stage"], axes["pipeline"]
+    inside = [name for name, (size, stride) in axes.items() if size > 1 and within(size, stride)]
+    across = [name for name, (size, _) in axes.items() if size > 1 and name not in inside]
+    parts = [
+        f"{', '.join(names)} {where}"
+        for names, where in ((inside, "within nodes"), (across, "across nodes"))
+        if names
+    ]
+    return [f"nodes    {num_nodes} of {num_devices} ranks: {'; '.join(parts)}"] if parts else []

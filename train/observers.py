@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from model.cost.parameters import flops_per_token
 from model.parallel.groups import ParallelGroups
+from model.parallel.part import ModelPart
 from ops.grouped_mlp import product_tile_rows, select_backend
 from train.audit.format import FOLDER
 from train.audit.log import AuditLog
@@ -54,7 +55,6 @@ def standard_observers(
     flops = flops_per_token(
         config.model, config.experts_per_token, config.train.seq_len, config.attention.arguments
     ) + taught_flops(config, teacher)
-    sparse_layers = [attention.layer_idx for attention in model.sparse_attentions()]
 
     # The sign of life comes first: whatever hangs in a phase hangs after it was named.
     found: list[Observer] = [
@@ -69,22 +69,28 @@ def standard_observers(
             flops,
             config.balance,
             model.rank_shares,
-            sparse_layers,
+            model.part.sparse.layers,
             detailed,
+            model.router_kind,
+            groups,
+            model.part,
         ),
     ]
     if not isinstance(config.objective, NextTokenConfig):
         found.append(Distillation(device))
-    if model.routers() and detailed:
+    if config.model.num_experts and detailed:
         found.append(GradientWatch(model, device))
     if config.profile.steps:
         rank = dist.get_rank()
         found.append(Profiler(config.profile, run_dir, device, rank, prints=rank == 0))
-    found += [StragglerWatch(config.watchdog.straggler_ratio, device), SaveSeconds()]
+    found += [
+        StragglerWatch(config.watchdog.straggler_ratio, device, groups.stage_size),
+        SaveSeconds(),
+    ]
     if config.model.num_experts:
         found.append(_routing_sample(config, groups, device))
     if config.model.num_experts and config.audit.sample_one_in:
-        found.append(_routing_audit(config, run_dir, progress))
+        found.append(_routing_audit(config, run_dir, progress, model.part))
     return found
 
 
@@ -107,10 +113,16 @@ def _routing_sample(
     def tile_rows(slots: int) -> int:
         return product_tile_rows(backend, slots, model.num_experts, dtype)
 
-    return RoutingSample(dist.get_rank() == 0, tile_rows if groups.expert_size == 1 else None)
+    return RoutingSample(
+        groups.stage_rank == 0,
+        tile_rows if groups.expert_size == 1 else None,
+        groups.pipeline if groups.pipeline_size > 1 else None,
+    )
 
 
-def _routing_audit(config: RunConfig, run_dir: Path, progress: Progress) -> RoutingAudit:
+def _routing_audit(
+    config: RunConfig, run_dir: Path, progress: Progress, part: ModelPart
+) -> RoutingAudit:
     log = AuditLog(
         run_dir / FOLDER,
         config.audit,
@@ -118,5 +130,6 @@ def _routing_audit(config: RunConfig, run_dir: Path, progress: Progress) -> Rout
         dist.get_rank(),
         progress.step if config.resume is not None else None,
         borders=lambda: saved_steps(run_dir / "checkpoints"),
+        own=part.moe.places,
     )
     return RoutingAudit(log, config.train.seq_len)

@@ -19,6 +19,7 @@ from train.guard.step import StepGuard
 from train.objectives.objective import Objective
 from train.observe.base import Watch
 from train.observe.probe import RoutingProbe
+from train.pipeline.flow import Pipeline
 from train.progress import Progress
 from train.rank.stop import StopSignal
 from train.sinks.sinks import Sinks
@@ -33,6 +34,8 @@ class Parts:
     run_dir: Path
     groups: ParallelGroups
     engine: Engine
+    pipeline: Pipeline
+    """What takes micro-batches through the engine, and through those of other stages."""
     schedule: Schedule
     loader: TrainingLoader
     store: TokenStore

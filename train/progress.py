@@ -110,7 +110,7 @@ def _adopt(
 def routing_facts(engine: Engine, config: RunConfig) -> RoutingFacts | None:
     """What the buffers of the routers are made under; saved with every checkpoint."""
     return RoutingFacts.of(
-        engine.module.routers(),
+        engine.module.router_kind,
         config.balance,
         config.budget,
         config.fail_safe,

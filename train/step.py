@@ -9,10 +9,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from model.config import BalanceConfig
 from model.loss import ModelOutput, training_loss
 from model.request import ForwardRequest
+from ops.all_to_all import Communication
 from train.agenda import Step
 from train.data.loader import Batch
+from train.engine.qk_clip import QkClip
 from train.guard.step import Orders
 from train.objectives.objective import Again
 from train.observe.base import Ask, MicroBatch, StepResult
@@ -47,7 +50,12 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     run.schedule.set_step(run.progress.step)
     with run.watch.phase(step, "data"):
         batches = run.loader.next_step(run.schedule.num_micro_batches(first_sample))
-    size = agree_on_size(batches, run.stop.received, run.config.model.num_mtp_layers)
+    size = agree_on_size(
+        batches,
+        run.stop.received,
+        run.config.model.num_mtp_layers,
+        run.groups.is_last_stage,
+    )
     if size.asked_to_stop:
         run.loader.consumed_samples = first_sample
         return None
@@ -56,50 +64,16 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     run.engine.module.set_step(run.progress.step)
     orders = run.guard.before(step)
     ask = run.watch.begin_step(step)
-    exchanges = run.groups.expert_size > 1 or run.groups.context_size > 1
-    meter = CommunicationMeter(run.engine.module, exchanges and Ask.COMMUNICATION in ask)
+    exchanges = max(run.groups.expert_size, run.groups.context_size, run.groups.pipeline_size) > 1
+    meter = CommunicationMeter(
+        run.engine.module, exchanges and Ask.COMMUNICATION in ask, run.pipeline.link.meter
+    )
 
-    # The loss of a micro-batch is its share of the whole step's, so that gradients add up to that
-    # of the mean over all targets, however they are spread over ranks and micro-batches.
-    statistics = scope_counts = None
-    with_logit_z = run.config.train.z_loss_coeff > 0
+    # One micro-batch after the other; in a pipeline several are on their way.
     clip = run.qk_clip if run.qk_clip is not None and run.qk_clip.is_due(step.number) else None
     balance = run.config.balance.at(step.number, run.config.train.num_steps)
-    losses = []
-    for batch in batches:
-        is_last = batch is batches[-1]
-        with run.watch.phase(step, "forward"):
-            inputs = run.objective.inputs(batch, batch.inputs(run.engine.device))
-            request = request_for(
-                orders,
-                ask,
-                scope_counts,
-                with_logit_z,
-                clip is not None,
-                run.objective.keeps_hidden,
-            )
-            output = run.engine.forward(inputs, request)
-        again = run.objective.again(inputs, output, step.number)
-        communication = meter.read()
-        with run.watch.phase(step, "backward"):
-            share = training_loss(
-                output,
-                size.num_targets,
-                size.num_tokens,
-                balance,
-                run.config.train.mtp_coeff,
-                size.num_mtp_targets,
-                run.config.train.z_loss_coeff,
-                run.objective.teaching,
-            )
-            run.engine.backward(share, is_last=is_last and again is None)
-        second = None if again is None else learn_again(run, step, again, size, orders, is_last)
-        losses.append(output.loss_sum.detach())
-        if clip is not None:
-            clip.see(output)
-        scope_counts = output.scope_counts
-        statistics = output.stats if statistics is None else statistics + output.stats
-        run.watch.micro_batch(step, MicroBatch(batch, output, communication, second))
+    passes = _Passes(run, step, batches, size, orders, ask, meter, balance, clip)
+    run.pipeline.run(len(batches), batches[0].input_ids.shape, passes)
 
     # Clipping and the update. A gradient that is not finite on any rank leaves the weights of all
     # as they are, and must not move the routers either.
@@ -110,8 +84,8 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     if clip is not None and not applied:
         clip.forget()
     communication = meter.finish()
-    assert statistics is not None  # a step has a micro-batch
-    layers = run.routing.reduce(statistics)
+    assert passes.statistics is not None  # a step has a micro-batch
+    layers = run.routing.reduce(passes.statistics)
     if applied and layers is not None:
         run.routing.update(layers, balance)
 
@@ -127,8 +101,87 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
         clipped=clipped,
     )
     run.watch.end_step(step, result)
-    run.guard.after(step, result, orders, losses, batches)
+    run.guard.after(step, result, orders, passes.losses, batches)
     return result
+
+
+class _Passes:
+    """The forward and backward passes of one step on this rank, and what they sum up to.
+
+    The loss of a micro-batch is its share of the whole step's, so that gradients add up to that of
+    the mean over all targets, however they are spread over ranks, stages and micro-batches.
+
+    Attributes:
+        statistics: ModelOutput.stats over the micro-batches so far; losses: their loss sums.
+    """
+
+    def __init__(
+        self,
+        run: Parts,
+        step: Step,
+        batches: Sequence[Batch],
+        size: StepSize,
+        orders: Orders,
+        ask: Ask,
+        meter: CommunicationMeter,
+        balance: BalanceConfig,
+        clip: QkClip | None,
+    ):
+        self._run, self._step, self._batches, self._size = run, step, batches, size
+        self._orders, self._ask, self._meter = orders, ask, meter
+        self._balance, self._clip = balance, clip
+        self._scope_counts: torch.Tensor | None = None
+        self._outputs: dict[int, tuple[ModelOutput, Communication | None, Again | None]] = {}
+        self.statistics: torch.Tensor | None = None
+        self.losses: list[torch.Tensor] = []
+
+    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """As train.pipeline.flow.Passes."""
+        engine, objective = self._run.engine, self._run.objective
+        with self._run.watch.phase(self._step, "forward"):
+            request = request_for(
+                self._orders,
+                self._ask,
+                self._scope_counts,
+                self._run.config.train.z_loss_coeff > 0,
+                self._clip is not None,
+                objective.keeps_hidden,
+            )
+            batch = self._batches[number]
+            inputs = objective.inputs(batch, batch.inputs(engine.device))
+            output = engine.forward(inputs, request, hidden)
+        again = objective.again(inputs, output, self._step.number)
+        self._scope_counts = output.scope_counts
+        self._outputs[number] = output, self._meter.read(), again
+        return output.handed_on
+
+    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+        """As train.pipeline.flow.Passes."""
+        run, (output, communication, again) = self._run, self._outputs.pop(number)
+        with run.watch.phase(self._step, "backward"):
+            share = training_loss(
+                output,
+                self._size.num_targets,
+                self._size.num_tokens,
+                self._balance,
+                run.config.train.mtp_coeff,
+                self._size.num_mtp_targets,
+                run.config.train.z_loss_coeff,
+                run.objective.teaching,
+            )
+            run.engine.backward(share, is_last and again is None, carried)
+        second = None
+        if again is not None:
+            second = learn_again(run, self._step, again, self._size, self._orders, is_last)
+        self.losses.append(output.loss_sum.detach())
+        if self._clip is not None:
+            self._clip.see(output)
+        if self.statistics is None:
+            self.statistics = output.stats
+        else:
+            self.statistics = self.statistics + output.stats
+        done = MicroBatch(self._batches[number], output, communication, second)
+        run.watch.micro_batch(self._step, done)
 
 
 def learn_again(
@@ -144,22 +197,28 @@ def learn_again(
 
 
 def agree_on_size(
-    batches: Sequence[Batch], asked_to_stop: bool, num_mtp_layers: int = 0
+    batches: Sequence[Batch],
+    asked_to_stop: bool,
+    num_mtp_layers: int = 0,
+    counts: bool = True,
 ) -> StepSize:
     """By one all-reduce of integers, which also asks whether any rank was told to stop: all of them
     leave before the same step. Collective.
+
+    Args:
+        counts: whether these batches count: those of one stage do, since all have the same.
     """
-    local = torch.tensor(
-        [
-            sum(batch.num_targets for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            int(asked_to_stop),
-            *(
-                sum(batch.num_targets_ahead(number) for batch in batches)
-                for number in range(1, num_mtp_layers + 1)
-            ),
-        ]
-    )
+    sums = [
+        sum(batch.num_targets for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        *(
+            sum(batch.num_targets_ahead(number) for batch in batches)
+            for number in range(1, num_mtp_layers + 1)
+        ),
+    ]
+    if not counts:
+        sums = [0] * len(sums)
+    local = torch.tensor([*sums[:2], int(asked_to_stop), *sums[2:]])
     dist.all_reduce(local)
     num_targets, num_tokens, asked, *ahead = local.tolist()
     return StepSize(num_targets, num_tokens, asked, tuple(ahead))

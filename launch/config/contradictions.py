@@ -51,7 +51,7 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     problems += problems_of_env(run.launch.env)
     problems += _deepspeed(run)
 
-    sizes = ("parallel.expert_parallel_size", "parallel.context_parallel_size")
+    sizes = tuple(f"parallel.{axis}_parallel_size" for axis in ("expert", "context", "pipeline"))
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
@@ -366,7 +366,7 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
     # Ranks that share rows count once; where they do not come out even, _parallel says so.
     rows_size = max(1, run.parallel.rows_size(world_size))
     ranks = f"{rows_size} ranks"
-    if run.parallel.context_parallel_size > 1:
+    if rows_size != world_size:
         ranks = f"{rows_size} groups of ranks with rows of their own"
     slice_size = train.micro_batch_size * rows_size
     if train.global_batch_size % slice_size:
@@ -405,15 +405,71 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
+def _stages(run: RunConfig, world_size: int) -> list[str]:
+    """What stages of a pipeline do not go together with."""
+    size, split = run.parallel.pipeline_parallel_size, run.parallel.pipeline_split
+    if size == 1:
+        return []
+    problems = []
+    name = f"parallel.pipeline_parallel_size {size}"
+    if world_size % size:
+        problems.append(
+            f"{name} does not divide the {world_size} ranks; start a multiple of {size} "
+            "(launch.num_devices x launch.num_nodes)"
+        )
+    if size > run.model.num_layers:
+        problems.append(
+            f"{name} is more than model.num_layers {run.model.num_layers}, and every stage needs "
+            "a layer; lower it"
+        )
+    if split is not None and len(split) == size and sum(split) != run.model.num_layers:
+        problems.append(
+            f"parallel.pipeline_split {list(split)} has {sum(split)} layers, model.num_layers is "
+            f"{run.model.num_layers}"
+        )
+    if run.zero_stage == 3:
+        problems.append(
+            f"{name} with deepspeed zero stage 3: every stage would gather its weights anew for "
+            "each micro-batch; use deepspeed=zero1, or deepspeed=zero2"
+        )
+    if run.lora.rank:
+        problems.append(
+            f"{name} with lora.rank {run.lora.rank}: adapters are not shared out over stages; use "
+            "parallel.pipeline_parallel_size=1"
+        )
+    for setting in ("qk_clip", "ema_decay"):
+        if (value := getattr(run.optim, setting)) is not None:
+            problems.append(
+                f"{name} with optim.{setting} {value:g}: stages do not know of it yet; drop "
+                f"optim.{setting}, or use parallel.pipeline_parallel_size=1"
+            )
+    if run.objective.name != "next_token":
+        problems.append(
+            f"{name} with objective={run.objective.name}: a teacher's words are compared where the "
+            "model is whole; use parallel.pipeline_parallel_size=1"
+        )
+    if run.optim.freeze:
+        problems.append(
+            f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "
+            "to train; use parallel.pipeline_parallel_size=1"
+        )
+    return problems
+
+
 def _parallel(run: RunConfig, world_size: int) -> list[str]:
     problems, size = [], run.parallel.expert_parallel_size
 
     context = run.parallel.context_parallel_size
+    problems += _stages(run, world_size)
+    ranks = run.parallel.stage_size(world_size)
+    of_stage = " of a stage" if run.parallel.pipeline_parallel_size > 1 else ""
     for name, number in (("expert", size), ("context", context)):
-        if world_size % number:
+        if ranks % number and not world_size % run.parallel.pipeline_parallel_size:
             problems.append(
-                f"parallel.{name}_parallel_size {number} does not divide the {world_size} ranks; "
-                f"start a multiple of {number} (launch.num_devices x launch.num_nodes)"
+                f"parallel.{name}_parallel_size {number} does not divide the {ranks} "
+                f"ranks{of_stage}; start a multiple of "
+                f"{number * run.parallel.pipeline_parallel_size} "
+                "(launch.num_devices x launch.num_nodes)"
             )
     if context > 1:
         problems += run.attention.context_problems(run.model, context)

@@ -134,7 +134,8 @@ def shape_of(run: RunConfig) -> Shape:
         Need.AUX_LOSS: run.balance.aux_loss_coeff > 0,
         Need.WHOLE_ROUTERS: run.zero_stage < 3,
         Need.SPREAD_EXPERTS: spreads_experts,
-        Need.EXCHANGE: spreads_experts or run.parallel.context_parallel_size > 1,
+        Need.EXCHANGE: spreads_experts
+        or max(run.parallel.context_parallel_size, run.parallel.pipeline_parallel_size) > 1,
         Need.LOCAL_EXPERTS: has_experts and not spreads_experts,
         Need.ROUNDED_PAYLOAD: (spreads_experts and dispatcher.get("payload", "native") != "native"),
         Need.SPARSE: is_sparse,

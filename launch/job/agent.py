@@ -449,6 +449,7 @@ def in_collective(stacks: str) -> bool | None:
                     "/torch/distributed/",
                     "/deepspeed/comm/",
                     "/ops/all_to_all/",
+                    "/train/pipeline/link.py",
                     "in _own_store",
                 )
             )

@@ -22,9 +22,12 @@ from launch.process.ask import ask
 from launch.saved.teacher import read_teacher
 from model.cost.exchange import Exchange, exchanged_bytes
 from model.cost.memory import DeviceMemory, device_memory
+from model.cost.parameters import flops_per_token
+from train.config.run import RunConfig
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
 from train.objectives.cost import taught_bytes
+from train.pipeline.schedule import in_flight
 
 PROGRAM_SECONDS = 20.0
 UNLIMITED = 2**60
@@ -154,26 +157,72 @@ def memory_problem(run: Any, num_ranks: int, ranks_here: int, machine: Machine) 
     return None
 
 
-def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
-    """Bytes on the fullest device of a run."""
-    found = device_memory(
-        run.model,
-        run.experts_per_token,
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a pipeline, or the whole model."""
+
+    layers: range
+    memory: DeviceMemory
+    """Bytes on each of its devices."""
+    exchange: Exchange
+    """Bytes that each of its devices sends in a step."""
+    in_flight: int
+    """Micro-batches that it holds at most."""
+    flops: float
+    """Of a token, forward and backward."""
+
+
+def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
+    """All stages of a run, in their order; one where there is no pipeline."""
+    parallel = run.parallel
+    every = run.stage_layers
+    size = parallel.stage_size(num_ranks)
+    num_micro = run.gradient_accumulation_steps(parallel.rows_size(num_ranks))
+    shared: dict[str, Any] = dict(
         precision=run.train.precision,
         zero_stage=run.zero_stage,
-        world_size=num_ranks,
-        expert_parallel_size=run.parallel.expert_parallel_size,
-        context_parallel_size=run.parallel.context_parallel_size,
+        world_size=size,
+        expert_parallel_size=parallel.expert_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         micro_batch_size=run.train.micro_batch_size,
         seq_len=run.train.seq_len,
         attention=run.attention.arguments,
-        recompute_experts=run.experts.recompute,
-        fp8_experts=run.experts.precision == "fp8",
         grad_accum_dtype=run.train.grad_accum_dtype,
-        trained=run.trained,
-        one_moment=planned_muon(run, num_ranks).parameters,
-        averaged=run.optim.ema_decay is not None,
     )
+    found = []
+    for place, layers in enumerate(every):
+        held = in_flight(place, len(every), num_micro)
+        memory = device_memory(
+            run.model,
+            run.experts_per_token,
+            **shared,
+            recompute_experts=run.experts.recompute,
+            fp8_experts=run.experts.precision == "fp8",
+            averaged=run.optim.ema_decay is not None,
+            # Stages and parameters that are not trained do not go together.
+            trained=run.trained if len(every) == 1 else None,
+            one_moment=planned_muon(run, num_ranks, layers).parameters,
+            layers=layers,
+            in_flight=held,
+        )
+        exchange = exchanged_bytes(
+            run.model,
+            run.experts_per_token,
+            **shared,
+            num_micro_batches=num_micro,
+            payload=run.dispatcher.arguments.get("payload", "native"),
+            layers=layers,
+        )
+        flops = flops_per_token(
+            run.model, run.experts_per_token, run.train.seq_len, run.attention.arguments, layers
+        )
+        found.append(PlannedStage(layers, memory, exchange, held, flops))
+    return found
+
+
+def planned_memory(run: Any, num_ranks: int) -> DeviceMemory:
+    """Bytes on the fullest device of a run."""
+    found = max((s.memory for s in planned_stages(run, num_ranks)), key=lambda m: m.total)
     return replace(found, teacher=taught_bytes(run, planned_teacher(run)))
 
 
@@ -195,20 +244,16 @@ def _read_teacher(settings: Any) -> Any:
 
 
 def planned_exchange(run: Any, num_ranks: int) -> Exchange:
-    """Bytes that a device of a run sends in an optimisation step."""
-    rows_size = run.parallel.rows_size(num_ranks)
-    return exchanged_bytes(
-        run.model,
-        run.experts_per_token,
-        precision=run.train.precision,
-        zero_stage=run.zero_stage,
-        world_size=num_ranks,
-        expert_parallel_size=run.parallel.expert_parallel_size,
-        context_parallel_size=run.parallel.context_parallel_size,
-        micro_batch_size=run.train.micro_batch_size,
-        seq_len=run.train.seq_len,
-        num_micro_batches=run.gradient_accumulation_steps(rows_size),
-        attention=run.attention.arguments,
-        payload=run.dispatcher.arguments.get("payload", "native"),
-        grad_accum_dtype=run.train.grad_accum_dtype,
-    )
+    """Bytes that a device of a run sends in an optimisation step, one of those that send most."""
+    return max((s.exchange for s in planned_stages(run, num_ranks)), key=lambda e: e.total)
+
+
+def planned_bubble(run: RunConfig, num_ranks: int) -> float:
+    """Share of a step that a device of the slowest stage waits while the pipeline fills and drains
+    (1F1B), as stages take what their FLOPs say and nothing else takes time; 0 without a pipeline.
+    """
+    stages = planned_stages(run, num_ranks)
+    num_micro = run.gradient_accumulation_steps(run.parallel.rows_size(num_ranks))
+    slowest = max(stage.flops for stage in stages)
+    others: float = sum(stage.flops for stage in stages) - slowest
+    return others / (num_micro * slowest + others)

@@ -1,19 +1,20 @@
 """Memory and time of a step under one layout. Imports no torch.
 
 The model: products take the FLOPs of the step (a third more where blocks are recomputed) over the
-rate that devices reach; every exchange takes its bytes over the rate of the link it goes by.
-Nothing overlaps, all ranks are even, and no kernel is too small to be fast. So times are for
-comparing layouts, not for promising.
+rate that devices reach; every exchange takes its bytes over the rate of the link it goes by. Of a
+pipeline the slowest stage counts, and besides it once what a micro-batch takes on all others, while
+it fills and drains (bubble). Nothing overlaps, all ranks are even, and no kernel is too small to be
+fast. So times are for comparing layouts, not for promising.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.job.memory import planned_exchange, planned_memory
+from launch.job.memory import PlannedStage, planned_stages
 from launch.layouts.devices import LINKS, Cluster
 from model.cost.memory import DeviceMemory
-from model.cost.parameters import count_parameters, flops_per_token
+from model.cost.parameters import count_parameters
 from train.config.run import RunConfig
 
 
@@ -25,7 +26,7 @@ class Estimate:
     """The run under it."""
     world_size: int
     memory: DeviceMemory
-    """Bytes on a device, but for the next."""
+    """Bytes on a device of the fullest stage, but for the next."""
     gathered: int
     """Bytes of the weights that ZeRO-3 has together for the layer at work and the next."""
     available: int
@@ -53,34 +54,51 @@ class Estimate:
 
 def estimated(run: RunConfig, world_size: int, cluster: Cluster) -> Estimate:
     """The estimate of a run on so many devices."""
-    train, parallel = run.train, run.parallel
-    exchange = planned_exchange(run, world_size)
-    links = _Links(cluster)
-    flops = flops_per_token(
-        run.model, run.experts_per_token, train.seq_len, run.attention.arguments
+    stages = planned_stages(run, world_size)
+    times = [_seconds(run, world_size, cluster, stage) for stage in stages]
+    slowest = max(times, key=lambda parts: sum(parts.values()))
+    seconds = dict(slowest)
+    if len(stages) > 1:
+        num_micro = run.gradient_accumulation_steps(run.parallel.rows_size(world_size))
+        others = [parts for parts in times if parts is not slowest]
+        waits = sum(parts[name] for parts in others for name in BY_MICRO_BATCH)
+        seconds["bubble"] = waits / num_micro
+    return Estimate(
+        run,
+        world_size,
+        max((stage.memory for stage in stages), key=lambda memory: memory.total),
+        _gathered_bytes(run),
+        cluster.device.usable,
+        seconds,
     )
+
+
+BY_MICRO_BATCH = ("compute", "heads", "rows", "stages")
+"""Parts of a step's time that every micro-batch has a share of."""
+
+
+def _seconds(
+    run: RunConfig, world_size: int, cluster: Cluster, stage: PlannedStage
+) -> dict[str, float]:
+    """Of a step on one stage, by part."""
+    train, parallel, exchange = run.train, run.parallel, stage.exchange
+    links, size = _Links(cluster), parallel.stage_size(world_size)
     again = 4 / 3 if run.model.recompute == "block" else 1.0
     tokens = train.global_batch_size * train.seq_len
     expert_size, expert_data = (
         parallel.expert_parallel_size,
-        world_size // parallel.expert_parallel_size,
+        size // parallel.expert_parallel_size,
     )
-    return Estimate(
-        run,
-        world_size,
-        planned_memory(run, world_size),
-        _gathered_bytes(run),
-        cluster.device.usable,
-        {
-            "compute": again * flops * tokens / (world_size * cluster.flops),
-            "heads": links.all_to_all(exchange.heads, parallel.context_parallel_size),
-            "rows": links.all_to_all(exchange.rows, expert_size),
-            "gradients": links.ring(exchange.dense_gradients, world_size)
-            + links.ring(exchange.expert_gradients, expert_data, expert_size),
-            "weights": links.ring(exchange.dense_weights, world_size)
-            + links.ring(exchange.expert_weights, expert_data, expert_size),
-        },
-    )
+    return {
+        "compute": again * stage.flops * tokens / (size * cluster.flops),
+        "heads": links.all_to_all(exchange.heads, parallel.context_parallel_size),
+        "rows": links.all_to_all(exchange.rows, expert_size),
+        "stages": links.next_stage(exchange.stages, world_size),
+        "gradients": links.ring(exchange.dense_gradients, size)
+        + links.ring(exchange.expert_gradients, expert_data, expert_size),
+        "weights": links.ring(exchange.dense_weights, size)
+        + links.ring(exchange.expert_weights, expert_data, expert_size),
+    }
 
 
 def _gathered_bytes(run: RunConfig) -> int:
@@ -122,4 +140,10 @@ class _Links:
         rate = cluster.within if near > 1 else cluster.between
         if near < size:
             rate = min(rate, near * cluster.between)
+        return num_bytes / LINKS / rate
+
+    def next_stage(self, num_bytes: float, world_size: int) -> float:
+        """Stages follow each other across nodes where there are several."""
+        cluster = self.cluster
+        rate = cluster.within if world_size <= cluster.per_node else cluster.between
         return num_bytes / LINKS / rate

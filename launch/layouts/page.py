@@ -20,6 +20,7 @@ SEARCHED = (
     "parallel=",
     "parallel.expert_parallel_size=",
     "parallel.context_parallel_size=",
+    "parallel.pipeline_parallel_size=",
     "model.recompute=",
     "train.micro_batch_size=",
     "deepspeed.zero_optimization.stage=",
@@ -60,6 +61,8 @@ def as_data(estimate: Estimate) -> dict[str, Any]:
     """The numbers of a layout."""
     run = estimate.run
     return {
+        "pipeline_parallel_size": run.parallel.pipeline_parallel_size,
+        "stage_layers": [len(layers) for layers in run.stage_layers],
         "context_parallel_size": run.parallel.context_parallel_size,
         "expert_parallel_size": run.parallel.expert_parallel_size,
         "zero_stage": run.zero_stage,
@@ -91,6 +94,7 @@ def command_line(estimate: Estimate, given: Sequence[str]) -> str:
     decided = [
         f"parallel.expert_parallel_size={run.parallel.expert_parallel_size}",
         f"parallel.context_parallel_size={run.parallel.context_parallel_size}",
+        f"parallel.pipeline_parallel_size={run.parallel.pipeline_parallel_size}",
         f"deepspeed.zero_optimization.stage={run.zero_stage}",
         f"model.recompute={run.model.recompute}",
         f"train.micro_batch_size={run.train.micro_batch_size}",
@@ -102,8 +106,13 @@ def command_line(estimate: Estimate, given: Sequence[str]) -> str:
 def _heading(estimate: Estimate) -> str:
     run, world = estimate.run, estimate.world_size
     parallel, rows = run.parallel, run.parallel.rows_size(world)
+    stages = ""
+    if parallel.pipeline_parallel_size > 1:
+        numbers = " ".join(str(len(layers)) for layers in run.stage_layers)
+        stages = f"{parallel.pipeline_parallel_size} stages of {numbers} layers x "
     return (
-        f"{estimate.step_seconds:.3g} s a step, {estimate.tokens_per_second:,.0f} tokens/s: rows "
+        f"{estimate.step_seconds:.3g} s a step, {estimate.tokens_per_second:,.0f} tokens/s: "
+        f"{stages}rows "
         f"{rows} x context {parallel.context_parallel_size}, expert "
         f"{parallel.expert_parallel_size}, ZeRO {run.zero_stage}, recompute="
         f"{run.model.recompute}, {run.train.micro_batch_size} x {rows} rows x "

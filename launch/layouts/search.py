@@ -44,7 +44,7 @@ def search(run: RunConfig, world_size: int, cluster: Cluster, most: int = 5) -> 
         None if fitting else nearest,
         len(every),
         len(fitting),
-        [] if every else layout_problems(under(run, 1, 1, 1, "none", 1), world_size),
+        [] if every else layout_problems(under(run, 1, 1, 1, 1, "none", 1), world_size),
     )
 
 
@@ -54,13 +54,13 @@ def layouts(run: RunConfig, world_size: int) -> Iterator[RunConfig]:
     stages = (0, 1, 2, 3) if run.train.precision == "fp32" else (1, 2, 3)
     batch = run.train.global_batch_size
     micro = [2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
-    for context, expert in itertools.product(sizes, sizes):
+    for pipeline, context, expert in itertools.product(sizes, sizes, sizes):
         # What contradicts alone is left before it is combined.
-        if layout_problems(under(run, context, expert, 1, "none", 1), world_size):
+        if layout_problems(under(run, pipeline, context, expert, 1, "none", 1), world_size):
             continue
         for stage, recompute, rows in itertools.product(stages, RECOMPUTE, micro):
-            found = under(run, context, expert, stage, recompute, rows)
-            if rows * run.parallel.rows_size(world_size) <= batch * context and not (
+            found = under(run, pipeline, context, expert, stage, recompute, rows)
+            if rows * found.parallel.rows_size(world_size) <= batch and not (
                 layout_problems(found, world_size)
             ):
                 yield found
@@ -68,6 +68,7 @@ def layouts(run: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 def under(
     run: RunConfig,
+    pipeline: int,
     context: int,
     expert: int,
     stage: int,
@@ -77,7 +78,12 @@ def under(
     """The run under one layout."""
     return replace(
         run.under_zero(stage),
-        parallel=replace(run.parallel, context_parallel_size=context, expert_parallel_size=expert),
+        parallel=replace(
+            run.parallel,
+            pipeline_parallel_size=pipeline,
+            context_parallel_size=context,
+            expert_parallel_size=expert,
+        ),
         model=replace(run.model, recompute=recompute),
         train=replace(run.train, micro_batch_size=micro_batch_size),
     )
@@ -85,7 +91,11 @@ def under(
 
 def _kind(run: RunConfig) -> tuple[object, ...]:
     parallel = run.parallel
-    sizes = parallel.context_parallel_size, parallel.expert_parallel_size
+    sizes = (
+        parallel.pipeline_parallel_size,
+        parallel.context_parallel_size,
+        parallel.expert_parallel_size,
+    )
     return (*sizes, run.zero_stage, run.model.recompute)
 
 

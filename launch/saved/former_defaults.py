@@ -155,6 +155,7 @@ HELD: dict[str, dict[str, Any]] = {
         "expert_parallel_size": 1,
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
+        "pipeline_split": None,
         "context_parallel_size": 1,
         "ranks_per_node": None,
         "placement": None,

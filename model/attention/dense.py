@@ -43,7 +43,7 @@ class DenseAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=into)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=back)
 
-        # initialize_parameters leaves vectors as they are, and torch draws them at random.
+        # materialize leaves vectors as they are, and torch draws them at random.
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)

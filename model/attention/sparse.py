@@ -68,7 +68,7 @@ class SparseAttention(DenseAttention):
         self.step = self.dense_steps + self.noise_steps  # without a trainer: the last stage
 
         heads = self.num_heads
-        # vectors, except for what multiplies the hidden state: initialize_parameters leaves vectors
+        # vectors, except for what multiplies the hidden state: materialize leaves vectors
         # as they are
         self.offset = (
             nn.Parameter(torch.zeros(heads)) if settings.offset and self.is_sparse else None

@@ -32,7 +32,7 @@ class WindowedAttention(DenseAttention):
     def __init__(self, config: ModelConfig, settings: WindowedAttentionConfig, layer_idx: int):
         super().__init__(config)
         self.window = settings.window if settings.slides(config, layer_idx) else None
-        # a vector, which initialize_parameters leaves as it is
+        # a vector, which materialize leaves as it is
         self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if settings.sinks else None
 
     def _attend_densely(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
-from model.cost.parameters import count_parameters, is_latent, sparse_layers
+from model.cost.parameters import count_parameters, is_latent, number_in, sparse_layers
 
 PAYLOAD_WIDTH = {"bf16": 2.0, "fp8": 1.0 + 4 / 128}
 """Bytes of a value of a row that travels rounded, with its share of a scale."""
@@ -18,8 +18,8 @@ GATE_BYTES = 4
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bytes that a rank sends in one optimisation step, with experts evenly loaded. The first two
-    are what comm/bytes counts; collectives over gradients and weights are taken as rings.
+    """Bytes that a rank sends in one optimisation step, with experts evenly loaded. Heads, rows and
+    stages are what comm/bytes counts; collectives over gradients and weights are taken as rings.
     """
 
     heads: int
@@ -34,6 +34,10 @@ class Exchange:
     """Gathered from the ranks that own parts of them, under ZeRO."""
     expert_weights: int
     """Likewise, of the routed experts."""
+    stages: int = 0
+    """To other stages of the pipeline: hidden states, their gradients, and what an embedding that
+    both ends need takes.
+    """
 
     @property
     def gradients(self) -> int:
@@ -45,7 +49,7 @@ class Exchange:
 
     @property
     def total(self) -> int:
-        return self.heads + self.rows + self.gradients + self.weights
+        return self.heads + self.rows + self.gradients + self.weights + self.stages
 
 
 def exchanged_bytes(
@@ -63,22 +67,27 @@ def exchanged_bytes(
     attention: Mapping[str, Any] | None = None,
     payload: str = "native",
     grad_accum_dtype: str = "fp32",
+    layers: range | None = None,
 ) -> Exchange:
-    """What a layout sends.
+    """What a layout sends. Of one stage of a pipeline: layers are there, and world_size is that of
+    the stage.
 
     A layer's heads and rows travel forward, again where the block is recomputed, and their
     gradients the same way back. A sum over n ranks in a ring sends (1 - 1/n) of its bytes for each
     rank's part, and as much again where all get the whole. From stage 2 on gradients are reduced in
     every micro-batch; stage 3 gathers weights in every forward and backward pass.
     """
+    layers = range(config.num_layers) if layers is None else layers
+    is_last = layers.stop == config.num_layers
+    num_mtp = config.num_mtp_layers if is_last else 0
     width = 4 if precision == "fp32" else 2
     tokens = micro_batch_size * seq_len // context_parallel_size
     passes = 3 if config.recompute == "block" else 2
 
     heads = _away(context_parallel_size) * tokens * _head_bytes(config, width, attention)
-    heads *= config.num_layers + config.num_mtp_layers
+    heads *= len(layers) + num_mtp
     if attention and not is_latent(attention) and "block_size" in attention:
-        sparse = len(sparse_layers(config.num_layers, attention))
+        sparse = number_in(layers, sparse_layers(config.num_layers, attention))
         by_token = _away(context_parallel_size) * tokens
         heads += by_token * sparse * _sparse_bytes(config, width, attention)
 
@@ -86,16 +95,23 @@ def exchanged_bytes(
     there = PAYLOAD_WIDTH.get(payload, float(width))
     back = 2.0 if payload != "native" else float(width)
     of_rows = (passes - 1) * (there + back) + 2 * back
-    visits = _away(expert_parallel_size) * tokens * experts_per_token * len(config.moe_layers)
+    num_moe = number_in(layers, config.moe_layers)
+    num_moe += num_mtp * config.is_moe_layer(config.num_layers)
+    visits = _away(expert_parallel_size) * tokens * experts_per_token * num_moe
     rows = visits * (config.hidden_size * of_rows + passes * GATE_BYTES)
 
-    count = count_parameters(config, experts_per_token, attention)
+    count = count_parameters(config, experts_per_token, attention, layers)
     dense = _away(world_size) * count.dense
     experts = _away(world_size // expert_parallel_size) * count.all_experts / expert_parallel_size
     summed = width if precision == "fp32" or grad_accum_dtype == "bf16" else 4
     times = num_micro_batches if zero_stage >= 2 else 1
     reduced = summed * times * (2 if zero_stage == 0 else 1)
     gathered = width * {0: 0, 1: 1, 2: 1, 3: 2 * num_micro_batches}[zero_stage]
+    neighbours = (layers.start > 0) + (not is_last)
+    stages = neighbours * num_micro_batches * tokens * config.hidden_size * width
+    if neighbours == 1 and (config.tie_embeddings or config.num_mtp_layers):
+        # the weight goes there, its gradient back in fp32
+        stages += config.vocab_size * config.hidden_size * (4 if is_last else width)
     return Exchange(
         heads=round(heads * passes * num_micro_batches),
         rows=round(rows * num_micro_batches),
@@ -103,6 +119,7 @@ def exchanged_bytes(
         expert_gradients=round(experts * reduced),
         dense_weights=round(dense * gathered),
         expert_weights=round(experts * gathered),
+        stages=stages,
     )
 
 

@@ -28,15 +28,16 @@ class Matrices(NamedTuple):
 
 
 def hidden_matrices(
-    config: ModelConfig, attention: Mapping[str, Any] | None = None
+    config: ModelConfig, attention: Mapping[str, Any] | None = None, layers: range | None = None
 ) -> list[Matrices]:
     """Every parameter that is made of such matrices. attention: arguments of sparse or latent
-    attention, None or empty: dense.
+    attention, None or empty: dense. layers: of one stage of a pipeline; None: all.
     """
+    layers = range(config.num_layers) if layers is None else layers
     found: list[Matrices] = []
-    for layer in range(config.num_layers):
+    for layer in layers:
         found += _layer(config, config.is_moe_layer(layer), attention)
-    for _ in range(config.num_mtp_layers):
+    for _ in range(config.num_mtp_layers if layers.stop == config.num_layers else 0):
         found.append(Matrices("other", 1, config.hidden_size, 2 * config.hidden_size))
         # the block of such a module attends densely, or by latents as the layers do
         inside = attention if is_latent(attention) else None

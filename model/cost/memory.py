@@ -13,6 +13,7 @@ from model.cost.parameters import (
     Trained,
     count_parameters,
     is_latent,
+    number_in,
     sparse_layers,
     windowed_layers,
 )
@@ -68,6 +69,8 @@ def device_memory(
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
     averaged: bool = False,
+    layers: range | None = None,
+    in_flight: int = 1,
 ) -> DeviceMemory:
     """Memory under ZeRO, expert and context parallelism, which shares out the tokens of a row.
 
@@ -78,9 +81,15 @@ def device_memory(
     time. `one_moment` says how many dense parameters, and how many of all experts', have one moment
     instead of two, as those that Muon moves; `averaged`, that all have a moving average beside
     them. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
+
+    Of one stage of a pipeline `layers` are there, world_size is that of the stage, and activations
+    are of as many micro-batches as are in flight; a last stage that is lent the embedding has it
+    and an fp32 sum of its gradient besides.
     trained: what of it is; None: everything.
     """
-    count = count_parameters(config, experts_per_token, attention)
+    layers = range(config.num_layers) if layers is None else layers
+    is_last = layers.stop == config.num_layers
+    count = count_parameters(config, experts_per_token, attention, layers)
     trained = trained or Trained(count.dense, count.all_experts)
     width = 4 if precision == "fp32" else 2
     summed_width = 4 if grad_accum_dtype == "fp32" else 2
@@ -99,12 +108,16 @@ def device_memory(
     # and the row itself, where it travelled
     row_values += config.hidden_size if expert_parallel_size > 1 else 0
     per_state = (8 if zero_stage == 0 else 12) + (4 if averaged else 0)
+    lent = 0
+    if is_last and layers.start > 0 and (config.tie_embeddings or config.num_mtp_layers):
+        lent = config.vocab_size * config.hidden_size
     over_dense, over_experts = (world_size, expert_data_size) if zero_stage >= 1 else (1, 1)
     return DeviceMemory(
-        dense_weights=width * share(dense, world_size, 3),
+        dense_weights=width * (share(dense, world_size, 3) + lent),
         expert_weights=width * share(experts, expert_data_size, 3),
         gradients=summed_width
-        * (share(moving, world_size, 2) + share(moving_experts, expert_data_size, 2)),
+        * (share(moving, world_size, 2) + share(moving_experts, expert_data_size, 2))
+        + 4 * lent,
         optimizer=per_state
         * (share(moving, world_size, 1) + share(moving_experts, expert_data_size, 1))
         - 4 * (one_moment[0] // over_dense + one_moment[1] // expert_parallel_size // over_experts),
@@ -115,10 +128,12 @@ def device_memory(
             width * experts_per_token * row_values,
             attention,
             context_parallel_size > 1,
+            layers,
+            in_flight,
         )
         + _adapted_bytes(config, trained, width, expert_parallel_size)
         + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
-        logits=_logit_bytes(config, tokens, precision),
+        logits=_logit_bytes(config, tokens, precision) if is_last else 0,
     )
 
 
@@ -168,20 +183,22 @@ def cache_bytes_per_token(
     return int(config.num_layers * values * width)
 
 
-def _windowed_copies(config: ModelConfig, attention: Mapping[str, Any] | None) -> float:
+def _windowed_copies(
+    config: ModelConfig, attention: Mapping[str, Any] | None, layers: range
+) -> float:
     """How often windowed attention keeps a row of all heads besides, as a mean over the layers:
     keys and values, which it repeats for every query head, of the piece before as well where a
     window slides.
     """
     if attention is None or "window" not in attention:
         return 0.0
-    windowed = len(windowed_layers(config.num_layers, attention))
-    whole = (config.num_layers - windowed) * bool(attention["sinks"])
-    return float((4 * windowed + 2 * whole) / config.num_layers)
+    windowed = number_in(layers, windowed_layers(config.num_layers, attention))
+    whole = (len(layers) - windowed) * bool(attention["sinks"])
+    return float((4 * windowed + 2 * whole) / len(layers))
 
 
 def _attention_bytes(
-    config: ModelConfig, width: int, attention: Mapping[str, Any] | None
+    config: ModelConfig, width: int, attention: Mapping[str, Any] | None, layers: range
 ) -> tuple[int, int]:
     """Of a token that attention keeps in its own dtype: values between its projections and its
     output, in values of `width` bytes; and rotary's fp32 copies.
@@ -191,11 +208,11 @@ def _attention_bytes(
         q_width = heads * config.attention_head_dim
         kv_width = config.num_kv_heads * config.attention_head_dim
         rotary = 4 * (heads + config.num_kv_heads) * config.rotary_size
-        copies = round(width * q_width * _windowed_copies(config, attention))
+        copies = round(width * q_width * _windowed_copies(config, attention, layers))
         # the logits of learned entries: of every key and value
         if attention is not None and attention.get("entries") == "gated":
-            share = len(sparse_layers(config.num_layers, attention)) / config.num_layers
-            copies += round(width * 2 * kv_width * share)
+            sparse = number_in(layers, sparse_layers(config.num_layers, attention))
+            copies += round(width * 2 * kv_width * sparse / len(layers))
         return width * (2 * q_width + 2 * kv_width) + copies, rotary
 
     nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
@@ -213,16 +230,19 @@ def _activation_bytes(
     width: int,
     routed: float,
     arguments: Mapping[str, Any] | None,
-    shares_rows: bool = False,
+    shares_rows: bool,
+    here: range,
+    in_flight: int,
 ) -> int:
-    """Bytes kept for backward, assuming balanced experts.
+    """Bytes kept for backward, assuming balanced experts. here: layers of this stage; in_flight:
+    micro-batches that it holds at a time.
 
     routed: bytes per token that the routed experts keep; arguments: of attention; shares_rows: with
     other ranks, so that what attention gives is kept twice, by heads and by tokens.
     """
     hidden = config.hidden_size
     norm = 2 * width * hidden  # input and output
-    inside, rotary = _attention_bytes(config, width, arguments)
+    inside, rotary = _attention_bytes(config, width, arguments, here)
     attention = norm + rotary + inside + width * hidden
     if shares_rows and not is_latent(arguments):
         attention += width * config.num_heads * config.attention_head_dim
@@ -231,12 +251,18 @@ def _activation_bytes(
     if config.shared_expert_gate:  # its sigmoid, and what that multiplies
         shared += width * (hidden + 1)
     moe = norm + 4 * hidden + routed + shared + 4 * 4 * config.num_experts
-    num_moe, num_mtp = len(config.moe_layers), config.num_mtp_layers
-    num_layers = config.num_layers + num_mtp
+    is_last = here.stop == config.num_layers
+    num_mtp = config.num_mtp_layers if is_last else 0
+    num_moe = number_in(here, config.moe_layers)
+    num_moe += num_mtp * config.is_moe_layer(config.num_layers)
+    num_layers = len(here) + num_mtp
     layers = num_layers * attention + (num_layers - num_moe) * dense_mlp + num_moe * moe
     # A module of multi-token prediction has three norms more, two of them put side by side.
     layers += num_mtp * (3 * norm + 2 * width * hidden)
+    at_work = 0.0
     if config.recompute == "block":
         layers = (num_layers + num_mtp) * width * hidden
-        layers += attention + max(moe if num_moe else 0, dense_mlp)
-    return round(tokens * (layers + norm))
+        at_work = attention + max(moe if num_moe else 0, dense_mlp)
+    # Before the head stands a norm; what goes on to the next stage waits for its gradient.
+    layers += norm if is_last else width * hidden
+    return round(tokens * (in_flight * layers + at_work))

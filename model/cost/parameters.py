@@ -5,8 +5,9 @@ torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 from model.config import ModelConfig
@@ -84,12 +85,22 @@ class Trained:
 
 
 def count_parameters(
-    config: ModelConfig, experts_per_token: float, attention: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    experts_per_token: float,
+    attention: Mapping[str, Any] | None = None,
+    layers: range | None = None,
 ) -> ParameterCount:
     """Count parameters; `experts_per_token` is the (mean) number of routed experts a token visits;
-    attention: arguments of sparse or latent attention, None or empty: dense.
+    attention: arguments of sparse or latent attention, None or empty: dense. layers: of one stage
+    of a pipeline, where those of the model's ends have what stands before and behind them; None:
+    all.
     """
-    hidden, num_moe = config.hidden_size, len(config.decoder_moe_layers)
+    hidden = config.hidden_size
+    layers = range(config.num_layers) if layers is None else layers
+    is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+    num_layers = len(layers)
+    num_moe = sum(config.is_moe_layer(layer) for layer in layers)
+    num_mtp = config.num_mtp_layers if is_last else 0
     if is_latent(attention):
         projections, inner_norms = _latent_parameters(config, attention)
     else:
@@ -108,18 +119,19 @@ def count_parameters(
     sinks = config.num_heads * bool(attention and "window" in attention and attention["sinks"])
     module = 2 * hidden * hidden + projections + mlp + norms + sinks
     one_visit = round(experts_per_token * one_expert) if has_experts else 0
+    ends = is_first + (is_last and not config.tie_embeddings)
     return ParameterCount(
-        embedding=config.vocab_size * hidden * (1 if config.tie_embeddings else 2),
-        attention=config.num_layers * projections + _corrections(config, attention or {}),
-        dense_mlp=(config.num_layers - num_moe) * 3 * hidden * config.intermediate_size,
+        embedding=config.vocab_size * hidden * ends,
+        attention=num_layers * projections + _corrections(config, attention or {}, layers),
+        dense_mlp=(num_layers - num_moe) * 3 * hidden * config.intermediate_size,
         router=num_moe * router,
         shared_experts=num_moe * shared,
         experts=num_moe * routed,
-        norms=config.num_layers * (2 * hidden + inner_norms) + hidden,
+        norms=num_layers * (2 * hidden + inner_norms) + hidden * is_last,
         active_experts=round(num_moe * experts_per_token * (one_expert + biases_of_one)),
-        mtp=config.num_mtp_layers * module,
-        mtp_experts=config.num_mtp_layers * routed if has_experts else 0,
-        mtp_matrices=config.num_mtp_layers * (module - norms - sinks + one_visit),
+        mtp=num_mtp * module,
+        mtp_experts=num_mtp * routed if has_experts else 0,
+        mtp_matrices=num_mtp * (module - norms - sinks + one_visit),
     )
 
 
@@ -153,12 +165,12 @@ def _latent_parameters(config: ModelConfig, attention: Mapping[str, Any]) -> tup
     return queries + latents + heads * value * hidden, (q_rank or 0) + kv_rank
 
 
-def _corrections(config: ModelConfig, attention: Mapping[str, Any]) -> int:
+def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: range) -> int:
     """Parameters that layers learn beside dense attention's: sinks of windowed attention; offset,
     sink, trust, gates and weights of entries of sparse layers.
     """
     if "window" in attention:
-        return config.num_layers * config.num_heads * bool(attention["sinks"])
+        return len(layers) * config.num_heads * bool(attention["sinks"])
     projection = config.hidden_size + 1
     per_head = (
         bool(attention.get("offset"))
@@ -169,7 +181,9 @@ def _corrections(config: ModelConfig, attention: Mapping[str, Any]) -> int:
     # a matrix per key/value head, from values to weights in an entry's key and in its value
     weights = 2 * config.num_kv_heads * config.attention_head_dim**2
     per_layer = per_head * config.num_heads + weights * (attention.get("entries") == "gated")
-    return per_layer * len(sparse_layers(config.num_layers, attention)) if per_layer else 0
+    if not per_layer:
+        return 0
+    return per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
 
 
 def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
@@ -182,22 +196,43 @@ def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
         one or two. Dense attention has seq_len / 2.
     """
     block = attention["block_size"]
-    local = max(1, -(-(attention["window_size"] + block - 1) // block))
-    second_order = attention["order"] == 2
-    per_block = block / attention["coarse_block_size"]
+    return _keys_per_query(
+        seq_len,
+        block,
+        max(1, -(-(attention["window_size"] + block - 1) // block)),
+        attention["num_sink_blocks"],
+        attention["top_k"],
+        attention["min_sparse_length"],
+        block / attention["coarse_block_size"],
+        attention["order"] == 2,
+        attention["tail"] == "drop",
+    )
+
+
+@lru_cache(maxsize=64)
+def _keys_per_query(
+    seq_len: int,
+    block: int,
+    local: int,
+    num_sink_blocks: int,
+    top_k: int,
+    min_sparse_length: int,
+    per_block: float,
+    second_order: bool,
+    drops: bool,
+) -> float:
+    """Remembered, since it goes through all blocks of a row and is asked for every stage of every
+    layout. local: blocks of the window; per_block: coarse entries of a block.
+    """
     total = 0.0
     for own in range(-(-seq_len // block)):
         queries = min(block, seq_len - own * block)
-        forced = (
-            own
-            if own * block < attention["min_sparse_length"]
-            else min(own, local - 1 + attention["num_sink_blocks"])
-        )
-        selected = min(attention["top_k"], own - forced)
+        forced = own if own * block < min_sparse_length else min(own, local - 1 + num_sink_blocks)
+        selected = min(top_k, own - forced)
         keys = (forced + selected) * block + (queries + 1) / 2
-        if attention["tail"] != "drop":
+        if not drops:
             keys += (own - forced - selected) * per_block * (1.5 if second_order else 1.0)
-        if attention["top_k"] > 0 and own > forced:
+        if top_k > 0 and own > forced:
             keys += own * per_block * (2 if second_order else 1) / 6
         total += keys * queries
     return total / seq_len
@@ -208,6 +243,7 @@ def flops_per_token(
     experts_per_token: float,
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
+    layers: range | None = None,
 ) -> float:
     """Training FLOPs of one token, forward and backward: 6 per active matrix parameter plus causal
     attention.
@@ -218,23 +254,29 @@ def flops_per_token(
     layers. Recomputation is not counted (model FLOPs).
     attention: the arguments of sparse, windowed or latent attention; None or empty: dense. A head
         of latent attention has two dimensions, of its scores and of its values.
+    layers: of one stage of a pipeline, the last of which has the head; None: all.
     """
-    count = _matrices(config, experts_per_token, attention)
-    head = config.vocab_size * config.hidden_size
+    layers = range(config.num_layers) if layers is None else layers
+    count = _matrices(config, experts_per_token, attention, layers)
     matrices = _matrices_before_head(count) + count.mtp_matrices
-    matrices += (1 + config.num_mtp_layers) * head
-    # the block of a module of multi-token prediction attends densely
-    keys = _mean_keys(config, seq_len, attention) + config.num_mtp_layers * seq_len / 2
+    keys = _mean_keys(config, seq_len, attention, layers)
+    if layers.stop == config.num_layers:
+        matrices += (1 + config.num_mtp_layers) * config.vocab_size * config.hidden_size
+        # the block of a module of multi-token prediction attends densely
+        keys += config.num_mtp_layers * seq_len / 2
     return float(6.0 * matrices + 6 * config.num_heads * _head_dims(config, attention) * keys)
 
 
 def _matrices(
-    config: ModelConfig, experts_per_token: float, attention: Mapping[str, Any] | None
+    config: ModelConfig,
+    experts_per_token: float,
+    attention: Mapping[str, Any] | None,
+    layers: range | None = None,
 ) -> ParameterCount:
     """What is multiplied with: biases and sinks are added."""
     matrices_alone = dataclasses.replace(config, attention_bias="none", expert_bias=False)
     without_sinks = {**attention, "sinks": False} if attention else None
-    return count_parameters(matrices_alone, experts_per_token, without_sinks)
+    return count_parameters(matrices_alone, experts_per_token, without_sinks, layers)
 
 
 def _matrices_before_head(count: ParameterCount) -> int:
@@ -249,12 +291,18 @@ def _matrices_before_head(count: ParameterCount) -> int:
 
 
 def _mean_keys(
-    config: ModelConfig, seq_len: int, attention: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    seq_len: int,
+    attention: Mapping[str, Any] | None = None,
+    layers: range | None = None,
 ) -> float:
     """Keys of a query, as a mean over a document of seq_len tokens, summed over the layers."""
-    num_sparse = 0 if not attention else len(sparse_layers(config.num_layers, attention))
-    num_windowed = 0 if not attention else len(windowed_layers(config.num_layers, attention))
-    num_dense = config.num_layers - num_sparse - num_windowed
+    layers = range(config.num_layers) if layers is None else layers
+    num_sparse = num_windowed = 0
+    if attention:
+        num_sparse = number_in(layers, sparse_layers(config.num_layers, attention))
+        num_windowed = number_in(layers, windowed_layers(config.num_layers, attention))
+    num_dense = len(layers) - num_sparse - num_windowed
     keys = num_dense * seq_len / 2
     if attention and num_sparse:
         keys += num_sparse * keys_per_query(seq_len, attention)
@@ -329,6 +377,11 @@ def decode_cost(
     weights = dense * weight_bytes + experts * (expert_bytes or weight_bytes)
     cache = cache_bytes_per_token / config.num_layers * keys
     return GenerationCost(float(flops), float(weights / rows + cache))
+
+
+def number_in(layers: range, chosen: Iterable[int]) -> int:
+    """How many of the chosen layers are among `layers`."""
+    return sum(layer in layers for layer in chosen)
 
 
 def sparse_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:

@@ -130,6 +130,11 @@ def pack_stats(routing: RouterOutput, lowered_limit: torch.Tensor) -> torch.Tens
     )
 
 
+def stats_size(num_experts: int, num_slots: int, num_bins: int) -> int:
+    """Integers of one layer in pack_stats."""
+    return num_experts * (1 + num_bins) + num_slots + 1 + NUM_REASONS + 5
+
+
 def unpack_stats(stats: torch.Tensor, num_experts: int, num_slots: int) -> LayerStats:
     """[L, size] of pack_stats -> the parts; what is left over at the end is the histogram."""
     sizes = (num_experts, num_slots + 1, NUM_REASONS, 1, 1, 1, 2)
@@ -227,9 +232,11 @@ def balance_sums(
     )
 
 
-def no_balance_sums(like: torch.Tensor) -> BalanceSums:
-    """What a model without MoE layers has, on the device and in the dtype of `like`."""
-    empty = torch.zeros((0, 0), dtype=torch.int64, device=like.device)
+def no_balance_sums(like: torch.Tensor, num_experts: int = 0, size: int = 0) -> BalanceSums:
+    """What a model without MoE layers has, or a stage of one, on the device and in the dtype of
+    `like`: tables without rows. size: of pack_stats where other stages have experts.
+    """
+    empty = torch.zeros((0, num_experts), dtype=torch.int64, device=like.device)
     zero = like.new_zeros(())
     return BalanceSums(
         aux_sum=zero,
@@ -237,7 +244,7 @@ def no_balance_sums(like: torch.Tensor) -> BalanceSums:
         penalties=(),
         counts=empty,
         scope_counts=empty,
-        stats=empty,
+        stats=empty.new_zeros((0, size)),
         processed=empty.sum(),
     )
 

@@ -36,6 +36,7 @@ ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -98,6 +99,7 @@ def update_routers(
     fail_safe: FailSafeConfig,
     shares: torch.Tensor | None = None,
     freeze_bias: bool = False,
+    of_all_layers: Callable[[torch.Tensor], torch.Tensor] = lambda own: own,
 ) -> None:
     """Move bias, cuts, controllers and fallbacks of all MoE layers by one optimiser step.
 
@@ -105,6 +107,8 @@ def update_routers(
         kind.
     shares: of model.moe.balance.rank_shares; None where no ranks share the experts. freeze_bias:
         leave the selection bias (and what else _update_bias moves) as it is.
+    of_all_layers: [L] of these routers -> of all layers of the model, where others are on other
+        stages of a pipeline; called once where budget.scope is "model", and collective there.
     """
     first = routers[0]
     control = torch.stack([router.control for router in routers])
@@ -120,7 +124,7 @@ def update_routers(
 
     # Each moves its own columns of all layers at once.
     if first.budget is not None:
-        _hold_budget(first, inputs, state, stats, budget, has_tokens)
+        _hold_budget(first, inputs, state, stats, budget, has_tokens, of_all_layers)
     _fall_back(first, inputs, state, budget, collapsed)
     _limit_overload(first, inputs, state, stats, fail_safe, shares)
     _apply_theta(first, inputs, state)
@@ -148,6 +152,7 @@ def _hold_budget(
     stats: LayerStats,
     budget: BudgetConfig,
     has_tokens: torch.Tensor,
+    of_all_layers: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """The PI step on theta."""
     target, share = first.target, inputs.share
@@ -157,7 +162,7 @@ def _hold_budget(
 
     error = (mode_mean - target) / target
     if budget.scope == "model":
-        error = error.mean().expand_as(error)
+        error = of_all_layers(error).mean().expand_as(error)
 
     # With little of the mode in the blend, dividing by its share would only raise noise.
     active = (share >= 0.25) & has_tokens

@@ -44,16 +44,17 @@ class RoutingFacts:
 
     @staticmethod
     def of(
-        routers: list[Router],
+        first: Router | None,
         balance: BalanceConfig,
         budget: BudgetConfig,
         fail_safe: FailSafeConfig,
         shares: torch.Tensor | None,
     ) -> RoutingFacts | None:
-        """None without routers. shares: of model.moe.balance.rank_shares."""
-        if not routers:
+        """first: any of the routers, None where there are none. shares: of
+        model.moe.balance.rank_shares.
+        """
+        if first is None:
             return None
-        first = routers[0]
         warm = first.budget is not None and first.law != "relu"
         return RoutingFacts(
             first.law,

@@ -18,8 +18,11 @@ from ops.all_to_all import NodeGroups
 class ParallelGroups:
     """Groups, sizes and this process's ranks. `None` groups mean a single process.
 
-    stage: all ranks that hold tokens of their own and the same layers, which is the whole world.
-        What belongs to no other family has a replica on each of them; gradients are sums over it.
+    stage: all ranks that hold tokens of their own and the same layers, a run of neighbours. Without
+        pipeline parallelism that is the whole world. What belongs to no other family has a replica
+        on each of them; gradients are sums over it.
+    pipeline: ranks that hold one layer after the other and hand the same rows on, e.g. [0,2][1,3]
+        with stages [0,1][2,3].
     rows: along it ranks hold different rows, as the loader and the arithmetic of batches count.
     context: ranks that hold neighbouring parts of the same rows, and exchange heads in attention;
         megatron-core makes them neighbours, e.g. [0,1][2,3] with rows [0,2][1,3].
@@ -31,12 +34,15 @@ class ParallelGroups:
     """
 
     stage: Any = None
+    pipeline: Any = None
     context: Any = None
     expert: Any = None
     expert_data: Any = None
     nodes: NodeGroups | None = None
     stage_size: int = 1
     stage_rank: int = 0
+    pipeline_size: int = 1
+    pipeline_rank: int = 0
     rows_size: int = 1
     rows_rank: int = 0
     context_size: int = 1
@@ -49,6 +55,11 @@ class ParallelGroups:
     @staticmethod
     def single() -> ParallelGroups:
         return ParallelGroups()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the loss is made here."""
+        return self.pipeline_rank == self.pipeline_size - 1
 
     def shards(self, family: Family) -> Any:
         """The group over which parameters of a family are spread; None: every rank of the stage
@@ -67,6 +78,7 @@ def initialize_parallel(
     timeout_seconds: float = 1800,
     ranks_per_node: int | None = None,
     context_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
 ) -> ParallelGroups:
     """Create the groups on an initialised torch.distributed world.
 
@@ -74,38 +86,48 @@ def initialize_parallel(
         does not.
 
     Raises:
-        ValueError: the world size is not divisible by `expert_parallel_size` or
-            `context_parallel_size`, or the former not by `ranks_per_node`.
+        ValueError: the world size is not divisible by `pipeline_parallel_size`, or a stage's not by
+            `expert_parallel_size` or `context_parallel_size`, or the former not by
+            `ranks_per_node`.
     """
     from megatron.core import parallel_state
 
     world_size = dist.get_world_size()
     for name, size in (
-        ("expert_parallel_size", expert_parallel_size),
-        ("context_parallel_size", context_parallel_size),
+        ("expert_parallel_size", pipeline_parallel_size * expert_parallel_size),
+        ("context_parallel_size", pipeline_parallel_size * context_parallel_size),
     ):
         if world_size % size:
-            raise ValueError(f"world size {world_size} is not divisible by {name} {size}")
+            stages = f"{pipeline_parallel_size} stages x " if pipeline_parallel_size > 1 else ""
+            raise ValueError(
+                f"world size {world_size} is not divisible by {stages}{name} "
+                f"{size // pipeline_parallel_size}"
+            )
     # Expert groups are runs of neighbours of their own, whatever the other axes are.
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
         context_parallel_size=context_parallel_size,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_seconds / 60,
     )
     stage = parallel_state.get_data_parallel_group(with_context_parallel=True)
     rows = parallel_state.get_data_parallel_group()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
     context = parallel_state.get_context_parallel_group()
     expert = parallel_state.get_expert_model_parallel_group()
     expert_data = parallel_state.get_expert_data_parallel_group()
     return ParallelGroups(
         stage=stage,
+        pipeline=pipeline,
         context=context,
         expert=expert,
         expert_data=expert_data,
         nodes=_node_groups(expert, ranks_per_node, timeout_seconds),
         stage_size=dist.get_world_size(stage),
         stage_rank=dist.get_rank(stage),
+        pipeline_size=dist.get_world_size(pipeline),
+        pipeline_rank=dist.get_rank(pipeline),
         rows_size=dist.get_world_size(rows),
         rows_rank=dist.get_rank(rows),
         context_size=dist.get_world_size(context),

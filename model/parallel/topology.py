@@ -11,7 +11,8 @@ from model.parallel.groups import ParallelGroups
 
 class StageTopology:
     """`mpu` object that shows our groups to DeepSpeed: what it takes for data parallelism is the
-    stage, all ranks that hold the same layers and tokens of their own. It knows of no other axis.
+    stage, all ranks that hold the same layers and tokens of their own. It knows of no other axis:
+    what has to be added up over stages, train/engine/deepspeed.py adds up.
 
     DeepSpeed asks for names that megatron-core has dropped (get_model_parallel_rank and others),
     and probes optional ones with hasattr, which must answer no; hence an explicit list. None of
@@ -20,14 +21,10 @@ class StageTopology:
 
     _FORWARDED = frozenset(
         {
-            "get_model_parallel_group",
             "get_tensor_model_parallel_group",
             "get_tensor_model_parallel_rank",
             "get_tensor_model_parallel_world_size",
             "get_tensor_model_parallel_src_rank",
-            "get_pipeline_model_parallel_group",
-            "get_pipeline_model_parallel_rank",
-            "get_pipeline_model_parallel_world_size",
         }
     )
 
@@ -53,8 +50,14 @@ class StageTopology:
     def get_data_parallel_group_ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self._groups.stage)
 
+    def get_model_parallel_group(self) -> Any:
+        """One rank, as tensor parallelism is not there: DeepSpeed would reduce the gradient norm
+        once for each parameter group, of which stages have different numbers, and wait for ever.
+        """
+        return self.get_tensor_model_parallel_group()
+
     def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.get_model_parallel_group())
+        return 0
 
     def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.get_model_parallel_group())
+        return 1

@@ -58,6 +58,7 @@ def build(
     dispatcher: dict | None = None,
     experts: ExpertsConfig | None = None,
     placement: Placement | None = None,
+    layers: range | None = None,
     **options,
 ) -> Transformer:
     """attention: a record, or fields of SparseAttentionConfig, MlaConfig or (with a window)
@@ -81,7 +82,7 @@ def build(
         experts or ExpertsConfig(),
         placement,
     )
-    return Transformer(config, parts, groups, seed)
+    return Transformer(config, parts, groups, seed, layers)
 
 
 def batch(step: int, micro_step: int, rows: int, length: int = 16) -> dict:

@@ -1,7 +1,7 @@
-"""A step whose loss or gradient is not finite on one rank, on two expert-parallel ranks; print what
-became of the rest.
+"""A step whose loss or gradient is not finite on one rank, on two expert-parallel ranks or in two
+stages of a pipeline; print what became of the rest.
 
-Each case of argv[1] (JSON list) trains three steps, the second poisoned on rank 1, and the same
+Each case of argv[1] (JSON list) trains three steps, the second poisoned on one rank, and the same
 without the second step.
 """
 
@@ -20,50 +20,80 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import batch, build, take, tiny_config
 
 from model.config import BalanceConfig
-from model.loss import training_loss
+from model.loss import ModelOutput, training_loss
 from model.parallel.family import is_expert_parameter
-from model.parallel.groups import ParallelGroups, initialize_parallel
+from model.parallel.groups import ParallelGroups, destroy_parallel, initialize_parallel
+from model.request import TokenBatch
 from train.config.training import OptimConfig, TrainConfig
 from train.engine.deepspeed import Engine
 from train.engine.library import import_deepspeed
+from train.pipeline.flow import Pipeline
 
 ROWS = 4
 
 
 @functools.cache
-def groups_of_two() -> ParallelGroups:
-    return initialize_parallel(2)
+def groups_of_two(stages: int) -> ParallelGroups:
+    destroy_parallel()
+    return initialize_parallel(2 // stages, pipeline_parallel_size=stages)
 
 
 @functools.cache
-def clean_state(zero: int, precision: str) -> dict[str, torch.Tensor]:
+def clean_state(zero: int, precision: str, stages: int) -> dict[str, torch.Tensor]:
     """What becomes of a run that never takes the step which the cases poison, wherever they do."""
-    return train({"zero": zero, "precision": precision}, [(0, False), (2, False)])[1]
+    case = {"zero": zero, "precision": precision, "stages": stages}
+    return train(case, [(0, False), (2, False)])[1]
+
+
+class Passes:
+    """Of one micro-batch."""
+
+    def __init__(self, engine: Engine, rows: TokenBatch, balance: BalanceConfig, factor: float):
+        self.engine, self.rows, self.balance, self.factor = engine, rows, balance, factor
+        self.output: ModelOutput | None = None
+
+    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        self.output = self.engine.forward(self.rows, hidden=hidden)
+        return self.output.handed_on
+
+    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+        assert self.output is not None
+        loss = training_loss(self.output, ROWS * 16, ROWS * 16, self.balance)
+        self.engine.backward(loss * self.factor, is_last, carried)
 
 
 def train(case: dict, steps: list[tuple[int, bool]]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Steps are (number of the batch, poisoned); returns the norms and the full state of every
     parameter.
     """
-    groups, balance = groups_of_two(), BalanceConfig(aux_loss_coeff=0.01)
+    stages = case.get("stages", 1)
+    groups, balance = groups_of_two(stages), BalanceConfig(aux_loss_coeff=0.01)
+    own = ROWS * stages // 2
     settings = TrainConfig(
         num_steps=10,
         seq_len=16,
-        micro_batch_size=ROWS // 2,
+        micro_batch_size=own,
         global_batch_size=ROWS,
         precision=case["precision"],
         clip_grad_norm=0.5,
     )
     engine = Engine(
-        build(tiny_config(), balance, groups),
+        # The first stage has a dense layer alone, and so a group of parameters less.
+        build(
+            tiny_config(),
+            balance,
+            groups,
+            layers=None if stages == 1 else (range(1), range(1, 3))[groups.pipeline_rank],
+        ),
         groups,
         settings,
         OptimConfig(lr=0.01),
         {"zero_optimization": {"stage": case["zero"]}},
     )
     rank, norms = dist.get_rank(), []
+    pipeline = Pipeline(engine, groups)
     for number, poisoned in steps:
-        poisoned = poisoned and rank == 1
+        poisoned = poisoned and rank == case.get("rank", 1)
         hook = None
         if poisoned and case["where"] != "loss":
             expert = case["where"] == "expert"
@@ -71,13 +101,10 @@ def train(case: dict, steps: list[tuple[int, bool]]) -> tuple[list[float], dict[
                 p for p in engine.module.parameters() if is_expert_parameter(p) == expert
             )
             hook = parameter.register_hook(lambda gradient: gradient * math.nan)
-        output = engine.forward(
-            take(batch(number, 0, ROWS), rank * ROWS // 2, (rank + 1) * ROWS // 2)
-        )
-        loss = training_loss(output, ROWS * 16, ROWS * 16, balance)
-        engine.backward(
-            loss * math.inf if poisoned and case["where"] == "loss" else loss, is_last=True
-        )
+        first = groups.rows_rank * own
+        rows = take(batch(number, 0, ROWS), first, first + own)
+        factor = math.inf if poisoned and case["where"] == "loss" else 1.0
+        pipeline.run(1, rows.input_ids.shape, Passes(engine, rows, balance, factor))
         norms.append(engine.step())
         if hook is not None:
             hook.remove()
@@ -97,7 +124,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for case in json.loads(sys.argv[1]):
         norms, poisoned = train(case, [(0, False), (1, True), (2, False)])
-        clean = clean_state(case["zero"], case["precision"])
+        clean = clean_state(case["zero"], case["precision"], case.get("stages", 1))
         facts = (
             [math.isfinite(n) for n in norms],
             [k for k in clean if not torch.equal(clean[k], poisoned[k])],

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -29,8 +30,14 @@ from common import batch, build, take, tiny_config
 
 from model.attention.base import STATS
 from model.attention.sparse import SparseAttention
-from model.config import BalanceConfig, BudgetConfig, ExpertsConfig, FailSafeConfig
-from model.loss import IGNORE_INDEX, targets_ahead, training_loss
+from model.config import (
+    BalanceConfig,
+    BudgetConfig,
+    ExpertsConfig,
+    FailSafeConfig,
+    ModelConfig,
+)
+from model.loss import IGNORE_INDEX, ModelOutput, targets_ahead, training_loss
 from model.moe.balance import unpack_stats
 from model.moe.budget import start_routers, update_routers
 from model.moe.experts import Experts
@@ -43,12 +50,16 @@ from model.routers.config import (
     TopKConfig,
     TopPConfig,
 )
+from model.transformer import Transformer
 from train.config.training import OptimConfig, TrainConfig
 from train.engine.deepspeed import Engine
 from train.engine.library import import_deepspeed
 from train.engine.muon.masters import place_matrices
 from train.engine.muon.optimizer import MOMENTUM, Muon
 from train.engine.optimizer import build_optimizer
+from train.guard.routing import RoutingControl
+from train.pipeline import flow
+from train.pipeline.flow import Pipeline, given
 
 ROWS, STEPS = 8, 4  # rows of one micro-batch over all ranks
 ROUTERS = {
@@ -118,29 +129,40 @@ def shuffled_placement(num_experts: int, num_layers: int, num_ranks: int, lent: 
 
 
 def move_controllers(
-    own: list,
+    own: Transformer,
     reference: list,
     own_stats: torch.Tensor,
     reference_stats: torch.Tensor,
     balance: BalanceConfig,
+    budget: BudgetConfig,
 ) -> float:
     """One controller step on both sides; the largest difference of their states. The ranks'
     statistics are summed here.
     """
-    if not own:
+    if not reference:
         return 0.0
-    dist.all_reduce(own_stats)
-    for routers, stats in ((own, own_stats), (reference, reference_stats)):
-        layers = unpack_stats(stats, routers[0].spec.num_experts, routers[0].max_top_k)
-        update_routers(routers, layers, balance, BUDGET, FAIL_SAFE)
+    control = RoutingControl(
+        own.routers(),
+        own.router_kind,
+        own.part.moe,
+        own.groups,
+        budget,
+        FAIL_SAFE,
+        None,
+    )
+    layers = control.reduce(own_stats)
+    assert layers is not None
+    control.update(layers, balance)
+    layers = unpack_stats(reference_stats, reference[0].spec.num_experts, reference[0].max_top_k)
+    update_routers(reference, layers, balance, budget, FAIL_SAFE)
     pairs = [
         (a, b)
-        for mine, theirs in zip(own, reference, strict=True)
+        for mine, theirs in zip(own.routers(), reference[own.part.moe.places], strict=True)
         for (name, a), b in zip(mine.named_buffers(), theirs.buffers(), strict=True)
         if name != "histogram_range"
     ]
     assert all(a.dtype == torch.float32 for a, _ in pairs), "a controller lost its precision"
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
 
 
 def compare_attention(own: torch.Tensor, reference: torch.Tensor) -> float:
@@ -156,7 +178,10 @@ def compare_attention(own: torch.Tensor, reference: torch.Tensor) -> float:
 
 @functools.cache
 def groups_for(
-    expert_parallel_size: int, ranks_per_node: int | None, context_parallel_size: int
+    expert_parallel_size: int,
+    ranks_per_node: int | None,
+    context_parallel_size: int,
+    pipeline_parallel_size: int,
 ) -> ParallelGroups:
     """Groups are made once per size: each set of gloo groups holds threads until the process
     ends.
@@ -166,7 +191,50 @@ def groups_for(
         expert_parallel_size,
         ranks_per_node=ranks_per_node,
         context_parallel_size=context_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
+
+
+def layers_of(case: dict, config: ModelConfig, groups: ParallelGroups) -> range:
+    """Of this rank's stage: as many as the case says, or evenly."""
+    size = groups.pipeline_size
+    split = case.get("split") or [
+        config.num_layers * (i + 1) // size - config.num_layers * i // size for i in range(size)
+    ]
+    first = sum(split[: groups.pipeline_rank])
+    return range(first, first + split[groups.pipeline_rank])
+
+
+class OneStep:
+    """A step's passes on this rank, as train/step.py makes them; sums what they give."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: list[TokenBatch],
+        asked: ForwardRequest,
+        loss_of: Callable[[ModelOutput], torch.Tensor],
+    ):
+        self.engine, self.inputs, self.asked, self.loss_of = engine, inputs, asked, loss_of
+        self.loss = torch.zeros((), dtype=torch.float64)
+        self.attention, self.stats, self.largest = [], [], []
+        self._previous = None
+        self._outputs: dict[int, ModelOutput] = {}
+
+    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        request = self.asked._replace(previous_counts=self._previous)
+        output = self.engine.forward(self.inputs[number], request, hidden)
+        self._previous = output.scope_counts
+        self.attention.append(output.attention_stats)
+        self.stats.append(output.stats)
+        self.largest.append(output.largest_logits)
+        self._outputs[number] = output
+        return output.handed_on
+
+    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+        loss = self.loss_of(self._outputs.pop(number))
+        self.engine.backward(loss, is_last, carried)
+        self.loss += loss.detach().double()
 
 
 def own_tokens(full: dict, groups: ParallelGroups) -> TokenBatch:
@@ -204,10 +272,20 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
         alone = dataclasses.replace(groups, context_size=1)
         return auxiliary(counts, score_sums, scope, alone, previous)
 
+    def twice(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return given(tensor, 2 * gradient)
+
+    def kept(pipeline: Pipeline, carried: torch.Tensor | None) -> torch.Tensor | None:
+        with_lent(pipeline, carried)
+        return carried
+
+    with_lent = Pipeline._with_lent_gradient
     if name == "scaled by rows":
         engine.loss_factor = engine.groups.rows_size
         return nullcontext()
     return {
+        "gradients carried twice": patch.object(flow, "given", twice),
+        "gradient of the loan dropped": patch.object(Pipeline, "_with_lent_gradient", kept),
         "sinks of other heads": patch.object(HeadExchange, "own", others),
         "noise of local heads": patch.object(SparseAttention, "_noise", of_local_heads),
         "means over local heads": patch.object(SparseAttention, "_sums", over_local_heads),
@@ -239,7 +317,7 @@ def run_case(case: dict) -> dict:
     train = TrainConfig(
         num_steps=STEPS,
         seq_len=16,
-        micro_batch_size=ROWS * case.get("cp", 1) // world,
+        micro_batch_size=ROWS * case.get("cp", 1) * case.get("pp", 1) // world,
         global_batch_size=ROWS * num_micro,
         clip_grad_norm=clip,
         precision=precision,
@@ -263,7 +341,10 @@ def run_case(case: dict) -> dict:
     # In bf16 the reference computes with a rounded copy of fp32 masters, as ZeRO does; in fp32 it
     # is the master itself.
     reference = copy.deepcopy(master).to(torch.bfloat16) if precision == "bf16" else master
-    groups = groups_for(case["ep"], case.get("ranks_per_node"), case.get("cp", 1))
+    groups = groups_for(
+        case["ep"], case.get("ranks_per_node"), case.get("cp", 1), case.get("pp", 1)
+    )
+    budget = dataclasses.replace(BUDGET, scope=case.get("budget_scope", BUDGET.scope))
     placement = None
     if "lent" in case:
         placement = shuffled_placement(
@@ -277,6 +358,7 @@ def run_case(case: dict) -> dict:
         dispatcher=case.get("dispatcher"),
         placement=placement,
         experts=ExpertsConfig(**case.get("experts", {})),
+        layers=layers_of(case, config, groups),
         **options,
     )
     parts = local_parts(own_model)
@@ -297,6 +379,7 @@ def run_case(case: dict) -> dict:
         "controller": 0.0,
         "attention": 0.0,
     }
+    pipeline = Pipeline(engine, groups)
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
     z_loss = case.get("z_loss", 0.0)
     asked = ForwardRequest(
@@ -307,8 +390,7 @@ def run_case(case: dict) -> dict:
         mtp = (0.3, mtp_targets_of(step, num_micro, config.num_mtp_layers))
         reference.zero_grad()
         reference_loss, previous = 0.0, None
-        reference_stats, own_stats, reference_attention, own_attention = [], [], [], []
-        reference_largest, own_largest = [], []
+        reference_stats, reference_attention, reference_largest = [], [], []
         for model in (reference, engine.module):
             model.set_step(step)
         for micro in range(num_micro):
@@ -323,29 +405,33 @@ def run_case(case: dict) -> dict:
             loss = training_loss(output, num_targets, num_tokens, balance, *mtp, z_loss)
             loss.backward()
             reference_loss += float(loss)
-        own = torch.zeros((), dtype=torch.float64)
-        previous = None
-        for micro in range(num_micro):
-            with fault(case, engine):
-                output = engine.forward(
-                    own_tokens(batch(step, micro, ROWS), groups),
-                    asked._replace(previous_counts=previous),
-                )
-                previous = output.scope_counts
-                own_attention.append(output.attention_stats)
-                own_stats.append(output.stats)
-                own_largest.append(output.largest_logits)
-                loss = training_loss(output, num_targets, num_tokens, balance, *mtp, z_loss)
-                engine.backward(loss, is_last=micro == num_micro - 1)
-            own += loss.detach().double()
+        inputs = [own_tokens(batch(step, micro, ROWS), groups) for micro in range(num_micro)]
+        done = OneStep(
+            engine,
+            inputs,
+            asked,
+            functools.partial(
+                training_loss,
+                num_targets=num_targets,
+                num_tokens=num_tokens,
+                balance=balance,
+                mtp_coeff=mtp[0],
+                num_mtp_targets=mtp[1],
+                z_loss_coeff=z_loss,
+            ),
+        )
+        with fault(case, engine):
+            pipeline.run(num_micro, inputs[0].input_ids.shape, done)
+        own = done.loss
         dist.all_reduce(own)
         if case.get("largest"):
-            largest = torch.stack(own_largest).amax(0)
+            largest = torch.stack(done.largest).amax(0)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             expected = torch.stack(reference_largest).amax(0)
             errors["attention"] = max(errors["attention"], relative(largest, expected))
+        own_attention = engine.module.part.sparse.placed(sum(done.attention))
         errors["attention"] = max(
-            errors["attention"], compare_attention(sum(own_attention), sum(reference_attention))
+            errors["attention"], compare_attention(own_attention, sum(reference_attention))
         )
         errors["loss"] = max(errors["loss"], abs(float(own) - reference_loss) / abs(reference_loss))
         floor = 1e-2 * float(
@@ -369,11 +455,12 @@ def run_case(case: dict) -> dict:
         errors["controller"] = max(
             errors["controller"],
             move_controllers(
-                engine.module.routers(),
+                engine.module,
                 reference.routers(),
-                sum(own_stats),
+                sum(done.stats),
                 sum(reference_stats),
                 balance,
+                budget,
             ),
         )
     engine.prepare_gather()

@@ -18,6 +18,17 @@ CASES = [
     )
     for where in ("loss", "dense", "expert")
 ]
+CASES += [
+    {"zero": zero, "precision": precision, "where": where, "stages": 2, "rank": rank}
+    for zero, precision, where, rank in (
+        (0, "fp32", "dense", 0),
+        (1, "fp32", "dense", 0),
+        (1, "bf16", "expert", 1),
+        (2, "bf16", "loss", 1),
+        (2, "fp32", "dense", 1),
+    )
+]
+"""The first stage's own gradient is the one that no later stage sees."""
 
 
 @pytest.fixture(scope="module")

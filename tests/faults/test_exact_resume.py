@@ -86,6 +86,43 @@ def test_a_rank_killed_at_a_random_step_changes_nothing(tmp_path, stage, router)
     )
 
 
+PLACES = {
+    "warm-up": (0, "forward#1"),
+    "steady state": (1, "backward#2"),
+    "drain": (0, "backward#4"),
+}
+"""Of four micro-batches in two stages: rank 0 goes forward once, then in turn, at last backward."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_stage_killed_anywhere_in_the_pipeline_changes_nothing(tmp_path, place):
+    data = write_text(tmp_path)
+    rank, phase = PLACES[place]
+    overrides = [
+        *data,
+        "parallel=pp2",
+        "parallel.expert_parallel_size=1",
+        "deepspeed=zero1",
+        "model.tie_embeddings=true",
+        *ROUTERS["top_p"],
+    ]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    expected = train(tmp_path / "whole", *overrides)
+    found = train(tmp_path / "broken", *overrides, fault=f"kill@{rank}:8:{phase}")
+    (struck,) = [
+        json.loads(path.read_text()) for path in (tmp_path / "broken" / "faults").glob("*.json")
+    ]
+    assert (struck["rank"], struck["step"], struck["phase"]) == (rank, 8, phase.partition("#")[0])
+    assert sorted(found) == list(range(1, NUM_STEPS + 1)) and found == expected
+    verdicts = [
+        json.loads(line)
+        for line in (tmp_path / "broken/run/supervisor.jsonl").read_text().splitlines()
+    ]
+    assert any(v.get("ranks") == [rank] and v.get("kind") == "killed" for v in verdicts), verdicts
+    print(f"{place}: rank {rank} killed at {phase} of step 8, {NUM_STEPS} losses bit-equal")
+
+
 def test_deterministic_reruns_are_bit_equal(tmp_path):
     data, found = write_text(tmp_path), []
     for name in ("first", "second"):

@@ -353,7 +353,12 @@ Current thread 0x2 (most recent call first):
 
 
 @pytest.mark.parametrize(
-    ("top", "waiting"), [("/s/torch/distributed/distributed_c10d.py", True), ("/s/time.py", False)]
+    ("top", "waiting"),
+    [
+        ("/s/torch/distributed/distributed_c10d.py", True),
+        ("/s/train/pipeline/link.py", True),
+        ("/s/time.py", False),
+    ],
 )
 def test_stacks_tell_who_waits_for_others(top, waiting):
     assert in_collective(STACKS.format(top=top)) is waiting

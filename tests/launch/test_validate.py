@@ -241,6 +241,52 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
             {"parallel__context_parallel_size": 2, "train__global_batch_size": 15},
             "x 2 groups of ranks with rows of their own",
         ),
+        ({"parallel__pipeline_parallel_size": 0}, "parallel.pipeline_parallel_size is 0"),
+        (
+            {"parallel__pipeline_parallel_size": 3},
+            "parallel.pipeline_parallel_size 3 does not divide the 4 ranks; start a multiple of 3",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2},
+            "parallel.expert_parallel_size 4 does not divide the 2 ranks of a stage; start a "
+            "multiple of 8",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 4, "model__num_layers": 3},
+            "parallel.pipeline_parallel_size 4 is more than model.num_layers 3",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__pipeline_split": [4]},
+            "for each of the parallel.pipeline_parallel_size 2 stages, or be null",
+        ),
+        ({"parallel__pipeline_split": [2, 2]}, "parallel.pipeline_split is [2, 2]; it must have"),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__pipeline_split": [1, 2]},
+            "parallel.pipeline_split [1, 2] has 3 layers, model.num_layers is 4",
+        ),
+        (
+            {
+                "parallel__pipeline_parallel_size": 2,
+                "deepspeed__zero_optimization": {"stage": 3},
+            },
+            "parallel.pipeline_parallel_size 2 with deepspeed zero stage 3: every stage would",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "lora__rank": 4},
+            "parallel.pipeline_parallel_size 2 with lora.rank 4",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "optim__ema_decay": 0.99},
+            "parallel.pipeline_parallel_size 2 with optim.ema_decay 0.99",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "optim__qk_clip": 100.0},
+            "parallel.pipeline_parallel_size 2 with optim.qk_clip 100",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "optim__freeze": ["norms"]},
+            "parallel.pipeline_parallel_size 2 with optim.freeze ['norms']",
+        ),
         ({"balance__aux_loss_scope": "world"}, "choose one of sequence, batch, global_batch"),
     ],
 )

@@ -70,9 +70,7 @@ class Layer:
 
     @property
     def facts(self) -> RoutingFacts:
-        facts = RoutingFacts.of(
-            [self.router], self.balance, self.budget, self.fail_safe, self.shares
-        )
+        facts = RoutingFacts.of(self.router, self.balance, self.budget, self.fail_safe, self.shares)
         assert facts is not None
         return facts
 

@@ -23,7 +23,7 @@ from ops.router import NUM_REASONS, Reason
 from train.config.watching import AlarmRule
 from train.guard.alarms import Alarms, settled
 from train.observe.catalogue.names import metric_names
-from train.observe.routing import routing_metrics
+from train.observe.routing import RouterTables, routing_metrics
 from train.sinks.console import console_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +239,7 @@ def statistics(min_experts: int, reasons: dict[Reason, int]) -> dict[str, float]
         torch.zeros(1, 2, dtype=torch.int64),
         torch.zeros(1, 4, 0),
     )
-    return routing_metrics(stats, [router], model, None)
+    return routing_metrics(stats, RouterTables.of([router], router), router, model, None)
 
 
 def test_a_permitted_empty_choice_is_no_fallback():

@@ -19,6 +19,8 @@ from launch.config.overrides import plain
 from launch.config.parse import parse
 from model.attention.base import STATS
 from model.moe.balance import LayerStats
+from model.parallel.groups import ParallelGroups
+from model.parallel.part import ModelPart
 from ops.all_to_all import Communication
 from train import loop
 from train.agenda import Step
@@ -327,7 +329,12 @@ def run_loop(
         *overrides,
     )
     progress, speed = progress or Progress(), Speed()
-    module = SimpleNamespace(routers=list, rank_shares=None, sparse_attentions=list)
+    module = SimpleNamespace(
+        routers=list,
+        router_kind=None,
+        rank_shares=None,
+        part=ModelPart.of(range(1), 1, (), ()),
+    )
     engine = SimpleNamespace(module=module, device=torch.device("cpu"))
     schedule = SimpleNamespace(learning_rate=1e-3)
     logged: dict[int, dict] = {}
@@ -335,7 +342,15 @@ def run_loop(
         "config": config,
         "run_dir": Path("run"),
         "watch": Watch(
-            standard_observers(config, Path("run"), None, engine, schedule, progress, speed)  # type: ignore[arg-type]
+            standard_observers(
+                config,
+                Path("run"),
+                ParallelGroups.single(),
+                engine,  # type: ignore[arg-type]
+                schedule,  # type: ignore[arg-type]
+                progress,
+                speed,
+            )
         ),
         "speed": speed,
         "sinks": SimpleNamespace(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -26,10 +24,8 @@ class Rows:
         )
 
 
-def output(ids: torch.Tensor, losses: torch.Tensor) -> SimpleNamespace:
-    return SimpleNamespace(
-        routings=(SimpleNamespace(expert_ids=ids),) * 2, token_losses=losses, loss_sum=losses.sum()
-    )
+def output(ids: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([ids] * 2), losses
 
 
 def test_experts_by_decile_of_frequency_and_loss(tmp_path):
@@ -39,8 +35,8 @@ def test_experts_by_decile_of_frequency_and_loss(tmp_path):
         ids[token, : 1 + token // 3] = torch.arange(1 + token // 3)
     losses = -torch.arange(10.0).view(1, 10)
     probe = RoutingProbe(tmp_path, Rows(), 16)
-    probe.add(batch, output(ids, losses))
-    probe.add(batch, output(ids + 1, losses))  # only the first batch counts
+    probe.add(batch, *output(ids, losses))
+    probe.add(batch, *output(ids + 1, losses))  # only the first batch counts
     found = probe.measure(7)
     for d in range(DECILES):
         assert found[f"eval/experts_per_token/frequency_{d}"] == 1 + d // 3
@@ -53,17 +49,17 @@ def test_experts_by_decile_of_frequency_and_loss(tmp_path):
 def test_stability_is_measured_against_the_evaluation_before_also_after_a_resume(tmp_path):
     batch, losses = pack([np.arange(11) % 10], 10, end_of_document=99), torch.zeros(1, 10)
     first = torch.tensor([[0, 1]] * 10)
-    RoutingProbe(tmp_path, Rows(), 16).add(batch, output(first, losses))
+    RoutingProbe(tmp_path, Rows(), 16).add(batch, *output(first, losses))
     probe = RoutingProbe(tmp_path, Rows(), 16)
-    probe.add(batch, output(first, losses))
+    probe.add(batch, *output(first, losses))
     # the number of experts is the same everywhere, and nothing came before
     assert probe.measure(10) == {}
     second = first.clone()
     second[:5] = torch.tensor([1, 2])
     again = RoutingProbe(tmp_path, Rows(), 16)
-    again.add(batch, output(second, losses))
+    again.add(batch, *output(second, losses))
     assert again.measure(20)["eval/router_stability"] == pytest.approx(0.75)
-    again.add(batch, output(second, losses))
+    again.add(batch, *output(second, losses))
     # step 20 is of a future that was undone
     assert again.measure(15)["eval/router_stability"] == pytest.approx(0.75)
 
@@ -101,7 +97,7 @@ def test_a_damaged_file_of_the_evaluation_before_costs_the_comparison_alone(tmp_
     )
     probe = RoutingProbe(tmp_path, Rows(), 16)
     for step in (10, 20):
-        probe.add(batch, output(ids, losses))
+        probe.add(batch, *output(ids, losses))
         assert probe.measure(step) == {}
         if step == 10:
             spoil(tmp_path / "probe" / "step-00000010.npz")

@@ -12,13 +12,16 @@ from model.moe.balance import LayerStats
 from model.routers.config import TopPConfig
 from ops.router import RouteSpec, route
 from train.observe.routing import (
+    RouterTables,
     concentration,
     correlation,
     entropy_ratio,
+    mean_details,
     router_similarity,
     routing_details,
     routing_metrics,
     tile_padding,
+    tile_rows_of,
 )
 
 
@@ -29,10 +32,11 @@ def routing_of(ids: list[list[int]], num_experts: int = 4, logits: torch.Tensor 
 
 
 def test_experts_chosen_together_always_or_independently_show():
-    always = routing_details((routing_of([[0, 1], [2, 3]] * 8),))
+    always = mean_details(routing_details((routing_of([[0, 1], [2, 3]] * 8),)))
     # 0-1 and 2-3: twice; the others never
     assert always["moe/co_activation"] == pytest.approx((2 * 1 + 4 * 1) / 6)
-    independent = routing_details((routing_of([[a, b] for a in (0, 1) for b in (2, 3)]),))
+    both = routing_of([[a, b] for a in (0, 1) for b in (2, 3)])
+    independent = mean_details(routing_details((both,)))
     # only 0-1 and 2-3 never meet
     assert independent["moe/co_activation"] == pytest.approx((4 * 0 + 2 * 1) / 6)
 
@@ -40,7 +44,7 @@ def test_experts_chosen_together_always_or_independently_show():
 def test_gates_margins_and_log_z_follow_their_definition():
     logits = torch.randn(101, 4, generator=torch.Generator().manual_seed(0))
     routing = route(logits, RouteSpec(4, "top_k", top_k=2, max_experts=2))
-    found = routing_details((routing,))
+    found = mean_details(routing_details((routing,)))
     ranked = logits.softmax(-1).sort(descending=True).values
     assert found["moe/gate_sum"] == pytest.approx(1.0)
     assert found["moe/gate_top1_share"] == pytest.approx(
@@ -53,7 +57,8 @@ def test_gates_margins_and_log_z_follow_their_definition():
 
 
 def test_layers_without_assignments_are_left_out():
-    assert routing_details((routing_of([[-1, -1], [-1, -1]]),)) == {} == routing_details(())
+    assert routing_details((routing_of([[-1, -1], [-1, -1]]),)) == [] == routing_details(())
+    assert mean_details([]) == {}
 
 
 def test_concentration_is_0_when_even_1_when_all_go_to_the_same_and_0_when_all_are_visited():
@@ -86,10 +91,10 @@ def test_tile_padding_is_the_share_of_rows_without_an_assignment():
         SimpleNamespace(counts=torch.tensor([counts]))
         for counts in ([1, 64, 65, 0], [128, 0, 0, 0])
     ]
-    assert tile_padding(layers, 64) == {
+    assert tile_padding(tile_rows_of(layers, 64)) == {
         "perf/tile_padding": pytest.approx(1 - 258 / (64 + 64 + 128 + 128))
     }
-    assert tile_padding(layers, 1) == {} == tile_padding((), 64)
+    assert tile_padding(tile_rows_of((), 64)) == {}
 
 
 def test_what_the_controllers_hold_is_reported_as_it_stands():
@@ -128,7 +133,8 @@ def test_what_the_controllers_hold_is_reported_as_it_stands():
         torch.zeros(2, 2, 0),
     )
     shares = torch.eye(2, dtype=torch.float64).expand(2, 2, 2)
-    found = routing_metrics(stats, routers, config, shares, detailed=True)
+    tables = RouterTables.of(routers, routers[0])
+    found = routing_metrics(stats, tables, routers[0], config, shares, detailed=True)
     by_hand = {
         "null_fraction": (4 / 8, 0.0),
         "theta": (0.0, 0.1),

@@ -14,6 +14,15 @@ def test_a_rank_slow_three_times_in_a_row_is_a_straggler():
     assert watch.judge([1.0, 1.0, 1.6, 1.0]) == (1.6, 2)
 
 
+def test_ranks_of_a_stage_are_compared_with_each_other_alone():
+    watch = StragglerWatch(1.5, torch.device("cpu"), stage_size=3)
+    for _ in range(5):
+        skew, straggler = watch.judge([1.0, 1.1, 1.0, 4.0, 4.0, 4.2])
+        assert skew < 1.2 and straggler is None
+    found = [watch.judge([1.0, 1.0, 2.0, 4.0, 4.0, 4.4]) for _ in range(3)]
+    assert found[-1] == (2.0, 2)
+
+
 def test_one_slow_step_or_another_rank_is_no_straggler():
     watch = StragglerWatch(1.5, torch.device("cpu"))
     assert watch.judge([1.0, 3.0])[1] is None

@@ -84,7 +84,8 @@ class AuditLog:
 
     Args:
         folder: RUN/audit, on a file system that all ranks share.
-        moe_layers: transformer layer index of each routing that add() gets.
+        moe_layers: transformer layer index of every layer with experts; own: those of them whose
+            routings add() gets, which on a stage of a pipeline are not all.
         resume_step: what later steps left in the files is dropped, since it is about to be written
             again, and so is a record torn by a crash. None: the audit begins anew.
         num_ranks: ranks that write; None: those of torch.distributed. Files of ranks that are no
@@ -101,6 +102,7 @@ class AuditLog:
         resume_step: int | None = None,
         num_ranks: int | None = None,
         borders: Callable[[], Iterable[int]] = lambda: (),
+        own: slice = slice(None),
     ):
         assert settings.sample_one_in > 0, "the audit is off"
         if num_ranks is None:
@@ -108,6 +110,7 @@ class AuditLog:
         self.folder = folder
         self.settings = settings
         self.moe_layers = moe_layers
+        self.own_layers = moe_layers[own]
         self.rank = rank
         self._queue: queue.SimpleQueue[_MicroBatch | _StepEnd | threading.Event | None] = (
             queue.SimpleQueue()
@@ -134,15 +137,16 @@ class AuditLog:
         """One micro-batch of this rank.
 
         step: the step it belongs to, from 1. token_ids: [B, S] int64 on the host. token_mask: [B,
-            S] bool on the host, False for padding. routings: one per MoE layer, of B * S tokens.
+            S] bool on the host, False for padding. routings: one per own MoE layer, of B * S
+            tokens.
         """
-        if self._off.is_set():
+        if self._off.is_set() or not self.own_layers:
             return
         if self._queue.qsize() >= MAX_WAITING:
             self._lost += 1
             return
 
-        assert len(routings) == len(self.moe_layers), (len(routings), self.moe_layers)
+        assert len(routings) == len(self.own_layers), (len(routings), self.own_layers)
         ids = token_ids.reshape(-1).numpy()
         live = (
             np.ones(len(ids), dtype=bool) if token_mask is None else token_mask.reshape(-1).numpy()
@@ -264,7 +268,7 @@ class AuditLog:
         index = index[order]
         rows = rows[kept][order]
         header = np.zeros(len(rows), HEADER)
-        header["step"], header["layer"] = batch.step, np.array(self.moe_layers)[layer]
+        header["step"], header["layer"] = batch.step, np.array(self.own_layers)[layer]
         header["token"] = (batch.token_ids[index] & 0xFFFFFFFF).astype(np.uint32)
         header["reasons"] = rows[:, 1]
         limit = float(np.finfo(np.float16).max)

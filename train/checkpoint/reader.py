@@ -89,7 +89,7 @@ def fill_engine(engine: Engine, checkpoint: Path, step: int) -> None:
 
     # The whole model is compared before any weight is touched: a refusal leaves the engine as it
     # was.
-    reader.require_model(shapes, expert_ids)
+    reader.require_model(*_whole(engine.module, shapes, expert_ids))
 
     # In pieces, since a whole model's masters and moments need not fit the host twice.
     engine.prepare_scatter(step)
@@ -117,6 +117,19 @@ def fill_engine(engine: Engine, checkpoint: Path, step: int) -> None:
         log.info("%s has no moving average of the weights: it begins with them", checkpoint)
 
     _load_buffers(engine.module, reader)
+
+
+def _whole(
+    model: nn.Module, shapes: dict[str, tuple[int, ...]], expert_ids: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes and expert ids of the whole model, of which this may be one stage: what a checkpoint
+    has of the others is not another model's.
+    """
+    if not isinstance(model, Transformer) or model.part.is_whole:
+        return shapes, expert_ids
+    whole = model.whole()
+    every = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    return every | shapes, expert_ids_of(whole) | expert_ids
 
 
 def load_weights(model: nn.Module, source: Path | CheckpointReader) -> None:
@@ -147,7 +160,7 @@ def load_parameters(model: nn.Module, source: Path | CheckpointReader) -> Checkp
     reader = MergedReader(source) if isinstance(source, Path) else source
     parameters = [(name, p) for name, p in model.named_parameters() if not is_adapter(name)]
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
-    reader.require_model(shapes, expert_ids)
+    reader.require_model(*_whole(model, shapes, expert_ids))
     for name, parameter in parameters:
         want = torch.empty(shapes[name])
         reader.read_parameters({f"{name}/fp32": want}, expert_ids)

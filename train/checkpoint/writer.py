@@ -251,6 +251,7 @@ class CheckpointWriter:
             "zero_stage": engine.stage,
             "expert_parallel_size": self.groups.expert_size,
             "context_parallel_size": self.groups.context_size,
+            "pipeline_parallel_size": self.groups.pipeline_size,
             "versions": versions(),
         }
         return Snapshot(state["step"], *self._owned_tensors(engine), facts, rng_state())
@@ -261,12 +262,12 @@ class CheckpointWriter:
         """The share of the state this rank writes: whole tensors, the small ones packed, where
         those lie, and rows of stacks of experts.
         Every parameter is gathered by its group, then dropped by all but one rank: dense parameters
-        go to the rank with the least so far, pieces of the stacks to the one of those that hold the
-        same experts.
+        go to the rank of the stage with the least so far, pieces of the stacks to the one of those
+        that hold the same experts.
         """
         engine.prepare_gather()
         expert_ids = expert_ids_of(engine.module)
-        load, expert_load = [0] * self.world_size, [0] * self.groups.expert_data_size
+        load, expert_load = [0] * self.groups.stage_size, [0] * self.groups.expert_data_size
         owned: dict[str, torch.Tensor] = {}
         stacks: dict[str, list[Rows]] = {}
         num_stacks = sum(
@@ -276,7 +277,7 @@ class CheckpointWriter:
         )
 
         for name, parameter in engine.named_parameters():
-            # All ranks count alike, so they agree on the owner without a word.
+            # All ranks of a stage count alike, so they agree on the owner without a word.
             ids = expert_ids.get(name)
             if ids is None:
                 owner = load.index(min(load))
@@ -289,11 +290,11 @@ class CheckpointWriter:
                 full = engine.gather_state(parameter, state_key)
                 if ids is not None:
                     stacks[f"{name}/{state_key}"] = self._own_rows(full, num_stacks, expert_load)
-                elif owner == self.rank:
+                elif owner == self.groups.stage_rank:
                     owned[f"{name}/{state_key}"] = full.detach().to("cpu", copy=True)
 
-        # Buffers are the same on every rank.
-        if self.rank == 0:
+        # Buffers are the same on every rank of a stage.
+        if self.groups.stage_rank == 0:
             owned.update(
                 {
                     f"buffer/{name}": b.detach().to("cpu", copy=True)

@@ -210,7 +210,13 @@ def _devices_problems(
         found.append(
             f"launch.num_devices {number} is not divisible by parallel.expert_parallel_size {size}"
         )
-    alone = {"ranks_per_node": None, "placement": None, "context_parallel_size": 1}
+    alone = {
+        "ranks_per_node": None,
+        "placement": None,
+        "context_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "pipeline_split": None,
+    }
     for name, default in alone.items():
         if getattr(parallel, name) != default:
             found.append(f"parallel.{name} is of training alone; leave it out here")

@@ -8,6 +8,7 @@ those that span several records.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from model.attention.config import AttentionConfig
@@ -19,6 +20,7 @@ from model.config import (
     ModelConfig,
 )
 from model.cost.parameters import Trained, count_parameters
+from model.cost.stages import balanced_split, ranges_of
 from model.dispatch.config import DispatcherConfig
 from model.routers.config import RouterConfig
 from train.config.data import DataConfig
@@ -95,6 +97,32 @@ class RunConfig:
         zero = {**self.deepspeed.get("zero_optimization", {}), "stage": stage}
         return replace(self, deepspeed={**self.deepspeed, "zero_optimization": zero})
 
+    @property
+    def stage_layers(self) -> tuple[range, ...]:
+        """The layers of each stage of the pipeline; of the whole model without one."""
+        split = self.parallel.pipeline_split
+        if split is None:
+            split = _balanced(
+                self.model,
+                self.experts_per_token,
+                self.train.seq_len,
+                self.attention,
+                self.parallel.pipeline_parallel_size,
+            )
+        return ranges_of(split)
+
     def gradient_accumulation_steps(self, rows_size: int) -> int:
         """rows_size: ranks with rows of their own (ParallelConfig.rows_size)."""
         return self.train.global_batch_size // (self.train.micro_batch_size * rows_size)
+
+
+@lru_cache(maxsize=256)
+def _balanced(
+    model: ModelConfig,
+    experts_per_token: float,
+    seq_len: int,
+    attention: AttentionConfig,
+    num_stages: int,
+) -> tuple[int, ...]:
+    """Remembered: a search for a layout asks thousands of times."""
+    return balanced_split(model, experts_per_token, seq_len, attention.arguments, num_stages)

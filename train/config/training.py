@@ -322,6 +322,13 @@ class ParallelConfig:
     expert_parallel_size: int = 1
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    """Stages, each with some of the layers and ranks of its own, that micro-batches go through one
+    after the other; with ZeRO 0, 1 or 2.
+    """
+    pipeline_split: tuple[int, ...] | None = None
+    """Layers of each stage, such as [9, 9, 8, 6]. None: so that the slowest stage is as fast as it
+    can be (python -m launch.plan prints them).
+    """
     context_parallel_size: int = 1
     """Ranks that share the tokens of every row, and exchange heads in attention; divides the
     key/value heads.
@@ -337,20 +344,29 @@ class ParallelConfig:
 
     def rows_size(self, world_size: int) -> int:
         """Of so many ranks, those that have rows of their own: what batches are divided by."""
-        return world_size // self.context_parallel_size
+        return world_size // (self.context_parallel_size * self.pipeline_parallel_size)
+
+    def stage_size(self, world_size: int) -> int:
+        """Of so many ranks, those that hold the same layers: what ZeRO and experts share."""
+        return world_size // self.pipeline_parallel_size
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("expert_parallel_size", "context_parallel_size"):
+        for name in ("expert_parallel_size", "context_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 found.append(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self, name) != 1:
-                found.append(
-                    f"parallel.{name} is {getattr(self, name)}; this version supports 1 (use ZeRO "
-                    "and expert "
-                    "parallelism to spread the model)"
-                )
+        if self.tensor_parallel_size != 1:
+            found.append(
+                f"parallel.tensor_parallel_size is {self.tensor_parallel_size}; this version "
+                "supports 1 (use ZeRO, expert and pipeline parallelism to spread the model)"
+            )
+        split, size = self.pipeline_split, self.pipeline_parallel_size
+        if split is not None and (len(split) != size or min(split, default=0) < 1):
+            found.append(
+                f"parallel.pipeline_split is {list(split)}; it must have a number of layers, at "
+                f"least 1, for each of the parallel.pipeline_parallel_size {size} stages, or be "
+                "null"
+            )
         if self.ranks_per_node is not None and (
             self.ranks_per_node < 1
             or (

@@ -39,6 +39,7 @@ from train.engine.average import AVERAGE
 from train.engine.frozen import read_frozen, write_frozen
 from train.engine.library import (
     _anchor,
+    _join_stages,
     _one_zero_optimizer,
     _precision_of_sums,
     _register_expert_groups,
@@ -115,6 +116,8 @@ class Engine:
         self.average = optimizer.average
         self.module = self.deepspeed.module
         self.device = torch.device(self.deepspeed.device)
+        if groups.pipeline_size > 1 and self.stage > 0:
+            _join_stages(self.deepspeed.optimizer, groups.pipeline)
         self.muon: Muon | None = None
         if isinstance(optimizer, Muon):
             self.muon = optimizer
@@ -144,20 +147,32 @@ class Engine:
         groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
         return groups
 
-    def forward(self, batch: TokenBatch, request: ForwardRequest = SUMS_ALONE) -> ModelOutput:
+    def forward(
+        self,
+        batch: TokenBatch,
+        request: ForwardRequest = SUMS_ALONE,
+        hidden: torch.Tensor | None = None,
+    ) -> ModelOutput:
         """Transformer.forward of this rank's micro-batch."""
         # By keyword: ZeRO-3 would wrap every positional tensor, and these need no gradient.
-        output: ModelOutput = self.deepspeed(batch=batch, request=request)
+        output: ModelOutput = self.deepspeed(batch=batch, request=request, before=hidden)
         return output
 
-    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+    def backward(
+        self, loss: torch.Tensor, is_last: bool, carried: torch.Tensor | None = None
+    ) -> None:
         """Accumulate the gradient of this rank's share of the step's loss; `is_last` reduces over
         ranks.
 
         The shares of all ranks and micro-batches add up to the loss whose gradient is applied.
+        carried: a zero that takes gradients which other stages have made of their shares, and
+        scaled as these are here.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        self.deepspeed.backward(loss * self.loss_factor, scale_wrt_gas=False)
+        loss = loss * self.loss_factor
+        if carried is not None:
+            loss = loss + carried
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
         if not is_last:
             self.deepspeed.step()  # only advances DeepSpeed's micro-step counters
 
@@ -195,6 +210,8 @@ class Engine:
         for i, family in enumerate(families):
             if (group := self.groups.shards(family)) is not None:
                 dist.all_reduce(squares[i : i + 1], group=group)
+        if self.groups.pipeline_size > 1:
+            dist.all_reduce(squares, group=self.groups.pipeline)
         norm = float(squares.sum().sqrt())
         if self.clip_grad_norm > 0 and norm > self.clip_grad_norm:
             factor = self.clip_grad_norm / (norm + 1e-6)
@@ -251,8 +268,9 @@ class Engine:
                 moved += ranks * shape.numel()
                 num_matrices += ranks * len(matrices_of(name, shape))
         sent = self.muon.sent_bytes
+        where = "of this stage " if self.groups.pipeline_size > 1 else ""
         return (
-            f"muon moves {moved:,} parameters in {num_matrices:,} matrices, adamw the other "
+            f"{where}muon moves {moved:,} parameters in {num_matrices:,} matrices, adamw the other "
             f"{whole - moved:,}"
             + (f"; this rank sends {sent:,} bytes a step for it" if sent else "")
         )

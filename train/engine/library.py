@@ -96,3 +96,34 @@ def _one_zero_optimizer(engine_class: Any) -> None:
         return str(ZERO_OPTIMIZATION if takes_zero else found)
 
     engine_class._do_optimizer_sanity_check = chosen
+
+
+def _join_stages(optimizer: Any, pipeline: Any) -> None:
+    """Let ZeRO's optimizer (stages 1 and 2) take gradient norm and overflow over all stages of a
+    pipeline.
+
+    DeepSpeed would add up over model-parallel ranks once for each parameter group, and a stage
+    without experts has a group less than others: they would wait for ever (DeepSpeed #1522, #6714).
+    Here each is one all-reduce, whatever a stage holds, and a NaN on one stage is one on all.
+    """
+    own_norm, own_overflow = optimizer.scaled_global_norm, optimizer.has_overflow
+
+    def norm(norm_type: int = 2) -> torch.Tensor:
+        own = torch.as_tensor(own_norm(norm_type))
+        # A norm that is not finite is -1 there.
+        is_bad = ~torch.isfinite(own) | (own < 0)
+        both = torch.stack((torch.where(is_bad, 0.0, own.double().square()), is_bad.double()))
+        dist.all_reduce(both, group=pipeline)
+        return torch.where(both[1] > 0, -1.0, both[0].sqrt()).to(own.dtype)
+
+    def overflow(*args: Any, **kwargs: Any) -> bool:
+        flag = torch.tensor([float(own_overflow(*args, **kwargs))], device=_device_of(optimizer))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=pipeline)
+        return bool(flag.item())
+
+    optimizer.scaled_global_norm, optimizer.has_overflow = norm, overflow
+
+
+def _device_of(optimizer: Any) -> torch.device:
+    device: torch.device = optimizer.bit16_groups[0][0].device
+    return device

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from model.parallel.family import is_expert_parameter
+from model.transformer import Transformer
 from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
 from train.config.training import OptimConfig
 from train.engine.average import AveragedAdamW, MovingAverage
@@ -48,23 +49,17 @@ def parameter_groups(
             nothing is a matrix.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    own = [group.match for group in config.groups]
-    _require_matches("optim.groups", own, [name for name, _ in trained])
-
-    # What belongs together, in this order: of all of them, matrices, vectors, experts' matrices,
-    # experts' vectors; of either kind of matrices AdamW's and then Muon's; of each by layers, from
-    # the last one down, where these differ.
-    found: dict[tuple[int, int, bool, int], list[nn.Parameter]] = {}
-    below = layers_below_the_top([name for name, _ in trained])
-    for name, parameter in trained:
-        rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
-        is_expert = is_expert_parameter(parameter)
-        is_vector = parameter.dim() < 2 + is_expert
-        sort = 2 * is_expert + is_vector
-        by_muon = _is_moved_by_muon(name, parameter, config, rule)
-        depth = 0 if config.layer_lr_decay is None else below[name]
-        found.setdefault((rule, sort, by_muon, depth), []).append(parameter)
-    _require_muon(config, {rule for rule, _, by_muon, _ in found if by_muon})
+    # A rule may mean what another stage of a pipeline has, and depth is that in the whole model.
+    everything = trained
+    if isinstance(model, Transformer) and not model.part.is_whole:
+        everything = list(model.whole().named_parameters())
+    below = layers_below_the_top([name for name, _ in everything])
+    found = _together(trained, config, below)
+    every = found if everything is trained else _together(everything, config, below)
+    _require_matches(
+        "optim.groups", [group.match for group in config.groups], [name for name, _ in everything]
+    )
+    _require_muon(config, {rule for rule, _, by_muon, _ in every if by_muon})
 
     groups: list[dict[str, Any]] = []
     for (rule, sort, by_muon, depth), parameters in sorted(found.items(), key=lambda item: item[0]):
@@ -95,6 +90,25 @@ def parameter_groups(
         groups.append(group)
     assert sum(len(g["params"]) for g in groups) == len(trained)
     return groups
+
+
+def _together(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, below: dict[str, int]
+) -> dict[tuple[int, int, bool, int], list[nn.Parameter]]:
+    """What belongs together, in this order: by rule of optim.groups; matrices, vectors, experts'
+    matrices, experts' vectors; of either kind of matrices AdamW's and then Muon's; of each by
+    layers, from the last one down, where these differ. below: layers_below_the_top.
+    """
+    own = [group.match for group in config.groups]
+    found: dict[tuple[int, int, bool, int], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
+        is_expert = is_expert_parameter(parameter)
+        is_vector = parameter.dim() < 2 + is_expert
+        by_muon = _is_moved_by_muon(name, parameter, config, rule)
+        depth = 0 if config.layer_lr_decay is None else below[name]
+        found.setdefault((rule, 2 * is_expert + is_vector, by_muon, depth), []).append(parameter)
+    return found
 
 
 def layers_below_the_top(names: list[str]) -> dict[str, int]:

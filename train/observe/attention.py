@@ -5,6 +5,8 @@ attention/<metric> is the mean over sparse layers, attention/<metric>/layer_<l> 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from model.attention.base import STATS
@@ -14,7 +16,7 @@ from train.observe.catalogue.names import ATTENTION_BY_LAYER
 
 
 def attention_metrics(
-    sums: torch.Tensor, layers: list[int], detailed: bool = False
+    sums: torch.Tensor, layers: Sequence[int], detailed: bool = False
 ) -> dict[str, float]:
     """sums: [sparse layers, len(STATS)] fp64 on the host, over ranks and steps; layers: their
     numbers; detailed: write every metric for every layer.

@@ -28,7 +28,7 @@ class GradientWatch(Observer):
 
     def __init__(self, module: Transformer, device: torch.device):
         layers = module.moe_layers()
-        self.layers = module.config.moe_layers
+        self.layers, self.rows = module.config.moe_layers, module.part.moe
         self.measuring = False
         # router, experts, router's parts of tokens, tokens
         self.sums = torch.zeros(
@@ -98,9 +98,10 @@ class GradientWatch(Observer):
         through the router (gates, balance, z-loss) over that plus the norm of the rest, mean over
         tokens.
         """
+        whole = self.rows.placed(self.sums).clone()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.sums)
-        sums, self.measuring = self.sums.clone().cpu(), False
+            dist.all_reduce(whole)
+        sums, self.measuring = whole.cpu(), False
         self.sums.zero_()
         if not bool(sums.any()):
             return {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.loss import IGNORE_INDEX, ModelOutput
+from model.loss import IGNORE_INDEX
 from train.data.loader import Batch
 from train.data.store import ValidationRows
 
@@ -39,9 +39,11 @@ class RoutingProbe:
         self._frequency: np.ndarray | None = None
         self._found: dict[str, np.ndarray] | None = None
 
-    def add(self, batch: Batch, output: ModelOutput) -> None:
-        """Keep the first batch since the last `measure`. output: with routings and token losses."""
-        if self._found is not None or not output.routings:
+    def add(self, batch: Batch, expert_ids: torch.Tensor, token_losses: torch.Tensor) -> None:
+        """Keep the first batch since the last `measure`. expert_ids: [L, B * S, K] of all MoE
+        layers, -1 for a slot without an expert; token_losses: [B, S].
+        """
+        if self._found is not None or not len(expert_ids):
             return
         live = (
             np.ones(batch.targets.numel(), bool)
@@ -49,10 +51,8 @@ class RoutingProbe:
             else batch.token_mask.numpy().reshape(-1)
         )
         live = np.flatnonzero(live)[:MAX_TOKENS]
-        ids = torch.stack([r.expert_ids for r in output.routings])[
-            :, torch.from_numpy(live).to(output.loss_sum.device)
-        ]
-        loss = output.token_losses.float().cpu().numpy().reshape(-1)[live]
+        ids = expert_ids[:, torch.from_numpy(live).to(expert_ids.device)]
+        loss = token_losses.float().cpu().numpy().reshape(-1)[live]
         targets = batch.targets.numpy().reshape(-1)[live]
         self._found = {
             "expert_ids": ids.cpu().numpy().astype(np.int16),

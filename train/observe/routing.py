@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,17 +25,46 @@ FAIL_SAFES = ("nonfinite", "empty", "overridden", "frozen", "overloaded")
 or a tile, which was asked for: what it costs is moe/dropped."""
 
 
+class RouterTables(NamedTuple):
+    """What routers hold, [L, ...] fp64, a row for each MoE layer."""
+
+    control: torch.Tensor
+    """[L, 4] model.routers.state.RouterInputs."""
+    controller: torch.Tensor
+    """[L, 7] model.routers.state.ControllerState."""
+    bias: torch.Tensor
+    """[L, E] of the selection of experts."""
+    similarity: torch.Tensor | None
+    """[L] router_similarity."""
+
+    @staticmethod
+    def of(routers: list[Router], kind: Router) -> RouterTables:
+        """kind: what these have in common with those of other stages, where there may be none."""
+        num_experts = kind.spec.num_experts
+
+        def rows(buffers: list[torch.Tensor], width: int) -> torch.Tensor:
+            found = torch.stack(buffers) if buffers else torch.zeros(0, width)
+            return found.double()
+
+        return RouterTables(
+            rows([r.control for r in routers], kind.control.numel()),
+            rows([r.controller for r in routers], kind.controller.numel()),
+            rows([r.balance_bias[:num_experts] for r in routers], num_experts),
+            router_similarity(routers) if num_experts > 1 else None,
+        )
+
+
 def routing_metrics(
     stats: LayerStats,
-    routers: list[Router],
+    tables: RouterTables,
+    first: Router,
     model: ModelConfig,
     shares: torch.Tensor | None,
     detailed: bool = False,
 ) -> dict[str, float]:
     """Scalars of an interval. stats: on the host, over all ranks and steps of the interval, one row
-    per MoE layer.
+    per MoE layer. tables: on the host, of all layers; first: any of the routers.
     detailed: write every metric for every layer."""
-    num_experts, first = model.num_experts, routers[0]
     tokens = stats.tokens.double().clamp_min(1)
     counts = stats.counts.double()
     mean = counts.mean(1).clamp_min(1e-9)
@@ -55,8 +84,8 @@ def routing_metrics(
         "dead_fraction": (counts < 0.05 * mean.unsqueeze(1)).double().mean(1),
         "concentration": concentration(counts, experts),
     }
-    if (similarity := router_similarity(routers)) is not None:
-        by_layer["router_similarity"] = similarity
+    if tables.similarity is not None:
+        by_layer["router_similarity"] = tables.similarity
     if shares is not None:
         load = rank_loads(counts, shares)
         by_layer["rank_load"] = load.max(1).values / load.mean(1).clamp_min(1e-9)
@@ -64,9 +93,9 @@ def routing_metrics(
         by_layer["null_fraction"] = stats.null_count / (stats.null_count + counts.sum(1)).clamp_min(
             1
         )
-    inputs = RouterInputs.of(torch.stack([r.control for r in routers]).double().cpu())
-    state = ControllerState.of(torch.stack([r.controller for r in routers]).double().cpu())
-    bias = torch.stack([r.balance_bias[:num_experts] for r in routers]).double().cpu()
+    inputs = RouterInputs.of(tables.control)
+    state = ControllerState.of(tables.controller)
+    bias = tables.bias
     if first.budget is not None:
         by_layer["budget_error"] = experts / first.target - 1
         by_layer["theta"] = state.theta
@@ -156,7 +185,7 @@ def router_similarity(routers: list[Router]) -> torch.Tensor | None:
             return None
         rows = torch.nn.functional.normalize(router.weight[:num_experts].float(), dim=1)
         found.append((rows.sum(0).square().sum() - num_experts) / (num_experts * (num_experts - 1)))
-    return torch.stack(found).double().cpu()
+    return torch.stack(found).double() if found else torch.zeros(0, dtype=torch.float64)
 
 
 def routing_tables(stats: LayerStats) -> dict[str, Any]:
@@ -170,21 +199,34 @@ def routing_tables(stats: LayerStats) -> dict[str, Any]:
     }
 
 
-def tile_padding(routings: Sequence[RouterOutput], rows: int) -> dict[str, float]:
-    """perf/tile_padding: share of the rows in tiles of `rows` that belong to no assignment, over
-    the layers' routings; {} without tiles.
+def tile_rows_of(routings: Sequence[RouterOutput], rows: int) -> list[tuple[int, int]]:
+    """Of every layer, how many rows belong to an assignment, and how many stand in tiles of `rows`
+    that have some.
     """
-    if rows <= 1 or not routings:
+    counts = [routing.counts.sum(0) for routing in routings]
+    return [(int(c.sum()), int((-(-c // rows) * rows).sum())) for c in counts]
+
+
+def tile_padding(layers: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """perf/tile_padding: share of the rows in tiles that belong to no assignment, from what
+    tile_rows_of gave for all layers; {} without any.
+    """
+    if not layers:
         return {}
-    counts = torch.stack([routing.counts.sum(0) for routing in routings])
-    filled = (-(-counts // rows) * rows).sum()
-    return {"perf/tile_padding": float(1 - counts.sum() / filled.clamp_min(1))}
+    assigned, filled = (sum(column) for column in zip(*layers, strict=True))
+    return {"perf/tile_padding": 1 - assigned / max(filled, 1)}
+
+
+def mean_details(layers: Sequence[dict[str, float]]) -> dict[str, float]:
+    """moe/<name>, the mean over layers of what routing_details gave for each."""
+    names = layers[0] if layers else ()
+    return {f"moe/{name}": sum(layer[name] for layer in layers) / len(layers) for name in names}
 
 
 @torch.no_grad()
-def routing_details(routings: tuple[RouterOutput, ...]) -> dict[str, float]:
-    """What needs tokens instead of sums: of one rank's last micro-batch, so a sample, averaged over
-    MoE layers.
+def routing_details(routings: tuple[RouterOutput, ...]) -> list[dict[str, float]]:
+    """What needs tokens instead of sums: of one rank's last micro-batch, so a sample, for each MoE
+    layer that some token visits.
 
     margin_p05, margin_p50: quantiles over tokens of the key of the last selected minus that of the
         first not selected.
@@ -193,7 +235,7 @@ def routing_details(routings: tuple[RouterOutput, ...]) -> dict[str, float]:
     co_activation: mean over pairs of experts of |P(both) / (P(one) P(other)) - 1|: 0 where experts
         are chosen independently.
     """
-    found: dict[str, list[float]] = {}
+    found: list[dict[str, float]] = []
     for routing in routings:
         visiting = (routing.expert_ids >= 0).any(1)
         if not bool(visiting.any()):
@@ -230,6 +272,5 @@ def routing_details(routings: tuple[RouterOutput, ...]) -> dict[str, float]:
             values["co_activation"] = float(
                 (together / expected.clamp_min(1e-20) - 1).abs()[pairs].mean()
             )
-        for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    return {f"moe/{name}": sum(values) / len(values) for name, values in found.items()}
+        found.append(values)
+    return found

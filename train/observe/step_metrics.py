@@ -18,6 +18,8 @@ from model.attention.base import STATS
 from model.config import BalanceConfig, ModelConfig
 from model.loss import ModelOutput
 from model.moe.balance import LayerStats
+from model.parallel.groups import ParallelGroups
+from model.parallel.part import ModelPart
 from model.routers.base import Router
 from ops.all_to_all import Communication
 from ops.device import peak_tflops
@@ -25,7 +27,7 @@ from train.agenda import Step
 from train.files.sizes import GIB
 from train.observe.attention import attention_metrics
 from train.observe.base import Ask, MicroBatch, Observer, Phase, StepResult
-from train.observe.routing import routing_metrics, routing_tables
+from train.observe.routing import RouterTables, routing_metrics, routing_tables
 
 HEAD = 13
 """Scalar sums in front of the packed vector."""
@@ -45,9 +47,14 @@ class StepMetrics(Observer):
 
     Local sums until `reduce`: [loss, aux, z, targets, tokens, processed, z of the output logits |
     bytes, exposed seconds, seconds, squared rounding, squared values, tokens of all steps |
-    attention | multi-token prediction | memory by rank].
+    attention | multi-token prediction | memory by rank | what routers hold, where stages share
+    them out].
     The routers' statistics come reduced over ranks, once per step. A skipped step took its time,
     computed its tokens and sent its rows, and counts in nothing else.
+
+    Args:
+        routers: of the MoE layers here; stage: which those are, None where all are here, and
+            `kind` what all routers have in common.
     """
 
     def __init__(
@@ -58,10 +65,15 @@ class StepMetrics(Observer):
         flops_per_token: float,
         balance: BalanceConfig,
         rank_shares: torch.Tensor | None,
-        sparse_layers: list[int],
+        sparse_layers: Sequence[int],
         detailed: bool = False,
+        kind: Router | None = None,
+        groups: ParallelGroups | None = None,
+        part: ModelPart | None = None,
     ):
         self.model, self.routers, self.device = model, routers, device
+        self.kind = kind if kind is not None or not routers else routers[0]
+        self.groups, self.part = groups or ParallelGroups.single(), part
         self.flops_per_token, self.balance, self.rank_shares = flops_per_token, balance, rank_shares
         self.sparse_layers, self.detailed = sparse_layers, detailed
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -83,7 +95,8 @@ class StepMetrics(Observer):
             2, self.model.num_mtp_layers, dtype=torch.float64, device=self.device
         )
         self.stats: LayerStats | None = None
-        self.max_vio_sum = torch.zeros(len(self.routers), dtype=torch.float64, device=self.device)
+        num_layers = len(self.model.moe_layers)
+        self.max_vio_sum = torch.zeros(num_layers, dtype=torch.float64, device=self.device)
         self.steps = self.updates = 0
         self.started = time.perf_counter()
 
@@ -140,15 +153,19 @@ class StepMetrics(Observer):
         num_mtp_targets: Sequence[int] = (),
     ) -> None:
         """Add one micro-batch of this rank; no synchronisation with the device."""
-        self.sums[0] += output.loss_sum.detach()
         self.sums[1] += output.aux_sum.detach()
         self.sums[2] += output.z_sum.detach()
+        self.sums[5] += output.processed
+        measured = output.attention_stats
+        self.attention += measured if self.part is None else self.part.sparse.placed(measured)
+        # All stages have the same tokens: the one that makes the losses counts them.
+        if not self.groups.is_last_stage:
+            return
+        self.sums[0] += output.loss_sum.detach()
         self.sums[3] += num_targets
         self.sums[4] += num_tokens
-        self.sums[5] += output.processed
         self.sums[6] += output.logit_z_sum.detach()
         self.sums[12] += num_tokens
-        self.attention += output.attention_stats
         if num_mtp_targets:
             self.mtp[0] += output.mtp_sums.detach()
             self.mtp[1] += torch.tensor(num_mtp_targets, device=self.device)
@@ -190,7 +207,11 @@ class StepMetrics(Observer):
         """
         memory = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         memory[self.rank] = memory_bytes(self.device)
-        packed = torch.cat((self.sums, self.attention.flatten(), self.mtp.flatten(), memory))
+        tables = self._router_tables()
+        flat_tables = torch.cat([table.flatten() for table in tables])
+        packed = torch.cat(
+            (self.sums, self.attention.flatten(), self.mtp.flatten(), memory, flat_tables)
+        )
         if self.world_size > 1:
             dist.all_reduce(packed)
         values = packed.cpu()
@@ -211,7 +232,9 @@ class StepMetrics(Observer):
             all_tokens,
         ) = values[:HEAD].tolist()
         sizes = (HEAD, self.attention.numel(), self.mtp.numel(), self.world_size)
-        _, flat_attention, flat_mtp, all_memory = values.split(sizes)
+        _, flat_attention, flat_mtp, all_memory, flat_tables = values.split(
+            (*sizes, flat_tables.numel())
+        )
         attention = flat_attention.view_as(self.attention)
         scalars: dict[str, Any] = {
             "train/loss": loss / targets if targets > 0 else math.nan,
@@ -236,9 +259,10 @@ class StepMetrics(Observer):
         if square > 0:
             scalars["comm/payload_error"] = math.sqrt(error / square)
         scalars |= attention_metrics(attention, self.sparse_layers, self.detailed)
-        tables: dict[str, Any] = {}
+        written: dict[str, Any] = {}
         if self.stats is not None:
-            layers = len(self.routers)
+            assert self.kind is not None
+            layers = len(self.model.moe_layers)
             stats = LayerStats(*(part.cpu() for part in self.stats))
             scalars["moe/z_loss"] = z / max(tokens, 1) / layers
             if self.balance.aux_loss_coeff > 0:
@@ -249,8 +273,39 @@ class StepMetrics(Observer):
             scalars["moe/spilled"] = spilled / wanted
             scalars["moe/max_vio_step"] = float(self.max_vio_sum.mean()) / max(self.updates, 1)
             scalars.update(
-                routing_metrics(stats, self.routers, self.model, self.rank_shares, self.detailed)
+                routing_metrics(
+                    stats,
+                    self._whole_tables(flat_tables, tables),
+                    self.kind,
+                    self.model,
+                    self.rank_shares,
+                    self.detailed,
+                )
             )
-            tables = routing_tables(stats)
+            written = routing_tables(stats)
         self.reset()
-        return scalars, tables
+        return scalars, written
+
+    def _router_tables(self) -> list[torch.Tensor]:
+        """What the routers of this stage hold, for the sum over ranks to have that of all: rows of
+        other stages are 0, and so is everything on all but a stage's first rank. [] without stages.
+        """
+        if self.kind is None or self.groups.pipeline_size == 1:
+            return [self.sums[:0]]
+        assert self.part is not None
+        own = RouterTables.of(self.routers, self.kind)
+        counts = self.groups.stage_rank == 0
+        found = [self.part.moe.placed(t).to(self.device) for t in own if t is not None]
+        return found if counts else [torch.zeros_like(table) for table in found]
+
+    def _whole_tables(self, flat: torch.Tensor, like: list[torch.Tensor]) -> RouterTables:
+        """Those of all layers, on the host: the sum over ranks, or this rank's where it has all."""
+        assert self.kind is not None
+        if self.groups.pipeline_size == 1:
+            own = RouterTables.of(self.routers, self.kind)
+            similarity = None if own.similarity is None else own.similarity.cpu()
+            return RouterTables(own.control.cpu(), own.controller.cpu(), own.bias.cpu(), similarity)
+        parts = flat.split([table.numel() for table in like])
+        whole = [part.view(table.shape) for part, table in zip(parts, like, strict=True)]
+        similarity = whole[3] if len(whole) > 3 else None
+        return RouterTables(whole[0], whole[1], whole[2], similarity)

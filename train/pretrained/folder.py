@@ -182,7 +182,7 @@ class PretrainedFolder:
         """
         if not self.reading.model["tie_embeddings"] or "lm_head.weight" not in self._shards.shapes:
             return
-        embedding = model.get_parameter("embedding.weight")
+        embedding = self.read("embedding.weight")
         if not torch.equal(self._shards.tensor("lm_head.weight").to(embedding.dtype), embedding):
             raise PretrainedError(
                 f"{self.folder}: config.json says tie_word_embeddings, but lm_head.weight differs "

@@ -96,7 +96,11 @@ class RunWeights:
         load_parameters(model, self.checkpoint)
         routers, config = model.routers(), self.config
         after = RoutingFacts.of(
-            routers, config.balance, config.budget, config.fail_safe, model.rank_shares
+            model.router_kind,
+            config.balance,
+            config.budget,
+            config.fail_safe,
+            model.rank_shares,
         )
         if after is None:
             return

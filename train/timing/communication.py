@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.transformer import Transformer
-from ops.all_to_all import Communication, total_communication
+from ops.all_to_all import Communication, Meter, total_communication
 
 
 class CommunicationMeter:
@@ -11,11 +11,14 @@ class CommunicationMeter:
 
     Args:
         wanted: whether anything is measured, which takes events on a device.
+        between: counts what goes between stages of a pipeline, outside of the model: it is a part
+            of the whole step alone.
     """
 
-    def __init__(self, model: Transformer, wanted: bool):
-        self._model, self._wanted = model, wanted
+    def __init__(self, model: Transformer, wanted: bool, between: Meter):
+        self._model, self._wanted, self._between = model, wanted, between
         self._found: list[Communication] = []
+        between.measuring = wanted
         if wanted:
             self._model.measure_communication(True)
 
@@ -31,4 +34,5 @@ class CommunicationMeter:
         if not self._wanted:
             return None
         self._found.append(self._model.measure_communication(False))
-        return total_communication(self._found)
+        self._between.measuring = False
+        return total_communication([*self._found, self._between.take()])

@@ -32,10 +32,12 @@ class StragglerWatch(Observer):
     Args:
         ratio: a rank above this many times the median (and MIN_SECONDS above it) in PATIENCE logged
             steps in a row is a straggler; 0: nothing is timed.
+        stage_size: ranks that have the same layers, neighbours, which are compared with each other
+            alone; None: all.
     """
 
-    def __init__(self, ratio: float, device: torch.device):
-        self.ratio, self.device = ratio, device
+    def __init__(self, ratio: float, device: torch.device, stage_size: int | None = None):
+        self.ratio, self.device, self.stage_size = ratio, device, stage_size
         self.seconds = 0.0
         self._suspect: int | None = None
         self._times = 0
@@ -97,9 +99,15 @@ class StragglerWatch(Observer):
     def judge(self, seconds: list[float]) -> tuple[float, int | None]:
         if not any(seconds):  # no step was logged since the last time
             return 1.0, None
-        slowest = max(range(len(seconds)), key=seconds.__getitem__)
-        median = statistics.median_low(seconds)
-        skew = seconds[slowest] / max(median, 1e-6)
+        size = self.stage_size or len(seconds)
+        stages = [seconds[first : first + size] for first in range(0, len(seconds), size)]
+        medians = [statistics.median_low(stage) for stage in stages for _ in stage]
+
+        def skew_of(rank: int) -> float:
+            return seconds[rank] / max(medians[rank], 1e-6)
+
+        slowest = max(range(len(seconds)), key=skew_of)
+        median, skew = medians[slowest], skew_of(slowest)
         slow = skew > self.ratio and seconds[slowest] - median > MIN_SECONDS
         self._times = self._times + 1 if slow and self._suspect == slowest else int(slow)
         self._suspect = slowest if slow else None

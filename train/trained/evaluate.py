@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,63 @@ import torch.distributed as dist
 from model.attention.base import STATS
 from model.loss import ModelOutput
 from model.moe.balance import balance_metrics, unpack_stats
+from model.parallel.groups import ParallelGroups
+from model.parallel.part import LayerRows
 from model.request import ForwardRequest, TokenBatch
 from model.routers.base import Router
+from model.transformer import Transformer
 from train.data.loader import Batch
 from train.observe.attention import attention_metrics
 from train.observe.probe import RoutingProbe
+
+
+@dataclass(frozen=True)
+class StageOf:
+    """What of a model is on this rank."""
+
+    groups: ParallelGroups
+    kind: Router | None
+    """What all routers have in common; None in a dense model."""
+    moe: LayerRows | None = None
+    """Which of the MoE layers that evaluation visits are here; None: all."""
+    sparse: LayerRows | None = None
+    """Which of the layers with sparse attention; None: all."""
+    keeps_routing: bool = False
+    """Whether the first batch is for a probe, on this rank or on the first stage's."""
+
+    @staticmethod
+    def of(model: Transformer, keeps_routing: bool) -> StageOf:
+        """Of a model, or of one stage of it."""
+        part, kind = model.part, model.router_kind
+        return StageOf(model.groups, kind, part.decoder_moe, part.sparse, keeps_routing)
+
+    def whole_routing(
+        self, output: ModelOutput, shape: torch.Size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts of all layers [L, B * S, K] and losses [B, S] of a batch whose routing was kept.
+        Collective over the pipeline group.
+        """
+        device = output.loss_sum.device
+        assert self.kind is not None
+        if output.routings:
+            ids = torch.stack([routing.expert_ids for routing in output.routings])
+        else:
+            slots = (0, shape.numel(), self.kind.max_top_k)
+            ids = torch.zeros(slots, dtype=torch.int32, device=device)
+        losses = output.token_losses
+        if self.groups.pipeline_size == 1:
+            return ids, losses
+        ids = placed(self.moe, ids).int()
+        if not losses.numel():
+            losses = torch.zeros(shape, device=device)
+        for part in (ids, losses):
+            dist.all_reduce(part, group=self.groups.pipeline)
+        return ids, losses
+
+
+def placed(rows: LayerRows | None, values: torch.Tensor) -> torch.Tensor:
+    """Rows of this rank's layers among those of all."""
+    return values if rows is None else rows.placed(values)
 
 
 @torch.no_grad()
@@ -28,13 +81,17 @@ def evaluate(
     sparse_layers: list[int] | None = None,
     probe: RoutingProbe | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    stage: StageOf | None = None,
 ) -> dict[str, Any] | None:
     """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many
     batches.
 
+    routers: of the MoE layers here.
     probe: sees this rank's first batch.
     stopped: asked before every batch, with the same answer on all ranks; when it is True, the
-        evaluation is left: a share of the batches is no result.
+        evaluation is left: a share of the batches is no result. Stages of a pipeline would wait for
+        each other there, so they ask before every few batches.
+    stage: what of the model is here; None: all of it.
 
     Returns:
         None when it was left, else
@@ -52,39 +109,48 @@ def evaluate(
         raise ValueError(
             "the model is in training mode, where its loss depends on the batch; call eval() first"
         )
+    if stage is None:
+        kind = routers[0] if routers else None
+        stage = StageOf(ParallelGroups.single(), kind, keeps_routing=probe is not None)
+    kind, groups = stage.kind, stage.groups
     measured = torch.zeros(len(sparse_layers or ()), len(STATS), dtype=torch.float64, device=device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     # The same sources in the same order on all ranks, for they have the same batches.
     of_sources: dict[int, torch.Tensor] = {}
     stats: torch.Tensor | None = None
-    for batch in batches:
-        if stopped():
+    asks = 1 if groups.pipeline_size == 1 else 4 * groups.pipeline_size
+    for number, batch in enumerate(batches):
+        if number % asks == 0 and stopped():
             return None
         output = forward(
             batch.inputs(device),
             ForwardRequest(
                 measure_attention=bool(sparse_layers),
-                keep_routing=probe is not None and stats is None,
+                keep_routing=stage.keeps_routing and number == 0,
             ),
         )
-        if probe is not None:
-            probe.add(batch, output)
+        if stage.keeps_routing and number == 0:
+            ids, losses = stage.whole_routing(output, batch.targets.shape)
+            if probe is not None:
+                probe.add(batch, ids, losses)
         if sparse_layers:
-            measured += output.attention_stats
+            measured += placed(stage.sparse, output.attention_stats)
         places = [sums]
         if batch.source is not None:
             places.append(of_sources.setdefault(batch.source, torch.zeros_like(sums)))
-        for place in places:
+        # The stage that makes the losses counts what they are of.
+        for place in places if groups.is_last_stage else ():
             place[0] += output.loss_sum
             place[1] += batch.num_targets
             place[2] += batch.target_bytes or 0
-        stats = output.stats if stats is None else stats + output.stats
+        own = placed(stage.moe, output.stats)
+        stats = own if stats is None else stats + own
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
         for of_source in of_sources.values():
             dist.all_reduce(of_source)
         dist.all_reduce(measured)
-        if stats is not None and routers:
+        if stats is not None and kind is not None:
             dist.all_reduce(stats)
     loss_sum, num_targets, num_bytes = sums.tolist()
     if num_targets == 0:
@@ -104,8 +170,8 @@ def evaluate(
         }
     if sparse_layers:
         result.update(attention_metrics(measured.cpu(), sparse_layers))
-    if stats is not None and routers:
-        layers = unpack_stats(stats.cpu(), routers[0].spec.num_experts, routers[0].max_top_k)
+    if stats is not None and kind is not None:
+        layers = unpack_stats(stats.cpu(), kind.spec.num_experts, kind.max_top_k)
         result.update(balance_metrics(layers.counts))
         result["experts_per_token"] = float(layers.experts_per_token.mean())
         result["experts_per_token_by_layer"] = layers.experts_per_token.tolist()

@@ -112,7 +112,7 @@ class Scorer:
     @torch.no_grad()
     def _scores(self, pairs: list[tuple[list[int], list[int]]], most: int) -> list[Scored]:
         """most: pairs of the rank that has most of them; others fill up with passes of nothing."""
-        device, found = self.model.embedding.weight.device, []
+        device, found = self.model.any_weight.device, []
         for start in range(0, most, self.batch_size):
             part = pairs[start : start + self.batch_size] or [([self.end_token], [self.end_token])]
             rows = [(*pair[0], *pair[1])[-(self.max_len + 1) :] for pair in part]

@@ -4,6 +4,7 @@ when it is on PYTHONPATH.
     LOADSTONE_FAULT="kill@1:7"           rank 1 dies of SIGKILL at its first heartbeat of step 7
                                          (counted from 1)
     LOADSTONE_FAULT="kill@1:8:save"      ... when it begins to save in step 8 or later
+    LOADSTONE_FAULT="kill@1:8:backward#3"  ... when it begins the third backward pass of the step
     LOADSTONE_FAULT="kill@1:5;hang@0:9"  several, each happens once
     LOADSTONE_FAULT="kill!@1:7"          at every start again
     LOADSTONE_FAULT_DIR=FOLDER           a fault that has happened is recorded here, with its time,
@@ -37,18 +38,24 @@ step_now = 0
 
 
 class Fault:
-    """kind[!]@rank:step[:phase]"""
+    """kind[!]@rank:step[:phase[#number]]"""
 
     def __init__(self, text):
         self.text = text
         kind, place = text.split("@")
         rank, step, *phase = place.split(":")
         self.kind, self.again = kind.rstrip("!"), kind.endswith("!")
-        self.rank, self.step, self.phase = int(rank), int(step), phase[0] if phase else None
+        name, _, number = (phase[0] if phase else "").partition("#")
+        self.rank, self.step, self.phase = int(rank), int(step), name or None
+        self.number = int(number or 1)
+        self.seen, self.seen_in = 0, None
         self.struck = False
 
     def due(self, step, phase):
-        return not self.struck and step >= self.step and self.phase in (None, phase)
+        if self.struck or step < self.step or self.phase not in (None, phase):
+            return False
+        self.seen, self.seen_in = (self.seen + 1 if self.seen_in == step else 1), step
+        return self.seen == self.number
 
     def record(self, step, phase):
         """Write down that the fault happens now; False: it has happened in an earlier attempt."""
@@ -155,12 +162,12 @@ def patch_engine(module, faults):
             output._replace(loss_sum=output.loss_sum * float("nan")) if due("nan_loss") else output
         )
 
-    def spoiled_backward(self, loss, is_last):
+    def spoiled_backward(self, *given):
         if due("nan_grad"):
             poison_gradient(self.module, expert=False)
         if due("nan_expert"):
             poison_gradient(self.module, expert=True)
-        return backward(self, loss, is_last)
+        return backward(self, *given)
 
     module.Engine.forward, module.Engine.backward = spoiled_forward, spoiled_backward
 

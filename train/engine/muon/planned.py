@@ -43,17 +43,21 @@ class PlannedMuon:
 NONE = PlannedMuon((0, 0), 0, 0, 0, 0, 0)
 
 
-def planned_muon(run: RunConfig, num_ranks: int) -> PlannedMuon:
-    """Muon's share of a run; NONE where AdamW moves everything.
+def planned_muon(run: RunConfig, num_ranks: int, layers: range | None = None) -> PlannedMuon:
+    """Muon's share of a run; NONE where AdamW moves everything. layers: of one stage of a pipeline;
+    None: of all stages together, where a rank's share is that of the busiest.
 
     Kinds of parameters that optim.groups or optim.freeze name are followed; patterns of names are
     not, and neither are embedding, head and router given to Muon by optim.groups.
     """
     if not run.optim.uses_muon or run.lora.rank:  # adapters are AdamW's
         return NONE
+    if layers is None:
+        return _together([planned_muon(run, num_ranks, part) for part in run.stage_layers])
+    num_ranks = run.parallel.stage_size(num_ranks)
     found = [
         entry
-        for entry in hidden_matrices(run.model, run.attention.arguments)
+        for entry in hidden_matrices(run.model, run.attention.arguments, layers)
         if _is_moved(run, entry.kind)
     ]
     experts = [entry for entry in found if entry.kind == "experts"]
@@ -81,6 +85,18 @@ def planned_muon(run: RunConfig, num_ranks: int) -> PlannedMuon:
             for matrices, _ in shared
         ),
         work_bytes=WORK_COPIES * width * min(most, max(largest, BATCH_ELEMENTS)),
+    )
+
+
+def _together(stages: list[PlannedMuon]) -> PlannedMuon:
+    """Sums of what all have, and the most that a rank of any has."""
+    return PlannedMuon(
+        parameters=(sum(s.parameters[0] for s in stages), sum(s.parameters[1] for s in stages)),
+        num_matrices=sum(s.num_matrices for s in stages),
+        num_cut=sum(s.num_cut for s in stages),
+        sent_bytes=max(s.sent_bytes for s in stages),
+        flops=max(s.flops for s in stages),
+        work_bytes=max(s.work_bytes for s in stages),
     )
 
 

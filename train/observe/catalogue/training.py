@@ -192,7 +192,8 @@ TRAINING = (
             "ratio",
             LOWER,
             "the slowest rank's own seconds (reading data, forward pass, without waits for others' "
-            "tokens) over the lower median of all ranks; 1 with one rank",
+            "tokens) over the lower median of all ranks, in a pipeline of those of its stage; 1 "
+            "with one rank",
             STEP,
         ),
         Metric(
@@ -207,15 +208,15 @@ TRAINING = (
         "Communication",
         "comm/",
         (Need.EXCHANGE,),
-        "What a rank sends and waits for, in the logged steps of runs whose experts, or the tokens "
-        "of whose rows, are spread over ranks.",
+        "What a rank sends and waits for, in the logged steps of runs whose experts, layers, or "
+        "the tokens of whose rows, are spread over ranks.",
         Metric(
             "bytes",
             "bytes sent",
             "bytes",
             LOWER,
-            "rows, gates, lent weights and heads of attention that a rank sends to others, forward "
-            "and backward, mean over ranks",
+            "rows, gates, lent weights, heads of attention, and hidden states between stages that "
+            "a rank sends to others, forward and backward, mean over ranks",
             STEP,
         ),
         Metric(
@@ -223,8 +224,8 @@ TRAINING = (
             "waiting for tokens",
             "s",
             LOWER,
-            "time a rank waits for rows and heads: what is not hidden behind compute, and the "
-            "others' lateness; mean over ranks",
+            "time a rank waits for rows, heads and other stages: what is not hidden behind "
+            "compute, the others' lateness, and a pipeline's filling and draining; mean over ranks",
             STEP,
         ),
         Metric(

@@ -1,0 +1,226 @@
+"""A step's micro-batches, or held-out batches, through the stages of a pipeline.
+
+Only hidden states and their gradients travel. Every stage has a share of the step's loss of its
+own: cross-entropy on the last, balance and penalties where the layers are. Backward on an earlier
+stage is of its own share and of a zero whose gradient with respect to the hidden states is the one
+that came back (`_Given`), so that the engine sees one scalar as ever.
+
+A tied head, and multi-token prediction, need the embedding on the last stage too. There is still
+one parameter, on the first stage, with its optimiser state, its place in the gradient norm and its
+key in checkpoints: the last stage is lent the weight at the beginning of a step, adds up what its
+micro-batches have as gradients in fp32, and the sum goes back before the first stage's last
+backward pass, which takes it in as it takes the hidden states' gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from model.loss import ModelOutput
+from model.parallel.groups import ParallelGroups
+from model.request import ForwardRequest, TokenBatch
+from model.transformer import Transformer
+from train.engine.deepspeed import Engine
+from train.pipeline.link import Link
+from train.pipeline.schedule import Exchange, actions
+
+
+class Passes(Protocol):
+    """What a stage does with a micro-batch of a step."""
+
+    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """Of micro-batch `number`, from the hidden states [B, S, D] of the stage before (None on
+        the first) to those that the next one gets (None on the last).
+        """
+
+    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+        """carried: a zero that takes the gradient of what was handed on, to be added to the loss
+        (Engine.backward); None on the last stage. is_last: no other backward pass follows.
+        """
+
+
+class Pipeline:
+    """The stages as this rank sees them. One stage alone is a loop over micro-batches.
+
+    Making one, and every method, is collective over the pipeline group.
+    """
+
+    def __init__(self, engine: Engine, groups: ParallelGroups):
+        self.engine, self.groups = engine, groups
+        self.link = Link(groups)
+        model = engine.module
+        self._dtype = model.any_weight.dtype
+        config = model.config
+        self._shares_embedding = groups.pipeline_size > 1 and (
+            config.tie_embeddings or config.num_mtp_layers > 0
+        )
+        # NCCL makes a group's connections at its first collective, in which all of its ranks have
+        # to take part; what neighbours send each other is no such one.
+        if groups.pipeline_size > 1:
+            dist.all_reduce(torch.zeros(1, device=engine.device), group=groups.pipeline)
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def run(self, num_micro_batches: int, tokens: torch.Size, passes: Passes) -> None:
+        """All passes of a step. tokens: [B, S] of every micro-batch here."""
+        place, size = self.groups.pipeline_rank, self.groups.pipeline_size
+        shape = (*tokens, self.engine.module.config.hidden_size)
+        flight = _Flight()
+        lent = self._lent_sum()
+
+        for action in actions(place, size, num_micro_batches):
+            if isinstance(action, Exchange):
+                self._exchange(action, shape, flight)
+            elif action.kind == "forward":
+                out = passes.forward(action.number, flight.enter(action.number))
+                flight.keep(action.number, out)
+            else:
+                # The last pass of the first stage takes in what the last one gathered for it.
+                is_last = action.number == num_micro_batches - 1
+                carried = flight.carried(action.number)
+                if is_last:
+                    carried = self._with_lent_gradient(carried)
+                passes.backward(action.number, carried, is_last)
+                flight.leave(action.number)
+                if lent is not None:
+                    self._add_lent_gradient(lent)
+
+        if lent is not None:
+            self.link.send_to(0, lent)
+
+    def _exchange(self, action: Exchange, shape: tuple[int, ...], flight: _Flight) -> None:
+        send = None if action.send is None else flight.departs.pop(action.send)
+        if action.receive is None:
+            self.link.exchange(action.with_next, send, None)
+            return
+        received = torch.empty(shape, dtype=self._dtype, device=self.engine.device)
+        self.link.exchange(action.with_next, send, received)
+        flight.arrived[action.receive] = received
+
+    # --- what the last stage is lent --------------------------------------------------------------
+
+    @torch.no_grad()
+    def lend_embedding(self) -> None:
+        """From the first stage to the last, where that needs it."""
+        if not self._shares_embedding:
+            return
+        model, last = self.engine.module, self.groups.pipeline_size - 1
+        if model.embedding is not None:
+            self.link.send_to(last, model.embedding.weight)
+        elif model.borrows_embedding:
+            if model.lent_embedding is None:
+                config = model.config
+                shape = (config.vocab_size, config.hidden_size)
+                model.lent_embedding = torch.empty(
+                    shape, dtype=self._dtype, device=self.engine.device
+                )
+            model.lent_embedding.requires_grad_(False)
+            self.link.receive_from(0, model.lent_embedding)
+
+    def _lent_sum(self) -> torch.Tensor | None:
+        """Lends the embedding; where it was lent to, the sum of its gradients so far."""
+        self.lend_embedding()
+        model: Transformer = self.engine.module
+        if not model.borrows_embedding:
+            return None
+        assert model.lent_embedding is not None
+        model.lent_embedding.requires_grad_()
+        return torch.zeros_like(model.lent_embedding, dtype=torch.float32, requires_grad=False)
+
+    def _add_lent_gradient(self, total: torch.Tensor) -> None:
+        weight = self.engine.module.lent_embedding
+        if weight.grad is not None:
+            total += weight.grad
+            weight.grad = None
+
+    def _with_lent_gradient(self, carried: torch.Tensor | None) -> torch.Tensor | None:
+        """On the first stage: also what the last one has as a gradient of the embedding."""
+        model: Transformer = self.engine.module
+        if not self._shares_embedding or model.embedding is None:
+            return carried
+        weight = model.embedding.weight
+        total = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        self.link.receive_from(self.groups.pipeline_size - 1, total)
+        of_weight = given(weight, total.to(weight.dtype))
+        return of_weight if carried is None else carried + of_weight
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, batch: TokenBatch, request: ForwardRequest) -> ModelOutput:
+        """One batch, without gradients; the embedding was lent before. Stages go on with the next
+        batch while later ones are at this one.
+        """
+        place, size = self.groups.pipeline_rank, self.groups.pipeline_size
+        hidden = None
+        if place > 0:
+            shape = (*batch.input_ids.shape, self.engine.module.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self._dtype, device=self.engine.device)
+            self.link.exchange(False, None, hidden)
+        output = self.engine.forward(batch, request, hidden)
+        if place < size - 1:
+            self.link.exchange(True, output.handed_on, None)
+        return output
+
+
+class _Flight:
+    """Hidden states and gradients of the micro-batches that a stage holds, by their numbers.
+
+    Attributes:
+        arrived: hidden states to go on with, or the gradient that came back; departs: what is to be
+            sent.
+    """
+
+    def __init__(self) -> None:
+        self.arrived: dict[int, torch.Tensor] = {}
+        self.departs: dict[int, torch.Tensor] = {}
+        self._held: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._entered: torch.Tensor | None = None
+
+    def enter(self, number: int) -> torch.Tensor | None:
+        """Hidden states that a forward pass goes on with; None on the first stage."""
+        hidden = self.arrived.pop(number, None)
+        self._entered = None if hidden is None else hidden.requires_grad_()
+        return self._entered
+
+    def keep(self, number: int, out: torch.Tensor | None) -> None:
+        """What the pass has made of them, None on the last stage."""
+        self._held[number], self._entered = (self._entered, out), None
+        if out is not None:
+            self.departs[number] = out
+
+    def carried(self, number: int) -> torch.Tensor | None:
+        """A zero with the gradient that came back; None on the last stage."""
+        out = self._held[number][1]
+        return None if out is None else given(out, self.arrived.pop(number))
+
+    def leave(self, number: int) -> None:
+        """After the backward pass: its gradient goes to the stage before, and all else is let
+        go.
+        """
+        hidden, _ = self._held.pop(number)
+        if hidden is not None:
+            assert hidden.grad is not None, f"no gradient has reached micro-batch {number}"
+            self.departs[number], hidden.grad = hidden.grad, None
+
+
+def given(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """[] fp32, a zero whose gradient with respect to `tensor` is `gradient`."""
+    apply: Callable[..., torch.Tensor] = _Given.apply
+    return apply(tensor, gradient)
+
+
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return torch.zeros((), dtype=torch.float32, device=tensor.device)
+
+    @staticmethod
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * factor.to(gradient.dtype), None
