@@ -100,7 +100,8 @@ def overrides_of(command: Command, place: Path) -> list[str]:
     if any(word.startswith("parallel.placement=") for word in words):
         words += ["launch=deepspeed", "launch.num_devices=2", "parallel.expert_parallel_size=2"]
     if any(word.startswith("objective.run=") for word in words):
-        words.append("model.vocab_size=300")  # a student has its teacher's tokens
+        # a student has its teacher's tokens, in rows that the teacher knows
+        words += ["model.vocab_size=300", "train.seq_len=64"]
     return words
 
 

@@ -186,8 +186,9 @@ def _evaluated(run_dir: Path) -> Loaded:
     seen: list[Loaded] = []
     from train.checkpoint import writer as checkpoint
 
-    def load(model: torch.nn.Module, folder: Path) -> None:
-        real(model, folder)
+    def load(model: torch.nn.Module, source: Any) -> None:
+        real(model, source)
+        folder = getattr(source, "checkpoint", source)
         seen.append(Loaded(folder.name, logits_of(model), ()))
 
     def batches(model: Any, rows: Any, *rest: Any) -> None:

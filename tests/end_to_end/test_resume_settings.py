@@ -1085,7 +1085,10 @@ def earlier(runs):
     for path in (folder / "config.yaml", *folder.glob("checkpoints/*/config.yaml")):
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         for kind in SETTINGS:
-            config[kind] = {"_target_": before[config[kind].pop("name")], **config[kind]}
+            if config[kind]["name"] in before:
+                config[kind] = {"_target_": before[config[kind].pop("name")], **config[kind]}
+            else:
+                del config[kind]  # there was none yet
         path.write_text(OmegaConf.to_yaml(config))
         if path.parent != folder:  # a checkpoint lists what it holds
             manifest = json.loads((path.parent / "manifest.json").read_text())

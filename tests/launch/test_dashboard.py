@@ -27,7 +27,7 @@ from train.components import build_model
 from train.observe.catalogue.names import METRICS, names_under
 from train.observe.catalogue.pictures import MEDIA
 from train.observe.catalogue.record import SEEN_IN_THE_RUN, Need
-from train.observe.routing import routing_details
+from train.observe.routing import mean_details, routing_details
 from train.observe.step_metrics import StepMetrics
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "end_to_end"))
@@ -108,7 +108,7 @@ def logged_by(run) -> set[str]:
         stats: LayerStats = unpack_stats(output.stats, run.model.num_experts, routers[0].max_top_k)
         update_routers(routers, stats, run.balance, run.budget, run.fail_safe)
         metrics.add_stats(stats)
-    return {*metrics.reduce()[0], *routing_details(output.routings)}
+    return {*metrics.reduce()[0], *mean_details(routing_details(output.routings))}
 
 
 def catalogued(run, conditions: frozenset[Need]) -> set[str]:

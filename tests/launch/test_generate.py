@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import train.checkpoint.folder
 import train.checkpoint.writer
 import train.components
 import train.data.store
+import train.trained.averages
 from infer.request import Drawn, Event
 from infer.sequence import Sequence
 
@@ -66,10 +68,12 @@ def test_the_text_shown_is_the_decoded_sequence(monkeypatch, tokenizer, continua
     ids = tokenizer.encode(continuation).ids
     fake = SimpleNamespace(to=lambda device: fake, set_step=lambda step: None)
     monkeypatch.setattr(launch.saved.opened, "load_run", lambda *a, **k: None)
+    monkeypatch.setattr(launch.saved.opened, "require_text", lambda config, run: None)
     store = SimpleNamespace(tokenizer=lambda: tokenizer, end_of_document=1)
     monkeypatch.setattr(train.data.store, "TokenStore", lambda path: store)
     monkeypatch.setattr(train.components, "build_model", lambda config: fake)
-    monkeypatch.setattr(train.checkpoint.folder, "find_checkpoint", lambda *a, **k: None)
+    monkeypatch.setattr(train.checkpoint.folder, "find_last", lambda *a, **k: (Path("here"),))
+    monkeypatch.setattr(train.trained.averages, "reader_of", lambda *a, **k: None)
     monkeypatch.setattr(train.checkpoint.writer, "read_state", lambda folder: {"step": 0})
     monkeypatch.setattr(train.checkpoint.writer, "load_weights", lambda *a, **k: None)
     monkeypatch.setattr(infer.engine, "Engine", Scripted(ids))

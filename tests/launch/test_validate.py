@@ -128,12 +128,11 @@ def test_a_published_preset_plans_batches_that_such_a_model_is_trained_with(expe
 @pytest.mark.parametrize("group", ["balance", "deepspeed", "debug", "dispatcher", "data"])
 def test_every_group_option_composes(group):
     for option in sorted(p.stem for p in (Path(CONF) / group).glob("*.yaml")):
-        extra = (
-            ["data.sources.0.path=json", "data.sources.0.data_files=x.jsonl"]
-            if option in ("files", "chat")
-            else []
-        )
-        parse(composed(f"{group}={option}", *extra), 1)
+        form = {"files": "json", "chat": "json", "tokens": "npy"}.get(option)
+        extra = [f"data.sources.0.path={form}", f"data.sources.0.data_files=x.{form}"]
+        if option == "tokens":
+            extra.append("data.tokenizer.end_of_document_id=0")
+        parse(composed(f"{group}={option}", *(extra if form else ())), 1)
 
 
 @pytest.mark.parametrize(
