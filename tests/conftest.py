@@ -54,7 +54,8 @@ def pytest_runtest_call(item: pytest.Item):
     """
     result = yield
     tier = "fast" if item.get_closest_marker("fast") else "default"
-    used = tiers.cpu_seconds() - item.stash[BEGAN]
+    # the server that forks ranks may have ended meanwhile, and its time with it
+    used = max(0.0, tiers.cpu_seconds() - item.stash[BEGAN])
     item.user_properties.append((CPU, used))
     if used > tiers.SECONDS[tier] and not any(
         item.get_closest_marker(name) for name in ("nightly", "faults", "gpu")
