@@ -12,9 +12,33 @@ from model.moe.layer import ModelParts
 from model.parallel.groups import ParallelGroups
 from model.placement.record import Placement
 from model.transformer import Transformer
+from ops.grouped_mlp import select_backend
 from train.config.kinds import kind_of
 from train.config.lora import ranks_of
 from train.config.run import RunConfig
+
+
+def training_dtype(config: RunConfig) -> torch.dtype:
+    """Of the weights in training (train.precision)."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def experts_backend(config: RunConfig, device: torch.device) -> str:
+    """What computes the experts of a run in training.
+
+    Raises:
+        ValueError: experts.backend cannot, on this device.
+    """
+    model = config.model
+    return select_backend(
+        config.experts.backend,
+        device,
+        training_dtype(config),
+        model.hidden_size,
+        model.expert_intermediate_size,
+        model.plain_experts,
+        config.experts.precision,
+    )
 
 
 def build_model(

@@ -15,14 +15,13 @@ from model.attention.config import AttentionConfig, SparseAttentionConfig
 from model.config import ModelConfig
 from model.cost.parameters import count_parameters
 from model.parallel.groups import ParallelGroups, initialize_parallel
-from ops.grouped_mlp import select_backend
 from ops.router import select_backend as router_backend
 from ops.sparse_attention import backend_for as attention_backend
 from train import loop
 from train.agenda import last_step_of
 from train.checkpoint.folder import begins_anew
 from train.checkpoint.writer import CheckpointWriter
-from train.components import build_model
+from train.components import build_model, experts_backend, training_dtype
 from train.config.data import labels
 from train.config.run import RunConfig
 from train.data.chat.samples import ChatSamples
@@ -94,8 +93,7 @@ def fit(
         parallel.context_parallel_size,
         parallel.pipeline_parallel_size,
     )
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    model = build_model(config, groups, dtype)
+    model = build_model(config, groups, training_dtype(config))
 
     # Before the engine shards it: so beside the model one tensor at a time is in memory.
     weights = None
@@ -331,16 +329,7 @@ def banner(
     if config.data.streaming:
         tokens = f"streamed, shuffled in windows of {config.data.stream.window_mib} MiB of text"
     micro_steps = config.gradient_accumulation_steps(groups.rows_size)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    backend = select_backend(
-        config.experts.backend,
-        device,
-        dtype,
-        model.hidden_size,
-        model.expert_intermediate_size,
-        model.plain_experts,
-        config.experts.precision,
-    )
+    backend = experts_backend(config, device)
     shape = (
         f"{model.num_experts} experts, {config.experts_per_token:g} per token, in "
         f"{len(model.decoder_moe_layers)} of "
@@ -372,7 +361,7 @@ def banner(
         f"data     {store.path} ({tokens}, vocabulary {store.vocab_size})",
         f"kernels  {device.type}; experts by {backend}{_rounding(config, backend)}, router "
         f"{router_backend(device, torch.float32)}"
-        + attention_line(config.attention, model, device, dtype),
+        + attention_line(config.attention, model, device, training_dtype(config)),
         f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
     ]
 

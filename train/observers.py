@@ -10,11 +10,12 @@ import torch.distributed as dist
 from model.cost.parameters import flops_per_token
 from model.parallel.groups import ParallelGroups
 from model.parallel.part import ModelPart
-from ops.grouped_mlp import product_tile_rows, select_backend
+from ops.grouped_mlp import product_tile_rows
 from train.audit.format import FOLDER
 from train.audit.log import AuditLog
 from train.audit.observer import RoutingAudit
 from train.checkpoint.folder import saved_steps
+from train.components import experts_backend, training_dtype
 from train.config.objective import NextTokenConfig
 from train.config.run import RunConfig
 from train.engine.deepspeed import Engine
@@ -99,16 +100,7 @@ def _routing_sample(
 ) -> RoutingSample:
     """Of the rank that writes, and with tiles where its experts compute its own tokens alone."""
     model = config.model
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    backend = select_backend(
-        config.experts.backend,
-        device,
-        dtype,
-        model.hidden_size,
-        model.expert_intermediate_size,
-        model.plain_experts,
-        config.experts.precision,
-    )
+    backend, dtype = experts_backend(config, device), training_dtype(config)
 
     def tile_rows(slots: int) -> int:
         return product_tile_rows(backend, slots, model.num_experts, dtype)

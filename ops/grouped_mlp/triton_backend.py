@@ -76,7 +76,7 @@ def forward(
     pre = hidden.new_empty(len(slots), 2 * width) if keep else None
     act = hidden.new_empty(len(slots), width)
     up_scales, down_scales = scales or (None, None)
-    tokens: Scaled = round_rows(hidden) if low else (hidden, None)
+    tokens = _scaled(hidden, low)
     matrices: Scaled = round_rows(gate_up) if low else (gate_up, up_scales)
     _up(tokens, matrices, slots, offsets, tiles, act, pre, top_k, rows)
 
@@ -140,13 +140,21 @@ def backward(
     tiles = _tile_map(slots, offsets, rows)
     if pre is None:
         pre = hidden.new_empty(num_rows, 2 * width)
-        tokens: Scaled = round_rows(hidden) if low else (hidden, None)
-        matrices: Scaled = round_rows(gate_up) if low else (gate_up, None)
-        _up(tokens, matrices, slots, offsets, tiles, None, pre, top_k, rows)
+        _up(
+            _scaled(hidden, low),
+            _scaled(gate_up, low),
+            slots,
+            offsets,
+            tiles,
+            None,
+            pre,
+            top_k,
+            rows,
+        )
 
     # Through the down-projection and SwiGLU, with the weights' gradient on the way: each tile of
     # columns has a part of <grad_act, act>, and a second kernel adds them in order.
-    grad_rows: Scaled = round_rows(grad_out) if low else (grad_out, None)
+    grad_rows = _scaled(grad_out, low)
     down_columns: Scaled = _rounded_columns(down) if low else (down, None)
     config = _fitting(configs.act_grad_config(rows, grad_rows[0].dtype, target), down_columns[0])
     num_parts = -(-width // config.columns)
@@ -311,6 +319,11 @@ def _columns(matrices: Tensor, config: Config, low: bool) -> Tensor | TensorDesc
     """Of an expert at a time, summed over its rows; of 8-bit floats it has those as columns."""
     block = (config.columns, config.step) if low else (config.step, config.columns)
     return _matrices(matrices, block, config)
+
+
+def _scaled(values: Tensor, low: bool) -> Scaled:
+    """The rows of one side of a product."""
+    return round_rows(values) if low else (values, None)
 
 
 def _rounded_columns(matrices: Tensor) -> Scaled:

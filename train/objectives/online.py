@@ -13,7 +13,7 @@ from model.request import Taught, TokenBatch
 from model.transformer import Transformer
 from train.checkpoint.folder import find_checkpoint
 from train.checkpoint.reader import load_weights
-from train.components import build_model
+from train.components import build_model, training_dtype
 from train.config.objective import DistilConfig
 from train.config.run import RunConfig
 from train.data.loader import Batch
@@ -65,5 +65,5 @@ def load_teacher(
     else:
         assert settings.path is not None
         PretrainedFolder(Path(settings.path).expanduser()).fill_model(model)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = training_dtype(config)
     return OnlineTeacher(model.to(device, dtype), settings.temperature)
