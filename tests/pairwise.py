@@ -1,9 +1,14 @@
-"""A few settings in which every two values of two columns meet, instead of their whole product."""
+"""What runs daily of many cases: those in which every two values of two columns meet, or every so
+many of like ones; all run nightly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import combinations
+from typing import Any
+
+import pytest
 
 
 def cover(cases: Iterable[tuple[Hashable, ...]]) -> Iterator[tuple[Hashable, ...]]:
@@ -19,3 +24,20 @@ def cover(cases: Iterable[tuple[Hashable, ...]]) -> Iterator[tuple[Hashable, ...
         case = max(left, key=lambda c: sum(pair in missing for pair in left[c]))
         missing.difference_update(left.pop(case))
         yield case
+
+
+def some_daily(cases: Sequence[Any], one_in: int = 2) -> list[Any]:
+    """Arguments of parametrize, of which the first of every `one_in` runs daily and the others
+    nightly. For cases of one rule that each cost seconds: what is new may well fall to the night.
+
+    cases: of several arguments as tuples or pytest.param, of one as they are.
+    """
+    daily = []
+    for number, case in enumerate(cases):
+        if number % one_in:
+            named = isinstance(case, type(pytest.param()))
+            values = case.values if named else case if isinstance(case, tuple) else (case,)
+            name = case.id if named else None
+            case = pytest.param(*values, id=name, marks=[pytest.mark.nightly])
+        daily.append(case)
+    return daily

@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
-from tests.pairwise import cover
+from tests.pairwise import cover, some_daily
 
 
 def pairs(cases) -> set:
@@ -28,3 +28,13 @@ def test_pairs_that_are_not_allowed_are_not_asked_for():
     allowed = [case for case in product("ab", "cd", "ef") if case[:2] != ("a", "c")]
     chosen = list(cover(allowed))
     assert pairs(chosen) == pairs(allowed) and chosen == list(cover(allowed))
+
+
+def test_of_every_few_cases_the_first_is_daily_and_all_others_nightly():
+    cases = ["a", (1, 2), pytest.param("b", id="of b"), {"values": 1}, "c"]
+    marked = some_daily(cases, 3)
+    assert marked[0] == "a" and marked[3] == {"values": 1}
+    nightly = [marked[i] for i in (1, 2, 4)]
+    assert [case.values for case in nightly] == [(1, 2), ("b",), ("c",)]
+    assert [case.id for case in nightly] == [None, "of b", None]
+    assert all(list(case.marks) == [pytest.mark.nightly.mark] for case in nightly)

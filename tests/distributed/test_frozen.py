@@ -79,9 +79,9 @@ def test_what_is_frozen_stays_and_has_no_moments_and_the_rest_moves(alone):
 @pytest.mark.parametrize(
     ("stage", "expert_parallel_size"),
     [
-        pytest.param(0, 2, id="zero0-ep2"),
+        pytest.param(0, 2, id="zero0-ep2", marks=pytest.mark.nightly),
         pytest.param(1, 2, id="zero1-ep2"),
-        pytest.param(2, 1, id="zero2-ep1"),
+        pytest.param(2, 1, id="zero2-ep1", marks=pytest.mark.nightly),
         pytest.param(3, 2, id="zero3-ep2"),
         pytest.param(3, 1, id="zero3-ep1", marks=pytest.mark.nightly),
         pytest.param(2, 2, id="zero2-ep2", marks=pytest.mark.nightly),

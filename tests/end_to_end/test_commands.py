@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests import forked
+from tests.pairwise import some_daily
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commandline import ROOT, TINY, last_json, launch, losses, ranks, write_text
@@ -593,7 +594,7 @@ def test_sweeps_run_each_job_and_return_losses(trained):
     shutil.rmtree(ROOT / "runs" / f"sweep-{folder.name}")
 
 
-@pytest.mark.parametrize("kind", ["inline", "deepspeed"])
+@pytest.mark.parametrize("kind", some_daily(["inline", "deepspeed"]))
 def test_sigterm_saves_and_ends_with_zero(trained, kind):
     folder, data, _, _ = trained
     run = folder / f"sigterm-{kind}"

@@ -37,6 +37,7 @@ from launch.saved import files as saved
 from launch.saved.files import load_config
 from launch.saved.resume import OF_THE_COMMAND, examine, flat, merged
 from launch.saved.run import load_run
+from tests.pairwise import some_daily
 from train.checkpoint.folder import find_checkpoint, point_best
 from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.writer import CheckpointError
@@ -934,7 +935,7 @@ def cases(kind: type) -> list:
     ]
 
 
-@pytest.mark.parametrize(("key", "case"), cases(Acts))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Acts), 3))
 def test_it_acts_and_is_told(runs, key, case):
     override = case.override.replace("CACHE", str(runs.folder / "CACHE"))
     control = runs.resumed(case.base, *case.control, steps=case.steps)
@@ -952,7 +953,7 @@ def test_it_acts_and_is_told(runs, key, case):
         assert any(ours != others for ours, others in values.values()), values
 
 
-@pytest.mark.parametrize(("key", "case"), cases(Reaches))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Reaches), 3))
 def test_it_is_in_the_record_that_the_run_is_built_from(runs, key, case):
     run = runs.base("top_k")
     overrides = tuple(setting(o) for o in case.overrides[::-1])
@@ -969,7 +970,7 @@ def test_it_is_in_the_record_that_the_run_is_built_from(runs, key, case):
     assert parse(plain(config), case.world_size)
 
 
-@pytest.mark.parametrize(("key", "case"), cases(Refused))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Refused), 3))
 def test_it_is_refused_with_the_reason(runs, key, case):
     with pytest.raises(ValueError) as error:
         runs.asked(runs.base(case.base), case.override)

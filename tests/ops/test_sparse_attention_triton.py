@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pairwise import some_daily
+
 pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 
 @pytest.mark.slow
-def test_attention_and_every_gradient_match_the_definition(interpret) -> None:
-    interpret("attention_cases.py", "attend")
+@pytest.mark.parametrize("cases", some_daily(["attend/2", "attend"]))
+def test_attention_and_every_gradient_match_the_definition(interpret, cases) -> None:
+    interpret("attention_cases.py", cases)
 
 
 @pytest.mark.slow
-def test_attention_matches_the_definition_in_half_precision(interpret) -> None:
-    interpret("attention_cases.py", "half")
+@pytest.mark.parametrize("cases", some_daily(["half/2", "half"]))
+def test_attention_matches_the_definition_in_half_precision(interpret, cases) -> None:
+    interpret("attention_cases.py", cases)
 
 
 @pytest.mark.slow
