@@ -32,6 +32,7 @@ from launch.job.memory import (
     planned_teacher,
 )
 from launch.layouts.micro_batch import is_asked, with_micro_batch
+from launch.layouts.trial import described
 from launch.saved.initial import check_weights
 from launch.saved.teacher import check_teacher
 from train.engine.muon.planned import planned_muon
@@ -63,8 +64,9 @@ def main(config: DictConfig) -> None:
     problems: list[str] = []
     try:
         if is_asked(config):
-            config, said = with_micro_batch(config, asked.device)
-            print(said)
+            config, planned = with_micro_batch(config, asked.device)
+            print(planned.said)
+            print(described(parse(plain(config), num_ranks), planned.sizes))
         run = parse(plain(config), num_ranks)
         path = run.data.tokenizer.path
         if path is None or Path(path).expanduser().exists():

@@ -4,7 +4,8 @@ python -m launch.teach objective=distil objective.run=TEACHER to=CACHE [num_ids=
 of launch.train]
 
 The teacher is a run, or a folder as the Hub has it (objective.path=DIR). The other settings are
-those of the run that will learn: they say which rows there are, and in which order.
+those of the run that will learn: they say which rows there are, and in which order. The same
+command after a kill goes on where it stood.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _write(run: RunConfig, teacher: RunConfig, asked: TeachCommandConfig) -> Non
     from train.data.prepare import prepare
     from train.data.store import TokenStore
     from train.objectives.cache import bytes_per_token, facts_of, write_cache
-    from train.objectives.online import load_teacher
+    from train.objectives.online import files_of, load_teacher
     from train.objectives.teachers import require_same_tokens
 
     settings = run.objective
@@ -114,7 +115,12 @@ def _write(run: RunConfig, teacher: RunConfig, asked: TeachCommandConfig) -> Non
         flush=True,
     )
     to = Path(asked.to).expanduser()
-    told = {"from": name, "parameters": sum(p.numel() for p in model.model.parameters())}
+    told = {
+        "from": name,
+        "parameters": sum(p.numel() for p in model.model.parameters()),
+        "files": files_of(settings),
+        "precision": run.train.precision,
+    }
     with tempfile.TemporaryDirectory(prefix="loadstone-teach-") as scratch:
         samples = training_samples(run, store, Path(scratch))
         batch = run.train.micro_batch_size

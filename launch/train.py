@@ -27,6 +27,7 @@ from launch.config.parse import world_size
 from launch.job.worker import give_way, require_memory, stopped_before_training, tell_changes, work
 from launch.launchers import hosts
 from launch.layouts.micro_batch import is_asked, with_micro_batch
+from launch.layouts.trial import described, largest_that_runs
 from launch.process.identity import is_worker, rank
 from launch.process.secrets import forwarded_environment, redact_text
 from launch.saved.configs import load_run_config
@@ -51,15 +52,20 @@ def train(config: DictConfig) -> float | None:
             require_known_epochs(config)
         return work(config)
 
+    if "saved_config" in config and config.get("trial"):
+        try_out(load_run_config(Path(config.saved_config)))
+        return None
+
     if "saved_config" in config:  # the batch script of launch=slurm
         config = load_run_config(Path(config.saved_config))
         tell_edits(config, Path(config.run_dir))
         return supervise(config, parse(plain(config), world_size(config)))
 
     # A number from here on: the run saves it, and is resumed with it.
+    planned = None
     if is_asked(config):
-        config, said = with_micro_batch(config)
-        print(said, flush=True)
+        config, planned = with_micro_batch(config)
+        print(planned.said, flush=True)
     run = parse(plain(config), world_size(config))
     if run.launch.hostfile:
         hosts.check(run.launch)
@@ -89,6 +95,8 @@ def train(config: DictConfig) -> float | None:
         )
 
     if run.launch.dry_run:
+        if planned is not None:
+            print(described(run, planned.sizes))
         dry_run(run, config)
         return None
 
@@ -101,6 +109,12 @@ def train(config: DictConfig) -> float | None:
         from launch.job.follower import follow
 
         raise SystemExit(follow(run, Path(config.resume or config.run_dir)))
+
+    # Only now, when nothing else is in the way: it takes a start of all ranks for each size.
+    if planned is not None:
+        refuse_used_run_dir(config)
+        config = largest_that_runs(config, planned.sizes)
+        run = parse(plain(config), world_size(config))
 
     if run.train.num_epochs is not None:
         config, run = with_known_epochs(config, run)
@@ -250,6 +264,18 @@ def supervise(config: DictConfig, run: Any) -> float | None:
     return loss
 
 
+def try_out(config: DictConfig) -> None:
+    """A few steps in a scratch folder, here or by ranks: whether they fit is all that is asked."""
+    from launch.config.parse import parse
+
+    run = parse(plain(config), world_size(config))
+    with StopSignal(second_interrupt_ends=True) as stop:
+        if run.launch.kind == "inline":
+            work(config, stop, trial=True)
+        else:
+            start_ranks(config, run, stop, lambda: True, trial=True)
+
+
 def tell_edits(config: DictConfig, run_dir: Path) -> None:
     """The same for a job that goes on by itself after it was queued or started again."""
     for line in examine_restart(config, run_dir):
@@ -257,8 +283,13 @@ def tell_edits(config: DictConfig, run_dir: Path) -> None:
 
 
 def start_ranks(
-    config: DictConfig, run: Any, stop: StopSignal, still_ours: Callable[[], bool]
+    config: DictConfig,
+    run: Any,
+    stop: StopSignal,
+    still_ours: Callable[[], bool],
+    trial: bool = False,
 ) -> None:
+    """A job of ranks to its end. trial: it tries whether it fits, and keeps nothing."""
     from launch.config.build import ConfigError
     from launch.config.parse import check_tokenizer, parse
     from launch.job.supervisor import Supervisor
@@ -286,6 +317,7 @@ def start_ranks(
 
     env = {**forwarded_environment(spawn.environment(), run.launch.forward_env), **run.launch.env}
     arguments = [f"+saved_config={quoted((run_dir / 'config.yaml').resolve())}"]
+    arguments += ["+trial=true"] if trial else []
 
     try:
         code = Supervisor(

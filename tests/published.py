@@ -171,16 +171,21 @@ def saved(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.float()
 
 
-def ours(source: PretrainedFolder, **settings: Any) -> Transformer:
-    """Our model of a folder. settings: of ModelConfig, beside those of its config.json."""
+def ours(source: PretrainedFolder, top_k: int | None = None, **settings: Any) -> Transformer:
+    """Our model of a folder. top_k: experts of a token instead of its own; settings: of
+    ModelConfig, beside those of its config.json.
+    """
     reading = source.reading
     shape = reading.model | settings
     if shape["rope_scaling"] is not None:
         shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
     router = {k: v for k, v in reading.router.items() if k != "name"} or {"top_k": 1}
     attention = {key: value for key, value in reading.attention.items() if key != "name"}
+    routing = TopKConfig(**router)
+    if top_k is not None:
+        routing = routing.fixed(ModelConfig(**shape), top_k)
     parts = ModelParts(
-        TopKConfig(**router),
+        routing,
         ATTENTIONS[reading.attention["name"]](**attention),
         LocalDispatcherConfig(),
         BalanceConfig(),

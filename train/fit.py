@@ -63,6 +63,7 @@ def fit(
     restarted: bool = False,
     observers: Sequence[Observer] = (),
     teacher: RunConfig | None = None,
+    trial: bool = False,
 ) -> dict[str, Any] | None:
     """Train, evaluate and save, inside train.rank.runtime.process_group. Rank 0 returns the
     summary, others None.
@@ -76,6 +77,7 @@ def fit(
         observers: more of them than a run has by itself (train/observe/base.py), the same on all
             ranks.
         teacher: the config of a model that teaches while this one learns (config.objective).
+        trial: steps alone, to see whether they fit: nothing is evaluated or saved.
 
     Raises:
         Stopped: on all ranks, when rank 0 was asked to stop while it prepared the data.
@@ -187,7 +189,7 @@ def fit(
             saved_step=progress.step,
         )
         try:
-            summary = loop.train(run)
+            summary = loop.train(run, keeps=not trial)
         finally:
             run.watch.close()
             loader.samples.close()

@@ -35,8 +35,11 @@ def evaluates_first(progress: Progress, settings: TrainConfig) -> bool:
     return progress.evaluation_left or progress.step >= last_step_of(settings)
 
 
-def train(run: Parts) -> dict[str, Any]:
-    """All steps, and what follows them; returns the summary. Collective."""
+def train(run: Parts, keeps: bool = True) -> dict[str, Any]:
+    """All steps, and what follows them; returns the summary. Collective.
+
+    keeps: False for a trial, whose end is neither saved nor evaluated.
+    """
     settings, progress = run.config.train, run.progress
     first_step = logged_step = progress.step
     scalars: dict[str, Any] = {}
@@ -78,6 +81,8 @@ def train(run: Parts) -> dict[str, Any]:
     end = planned(progress.step)
     if progress.step > logged_step:
         scalars = write_record(run, end)
+    if not keeps:
+        return summary(run, scalars, stopped)
     # The checkpoint comes before the evaluation, which must not cost the run its weights.
     if run.saved_step != progress.step:
         save(run, end)

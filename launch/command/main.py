@@ -170,6 +170,6 @@ def _explained(
         if interrupts.number is not None:
             raise KeyboardInterrupt from error
         kind = failure_of(error)
-        if kind in ("failed", "communication"):
+        if kind in ("failed", "communication", "out_of_memory"):
             raise
         fail([str(error)], every_rank=kind in ("config", "rendezvous"), code=FAILURES[kind].code)

@@ -44,6 +44,9 @@ def failure_of(error: BaseException) -> str:
     if isinstance(error, (ValueError, FileNotFoundError)) and is_ours(error):
         return "config"
 
+    if is_out_of_memory(error):
+        return "out_of_memory"
+
     # Back-ends raise plain RuntimeErrors when a peer is gone: only their words tell.
     lost = (
         "gloo",
@@ -59,6 +62,24 @@ def failure_of(error: BaseException) -> str:
         return "communication"
 
     return "failed"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host. torch has a class for its CUDA
+    allocator alone; of the others only their words tell.
+    """
+    words = (
+        "can't allocate memory",  # torch's allocator of the CPU
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "std::bad_alloc",
+        "Cannot allocate memory",
+    )
+    return (
+        isinstance(error, (MemoryError, _of_torch("torch", "OutOfMemoryError")))
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    )
 
 
 def _of_torch(module: str, name: str) -> type[BaseException] | tuple[()]:

@@ -9,11 +9,7 @@ before the next begins, so that a comparison that was killed goes on where it st
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,21 +19,14 @@ from typing import Any
 
 from launch.comparing.grid import Cell, directory_of
 from launch.config.overrides import plain, quoted
+from launch.process.children import last_lines, run_child
 from launch.process.exits import IN_USE
-from launch.process.identity import ROOT
-from launch.process.secrets import redact, redact_text
+from launch.process.secrets import redact
 from launch.saved.configs import load_run_config
 from launch.saved.files import read_result
 from launch.saved.resume import OF_THE_COMMAND, flat, shown
 from train.checkpoint.folder import newest_complete
 from train.files.durable import write_json
-
-PR_SET_PDEATHSIG = 1
-TOLD = 6
-"""Last lines of a failed command that are kept."""
-LINE = 400
-GRACE_SECONDS = 150.0
-"""Between asking a run to save and end, and killing it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +91,7 @@ def run_cell(folder: Path, cell: Cell) -> Outcome:
         path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
-        code = _run([sys.executable, "-m", "launch.train", *arguments], log)
+        code = run_child([sys.executable, "-m", "launch.train", *arguments], log)
     except KeyboardInterrupt:
         seconds = spent + time.monotonic() - started
         _keep(folder, cell, Outcome("interrupted", seconds))
@@ -116,43 +105,9 @@ def run_cell(folder: Path, cell: Cell) -> Outcome:
     elif code == 0:  # asked to stop by somebody
         outcome = Outcome("interrupted", seconds)
     else:
-        outcome = Outcome("failed", seconds, code, _last_lines(log))
+        outcome = Outcome("failed", seconds, code, last_lines(log))
     _keep(folder, cell, outcome)
     return outcome
-
-
-def _run(command: list[str], log: Path) -> int:
-    """The exit code of a command whose output goes to a file. It is asked to end with this process,
-    whatever ends that.
-    """
-    parent = os.getpid()
-
-    def tie_to_parent() -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with log.open("ab") as output:
-        # A group of its own: Ctrl-C reaches it through this process, once.
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=tie_to_parent,
-            process_group=0,
-        )
-        try:
-            return child.wait()
-        except BaseException:
-            child.terminate()
-            try:
-                child.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            raise
 
 
 def _put_aside(folder: Path, run_dir: Path) -> None:
@@ -165,17 +120,6 @@ def _put_aside(folder: Path, run_dir: Path) -> None:
 
 def _keep(folder: Path, cell: Cell, outcome: Outcome) -> None:
     write_json(folder / "outcomes" / f"{cell.name}.json", asdict(outcome))
-
-
-def _last_lines(log: Path) -> tuple[str, ...]:
-    """What a failed command said last: its errors, or the end of its traceback."""
-    with log.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - (1 << 16)))
-        text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error")]
-    return tuple(redact_text(line[:LINE]) for line in (errors or lines)[-TOLD:])
 
 
 def changed(folder: Path, cells: Sequence[Cell]) -> list[str]:

@@ -17,8 +17,10 @@ from train.config.upcycling import upcycling_problems
 from train.observe.catalogue.names import metric_names
 
 
-def contradictions(run: RunConfig, world_size: int) -> list[str]:
-    """Every problem that one look at the values shows, before any process starts."""
+def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list[str]:
+    """Every problem that one look at the values shows, before any process starts; trains: of
+    launch.config.parse.
+    """
     sections = (
         run.init,
         run.model,
@@ -56,7 +58,9 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
     problems += _clipping(run)
-    problems += _components(run) if run.model.num_experts > 0 else []
+    if run.model.num_experts > 0:
+        problems += _components(run)
+        problems += run.router.training_problems(run.model) if trains else []
     problems += _prediction(run) + _lengths(run) + layout_problems(run, world_size)
     problems += run.objective.problems(run.model, run.router, run.train)
     return problems

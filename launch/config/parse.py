@@ -26,11 +26,12 @@ def searches_layout(config: dict[str, Any]) -> bool:
     return isinstance(parallel, dict) and AUTO in parallel.values()
 
 
-def parse(config: dict[str, Any], world_size: int) -> RunConfig:
+def parse(config: dict[str, Any], world_size: int, trains: bool = True) -> RunConfig:
     """Build the records and check them.
 
     Args:
-        config: plain data (OmegaConf.to_container, resolved); world_size: ranks the run will have.
+        config: plain data (OmegaConf.to_container, resolved); world_size: ranks the run will have;
+            trains: whether it will learn; else what speaks against learning alone is no problem.
 
     Raises:
         ConfigError: with every unknown key, wrong type and contradiction found.
@@ -53,7 +54,7 @@ def parse(config: dict[str, Any], world_size: int) -> RunConfig:
     run: RunConfig = build_record(config, RunConfig, "", problems)
     if problems:
         raise ConfigError(problems)
-    problems = contradictions(run, world_size)
+    problems = contradictions(run, world_size, trains)
     if problems:
         raise ConfigError(problems)
     return run

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job.wire import Closed, JobFile, Line, Stranger, join
+from launch.process.children import out_of_memory_kills
 from launch.process.environment import adopt_rank, interface_of
 from launch.process.exits import FAILED, NO_HOSTS
 from launch.process.secrets import read_secrets_file
@@ -173,7 +174,7 @@ class Agent:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         # Kills for want of memory are counted from here, to tell them from other SIGKILLs.
-        self.memory_kills = _out_of_memory_kills()
+        self.memory_kills = out_of_memory_kills()
         command = [
             sys.executable,
             "-u",
@@ -410,7 +411,7 @@ class Agent:
             **self.facts,
             "exit_code": code,
             "told": self.told,
-            "out_of_memory": _out_of_memory_kills() > self.memory_kills,
+            "out_of_memory": out_of_memory_kills() > self.memory_kills,
         }
         self.send(**message)
 
@@ -491,14 +492,6 @@ def _catches(pid: int, number: int) -> bool:
     except (OSError, StopIteration):
         return False
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
-def _out_of_memory_kills() -> int:
-    try:
-        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
-        return int(dict(line.split() for line in lines)["oom_kill"])
-    except (OSError, KeyError, ValueError):
-        return 0
 
 
 def main() -> int:

@@ -320,8 +320,10 @@ def _of_exit(rank: Rank) -> tuple[int, str, Rank, str]:
     if rank.failure is not None:
         return 1, rank.failure, rank, rank.message
     if code < 0:
-        memory = "; the kernel ran out of memory" if rank.out_of_memory else ""
-        return 1, "killed", rank, f"ended by {_signal_name(-code)}{memory}"
+        if rank.out_of_memory:
+            how = f"ended by {_signal_name(-code)}; the kernel ran out of memory"
+            return 1, "out_of_memory", rank, how
+        return 1, "killed", rank, f"ended by {_signal_name(-code)}"
     if code == 0:
         return 1, "exited", rank, "left with exit code 0 before the end of training"
     return 1, "failed", rank, f"left with exit code {code}"

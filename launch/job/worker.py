@@ -69,16 +69,20 @@ def began_nothing(run_dir: Path) -> bool:
     )
 
 
-def work(config: DictConfig, stop: StopSignal | None = None) -> float | None:
-    """One rank: train, and let rank 0 write result.json. stop: the signal of a process that is more
-    than a rank."""
+def work(config: DictConfig, stop: StopSignal | None = None, trial: bool = False) -> float | None:
+    """One rank: train, and let rank 0 write result.json.
+
+    Args:
+        stop: the signal of a process that is more than a rank.
+        trial: of a run that tries whether it fits, and keeps nothing; a rank is told by `+trial`.
+    """
     from train.rank import heartbeat
 
     heartbeat.start()
     heartbeat.beat(0, "start")
     try:
         if stop is not None:
-            result = _work(config, stop)
+            result = _work(config, stop, trial)
         else:
             # Early, so that a signal during the slow imports below is remembered.
             with StopSignal() as stop:
@@ -94,13 +98,14 @@ def work(config: DictConfig, stop: StopSignal | None = None) -> float | None:
     return None if result is None else result["val_loss"]
 
 
-def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
+def _work(config: DictConfig, stop: StopSignal, trial: bool = False) -> dict[str, Any] | None:
     from launch.config.parse import parse
 
     # A rank under a supervisor reads the config that was saved for it; a direct one composes its
     # own.
     started_directly = is_worker() and "saved_config" not in config
     attempt = config.get("attempt", 0)
+    trial = trial or bool(config.get("trial"))
     if "saved_config" in config:
         config = load_run_config(Path(config.saved_config))
 
@@ -141,7 +146,9 @@ def _work(config: DictConfig, stop: StopSignal) -> dict[str, Any] | None:
                 # Resolved, so a secret named by ${oc.env:...} would stand in it.
                 shown = redact(plain(config))
                 text = OmegaConf.to_yaml(OmegaConf.create(literal(shown)))
-                result = fit(run, run_dir, stop, text, shown, restarted, teacher=teacher)
+                result = fit(
+                    run, run_dir, stop, text, shown, restarted, teacher=teacher, trial=trial
+                )
     except Stopped:
         result = stopped_before_training(run_dir) if rank() == 0 else None
 

@@ -1,4 +1,5 @@
-"""train.micro_batch_size=auto: the largest that fits by the plan, saved with the run as a number.
+"""train.micro_batch_size=auto: the largest that fits by the plan, saved with the run as a number
+once it was tried (launch/layouts/trial.py).
 
 Imports no torch.
 """
@@ -28,13 +29,23 @@ class Room:
     where: str
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What the plan says of the sizes of a micro-batch."""
+
+    sizes: tuple[int, ...]
+    """Those that fit, the largest first; each divides the batch."""
+    said: str
+    """Why the first of them is the largest, in a line."""
+
+
 def is_asked(config: DictConfig) -> bool:
     train = config.get("train")
     return isinstance(train, DictConfig) and train.get("micro_batch_size") == AUTO
 
 
-def with_micro_batch(config: DictConfig, device: str | None = None) -> tuple[DictConfig, str]:
-    """The config with the largest micro-batch that fits, in place, and a line that says why.
+def with_micro_batch(config: DictConfig, device: str | None = None) -> tuple[DictConfig, Planned]:
+    """The config with the largest micro-batch that fits, in place, and all that do.
 
     Args:
         device: what it is planned for; None: the devices of this machine, or its memory.
@@ -49,7 +60,8 @@ def with_micro_batch(config: DictConfig, device: str | None = None) -> tuple[Dic
     room = _room(one, device)
     batch, rows = one.train.global_batch_size, one.parallel.rows_size(ranks)
 
-    chosen, memory, beyond = 0, 0, ""
+    fitting: list[int] = []
+    memory, beyond = 0, ""
     for size in (n for n in range(1, batch // rows + 1) if batch // rows % n == 0):
         try:
             run = parse(_with(settings, size), ranks)
@@ -59,8 +71,9 @@ def with_micro_batch(config: DictConfig, device: str | None = None) -> tuple[Dic
         if total > room.usable:
             beyond = f"; {size} would need {total / GIB:.1f}"
             break
-        chosen, memory = size, total
-    if not chosen:
+        fitting.append(size)
+        memory = total
+    if not fitting:
         raise ConfigError(
             [
                 f"train.micro_batch_size=auto: by the plan not even one row fits: "
@@ -68,11 +81,13 @@ def with_micro_batch(config: DictConfig, device: str | None = None) -> tuple[Dic
                 f"{room.where}; use more ranks, deepspeed=zero3 or model.recompute=block"
             ]
         )
+    chosen = fitting[-1]
     with open_dict(config):
         config.train.micro_batch_size = chosen
-    return config, (
+    return config, Planned(
+        tuple(reversed(fitting)),
         f"train.micro_batch_size=auto is {chosen}: by the plan {memory / GIB:.1f} of "
-        f"{room.usable / GIB:.1f} GiB of {room.where}{beyond}"
+        f"{room.usable / GIB:.1f} GiB of {room.where}{beyond}",
     )
 
 
@@ -82,7 +97,8 @@ def _with(settings: dict[str, Any], size: int) -> dict[str, Any]:
 
 def _room(run: Any, device: str | None) -> Room:
     named = device_of(device) if device is not None else None
-    if named is None and (run.launch.kind == "slurm" or run.launch.hostfile):
+    elsewhere = not run.launch.starts_here or run.launch.by_node
+    if named is None and elsewhere:
         raise ConfigError(
             [
                 "train.micro_batch_size=auto looks at the devices of this machine, and the ranks "

@@ -28,6 +28,7 @@ FAILURES = {
     "killed": Failure(FAILED, True),  # ended by a signal
     "exited": Failure(FAILED, True),  # left with code 0 before the end of training
     "failed": Failure(FAILED, True),  # an exception
+    "out_of_memory": Failure(FAILED, True),  # an allocation failed, or the kernel ended a rank
     "communication": Failure(FAILED, True),  # ranks lost each other and nobody knows why
     "frozen": Failure(FAILED, True),  # stopped, or no sign of life
     "hung": Failure(FAILED, True),  # alive without progress

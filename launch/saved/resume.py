@@ -66,7 +66,7 @@ preparing bears. The tokens themselves are compared when the store is opened.
 """
 INSTEAD = {"model.top_k": "router.top_k or router.budget"}
 """What to change instead of a key that is fixed."""
-OF_THE_COMMAND = ("run_dir", "resume", "saved_config", "attempt", "launch.dry_run")
+OF_THE_COMMAND = ("run_dir", "resume", "saved_config", "attempt", "trial", "launch.dry_run")
 """Keys that say nothing about how the run trains."""
 KEPT_GROUPS = ("experiment", "size", "variant", "debug", "model")
 

@@ -31,7 +31,7 @@ def load_run(
 
     Args:
         attention: an AttentionConfig to use instead of its own; checkpoint: None: the run as it was
-            last started; top_k: experts of every token, by fixed top-k on the scores of its router.
+            last started; top_k: experts of every token, by the same router configured with so many.
         adapters: keep its lora settings; else they are left out, as those who read weights get
             adapters added to them.
 
@@ -39,7 +39,6 @@ def load_run(
         FileNotFoundError: the directory holds no config.
         ValueError: the run's weights are not those of `attention`.
     """
-    from launch.config.parse import parse
     from launch.saved.checkpoint import config_for
     from launch.saved.configs import load_run_config
     from launch.saved.resume import other_projections
@@ -77,9 +76,7 @@ def load_run(
         if refusal := other_projections(renamed(config["attention"]), asked):
             raise ValueError(f"{run}: {refusal}")
         config["attention"] = asked
-    if top_k is not None:
-        config["router"] = _fixed(config["router"], top_k)
-    return parse(config, world_size=1)
+    return _at(config, top_k, run)
 
 
 def require_average(run: Any, weights: str, checkpoint: Path) -> None:
@@ -108,7 +105,6 @@ def load_folder(
         PretrainedError: its config.json cannot be read or expressed.
         ValueError: the weights are not those of `attention`.
     """
-    from launch.config.parse import parse
     from launch.saved.initial import of_folder
     from launch.saved.resume import other_projections
 
@@ -120,8 +116,6 @@ def load_folder(
             raise ValueError(f"path={path}: {refusal}")
         own = asked
     router = given.router or {"name": "top_k", "top_k": 1, "normalize_weights": False}
-    if top_k is not None and given.router:
-        router = _fixed(router, top_k)
     longest = given.model["max_seq_len"]
     config = {
         "model": given.model,
@@ -147,7 +141,7 @@ def load_folder(
         "launch": {"kind": "inline"},
         "deepspeed": {},
     }
-    return parse(config, world_size=1)
+    return _at(config, top_k, path)
 
 
 def require_text(config: Any, run: str) -> None:
@@ -173,18 +167,17 @@ def require_tokenizer(config: Any, path: str) -> Any:
     return config.data.tokenizer
 
 
-def _fixed(router: dict[str, Any], top_k: int) -> dict[str, Any]:
-    """Fixed top-k with the scores, gates and groups of another router."""
-    kept = (
-        *("score_function", "normalize_weights", "scaling_factor"),
-        *("num_groups", "top_groups", "group_keys"),
-    )
-    settings = {key: router[key] for key in kept if key in router}
-    if router["name"] == "relu":
-        raise ValueError(
-            "router.top_k: ReLU routing has no scores to rank by, its gates are the logits above "
-            "its cuts"
-        )
-    # one gate that is divided by itself is always 1
-    normalizes = settings.get("normalize_weights", True) and top_k > 1
-    return {"name": "top_k", "top_k": top_k, **settings, "normalize_weights": normalizes}
+def _at(config: dict[str, Any], top_k: int | None, source: str) -> Any:
+    """The checked record of a config, with every token sent to `top_k` experts where that is a
+    number: the same router configured with it (RouterConfig.fixed).
+    """
+    from launch.config.parse import parse
+
+    run = parse(config, world_size=1, trains=False)
+    if top_k is None:
+        return run
+    if not run.model.num_experts:
+        raise ValueError(f"router.top_k={top_k}: {source} has no experts to choose of; drop it")
+    router = run.router.fixed(run.model, top_k)
+    config = {**config, "router": {"name": router.name, **router.arguments}}
+    return parse(config, world_size=1, trains=False)

@@ -331,11 +331,6 @@ def _router(
             problems.append(f"topk_method={method!r} is not computed here")
     if router["num_groups"] > 1:
         router["group_keys"] = family.group_keys  # whatever num_experts_per_tok is
-    if normalizes and top_k == 1:
-        problems.append(
-            "a normalised gate over one expert is always 1, and its router never learns"
-        )
-
     _dense_layers(config, family, model, problems)
     if family.shared is not None:
         _shared_expert(config, family, model, problems)

@@ -107,6 +107,16 @@ class LoopWatch:
                 "model.routing.RouterControl",
             )
 
+    def look_at_gates(self, router: Router) -> None:
+        """At every forward pass in training: gates that are all 1 teach a router nothing."""
+        if router.spec.teaches_nothing and router.weight.requires_grad:
+            self._tell(
+                "gates",
+                f"{type(router).__name__} is trained with normalize_weights and at most one expert "
+                "of a token: its gates are all 1 and give it no gradient; set "
+                "normalize_weights=False",
+            )
+
     def _tell(self, what: str, text: str) -> None:
         if what not in self.told:
             self.told.add(what)
@@ -275,8 +285,10 @@ class Router(nn.Module):
     def forward(self, hidden: torch.Tensor, request: RoutingRequest | None = None) -> RouterOutput:
         """hidden [T, hidden_size] -> RouterOutput with max_top_k slots."""
         request = request or RoutingRequest()
-        if self.training and self.law != "none" and not torch.compiler.is_compiling():
-            self.watch.look(self)
+        if self.training and not torch.compiler.is_compiling():
+            self.watch.look_at_gates(self)
+            if self.law != "none":
+                self.watch.look(self)
 
         if request.snapshot and self.snapshot_weight is not None:
             self.snapshot_weight.copy_(self.weight.detach())

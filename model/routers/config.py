@@ -47,6 +47,45 @@ class RouterConfig(Component):
         """Contradictions between the knobs and the model, for launch/config/contradictions.py."""
         raise NotImplementedError
 
+    def training_problems(self, model: ModelConfig) -> list[str]:
+        """What speaks against learning with the knobs, and not against computing with them."""
+        if not self.spec(model).teaches_nothing:
+            return []
+        return [
+            "router.normalize_weights with at most one expert of a token makes every gate 1, so "
+            "the router would get no gradient; set router.normalize_weights=false, or more experts"
+        ]
+
+    def fixed(self, model: ModelConfig, top_k: int) -> TopKConfig:
+        """Plain top-k by the scores of this router: the same router configured with `top_k` experts
+        of every token. Scores, gates, a bias of the logits and groups are as they are here; a group
+        goes on being ranked by as many of its keys. Capacity is a matter of training and left out.
+
+        Raises:
+            ValueError: its scores cannot rank the experts alone.
+        """
+        spec = self.spec(model)
+        if spec.score_function == "relu":
+            raise ValueError(
+                "router.top_k: ReLU routing has no scores to rank by, its gates are the logits "
+                "above its cuts"
+            )
+        if spec.num_null_experts:
+            raise ValueError(
+                f"router.top_k: the scores of router={self.name} count "
+                f"{spec.num_null_experts} null experts, which plain top-k does not have"
+            )
+        return TopKConfig(
+            top_k=top_k,
+            score_function=spec.score_function,
+            normalize_weights=spec.normalize_weights,
+            scaling_factor=spec.scaling_factor,
+            num_groups=spec.num_groups,
+            top_groups=spec.top_groups,
+            group_keys=spec.keys_of_a_group if spec.num_groups > 1 else None,
+            bias=bool(self.arguments.get("bias")),
+        )
+
     def build(self, model: ModelConfig) -> Router:
         """The router of one layer, with its weight still to be drawn."""
         raise NotImplementedError
@@ -68,8 +107,8 @@ class TopKConfig(RouterConfig):
     2412.19437) or sqrt_softplus. Logits and scores are fp32 whatever the precision of the model.
     """
     normalize_weights: bool = True
-    """The gates of a token sum to 1. With top_k = 1 this would make every gate 1 and starve the
-    router of gradient, so it is refused.
+    """The gates of a token sum to 1. With top_k = 1 every gate is 1, which starves the router of
+    gradient, so that no run trains so.
     """
     num_groups: int = 1
     """Equal parts of the experts, one after the other."""

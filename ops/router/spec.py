@@ -124,6 +124,13 @@ class RouteSpec:
         """Whether there are experts that groups leave out."""
         return 1 < self.num_groups > self.top_groups
 
+    @property
+    def teaches_nothing(self) -> bool:
+        """Whether every gate is one over itself, so that no gradient reaches the logits. Evaluating
+        such a rule is sound, and training it is not.
+        """
+        return self.normalize_weights and self.max_experts == 1
+
     def integers(self, num_segments: int, num_bins: int) -> list[int]:
         """The settings as the compiled op takes them: Integers by place."""
         return list(
@@ -188,11 +195,6 @@ class RouteSpec:
 
         if self.mode == "top_k" and self.max_experts < self.top_k:
             found.append(f"{name}.max_experts {self.max_experts} is below top_k {self.top_k}")
-        if self.normalize_weights and self.max_experts == 1:
-            found.append(
-                f"{name}.normalize_weights with {name}.top_k=1 makes every gate 1, so the router "
-                f"would get no gradient; set {name}.normalize_weights=false"
-            )
         if not self.scaling_factor > 0:
             found.append(f"{name}.scaling_factor is {self.scaling_factor}; it must be positive")
 

@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.slow]
 COMMON = (*TINY, "balance=none", "train.num_steps=6", "train.eval_max_sequences=4")
 SELF = (
     "objective=self_distil",
-    "router=top_k_raw",
     "model.top_k=3",
     "model.init_std=0.3",
     "objective.top_k=[1,2]",
@@ -205,7 +204,7 @@ def test_what_cannot_teach_is_refused_before_anything_starts(settings, teacher, 
     of_run = ("objective=distil", f"objective.run={teacher}")
     assert "has a vocabulary of 300" in refusal(*of_run, "model.vocab_size=301")
     assert "a lower budget must be" in refusal("objective=self_distil", "objective.top_k=[2]")
-    assert "makes a single gate 1" in refusal("objective=self_distil")
+    assert "makes every gate 1" in refusal("model.top_k=1", "router=top_k")
     assert "router=expert_choice" in refusal("objective=self_distil", "router=expert_choice")
     of_cache = ("objective=distil", f"objective.cache={cache}")
     assert "was written with objective.temperature=1.0" in refusal(

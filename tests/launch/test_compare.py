@@ -266,7 +266,7 @@ class Trainer:
 
     def __init__(self, monkeypatch, cells, *codes: int):
         self.asked, self.cells, self.codes, self.ends = [], cells, list(codes), False
-        monkeypatch.setattr(work, "_run", self.run)
+        monkeypatch.setattr(work, "run_child", self.run)
 
     def run(self, command, log):
         self.asked.append(command[3:])

@@ -39,8 +39,10 @@ def test_it_is_the_largest_divisor_that_fits(monkeypatch, fits):
     config = config_of("train.global_batch_size=48")
     room = int(planned(config, fits) / (1 - micro_batch.LEFT_OUT)) + 2
     monkeypatch.setattr(micro_batch, "this_machine", lambda: Machine((), room))
-    chosen, said = with_micro_batch(config)
+    chosen, found = with_micro_batch(config)
+    said = found.said
     assert chosen.train.micro_batch_size == fits and not is_asked(chosen)
+    assert found.sizes == tuple(n for n in (48, 24, 16, 12, 8, 6, 4, 3, 2, 1) if n <= fits)
     assert f"train.micro_batch_size=auto is {fits}: by the plan" in said
     assert f"{room / GIB:.1f} GiB (control groups counted)" in said
     assert ("would need" in said) == (fits < 48)
@@ -54,8 +56,8 @@ def test_ranks_of_a_node_share_its_memory_and_devices_are_each_their_own(monkeyp
     monkeypatch.setattr(micro_batch, "this_machine", lambda: Machine((), room))
     assert with_micro_batch(config)[0].train.micro_batch_size == 4
 
-    chosen, said = with_micro_batch(config_of(*many), "H100")
-    assert chosen.train.micro_batch_size == 16 and "GiB of H100" in said
+    chosen, found = with_micro_batch(config_of(*many), "H100")
+    assert chosen.train.micro_batch_size == 16 and "GiB of H100" in found.said
 
 
 def test_a_ramp_of_the_batch_is_divided_too():
@@ -70,6 +72,10 @@ def test_what_does_not_fit_or_cannot_be_seen_is_refused(monkeypatch):
         with_micro_batch(config_of())
     with pytest.raises(ConfigError, match=r"the ranks run on others"):
         with_micro_batch(config_of("launch=slurm"))
+    several = ("launch.num_nodes=2", "launch.node_rank=0", "launch.master_addr=127.0.0.1")
+    several = ("launch=torchrun", *several, "launch.master_port=29500")
+    with pytest.raises(ConfigError, match=r"the ranks run on others"):
+        with_micro_batch(config_of(*several))
     with pytest.raises(ConfigError, match=r"train\.num_steps is 0"):
         with_micro_batch(config_of("train.num_steps=0"))
     with pytest.raises(ConfigError, match=r"here give a number"):

@@ -339,7 +339,6 @@ def test_the_bias_is_saved_but_not_trained():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(top_k=1), "router.normalize_weights with router.top_k=1"),
         (
             dict(top_k=NUM_EXPERTS + 1),
             "router.top_k is 9; it must be between 1 and model.num_experts 8",
@@ -358,6 +357,73 @@ def test_the_bias_is_saved_but_not_trained():
 def test_contradictory_settings_are_refused(options, message):
     (problem,) = TopKConfig(**options).problems(tiny_config())
     assert message in problem
+
+
+@pytest.mark.parametrize("kind", [TopKConfig, ExpertChoiceConfig])
+def test_gates_that_are_always_one_are_no_way_to_learn_and_one_to_compute(kind):
+    settings = (
+        kind(top_k=1, normalize_weights=True)
+        if kind is TopKConfig
+        else kind(top_k=1, max_experts=1, normalize_weights=True)
+    )
+    assert not settings.problems(tiny_config())
+    (problem,) = settings.training_problems(tiny_config())
+    assert "makes every gate 1" in problem
+    assert not ROUTERS["switch"][0](**ROUTERS["switch"][1]).training_problems(tiny_config())
+
+
+def test_training_by_gates_that_are_always_one_is_said_once(caplog):
+    router = top_k_router(top_k=1)
+    for _ in range(2):
+        router(tokens())
+    (said,) = caplog.records
+    assert "gates are all 1" in said.message
+    caplog.clear()
+    top_k_router(top_k=1).eval()(tokens())
+    assert not caplog.records
+
+
+RANKING = [name for name in ROUTERS if name not in ("relu", "null_experts", "expert_choice")]
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("name", RANKING)
+def test_a_router_at_another_top_k_is_the_same_router_configured_with_it(name, top_k):
+    """What launch.evaluate router.top_k=K computes, what self-distillation taught the budget K, and
+    the gates of the definition, are one thing.
+    """
+    kind, options = ROUTERS[name]
+    config, settings = tiny_config(), kind(**options)
+    router = make(kind, **options).eval()
+    other = make(TopKConfig, **settings.fixed(config, top_k).arguments).eval()
+    other.balance_bias.copy_(router.balance_bias)
+    hidden = tokens()
+    routing = other(hidden)
+    if top_k <= router.max_top_k:  # a lower budget is a matter of the slots that there are
+        lower = router(hidden, RoutingRequest(plain_k=top_k))
+        assert torch.equal(routing.expert_ids, lower.expert_ids[:, :top_k])
+        assert torch.equal(routing.weights, lower.weights[:, :top_k])
+        assert (lower.expert_ids[:, top_k:] == -1).all()
+
+    gates = plain_scores(router, hidden).gather(1, routing.expert_ids.long())
+    if router.spec.normalize_weights:
+        gates = gates / gates.sum(1, keepdim=True)
+    assert torch.allclose(routing.weights, gates * router.spec.scaling_factor, atol=1e-6)
+
+
+def test_groups_go_on_being_ranked_by_as_many_keys_when_tokens_visit_fewer_experts():
+    settings = TopKConfig(top_k=4, num_groups=4, top_groups=2)
+    assert settings.spec(tiny_config()).keys_of_a_group == 2
+    assert settings.fixed(tiny_config(), 2).spec(tiny_config()).keys_of_a_group == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("relu", "no scores to rank by"), ("null_experts", "4 null experts")]
+)
+def test_a_router_whose_scores_rank_no_experts_alone_has_no_other_top_k(name, message):
+    kind, options = ROUTERS[name]
+    with pytest.raises(ValueError, match=message):
+        kind(**options).fixed(tiny_config(), 2)
 
 
 def test_every_contradiction_is_named_at_once():

@@ -326,6 +326,18 @@ def test_equal_scores_give_an_expert_its_earliest_tokens():
     assert out.expert_ids.tolist() == [[0, 1, 2, 3]] * 4 + [[0, -1, -1, -1]] * 4
 
 
+@pytest.mark.parametrize("call", BACKENDS)
+@pytest.mark.parametrize("score_function", SCORES)
+def test_one_gate_over_itself_is_the_scaling_factor_and_has_no_gradient(score_function, call):
+    spec = RouteSpec(16, score_function=score_function, top_k=1, max_experts=1, scaling_factor=2.5)
+    assert spec.teaches_nothing and not spec.problems()
+    logits = normal(40, 16, seed=3).abs_().requires_grad_()
+    routing = call(logits, spec)
+    torch.testing.assert_close(routing.weights, torch.full((40, 1), 2.5))
+    (routing.weights * normal(40, 1, seed=4)).sum().backward()
+    assert logits.grad.abs().max() < 1e-6
+
+
 def test_experts_are_ordered_by_key_then_id():
     spec = spec_of("top_k", 8, top_k=6)
     logits = torch.tensor(
@@ -1289,7 +1301,6 @@ BAD_SPECS = {
     "negative min_experts": (replace(BASE, min_experts=-1), "min_experts is -1"),
     "min above max": (replace(BASE, min_experts=7), "min_experts is 7"),
     "top_k above the slots": (replace(BASE, top_k=7), "max_experts 6 is below top_k 7"),
-    "a gate without gradient": (replace(BASE, top_k=1, max_experts=1), "makes every gate 1"),
     "scaling by zero": (replace(BASE, scaling_factor=0.0), "scaling_factor is 0.0"),
     "scaling by NaN": (replace(BASE, scaling_factor=float("nan")), "scaling_factor is nan"),
     "ReLU routing of other scores": (replace(BASE, mode="relu"), "not softmax"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from model.families.family import FAMILIES
 from model.families.names import on_disk, parts_of
 from model.transformer import Transformer
-from tests.published import CASES, ours, saved
+from tests.published import CASES, ours, saved, theirs
 from train.pretrained.folder import PretrainedFolder
 from train.pretrained.shards import ShardedReader
 
@@ -75,6 +76,22 @@ def test_logits_and_gradients_are_those_of_transformers(case, tmp_path):
         if name in found and "correction_bias" not in name:
             scale = max(1.0, float(gradient.abs().max()))
             assert (found[name] - gradient).abs().max() < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("case", ["mixtral", "olmoe", "dots1", "gpt_oss"])
+def test_one_expert_instead_of_several_is_transformers_with_num_experts_per_tok_1(case, tmp_path):
+    """Gates over their sum, raw ones, groups with a scaling factor, and a bias of the logits."""
+    model = saved(case, tmp_path / "there")
+    with mock.patch.dict(CASES[case][1], {"num_experts_per_tok": 1}):
+        fewer = theirs(case)
+    fewer.load_state_dict(model.state_dict())
+    source = PretrainedFolder(tmp_path / "there")
+    tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, full = fewer(input_ids=tokens).logits, model(input_ids=tokens).logits
+        found = ours(source, top_k=1).logits(tokens)
+    assert (found - expected).abs().max() < 5e-6 * max(1.0, float(expected.abs().max()))
+    assert (found - full).abs().max() > 1e-2
 
 
 def test_every_family_of_the_table_is_tried():

@@ -121,6 +121,47 @@ def test_a_rope_that_transformers_4_wrote_is_read_as_that_of_5():
     assert older.model == read(theirs("llama 3.1").config.to_dict()).model
 
 
+# --- in and out again -----------------------------------------------------------------------------
+
+
+def came_out(folder: Path, to: Path) -> dict[str, torch.Tensor]:
+    """What is exported in bf16 of a model that was read from a folder and did no step."""
+    source = PretrainedFolder(folder)
+    to.mkdir()
+    reader: Any = OfModel(ours(source))
+    config, reading = express(source.reading.model, source.reading.router, source.reading.attention)
+    _write_weights(reading, reader, to, "bf16", 20_000)
+    assert len(list(to.glob("*.safetensors"))) > 1
+    (to / "config.json").write_text(json.dumps(config))
+    assert describe(to).reading.model == source.reading.model
+    return tensors(to)
+
+
+def raw(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.contiguous().view(torch.uint8).numpy().tobytes(),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_no_step_has_changed_comes_out_byte_for_byte_in_every_family(case, tmp_path):
+    """Through real files: as transformers writes them in bf16, with selection biases in fp32 as the
+    Hub has them, into a model of ours and out of it.
+    """
+    saved(case, tmp_path / "there", torch.bfloat16)
+    found = {
+        name: value.float() + 1e-3 if "correction_bias" in name else value
+        for name, value in tensors(tmp_path / "there").items()
+    }
+    folder = rewritten(tmp_path / "there", found, tmp_path / "in")
+    after = came_out(folder, tmp_path / "out")
+    assert after.keys() == found.keys()
+    for name, tensor in found.items():
+        assert raw(after[name]) == raw(tensor), name
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -244,6 +285,9 @@ def test_fp8_weights_are_the_numbers_that_they_stand_for(tmp_path):
     expected = ours(PretrainedFolder(rewritten(tmp_path / "there", plain, tmp_path / "plain")))
     assert torch.equal(ours(PretrainedFolder(fp8)).logits(tokens), expected.logits(tokens))
     assert not torch.equal(expected.logits(tokens), model(input_ids=tokens).logits)
+    for name, tensor in came_out(fp8, tmp_path / "out").items():
+        dtype = torch.float32 if "correction_bias" in name else torch.bfloat16
+        assert raw(tensor) == raw(plain[name].to(dtype)), name
 
     lost = next(name for name in stored if name.endswith("_scale_inv"))
     del stored[lost]
@@ -281,6 +325,8 @@ def test_mxfp4_stacks_are_the_numbers_that_transformers_makes_of_them(tmp_path):
         assert torch.equal(reader.tensor(name).float(), tensor.float()), name
         if tensor.ndim == 3:
             assert torch.equal(reader.tensor(name, 3), tensor[3])
+    for name, tensor in came_out(mxfp4, tmp_path / "out").items():
+        assert raw(tensor) == raw(plain[name].to(torch.bfloat16)), name
 
     del stored["model.layers.1.mlp.experts.down_proj_scales"]
     lost = rewritten(tmp_path / "there", stored, tmp_path / "lost")

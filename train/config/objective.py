@@ -113,12 +113,6 @@ class SelfDistilConfig(ObjectiveConfig):
             for number in self.top_k
             if not 1 <= number < full
         ]
-        if 1 in self.top_k and router.name == "top_k" and router.arguments["normalize_weights"]:
-            found.append(
-                "objective.top_k has 1, but router.normalize_weights=true makes a single gate 1 "
-                "whatever the router says, which nothing else computes with one expert; name "
-                "budgets from 2 on, or use router.normalize_weights=false or an adaptive router"
-            )
         if not self.top_k:
             found.append("objective.top_k is empty; name lower budgets, as objective.top_k=[1]")
         if self.weight < 0:

@@ -54,8 +54,8 @@ class TrainConfig:
     """
     seq_len: int
     micro_batch_size: int
-    """Sequences per device and forward pass; auto: the largest that fits by the plan, a number from
-    the start of the run on.
+    """Sequences per device and forward pass; auto: the largest that fits by the plan and, when the
+    run begins, by trial; a number from then on.
     """
     global_batch_size: int
     """Sequences per optimisation step, over all ranks and accumulation steps."""

@@ -13,8 +13,9 @@ of other contexts. A row whose tokens are not those that were taught ends the ru
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ from train.config.objective import DistilConfig
 from train.config.run import RunConfig
 from train.data.loader import Batch, TrainingLoader
 from train.data.store import TokenStore
-from train.files.durable import new_folder, write_json
+from train.files.durable import sync_folder, write_json
 from train.files.manifest import CheckpointError, file_facts, read_json, require_owned
 from train.objectives.online import OnlineTeacher
 
 FORMAT = 1
 ROWS_OF_A_FILE = 1024
+BEGUN = "begun.json"
+"""Of a cache in the making: what it is of."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +91,101 @@ def write_cache(
     facts: Facts,
     told: dict[str, Any],
     device: torch.device,
+    say: Callable[[str], None] = print,
 ) -> Iterator[int]:
     """Write the words of a teacher for the first facts.num_rows rows; yields the number of rows
-    done so far. What is ended before is not there.
+    done so far. The cache appears when it is whole.
 
-    loader: of one process; told: about the teacher, for people.
+    Until then its files lie in a folder beside it, `.NAME.partial`, each with a record that is
+    written after it. Whoever writes the same of the same teacher goes on there: files that are what
+    their record says are kept, so that a kill costs the rows of one file at most.
+
+    Args:
+        loader: of one process.
+        told: about the teacher, for people, and what tells it from others.
+
+    Raises:
+        CheckpointError: the folder beside it is another user's.
     """
-    with new_folder(to) as scratch:
-        files: dict[str, Any] = {}
-        for number, first in enumerate(range(0, facts.num_rows, ROWS_OF_A_FILE)):
-            rows = min(ROWS_OF_A_FILE, facts.num_rows - first)
-            arrays = _arrays(rows, facts)
-            done = 0
-            while done < rows:
-                batch = loader.next_step(1)[0]
-                taken = min(rows - done, len(batch.input_ids))
-                _fill(arrays, done, taken, batch, teacher, facts, device)
-                done += taken
-                yield first + done
-            for name, array in arrays.items():
-                path = scratch / f"{name}-{number:05d}.npy"
-                np.save(path, array, allow_pickle=False)
-                files[path.name] = file_facts(path)
-        manifest = {"format": FORMAT, "teacher": told, "files": files}
-        write_json(scratch / "manifest.json", manifest | dataclasses.asdict(facts))
+    scratch = partial_of(to)
+    begun = {"format": FORMAT, "teacher": told, **dataclasses.asdict(facts)}
+    _begin(scratch, begun, say)
+
+    files: dict[str, Any] = {}
+    for number, first in enumerate(range(0, facts.num_rows, ROWS_OF_A_FILE)):
+        rows = min(ROWS_OF_A_FILE, facts.num_rows - first)
+        record = scratch / f"done-{number:05d}.json"
+        if (kept := _kept(record, number)) is not None:
+            files |= kept
+            yield first + rows
+            continue
+
+        arrays = _arrays(rows, facts)
+        done = 0
+        while done < rows:
+            # The last batch of a file may have rows of the next one, which begins with them again.
+            loader.consumed_samples = first + done
+            batch = loader.next_step(1)[0]
+            taken = min(rows - done, len(batch.input_ids))
+            _fill(arrays, done, taken, batch, teacher, facts, device)
+            done += taken
+            yield first + done
+        own = {}
+        for name, array in arrays.items():
+            path = scratch / _name(name, number)
+            np.save(path, array, allow_pickle=False)
+            own[path.name] = file_facts(path)
+        write_json(record, own)
+        files |= own
+
+    write_json(scratch / "manifest.json", {**begun, "files": files})
+    for leftover in (scratch / BEGUN, *scratch.glob("done-*.json")):
+        leftover.unlink()
+    sync_folder(scratch)
+    scratch.rename(to)
+    sync_folder(to.parent)
+
+
+def partial_of(to: Path) -> Path:
+    """Where a cache lies until it is whole."""
+    return to.with_name(f".{to.name}.partial")
+
+
+def _begin(scratch: Path, begun: dict[str, Any], say: Callable[[str], None]) -> None:
+    """The folder of a cache in the making: that of an earlier attempt at the same, or a new one."""
+    if scratch.exists():
+        require_owned(scratch)
+        try:
+            before = read_json(scratch / BEGUN)
+        except CheckpointError:
+            before = {}
+        if before == begun:
+            number = sum(1 for _ in scratch.glob("done-*.json"))
+            say(f"goes on in {scratch}, {number} files of {ROWS_OF_A_FILE} rows are there")
+            return
+        say(f"{scratch} was begun for other rows or by another teacher: it is begun anew")
+        shutil.rmtree(scratch)
+    scratch.mkdir(parents=True)
+    write_json(scratch / BEGUN, begun)
+
+
+def _kept(record: Path, number: int) -> dict[str, Any] | None:
+    """The files of an earlier attempt with their facts, where they are what was written; None:
+    they are to be written.
+    """
+    try:
+        found = read_json(record)
+    except CheckpointError:
+        return None
+    names = {_name(kind, number) for kind in ("ids", "log_probs", "rows")}
+    paths = {name: record.with_name(name) for name in names}
+    if found.keys() != names or not all(path.is_file() for path in paths.values()):
+        return None
+    return found if all(file_facts(paths[name]) == found[name] for name in names) else None
+
+
+def _name(kind: str, number: int) -> str:
+    return f"{kind}-{number:05d}.npy"
 
 
 def _arrays(rows: int, facts: Facts) -> dict[str, np.ndarray]:
@@ -196,7 +270,7 @@ class CachedTeacher:
         if number not in self._open:
             found = {}
             for kind in ("ids", "log_probs", "rows"):
-                path = self.folder / f"{kind}-{number:05d}.npy"
+                path = self.folder / _name(kind, number)
                 if file_facts(path) != self._manifest["files"][path.name]:
                     raise CheckpointError(f"{path} is not what was written; write the cache anew")
                 found[kind] = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from train.components import build_model, training_dtype
 from train.config.objective import DistilConfig
 from train.config.run import RunConfig
 from train.data.loader import Batch
+from train.files.manifest import MANIFEST, file_facts
 from train.pretrained.folder import PretrainedFolder
 
 
@@ -67,3 +69,20 @@ def load_teacher(
         PretrainedFolder(Path(settings.path).expanduser()).fill_model(model)
     dtype = training_dtype(config)
     return OnlineTeacher(model.to(device, dtype), settings.temperature)
+
+
+def files_of(settings: DistilConfig) -> str:
+    """What tells the weights of a teacher from others of the same name: the SHA-256 of what lists
+    them, for a run the manifest of its checkpoint, for a folder its config and the sizes and times
+    of its files.
+    """
+    if settings.run is not None:
+        manifest = find_checkpoint(Path(settings.run), prefer=settings.checkpoint) / MANIFEST
+        return str(file_facts(manifest)["sha256"])
+    assert settings.path is not None
+    folder = Path(settings.path).expanduser()
+    listed = [str(file_facts(folder / "config.json")["sha256"])]
+    for file in sorted(folder.glob("*.safetensors")):
+        facts = file.stat()
+        listed.append(f"{file.name} {facts.st_size} {facts.st_mtime_ns}")
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()

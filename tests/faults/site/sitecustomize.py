@@ -7,6 +7,8 @@ when it is on PYTHONPATH.
     LOADSTONE_FAULT="kill@1:8:backward#3"  ... when it begins the third backward pass of the step
     LOADSTONE_FAULT="kill@1:5;hang@0:9"  several, each happens once
     LOADSTONE_FAULT="kill!@1:7"          at every start again
+    LOADSTONE_FAULT="scarce@0:1:forward" rank 0 gets no more than LOADSTONE_SPARE_MIB beside what it
+                                         has mapped by then (rank -1: a process without a launcher)
     LOADSTONE_FAULT_DIR=FOLDER           a fault that has happened is recorded here, with its time,
                                          before it strikes
     LOADSTONE_PACE=0.3                   every rank rests so long before each step, so that faults
@@ -25,6 +27,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -102,6 +105,13 @@ def clock():
     time.time = lambda: real_time() + 3600.0
 
 
+def scarce():
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    limit = mapped + int(float(os.environ["LOADSTONE_SPARE_MIB"]) * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
 ACTIONS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "oom": lambda: os.kill(os.getpid(), signal.SIGKILL),  # what the kernel sends
@@ -114,6 +124,7 @@ ACTIONS = {
     "exit3": lambda: os._exit(3),
     "raise": fail,
     "clock": clock,
+    "scarce": scarce,
 }
 
 
