@@ -18,10 +18,29 @@ class Piece(NamedTuple):
     number: int
 
 
+class Places:
+    """Tokens of pieces, and padding between them, as they lie in a forward pass."""
+
+    def __init__(self, number: int, page_size: int):
+        self.page_size = page_size
+        self.ids, self.slots, self.rows = ([0] * number for _ in range(3))
+        self.mask = [False] * number
+
+    def put(self, at: int, sequence: Sequence, begin: int, end: int) -> None:
+        """Tokens [begin, end) of a sequence, from place `at` on."""
+        here = slice(at, at + end - begin)
+        self.ids[here] = sequence.tokens[begin:end]
+        pages, size = sequence.pages, self.page_size
+        self.slots[here] = [pages[i // size] * size + i % size for i in range(begin, end)]
+        self.rows[here] = [sequence.row] * (end - begin)
+        self.mask[here] = [True] * (end - begin)
+
+
 def first_tokens(
     pieces: list[Piece], page_size: int, packed: bool, device: torch.device
-) -> tuple[TokenBatch, Paging, torch.Tensor]:
-    """What Transformer.prefill takes, for sequences of which nothing is held.
+) -> tuple[TokenBatch, Paging, torch.Tensor, torch.Tensor]:
+    """What Transformer.prefill takes, for sequences of which nothing is held; then row_of of
+    TokenBudgets.
 
     packed: documents end to end in one row, for kernels that read cu_seqlens; else one a row, with
     padding behind it, which needs no mask of all pairs. Without pieces: one token of padding, for a
@@ -31,14 +50,11 @@ def first_tokens(
     longest = max(numbers)
     width = sum(numbers) if packed else longest
     rows = 1 if packed else len(numbers)
-    ids, slots, positions = ([0] * (rows * width) for _ in range(3))
-    mask = [False] * (rows * width)
+    places, positions = Places(rows * width, page_size), [0] * (rows * width)
     last, begin = [], 0
     for row, (sequence, number) in enumerate(pieces):
         at = begin if packed else row * width
-        ids[at : at + number] = sequence.tokens[:number]
-        slots[at : at + number] = _slots(sequence, 0, number, page_size)
-        mask[at : at + number] = [True] * number
+        places.put(at, sequence, 0, number)
         positions[at : at + number] = range(number)
         if not packed:
             positions[at + number : at + width] = range(number, width)
@@ -49,36 +65,34 @@ def first_tokens(
     for number in numbers:
         ends.append(ends[-1] + (number if packed else width))
     shape = (rows, width)
-    input_ids = _tensor(ids, device).view(shape)
+    input_ids = _tensor(places.ids, device).view(shape)
     batch = TokenBatch(
         input_ids,
         input_ids,
         _tensor(positions, device).view(shape),
         torch.tensor(ends, dtype=torch.int32, device=device),
         longest,
-        None if all(mask) else torch.tensor(mask, device=device).view(shape),
+        _mask(places, shape, device),
     )
     nothing = torch.zeros((len(numbers), 0), dtype=torch.int64, device=device)
-    paging = Paging(_tensor(slots, device), nothing, _tensor(numbers, device), True)
-    return batch, paging, _tensor(last, device)
+    paging = Paging(_tensor(places.slots, device), nothing, _tensor(numbers, device), True)
+    return batch, paging, _tensor(last, device), _rows(places, device)
 
 
 def next_tokens(
     pieces: list[Piece], page_size: int, rows: int, device: torch.device
-) -> tuple[torch.Tensor, Paging, torch.Tensor | None]:
-    """What Transformer.step takes, for sequences of which something is held. A sequence with fewer
-    new tokens has padding before them; rows beyond the pieces are idle.
+) -> tuple[torch.Tensor, Paging, torch.Tensor | None, torch.Tensor]:
+    """What Transformer.step takes, for sequences of which something is held; then row_of of
+    TokenBudgets. A sequence with fewer new tokens has padding before them; rows beyond the pieces
+    are idle.
     """
     width = max((number for _, number in pieces), default=1)
     longest = max((s.held + number for s, number in pieces), default=1)
     num_pages = -(-longest // page_size)
-    ids, slots, mask, lengths, pages = [], [], [], [], []
-    for sequence, number in pieces:
+    places, lengths, pages = Places(rows * width, page_size), [], []
+    for row, (sequence, number) in enumerate(pieces):
         end = sequence.held + number
-        padding = width - number
-        ids += [0] * padding + sequence.tokens[sequence.held : end]
-        slots += [0] * padding + _slots(sequence, sequence.held, end, page_size)
-        mask += [False] * padding + [True] * number
+        places.put((row + 1) * width - number, sequence, sequence.held, end)
         lengths.append(end)
         # What fills up is the row's own: a mask gives a key weight 0, and 0 times a NaN that some
         # other row has left would be NaN.
@@ -86,24 +100,27 @@ def next_tokens(
         pages += held + held[:1] * (num_pages - len(held))
 
     idle = rows - len(pieces)
-    ids += [0] * (idle * width)
-    slots += [0] * (idle * width)
-    mask += [False] * (idle * width)
     lengths += [1] * idle
     pages += [0] * (idle * num_pages)
     paging = Paging(
-        _tensor(slots, device),
+        _tensor(places.slots, device),
         _tensor(pages, device).view(rows, num_pages),
         _tensor(lengths, device),
         False,
     )
-    token_mask = None if all(mask) else torch.tensor(mask, device=device).view(rows, width)
-    return _tensor(ids, device).view(rows, width), paging, token_mask
+    shape = (rows, width)
+    input_ids = _tensor(places.ids, device).view(shape)
+    return input_ids, paging, _mask(places, shape, device), _rows(places, device)
 
 
-def _slots(sequence: Sequence, begin: int, end: int, page_size: int) -> list[int]:
-    pages = sequence.pages
-    return [pages[i // page_size] * page_size + i % page_size for i in range(begin, end)]
+def _mask(places: Places, shape: tuple[int, int], device: torch.device) -> torch.Tensor | None:
+    if all(places.mask):
+        return None
+    return torch.tensor(places.mask, device=device).view(shape)
+
+
+def _rows(places: Places, device: torch.device) -> torch.Tensor:
+    return torch.tensor(places.rows, dtype=torch.int32, device=device)
 
 
 def _tensor(values: list[int], device: torch.device) -> torch.Tensor:

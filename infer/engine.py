@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from infer.batch import Piece, first_tokens, next_tokens
-from infer.budget import RouterState, capture, use
+from infer.budget import BudgetRows, RouterState, capture
 from infer.config import EngineConfig
 from infer.pages import PagePool, next_key, root_key
 from infer.request import Completion, Drawn, Event, Request
 from infer.sampling import sample
 from infer.sequence import Sequence
 from model.attention.base import has_varlen_kernel
-from model.transformer import Decoded, Transformer
+from model.transformer import Decoded, TokenBudgets, Transformer
 
 SIMILAR = 0.75
 """Prompts are padded to the longest of a batch, none of which is shorter than this share of it."""
@@ -49,7 +49,8 @@ class Engine:
         context: names what keys and values depend on besides the tokens, the weights and the
             request's budget; pages are shared only within one.
         budgets: states of the routers that a request may ask for. Requests of different budgets
-            share slots and pages; a forward pass has those of one budget.
+            share slots and forward passes: every token reads the state of its own. What their
+            tokens leave in pages is never shared.
     """
 
     def __init__(
@@ -78,13 +79,10 @@ class Engine:
         self.pages = model.new_pages(1 + num_pages, self.page_size)
         self.packed = has_varlen_kernel(self.device, model.any_weight.dtype)
 
-        self.budgets: dict[float | None, list[RouterState]] = {}
+        self.budgets: BudgetRows | None = None
         if budgets:
-            if self.group is not None:
-                raise ValueError("budgets of requests need a model in one process")
-            self.budgets = {None: capture(model.routers())} | dict(budgets)
-        self._budget: float | None = None
-        """That the routers have now."""
+            routers = model.routers()
+            self.budgets = BudgetRows(routers, {None: capture(routers), **budgets})
 
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -104,8 +102,9 @@ class Engine:
         """Why the request can never be served; None: it can."""
         if found := request.sampling.problems():
             return "; ".join(found)
-        if request.budget is not None and request.budget not in self.budgets:
-            known = ", ".join(f"{b:g}" for b in self.budgets if b is not None)
+        names = [] if self.budgets is None else self.budgets.names
+        if request.budget is not None and request.budget not in names:
+            known = ", ".join(f"{b:g}" for b in names)
             return f"the budget {request.budget:g} is none of those there are ({known or 'none'})"
         length = len(request.prompt)
         if not length:
@@ -121,7 +120,8 @@ class Engine:
         """Raises ValueError where the request can never be served."""
         if (problem := self.problem(request)) is not None:
             raise ValueError(problem)
-        self.waiting.append(Sequence(request, self.clock()))
+        row = 0 if self.budgets is None else self.budgets.number[request.budget]
+        self.waiting.append(Sequence(request, self.clock(), row))
 
     def cancel(self, name: str) -> Completion | None:
         """Give up a request, as when its client is gone: its pages are free at once. None: there is
@@ -176,35 +176,19 @@ class Engine:
         events: list[Event] = []
         self._admit()
         ready = self._ready()  # first of all, since it may take pages from the others
-        for budget in self._budgets_of_running():
-            own = [s for s in self.running if s.request.budget == budget]
-            begun = self._similar([s for s in own if s.held and s.pending > 1])
-            decoding = [p for p in ready if p.sequence.request.budget == budget]
-            wanted = self._agree([bool(begun), bool(decoding)])
+        begun = self._similar([s for s in self.running if s.held and s.pending > 1])
+        wanted = self._agree([bool(begun), bool(ready)])
 
-            self._switch(budget)
-            events += self._begin([s for s in own if not s.held])
-            if wanted[0]:
-                events += self._continue("continue", begun)
-            if wanted[1]:
-                events += self._continue("decode", decoding)
-                self.rows_decoded += len(decoding)
+        events += self._begin([s for s in self.running if not s.held])
+        if wanted[0]:
+            events += self._continue("continue", begun)
+        if wanted[1]:
+            events += self._continue("decode", ready)
+            self.rows_decoded += len(ready)
         return events
 
-    # --- budgets ----------------------------------------------------------------------------------
-
-    def _budgets_of_running(self) -> list[float | None]:
-        """Of which requests run, each once, in the order of their admission. Without a choice of
-        budgets there is one, which a rank without requests takes part in as well.
-        """
-        if not self.budgets:
-            return [None]
-        return list(dict.fromkeys(s.request.budget for s in self.running))
-
-    def _switch(self, budget: float | None) -> None:
-        if budget != self._budget:
-            use(self.model.routers(), self.budgets[budget])
-            self._budget = budget
+    def _token_budgets(self, row_of: torch.Tensor) -> TokenBudgets | None:
+        return None if self.budgets is None else TokenBudgets(self.budgets.tables, row_of)
 
     def _root(self, sequence: Sequence) -> bytes:
         """What keys of its pages begin with."""
@@ -315,18 +299,23 @@ class Engine:
             if not self._anyone(bool(group)):
                 return events
             left -= number
-            batch, paging, last = first_tokens(group, self.page_size, self.packed, self.device)
+            batch, paging, last, row_of = first_tokens(
+                group, self.page_size, self.packed, self.device
+            )
             keep = any(piece.sequence.request.keep_routing for piece in group)
-            decoded = self.model.prefill(batch, paging, self.pages, last, keep)
+            decoded = self.model.prefill(
+                batch, paging, self.pages, last, keep, self._token_budgets(row_of)
+            )
             events += self._advance("prefill", group, decoded, last)
             taken = {id(piece.sequence) for piece in group}
             fresh = [s for s in fresh if id(s) not in taken]
 
     def _continue(self, kind: str, pieces: list[Piece]) -> list[Event]:
         rows = self._num_rows(len(pieces))
-        input_ids, paging, mask = next_tokens(pieces, self.page_size, rows, self.device)
+        input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
         keep = any(piece.sequence.request.keep_routing for piece in pieces)
-        decoded = self.model.step(input_ids, paging, self.pages, mask, keep)
+        budgets = self._token_budgets(row_of)
+        decoded = self.model.step(input_ids, paging, self.pages, mask, keep, budgets)
         last = torch.arange(1, rows + 1, device=self.device) * input_ids.shape[1] - 1
         return self._advance(kind, pieces, decoded, last)
 

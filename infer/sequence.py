@@ -14,8 +14,10 @@ class Sequence:
     next token; so a sequence that decodes has exactly one token that is not held.
     """
 
-    def __init__(self, request: Request, arrived: float):
+    def __init__(self, request: Request, arrived: float, row: int = 0):
         self.request = request
+        self.row = row
+        """Of the engine's table of budgets."""
         self.tokens = list(request.prompt)
         self.held = 0
         self.pages: list[int] = []

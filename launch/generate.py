@@ -24,7 +24,7 @@ from launch.command.messages import print_result
 from launch.config.build import record
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
-from launch.saved.opened import checkpoint_name, opened
+from launch.saved.opened import checkpoint_name, opened, saved_budgets
 from launch.saved.run import load_run
 
 if TYPE_CHECKING:
@@ -143,6 +143,14 @@ def answer(settings: GenerateConfig) -> None:
             for_text=True,
         )
         tokenizer = store.tokenizer()
+        table, no_budgets = saved_budgets(
+            settings.run,
+            settings.checkpoint,
+            settings.attention,
+            settings.router.top_k,
+            settings.weights,
+            settings.average,
+        )
 
         from infer.engine import Engine
         from infer.request import Request
@@ -150,11 +158,15 @@ def answer(settings: GenerateConfig) -> None:
         from train.data.tokenizer import TextStream, tokenizers_errors
 
         def to_request(line: PromptLine) -> Request:
+            if line.budget is not None and table is None:
+                raise ValueError(f"has budget {line.budget:g}, and {no_budgets}")
             with tokenizers_errors("the run's tokenizer cannot encode the prompt"):
                 ids = tokenizer.encode(line.prompt, add_special_tokens=False).ids
-            return Request(line.name, ids, line.sampling, TextStream(tokenizer, ids))
+            stream = TextStream(tokenizer, ids)
+            return Request(line.name, ids, line.sampling, stream, budget=line.budget)
 
-        engine = Engine(model, settings.engine, store.end_of_document)
+        budgets = None if table is None else table.on(model.any_weight.device)
+        engine = Engine(model, settings.engine, store.end_of_document, budgets=budgets)
         share = (place.rank, place.size)
         tally = answer_file(
             engine, Path(settings.input), output, settings.sampling, to_request, share

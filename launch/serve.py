@@ -24,7 +24,7 @@ from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.config.build import record
 from launch.config.overrides import typed
-from launch.saved.opened import checkpoint_name, opened
+from launch.saved.opened import checkpoint_name, opened, saved_budgets
 from launch.saved.run import load_folder, load_run
 
 if TYPE_CHECKING:
@@ -153,20 +153,17 @@ def main(config: DictConfig) -> None:
 
 def _table(settings: ServeConfig) -> BudgetTable | None:
     """The budgets that requests may ask for: those that launch.evaluate has saved for this
-    checkpoint and this attention.
+    checkpoint, these weights and this attention.
     """
-    from train.trained.budgets import described, load_table
-
-    if settings.run is None or settings.router.top_k is not None:
-        return None
-    table = load_table(Path(settings.run), settings.checkpoint)
-    if table is not None and table.attention != described(settings.attention):
-        print(
-            "note: the saved budgets were measured with another attention, so requests cannot "
-            "choose one",
-            file=sys.stderr,
-        )
-        return None
+    table, reason = saved_budgets(
+        settings.run,
+        settings.checkpoint,
+        settings.attention,
+        settings.router.top_k,
+        settings.weights,
+    )
+    if table is None and settings.run is not None:
+        print(f"note: requests cannot choose a budget: {reason}", file=sys.stderr)
     return table
 
 

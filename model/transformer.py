@@ -50,6 +50,7 @@ from model.parallel.heads import HeadExchange
 from model.parallel.part import ModelPart
 from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch
 from model.routers.base import Router, RoutingRequest
+from model.routers.state import RouterState
 from model.weight_sums import Embedding, looked_up, uses_of
 from ops.all_to_all import Communication, total_communication
 from ops.router import RouterOutput
@@ -78,6 +79,15 @@ class _Losses(NamedTuple):
     logit_z_sum: torch.Tensor
     kl_sum: torch.Tensor
     agreed: torch.Tensor
+
+
+class TokenBudgets(NamedTuple):
+    """Budgets of the tokens of a forward pass over pages."""
+
+    tables: tuple[RouterState, ...]
+    """By MoE layer: balance_bias [P, C] and control [P, 4] of P budgets."""
+    row_of: torch.Tensor
+    """[B * S] int32, that each token has."""
 
 
 class Decoded(NamedTuple):
@@ -327,6 +337,7 @@ class Transformer(nn.Module):
         given_ids: tuple[torch.Tensor, ...] | None = None,
         caches: Sequence[LayerCache | Pages] | None = None,
         hidden: torch.Tensor | None = None,
+        budgets: TokenBudgets | None = None,
     ) -> _Hidden:
         """[B, S] token ids through all blocks here; hidden: what the stage before has made of them.
         See ForwardRequest for given_ids.
@@ -339,6 +350,8 @@ class Transformer(nn.Module):
         routings: list[RouterOutput] = []
         for i, block in enumerate(self.blocks):
             own = self._of_layer(request, given_ids, len(routings))
+            if budgets is not None and budgets.tables:
+                own = own._replace(budgets=budgets.tables[len(routings)])
             if self._recomputes():
                 found = checkpoint(block, hidden, layout, own, use_reentrant=False)
             else:
@@ -622,6 +635,7 @@ class Transformer(nn.Module):
         pages: list[Pages],
         last: torch.Tensor,
         keep_routing: bool = False,
+        budgets: TokenBudgets | None = None,
     ) -> Decoded:
         """The first tokens of documents, by the training forward, into pages.
 
@@ -635,7 +649,7 @@ class Transformer(nn.Module):
             token_mask=batch.token_mask,
             paging=paging,
         )
-        return self._decoded(batch.input_ids, layout, pages, last, keep_routing)
+        return self._decoded(batch.input_ids, layout, pages, last, keep_routing, budgets)
 
     @torch.no_grad()
     def step(
@@ -645,6 +659,7 @@ class Transformer(nn.Module):
         pages: list[Pages],
         token_mask: torch.Tensor | None = None,
         keep_routing: bool = False,
+        budgets: TokenBudgets | None = None,
     ) -> Decoded:
         """The next S tokens [B, S] of B documents whose earlier ones are in the pages; logits of
         the last of each. token_mask: [B, S] bool, False for idle rows and for padding before a row
@@ -657,7 +672,7 @@ class Transformer(nn.Module):
         cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
         layout = self._layout(positions, cu_seqlens, length, token_mask=token_mask, paging=paging)
         last = torch.arange(1, batch + 1, device=device) * length - 1
-        return self._decoded(input_ids, layout, pages, last, keep_routing)
+        return self._decoded(input_ids, layout, pages, last, keep_routing, budgets)
 
     def _decoded(
         self,
@@ -666,9 +681,12 @@ class Transformer(nn.Module):
         pages: list[Pages],
         last: torch.Tensor,
         keep_routing: bool,
+        budgets: TokenBudgets | None,
     ) -> Decoded:
         request = RoutingRequest(token_mask=layout.token_mask)
-        hidden = self._backbone(input_ids, layout, request, caches=pages)
+        if budgets is not None:
+            request = request._replace(row_of=budgets.row_of)
+        hidden = self._backbone(input_ids, layout, request, caches=pages, budgets=budgets)
         used = hidden.last.new_zeros(input_ids.numel(), dtype=torch.float32)
         for routing in hidden.routings:
             used += (routing.expert_ids >= 0).sum(-1)

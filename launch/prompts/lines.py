@@ -24,7 +24,9 @@ class PromptLine:
     prompt: str
     sampling: SamplingConfig
     rest: dict[str, Any]
-    """What travels through to the answer."""
+    """What travels through to the answer, the budget included."""
+    budget: float | None = None
+    """One of the saved budgets; None: that of the command."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,13 @@ def _line(number: int, raw: bytes, default: SamplingConfig) -> PromptLine | BadL
     sampling = _sampling(line, dataclasses.replace(default, seed=(default.seed + number) % 2**63))
     if isinstance(sampling, str):
         return BadLine(number, sampling)
+    budget = line.get("budget")
+    if budget is not None:
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget < 1e6:
+            return BadLine(number, f"has budget {budget!r}; it must be a number of experts")
+        budget = float(budget)
     rest = {key: value for key, value in line.items() if key not in OWN}
-    return PromptLine(number, str(name), prompt, sampling, rest)
+    return PromptLine(number, str(name), prompt, sampling, rest, budget)
 
 
 def _sampling(line: dict[str, Any], default: SamplingConfig) -> SamplingConfig | str:

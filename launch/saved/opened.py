@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
     from train.config.training import ParallelConfig
     from train.data.store import TokenStore
+    from train.trained.budgets import BudgetTable
     from train.trained.ranks import Place
     from train.trained.text import FolderTokens
 
@@ -27,6 +28,36 @@ def checkpoint_name(run_dir: str | None, checkpoint: str) -> str:
     if run_dir is None:
         return checkpoint
     return find_checkpoint(Path(run_dir), prefer=checkpoint).name
+
+
+def saved_budgets(
+    run_dir: str | None,
+    checkpoint: str,
+    attention: Any = None,
+    top_k: int | None = None,
+    weights: str = "native",
+    average: int = 1,
+) -> tuple[BudgetTable | None, str]:
+    """The budgets that launch.evaluate has saved for this checkpoint, and an empty text; or None,
+    and why a model so opened has none.
+    """
+    from train.trained.budgets import described, load_table
+
+    if run_dir is None:
+        return None, "published weights have no saved budgets"
+    if top_k is not None:
+        return None, f"router.top_k={top_k} is another router than that of the saved budgets"
+    table = load_table(Path(run_dir), checkpoint)
+    if table is None:
+        return None, (
+            "the checkpoint has no saved budgets: python -m launch.evaluate "
+            f"run={run_dir} router.budget=[1,2] save_budgets=true"
+        )
+    if table.attention != described(attention):
+        return None, "the saved budgets were measured with another attention"
+    if average > 1 or weights == "ema":
+        return None, "the saved budgets are cuts of the checkpoint's own weights, not of a mean"
+    return table, ""
 
 
 def opened(
@@ -86,14 +117,10 @@ def opened(
     # A budget that launch.evaluate has saved is a copy of buffers.
     if budget is not None:
         from train.data.prepare import prepare
-        from train.trained.budgets import described, load_table
         from train.trained.calibrate import calibrate_budget, calibration_batches
 
-        table = load_table(Path(run_dir), folder.name)
-        matches = table is not None and table.attention == described(attention)
-        # The saved cuts are those of the checkpoint's own weights.
-        matches = matches and average == 1 and weights != "ema"
-        if table is None or not matches or not table.use(model, budget):
+        table, _ = saved_budgets(run_dir, folder.name, attention, None, weights, average)
+        if table is None or not table.use(model, budget):
             batches = calibration_batches(config, TokenStore(prepare(config.data)), store.path)
             calibrate_budget(model, batches, budget, config.balance, config.budget, device)
     return model, store, device

@@ -16,7 +16,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.routers.config import ControlLaw
-from model.routers.state import ControllerState, RouterInputs
+from model.routers.state import ControllerState, RouterInputs, RouterState
 from ops.router import (
     NUM_REASONS,
     Reason,
@@ -60,6 +60,12 @@ class RoutingRequest(NamedTuple):
     """Take a snapshot of the weight."""
     plain_k: int = 0
     """Plain top-k with so many experts instead of what the controllers say; 0: as they say."""
+    budgets: RouterState | None = None
+    """Outside of training: a table of budgets instead of the router's own state, of which row_of
+    says what a token reads.
+    """
+    row_of: torch.Tensor | None = None
+    """[T] int32, rows of `budgets`."""
 
 
 class LoopWatch:
@@ -239,13 +245,14 @@ class Router(nn.Module):
         """The buffer `controller` by name, to read and to write in place."""
         return ControllerState.of(self.controller)
 
-    def inputs_in_force(self, plain_k: int = 0) -> torch.Tensor:
-        """[4] fp32, `control` as the op reads it now. An overload's limit answers to loads of ranks
-        in training, so it is lifted elsewhere. plain_k: of RoutingRequest.
+    def inputs_in_force(self, plain_k: int = 0, state: RouterState | None = None) -> torch.Tensor:
+        """[4] fp32, `control` as the op reads it now, or [P, 4] of a table of budgets. An
+        overload's limit answers to loads of ranks in training, so it is lifted elsewhere. plain_k:
+        of RoutingRequest.
         """
         if self.training and not plain_k:
             return self.control
-        control = self.control.clone()
+        control = (self.control if state is None else state.control).clone()
         inputs = RouterInputs.of(control)
         if not self.training:
             inputs.limit.fill_(float(self.max_top_k))
@@ -254,33 +261,52 @@ class Router(nn.Module):
             inputs.fallback_k.fill_(float(plain_k))
         return control
 
-    def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _logits(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        state: RouterState | None = None,
+        row_of: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[T, D] -> [T, C] fp32: the gates of ReLU routing are what exceeds the cut, so its bias
-        comes before the ReLU.
+        comes before the ReLU. state, row_of: of RoutingRequest.
         """
+        state = self._own(state)
         shift = None if self.bias is None else self.bias.float()
         if self.law == "relu":
-            shift = self.balance_bias
+            shift = state.balance_bias
         # zero, but in checkpoints of earlier versions: model.moe.budget.SHIFT_DECAY
         if self.law == "null":
             shift = F.pad(
-                self.router_inputs.value.expand(self.spec.num_null_experts),
+                RouterInputs.of(state.control)
+                .value.unsqueeze(-1)
+                .expand(*state.control.shape[:-1], self.spec.num_null_experts),
                 (self.spec.num_experts, 0),
             )
+        if shift is not None and shift.dim() == 2:
+            assert row_of is not None
+            return F.linear(hidden.float(), weight.float()) + shift[row_of.long()]
         return F.linear(hidden.float(), weight.float(), shift)
 
-    def _selection_bias(self, spec: RouteSpec) -> torch.Tensor | None:
-        """[C] fp32, added to the scores to rank them under `spec`. Plain top-k is of the experts
-        alone, so in its steps null experts rank behind all of them.
+    def _own(self, state: RouterState | None) -> RouterState:
+        return RouterState(self.balance_bias, self.control) if state is None else state
+
+    def _selection_bias(
+        self, spec: RouteSpec, state: RouterState | None = None
+    ) -> torch.Tensor | None:
+        """[C] fp32, or [P, C] of a table of budgets, added to the scores to rank them under `spec`.
+        Plain top-k is of the experts alone, so in its steps null experts rank behind all of them.
         """
+        state = self._own(state)
         if spec.mode == "expert_choice" or self.law == "relu":
             return None
         if not spec.num_null_experts:
-            return self.balance_bias
-        nulls = torch.where(self.router_inputs.share < 1, NULLS_OUT, 0.0).expand(
-            spec.num_null_experts
+            return state.balance_bias
+        plain = RouterInputs.of(state.control).share.unsqueeze(-1) < 1
+        nulls = torch.where(plain, NULLS_OUT, 0.0).expand(
+            *state.control.shape[:-1], spec.num_null_experts
         )
-        return self.balance_bias + F.pad(nulls, (spec.num_experts, 0))
+        return state.balance_bias + F.pad(nulls, (spec.num_experts, 0))
 
     def forward(self, hidden: torch.Tensor, request: RoutingRequest | None = None) -> RouterOutput:
         """hidden [T, hidden_size] -> RouterOutput with max_top_k slots."""
@@ -293,7 +319,9 @@ class Router(nn.Module):
         if request.snapshot and self.snapshot_weight is not None:
             self.snapshot_weight.copy_(self.weight.detach())
 
-        logits = self._logits(hidden, self.weight)
+        state, row_of = request.budgets, request.row_of
+        assert not self.training or state is None, "a table of budgets is not for training"
+        logits = self._logits(hidden, self.weight, state, row_of)
         spec = self.mode_spec()
         options: dict[str, Any] = {
             "token_mask": request.token_mask,
@@ -304,13 +332,15 @@ class Router(nn.Module):
         if request.given_ids is not None:
             return route(logits, _given(spec), given_ids=request.given_ids, **options)
 
-        bias = self._selection_bias(spec)
+        bias = self._selection_bias(spec, state)
         choice: dict[str, Any] = {
-            "router_inputs": self.inputs_in_force(request.plain_k),
+            "router_inputs": self.inputs_in_force(request.plain_k, state),
             "histogram_range": self.histogram_range,
             "num_bins": request.num_bins,
-            "bias": bias,
         }
+        if state is not None:
+            return route(logits, spec, bias_table=bias, row_of=row_of, **choice, **options)
+        choice["bias"] = bias
 
         # The snapshot chooses, and the present weights give the gates, so that they go on learning.
         if request.frozen and self.snapshot_weight is not None:

@@ -9,7 +9,7 @@ import torch
 from model.config import ModelConfig
 from model.routers.base import Router
 from model.routers.config import ExpertChoiceConfig
-from model.routers.state import RouterInputs
+from model.routers.state import RouterInputs, RouterState
 from ops.router import RouteSpec
 
 
@@ -30,8 +30,8 @@ class ExpertChoiceRouter(Router):
     def mode_spec(self) -> RouteSpec:
         return self.spec if self.training else dataclasses.replace(self.spec, mode="threshold")
 
-    def inputs_in_force(self, plain_k: int = 0) -> torch.Tensor:
-        control = super().inputs_in_force(plain_k)
+    def inputs_in_force(self, plain_k: int = 0, state: RouterState | None = None) -> torch.Tensor:
+        control = super().inputs_in_force(plain_k, state)
         if self.training or plain_k:
             return control
         # A cut of zero would let every expert through. Asked on the device, as `any` on the host
@@ -40,4 +40,5 @@ class ExpertChoiceRouter(Router):
         inputs = RouterInputs.of(plain)
         inputs.share.fill_(0.0)
         inputs.fallback_k.fill_(float(self.spec.top_k))
-        return torch.where(self.balance_bias.any(), control, plain)
+        bias = self.balance_bias if state is None else state.balance_bias
+        return torch.where(bias.any(-1, keepdim=True), control, plain)

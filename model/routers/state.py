@@ -12,10 +12,22 @@ from typing import NamedTuple
 import torch
 
 
+class RouterState(NamedTuple):
+    """All that the experts of a router's tokens depend on, besides its weight: what a budget is.
+    Stacked over a first dimension it is a table of P budgets.
+    """
+
+    balance_bias: torch.Tensor
+    """[C] fp32, or [P, C]."""
+    control: torch.Tensor
+    """[4] fp32, or [P, 4]."""
+
+
 class RouterInputs(NamedTuple):
     """What the routing op reads of a router's controllers (ops.router.route, router_inputs).
 
-    Views of [] for one router's buffer [4], of [L] for those of L layers [L, 4].
+    Views of [] for one router's buffer [4], of [L] for those of L layers [L, 4], of [P] for a table
+    of budgets.
     """
 
     value: torch.Tensor

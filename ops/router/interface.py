@@ -36,6 +36,8 @@ def route(
     num_bins: int = 0,
     token_ids: Tensor | None = None,
     num_segments: int = 1,
+    bias_table: Tensor | None = None,
+    row_of: Tensor | None = None,
     backend: str | None = None,
 ) -> RouterOutput:
     """Select experts for every token, with gates, statistics and the permutation, in one pass over
@@ -55,6 +57,11 @@ def route(
             `num_bins` bins.
         token_ids: [T] int64, what the checksum calls a token; None: checksum 0.
         num_segments: T is cut into so many runs of equal length, for sums per sequence.
+        bias_table: [P, C] fp32, biases of P budgets, of which row_of names a token's; instead of
+            `bias`.
+        row_of: [T] int32 from 0 to P - 1: tokens of several budgets in one batch. router_inputs
+            are then [P, 4]. For inference: not with expert_choice, nor with a histogram. On CUDA
+            what lies outside is clamped, as reading it would make the host wait.
         backend: "fused" (C++ on CPU, CUDA kernels on CUDA) or "reference"; None: fused where it can
             be built.
 
@@ -79,7 +86,10 @@ def route(
         num_bins,
         token_ids,
         num_segments,
+        bias_table,
+        row_of,
     )
+    bias = bias if bias_table is None else bias_table
 
     backend = backend or select_backend(logits.device, logits.dtype)
     if backend not in ("fused", "reference"):
@@ -98,6 +108,7 @@ def route(
             num_bins,
             token_ids,
             num_segments,
+            row_of,
         )
 
     _require_fused(logits.device.type)
@@ -140,6 +151,7 @@ def route(
         *cuts,
         histogram_range,
         token_ids,
+        row_of,
         settings,
         spec.scaling_factor,
     )
@@ -238,6 +250,7 @@ def _forward_fake(
     cut_tokens: Tensor | None,
     histogram_range: Tensor | None,
     token_ids: Tensor | None,
+    row_of: Tensor | None,
     settings: list[int],
     scale: float,
 ) -> tuple[Tensor, ...]:
@@ -312,7 +325,7 @@ def _backward(
         ctx.settings,
         ctx.scale,
     )
-    return (grad, *[None] * 10)
+    return (grad, *[None] * 11)
 
 
 def _check(
@@ -326,6 +339,8 @@ def _check(
     num_bins: int,
     token_ids: Tensor | None,
     num_segments: int,
+    bias_table: Tensor | None,
+    row_of: Tensor | None,
 ) -> None:
     problems = spec.problems()
     if problems:
@@ -364,9 +379,13 @@ def _check(
     if spec.mode == "expert_choice" and bias is not None:
         raise ValueError("mode='expert_choice' balances by itself and takes no bias")
 
+    num_rows = _check_rows(spec, bias, router_inputs, num_bins, bias_table, row_of)
+    by_row = () if row_of is None else (num_rows,)
     shapes = (
         ("bias", bias, (num_columns,), None),
-        ("router_inputs", router_inputs, (4,), torch.float32),
+        ("bias_table", bias_table, (num_rows, num_columns), None),
+        ("router_inputs", router_inputs, (*by_row, 4), torch.float32),
+        ("row_of", row_of, (num_tokens,), torch.int32),
         ("token_mask", token_mask, (num_tokens,), torch.bool),
         ("given_ids", given_ids, (num_tokens, spec.max_experts), None),
         ("histogram_range", histogram_range, (spec.num_experts, 2), torch.float32),
@@ -401,3 +420,42 @@ def _check(
             f"given_ids span {int(given_ids.min())}..{int(given_ids.max())}; expected -1.."
             f"{spec.num_experts - 1}"
         )
+    if (
+        row_of is not None
+        and row_of.device.type == "cpu"
+        and row_of.numel()
+        and (int(row_of.min()) < 0 or int(row_of.max()) >= num_rows)
+    ):
+        raise ValueError(
+            f"row_of spans {int(row_of.min())}..{int(row_of.max())}; expected 0..{num_rows - 1}"
+        )
+
+
+def _check_rows(
+    spec: RouteSpec,
+    bias: Tensor | None,
+    router_inputs: Tensor | None,
+    num_bins: int,
+    bias_table: Tensor | None,
+    row_of: Tensor | None,
+) -> int:
+    """Rows of the tables; 0: there are none."""
+    if row_of is None:
+        if bias_table is not None:
+            raise ValueError("bias_table needs row_of, which names a token's row; else give bias")
+        return 0
+    table = router_inputs if bias_table is None else bias_table
+    if table is None:
+        raise ValueError("row_of names rows of bias_table and router_inputs: give one of them")
+    if bias is not None:
+        raise ValueError("with row_of the biases are rows of bias_table; give no bias")
+    if spec.mode == "expert_choice":
+        raise ValueError("mode='expert_choice' looks at all tokens together and takes no row_of")
+    if num_bins:
+        raise ValueError(
+            f"num_bins is {num_bins}: histograms move the controllers of one budget, so with "
+            "row_of give 0"
+        )
+    if table.dim() != 2 or not len(table):
+        raise ValueError(f"the rows of row_of are in tables [P, ...], not {tuple(table.shape)}")
+    return len(table)

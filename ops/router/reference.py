@@ -188,29 +188,34 @@ class _Rows(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What the controllers say, on the host."""
+    """What the controllers say: [1] for all tokens, or [T] where each reads a row of a table."""
 
-    value: float
-    """The mode's own: P of top_p, the cut of threshold and relu."""
+    value: Tensor
+    """fp32, the mode's own: P of top_p, the cut of threshold and relu."""
     share: Tensor
-    """[] fp32, share of the mode against plain top-k: the kernels blend in fp32 whatever the
+    """fp32, share of the mode against plain top-k: the kernels blend in fp32 whatever the
     logits.
     """
-    plain_k: int
-    """Experts per token of that plain top-k."""
-    limit: int
-    """Most experts of a token."""
+    plain_k: Tensor
+    """int64, experts per token of that plain top-k."""
+    limit: Tensor
+    """int64, most experts of a token."""
 
     @staticmethod
-    def read(router_inputs: Tensor | None, num_slots: int, device: torch.device) -> _Inputs:
-        value, share, plain_k, limit = (
-            [0.0, 1.0, 0.0, num_slots] if router_inputs is None else router_inputs.tolist()
-        )
+    def read(
+        router_inputs: Tensor | None, row_of: Tensor | None, num_slots: int, device: torch.device
+    ) -> _Inputs:
+        if router_inputs is None:
+            router_inputs = torch.tensor([0.0, 1.0, 0.0, num_slots], device=device)
+            row_of = None
+        rows = router_inputs.unsqueeze(0) if row_of is None else router_inputs[row_of.long()]
+        value, share, plain_k, limit = rows.unbind(1)
+
         # whole numbers; what is negative or NaN counts as 0
-        plain_k, limit = (min(int(v), num_slots) if v >= 0 else 0 for v in (plain_k, limit))
-        return _Inputs(
-            value, torch.tensor(share, dtype=torch.float32, device=device), plain_k, limit
-        )
+        def whole(v: Tensor) -> Tensor:
+            return torch.where(v >= 0, v, 0.0).clamp(max=num_slots).long()
+
+        return _Inputs(value, share, whole(plain_k), whole(limit))
 
 
 class _Ranking(NamedTuple):
@@ -235,9 +240,10 @@ def reference_route(
     num_bins: int = 0,
     token_ids: Tensor | None = None,
     num_segments: int = 1,
+    row_of: Tensor | None = None,
 ) -> RouterOutput:
     """See ops.router.route. Rank the columns, say how many a row takes, fill its slots with them,
-    weigh what is in the slots, and count.
+    weigh what is in the slots, and count. bias: [C], or with row_of the bias_table [P, C].
     """
     rows = _read(logits, token_mask)
     x, unmasked, live = rows
@@ -246,7 +252,9 @@ def reference_route(
     log_z, entropy = x.logsumexp(-1) * live, -(log_q.exp() * log_q).sum(-1) * live
     score_sums = _score_sums(x, scores, live, spec, num_segments)
 
-    inputs = _Inputs.read(router_inputs, spec.max_experts, x.device)
+    inputs = _Inputs.read(router_inputs, row_of, spec.max_experts, x.device)
+    if bias is not None and row_of is not None:
+        bias = bias[row_of.long()]
     ranking = _rank(scores.detach(), live, spec, bias)
     n, reasons = _how_many(ranking, scores.detach(), rows, spec, inputs)
     ids, null_count = _fill(ranking, n, live, spec, given_ids)
@@ -305,7 +313,9 @@ def _score_sums(
 
 @torch.no_grad()
 def _rank(scores: Tensor, live: Tensor, spec: RouteSpec, bias: Tensor | None) -> _Ranking:
-    """Keys are scores with their bias; of expert choice they are scores over the expert's cut."""
+    """Keys are scores with their bias, [C] or [T, C]; of expert choice they are scores over the
+    expert's cut.
+    """
     keys = scores if bias is None else scores + bias
     if spec.mode == "expert_choice":
         cuts, last_tokens = expert_choice_cuts(scores, live, spec.top_k)
@@ -331,21 +341,22 @@ def _how_many(
     """
     asked = _asked(ranking, scores, spec, inputs.value)
     most = min(spec.max_experts, ranking.candidates)
-    limit = min(inputs.limit, most)
+    limit = inputs.limit.clamp(max=most)
 
     # 1 and 2: what there is room for, blended with plain top-k.
     n = asked.clamp(max=most)
-    if inputs.share < 1:
-        plain, own = (1 - inputs.share) * inputs.plain_k, inputs.share * n.float()
-        asked = n = (plain + own + 0.5).floor().long()
+    blended = inputs.share < 1
+    plain, own = (1 - inputs.share) * inputs.plain_k, inputs.share * n.float()
+    blend = (plain + own + 0.5).floor().long()
+    asked, n = torch.where(blended, blend, asked), torch.where(blended, blend, n)
 
     # 3: reasons are judged on what was asked for.
     reasons = (asked == 0) * int(Reason.EMPTY) + (asked > limit) * int(Reason.CAPPED)
     reasons += ((n > 0) & (n < spec.min_experts)) * int(Reason.RAISED)
-    reasons += int(inputs.share < 1) * int(Reason.OVERRIDDEN)
+    reasons += blended * int(Reason.OVERRIDDEN)
 
     # 4: the limit wins over min_experts.
-    n = n.clamp(min=spec.min_experts).clamp(max=limit)
+    n = n.clamp(min=spec.min_experts).minimum(limit)
 
     if spec.mode == "given":
         reasons, n = torch.zeros_like(reasons), torch.zeros_like(n)
@@ -354,8 +365,9 @@ def _how_many(
     return torch.where(rows.live, n, 0), reasons
 
 
-def _asked(ranking: _Ranking, scores: Tensor, spec: RouteSpec, value: float) -> Tensor:
-    """[T] int64: the columns that the mode asks for."""
+def _asked(ranking: _Ranking, scores: Tensor, spec: RouteSpec, value: Tensor) -> Tensor:
+    """[T] int64: the columns that the mode asks for. value: [1] or [T]."""
+    value = value.unsqueeze(1)
     if spec.mode in ("threshold", "relu"):
         return (ranking.keys > value).sum(1)
     if spec.mode == "expert_choice":
@@ -413,7 +425,9 @@ def _behind_the_selection(
     ranks_alone = spec.mode in ("top_k", "top_p")
     alpha = outside if ranks_alone else torch.zeros_like(outside)
     counted, bars = live & alpha.isfinite(), alpha.unsqueeze(1)
-    if spec.mode == "top_k" and spec.num_null_experts and inputs.share >= 1:
+    # Rows of their own count in no histogram, so the share is one for all where it matters.
+    alone = len(inputs.share) == 1 and bool(inputs.share >= 1)
+    if spec.mode == "top_k" and spec.num_null_experts and alone:
         counted = counted & (n > 0)
         bars = null_bars(ranking.order, n, inside, outside, spec.num_experts)
     return margin, counted, bars

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, build, tiny_config
 
+from infer.budget import RouterState, capture
 from infer.config import EngineConfig, SamplingConfig
 from infer.engine import Engine
 from infer.request import Request
 from model.config import BalanceConfig
 from model.parallel.groups import ParallelGroups, destroy_parallel, initialize_parallel
+from model.routers.config import ThresholdConfig
 from model.transformer import Transformer
 
 SPARSE = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4}
@@ -27,16 +29,33 @@ CASES: dict[str, tuple[dict | None, tuple[int, int]]] = {
     "scc": (SPARSE, (7, 3)),
     "mla": (LATENT, (7, 3)),
     "idle": (None, (4, 0)),
+    "budgets": (None, (6, 3)),
 }
+BUDGETS = (None, 1.0, 3.0)
+"""Of the case "budgets": rank 1 has requests of one of them alone."""
 
 
 def model_of(case: str, groups: ParallelGroups | None) -> Transformer:
     attention, _ = CASES[case]
     shape = LATENT_SHAPE if attention is LATENT else {}
-    model = build(tiny_config(**shape), BalanceConfig(), groups, attention=attention).eval()
+    router = {"router": ThresholdConfig, "budget": 2.0} if case == "budgets" else {}
+    model = build(tiny_config(**shape), BalanceConfig(), groups, attention=attention, **router)
     with torch.no_grad():
         model.head.weight *= 10
-    return model
+        for layer in model.routers() if router else ():
+            layer.balance_bias.fill_(-0.5)
+    return model.eval()
+
+
+def budgets_of(case: str, model: Transformer) -> dict[float, list[RouterState]] | None:
+    if case != "budgets":
+        return None
+    states = capture(model.routers())
+
+    def cut_at(cut: float) -> list[RouterState]:
+        return [s._replace(balance_bias=torch.full_like(s.balance_bias, -cut)) for s in states]
+
+    return {1.0: cut_at(0.6), 3.0: cut_at(0.4)}
 
 
 def requests_of(case: str, rank: int) -> list[Request]:
@@ -49,12 +68,16 @@ def requests_of(case: str, rank: int) -> list[Request]:
         sampling = SamplingConfig(
             max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), top_p=0.9, seed=10 * rank + i
         )
-        found.append(Request(str(i), prompt, sampling))
+        budget = BUDGETS[2 if rank else i % 3] if case == "budgets" else None
+        found.append(Request(str(i), prompt, sampling, budget=budget))
     return found
 
 
-def tokens_of(model: Transformer, requests: list[Request]) -> tuple[list[list[int]], dict]:
-    engine = Engine(model, EngineConfig(max_slots=3, prefill_tokens=24))
+def tokens_of(
+    case: str, model: Transformer, requests: list[Request]
+) -> tuple[list[list[int]], dict]:
+    settings = EngineConfig(max_slots=3, prefill_tokens=24)
+    engine = Engine(model, settings, budgets=budgets_of(case, model))
     found = {c.name: c.tokens for c in engine.run(requests)}
     return [found[str(i)] for i in range(len(found))], engine.num_forwards
 
@@ -66,7 +89,7 @@ def main() -> None:
     groups = initialize_parallel(2)
     rank = dist.get_rank()
     for case in CASES:
-        tokens, forwards = tokens_of(model_of(case, groups), requests_of(case, rank))
+        tokens, forwards = tokens_of(case, model_of(case, groups), requests_of(case, rank))
         gathered: list = [None, None]
         dist.all_gather_object(gathered, (tokens, forwards))
         if rank == 0:

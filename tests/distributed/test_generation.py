@@ -23,7 +23,8 @@ def lines(run_ranks) -> dict[tuple[str, int], dict]:
 @pytest.mark.parametrize("case", generation_worker.CASES)
 def test_ragged_decode_equals_one_process_under_ep2(lines, case, rank):
     requests = generation_worker.requests_of(case, rank)
-    expected, _ = generation_worker.tokens_of(generation_worker.model_of(case, None), requests)
+    model = generation_worker.model_of(case, None)
+    expected, _ = generation_worker.tokens_of(case, model, requests)
     assert lines[case, rank]["tokens"] == expected
     assert len(expected) == generation_worker.CASES[case][1][rank]
 

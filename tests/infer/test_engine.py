@@ -201,6 +201,8 @@ def test_requests_of_different_budgets_run_together_and_share_nothing():
     engine = Engine(model, EngineConfig(max_slots=4), budgets=budgets)
     found = {c.name: c for c in engine.run(requests)}
     assert {n: c.tokens for n, c in found.items()} == {n: c.tokens for n, c in alone.items()}
+    # Four slots hold three budgets, and every step is one forward pass over all of them.
+    assert engine.num_forwards["decode"] == 3 * 11
     spent = {n: c.experts_per_token for n, c in found.items()}
     assert spent["1.0 0"] < spent["None 0"] < spent["3.0 0"]
     # the first of each budget computes what they all begin with

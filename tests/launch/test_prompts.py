@@ -25,11 +25,12 @@ def test_a_line_sets_what_it_says_and_the_rest_travels(tmp_path):
     first, second = lines_of(
         tmp_path,
         {"prompt": "a", "id": "x", "temperature": 0, "stop": "b", "label": [1]},
-        {"prompt": "c", "max_new_tokens": 3},
+        {"prompt": "c", "max_new_tokens": 3, "budget": 1.5},
         max_new_tokens=7,
         stop=("d",),
     )
-    assert first.name == "x" and first.rest == {"label": [1]}
+    assert first.name == "x" and first.rest == {"label": [1]} and first.budget is None
+    assert second.budget == 1.5 and second.rest == {"budget": 1.5}
     assert (first.sampling.temperature, first.sampling.stop) == (0, ("b",))
     assert first.sampling.max_new_tokens == 7
     assert second.name == "2" and second.sampling.stop == ("d",)
@@ -56,6 +57,8 @@ def test_equal_prompts_draw_texts_of_their_own_and_seeds_hold(tmp_path):
         ({"prompt": "a", "id": [1]}, "has the id"),
         ({"prompt": "a", "id": True}, "has the id"),
         ({"prompt": "a", "temperature": "hot"}, "has temperature 'hot'"),
+        ({"prompt": "a", "budget": "low"}, "has budget 'low'"),
+        ({"prompt": "a", "budget": True}, "has budget True"),
         ({"prompt": "a", "temperature": -1}, "temperature is -1"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature is nan"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -18,7 +18,7 @@ from model.routers.config import (
     TopKConfig,
     TopPConfig,
 )
-from model.routers.state import ControllerState, RouterInputs
+from model.routers.state import ControllerState, RouterInputs, RouterState
 from ops.router import Reason, RouterOutput
 
 NUM_EXPERTS, HIDDEN_SIZE = 8, 16
@@ -65,6 +65,29 @@ def tokens(count: int = 50, seed: int = 1) -> torch.Tensor:
 
 def masked(router: Router, hidden: torch.Tensor, mask: torch.Tensor) -> RouterOutput:
     return router(hidden, RoutingRequest(token_mask=mask))
+
+
+def test_tokens_of_several_budgets_are_routed_as_by_a_router_of_each(router):
+    """Every law reads biases and controls its own way; one row is in plain top-k."""
+    router.eval()
+    gen = torch.Generator().manual_seed(3)
+    states = []
+    for share in (1.0, 1.0, 0.0):
+        bias = router.balance_bias + 0.2 * torch.randn(router.spec.num_columns, generator=gen)
+        states.append(RouterState(bias, router.control.clone()))
+        states[-1].control[0] += 0.05
+        states[-1].control[1] = share
+    states[1] = states[1]._replace(balance_bias=torch.zeros_like(router.balance_bias))
+    table = RouterState(*(torch.stack(part) for part in zip(*states, strict=True)))
+    hidden, row_of = tokens(), (torch.arange(50) % 3).int()
+    mixed = router(hidden, RoutingRequest(budgets=table, row_of=row_of))
+    for row, state in enumerate(states):
+        router.balance_bias.copy_(state.balance_bias)
+        router.control.copy_(state.control)
+        alone, own = router(hidden), row_of == row
+        assert torch.equal(mixed.expert_ids[own], alone.expert_ids[own]), row
+        torch.testing.assert_close(mixed.weights[own], alone.weights[own])
+        assert torch.equal(mixed.reasons[own], alone.reasons[own]), row
 
 
 def plain_scores(router: Router, hidden: torch.Tensor) -> torch.Tensor:

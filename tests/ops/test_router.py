@@ -822,6 +822,94 @@ def test_experts_far_below_the_best_keep_their_order(call):
     ]
 
 
+# Tokens of several budgets
+
+
+def several_budgets(spec: RouteSpec, num_tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Logits and tables of three budgets: as drawn, plain top-k with other biases, a limit of 2."""
+    logits, drawn = draw(spec, num_tokens)
+    value = usual_value(spec, logits)
+    inputs = [[value, 1.0, 2.0, 6.0], [value, 0.0, 1.0, 6.0], [value * 0.7, 1.0, 2.0, 2.0]]
+    table = torch.stack([drawn["bias"], -2 * drawn["bias"], drawn["bias"] + 0.02])
+    rows = torch.arange(num_tokens, dtype=torch.int32) * 7 % 3
+    return logits, {
+        "bias_table": table,
+        "router_inputs": torch.tensor(inputs),
+        "row_of": rows,
+        "token_mask": torch.arange(num_tokens) % 11 != 4,
+    }
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_null_experts": 3}], ids=["plain", "nulls"])
+@pytest.mark.parametrize("mode", ["top_k", "top_p", "threshold", "relu"])
+def test_tokens_of_several_budgets_are_routed_as_each_budget_alone(mode, changes, poisoned):
+    """To the bit, and the same by the definition: no token sees what its neighbours spend."""
+    spec = spec_of(mode, **changes)
+    logits, tables = several_budgets(spec, 50)
+    per_token = ("weights", "expert_ids", "log_z", "margin", "entropy", "reasons")
+    for call in BACKENDS:
+        mixed = call(logits, spec, **tables)
+        for row in range(3):
+            alone = call(
+                logits,
+                spec,
+                bias=tables["bias_table"][row],
+                router_inputs=tables["router_inputs"][row],
+                token_mask=tables["token_mask"],
+            )
+            of_row = tables["row_of"] == row
+            for name in per_token:
+                ours, expected = getattr(mixed, name)[of_row], getattr(alone, name)[of_row]
+                assert torch.equal(ours, expected), (call.__name__, row, name)
+    ours, expected = fused(logits, spec, **tables), reference(logits, spec, **tables)
+    for name in PERMUTATION:
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+    spent = [(ours.expert_ids >= 0).sum(1)[tables["row_of"] == r].float().mean() for r in range(3)]
+    assert len(set(spent)) == 3, spent
+
+
+@pytest.mark.parametrize("call", BACKENDS)
+def test_one_table_of_budgets_is_enough(call):
+    logits, tables = several_budgets(BASE, 20)
+    of_biases = call(logits, BASE, bias_table=tables["bias_table"], row_of=tables["row_of"])
+    same = call(logits, BASE, bias=tables["bias_table"][1]).expert_ids
+    of_row = tables["row_of"] == 1
+    assert torch.equal(of_biases.expert_ids[of_row], same[of_row])
+    limited = call(logits, BASE, router_inputs=tables["router_inputs"], row_of=tables["row_of"])
+    most = [(limited.expert_ids >= 0).sum(1)[tables["row_of"] == r].max().item() for r in range(3)]
+    assert most == [3, 1, 2]
+
+
+def test_tables_of_budgets_that_do_not_fit_are_refused():
+    logits, tables = several_budgets(BASE, 20)
+    rows, table, inputs = tables["row_of"], tables["bias_table"], tables["router_inputs"]
+    for told, given in {
+        "bias_table needs row_of": {"bias_table": table},
+        "give one of them": {"row_of": rows},
+        "give no bias": {"row_of": rows, "bias_table": table, "bias": table[0]},
+        r"router_inputs is \(4,\)": {
+            "row_of": rows,
+            "bias_table": table,
+            "router_inputs": inputs[0],
+        },
+        r"row_of is \(20,\) torch.int64": {"row_of": rows.long(), "bias_table": table},
+        "row_of spans 0..3; expected 0..2": {
+            "row_of": rows.masked_fill(rows == 2, 3),
+            "bias_table": table,
+        },
+        "histograms move the controllers": {
+            "row_of": rows,
+            "bias_table": table,
+            "num_bins": 4,
+            "histogram_range": torch.ones(16, 2),
+        },
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            route(logits, BASE, **given)
+    with pytest.raises(ValueError, match="takes no row_of"):
+        route(logits, spec_of("expert_choice"), row_of=rows, router_inputs=inputs)
+
+
 # Reasons
 
 
@@ -1481,6 +1569,7 @@ def test_opcheck_passes():
             None,
             arguments["histogram_range"],
             arguments["token_ids"],
+            None,
             settings,
             1.5,
         )

@@ -250,6 +250,26 @@ def test_scores_that_underflow_give_the_same_bits(
     assert abs(float(out["score_sums"].sum()) - int(live.sum())) < 1e-2
 
 
+@pytest.mark.parametrize("num_experts", [8, 102, 300])
+@pytest.mark.parametrize("mode", ["top_k", "top_p", "threshold"])
+def test_tokens_of_several_budgets_give_the_same_bits(kernels, monkeypatch, mode, num_experts):
+    """Rows of tables whose width is no multiple of 16 bytes; tiles of a warp take other numbers of
+    ranks.
+    """
+    spec = spec_of(mode, num_experts, num_null_experts=num_experts % 4)
+    logits, arguments = draw(spec, 132, num_segments=4)
+    del arguments["histogram_range"], arguments["num_bins"]
+    bias, (value, *_) = arguments.pop("bias"), arguments["router_inputs"].tolist()
+    arguments |= {
+        "bias_table": torch.stack([bias, -3 * bias, 5 * bias]),
+        "router_inputs": torch.tensor(
+            [[value, 1, 2, 8], [value, 0.4, 7, 8], [value * 0.5, 1, 2, 3]]
+        ),
+        "row_of": (torch.arange(132) * 5 % 7 % 3).int(),
+    }
+    assert_same_bits(kernels, logits, spec, monkeypatch, ("", "1"), **arguments)
+
+
 @pytest.mark.parametrize("value", [-float("inf"), float("nan")])
 def test_a_bias_that_is_not_finite_selects_the_same_experts(kernels, monkeypatch, value):
     """-inf is what people write to switch an expert off; NaN is what a broken balance controller

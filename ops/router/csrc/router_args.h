@@ -61,8 +61,10 @@ template <class Real>
 struct ForwardArgs {
   Spec spec;
   const void* logits;             // [T, C]
-  const Real* bias;               // [C] or null
-  const float* router_inputs;     // [4] or null
+  const Real* bias;               // [C], with row_of [P, C], or null
+  const float* router_inputs;     // [4], with row_of [P, 4], or null
+  const int32_t* row_of;          // [T], the row of both tables that a token reads, or null
+  int num_rows;                   // P
   const uint8_t* token_mask;      // [T] or null
   const int32_t* given_ids;       // [T, K] for GIVEN
   const Real* cut_scores;         // [C] for EXPERT_CHOICE

@@ -210,6 +210,11 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
     float_acc[1] = float_acc[1] + entropy;
   }
 
+  // Tokens of one batch may be of several budgets, each with a bias and inputs of its own.
+  int row = active && a.row_of ? a.row_of[token] : 0;
+  row = row < 0 ? 0 : (row > 0 && row >= a.num_rows ? a.num_rows - 1 : row);
+  const float* const inputs = a.router_inputs ? a.router_inputs + 4 * (size_t)row : nullptr;
+
   // Selection keys.
   if (spec.mode == EXPERT_CHOICE) {
     F cut[M::L];
@@ -221,7 +226,7 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
     });
   } else if (a.bias) {
     F bias[M::L];
-    M::load(bias, a.bias, columns, true, (Real)0);
+    M::load(bias, a.bias + (size_t)row * columns, columns, true, (Real)0);
     M::each([&](int j, int l, int id) {
       M::at(u, j, l) = id < columns ? M::at(s, j, l) + M::at(bias, j, l) : (Real)-INFINITY;
     });
@@ -236,18 +241,19 @@ LS_BOTH void route_token(M& m, const ForwardArgs<typename M::Real>& a, int token
   if (spec.num_groups > 1 && spec.top_groups < spec.num_groups) candidates = limit_groups<M>(spec, u);
   m.store_row(m.row_a, s);
 
-  const float value = a.router_inputs ? a.router_inputs[INPUT_VALUE] : 0.0f;
-  const float share = a.router_inputs ? a.router_inputs[INPUT_SHARE] : 1.0f;
-  int limit = a.router_inputs ? whole_number(a.router_inputs[INPUT_LIMIT], slots) : slots;
+  const float value = inputs ? inputs[INPUT_VALUE] : 0.0f;
+  const float share = inputs ? inputs[INPUT_SHARE] : 1.0f;
+  int limit = inputs ? whole_number(inputs[INPUT_LIMIT], slots) : slots;
   limit = limit < candidates ? limit : candidates;
-  const int override_k = a.router_inputs ? whole_number(a.router_inputs[INPUT_PLAIN_K], slots) : 0;
+  const int override_k = inputs ? whole_number(inputs[INPUT_PLAIN_K], slots) : 0;
   int reason = live || masked || !active ? 0 : NONFINITE;
   int chosen = 0;        // selected columns, null experts included
   Real margin = (Real)0, alpha = (Real)0;
   bool has_alpha = true;
   // Null experts make a level of all experts' biases matter. What an expert has to beat is one of them: the best that was
   // not chosen to stay in, the worst that was chosen to come in; neither moves with that level. Without such a null expert
-  // it is the first key not chosen, or the last chosen.
+  // it is the first key not chosen, or the last chosen. Rows of their own count in no histogram: best_left below is for
+  // tiles that have taken equally many ranks.
   const bool against_nulls = spec.mode == TOP_K && columns > spec.num_experts && share >= 1.0f;
   Real best_null_out = (Real)-INFINITY, worst_null_in = (Real)-INFINITY;
 

@@ -120,7 +120,7 @@ using ForwardOut = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
 ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor router_inputs, MaybeTensor token_mask,
                    MaybeTensor given_ids, MaybeTensor cut_scores, MaybeTensor cut_tokens, MaybeTensor histogram_range,
-                   MaybeTensor token_ids, const std::vector<int64_t>& settings, double scale) {
+                   MaybeTensor token_ids, MaybeTensor row_of, const std::vector<int64_t>& settings, double scale) {
   const Spec s = read_spec(settings, scale, logits);
   const int64_t T = s.num_tokens, E = s.num_experts, K = s.slots, N = s.num_segments;
   const ScalarType real = s.dtype == FP64 ? ScalarType::Double : ScalarType::Float;
@@ -130,6 +130,7 @@ ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor ro
          entropy = make({T}, real), reasons = make({T}, ScalarType::Byte), slots = make({T * K}, ScalarType::Int),
          inverse = make({T, K}, ScalarType::Int), offsets = make({E + 1}, ScalarType::Int),
          histogram = make({E, s.num_bins}, ScalarType::Int), integers = make({num_integers(s.slots)}, ScalarType::Long);
+  const int num_rows = !row_of.has_value() ? 1 : (int)(bias.has_value() ? *bias : *router_inputs).size(0);
   by_type(s, [&](auto real_zero, auto in_zero) {
     using Real = decltype(real_zero);
     using In = decltype(in_zero);
@@ -137,6 +138,8 @@ ForwardOut forward(bool on_cuda, Tensor logits, MaybeTensor bias, MaybeTensor ro
                         logits.data_ptr(),
                         pointer<Real>(bias),
                         pointer<float>(router_inputs),
+                        pointer<int32_t>(row_of),
+                        num_rows,
                         pointer<uint8_t>(token_mask),
                         pointer<int32_t>(given_ids),
                         pointer<Real>(cut_scores),
@@ -214,9 +217,9 @@ Tensor scores(bool on_cuda, Tensor logits, const std::vector<int64_t>& settings,
 #define FORWARD_PARAMETERS                                                                                            \
   Tensor logits, MaybeTensor bias, MaybeTensor router_inputs, MaybeTensor token_mask, MaybeTensor given_ids,          \
       MaybeTensor cut_scores, MaybeTensor cut_tokens, MaybeTensor histogram_range, MaybeTensor token_ids,             \
-      std::vector<int64_t> settings, double scale
+      MaybeTensor row_of, std::vector<int64_t> settings, double scale
 #define FORWARD_ARGUMENTS \
-  logits, bias, router_inputs, token_mask, given_ids, cut_scores, cut_tokens, histogram_range, token_ids, settings, scale
+  logits, bias, router_inputs, token_mask, given_ids, cut_scores, cut_tokens, histogram_range, token_ids, row_of, settings, scale
 #define BACKWARD_PARAMETERS                                                                                           \
   Tensor logits, Tensor expert_ids, MaybeTensor token_mask, Tensor reasons, Tensor log_z, Tensor entropy,             \
       Tensor grad_weights, Tensor grad_score_sums, Tensor grad_float_sums, std::vector<int64_t> settings, double scale
@@ -236,7 +239,7 @@ Tensor scores_cuda(Tensor logits, std::vector<int64_t> settings, double scale) {
 STABLE_TORCH_LIBRARY(loadstone, m) {
   m.def(
       "router_forward(Tensor logits, Tensor? bias, Tensor? router_inputs, Tensor? token_mask, Tensor? given_ids, "
-      "Tensor? cut_scores, Tensor? cut_tokens, Tensor? histogram_range, Tensor? token_ids, int[] settings, float scale) -> (Tensor weights, "
+      "Tensor? cut_scores, Tensor? cut_tokens, Tensor? histogram_range, Tensor? token_ids, Tensor? row_of, int[] settings, float scale) -> (Tensor weights, "
       "Tensor expert_ids, Tensor counts, Tensor score_sums, Tensor float_sums, Tensor log_z, Tensor margin, Tensor entropy, "
       "Tensor reasons, Tensor slots, Tensor inverse, Tensor offsets, Tensor histogram, Tensor integers)");
   m.def(
