@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from model.moe.experts import Experts
+from model.parallel.family import own_part, whole_shape
 
 PIECE = 2**22
 """Numbers that are drawn in fp32 at a time. A multiple of 16, by which torch's stream goes on as if
@@ -70,7 +71,7 @@ def materialize(
                 continue
             into_residual = "o_proj" in full_name or full_name.endswith((".down", ".down.weight"))
             scale = residual_std if into_residual else std
-            values = torch.empty(parameter.shape, dtype=dtype)
+            values = torch.empty(whole_shape(parameter), dtype=dtype)
             if not isinstance(module, Experts):
                 _fill(values, scale, stream_of(seed, full_name))
             elif parameter.dim() == 2:  # biases
@@ -78,7 +79,8 @@ def materialize(
             else:
                 for local, expert in enumerate(module.global_ids):
                     _fill(values[local], scale, stream_of(seed, full_name, expert))
-            real = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            # Drawn as a whole, so that the parts of all ranks are those of the same matrix.
+            real = nn.Parameter(own_part(parameter, values), requires_grad=parameter.requires_grad)
             real.__dict__.update(parameter.__dict__)  # marks of its family
             module.register_parameter(name, real)
 
