@@ -205,6 +205,8 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     ):
         print(f"  {label:28s} {value:>20,}")
     shared = f"context parallel {context_size}, " if context_size > 1 else ""
+    if run.parallel.tensor_parallel_size > 1:
+        shared += f"tensor parallel {run.parallel.tensor_parallel_size}, "
     stages = run.parallel.pipeline_parallel_size
     if stages > 1:
         shared = f"{stages} stages, {shared}"
@@ -237,6 +239,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         for label, value in (
             *([("stages of the pipeline", exchange.stages)] if stages > 1 else []),
             ("heads of attention", exchange.heads),
+            *([("tokens for cut matrices", exchange.tensor)] if exchange.tensor else []),
             ("rows of experts", exchange.rows),
             ("gradients", exchange.gradients),
             ("weights", exchange.weights),
@@ -244,13 +247,14 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         ):
             print(f"  {label:28s} {value / GIB:>16.3f} GiB")
 
-    where = "ranks" if context_size == 1 else f"groups of {context_size} ranks that share rows"
+    parts = run.parallel.parts_size
+    where = "ranks" if parts == 1 else f"groups of {parts} ranks that share rows"
     if stages > 1:
         where += " of every stage"
     print("batch")
     print(
         f"  {settings.global_batch_size} sequences of {settings.seq_len} = "
-        f"{settings.micro_batch_size} per {'device' if context_size == 1 else 'group'} x "
+        f"{settings.micro_batch_size} per {'device' if parts == 1 else 'group'} x "
         f"{rows_size} {where} x {micro_steps} accumulation steps; {tokens:,} tokens a step, "
         f"{tokens * settings.num_steps:,} in {settings.num_steps:,} steps"
     )

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from model.config import ModelConfig
 from model.moe.experts import Experts
+from model.parallel.family import own_part, whole_shape
 from model.scaling import first_std
 
 PIECE = 2**22
@@ -73,7 +74,7 @@ def materialize(
                 parameter.data = parameter.data.to(dtype)
                 continue
             scale = first_std(config, full_name)
-            values = torch.empty(parameter.shape, dtype=dtype)
+            values = torch.empty(whole_shape(parameter), dtype=dtype)
             if not isinstance(module, Experts):
                 _fill(values, scale, stream_of(seed, full_name), bound)
             elif parameter.dim() == 2:  # biases
@@ -81,7 +82,8 @@ def materialize(
             else:
                 for local, expert in enumerate(module.global_ids):
                     _fill(values[local], scale, stream_of(seed, full_name, expert), bound)
-            real = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            # Drawn as a whole, so that the parts of all ranks are those of the same matrix.
+            real = nn.Parameter(own_part(parameter, values), requires_grad=parameter.requires_grad)
             real.__dict__.update(parameter.__dict__)  # marks of its family
             module.register_parameter(name, real)
 

@@ -30,6 +30,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class RowLinear(nn.Linear):
+    """A linear layer whose input features may be shared out over a tensor group: what comes out is
+    then a rank's share of a sum, into which one rank's bias goes.
+
+    Attributes:
+        adds_bias: whether it is this rank's.
+    """
+
+    adds_bias = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None or self.adds_bias:
+            return super().forward(x)
+        # A zero of it, so that every rank has a gradient to reduce.
+        return F.linear(x, self.weight, 0 * self.bias)
+
+
 class GatedMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)); gate and up stacked in one matrix [2F, D], gate first
     (arXiv 2002.05202). Or another activation of ops/grouped_mlp/spec.py.

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from model.config import BalanceConfig
+from model.parallel.tensor import TensorExchange
 from ops.router import RouterOutput
 
 IGNORE_INDEX = -100
@@ -138,6 +140,59 @@ def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
         ignore_index=IGNORE_INDEX,
         reduction="none",
     ).view_as(targets)
+
+
+class _SharedCrossEntropy(torch.autograd.Function):
+    """As _CrossEntropyAndZ, of logits whose vocabulary is shared out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, tensor: TensorExchange
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values = logits.float()
+        top = values.amax(1)
+        tensor.reduce(top, dist.ReduceOp.MAX)
+
+        counted = targets != IGNORE_INDEX
+        places = targets - tensor.rank * logits.shape[1]
+        here = counted & (places >= 0) & (places < logits.shape[1])
+        places = places.clamp(0, logits.shape[1] - 1)
+        zero = top.new_zeros(())
+        chosen = torch.where(here, values.gather(1, places[:, None])[:, 0], zero)
+        both = torch.stack(((values - top[:, None]).exp_().sum(1), chosen))
+        tensor.reduce(both, dist.ReduceOp.SUM)
+
+        normalizer = top + both[0].log()
+        ctx.save_for_backward(logits, places, here, counted, normalizer)
+        losses = torch.where(counted, normalizer - both[1], zero)
+        return losses, torch.where(counted, normalizer, zero)
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_losses: torch.Tensor, of_normalizers: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        logits, places, here, counted, normalizer = ctx.saved_tensors
+        gradient = (logits.float() - normalizer[:, None]).exp_()
+        gradient *= (counted * (of_losses + of_normalizers))[:, None]
+        gradient.scatter_add_(1, places[:, None], -(here * of_losses)[:, None])
+        return gradient.to(logits.dtype), None, None
+
+
+def shared_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, tensor: TensorExchange
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and normalizer, logsumexp(logits), of a rank's own tokens; 0 where there is no
+    target. Collective: one maximum and one sum of [T] numbers, so that no rank has all logits.
+
+    Args:
+        logits: [T, vocab_size / size], of the tokens of all ranks in their order and this rank's
+            run of the vocabulary; targets: [T] int64 with IGNORE_INDEX.
+
+    Returns:
+        [T / size] fp32 each.
+    """
+    losses, normalizers = _SharedCrossEntropy.apply(logits, targets, tensor)  # type: ignore[no-untyped-call]
+    return tensor.own(losses), tensor.own(normalizers)
 
 
 def is_ahead(positions: torch.Tensor, number: int) -> torch.Tensor:

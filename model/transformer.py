@@ -32,6 +32,7 @@ from model.loss import (
     ModelOutput,
     cross_entropy_and_z_sums,
     cross_entropy_sum,
+    shared_cross_entropy,
     targets_ahead,
     token_cross_entropy,
 )
@@ -45,9 +46,11 @@ from model.moe.balance import (
     stats_size,
 )
 from model.moe.layer import ModelParts, MoELayer
+from model.parallel.family import Cut, cut
 from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
 from model.parallel.part import ModelPart
+from model.parallel.tensor import TensorExchange
 from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch
 from model.routers.base import Router, RoutingRequest
 from model.routers.state import RouterState
@@ -176,6 +179,9 @@ class Transformer(nn.Module):
             with torch.device("meta"):
                 self._router_kind = (parts.router.build(config),)
         self.exchange = HeadExchange(groups.context, groups.context_rank, groups.context_size)
+        self.tensor: TensorExchange | None = None
+        if groups.tensor_size > 1:
+            self.tensor = TensorExchange(groups.tensor, groups.tensor_rank, groups.tensor_size)
         self.rotary_size = parts.attention.rotary_size(config)
         self.rank_shares = rank_shares(
             config.num_experts, len(config.moe_layers), groups.expert_size, parts.placement
@@ -189,18 +195,25 @@ class Transformer(nn.Module):
         self.embedding: Embedding | None = None
         self.lent_embedding: torch.Tensor | None = None
         if self.part.is_first:
-            self.embedding = Embedding(config.vocab_size, config.hidden_size)
+            self.embedding = Embedding(config.vocab_size // groups.tensor_size, config.hidden_size)
+            self._cut_vocabulary(self.embedding)
         self.blocks = Layers({i: Block(config, groups, parts, i) for i in self.part.layers})
         self.norm: RMSNorm | None = None
         self.head: nn.Linear | None = None
         if self.part.is_last:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             if not config.tie_embeddings:
-                self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+                run = config.vocab_size // groups.tensor_size
+                self.head = nn.Linear(config.hidden_size, run, bias=False)
+                self._cut_vocabulary(self.head)
         self.mtp = nn.ModuleList(
             PredictionModule(config, groups, parts, k)
             for k in range(config.num_mtp_layers if self.part.is_last else 0)
         )
+
+    def _cut_vocabulary(self, table: Embedding | nn.Linear) -> None:
+        if self.tensor is not None:
+            cut(table.weight, Cut(0, self.tensor.rank, self.tensor.size))
 
     @property
     def router_kind(self) -> Router | None:
@@ -247,6 +260,8 @@ class Transformer(nn.Module):
         """
         meters = [layer.dispatcher.meter for layer in self.moe_layers()]
         meters.append(self.exchange.meter)
+        if self.tensor is not None:
+            meters.append(self.tensor.meter)
         for meter in meters:
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
@@ -277,8 +292,9 @@ class Transformer(nn.Module):
         whole_positions: torch.Tensor | None = None,
         largest: LargestLogits | None = None,
     ) -> SequenceLayout:
-        """What every attention reads; token_ids and token_mask, those of whole rows, are flattened
-        here. whole_positions: where the positions are of a part of rows, those of whole ones.
+        """What every attention reads, of the tokens that it sees before heads are exchanged;
+        token_ids and token_mask, those of whole rows, are flattened here. whole_positions: where
+        the positions are of a part of rows, those of whole ones.
         """
         dtype = self.any_weight.dtype
         config = self.config
@@ -304,6 +320,7 @@ class Transformer(nn.Module):
             measure=measure,
             paging=paging,
             exchange=exchange,
+            tensor=self.tensor,
             largest=largest,
         )
 
@@ -321,13 +338,30 @@ class Transformer(nn.Module):
         return self.lent_embedding
 
     def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, S] token ids -> [B, S, D]."""
+        """[B, S] token ids, those of the tensor group (`_of_group`) -> [B, s, D] of own tokens."""
+        if self.tensor is None:
+            return times(self._looked_up(ids), self.config.embedding_multiplier)
+        # Each token's row is on one rank: the sum over ranks adds zeros to it.
+        run = self.config.vocab_size // self.tensor.size
+        places = ids - self.tensor.rank * run
+        here = (places >= 0) & (places < run)
+        found = self._looked_up(places.clamp(0, run - 1)) * here.unsqueeze(-1)
+        return times(self.tensor.sum_own_rows(found), self.config.embedding_multiplier)
+
+    def _looked_up(self, places: torch.Tensor) -> torch.Tensor:
         # As a call of the module where it is here, since ZeRO-3 gathers weights for such calls.
         if self.embedding is not None:
-            found = self.embedding(ids)
-        else:
-            found = looked_up(self._embedding_weight, ids)
-        return times(found, self.config.embedding_multiplier)
+            found: torch.Tensor = self.embedding(places)
+            return found
+        return looked_up(self._embedding_weight, places)
+
+    def _of_group(self, batch: TokenBatch, whole: torch.Tensor) -> torch.Tensor:
+        """[B, S'] of the tokens of whole rows -> those of all ranks of the tensor group, which are
+        neighbours; of a rank alone, its own.
+        """
+        length = batch.input_ids.shape[1] * self.groups.tensor_size
+        first = batch.first // length * length
+        return whole[:, first : first + length]
 
     def _backbone(
         self,
@@ -339,8 +373,8 @@ class Transformer(nn.Module):
         hidden: torch.Tensor | None = None,
         budgets: TokenBudgets | None = None,
     ) -> _Hidden:
-        """[B, S] token ids through all blocks here; hidden: what the stage before has made of them.
-        See ForwardRequest for given_ids.
+        """[B, S] token ids (as `_embedded`) through all blocks here; hidden: what the stage before
+        has made of them. See ForwardRequest for given_ids.
         """
         assert (hidden is None) == self.part.is_first, self.part
         if hidden is None:
@@ -385,8 +419,7 @@ class Transformer(nn.Module):
             # A token without another so far ahead in its document is padding here: no later one
             # attends to it, no expert sees it, and nothing counts it.
             ids, there = tokens_ahead(whole, number)
-            ids, there = batch.own(ids), batch.own(there)
-            embedded = self._embedded(ids)
+            embedded, there = self._embedded(self._of_group(batch, ids)), batch.own(there)
             own = self._of_layer(request, given_ids, len(found.routings))
             own = own._replace(token_mask=there.reshape(-1))
             if self._recomputes():
@@ -424,6 +457,8 @@ class Transformer(nn.Module):
             weight: torch.Tensor | None = None,
             taught: Taught | None = None,
         ) -> _Losses:
+            if self.tensor is not None:
+                return self._shared_loss(self.tensor, hidden, targets, by_token, with_z, weight)
             if weight is None:
                 logits = self._project(hidden)
             else:
@@ -473,6 +508,31 @@ class Transformer(nn.Module):
             torch.stack(agreed).sum(),
         )
 
+    def _shared_loss(
+        self,
+        tensor: TensorExchange,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        by_token: bool,
+        with_z: bool,
+        weight: torch.Tensor | None,
+    ) -> _Losses:
+        """Of own tokens, whose logits are made on all ranks of the tensor group, which has the
+        head's rows in parts. Collective.
+        """
+        tokens = tensor.gather(hidden.reshape(-1, hidden.shape[-1]))
+        if weight is None:
+            logits = self._project(tokens)
+        else:
+            logits = F.linear(times(tokens, 1 / self.config.logits_divisor), weight)
+        losses, normalizers = shared_cross_entropy(
+            logits, tensor.gathered(targets.reshape(-1)), tensor
+        )
+        zero = losses.new_zeros(())
+        by_tokens = losses.view_as(targets) if by_token else losses.new_empty(0)
+        z_sum = normalizers.square().sum() if with_z else zero
+        return _Losses(losses.sum(), by_tokens, z_sum, zero, targets.new_zeros(()))
+
     @torch.no_grad()
     def _teacher_logits(self, taught: Taught) -> torch.Tensor | None:
         """[..., vocab_size] of a teacher that is known by its hidden states; None: by its words."""
@@ -495,7 +555,8 @@ class Transformer(nn.Module):
         computed.
         """
         layout, request = self._reading(batch, SUMS_ALONE)
-        return self._backbone(batch.input_ids, layout, request).last
+        ids = self._of_group(batch, batch.rows.input_ids)
+        return self._backbone(ids, layout, request).last
 
     def _balance_sums(
         self,
@@ -524,9 +585,8 @@ class Transformer(nn.Module):
         of the stage before, None on the first.
         """
         layout, routing_request = self._reading(batch, request)
-        hidden = self._backbone(
-            batch.input_ids, layout, routing_request, request.given_ids, hidden=before
-        )
+        ids = self._of_group(batch, batch.rows.input_ids)
+        hidden = self._backbone(ids, layout, routing_request, request.given_ids, hidden=before)
         if self.part.is_last:
             found = self._loss(
                 hidden.last,
@@ -582,17 +642,17 @@ class Transformer(nn.Module):
         """What attention and the routers read of a micro-batch besides its hidden states."""
         # Attention sees whole rows; all else is of the tokens here.
         whole = batch.rows
-        assert (batch.whole is not None) == (self.groups.context_size > 1), (
-            f"{self.groups.context_size} ranks share rows, which are to be cut (Batch.part)"
+        assert (batch.whole is not None) == (self.groups.parts_size > 1), (
+            f"{self.groups.parts_size} ranks share rows, which are to be cut (Batch.part)"
         )
         layout = self._layout(
-            batch.positions,
+            self._of_group(batch, whole.positions),
             batch.cu_seqlens,
             batch.max_seqlen,
             whole.token_ids,
             whole.token_mask,
             request.measure_attention,
-            whole_positions=None if batch.whole is None else whole.positions,
+            whole_positions=whole.positions if self.groups.context_size > 1 else None,
             largest=LargestLogits() if request.measure_logits else None,
         )
         counting = self.training if request.with_histogram is None else request.with_histogram
@@ -615,6 +675,7 @@ class Transformer(nn.Module):
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue
         what they hold. last_only: those of the last position alone, [B, 1, vocab_size].
         """
+        assert self.tensor is None, "whoever generates reads the model whole"
         batch, length = input_ids.shape
         start = caches[0].length if caches else 0
         positions = torch.arange(start, start + length, device=input_ids.device).expand(

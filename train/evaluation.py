@@ -63,8 +63,8 @@ def _evaluated(run: Parts, step: Step, rows: ValidationRows) -> dict[str, Any] |
         run.groups.rows_rank,
         run.groups.rows_size,
         settings.eval_max_sequences,
-        run.groups.context_rank,
-        run.groups.context_size,
+        run.groups.parts_rank,
+        run.groups.parts_size,
     )
 
     def stopped() -> bool:

@@ -94,6 +94,7 @@ def fit(
         parallel.ranks_per_node,
         parallel.context_parallel_size,
         parallel.pipeline_parallel_size,
+        parallel.tensor_parallel_size,
     )
     model = build_model(config, groups, training_dtype(config))
 
@@ -220,8 +221,8 @@ def training_loader(
         store.end_of_document,
         groups.rows_rank,
         groups.rows_size,
-        groups.context_rank,
-        groups.context_size,
+        groups.parts_rank,
+        groups.parts_size,
     )
 
 
@@ -342,11 +343,13 @@ def banner(
     if groups.pipeline_size > 1:
         layers = ", ".join(str(len(part)) for part in config.stage_layers)
         axes.append(f"{groups.pipeline_size} stages of {layers} layers")
-    if groups.context_size > 1 or axes:
+    if groups.parts_size > 1 or axes:
         axes.append(f"rows {groups.rows_size}")
     if groups.context_size > 1:
         axes.append(f"context {groups.context_size}")
-    where = "rows" if groups.context_size > 1 else "ranks"
+    if groups.tensor_size > 1:
+        axes.append(f"tensor {groups.tensor_size}")
+    where = "rows" if groups.parts_size > 1 else "ranks"
     if groups.pipeline_size > 1:
         where += " of a stage"
     shared = " x ".join(axes) + "; " if axes else ""
@@ -395,7 +398,8 @@ def nodes_line(groups: ParallelGroups, num_devices: int, num_nodes: int) -> list
         )
 
     axes = {
-        "context": (groups.context_size, 1),
+        "tensor": (groups.tensor_size, 1),
+        "context": (groups.context_size, groups.tensor_size),
         "expert": (groups.expert_size, 1),
         "stage": (groups.stage_size, 1),
         "pipeline": (groups.pipeline_size, groups.stage_size),

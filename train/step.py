@@ -64,7 +64,8 @@ def training_step(run: Parts, step: Step) -> StepResult | None:
     run.engine.module.set_step(run.progress.step)
     orders = run.guard.before(step)
     ask = run.watch.begin_step(step)
-    exchanges = max(run.groups.expert_size, run.groups.context_size, run.groups.pipeline_size) > 1
+    groups = run.groups
+    exchanges = max(groups.expert_size, groups.parts_size, groups.pipeline_size) > 1
     meter = CommunicationMeter(
         run.engine.module, exchanges and Ask.COMMUNICATION in ask, run.pipeline.link.meter
     )

@@ -53,7 +53,8 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
     problems += problems_of_env(run.launch.env)
     problems += _deepspeed(run)
 
-    sizes = tuple(f"parallel.{axis}_parallel_size" for axis in ("expert", "context", "pipeline"))
+    axes = ("expert", "tensor", "context", "pipeline")
+    sizes = tuple(f"parallel.{axis}_parallel_size" for axis in axes)
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
@@ -124,7 +125,7 @@ def _components(run: RunConfig) -> list[str]:
         run.experts_per_token
         * run.train.micro_batch_size
         * run.train.seq_len
-        / run.parallel.context_parallel_size
+        / run.parallel.parts_size
         / run.model.num_experts
     )
     if run.experts.token_rounding > tokens:
@@ -480,14 +481,83 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
+def _cut(run: RunConfig, ranks: int) -> list[str]:
+    """What tensor parallelism does not go together with. ranks: of a stage."""
+    model, size = run.model, run.parallel.tensor_parallel_size
+    context, name = run.parallel.context_parallel_size, f"parallel.tensor_parallel_size {size}"
+    alone = "use parallel.tensor_parallel_size=1"
+    problems = []
+
+    if run.attention.name not in ("dense", "windowed"):
+        problems.append(
+            f"{name} with attention={run.attention.name}: only heads of dense and windowed "
+            f"attention are cut; {alone}, or parallel.context_parallel_size={size}"
+        )
+    elif model.num_kv_heads % (size * context):
+        over = "" if context == 1 else f" x parallel.context_parallel_size {context}"
+        problems.append(
+            f"{name}{over} does not divide model.num_kv_heads {model.num_kv_heads}, which its "
+            "ranks share out; lower it"
+        )
+    if context > 1 and ranks % (size * context):
+        problems.append(
+            f"{name} x parallel.context_parallel_size {context} does not divide the {ranks} ranks "
+            "that hold the same layers; lower one of them"
+        )
+    if model.vocab_size % size:
+        problems.append(
+            f"{name} does not divide model.vocab_size {model.vocab_size}, whose rows its ranks "
+            f"share out; nearest: {max(1, round(model.vocab_size / size)) * size}"
+        )
+    if len(model.moe_layers) < model.num_layers and model.intermediate_size % size:
+        problems.append(
+            f"{name} does not divide model.intermediate_size {model.intermediate_size}, the width "
+            "of dense MLPs, which its ranks share out; lower it"
+        )
+    if model.qk_norm == "hidden":
+        problems.append(
+            f"{name} with model.qk_norm=hidden: that norm is over all heads, of which a rank has "
+            f"a part; {alone}, or parallel.context_parallel_size={size}"
+        )
+    if run.lora.rank:
+        problems.append(
+            f"{name} with lora.rank {run.lora.rank}: adapters are not cut with their matrices; "
+            f"{alone}"
+        )
+    if run.optim.uses_muon:
+        problems.append(
+            f"{name} with Muon (optim.optimizer, optim.groups): a part of a matrix has other "
+            f"singular values than the whole; use optim=adamw, or {alone}"
+        )
+    if run.optim.qk_clip is not None:
+        problems.append(
+            f"{name} with optim.qk_clip {run.optim.qk_clip:g}: factors are of all heads, of which "
+            f"a rank has a part; drop optim.qk_clip, or {alone}"
+        )
+    if run.optim.freeze:
+        problems.append(
+            f"{name} with optim.freeze {list(run.optim.freeze)}: what is frozen is not cut yet; "
+            f"{alone}"
+        )
+    if run.objective.name != "next_token":
+        problems.append(
+            f"{name} with objective={run.objective.name}: a teacher's words are of the whole "
+            f"vocabulary, of which a rank has a part; {alone}"
+        )
+    return problems
+
+
 def _parallel(run: RunConfig, world_size: int) -> list[str]:
     problems, size = [], run.parallel.expert_parallel_size
 
-    context = run.parallel.context_parallel_size
+    context, tensor = run.parallel.context_parallel_size, run.parallel.tensor_parallel_size
     problems += _stages(run, world_size)
     ranks = run.parallel.stage_size(world_size)
     of_stage = " of a stage" if run.parallel.pipeline_parallel_size > 1 else ""
-    for name, number in (("expert", size), ("context", context)):
+    shared = [("expert", size), ("context", context)]
+    if tensor > 1:
+        shared.append(("tensor", tensor))
+    for name, number in shared:
         if ranks % number and not world_size % run.parallel.pipeline_parallel_size:
             problems.append(
                 f"parallel.{name}_parallel_size {number} does not divide the {ranks} "
@@ -497,12 +567,19 @@ def _parallel(run: RunConfig, world_size: int) -> list[str]:
             )
     if context > 1:
         problems += run.attention.context_problems(run.model, context)
-        if run.train.seq_len % context:
-            problems.append(
-                f"train.seq_len {run.train.seq_len} is not divisible by "
-                f"parallel.context_parallel_size {context}, whose ranks have equal parts of a row; "
-                f"nearest: {max(1, round(run.train.seq_len / context)) * context}"
-            )
+    parts = run.parallel.parts_size
+    if parts > 1 and run.train.seq_len % parts:
+        product = " x ".join(
+            f"parallel.{name}_parallel_size {number}"
+            for name, number in (("context", context), ("tensor", tensor))
+            if number > 1
+        )
+        problems.append(
+            f"train.seq_len {run.train.seq_len} is not divisible by {product}, whose ranks have "
+            f"equal parts of a row; nearest: {max(1, round(run.train.seq_len / parts)) * parts}"
+        )
+    if tensor > 1:
+        problems += _cut(run, ranks)
 
     if run.parallel.placement is not None:
         try:

@@ -135,7 +135,7 @@ def shape_of(run: RunConfig) -> Shape:
         Need.WHOLE_ROUTERS: run.zero_stage < 3,
         Need.SPREAD_EXPERTS: spreads_experts,
         Need.EXCHANGE: spreads_experts
-        or max(run.parallel.context_parallel_size, run.parallel.pipeline_parallel_size) > 1,
+        or max(run.parallel.parts_size, run.parallel.pipeline_parallel_size) > 1,
         Need.LOCAL_EXPERTS: has_experts and not spreads_experts,
         Need.ROUNDED_PAYLOAD: (spreads_experts and dispatcher.get("payload", "native") != "native"),
         Need.SPARSE: is_sparse,

@@ -168,7 +168,7 @@ def _metrics_line(run: RunConfig, num_ranks: int) -> int:
     absent = {"perf/mfu"}
     if run.parallel.expert_parallel_size == 1 or num_ranks == 1:
         absent |= {name for name in names if name.startswith("moe/rank_load")}
-        if run.parallel.context_parallel_size == run.parallel.pipeline_parallel_size == 1:
+        if run.parallel.parts_size == run.parallel.pipeline_parallel_size == 1:
             absent |= {name for name in names if name.startswith("comm/")}
     if "budget" not in run.router.arguments:
         absent |= {

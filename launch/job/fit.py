@@ -94,6 +94,10 @@ def _changes(run: Any, ranks: int) -> Iterator[tuple[str, Any, int]]:
     if ranks % size == 0:
         shared = replace(parallel, context_parallel_size=size)
         yield f"parallel.context_parallel_size={size}", replace(run, parallel=shared), ranks
+    size = 2 * parallel.tensor_parallel_size
+    if ranks % size == 0:
+        cut = replace(parallel, tensor_parallel_size=size)
+        yield f"parallel.tensor_parallel_size={size}", replace(run, parallel=cut), ranks
     size = 2 * parallel.pipeline_parallel_size
     if ranks % size == 0 and size <= model.num_layers and parallel.pipeline_split is None:
         staged = replace(parallel, pipeline_parallel_size=size)

@@ -73,7 +73,7 @@ def estimated(run: RunConfig, world_size: int, cluster: Cluster) -> Estimate:
     )
 
 
-BY_MICRO_BATCH = ("compute", "heads", "rows", "stages")
+BY_MICRO_BATCH = ("compute", "heads", "tensor", "rows", "stages")
 """Parts of a step's time that every micro-batch has a share of."""
 
 
@@ -91,7 +91,10 @@ def _seconds(
     )
     return {
         "compute": again * stage.flops * tokens / (size * cluster.flops),
-        "heads": links.all_to_all(exchange.heads, parallel.context_parallel_size),
+        "heads": links.all_to_all(
+            exchange.heads, parallel.context_parallel_size, parallel.tensor_parallel_size
+        ),
+        "tensor": links.all_to_all(exchange.tensor, parallel.tensor_parallel_size),
         "rows": links.all_to_all(exchange.rows, expert_size),
         "stages": links.next_stage(exchange.stages, world_size),
         "gradients": links.ring(exchange.dense_gradients, size)
@@ -107,7 +110,9 @@ def _gathered_bytes(run: RunConfig) -> int:
         return 0
     model = run.model
     count = count_parameters(model, run.experts_per_token, run.attention.arguments)
-    layer = (count.dense - count.embedding) / model.num_layers
+    tensor = run.parallel.tensor_parallel_size
+    dense = count.dense - count.cut + count.cut / tensor - count.embedding / tensor
+    layer = dense / model.num_layers
     if model.moe_layers:
         own = count.all_experts / run.parallel.expert_parallel_size
         layer += own / len(model.moe_layers)

@@ -20,6 +20,7 @@ SEARCHED = (
     "parallel=",
     "parallel.expert_parallel_size=",
     "parallel.context_parallel_size=",
+    "parallel.tensor_parallel_size=",
     "parallel.pipeline_parallel_size=",
     "model.recompute=",
     "train.micro_batch_size=",
@@ -64,6 +65,7 @@ def as_data(estimate: Estimate) -> dict[str, Any]:
         "pipeline_parallel_size": run.parallel.pipeline_parallel_size,
         "stage_layers": [len(layers) for layers in run.stage_layers],
         "context_parallel_size": run.parallel.context_parallel_size,
+        "tensor_parallel_size": run.parallel.tensor_parallel_size,
         "expert_parallel_size": run.parallel.expert_parallel_size,
         "zero_stage": run.zero_stage,
         "recompute": run.model.recompute,
@@ -94,6 +96,7 @@ def command_line(estimate: Estimate, given: Sequence[str]) -> str:
     decided = [
         f"parallel.expert_parallel_size={run.parallel.expert_parallel_size}",
         f"parallel.context_parallel_size={run.parallel.context_parallel_size}",
+        f"parallel.tensor_parallel_size={run.parallel.tensor_parallel_size}",
         f"parallel.pipeline_parallel_size={run.parallel.pipeline_parallel_size}",
         f"deepspeed.zero_optimization.stage={run.zero_stage}",
         f"model.recompute={run.model.recompute}",
@@ -113,7 +116,8 @@ def _heading(estimate: Estimate) -> str:
     return (
         f"{estimate.step_seconds:.3g} s a step, {estimate.tokens_per_second:,.0f} tokens/s: "
         f"{stages}rows "
-        f"{rows} x context {parallel.context_parallel_size}, expert "
+        f"{rows} x context {parallel.context_parallel_size} x tensor "
+        f"{parallel.tensor_parallel_size}, expert "
         f"{parallel.expert_parallel_size}, ZeRO {run.zero_stage}, recompute="
         f"{run.model.recompute}, {run.train.micro_batch_size} x {rows} rows x "
         f"{run.gradient_accumulation_steps(rows)} accumulation steps"

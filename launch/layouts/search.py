@@ -10,6 +10,7 @@ from typing import Literal
 from launch.config.contradictions import layout_problems
 from launch.layouts.devices import Cluster
 from launch.layouts.estimate import Estimate, estimated
+from train.config.commands import NODE_SIZE
 from train.config.run import RunConfig
 
 RECOMPUTE: tuple[Literal["none", "block"], ...] = ("none", "block")
@@ -44,7 +45,7 @@ def search(run: RunConfig, world_size: int, cluster: Cluster, most: int = 5) -> 
         None if fitting else nearest,
         len(every),
         len(fitting),
-        [] if every else layout_problems(under(run, 1, 1, 1, 1, "none", 1), world_size),
+        [] if every else layout_problems(under(run, 1, 1, 1, 1, 1, "none", 1), world_size),
     )
 
 
@@ -54,12 +55,17 @@ def layouts(run: RunConfig, world_size: int) -> Iterator[RunConfig]:
     stages = (0, 1, 2, 3) if run.train.precision == "fp32" else (1, 2, 3)
     batch = run.train.global_batch_size
     micro = [2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
-    for pipeline, context, expert in itertools.product(sizes, sizes, sizes):
+    # Cut matrices exchange tokens around every product: that stays within a node.
+    cuts = [n for n in sizes if n <= NODE_SIZE]
+    for pipeline, context, tensor, expert in itertools.product(sizes, sizes, cuts, sizes):
+        groups = (pipeline, context, tensor, expert)
         # What contradicts alone is left before it is combined.
-        if layout_problems(under(run, pipeline, context, expert, 1, "none", 1), world_size):
+        if world_size % (pipeline * context * tensor) or layout_problems(
+            under(run, *groups, 1, "none", 1), world_size
+        ):
             continue
         for stage, recompute, rows in itertools.product(stages, RECOMPUTE, micro):
-            found = under(run, pipeline, context, expert, stage, recompute, rows)
+            found = under(run, *groups, stage, recompute, rows)
             if rows * found.parallel.rows_size(world_size) <= batch and not (
                 layout_problems(found, world_size)
             ):
@@ -70,6 +76,7 @@ def under(
     run: RunConfig,
     pipeline: int,
     context: int,
+    tensor: int,
     expert: int,
     stage: int,
     recompute: Literal["none", "block"],
@@ -82,6 +89,7 @@ def under(
             run.parallel,
             pipeline_parallel_size=pipeline,
             context_parallel_size=context,
+            tensor_parallel_size=tensor,
             expert_parallel_size=expert,
         ),
         model=replace(run.model, recompute=recompute),
@@ -94,6 +102,7 @@ def _kind(run: RunConfig) -> tuple[object, ...]:
     sizes = (
         parallel.pipeline_parallel_size,
         parallel.context_parallel_size,
+        parallel.tensor_parallel_size,
         parallel.expert_parallel_size,
     )
     return (*sizes, run.zero_stage, run.model.recompute)

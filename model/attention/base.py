@@ -13,6 +13,7 @@ import torch
 from model.attention.cache import LayerCache, Pages
 from model.attention.largest import LargestLogits, largest_logits
 from model.parallel.heads import HeadExchange
+from model.parallel.tensor import TensorExchange
 
 
 class Paging(NamedTuple):
@@ -81,6 +82,10 @@ class SequenceLayout:
     """Set where the tokens are a part of longer rows, which attention puts together; such an
     attention sees some of the heads.
     """
+    tensor: TensorExchange | None = None
+    """Set where matrices are cut: the tokens here are then those of all ranks of the tensor group,
+    of which a rank has a part between the layers.
+    """
     largest: LargestLogits | None = None
     """Where dense layers say their largest logits; None: nobody asks."""
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -94,6 +99,16 @@ class SequenceLayout:
     def to_tokens(self, heads: torch.Tensor) -> torch.Tensor:
         """The way back, of [B, S', heads', ...] to [B, S, heads, ...]."""
         return heads if self.exchange is None else self.exchange.to_tokens(heads)
+
+    def gather_tokens(self, own: torch.Tensor) -> torch.Tensor:
+        """[B, s, ...] of a rank's own tokens -> [B, S, ...] of the tokens here, for what is cut; of
+        whole matrices, the tensor itself.
+        """
+        return own if self.tensor is None else self.tensor.gather_rows(own)
+
+    def sum_own_tokens(self, shares: torch.Tensor) -> torch.Tensor:
+        """The way back, of what a cut matrix has made of [B, S, ...]."""
+        return shares if self.tensor is None else self.tensor.sum_own_rows(shares)
 
     def see_logits(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
         """Note the largest logits of a layer, for whoever asked. q, k: whole rows of the heads

@@ -15,7 +15,7 @@ from torch import nn
 from model.attention.base import AttentionSums, SequenceLayout, has_varlen_kernel
 from model.attention.cache import KVCache, KVPages
 from model.config import ModelConfig
-from model.layers import RMSNorm, apply_rotary
+from model.layers import RMSNorm, RowLinear, apply_rotary
 
 
 class DenseAttention(nn.Module):
@@ -41,7 +41,7 @@ class DenseAttention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=into)
         self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=into)
         self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=into)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=back)
+        self.o_proj = RowLinear(self.num_heads * self.head_dim, hidden_size, bias=back)
 
         # materialize leaves vectors as they are, and torch draws them at random.
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from model.attention.base import AttentionSums, SequenceLayout
 from model.attention.cache import LayerCache, Pages
+from model.blocks.cut import config_of_part, cut_attention, cut_mlp
 from model.config import ModelConfig
 from model.layers import GatedMLP, RMSNorm, times
 from model.moe.balance import RouterSums
@@ -25,13 +28,16 @@ class Block(nn.Module):
         super().__init__()
         self.residual_multiplier = config.residual_scale
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = parts.attention.build(config, layer_idx)
+        self.attention = parts.attention.build(config_of_part(config, groups), layer_idx)
+        cut_attention(cast(nn.Module, self.attention), groups)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp: nn.Module
         if config.is_moe_layer(layer_idx):
             self.mlp = MoELayer(config, groups, parts, layer_idx)
         else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
+            width = config.intermediate_size // groups.tensor_size
+            self.mlp = GatedMLP(config.hidden_size, width, config.activation)
+            cut_mlp(self.mlp, groups)
 
     def forward(
         self,
@@ -40,11 +46,14 @@ class Block(nn.Module):
         request: RoutingRequest,
         cache: LayerCache | Pages | None = None,
     ) -> tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]:
-        attended, attention_sums = self.attention(self.attention_norm(hidden), layout, cache)
+        # What is cut wants the tokens of the tensor group, experts and norms a rank's own.
+        tokens = layout.gather_tokens(self.attention_norm(hidden))
+        attended, attention_sums = self.attention(tokens, layout, cache)
+        attended = layout.sum_own_tokens(attended)
         hidden = hidden + times(attended, self.residual_multiplier)
         normed = self.mlp_norm(hidden)
         if isinstance(self.mlp, MoELayer):
             out, sums, routing = self.mlp(normed, request)
             return hidden + times(out, self.residual_multiplier), attention_sums, sums, routing
-        out = times(self.mlp(normed), self.residual_multiplier)
-        return hidden + out, attention_sums, None, None
+        out = layout.sum_own_tokens(self.mlp(layout.gather_tokens(normed)))
+        return hidden + times(out, self.residual_multiplier), attention_sums, None, None

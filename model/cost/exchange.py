@@ -23,7 +23,7 @@ class Exchange:
     """
 
     heads: int
-    """Of attention, among the ranks that share rows."""
+    """Of attention, among the ranks of a context group."""
     rows: int
     """To the ranks of their experts and home again, with their gates."""
     dense_gradients: int
@@ -38,6 +38,10 @@ class Exchange:
     """To other stages of the pipeline: hidden states, their gradients, and what an embedding that
     both ends need takes.
     """
+    tensor: int = 0
+    """Tokens gathered before cut matrices and summed behind them, among the ranks of a tensor
+    group, and what the loss over parts of the vocabulary takes.
+    """
 
     @property
     def gradients(self) -> int:
@@ -49,7 +53,8 @@ class Exchange:
 
     @property
     def total(self) -> int:
-        return self.heads + self.rows + self.gradients + self.weights + self.stages
+        around = self.heads + self.rows + self.stages + self.tensor
+        return around + self.gradients + self.weights
 
 
 def exchanged_bytes(
@@ -61,6 +66,7 @@ def exchanged_bytes(
     world_size: int,
     expert_parallel_size: int,
     context_parallel_size: int,
+    tensor_parallel_size: int = 1,
     micro_batch_size: int,
     seq_len: int,
     num_micro_batches: int,
@@ -81,7 +87,7 @@ def exchanged_bytes(
     is_last = layers.stop == config.num_layers
     num_mtp = config.num_mtp_layers if is_last else 0
     width = 4 if precision == "fp32" else 2
-    tokens = micro_batch_size * seq_len // context_parallel_size
+    tokens = micro_batch_size * seq_len // (context_parallel_size * tensor_parallel_size)
     passes = 3 if config.recompute == "block" else 2
 
     heads = _away(context_parallel_size) * tokens * _head_bytes(config, width, attention)
@@ -101,7 +107,8 @@ def exchanged_bytes(
     rows = visits * (config.hidden_size * of_rows + passes * GATE_BYTES)
 
     count = count_parameters(config, experts_per_token, attention, layers)
-    dense = _away(world_size) * count.dense
+    dense = _away(world_size) * (count.dense - count.cut)
+    dense += _away(world_size // tensor_parallel_size) * count.cut / tensor_parallel_size
     experts = _away(world_size // expert_parallel_size) * count.all_experts / expert_parallel_size
     summed = width if precision == "fp32" or grad_accum_dtype == "bf16" else 4
     times = num_micro_batches if zero_stage >= 2 else 1
@@ -111,7 +118,8 @@ def exchanged_bytes(
     stages = neighbours * num_micro_batches * tokens * config.hidden_size * width
     if neighbours == 1 and (config.tie_embeddings or config.num_mtp_layers):
         # the weight goes there, its gradient back in fp32
-        stages += config.vocab_size * config.hidden_size * (4 if is_last else width)
+        table = config.vocab_size * config.hidden_size // tensor_parallel_size
+        stages += table * (4 if is_last else width)
     return Exchange(
         heads=round(heads * passes * num_micro_batches),
         rows=round(rows * num_micro_batches),
@@ -120,7 +128,36 @@ def exchanged_bytes(
         dense_weights=round(dense * gathered),
         expert_weights=round(experts * gathered),
         stages=stages,
+        tensor=num_micro_batches
+        * _tensor_bytes(config, layers, tokens, width, tensor_parallel_size),
     )
+
+
+LOSS_BYTES = 8 + 3 * 8
+"""Of a token: its target, and in rings of 2 (1 - 1/n) parts the largest logit, the sum of
+exponentials, and the target's logit, which are fp32.
+"""
+
+
+def _tensor_bytes(config: ModelConfig, layers: range, tokens: int, width: int, cut: int) -> int:
+    """Of a micro-batch of so many own tokens. Everything travels to the other `cut` - 1 ranks, or
+    from them, one way forward and the other way back.
+    """
+    is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+    num_mtp = config.num_mtp_layers if is_last else 0
+    again = config.recompute == "block"
+    num_dense = len(layers) - number_in(layers, config.moe_layers)
+    dense_mtp = num_mtp * (not config.is_moe_layer(config.num_layers))
+
+    # Recomputing a block ends before the sum behind its MLP, which nothing in it reads.
+    moves = (len(layers) + num_mtp) * 2 * (2 + again)
+    moves += num_dense * (4 + again) + dense_mtp * 2 * (2 + again)
+    moves += 2 * (is_first + num_mtp)
+    losses = num_mtp + is_last
+    chunked = 0 < config.loss_chunk_size < tokens
+    moves += losses * (2 + chunked)
+    of_losses = losses * (LOSS_BYTES * (1 + chunked) + 4)
+    return (cut - 1) * tokens * (moves * config.hidden_size * width + of_losses)
 
 
 def _away(num_ranks: int) -> float:

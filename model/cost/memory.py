@@ -60,6 +60,7 @@ def device_memory(
     world_size: int,
     expert_parallel_size: int,
     context_parallel_size: int = 1,
+    tensor_parallel_size: int = 1,
     micro_batch_size: int,
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
@@ -72,9 +73,11 @@ def device_memory(
     layers: range | None = None,
     in_flight: int = 1,
 ) -> DeviceMemory:
-    """Memory under ZeRO, expert and context parallelism, which shares out the tokens of a row.
+    """Memory under ZeRO, expert, context and tensor parallelism; the last two share out the tokens
+    of a row.
 
-    Dense state is shared by all ranks, expert state by the world_size / expert_parallel_size ranks
+    Dense state is shared by all ranks, what tensor parallelism cuts by those that hold the same
+    part, expert state by the world_size / expert_parallel_size ranks
     that hold the same experts. Optimiser state is 12 bytes a parameter (fp32 master weight and two
     moments), 8 at stage 0 in fp32, where the weights are the masters. Gradients are sums in
     grad_accum_dtype; the ones that backward makes, of the weights' dtype, live one parameter at a
@@ -102,7 +105,14 @@ def device_memory(
     def share(parameters: int, over: int, from_stage: int) -> int:
         return -(-parameters // over) if zero_stage >= from_stage else parameters
 
-    tokens = micro_batch_size * -(-seq_len // context_parallel_size)
+    # What is cut is as much smaller as there are fewer ranks that share it out.
+    others = count.cut - -(-count.cut // tensor_parallel_size)
+
+    def share_dense(parameters: int, from_stage: int) -> int:
+        whole = share(parameters, world_size, from_stage)
+        return whole if zero_stage >= from_stage else whole - others
+
+    tokens = micro_batch_size * -(-seq_len // (context_parallel_size * tensor_parallel_size))
     # of an assignment: pre-activations
     row_values = 0 if recompute_experts else 2 * config.expert_intermediate_size
     # and the row itself, where it travelled
@@ -110,16 +120,15 @@ def device_memory(
     per_state = (8 if zero_stage == 0 else 12) + (4 if averaged else 0)
     lent = 0
     if is_last and layers.start > 0 and (config.tie_embeddings or config.num_mtp_layers):
-        lent = config.vocab_size * config.hidden_size
+        lent = config.vocab_size * config.hidden_size // tensor_parallel_size
     over_dense, over_experts = (world_size, expert_data_size) if zero_stage >= 1 else (1, 1)
     return DeviceMemory(
-        dense_weights=width * (share(dense, world_size, 3) + lent),
+        dense_weights=width * (share_dense(dense, 3) + lent),
         expert_weights=width * share(experts, expert_data_size, 3),
         gradients=summed_width
-        * (share(moving, world_size, 2) + share(moving_experts, expert_data_size, 2))
+        * (share_dense(moving, 2) + share(moving_experts, expert_data_size, 2))
         + 4 * lent,
-        optimizer=per_state
-        * (share(moving, world_size, 1) + share(moving_experts, expert_data_size, 1))
+        optimizer=per_state * (share_dense(moving, 1) + share(moving_experts, expert_data_size, 1))
         - 4 * (one_moment[0] // over_dense + one_moment[1] // expert_parallel_size // over_experts),
         activations=_activation_bytes(
             config,
@@ -130,10 +139,11 @@ def device_memory(
             context_parallel_size > 1,
             layers,
             in_flight,
+            tensor_parallel_size,
         )
         + _adapted_bytes(config, trained, width, expert_parallel_size)
         + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
-        logits=_logit_bytes(config, tokens, precision) if is_last else 0,
+        logits=_logit_bytes(config, tokens, precision, tensor_parallel_size) if is_last else 0,
     )
 
 
@@ -157,12 +167,14 @@ def _rounded_bytes(config: ModelConfig, width: int, expert_parallel_size: int) -
     return (2 * width + 1) * values * -(-config.num_experts // expert_parallel_size)
 
 
-def _logit_bytes(config: ModelConfig, tokens: int, precision: str) -> int:
-    """Of the logits at hand, and of the head's gradient, which bf16 adds up over chunks in fp32."""
+def _logit_bytes(config: ModelConfig, tokens: int, precision: str, cut: int) -> int:
+    """Of the logits at hand, and of the head's gradient, which bf16 adds up over chunks in fp32.
+    cut: ranks that have parts of the vocabulary, each with logits of the tokens of all.
+    """
     chunk = min(tokens, config.loss_chunk_size or tokens)
-    summed = (
-        4 * config.vocab_size * config.hidden_size if chunk < tokens and precision != "fp32" else 0
-    )
+    summed = 0
+    if chunk < tokens and precision != "fp32":
+        summed = 4 * config.vocab_size * config.hidden_size // cut
     # All at once, the log-softmax of every module of multi-token prediction waits for backward.
     waiting = 4 * config.num_mtp_layers if chunk == tokens else 0
     return chunk * config.vocab_size * (LOGIT_BYTES + waiting) + summed
@@ -233,20 +245,23 @@ def _activation_bytes(
     shares_rows: bool,
     here: range,
     in_flight: int,
+    cut: int,
 ) -> int:
     """Bytes kept for backward, assuming balanced experts. here: layers of this stage; in_flight:
     micro-batches that it holds at a time.
 
     routed: bytes per token that the routed experts keep; arguments: of attention; shares_rows: with
-    other ranks, so that what attention gives is kept twice, by heads and by tokens.
+    other ranks, so that what attention gives is kept twice, by heads and by tokens; cut: ranks that
+    have parts of matrices, whose inputs are then the tokens of all.
     """
     hidden = config.hidden_size
     norm = 2 * width * hidden  # input and output
+    gathered = (cut - 1) * width * hidden
     inside, rotary = _attention_bytes(config, width, arguments, here)
-    attention = norm + rotary + inside + width * hidden
+    attention = norm + gathered + rotary + inside + width * hidden
     if shares_rows and not is_latent(arguments):
         attention += width * config.num_heads * config.attention_head_dim
-    dense_mlp = norm + width * 4 * config.intermediate_size
+    dense_mlp = norm + gathered + width * 4 * config.intermediate_size
     shared = width * 4 * config.num_shared_experts * config.expert_intermediate_size
     if config.shared_expert_gate:  # its sigmoid, and what that multiplies
         shared += width * (hidden + 1)
@@ -264,5 +279,5 @@ def _activation_bytes(
         layers = (num_layers + num_mtp) * width * hidden
         at_work = attention + max(moe if num_moe else 0, dense_mlp)
     # Before the head stands a norm; what goes on to the next stage waits for its gradient.
-    layers += norm if is_last else width * hidden
+    layers += norm + (gathered if not config.loss_chunk_size else 0) if is_last else width * hidden
     return round(tokens * (in_flight * layers + at_work))

@@ -33,6 +33,10 @@ class ParameterCount:
     """Routed experts of these modules."""
     mtp_matrices: int = 0
     """What a token multiplies with in these modules, before the head."""
+    cut: int = 0
+    """What tensor parallelism splits, of dense and windowed attention: attention but for its norms
+    and the bias of its output, dense MLPs, embedding and head.
+    """
 
     @property
     def total(self) -> int:
@@ -120,10 +124,14 @@ def count_parameters(
     module = 2 * hidden * hidden + projections + mlp + norms + sinks
     one_visit = round(experts_per_token * one_expert) if has_experts else 0
     ends = is_first + (is_last and not config.tie_embeddings)
+    added_once = hidden * (config.attention_bias == "qkvo")
+    of_modules = projections + sinks - added_once + mlp * (not has_experts)
+    corrections = _corrections(config, attention or {}, layers)
+    dense_mlp = (num_layers - num_moe) * 3 * hidden * config.intermediate_size
     return ParameterCount(
         embedding=config.vocab_size * hidden * ends,
-        attention=num_layers * projections + _corrections(config, attention or {}, layers),
-        dense_mlp=(num_layers - num_moe) * 3 * hidden * config.intermediate_size,
+        attention=num_layers * projections + corrections,
+        dense_mlp=dense_mlp,
         router=num_moe * router,
         shared_experts=num_moe * shared,
         experts=num_moe * routed,
@@ -132,6 +140,11 @@ def count_parameters(
         mtp=num_mtp * module,
         mtp_experts=num_mtp * routed if has_experts else 0,
         mtp_matrices=num_mtp * (module - norms - sinks + one_visit),
+        cut=config.vocab_size * hidden * ends
+        + num_layers * (projections - added_once)
+        + corrections
+        + dense_mlp
+        + num_mtp * of_modules,
     )
 
 

@@ -319,10 +319,10 @@ def auxiliary_loss_sums(
     num_experts = counts.shape[2]
     scope_counts = counts.sum(1)
     if scope == "sequence":
-        # Of whole sequences, which the ranks of a context group have parts of.
-        if groups.context_size > 1:
+        # Of whole sequences, which the ranks that share rows have parts of.
+        if groups.parts_size > 1:
             counts = counts.clone()
-            dist.all_reduce(counts, group=groups.context)
+            dist.all_reduce(counts, group=groups.parts)
         return (load_fractions(counts) * score_sums).sum((1, 2)) * num_experts, scope_counts
     if groups.stage_size > 1:
         dist.all_reduce(scope_counts, group=groups.stage)

@@ -24,6 +24,11 @@ class ParallelGroups:
     pipeline: ranks that hold one layer after the other and hand the same rows on, e.g. [0,2][1,3]
         with stages [0,1][2,3].
     rows: along it ranks hold different rows, as the loader and the arithmetic of batches count.
+    tensor: ranks that hold parts of the same matrices, and neighbouring parts of the tokens of the
+        same rows, e.g. [0,1][2,3].
+    tensor_data: ranks that hold the same parts of matrices, e.g. [0,2][1,3].
+    parts: all ranks that share rows, by tensor or context parallelism or both; tensor groups are
+        neighbours in it.
     context: ranks that hold neighbouring parts of the same rows, and exchange heads in attention;
         megatron-core makes them neighbours, e.g. [0,1][2,3] with rows [0,2][1,3].
     expert: ranks that share one copy of the experts; megatron-core makes them neighbours, e.g.
@@ -36,6 +41,9 @@ class ParallelGroups:
     stage: Any = None
     pipeline: Any = None
     context: Any = None
+    tensor: Any = None
+    tensor_data: Any = None
+    parts: Any = None
     expert: Any = None
     expert_data: Any = None
     nodes: NodeGroups | None = None
@@ -47,6 +55,8 @@ class ParallelGroups:
     rows_rank: int = 0
     context_size: int = 1
     context_rank: int = 0
+    tensor_size: int = 1
+    tensor_rank: int = 0
     expert_size: int = 1
     expert_rank: int = 0
     expert_data_size: int = 1
@@ -61,11 +71,21 @@ class ParallelGroups:
         """Whether the loss is made here."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    @property
+    def parts_size(self) -> int:
+        """How many ranks share a row."""
+        return self.context_size * self.tensor_size
+
+    @property
+    def parts_rank(self) -> int:
+        """Whose part of its rows this rank has, in the order of the tokens."""
+        return self.context_rank * self.tensor_size + self.tensor_rank
+
     def shards(self, family: Family) -> Any:
         """The group over which parameters of a family are spread; None: every rank of the stage
         has all of them.
         """
-        return self.expert if family is Family.EXPERT else None
+        return {Family.EXPERT: self.expert, Family.TENSOR: self.tensor}.get(family)
 
     def local_experts(self, num_experts: int) -> range:
         """Global ids of the experts this rank holds: consecutive blocks in rank order."""
@@ -79,6 +99,7 @@ def initialize_parallel(
     ranks_per_node: int | None = None,
     context_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    tensor_parallel_size: int = 1,
 ) -> ParallelGroups:
     """Create the groups on an initialised torch.distributed world.
 
@@ -87,15 +108,18 @@ def initialize_parallel(
 
     Raises:
         ValueError: the world size is not divisible by `pipeline_parallel_size`, or a stage's not by
-            `expert_parallel_size` or `context_parallel_size`, or the former not by
-            `ranks_per_node`.
+            `expert_parallel_size` or `context_parallel_size` x `tensor_parallel_size`, or the first
+            of these not by `ranks_per_node`.
     """
     from megatron.core import parallel_state
 
     world_size = dist.get_world_size()
     for name, size in (
         ("expert_parallel_size", pipeline_parallel_size * expert_parallel_size),
-        ("context_parallel_size", pipeline_parallel_size * context_parallel_size),
+        (
+            "context_parallel_size x tensor_parallel_size",
+            pipeline_parallel_size * context_parallel_size * tensor_parallel_size,
+        ),
     ):
         if world_size % size:
             stages = f"{pipeline_parallel_size} stages x " if pipeline_parallel_size > 1 else ""
@@ -108,19 +132,24 @@ def initialize_parallel(
         expert_model_parallel_size=expert_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
         context_parallel_size=context_parallel_size,
+        tensor_model_parallel_size=tensor_parallel_size,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_seconds / 60,
     )
-    stage = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     rows = parallel_state.get_data_parallel_group()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     context = parallel_state.get_context_parallel_group()
+    tensor = parallel_state.get_tensor_model_parallel_group()
     expert = parallel_state.get_expert_model_parallel_group()
     expert_data = parallel_state.get_expert_data_parallel_group()
     return ParallelGroups(
         stage=stage,
         pipeline=pipeline,
         context=context,
+        tensor=tensor,
+        tensor_data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parts=parallel_state.get_tensor_and_context_parallel_group(),
         expert=expert,
         expert_data=expert_data,
         nodes=_node_groups(expert, ranks_per_node, timeout_seconds),
@@ -132,6 +161,8 @@ def initialize_parallel(
         rows_rank=dist.get_rank(rows),
         context_size=dist.get_world_size(context),
         context_rank=dist.get_rank(context),
+        tensor_size=dist.get_world_size(tensor),
+        tensor_rank=dist.get_rank(tensor),
         expert_size=dist.get_world_size(expert),
         expert_rank=dist.get_rank(expert),
         expert_data_size=dist.get_world_size(expert_data),

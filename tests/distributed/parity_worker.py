@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from model.moe import balance as balance_module
 from model.parallel.heads import HeadExchange
+from model.parallel.tensor import TensorExchange
 from model.request import ForwardRequest, TokenBatch, part_of
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,6 +38,7 @@ from model.config import (
     FailSafeConfig,
     ModelConfig,
 )
+from model.layers import RowLinear
 from model.loss import IGNORE_INDEX, ModelOutput, targets_ahead, training_loss
 from model.moe.balance import unpack_stats
 from model.moe.budget import start_routers, update_routers
@@ -182,6 +184,7 @@ def groups_for(
     ranks_per_node: int | None,
     context_parallel_size: int,
     pipeline_parallel_size: int,
+    tensor_parallel_size: int,
 ) -> ParallelGroups:
     """Groups are made once per size: each set of gloo groups holds threads until the process
     ends.
@@ -192,6 +195,7 @@ def groups_for(
         ranks_per_node=ranks_per_node,
         context_parallel_size=context_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        tensor_parallel_size=tensor_parallel_size,
     )
 
 
@@ -241,14 +245,14 @@ def own_tokens(full: dict, groups: ParallelGroups) -> TokenBatch:
     """This rank's rows of a batch, and of those its part."""
     share = ROWS // groups.rows_size
     rows = take(full, groups.rows_rank * share, (groups.rows_rank + 1) * share)
-    if groups.context_size == 1:
+    if groups.parts_size == 1:
         return rows
-    length = rows.input_ids.shape[1] // groups.context_size
-    return part_of(rows, groups.context_rank * length, length)
+    length = rows.input_ids.shape[1] // groups.parts_size
+    return part_of(rows, groups.parts_rank * length, length)
 
 
 def fault(case: dict, engine: Engine) -> AbstractContextManager:
-    """A mistake that context parallelism invites, made in the ranks on purpose."""
+    """A mistake that another axis than data invites, made in the ranks on purpose."""
     name = case.get("fault")
     if name is None:
         return nullcontext()
@@ -269,7 +273,7 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
         return found._replace(penalty_sum=found.penalty_sum * attention.num_heads / q.shape[1])
 
     def of_own_tokens(counts, score_sums, scope, groups, previous):
-        alone = dataclasses.replace(groups, context_size=1)
+        alone = dataclasses.replace(groups, context_size=1, tensor_size=1)
         return auxiliary(counts, score_sums, scope, alone, previous)
 
     def twice(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -279,13 +283,22 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
         with_lent(pipeline, carried)
         return carried
 
+    def cut_off(exchange: TensorExchange, same: torch.Tensor) -> torch.Tensor:
+        return same.chunk(exchange.size)[exchange.rank]
+
     with_lent = Pipeline._with_lent_gradient
+    if name == "bias on every rank":
+        for module in engine.module.modules():
+            if isinstance(module, RowLinear):
+                module.adds_bias = True
+        return nullcontext()
     if name == "scaled by rows":
         engine.loss_factor = engine.groups.rows_size
         return nullcontext()
     return {
         "gradients carried twice": patch.object(flow, "given", twice),
         "gradient of the loan dropped": patch.object(Pipeline, "_with_lent_gradient", kept),
+        "losses of own tokens alone": patch.object(TensorExchange, "own", cut_off),
         "sinks of other heads": patch.object(HeadExchange, "own", others),
         "noise of local heads": patch.object(SparseAttention, "_noise", of_local_heads),
         "means over local heads": patch.object(SparseAttention, "_sums", over_local_heads),
@@ -317,7 +330,7 @@ def run_case(case: dict) -> dict:
     train = TrainConfig(
         num_steps=STEPS,
         seq_len=16,
-        micro_batch_size=ROWS * case.get("cp", 1) * case.get("pp", 1) // world,
+        micro_batch_size=ROWS * case.get("cp", 1) * case.get("tp", 1) * case.get("pp", 1) // world,
         global_batch_size=ROWS * num_micro,
         clip_grad_norm=clip,
         precision=precision,
@@ -342,7 +355,11 @@ def run_case(case: dict) -> dict:
     # is the master itself.
     reference = copy.deepcopy(master).to(torch.bfloat16) if precision == "bf16" else master
     groups = groups_for(
-        case["ep"], case.get("ranks_per_node"), case.get("cp", 1), case.get("pp", 1)
+        case["ep"],
+        case.get("ranks_per_node"),
+        case.get("cp", 1),
+        case.get("pp", 1),
+        case.get("tp", 1),
     )
     budget = dataclasses.replace(BUDGET, scope=case.get("budget_scope", BUDGET.scope))
     placement = None

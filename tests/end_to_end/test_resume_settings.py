@@ -696,8 +696,12 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         for name, value in (("num_chunks", 2), ("payload", "fp8"), ("buffer_factor", 2.0))
     },
     "parallel.expert_parallel_size": reaches(*EXPERT_PARALLEL, world_size=2),
-    "parallel.tensor_parallel_size": refused(
-        "parallel.tensor_parallel_size=2", "this version supports 1"
+    "parallel.tensor_parallel_size": reaches(
+        "parallel.tensor_parallel_size=2",
+        "model.num_kv_heads=2",
+        "launch=deepspeed",
+        "launch.num_devices=2",
+        world_size=2,
     ),
     "parallel.pipeline_parallel_size": reaches(
         "parallel.pipeline_parallel_size=2",

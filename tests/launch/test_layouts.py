@@ -62,24 +62,26 @@ def test_the_layouts_are_those_that_contradict_nothing_and_the_first_is_the_fast
     run = run_of(*SMALL)
     sizes = [2**i for i in range(5)]
     possible = {}
-    for pipeline, context, expert, stage, recompute, rows in itertools.product(
-        sizes[:3], sizes, sizes, range(4), ("none", "block"), sizes
+    for pipeline, context, tensor, expert, stage, recompute, rows in itertools.product(
+        sizes[:3], sizes[:2], sizes[:2], sizes, range(4), ("none", "block"), sizes
     ):
         overrides = (
             f"parallel.pipeline_parallel_size={pipeline}",
             f"parallel.context_parallel_size={context}",
+            f"parallel.tensor_parallel_size={tensor}",
             f"parallel.expert_parallel_size={expert}",
             f"deepspeed.zero_optimization.stage={stage}",
             f"model.recompute={recompute}",
         )
-        one = under(run, pipeline, context, expert, stage, recompute, rows)
-        place = (pipeline, context, expert, stage, recompute, rows)
+        place = (pipeline, context, tensor, expert, stage, recompute, rows)
+        one = under(run, *place)
         ranks = world_size // pipeline
         if world_size % pipeline or (pipeline > 1 and stage == 3):
             continue
-        if ranks % context or ranks % expert or 2 % context or 8 % expert:
+        parts = context * tensor
+        if ranks % parts or ranks % expert or 2 % parts or 8 % expert:
             continue
-        if 16 % (rows * (ranks // context)) == 0:
+        if 16 % (rows * (ranks // parts)) == 0:
             possible[place] = estimated(one, world_size, H100)
             if rows == 1 and stage == 1:  # the whole of the checks agrees
                 many = ("launch=deepspeed", f"launch.num_devices={world_size}")
@@ -89,6 +91,7 @@ def test_the_layouts_are_those_that_contradict_nothing_and_the_first_is_the_fast
         (
             r.parallel.pipeline_parallel_size,
             r.parallel.context_parallel_size,
+            r.parallel.tensor_parallel_size,
             r.parallel.expert_parallel_size,
             r.zero_stage,
             r.model.recompute,
@@ -104,7 +107,7 @@ def test_the_layouts_are_those_that_contradict_nothing_and_the_first_is_the_fast
 
 
 def test_the_time_is_bytes_over_links_and_flops_over_rates(large):
-    run = under(large, 1, 4, 16, 1, "block", 1)
+    run = under(large, 1, 4, 1, 16, 1, "block", 1)
     found = estimated(run, 64, H100).seconds
     sent = planned_exchange(run, 64)
     tokens = run.train.global_batch_size * run.train.seq_len
@@ -120,7 +123,7 @@ def test_the_time_is_bytes_over_links_and_flops_over_rates(large):
 
 
 def test_a_pipeline_takes_its_slowest_stage_and_once_a_micro_batch_of_the_others(large):
-    run = under(large, 4, 1, 8, 1, "none", 1)
+    run = under(large, 4, 1, 1, 8, 1, "none", 1)
     found, stages = estimated(run, 64, H100).seconds, planned_stages(run, 64)
     num_micro = run.train.global_batch_size // 16
     tokens = run.train.global_batch_size * run.train.seq_len
@@ -148,7 +151,7 @@ def test_a_published_layout_comes_first(large):
     fitting = [e for e in (estimated(c, 64, H100) for c in one_stage) if e.fits]
     first = min(fitting, key=lambda e: e.step_seconds).run
     assert first.parallel.expert_parallel_size == 8 and first.zero_stage == 1
-    assert first.parallel.context_parallel_size == 1
+    assert first.parallel.parts_size == 1
 
 
 def test_more_memory_is_never_slower_and_long_rows_want_to_be_shared(large):

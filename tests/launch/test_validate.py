@@ -171,9 +171,45 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
         ({"train__batch_size_rampup": [6, 8, 100]}, "must be multiples"),
         ({"optim__lr": -1.0}, "optim.lr is -1.0"),
         ({"optim__wsd_decay_steps": 5}, "belongs to optim.decay_style=WSD"),
+        ({"parallel__tensor_parallel_size": 0}, "parallel.tensor_parallel_size is 0"),
         (
-            {"parallel__tensor_parallel_size": 2},
-            "parallel.tensor_parallel_size is 2; this version supports 1",
+            {"parallel__tensor_parallel_size": 3},
+            "parallel.tensor_parallel_size 3 does not divide the 4 ranks",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 4, "train__global_batch_size": 8},
+            "parallel.tensor_parallel_size 4 does not divide model.num_kv_heads 2, which its ranks "
+            "share out",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "parallel__context_parallel_size": 2},
+            "parallel.tensor_parallel_size 2 x parallel.context_parallel_size 2 does not divide "
+            "model.num_kv_heads 2",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "train__seq_len": 127},
+            "train.seq_len 127 is not divisible by parallel.tensor_parallel_size 2, whose ranks",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__vocab_size": 4097},
+            "parallel.tensor_parallel_size 2 does not divide model.vocab_size 4097",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__num_dense_layers": 1}
+            | {"model__intermediate_size": 63},
+            "parallel.tensor_parallel_size 2 does not divide model.intermediate_size 63",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__qk_norm": "hidden"},
+            "with model.qk_norm=hidden: that norm is over all heads",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "optim__optimizer": "muon"},
+            "with Muon (optim.optimizer, optim.groups): a part of a matrix",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "optim__freeze": ["embedding"]},
+            "with optim.freeze ['embedding']: what is frozen is not cut yet",
         ),
         ({"deepspeed__gradient_clipping": 1.0}, "set train.clip_grad_norm"),
         ({"deepspeed__elasticity": {}}, "not available"),

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from model.lora import adapter_names, is_adapter
 from model.moe.experts import Experts
+from model.parallel.family import own_part, whole_shape
 from model.transformer import Transformer
 from train.checkpoint.expert_stacks import EXPERT_IDS, StackLoadPlanner, Wanted, row_of_expert
 from train.checkpoint.folder import read_state
@@ -128,7 +129,7 @@ def _whole(
     if not isinstance(model, Transformer) or model.part.is_whole:
         return shapes, expert_ids
     whole = model.whole()
-    every = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    every = {name: tuple(whole_shape(p)) for name, p in whole.named_parameters()}
     return every | shapes, expert_ids_of(whole) | expert_ids
 
 
@@ -159,13 +160,13 @@ def load_parameters(model: nn.Module, source: Path | CheckpointReader) -> Checkp
     expert_ids = expert_ids_of(model)
     reader = MergedReader(source) if isinstance(source, Path) else source
     parameters = [(name, p) for name, p in model.named_parameters() if not is_adapter(name)]
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+    shapes = {name: tuple(whole_shape(parameter)) for name, parameter in parameters}
     reader.require_model(*_whole(model, shapes, expert_ids))
     for name, parameter in parameters:
         want = torch.empty(shapes[name])
         reader.read_parameters({f"{name}/fp32": want}, expert_ids)
         with torch.no_grad():
-            parameter.copy_(want)
+            parameter.copy_(own_part(parameter, want))
     return reader
 
 

@@ -321,6 +321,9 @@ class OptimConfig:
 class ParallelConfig:
     expert_parallel_size: int = 1
     tensor_parallel_size: int = 1
+    """Ranks that share the matrices of attention, dense MLPs, embedding and head, and the tokens of
+    every row between them; divides the key/value heads. Experts stay whole.
+    """
     pipeline_parallel_size: int = 1
     """Stages, each with some of the layers and ranks of its own, that micro-batches go through one
     after the other; with ZeRO 0, 1 or 2.
@@ -344,7 +347,12 @@ class ParallelConfig:
 
     def rows_size(self, world_size: int) -> int:
         """Of so many ranks, those that have rows of their own: what batches are divided by."""
-        return world_size // (self.context_parallel_size * self.pipeline_parallel_size)
+        return world_size // (self.parts_size * self.pipeline_parallel_size)
+
+    @property
+    def parts_size(self) -> int:
+        """Ranks that share the tokens of a row."""
+        return self.context_parallel_size * self.tensor_parallel_size
 
     def stage_size(self, world_size: int) -> int:
         """Of so many ranks, those that hold the same layers: what ZeRO and experts share."""
@@ -352,14 +360,10 @@ class ParallelConfig:
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("expert_parallel_size", "context_parallel_size", "pipeline_parallel_size"):
+        for axis in ("expert", "tensor", "context", "pipeline"):
+            name = f"{axis}_parallel_size"
             if getattr(self, name) < 1:
                 found.append(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.tensor_parallel_size != 1:
-            found.append(
-                f"parallel.tensor_parallel_size is {self.tensor_parallel_size}; this version "
-                "supports 1 (use ZeRO, expert and pipeline parallelism to spread the model)"
-            )
         split, size = self.pipeline_split, self.pipeline_parallel_size
         if split is not None and (len(split) != size or min(split, default=0) < 1):
             found.append(

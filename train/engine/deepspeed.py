@@ -30,7 +30,13 @@ from torch import nn
 
 from model.loss import ModelOutput
 from model.moe.layer import MoELayer
-from model.parallel.family import Family, family_of, is_expert_parameter
+from model.parallel.family import (
+    Family,
+    cut_of,
+    family_of,
+    is_expert_parameter,
+    own_part,
+)
 from model.parallel.groups import ParallelGroups
 from model.parallel.topology import StageTopology
 from model.request import SUMS_ALONE, ForwardRequest, TokenBatch
@@ -42,7 +48,7 @@ from train.engine.library import (
     _join_stages,
     _one_zero_optimizer,
     _precision_of_sums,
-    _register_expert_groups,
+    _register_family,
     import_deepspeed,
 )
 from train.engine.muon.masters import matrices_of, place_matrices
@@ -83,7 +89,7 @@ class Engine:
         self.clip_grad_norm = train.clip_grad_norm
         self.grad_norm = 0.0
         freeze(model, optim.freeze)
-        expert_group = self._mark_experts(model)
+        expert_group = self._mark_families(model)
         optimizer = build_optimizer(model, optim, expert_group)
         # Asked before ZeRO puts flat tensors in their place.
         self._by_muon = {
@@ -125,22 +131,27 @@ class Engine:
                 optimizer, self.module, self.deepspeed.optimizer, self.stage, self.device
             )
 
-    def _mark_experts(self, model: nn.Module) -> str | None:
-        experts = [p for p in model.parameters() if is_expert_parameter(p)]
-        if not experts:
-            return None
-        name = _register_expert_groups(self.groups)
-        for parameter in experts:
+    def _mark_families(self, model: nn.Module) -> str | None:
+        """Tell DeepSpeed of the families that are not on every rank alike, which to it are all
+        kinds of experts; returns its name of the routed ones, None where there are none.
+        """
+        apart = [p for p in model.parameters() if family_of(p) is not Family.REPLICATED]
+        names = {
+            family: _register_family(self.groups, family)
+            for family in sorted({family_of(p) for p in apart}, key=lambda family: family.value)
+        }
+        for parameter in apart:
+            name = names[family_of(parameter)]
             parameter.group_name = name  # type: ignore[attr-defined]
             parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
             parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
-        # Where no expert is trained there is no group of theirs, which DeepSpeed would insist on.
-        if any(parameter.requires_grad for parameter in experts):
-            num_experts = next(
-                m for m in model.modules() if isinstance(m, MoELayer)
-            ).router.spec.num_experts
-            model.add_module("expert_anchor", _anchor(num_experts))
-        return name
+        # Where none of them is trained there is no group of theirs, which DeepSpeed would insist
+        # on.
+        if any(parameter.requires_grad for parameter in apart):
+            layer = next((m for m in model.modules() if isinstance(m, MoELayer)), None)
+            number = 1 if layer is None else layer.router.spec.num_experts
+            model.add_module("expert_anchor", _anchor(number))
+        return names.get(Family.EXPERT)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -227,7 +238,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_grad
 
         gradient: torch.Tensor | None = safe_get_full_grad(parameter)
-        return gradient
+        return None if gradient is None else self._uncut(parameter, gradient)
 
     # --- state for checkpoints, one full parameter at a time --------------------------------------
 
@@ -235,7 +246,20 @@ class Engine:
         yield from self.module.named_parameters()
 
     def parameter_shape(self, parameter: nn.Parameter) -> torch.Size:
-        return torch.Size(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+        """Of a parameter that tensor parallelism has cut, that of the whole."""
+        own = torch.Size(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+        how = cut_of(parameter)
+        return own if how is None else how.whole_shape(own)
+
+    def _uncut(self, parameter: nn.Parameter, own: torch.Tensor) -> torch.Tensor:
+        """The whole of which every rank of the tensor group has its part. Collective over it."""
+        how = cut_of(parameter)
+        if how is None:
+            return own
+        own = own.contiguous()
+        parts = [torch.empty_like(own) for _ in range(how.size)]
+        dist.all_gather(parts, own, group=self.groups.tensor)
+        return how.whole(parts)
 
     def state_keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What there is of a parameter to save: one that is frozen has no moments."""
@@ -279,8 +303,12 @@ class Engine:
         """fp32 master weight or optimiser moment of one parameter, in full (for experts: of the
         local experts).
 
-        Collective over the parameter's own data-parallel group. key: one of its `state_keys`.
+        Collective over the parameter's own data-parallel group, and over the tensor group where it
+        is cut. key: one of its `state_keys`.
         """
+        return self._uncut(parameter, self._gather_own(parameter, key))
+
+    def _gather_own(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         state: torch.Tensor
         if not parameter.requires_grad:
             assert key == "fp32", key
@@ -340,7 +368,7 @@ class Engine:
 
     def scatter_state(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
         """Set this rank's part of a parameter's master weight or moment from the full tensor."""
-        value = value.to(self.device)
+        value = own_part(parameter, value).to(self.device)
         if not parameter.requires_grad:
             assert key == "fp32", key
             write_frozen(parameter, value)

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.parallel.family import Family
 from model.parallel.groups import ParallelGroups
 from train.config.training import TrainConfig
+from train.engine.optimizer import TENSOR_GROUP
 
 
 def import_deepspeed() -> Any:
@@ -47,19 +49,21 @@ def _anchor(num_experts: int) -> nn.Module:
     return _ExpertAnchor()
 
 
-def _register_expert_groups(groups: ParallelGroups) -> str:
-    """Enter megatron-core's expert groups in DeepSpeed's tables; returns the name parameters refer
-    to them by.
+def _register_family(groups: ParallelGroups, family: Family) -> str:
+    """Enter megatron-core's groups of a family in DeepSpeed's tables of experts; returns the name
+    that parameters refer to them by.
     """
     from deepspeed.utils import groups as ds_groups
 
-    name = f"ep_size_{groups.expert_size}"
-    ds_groups._EXPERT_PARALLEL_GROUP[name] = groups.expert
-    ds_groups._EXPERT_DATA_PARALLEL_GROUP[name] = groups.expert_data
-    ds_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(groups.expert)
-    ds_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(
-        groups.expert_data
-    )
+    if family is Family.TENSOR:
+        name, shards, replicas = TENSOR_GROUP, groups.tensor, groups.tensor_data
+    else:
+        name, shards = f"ep_size_{groups.expert_size}", groups.expert
+        replicas = groups.expert_data
+    ds_groups._EXPERT_PARALLEL_GROUP[name] = shards
+    ds_groups._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
+    ds_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(shards)
+    ds_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(replicas)
     return name
 
 

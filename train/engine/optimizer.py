@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
-from model.parallel.family import is_expert_parameter
+from model.parallel.family import Family, family_of, is_expert_parameter
 from model.scaling import PLAIN, Factors, factors_of
 from model.transformer import Transformer
 from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
 from train.config.training import OptimConfig
 from train.engine.average import AveragedAdamW, MovingAverage
 from train.engine.muon.optimizer import Muon
+
+TENSOR_GROUP = "tp_shard_0"
+"""DeepSpeed's name of what tensor parallelism has cut. It reads a size in the third word, and looks
+for the largest: cut matrices have none.
+"""
 
 
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
@@ -41,9 +46,9 @@ def parameter_groups(
     model: nn.Module, config: OptimConfig, expert_group: str | None
 ) -> list[dict[str, Any]]:
     """Matrices decay, vectors (norm gains, biases) do not; experts form groups of their own, as
-    DeepSpeed requires, and so does what Muon moves (`muon`), what optim.groups names, and under
-    model.init=mup what has the same role. Experts' parameters are stacked, so that their vectors
-    have two dimensions.
+    DeepSpeed requires, what tensor parallelism cuts likewise, and so does what Muon moves (`muon`),
+    what optim.groups names, and under model.init=mup what has the same role. Experts' parameters
+    are stacked, so that their vectors have two dimensions.
 
     Every parameter that is trained lands in exactly one group.
 
@@ -68,19 +73,21 @@ def parameter_groups(
     groups: list[dict[str, Any]] = []
     for key, parameters in sorted(found.items(), key=lambda item: item[0]):
         rule, sort, by_muon, depth, (scale, eps_scale) = key
-        is_expert, is_vector = sort >= 2, sort % 2 == 1
+        family, is_vector = _SORTED[sort // 2], sort % 2 == 1
         usual = 0.0 if is_vector else config.weight_decay
         settings = config.groups[rule] if rule >= 0 else None
         given = None if settings is None else settings.weight_decay
         decay = usual if given is None else given
         group: dict[str, Any] = {
             "params": parameters,
-            "name": expert_group if is_expert else "dense_no_decay" if is_vector else "dense",
+            "name": {Family.EXPERT: expert_group, Family.TENSOR: TENSOR_GROUP}.get(
+                family, "dense_no_decay" if is_vector else "dense"
+            ),
             "weight_decay": decay,
             "wd_mult": 0.0 if is_vector else 1.0,
             "muon": by_muon,
         }
-        if is_expert:
+        if family is not Family.REPLICATED:
             group["moe"] = True
         factor = 1.0 if settings is None else settings.lr_factor
         if config.layer_lr_decay is not None:
@@ -103,6 +110,8 @@ def parameter_groups(
     return groups
 
 
+_SORTED = (Family.REPLICATED, Family.EXPERT, Family.TENSOR)
+"""The order of groups, the same on every rank and stage."""
 _Key = tuple[int, int, bool, int, tuple[float, float]]
 
 
@@ -113,9 +122,9 @@ def _together(
     shape: ModelConfig | None,
 ) -> dict[_Key, list[nn.Parameter]]:
     """What belongs together, in this order: by rule of optim.groups; matrices, vectors, experts'
-    matrices, experts' vectors; of either kind of matrices AdamW's and then Muon's; of each by
-    layers, from the last one down, where these differ; by muP's factors on learning rate and
-    epsilon. below: layers_below_the_top.
+    matrices, experts' vectors, those that are cut; of any kind of matrices AdamW's and then Muon's;
+    of each by layers, from the last one down, where these differ; by muP's factors on learning rate
+    and epsilon. below: layers_below_the_top.
     """
     own = [group.match for group in config.groups]
     found: dict[_Key, list[nn.Parameter]] = {}
@@ -126,7 +135,8 @@ def _together(
         by_muon = _is_moved_by_muon(name, parameter, config, rule)
         depth = 0 if config.layer_lr_decay is None else below[name]
         scaled = PLAIN if shape is None else factors_of(shape, name, not is_vector)
-        key = (rule, 2 * is_expert + is_vector, by_muon, depth, _scales(scaled, by_muon))
+        sort = 2 * _SORTED.index(family_of(parameter)) + is_vector
+        key = (rule, sort, by_muon, depth, _scales(scaled, by_muon))
         found.setdefault(key, []).append(parameter)
     return found
 

@@ -36,9 +36,7 @@ def taught_bytes(run: RunConfig, teacher: RunConfig | None) -> int:
     """
     if not isinstance(run.objective, DistilConfig | SelfDistilConfig):
         return 0
-    tokens = run.train.micro_batch_size * -(
-        -run.train.seq_len // run.parallel.context_parallel_size
-    )
+    tokens = run.train.micro_batch_size * -(-run.train.seq_len // run.parallel.parts_size)
     chunk = min(tokens, run.model.loss_chunk_size or tokens)
     found = chunk * run.model.vocab_size * LOGIT_BYTES
     if teacher is None:

@@ -114,7 +114,7 @@ class Pipeline:
         elif model.borrows_embedding:
             if model.lent_embedding is None:
                 config = model.config
-                shape = (config.vocab_size, config.hidden_size)
+                shape = (config.vocab_size // self.groups.tensor_size, config.hidden_size)
                 model.lent_embedding = torch.empty(
                     shape, dtype=self._dtype, device=self.engine.device
                 )

@@ -14,6 +14,7 @@ from torch import nn
 
 from model.families.names import BIAS, further_parts, on_disk
 from model.lora import is_adapter
+from model.parallel.family import cut_of, own_part, whole_shape
 from train.checkpoint.reader import expert_ids_of
 from train.engine.deepspeed import Engine
 from train.pretrained.described import describe
@@ -55,13 +56,19 @@ class PretrainedFolder:
         one. Beside the model, one tensor of the files is in memory.
         """
         expert_ids = expert_ids_of(model)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        shapes = {name: tuple(whole_shape(p)) for name, p in model.named_parameters()}
         self._add_further(shapes)
         self._require_model(shapes, expert_ids)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if not self._is_new(name):
+                if self._is_new(name):
+                    continue
+                if cut_of(parameter) is None:
                     self._fill_parameter(name, parameter, expert_ids)
+                    continue
+                whole = parameter.new_empty(shapes[name])
+                self._fill_parameter(name, whole, expert_ids)
+                parameter.copy_(own_part(parameter, whole))
         self._require_tied(model)
         self._fill_buffers(model)
 

@@ -11,6 +11,7 @@ import torch
 
 from model.init import stream_of
 from model.lora import is_adapter
+from model.parallel.family import cut_of, own_part, whole_shape
 from model.scaling import first_std
 from model.transformer import Transformer
 from train.checkpoint.reader import expert_ids_of
@@ -57,10 +58,15 @@ class UpcycledWeights:
         expert_ids = expert_ids_of(model)
         parameters = [(name, p) for name, p in model.named_parameters() if not is_adapter(name)]
         for name, parameter in parameters:  # all are compared before one is touched
-            self._require(name, tuple(parameter.shape))
+            self._require(name, tuple(whole_shape(parameter)))
         with torch.no_grad():
             for name, parameter in parameters:
-                self._fill(name, parameter, expert_ids.get(name, ()))
+                if cut_of(parameter) is None:
+                    self._fill(name, parameter, expert_ids.get(name, ()))
+                    continue
+                # What is new there stays as it was drawn.
+                if not _is_new(name, self.dense):
+                    parameter.copy_(own_part(parameter, self.dense.read(name)))
 
     def fill_masters(self, engine: Engine) -> None:
         """Set the master weights, which the factor of `down` may give more digits than bf16 has.
