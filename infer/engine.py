@@ -82,7 +82,7 @@ class Engine:
         self.budgets: BudgetRows | None = None
         if budgets:
             routers = model.routers()
-            self.budgets = BudgetRows(routers, {None: capture(routers), **budgets})
+            self.budgets = BudgetRows(routers, dict([(None, capture(routers)), *budgets.items()]))
 
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
