@@ -268,8 +268,8 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
             return None
         return dataclasses.replace(found, first_kv_head=0, num_kv_heads=None)
 
-    def over_local_heads(attention: SparseAttention, q, *rest):
-        found = sums(attention, q, *rest)
+    def over_local_heads(attention: SparseAttention, q, *rest, **more):
+        found = sums(attention, q, *rest, **more)
         return found._replace(penalty_sum=found.penalty_sum * attention.num_heads / q.shape[1])
 
     def of_own_tokens(counts, score_sums, scope, groups, previous):
