@@ -176,15 +176,15 @@ def measured(command: list[str]) -> dict[str, Any]:
 RESUME = """
 import sys
 from pathlib import Path
-from train.config import TrackerConfig, WandbConfig
+from train.config.watching import TrackerConfig, WandbConfig
 from train.sinks.tracker import Tracker
 {also}
 config = TrackerConfig(WandbConfig("disabled"))
 Tracker(Path(sys.argv[1]), config, {{}}, "name", int(sys.argv[2])).close({{}})
 """
 RESUME_AUDIT = """
-from train.audit import AuditLog
-from train.config import AuditConfig
+from train.audit.log import AuditLog
+from train.config.watching import AuditConfig
 folder, layers = Path(sys.argv[1]) / "audit", tuple(range({layers}))
 AuditLog(folder, AuditConfig(4096), layers, 0, 10**9, num_ranks={ranks}).close()
 """
@@ -242,7 +242,7 @@ def main() -> None:
                 "-m",
                 "launch.place",
                 f"run={run}",
-                "expert_parallel_size=64",
+                f"expert_parallel_size={min(64, settings.experts)}",
                 "ranks_per_node=8",
             ],
         }
@@ -251,6 +251,7 @@ def main() -> None:
             rows[name] = measured(command)
             print(name, rows[name], flush=True)
     found = {
+        "bench": "large_run",
         "commit": find_commit(),
         "device": "cpu",
         "cores": os.cpu_count(),
