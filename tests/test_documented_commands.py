@@ -102,6 +102,9 @@ def overrides_of(command: Command, place: Path) -> list[str]:
     if any(word.startswith("objective.run=") for word in words):
         # a student has its teacher's tokens, in rows that the teacher knows
         words += ["model.vocab_size=300", "train.seq_len=64"]
+    begun = any(word.startswith("init.run=") for word in words)
+    if begun and not any(word.startswith("train.seq_len=") for word in words):
+        words.append("train.seq_len=64")  # what the run of this test knows
     return words
 
 
