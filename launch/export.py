@@ -1,6 +1,6 @@
 """Write a run as a folder that transformers and vLLM load unchanged.
 
-python -m launch.export run=RUN to=DIR [checkpoint=best|latest] [average=N] [dtype=bf16]
+python -m launch.export run=RUN to=DIR [checkpoint=best|latest] [average=N] [dtype=bf16|fp8]
 [max_shard_size=5] [verify=true] [adapter=true] [router.top_k=K]
 """
 
@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
     from train.trained.averages import reader_of
 
     try:
-        plan = plan_export(run)
+        plan = plan_export(run, settings.dtype)
     except FamilyError as error:
         raise ConfigError(error.problems) from None
     for note in plan.notes:

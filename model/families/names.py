@@ -15,8 +15,6 @@ from model.families.reading import Reading, Settings, moe_layers
 
 Shape = tuple[int, ...]
 BIAS = "balance_bias"
-SCALES = "_scale_inv"
-"""Ending of the name of the scales of an fp8 weight's blocks."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +299,7 @@ def _may_be_left(name: str, reading: Reading) -> bool:
     """
     if name.endswith("rotary_emb.inv_freq"):
         return True
-    if name.endswith(SCALES) and reading.fp8_block is not None:
+    if name.endswith(reading.fp8_scales) and reading.fp8_block is not None:
         return True
     if name == "lm_head.weight":
         return bool(reading.model["tie_embeddings"])

@@ -13,6 +13,14 @@ from model.families.family import ALIASES, BOOKKEEPING, FAMILIES, SHAPE, TRAININ
 Settings = dict[str, Any]
 
 
+BLOCK_SCALES, CHANNEL_SCALES = "_scale_inv", "_scale"
+"""Endings of the names of an fp8 weight's scales: of blocks, and (compressed-tensors) of rows. Both
+are what the stored numbers are multiplied by.
+"""
+WHOLE_ROW = 2**31
+"""Columns that share a scale where a row has one."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a config.json says."""
@@ -34,6 +42,8 @@ class Reading:
     """Whether stacks of experts are stored as blocks of 4-bit numbers with a scale each."""
     fp8_block: tuple[int, int] | None = None
     """Rows and columns that share a scale, where weights are stored as fp8."""
+    fp8_scales: str = BLOCK_SCALES
+    """Ending of the name of those scales."""
     is_interleaved: bool = False
     """Whether the files interleave rotary pairs, which are half-split here."""
 
@@ -80,7 +90,7 @@ def read(config: Mapping[str, Any]) -> Reading:
         attention = _windows(config, model)
     model |= _rotary(config, family, model, problems)
 
-    block, is_mxfp4 = _quantised(config, family, problems)
+    block, is_mxfp4, scales = _quantised(config, family, problems)
     if block is not None or is_mxfp4:
         kind = "MXFP4" if is_mxfp4 else "fp8"
         notes.append(f"its {kind} weights become the numbers that they stand for")
@@ -111,6 +121,7 @@ def read(config: Mapping[str, Any]) -> Reading:
         num_further_layers=further,
         is_mxfp4=is_mxfp4,
         fp8_block=block,
+        fp8_scales=scales,
         is_interleaved=family.attention == "mla" and config.get("rope_interleave") is not False,
     )
 
@@ -143,24 +154,49 @@ def _unknown(config: Mapping[str, Any], family: Family) -> list[str]:
 
 def _quantised(
     config: Mapping[str, Any], family: Family, problems: list[str]
-) -> tuple[tuple[int, int] | None, bool]:
-    """How weights are stored: rows and columns that share a scale in fp8 (DeepSeek-V3, MiniMax-M2),
-    and whether stacks are MXFP4 (gpt-oss).
+) -> tuple[tuple[int, int] | None, bool, str]:
+    """How weights are stored: rows and columns that share a scale in fp8 (DeepSeek-V3, MiniMax-M2,
+    compressed-tensors), whether stacks are MXFP4 (gpt-oss), and the ending of the scales' names.
     """
     stored = config.get("quantization_config")
     if not stored:
-        return None, False
+        return None, False, BLOCK_SCALES
     method = stored.get("quant_method") if isinstance(stored, Mapping) else stored
     block = stored.get("weight_block_size") if isinstance(stored, Mapping) else None
     if method == "fp8" and isinstance(block, list) and len(block) == 2:
-        return (int(block[0]), int(block[1])), False
+        return (int(block[0]), int(block[1])), False, BLOCK_SCALES
     if method == "mxfp4" and family.is_transposed:
-        return None, True
+        return None, True, BLOCK_SCALES
+    if method == "compressed-tensors" and _is_fp8_by_row(stored):
+        return (1, WHOLE_ROW), False, CHANNEL_SCALES
     problems.append(
         f"the weights are stored quantised ({method}); of such, fp8 with a scale for each block "
-        "and gpt-oss's MXFP4 are read: give a folder with dequantised weights"
+        "or (compressed-tensors) each row, and gpt-oss's MXFP4 are read: give a folder with "
+        "dequantised weights"
     )
-    return None, False
+    return None, False, BLOCK_SCALES
+
+
+def _is_fp8_by_row(stored: Mapping[str, Any]) -> bool:
+    """Whether every group of compressed-tensors' quantization_config is of fp8 weights with a
+    scale for each row, and nothing else has scales in the files.
+    """
+    groups = stored.get("config_groups")
+    if stored.get("format") != "float-quantized" or stored.get("kv_cache_scheme"):
+        return False
+    if not isinstance(groups, Mapping) or not groups:
+        return False
+    wanted = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    for group in groups.values():
+        weights = group.get("weights") or {}
+        activations = group.get("input_activations")
+        if any(weights.get(key) != value for key, value in wanted.items()):
+            return False
+        if weights.get("dynamic") or group.get("output_activations"):
+            return False
+        if activations and not activations.get("dynamic"):
+            return False
+    return True
 
 
 def _unused_window(key: str, config: Mapping[str, Any]) -> bool:

@@ -274,6 +274,27 @@ def test_the_mean_of_checkpoints_comes_out_as_a_folder(begun, tmp_path):
     assert facts["verified"]["largest_difference"] < 1e-4
 
 
+@pytest.mark.nightly
+def test_a_run_comes_out_in_8_bit_floats_and_in_again(begun, tmp_path):
+    settings = [f"run={begun}", "checkpoint=latest"]
+    launch("export", *settings, f"to={tmp_path / 'bf16'}", "verify=false")
+    done = launch("export", *settings, f"to={tmp_path / 'fp8'}", "dtype=fp8")
+    assert "engines that compute with these weights round activations" in done.stdout
+    facts = json.loads((tmp_path / "fp8" / "loadstone.json").read_text())
+    assert facts["verified"]["largest_difference"] < 1e-3
+    assert 0 < facts["verified"]["moved"] < facts["verified"]["rounding"]
+    sizes = [
+        sum(f.stat().st_size for f in (tmp_path / d).glob("*.safetensors")) for d in ("fp8", "bf16")
+    ]
+    assert sizes[0] < 0.8 * sizes[1]  # half of what is no embedding
+    said = launch("generate", f"path={tmp_path / 'fp8'}", "prompt=the fox", "max_new_tokens=3")
+    assert last_json(said)["text"]
+    both = ("dtype=fp8", "adapter=true")
+    refused = launch("export", *settings, f"to={tmp_path / 'x'}", *both, check=False)
+    assert refused.returncode == 2
+    assert "dtype=fp8 is of whole weights" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

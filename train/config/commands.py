@@ -375,7 +375,8 @@ class ExportConfig:
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    """fp8: the linear layers as compressed-tensors' FP8_DYNAMIC, all else as bf16."""
     max_shard_size: float = 5.0
     """GB of a file; a larger tensor gets a file of its own."""
     verify: bool = True
@@ -401,6 +402,8 @@ class ExportConfig:
                 "and one of B make another product; leave adapter=true out, and the weights are "
                 "written with adapters added"
             )
+        if self.adapter and self.dtype == "fp8":
+            found.append("dtype=fp8 is of whole weights; give adapter=true a dtype of bf16")
         if self.max_shard_size <= 0:
             found.append(f"max_shard_size is {self.max_shard_size}; give GB, more than 0")
         return found

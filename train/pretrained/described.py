@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.families.names import SCALES, Parts, differences, parts_of
+from model.families.names import Parts, differences, parts_of
 from model.families.reading import FamilyError, Reading, read
 from train.pretrained.shards import FP8, MXFP4, PretrainedError, ShardedReader, read_json
 
@@ -71,7 +71,7 @@ def describe(folder: Path) -> Described:
     if found := differences(shards.shapes, reading, parts):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise PretrainedError(f"{folder}: {found[0]}{more}")
-    shards.fp8_block = reading.fp8_block
+    shards.fp8_block, shards.fp8_scales = reading.fp8_block, reading.fp8_scales
     quantised = {FP8} if reading.fp8_block is not None else set()
     if others := sorted(set(shards.dtypes.values()) - READ_AS - quantised - {MXFP4}):
         raise PretrainedError(
@@ -93,12 +93,12 @@ def _require_scales(shards: ShardedReader, name: str) -> None:
     blocks = tuple(
         -(-size // step) for size, step in zip(shards.shapes[name], shards.fp8_block, strict=False)
     )
-    found = shards.shapes.get(name + SCALES)
+    scales = name + shards.fp8_scales
+    found = shards.shapes.get(scales)
     if found != blocks:
         has = "is missing" if found is None else f"has shape {list(found)}"
         raise PretrainedError(
-            f"{shards.folder}: {name + SCALES} {has}; {name} needs a scale for each block, "
-            f"{list(blocks)}"
+            f"{shards.folder}: {scales} {has}; {name} needs a scale for each block, {list(blocks)}"
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,18 @@ from train.checkpoint.reader import MergedReader
 from train.config.run import RunConfig
 from train.files.durable import new_folder, write_text
 from train.files.strict_json import dumps
+from train.pretrained.compressed import NOTE, dtypes_of, in_fp8, quantise, with_scales
 from train.pretrained.described import KEPT, PRETRAINED
 from train.pretrained.shards import PretrainedError, read_json, write_shards
 
 CHAT_TEMPLATE = "chat_template.jinja"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
+"""Of fp8 what is no linear layer."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Export:
     reading: Reading
     notes: tuple[str, ...]
     """What the folder does not say, in sentences."""
+    fp8: tuple[str, ...] = ()
+    """Names on disk of the weights that become 8-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def tokenizer_of(run: RunConfig, run_dir: Path) -> Tokenizer:
     return Tokenizer(run_dir / "data", False, end, template)
 
 
-def plan_export(run: RunConfig) -> Export:
+def plan_export(run: RunConfig, dtype: str = "bf16") -> Export:
     """Whether and as what a run can be exported, from its settings alone.
 
     Raises:
@@ -129,7 +138,11 @@ def plan_export(run: RunConfig) -> Export:
             f"{run.model.num_mtp_layers} layers that predict further tokens are left out, which "
             f"{reading.family.model_type} has no place for"
         )
-    return Export(config, reading, tuple(notes))
+    fp8: list[str] = []
+    if dtype == "fp8":
+        fp8, config["quantization_config"] = in_fp8(reading)
+        notes.append(NOTE)
+    return Export(config, reading, tuple(notes), tuple(fp8))
 
 
 def export(
@@ -154,10 +167,10 @@ def export(
     checkpoint = reader.checkpoint
     _require_no_bias(plan.reading, reader, checkpoint)
     with new_folder(to) as scratch:
-        files = _write_weights(plan.reading, reader, scratch, dtype, max_shard_bytes)
+        files = _write_weights(plan.reading, reader, scratch, dtype, max_shard_bytes, plan.fp8)
         ids = write_tokenizer(tokenizer, plan.reading.model["max_seq_len"], scratch)
         config = plan.config | {
-            "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
+            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
             **ids,
         }
         if not (scratch / "generation_config.json").is_file():
@@ -187,7 +200,12 @@ def _require_no_bias(reading: Reading, reader: MergedReader, checkpoint: Path) -
 
 
 def _write_weights(
-    reading: Reading, reader: MergedReader, folder: Path, dtype: str, max_shard_bytes: int
+    reading: Reading,
+    reader: MergedReader,
+    folder: Path,
+    dtype: str,
+    max_shard_bytes: int,
+    fp8: Sequence[str] = (),
 ) -> list[str]:
     parts = dict(parts_of(reading))
     copies: dict[str, str] = {}
@@ -202,6 +220,9 @@ def _write_weights(
         part.name for key, several in parts.items() if key.startswith("buffer/") for part in several
     }
     dtypes = {name: torch.float32 if name in biases else DTYPES[dtype] for name in shapes}
+
+    dtypes_of_fp8 = dtypes_of(fp8)
+    shapes, dtypes = with_scales(shapes, fp8), dtypes | dtypes_of_fp8
 
     # Gate and up of an expert are one tensor of ours, and they follow each other.
     last: tuple[str, torch.Tensor] | None = None
@@ -219,7 +240,22 @@ def _write_weights(
             value = ordered
         return value.T if place.is_transposed else value
 
+    # A weight is read once, and its scales are asked for next.
+    scales: torch.Tensor | None = None
+
     def tensor(name: str) -> torch.Tensor:
+        nonlocal scales
+        if name not in where:
+            assert scales is not None
+            return scales
+        if name in dtypes_of_fp8:
+            try:
+                small, scales = quantise(rows(where[name][0]))
+            except ValueError as error:
+                raise PretrainedError(
+                    f"{name} {error}: no 8-bit floats can be made of it"
+                ) from None
+            return small
         several = where[name]
         if len(several) == 1 and tuple(shapes[name]) == tuple(rows(several[0]).shape):
             return rows(several[0])

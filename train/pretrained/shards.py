@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.families.names import SCALES
+from model.families.reading import BLOCK_SCALES
 from train.files.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class ShardedReader:
 
     Attributes:
         shapes: of every tensor, from the headers alone; bytes_read: of tensors so far.
-        fp8_block: rows and columns of an fp8 weight that share a scale, where there are such.
+        fp8_block: rows and columns of an fp8 weight that share a scale, where there are such;
+            fp8_scales: ending of the scales' names.
 
     Raises:
         PretrainedError: a file is missing or damaged, or the index and the files do not agree.
@@ -78,6 +79,7 @@ class ShardedReader:
         self.folder = folder
         self.bytes_read = 0
         self.fp8_block: tuple[int, int] | None = None
+        self.fp8_scales = BLOCK_SCALES
         self._open: dict[str, Any] = {}
         self._file_of = self._files()
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -161,7 +163,7 @@ class ShardedReader:
             return _from_mxfp4(blocks, scales)
         value = self._stored(name, index)
         if self.dtypes[name] == FP8:
-            return self._dequantised(value, self.tensor(name + SCALES))
+            return self._dequantised(value, self.tensor(name + self.fp8_scales))
         return value
 
     def _stored(self, name: str, index: int | None) -> torch.Tensor:
@@ -207,7 +209,7 @@ class ShardedReader:
         assert self.fp8_block is not None  # describe has looked
         rows, columns = self.fp8_block
         each = scales.float().repeat_interleave(rows, 0)[: value.shape[0]]
-        each = each.repeat_interleave(columns, 1)[:, : value.shape[1]]
+        each = each.repeat_interleave(min(columns, value.shape[1]), 1)[:, : value.shape[1]]
         return each.mul_(value.float())
 
 
@@ -298,7 +300,12 @@ def _header_of(
 ) -> bytes:
     import torch
 
-    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    kinds = {
+        torch.float32: "F32",
+        torch.bfloat16: "BF16",
+        torch.float16: "F16",
+        torch.float8_e4m3fn: FP8,
+    }
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in names:

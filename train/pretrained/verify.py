@@ -4,8 +4,11 @@ from the folder and by us from the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,19 @@ from train.components import build_model
 from train.config.lora import LoraConfig
 from train.config.run import RunConfig
 from train.data.store import TokenStore
+from train.files.durable import write_text
+from train.files.strict_json import dumps
+from train.pretrained.compressed import MOST_MOVED
+from train.pretrained.described import describe
 from train.pretrained.folder import PretrainedFolder
-from train.pretrained.shards import PretrainedError
+from train.pretrained.shards import PretrainedError, read_json, write_shards
 
 TOLERANCE = 1e-3
 """Of the largest logit, between transformers and us with the very same rounded weights, in fp32."""
 ADAPTER_ROUNDING = 0.02
 """Of what an adapter moves: several times the 8 bits of bf16 that its numbers are stored in."""
+SHARD_BYTES = 5 * 10**9
+"""Of a file of numbers that 8-bit floats stand for."""
 LENGTH = 64
 NUM_TEXTS = 4
 TEXT = (
@@ -41,6 +50,8 @@ class Comparison:
     """Share of positions with the same most likely token, of the folder and of the checkpoint."""
     rounding: float
     """Largest difference of a logit that storing the weights in the folder's dtype makes."""
+    moved: float
+    """Root mean square of that difference."""
     deviation: float
     """Standard deviation of the checkpoint's logits."""
 
@@ -49,7 +60,8 @@ class Comparison:
         return (
             f"verified: logits of transformers differ by at most {self.largest:.2g} (standard "
             f"deviation {self.deviation:.2g}); rounding the weights moves them by at most "
-            f"{self.rounding:.2g}, and {self.agreement:.1%} of the most likely tokens stay"
+            f"{self.rounding:.2g} ({self.moved:.2g} as root mean square), and "
+            f"{self.agreement:.1%} of the most likely tokens stay"
         )
 
     @property
@@ -58,6 +70,7 @@ class Comparison:
             "largest_difference": self.largest,
             "next_token_agreement": self.agreement,
             "rounding": self.rounding,
+            "moved": self.moved,
         }
 
 
@@ -155,11 +168,20 @@ def compare(
             f"{largest:.3g}, more than {limit:.2g}; nothing was written. This is a fault of "
             "launch.export: please report it with the run's config.yaml"
         )
+    moved, deviation = float((exact - rounded).square().mean().sqrt()), float(exact.std())
+    is_fp8 = "quantization_config" in read_json(folder / "config.json")
+    if is_fp8 and not moved <= MOST_MOVED * deviation:
+        raise PretrainedError(
+            f"8-bit weights move the logits by {moved:.2g} as root mean square, more than "
+            f"{MOST_MOVED} of their standard deviation of {deviation:.2g}; nothing was written. "
+            "Give dtype=bf16"
+        )
     return Comparison(
         largest,
         float((exact.argmax(-1) == expected.argmax(-1)).float().mean()),
         float((exact - rounded).abs().max()),
-        float(exact.std()),
+        moved,
+        deviation,
     )
 
 
@@ -188,6 +210,30 @@ def _require_same_ids(run_dir: Path, folder: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def _dequantised(folder: Path) -> Iterator[Path]:
+    """The folder with the fp32 numbers that its 8-bit floats stand for, beside it for a while."""
+    described = describe(folder)
+    shards = described.shards
+    names = [
+        name
+        for name in shards.shapes
+        if not (
+            name.endswith(shards.fp8_scales)
+            and name.removesuffix(shards.fp8_scales) in shards.shapes
+        )
+    ]
+    shapes = {name: shards.shapes[name] for name in names}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        there = Path(scratch)
+        dtypes = dict.fromkeys(names, torch.float32)
+        write_shards(there, shapes, dtypes, SHARD_BYTES, shards.tensor)
+        config = read_json(folder / "config.json")
+        del config["quantization_config"]
+        write_text(there / "config.json", dumps(config | {"dtype": "float32"}) + "\n")
+        yield there
+
+
 def _transformers() -> Any:
     return _optional("transformers", "'transformers>=5,<6'")
 
@@ -210,14 +256,19 @@ def _theirs(folder: Path) -> Any:
     transformers = _transformers()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    # With 8-bit floats it would want another library, and to compute with them: it gets the
+    # numbers that they stand for, in a folder that is gone when they are read.
+    with contextlib.ExitStack() as stack:
+        if "quantization_config" in read_json(folder / "config.json"):
+            folder = stack.enter_context(_dequantised(folder))
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     # It knows layers that predict further tokens by their numbers in published models alone.
     further = getattr(model.config, "num_nextn_predict_layers", None) or 0
     last = model.config.num_hidden_layers
