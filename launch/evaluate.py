@@ -214,7 +214,7 @@ def _measure(target: _Target, place: Place) -> _Measured:
     if settings.router.budget is not None:
         _calibrate(settings, run, store, model, place.device)
 
-    sparse = [attention.layer_idx for attention in model.sparse_attentions()]
+    sparse = [attention.layer_idx for attention in model.measured_attentions()]
     batches = followed(held_out.batches, f"evaluating {target.label}", held_out.num_batches)
     result = evaluate(model, batches, place.device, model.routers(), sparse)
     assert result is not None
@@ -329,6 +329,13 @@ def _evaluate(target: _Target, place: Place) -> float:
         print(
             f"attention  tail mass {result['attention/tail_mass']:.1%}  error {error:.1%} (mean "
             f"over sampled rows, below {bound:.1%} with probability 0.999)"
+        )
+
+    if "attention/index_loss" in result:
+        recall = result.get("attention/index_recall", math.nan)
+        print(
+            f"attention  the index chooses {recall:.1%} of dense attention (sampled rows), "
+            f"{result['attention/index_loss']:.3g} nats from what it is taught"
         )
 
     by_source = result.pop("by_source", {})

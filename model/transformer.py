@@ -19,7 +19,7 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
-from model.attention.config import SparseAttentionConfig
+from model.attention.indexed import IndexedAttention
 from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block
@@ -169,9 +169,7 @@ class Transformer(nn.Module):
             every if layers is None else layers,
             config.num_layers,
             config.moe_layers,
-            [i for i in every if settings.is_sparse(config, i)]
-            if isinstance(settings, SparseAttentionConfig)
-            else [],
+            [i for i in every if settings.is_sparse(config, i)],
         )
         # In a tuple, so that it is no part of the model.
         self._router_kind: tuple[Router, ...] = ()
@@ -254,6 +252,17 @@ class Transformer(nn.Module):
             if isinstance(block.attention, SparseAttention) and block.attention.is_sparse
         ]
 
+    def measured_attentions(self) -> list[SparseAttention | IndexedAttention]:
+        """The attention of the layers that leave something out by a choice, in layer order: those
+        of ModelOutput.attention_stats.
+        """
+        return [
+            block.attention
+            for block in self.blocks
+            if isinstance(block.attention, SparseAttention | IndexedAttention)
+            and block.attention.is_sparse
+        ]
+
     def measure_communication(self, measuring: bool) -> Communication:
         """Count from now on, or no longer, what the MoE layers and attention exchange; returns what
         was counted so far.
@@ -277,7 +286,7 @@ class Transformer(nn.Module):
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
         in training.
         """
-        for attention in self.sparse_attentions():
+        for attention in self.measured_attentions():
             attention.step = step
 
     def _layout(

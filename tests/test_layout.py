@@ -81,7 +81,7 @@ FLOORS = {
         ("component", "config", "request"),
     ),
     "ops": (
-        ("compile/ahead_of_time",),
+        ("compile/ahead_of_time", "index_attention"),
         ("all_to_all", "grouped_mlp", "router", "sparse_attention", "testing"),
         ("permute",),
         ("compile",),

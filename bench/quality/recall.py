@@ -10,7 +10,8 @@ The task: a context of pairs (key, value) in random order, every key once, and f
 then questions, keys whose values must be named. Every question needs one token of 96, blocks hold 8
 tokens, and a query sees 5 of the 16 blocks exactly: the first one, its own, the one before, and two
 that it selects by pooled keys. Guessing gives 1/16. There are no positions: where a pair stands
-says nothing, and longer contexts are nothing new.
+says nothing, and longer contexts are nothing new. The variants dsa, msa and qsa attend to as many
+tokens by a learned index (ops/index_attention), after a fifth of their steps with dense attention.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ from torch import Tensor, nn
 
 from bench.common import find_commit
 from bench.quality.optimizers import interval
+from ops.index_attention import (
+    Index,
+    IndexSpec,
+    group_means,
+    group_starts,
+    indexed_attention,
+)
 from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, sparse_attention
 from train.files.strict_json import dumps
 
@@ -44,12 +52,13 @@ NOISY_SHARE = 0.7
 @dataclass(frozen=True)
 class Variant:
     """spec: None is dense attention. noisy: Gumbel noise on the selection in training. gated:
-    entries under learned weights (attention.entries=gated).
+    entries under learned weights (attention.entries=gated). index: what a learned index chooses.
     """
 
     spec: SparseAttentionSpec | None
     noisy: bool = False
     gated: bool = False
+    index: IndexSpec | None = None
 
 
 SPEC = SparseAttentionSpec(
@@ -67,7 +76,14 @@ VARIANTS = {
     "order0_gated": Variant(replace(SPEC, order=0), gated=True),
     "order2_gated": Variant(SPEC, gated=True),
     "order2_sub2": Variant(replace(SPEC, coarse_block_size=4)),
+    "dsa": Variant(None, index=IndexSpec("dsa", 1, 40)),
+    "msa": Variant(None, index=IndexSpec("msa", 8, 5)),
+    "qsa": Variant(None, index=IndexSpec("qsa", 4, 10)),
 }
+INDEX_HEADS, INDEX_WIDTH, DENSE_SHARE = 2, 16, 0.2
+"""Of an index (msa: a head for each key/value head); and of the steps, those in which it learns
+beside dense attention.
+"""
 
 
 class Sample(NamedTuple):
@@ -106,6 +122,7 @@ class Layer(nn.Module):
         num_heads: int = 2,
         num_kv_heads: int = 1,
         gated: bool = False,
+        index: IndexSpec | None = None,
     ):
         super().__init__()
         self.spec, self.num_heads, self.num_kv_heads = spec, num_heads, num_kv_heads
@@ -120,6 +137,12 @@ class Layer(nn.Module):
             if gated
             else None
         )
+        self.index, self.dense_now, self.divergence = index, False, torch.zeros(())
+        if index is not None:
+            self.index_heads = num_kv_heads if index.by_head else INDEX_HEADS
+            self.index_q = nn.Linear(hidden_size, self.index_heads * INDEX_WIDTH, bias=False)
+            self.index_k = nn.Linear(hidden_size, INDEX_WIDTH, bias=False)
+            self.index_w = nn.Linear(hidden_size, self.index_heads, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.mlp = nn.Sequential(
             nn.Linear(hidden_size, 2 * hidden_size),
@@ -129,9 +152,13 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, noise: SelectionNoise | None, first_token_id: int) -> Tensor:
         batch_size, length, _ = hidden.shape
-        heads = self.qkv(self.attention_norm(hidden)).unflatten(-1, (-1, self.head_dim))
+        normed = self.attention_norm(hidden)
+        heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
-        if self.spec is None:
+        if self.index is not None:
+            flat = [x.flatten(0, 1) for x in (q, k, v)]
+            attended = self._by_index(normed.detach(), flat[0], flat[1], flat[2])
+        elif self.spec is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             attended = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=True
@@ -159,6 +186,31 @@ class Layer(nn.Module):
         hidden = hidden + self.out(attended.reshape(batch_size, length, -1))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
+    def _by_index(self, normed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """normed [B, N, hidden], q [T, heads, dim], k and v [T, kv_heads, dim] -> as q. Leaves what
+        the index has to learn in `divergence`, a mean over tokens.
+        """
+        assert self.index is not None
+        bounds = [*range(0, len(q) + 1, normed.shape[1])]
+        queries = self.index_q(normed).flatten(0, 1).unflatten(-1, (self.index_heads, -1))
+        keys = self.index_k(normed).flatten(0, 1)
+        if self.index.pools_keys:
+            size = self.index.block_size
+            keys = group_means(keys, group_starts(bounds, size), size)
+        weights = self.index_w(normed).flatten(0, 1) if self.index.rule == "dsa" else None
+        found = indexed_attention(
+            q,
+            k,
+            v,
+            Index(queries, keys, weights),
+            bounds,
+            self.index,
+            dense=self.dense_now,
+            teach=torch.is_grad_enabled(),
+        )
+        self.divergence = found.divergence / len(q)
+        return found.out
+
 
 class RecallModel(nn.Module):
     def __init__(self, variant: Variant, num_layers: int = 1, hidden_size: int = 64):
@@ -170,7 +222,8 @@ class RecallModel(nn.Module):
         for table in (self.keys, self.values):
             nn.init.normal_(table.weight, std=0.3)
         self.layers = nn.ModuleList(
-            Layer(variant.spec, hidden_size, gated=variant.gated) for _ in range(num_layers)
+            Layer(variant.spec, hidden_size, gated=variant.gated, index=variant.index)
+            for _ in range(num_layers)
         )
         self.norm, self.head = (
             nn.RMSNorm(hidden_size),
@@ -216,12 +269,15 @@ def train(
             )
         sample = draw(BATCH_SIZE, length, generator)
         temperature = max(0.0, 1 - step / (NOISY_SHARE * steps)) if VARIANTS[variant].noisy else 0.0
+        for layer in model.layers:
+            layer.dense_now = step < DENSE_SHARE * steps
         logits = model(
             sample.tokens, temperature, first_token_id=step * sample.tokens[..., 0].numel()
         )
         loss = F.cross_entropy(logits.flatten(0, 1), sample.answers.flatten())
+        objective = loss + sum(layer.divergence for layer in model.layers)
         optimizer.zero_grad()
-        loss.backward()
+        objective.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % eval_interval == 0 or step + 1 == steps:

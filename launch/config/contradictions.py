@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.config.deepspeed import _deepspeed
 from launch.process.secrets import problems_of_env
+from model.attention.config import IndexedAttentionConfig
 from model.placement.record import Placement
 from train.config.kinds import matches
 from train.config.lora import target_problems
@@ -58,7 +59,7 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
-    problems += _clipping(run) + _scaling(run)
+    problems += _clipping(run) + _scaling(run) + _index(run)
     if run.model.num_experts > 0:
         problems += _components(run)
         problems += run.router.training_problems(run.model) if trains else []
@@ -233,6 +234,7 @@ def _frozen(run: RunConfig) -> list[str]:
     """Parts that the model does not have, and balancing that a frozen router cannot follow."""
     model, problems = run.model, []
     missing = {
+        "indexer": run.attention.name != IndexedAttentionConfig.name and "attention is not indexed",
         "head": model.tie_embeddings and "model.tie_embeddings makes the embedding its head",
         "router": not model.num_experts and "model.num_experts is 0",
         "experts": not model.num_experts and "model.num_experts is 0",
@@ -329,6 +331,37 @@ def _clipping(run: RunConfig) -> list[str]:
         problems.append(
             f"{about}, but lora.rank {run.lora.rank} and optim.freeze {list(run.optim.freeze)} "
             "leave projections of attention as they are; drop optim.qk_clip"
+        )
+    return problems
+
+
+def _index(run: RunConfig) -> list[str]:
+    """An index that has learned nothing would choose at random, and nobody would notice: runs that
+    others reported trained for weeks so.
+    """
+    attention, problems = run.attention, []
+    if not isinstance(attention, IndexedAttentionConfig):
+        return []
+    if attention.dense_steps == 0 and run.init.run is None:
+        problems.append(
+            "attention.dense_steps is 0, so that an index which has learned nothing would choose; "
+            "raise it, or begin with init.run of a run whose index has learned"
+        )
+    if run.lora.rank:
+        problems.append(
+            f"lora.rank is {run.lora.rank}, but adapters leave the index of attention=indexed as "
+            "it is, while what it has to find moves; set lora.rank=0, or use attention=scc"
+        )
+    layers = range(run.model.num_layers)
+    names = [
+        f"blocks.{i}.attention.indexer.q_proj.weight"
+        for i in layers
+        if attention.is_sparse(run.model, i)
+    ]
+    if frozen := [p for p in run.optim.freeze if any(matches(name, p) for name in names)]:
+        problems.append(
+            f"optim.freeze={frozen[0]} leaves the index of attention=indexed as it is, while what "
+            "it has to find moves; drop it"
         )
     return problems
 

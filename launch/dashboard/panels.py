@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.attention.config import SparseAttentionConfig
+from model.attention.config import IndexedAttentionConfig, SparseAttentionConfig
 from model.cost.parameters import sparse_layers
 from model.routers.config import BudgetedConfig
 from train.config.run import RunConfig
@@ -114,6 +114,7 @@ def shape_of(run: RunConfig) -> Shape:
     law = run.router.law
     adaptive = has_experts and isinstance(run.router, BudgetedConfig)
     spreads_experts = has_experts and run.parallel.expert_parallel_size > 1
+    is_indexed = isinstance(run.attention, IndexedAttentionConfig)
     is_sparse = isinstance(run.attention, SparseAttentionConfig) and bool(
         sparse_layers(run.model.num_layers, attention)
     )
@@ -141,6 +142,8 @@ def shape_of(run: RunConfig) -> Shape:
         Need.SPARSE: is_sparse,
         Need.SELECTED_BLOCKS: is_sparse,
         Need.DENSE_CHECK: is_sparse and attention.get("audit_rows", 0.002) > 0,
+        Need.INDEXED: is_indexed,
+        Need.INDEX_CHECK: is_indexed and attention["audit_rows"] > 0,
         Need.DETAILED: run.tracker.metrics == "detailed",
         Need.KNOWN_PEAK: True,
         Need.KNOWN_BYTES: True,
@@ -164,6 +167,8 @@ def sections(shape: Shape, *further: Section) -> list[Section]:
         made += [internals(shape), fallbacks()]
     if Need.SPARSE in shape.conditions:
         made.append(attention())
+    if Need.INDEXED in shape.conditions:
+        made.append(index())
     made += [communication_and_time(shape), *further]
     return [
         Section(f"{i} {s.name}", s.meaning, tuple(filter(shape.shows, s.panels)), s.is_open)
@@ -392,6 +397,25 @@ def attention() -> Section:
     return Section(
         "attention",
         "The error stays small and below its bound; a rising tail mass asks for more blocks.",
+        tuple(panels),
+    )
+
+
+def index() -> Section:
+    panels: list[Panel] = [
+        Lines(
+            "share of dense attention that the index chooses",
+            ("attention/index_recall", "attention/index_recall/min"),
+            low=0,
+            high=1,
+        ),
+        Lines("its share by layer", regex=by_layer("index_recall", "attention"), low=0, high=1),
+        Lines("loss of the index", ("attention/index_loss",), low=0),
+        Lines("loss by layer", regex=by_layer("index_loss", "attention"), low=0),
+    ]
+    return Section(
+        "index of attention",
+        "Its recall rises in the dense steps, and holds once it chooses.",
         tuple(panels),
     )
 

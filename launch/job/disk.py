@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from model.attention.config import IndexedAttentionConfig, SparseAttentionConfig
 from model.cost.parameters import count_parameters, sparse_layers
 from train.config.run import RunConfig
 from train.engine.muon.planned import planned_muon
@@ -159,7 +160,7 @@ def _metrics_line(run: RunConfig, num_ranks: int) -> int:
     names = metric_names(
         model.moe_layers,
         sparse_layers(model.num_layers, run.attention.arguments)
-        if "block_size" in run.attention.arguments
+        if isinstance(run.attention, SparseAttentionConfig | IndexedAttentionConfig)
         else (),
         run.tracker.metrics == "detailed",
     )
@@ -180,8 +181,11 @@ def _metrics_line(run: RunConfig, num_ranks: int) -> int:
         absent |= {name for name in names if name.startswith("moe/null_fraction")}
     if not model.num_experts:
         absent |= {name for name in names if name.startswith("moe/")}
-    if "block_size" not in run.attention.arguments:
-        absent |= {name for name in names if name.startswith("attention/")}
+    by_index = {name for name in names if name.startswith("attention/index_")}
+    if not isinstance(run.attention, IndexedAttentionConfig):
+        absent |= by_index
+    if not isinstance(run.attention, SparseAttentionConfig):
+        absent |= {name for name in names if name.startswith("attention/")} - by_index
 
     absent |= _of_options(run)
 

@@ -223,6 +223,18 @@ CHARTS = (
         "Bound on the error per row, and the share of audited rows it covers.",
     ),
     _chart(
+        "attention",
+        "Recall of the index",
+        (("attention/index_recall", "mean"), ("attention/index_recall/min", "lowest layer")),
+        "Audited rows: share of dense attention on what the index chooses.",
+    ),
+    _chart(
+        "attention",
+        "Loss of the index",
+        (("attention/index_loss", "mean over layers"),),
+        "Divergence from the attention's own masses, in nats.",
+    ),
+    _chart(
         "speed",
         "Throughput",
         (("perf/tokens_per_second", "all ranks"),),
@@ -352,6 +364,7 @@ KPIS = (
     _metric("moe/dead_experts"),
     _metric("moe/rank_load"),
     _metric("attention/error"),
+    _metric("attention/index_recall"),
     Kpi(
         "alarms/active",
         "active alarms",

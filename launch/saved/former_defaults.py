@@ -397,6 +397,18 @@ HELD: dict[str, dict[str, Any]] = {
         "alignment_coeff": 0.0,
         "audit_rows": 0.002,
     },
+    "IndexedAttentionConfig": {
+        "rule": "dsa",
+        "block_size": 1,
+        "top_k": 2048,
+        "index_heads": None,
+        "index_head_dim": None,
+        "index_coeff": 1.0,
+        "dense_steps": 1000,
+        "dense_layers": [],
+        "interval": 1,
+        "audit_rows": 0.002,
+    },
     "MlaConfig": {
         "q_lora_rank": 1536,
         "kv_lora_rank": 512,

@@ -19,7 +19,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from launch.config.build import ConfigError, build_record
 from launch.config.overrides import literal, plain
 from launch.saved.configs import load_checkpoint_config
-from train.checkpoint.folder import find_checkpoint
+from launch.saved.index import without_index
+from model.cost.parameters import is_indexed
+from train.checkpoint.folder import find_checkpoint, step_of
 from train.config.training import problems_of_checkpoint
 from train.config.upcycling import UpcycleConfig
 from train.pretrained.described import describe, end_of_text, reading_of
@@ -49,6 +51,8 @@ class Given:
     end_of_document: str | None
     is_run: bool
     """Whether another router or attention may be chosen freely: a run knows them all."""
+    step: int = 0
+    """Of a run's checkpoint."""
 
 
 def with_initial_weights(config: DictConfig, overrides: list[str] | None = None) -> DictConfig:
@@ -91,6 +95,8 @@ def with_initial_weights(config: DictConfig, overrides: list[str] | None = None)
             attention = dict(given.attention)
             _keep_typed(config, "attention", attention, typed)
             config.attention = literal(attention)
+        if problem := _of_index(given, _plain(config.attention)):
+            raise ConfigError([problem])
         for key, value in given.balance.items():
             if not typed & {"balance", f"balance.{key}"}:
                 config.balance[key] = value
@@ -176,7 +182,8 @@ def _of_run(run: str, prefer: str) -> Given:
         )
     if problems := problems_of_checkpoint("init.checkpoint", str(prefer)):
         raise ConfigError(problems)
-    config = plain(load_checkpoint_config(find_checkpoint(Path(run), prefer=prefer)))
+    checkpoint = find_checkpoint(Path(run), prefer=prefer)
+    config = plain(load_checkpoint_config(checkpoint))
     return Given(
         source=f"init.run={run}",
         model=config["model"],
@@ -186,6 +193,7 @@ def _of_run(run: str, prefer: str) -> Given:
         tokenizer=Path(run) / "data",
         end_of_document=config["data"]["tokenizer"]["end_of_document"],
         is_run=True,
+        step=step_of(checkpoint),
     )
 
 
@@ -219,6 +227,21 @@ def _of_shape(config: DictConfig, given: Given, typed: set[str], chosen: set[str
             + ("it" if _is_typed(f"model.{key}", typed) else "the choice of a model")
         )
     return found
+
+
+def _of_index(given: Given, asked: dict[str, Any]) -> str | None:
+    """Why the weights' index may not choose from the first step on; None: it may, or is not to."""
+    if not is_indexed(asked) or asked["dense_steps"] != 0 or not given.is_run:
+        return None
+    if refusal := without_index(given.attention, asked):
+        return f"attention.dense_steps is 0 with {given.source}: {refusal}"
+    learned = int(given.attention["dense_steps"])
+    if given.step < learned:
+        return (
+            f"attention.dense_steps is 0, but the index of {given.source} had learned for "
+            f"{given.step} of its {learned} steps; raise it, or train that run further"
+        )
+    return None
 
 
 def _means_the_same(key: str, asked: Any, shape: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from launch.saved.environment import require_confirmed
 from launch.saved.files import read_result
 from launch.saved.initial import with_initial_weights
 from launch.saved.teacher import with_named_checkpoint
-from model.cost.parameters import is_latent, sparse_layers
+from model.cost.parameters import is_indexed, is_latent, sparse_layers
 from train.checkpoint.folder import find_checkpoint, newest_complete, step_of
 from train.config.component import SETTINGS
 from train.files.manifest import CheckpointError, require_owned
@@ -255,6 +255,12 @@ def other_projections(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 def _learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int, str]]:
     """(layer, setting) of what layers learn beside the projections."""
+    if is_indexed(attention):
+        shape = [attention[key] for key in ("rule", "index_heads", "index_head_dim")]
+        name = "name=indexed with rule, index_heads, index_head_dim = " + ", ".join(
+            map(shown, shape)
+        )
+        return {(layer, name) for layer in sparse_layers(model["num_layers"], attention)}
     if attention.get("sinks"):
         return {(layer, "sinks") for layer in range(model["num_layers"])}
     if "block_size" not in attention:

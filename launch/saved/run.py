@@ -41,6 +41,7 @@ def load_run(
     """
     from launch.saved.checkpoint import config_for
     from launch.saved.configs import load_run_config
+    from launch.saved.index import without_index
     from launch.saved.resume import other_projections
     from train.config.component import renamed
 
@@ -73,8 +74,12 @@ def load_run(
     config = plain(saved)
     if attention is not None:
         asked = {"name": attention.name, **attention.arguments}
-        if refusal := other_projections(renamed(config["attention"]), asked):
+        own = renamed(config["attention"])
+        if refusal := other_projections(own, asked) or without_index(own, asked):
             raise ValueError(f"{run}: {refusal}")
+        # What an index has learned is said by the run alone.
+        if "index_heads" in own and "index_heads" in asked:
+            asked["dense_steps"] = own["dense_steps"]
         config["attention"] = asked
     return _at(config, top_k, run)
 
@@ -105,6 +110,7 @@ def load_folder(
         PretrainedError: its config.json cannot be read or expressed.
         ValueError: the weights are not those of `attention`.
     """
+    from launch.saved.index import without_index
     from launch.saved.initial import of_folder
     from launch.saved.resume import other_projections
 
@@ -112,7 +118,7 @@ def load_folder(
     own = dict(given.attention)
     if attention is not None:
         asked = {"name": attention.name, **attention.arguments}
-        if refusal := other_projections(own, asked):
+        if refusal := other_projections(own, asked) or without_index(own, asked):
             raise ValueError(f"path={path}: {refusal}")
         own = asked
     router = given.router or {"name": "top_k", "top_k": 1, "normalize_weights": False}

@@ -167,6 +167,10 @@ STATS = (
     "bound_violations",
     "mass_kl",
     "coherence",
+    "index_tokens",
+    "index_loss",
+    "index_audited",
+    "index_recall",
 )
 """queries: tokens x heads measured; tail_mass, selected_mass: summed over them. selected_blocks:
 over tokens, mean of the key/value heads, times heads. union_blocks: distinct selected blocks of
@@ -174,6 +178,9 @@ tiles of 16 queries; tile_blocks: selected blocks per query, averaged over a til
 heads compared with dense attention; the rest is summed over these: relative error (at most 1) and
 its square, sub-Gaussian certificate (at most 1), rows whose error it covers, rows whose error
 exceeds Theorem 1's bound (never), and the two quantities behind the regularisers.
+index_tokens: tokens whose index was compared with the attention's masses; index_loss: the
+divergences, summed over them. index_audited: rows whose choice was compared with dense attention;
+index_recall: the shares of its softmax that were chosen, summed over these.
 """
 
 

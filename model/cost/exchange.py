@@ -92,7 +92,7 @@ def exchanged_bytes(
 
     heads = _away(context_parallel_size) * tokens * _head_bytes(config, width, attention)
     heads *= len(layers) + num_mtp
-    if attention and not is_latent(attention) and "block_size" in attention:
+    if attention and not is_latent(attention) and "coarse_block_size" in attention:
         sparse = number_in(layers, sparse_layers(config.num_layers, attention))
         by_token = _away(context_parallel_size) * tokens
         heads += by_token * sparse * _sparse_bytes(config, width, attention)

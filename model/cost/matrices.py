@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from model.config import ModelConfig
-from model.cost.parameters import is_latent
+from model.cost.parameters import index_matrices, is_indexed, is_latent, sparse_layers
 
 
 class Matrices(NamedTuple):
@@ -35,8 +35,9 @@ def hidden_matrices(
     """
     layers = range(config.num_layers) if layers is None else layers
     found: list[Matrices] = []
+    indexed = sparse_layers(config.num_layers, attention) if is_indexed(attention) else []
     for layer in layers:
-        found += _layer(config, config.is_moe_layer(layer), attention)
+        found += _layer(config, config.is_moe_layer(layer), attention, layer in indexed)
     for _ in range(config.num_mtp_layers if layers.stop == config.num_layers else 0):
         found.append(Matrices("other", 1, config.hidden_size, 2 * config.hidden_size))
         # the block of such a module attends densely, or by latents as the layers do
@@ -46,12 +47,19 @@ def hidden_matrices(
 
 
 def _layer(
-    config: ModelConfig, has_experts: bool, attention: Mapping[str, Any] | None
+    config: ModelConfig,
+    has_experts: bool,
+    attention: Mapping[str, Any] | None,
+    indexes: bool = False,
 ) -> Iterator[Matrices]:
+    """indexes: the layer has what an index learns."""
     hidden = config.hidden_size
     projections = _latent(config, attention) if is_latent(attention) else _grouped_query(config)
     for rows, columns in projections:
         yield Matrices("attention", 1, rows, columns)
+    if indexes and is_indexed(attention):
+        for rows, columns in index_matrices(config, attention):
+            yield Matrices("indexer", 1, rows, columns)
     if not has_experts:
         yield Matrices("mlp", 2, config.intermediate_size, hidden)
         yield Matrices("mlp", 1, hidden, config.intermediate_size)

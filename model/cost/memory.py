@@ -12,6 +12,8 @@ from model.config import ModelConfig
 from model.cost.parameters import (
     Trained,
     count_parameters,
+    index_shape,
+    is_indexed,
     is_latent,
     number_in,
     sparse_layers,
@@ -139,6 +141,7 @@ def device_memory(
             context_parallel_size > 1,
             layers,
             in_flight,
+            seq_len,
             tensor_parallel_size,
         )
         + _adapted_bytes(config, trained, width, expert_parallel_size)
@@ -183,16 +186,20 @@ def _logit_bytes(config: ModelConfig, tokens: int, precision: str, cut: int) -> 
 def cache_bytes_per_token(
     config: ModelConfig, width: int, attention: Mapping[str, Any] | None = None
 ) -> int:
-    """What a token takes in the caches of all layers when generating; sparse layers keep pooled
-    entries besides.
+    """What a token takes in the caches of all layers when generating, index keys included; sparse
+    layers keep pooled entries besides.
 
-    width: bytes of a value; attention: arguments of sparse or latent attention.
+    width: bytes of a value; attention: arguments of sparse, indexed or latent attention.
     """
     if is_latent(attention):
         values = attention["kv_lora_rank"] + attention["qk_rope_head_dim"]
     else:
         values = 2 * config.num_kv_heads * config.attention_head_dim
-    return int(config.num_layers * values * width)
+    index = 0
+    if is_indexed(attention):
+        number = len(sparse_layers(config.num_layers, attention))
+        index = number * index_shape(config, attention)[1]
+    return int((config.num_layers * values + index) * width)
 
 
 def _windowed_copies(
@@ -210,7 +217,11 @@ def _windowed_copies(
 
 
 def _attention_bytes(
-    config: ModelConfig, width: int, attention: Mapping[str, Any] | None, layers: range
+    config: ModelConfig,
+    width: int,
+    attention: Mapping[str, Any] | None,
+    layers: range,
+    seq_len: int,
 ) -> tuple[int, int]:
     """Of a token that attention keeps in its own dtype: values between its projections and its
     output, in values of `width` bytes; and rotary's fp32 copies.
@@ -225,6 +236,11 @@ def _attention_bytes(
         if attention is not None and attention.get("entries") == "gated":
             sparse = number_in(layers, sparse_layers(config.num_layers, attention))
             copies += round(width * 2 * kv_width * sparse / len(layers))
+        if is_indexed(attention):
+            sparse = number_in(layers, sparse_layers(config.num_layers, attention))
+            kept, turned = _index_bytes(config, width, attention, seq_len)
+            copies += round(kept * sparse / len(layers))
+            rotary += round(turned * sparse / len(layers))
         return width * (2 * q_width + 2 * kv_width) + copies, rotary
 
     nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
@@ -236,6 +252,23 @@ def _attention_bytes(
     return width * (latents + heads * per_head), 4 * (heads + 1) * rope
 
 
+def _index_bytes(
+    config: ModelConfig, width: int, attention: Mapping[str, Any], seq_len: int
+) -> tuple[int, int]:
+    """Of a token in a layer with an index: its queries and keys before and after their norms and
+    rotation, their gradients in fp32, the blocks that were chosen, and the softmax's denominators;
+    and rotary's fp32 copies.
+    """
+    heads, dim = index_shape(config, attention)
+    has_weights = attention["rule"] == "dsa"
+    values = (heads + 1) * dim + heads * has_weights
+    norms = (1 if has_weights else heads + 1) * dim
+    choices = config.num_kv_heads if attention["rule"] == "msa" else 1
+    chosen = min(attention["top_k"], -(-seq_len // attention["block_size"]))
+    kept = width * (values + 2 * norms) + 4 * values + 4 * choices * chosen
+    return kept + 4 * config.num_heads, 4 * (heads + 1) * config.rotary_size
+
+
 def _activation_bytes(
     config: ModelConfig,
     tokens: int,
@@ -245,6 +278,7 @@ def _activation_bytes(
     shares_rows: bool,
     here: range,
     in_flight: int,
+    seq_len: int,
     cut: int,
 ) -> int:
     """Bytes kept for backward, assuming balanced experts. here: layers of this stage; in_flight:
@@ -257,7 +291,7 @@ def _activation_bytes(
     hidden = config.hidden_size
     norm = 2 * width * hidden  # input and output
     gathered = (cut - 1) * width * hidden
-    inside, rotary = _attention_bytes(config, width, arguments, here)
+    inside, rotary = _attention_bytes(config, width, arguments, here, seq_len)
     attention = norm + gathered + rotary + inside + width * hidden
     if shares_rows and not is_latent(arguments):
         attention += width * config.num_heads * config.attention_head_dim

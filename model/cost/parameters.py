@@ -135,7 +135,9 @@ def count_parameters(
         router=num_moe * router,
         shared_experts=num_moe * shared,
         experts=num_moe * routed,
-        norms=num_layers * (2 * hidden + inner_norms) + hidden * is_last,
+        norms=num_layers * (2 * hidden + inner_norms)
+        + hidden * is_last
+        + index_parameters(config, attention, layers)[1],
         active_experts=round(num_moe * experts_per_token * (one_expert + biases_of_one)),
         mtp=num_mtp * module,
         mtp_experts=num_mtp * routed if has_experts else 0,
@@ -148,9 +150,44 @@ def count_parameters(
     )
 
 
+def index_parameters(
+    config: ModelConfig, attention: Mapping[str, Any] | None, layers: range | None = None
+) -> tuple[int, int]:
+    """Of the projections of all indexes, and of their norms (of queries and keys, or of keys with a
+    bias). layers: those that count; None: all.
+    """
+    if not is_indexed(attention):
+        return 0, 0
+    layers = range(config.num_layers) if layers is None else layers
+    number = number_in(layers, sparse_layers(config.num_layers, attention))
+    matrices = sum(rows * columns for rows, columns in index_matrices(config, attention))
+    return number * matrices, number * 2 * index_shape(config, attention)[1]
+
+
 def is_latent(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Whether these are the arguments of latent attention (MLA)."""
     return attention is not None and "kv_lora_rank" in attention
+
+
+def is_indexed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether these are the arguments of attention by a learned index."""
+    return attention is not None and "index_heads" in attention
+
+
+def index_shape(config: ModelConfig, attention: Mapping[str, Any]) -> tuple[int, int]:
+    """Heads of an index, and the dimensions of each."""
+    return (
+        attention["index_heads"] or config.num_kv_heads,
+        attention["index_head_dim"] or config.attention_head_dim,
+    )
+
+
+def index_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Shapes of a layer's projections to index queries, index keys and, with rule=dsa, weights."""
+    heads, width = index_shape(config, attention)
+    hidden = config.hidden_size
+    weights = [(heads, hidden)] if attention["rule"] == "dsa" else []
+    return [(heads * width, hidden), (width, hidden), *weights]
 
 
 def _grouped_query_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -180,8 +217,10 @@ def _latent_parameters(config: ModelConfig, attention: Mapping[str, Any]) -> tup
 
 def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: range) -> int:
     """Parameters that layers learn beside dense attention's: sinks of windowed attention; offset,
-    sink, trust, gates and weights of entries of sparse layers.
+    sink, trust, gates and weights of entries of sparse layers; an index without its norms.
     """
+    if is_indexed(attention):
+        return index_parameters(config, attention, layers)[0]
     if "window" in attention:
         return len(layers) * config.num_heads * bool(attention["sinks"])
     projection = config.hidden_size + 1
@@ -251,6 +290,48 @@ def _keys_per_query(
     return total / seq_len
 
 
+def indexed_keys(seq_len: int, attention: Mapping[str, Any]) -> float:
+    """Mean tokens that a query attends to by an index's choice, over one document of seq_len
+    tokens; half a token less, as the mean of all is taken for seq_len / 2.
+
+    A block of the query's own is taken to be half there.
+    """
+    size, top_k = attention["block_size"], attention["top_k"]
+    most = top_k * size
+    if attention["rule"] == "msa":
+        most -= (size - 1) / 2
+    elif attention["rule"] == "qsa":
+        most += (size - 1) / 2
+    most = min(most, seq_len)
+    return float(most - 0.5 - most * (most - 1) / (2 * seq_len))
+
+
+def index_flops(
+    config: ModelConfig,
+    seq_len: int,
+    attention: Mapping[str, Any] | None,
+    layers: range | None = None,
+    trains: bool = True,
+) -> float:
+    """Of a token, for the scores of all index keys before it, and in training for the gradients of
+    those that were chosen; without the projections. As a mean over a document of seq_len tokens,
+    over the layers here.
+    """
+    if not is_indexed(attention):
+        return 0.0
+    layers = range(config.num_layers) if layers is None else layers
+    heads, width = index_shape(config, attention)
+    size = attention["block_size"]
+    pooled = size if attention["rule"] == "qsa" else 1
+    scored = seq_len / 2 / pooled
+    by_layer = 2.0 * heads * width * scored
+    if trains:
+        # with rule=msa a block's gradient reaches the one token of its largest score
+        chosen = indexed_keys(seq_len, attention) / (size if attention["rule"] != "dsa" else 1)
+        by_layer += 4.0 * heads * width * chosen
+    return by_layer * number_in(layers, sparse_layers(config.num_layers, attention))
+
+
 def flops_per_token(
     config: ModelConfig,
     experts_per_token: float,
@@ -277,7 +358,10 @@ def flops_per_token(
         matrices += (1 + config.num_mtp_layers) * config.vocab_size * config.hidden_size
         # the block of a module of multi-token prediction attends densely
         keys += config.num_mtp_layers * seq_len / 2
-    return float(6.0 * matrices + 6 * config.num_heads * _head_dims(config, attention) * keys)
+    flops = 6.0 * matrices + 6 * config.num_heads * _head_dims(config, attention) * keys
+    # Nothing goes on from an index to the hidden states, whose gradient its matrices do not make.
+    flops -= 2.0 * index_parameters(config, attention, layers)[0]
+    return float(flops + index_flops(config, seq_len, attention, layers))
 
 
 def _matrices(
@@ -317,7 +401,9 @@ def _mean_keys(
         num_windowed = number_in(layers, windowed_layers(config.num_layers, attention))
     num_dense = len(layers) - num_sparse - num_windowed
     keys = num_dense * seq_len / 2
-    if attention and num_sparse:
+    if is_indexed(attention):
+        keys += num_sparse * indexed_keys(seq_len, attention)
+    elif attention and num_sparse:
         keys += num_sparse * keys_per_query(seq_len, attention)
     if attention and num_windowed:
         # the first ones see what there is; half a key less, as the mean of all is taken for S / 2
@@ -353,6 +439,7 @@ def prefill_flops(
     matrices = _matrices_before_head(_matrices(config, experts_per_token, attention))
     keys = _mean_keys(config, length, attention)
     by_token = 2 * matrices + 2 * config.num_heads * _head_dims(config, attention) * keys
+    by_token += index_flops(config, length, attention, trains=False)
     return float(length * by_token + 2 * config.vocab_size * config.hidden_size)
 
 
@@ -383,12 +470,21 @@ def decode_cost(
         keys -= (length - 1) * _mean_keys(config, length - 1, attention)
     flops = 2.0 * (_matrices_before_head(count) + head)
     flops += 2 * config.num_heads * _head_dims(config, attention) * keys
+    # of the last query, which has twice the keys of the mean one
+    flops += 2 * index_flops(config, length, attention, trains=False)
 
     dense = _matrices_before_head(count) - count.active_experts + head
     one_expert = 3 * config.hidden_size * config.expert_intermediate_size
     experts = len(config.decoder_moe_layers) * distinct_experts * one_expert
     weights = dense * weight_bytes + experts * (expert_bytes or weight_bytes)
     cache = cache_bytes_per_token / config.num_layers * keys
+    if is_indexed(attention):
+        # Index keys are read of every token, keys and values of the chosen ones.
+        width, own = index_shape(config, attention)[1], 2 * config.num_kv_heads
+        number = len(sparse_layers(config.num_layers, attention))
+        values = config.num_layers * own * config.attention_head_dim + number * width
+        of_a_value = cache_bytes_per_token / values
+        cache = of_a_value * (own * config.attention_head_dim * keys + number * width * length)
     return GenerationCost(float(flops), float(weights / rows + cache))
 
 

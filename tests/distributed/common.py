@@ -7,6 +7,7 @@ import torch
 from model.attention.config import (
     AttentionConfig,
     DenseAttentionConfig,
+    IndexedAttentionConfig,
     MlaConfig,
     SparseAttentionConfig,
     WindowedAttentionConfig,
@@ -61,8 +62,9 @@ def build(
     layers: range | None = None,
     **options,
 ) -> Transformer:
-    """attention: a record, or fields of SparseAttentionConfig, MlaConfig or (with a window)
-    WindowedAttentionConfig; None: dense. dispatcher: fields of AllToAllConfig.
+    """attention: a record, or fields of SparseAttentionConfig, IndexedAttentionConfig (with a
+    rule), MlaConfig or (with a window) WindowedAttentionConfig; None: dense. dispatcher: fields
+    of AllToAllConfig.
     """
     options = {"top_k": 2, **options} if router is TopKConfig else options
     attend: AttentionConfig = DenseAttentionConfig()
@@ -72,6 +74,8 @@ def build(
         attend = MlaConfig(**attention)
     elif attention is not None and "window" in attention:
         attend = WindowedAttentionConfig(**attention)
+    elif attention is not None and "rule" in attention:
+        attend = IndexedAttentionConfig(**attention)
     elif attention is not None:
         attend = SparseAttentionConfig(**attention)
     parts = ModelParts(

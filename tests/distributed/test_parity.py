@@ -243,6 +243,21 @@ ATTENTIONS = [
 ]
 ATTENTIONS.append({**ATTENTIONS[0], "ep": 1, "zero": 2, "model": {"recompute": "block"}})
 
+# Attention by an index, which learns in a dense step and then chooses.
+INDEX = {"top_k": 2, "index_heads": 2, "dense_steps": 1, "audit_rows": 0.5}
+BY_BLOCK = {**INDEX, "rule": "msa", "block_size": 2, "dense_layers": [0]}
+INDEXES = [
+    {**ATTENTIONS[0], "zero": 3, "attention": {**INDEX, "rule": "dsa"}},
+    {
+        **ATTENTIONS[0],
+        "ep": 1,
+        "zero": 2,
+        "attention": BY_BLOCK,
+        "model": {"recompute": "block"},
+    },
+    {**ATTENTIONS[0], "attention": {**INDEX, "rule": "qsa", "block_size": 2}},
+]
+
 
 # Latent attention under every stage, with and without a latent for queries, and recomputed.
 LATENT = {
@@ -450,6 +465,11 @@ def test_every_dispatch_trains_as_one_process(run_ranks):
 @pytest.mark.slow
 def test_sparse_attention_trains_as_one_process(run_ranks):
     compared(run_ranks, 2, in_turn(ATTENTIONS))
+
+
+@pytest.mark.nightly
+def test_attention_by_an_index_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(INDEXES)), INDEXES)
 
 
 @pytest.mark.slow

@@ -96,6 +96,13 @@ BASES = {
         "attention.audit_rows=1",
     ),
     "windowed": ("attention=windowed", "attention.window=8"),
+    "indexed": (
+        "attention=dsa",
+        "attention.top_k=4",
+        "attention.index_heads=2",
+        "attention.dense_steps=5",
+        "attention.audit_rows=1",
+    ),
     "mla": (
         "attention=mla",
         "attention.q_lora_rank=12",
@@ -526,6 +533,12 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         f"attention.{name}": acts(f"attention.{name}={value}", LOSS, "windowed")
         for name, value in (("window", 4), ("window_layers", "all"))
     },
+    "attention.rule": refused("attention.rule=qsa", "does not hold", "indexed"),
+    "attention.index_heads": refused("attention.index_heads=4", "does not hold", "indexed"),
+    "attention.index_head_dim": refused("attention.index_head_dim=64", "does not hold", "indexed"),
+    "attention.index_coeff": acts(
+        "attention.index_coeff=50", "attention/index_loss attention/index_recall", "indexed"
+    ),
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
     "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),

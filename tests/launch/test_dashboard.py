@@ -57,6 +57,7 @@ CONFIGS = {
     "dense": ("model.num_experts=0", "balance=none"),
     "sparse": SPARSE,
     "unaudited": (*SPARSE[:-1], "attention.audit_rows=0"),
+    "indexed": ("attention=msa", "attention.block_size=16", "attention.audit_rows=0.5"),
     "dropping": (*SPARSE, "attention.tail=drop"),
 }
 
@@ -86,7 +87,7 @@ def logged_by(run) -> set[str]:
     routers = model.routers()
     layers = (
         sparse_layers(run.model.num_layers, run.attention.arguments)
-        if model.sparse_attentions()
+        if model.measured_attentions()
         else []
     )
     metrics = StepMetrics(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import LATENT, LATENT_SHAPE, batch, build, take, tiny_config
 
-from model.attention.config import SparseAttentionConfig
+from model.attention.config import IndexedAttentionConfig, SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.memory import device_memory
 from model.cost.parameters import count_parameters
@@ -95,6 +95,25 @@ def test_learned_entries_keep_their_logits_for_backward():
     logits = 3 * 8 * 16 * 2 * config.num_kv_heads * config.attention_head_dim * 4
     assert planned[1] - planned[0] == logits
     assert logits <= measured[1] - measured[0] < 1.5 * logits
+
+
+@pytest.mark.parametrize("rule", ["dsa", "msa", "qsa"])
+def test_an_index_keeps_what_the_plan_says(rule):
+    indexed = dict(rule=rule, top_k=4, dense_layers=(0,), audit_rows=0.0, dense_steps=0)
+    indexed |= {"dsa": {"index_heads": 3}, "msa": {"block_size": 4}}.get(
+        rule, {"block_size": 2, "index_heads": 3}
+    )
+    config = tiny_config(hidden_size=64, num_layers=4)
+    measured, planned = [], []
+    for attention in (None, indexed):
+        model = build(config, BalanceConfig(), attention=attention)
+        with kept_for_backward(*model.parameters()) as kept:
+            model(take(batch(0, 0, 8), 0, 8)._replace(token_mask=None))
+        measured.append(sum(kept.values()))
+        arguments = None if attention is None else IndexedAttentionConfig(**attention).arguments
+        planned.append(device_memory(config, 2.0, **SETTINGS, attention=arguments).activations)
+    more = planned[1] - planned[0]
+    assert measured[1] - measured[0] == pytest.approx(more, rel=0.3)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from model.attention.config import DenseAttentionConfig, MlaConfig
+from model.attention.config import DenseAttentionConfig, IndexedAttentionConfig, MlaConfig
 from model.config import BalanceConfig, ModelConfig
 from model.cost.matrices import hidden_matrices
 from model.dispatch.config import LocalDispatcherConfig
@@ -337,13 +337,15 @@ def test_the_work_of_cut_matrices_is_spread():
     assert [owners.count(rank) for rank in range(4)] == [10, 10, 10, 10]
 
 
-@pytest.mark.parametrize("attention", ["dense", "mla"])
+@pytest.mark.parametrize("attention", ["dense", "mla", "dsa"])
 def test_the_plan_has_the_models_matrices_in_their_order(attention):
     settings = (
         MlaConfig(
             q_lora_rank=8, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8
         )
         if attention == "mla"
+        else IndexedAttentionConfig(index_heads=3, dense_layers=(0,))
+        if attention == "dsa"
         else DenseAttentionConfig()
     )
     shape = dataclasses.replace(
@@ -360,5 +362,5 @@ def test_the_plan_has_the_models_matrices_in_their_order(attention):
         for name, p in Transformer(shape, parts).named_parameters()
         if is_hidden_matrix(name) and (blocks := matrices_of(name, p.shape))
     ]
-    arguments = settings.arguments if attention == "mla" else None
+    arguments = settings.arguments or None
     assert [tuple(entry) for entry in hidden_matrices(shape, arguments)] == found

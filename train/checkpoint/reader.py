@@ -10,7 +10,7 @@ import logging
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -150,9 +150,23 @@ def load_weights(model: nn.Module, source: Path | CheckpointReader) -> None:
         model.set_step(read_state(reader.checkpoint)["step"])
 
 
-def load_parameters(model: nn.Module, source: Path | CheckpointReader) -> CheckpointReader:
+def without_index(names: Iterable[str], reader: CheckpointReader) -> frozenset[str]:
+    """Those of a model's parameters that an index of attention has and the checkpoint does not:
+    weights of a dense model, whose index starts anew. One of another shape is another model's.
+    """
+    return frozenset(
+        name
+        for name in names
+        if ".attention.indexer." in name and f"{name}/fp32" not in reader.stored
+    )
+
+
+def load_parameters(
+    model: nn.Module, source: Path | CheckpointReader, converts: bool = False
+) -> CheckpointReader:
     """Restore the parameters alone of a plain model, but for adapters, which start anew; returns
-    the reader, for what else there is. source: as load_weights.
+    the reader, for what else there is. source: as load_weights; converts: so does an index that the
+    checkpoint does not have.
 
     Raises:
         CheckpointError: as load_weights.
@@ -161,7 +175,10 @@ def load_parameters(model: nn.Module, source: Path | CheckpointReader) -> Checkp
     reader = MergedReader(source) if isinstance(source, Path) else source
     parameters = [(name, p) for name, p in model.named_parameters() if not is_adapter(name)]
     shapes = {name: tuple(whole_shape(parameter)) for name, parameter in parameters}
-    reader.require_model(*_whole(model, shapes, expert_ids))
+    every, whole_ids = _whole(model, shapes, expert_ids)
+    anew = without_index(every, reader) if converts else frozenset()
+    reader.require_model({n: s for n, s in every.items() if n not in anew}, whole_ids)
+    parameters = [(name, p) for name, p in parameters if name not in anew]
     for name, parameter in parameters:
         want = torch.empty(shapes[name])
         reader.read_parameters({f"{name}/fp32": want}, expert_ids)
@@ -180,17 +197,18 @@ def load_router_buffers(model: nn.Module, checkpoint: Path) -> None:
 
 
 def fill_masters(engine: Engine, checkpoint: Path) -> None:
-    """Set the master weights of an engine that has taken no step, and leave all else, adapters
-    too. Collective.
+    """Set the master weights of an engine that has taken no step, and leave all else, adapters and
+    an index that the checkpoint does not have, too. Collective.
 
     Raises:
         CheckpointError: as load_engine.
     """
     expert_ids = expert_ids_of(engine.module)
     reader = MergedReader(checkpoint)
+    anew = without_index((name for name, _ in engine.named_parameters()), reader)
     engine.prepare_scatter(0)
     for name, parameter in engine.named_parameters():
-        if is_adapter(name):
+        if is_adapter(name) or name in anew:
             continue
         want = torch.empty(engine.parameter_shape(parameter))
         reader.read_parameters({f"{name}/fp32": want}, expert_ids)

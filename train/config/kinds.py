@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 KINDS = {
     "lora": r"\.lora_[a-z_]+$",
+    "indexer": r"\.attention\.indexer\.",
     "norms": r"(^|[._])norm\.(weight|bias)$",
     "embedding": r"^embedding\.",
     "head": r"^head\.",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from model.config import ModelConfig
-from model.cost.parameters import ParameterCount, Trained
+from model.cost.parameters import ParameterCount, Trained, index_parameters
 from model.cost.projections import Projection, projections
 from train.config.kinds import KINDS, kind_of
 
@@ -133,11 +133,14 @@ def trained_of(
     trained, which is an upper bound.
     """
     head = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+    # Norms of an index are of its kind: see KINDS.
+    indexes, index_norms = index_parameters(model, attention)
     dense = {
         "embedding": count.embedding - head,
         "head": head,
-        "norms": count.norms,
-        "attention": count.attention,
+        "norms": count.norms - index_norms,
+        "attention": count.attention - indexes,
+        "indexer": indexes + index_norms,
         "router": count.router,
         "shared_experts": count.shared_experts,
         "mlp": count.dense_mlp,

@@ -225,8 +225,8 @@ class OptimConfig:
     orthogonalize_dtype: Literal["fp32", "bf16"] = "bf16"
     """Of Muon: what Newton-Schulz computes in, and what pieces of matrices travel in."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are: kinds (embedding, head, norms, attention, router, experts,
-    shared_experts, mlp) or patterns of names. They have no gradients and no moments.
+    """Parameters that stay as they are: kinds (embedding, head, norms, attention, indexer, router,
+    experts, shared_experts, mlp) or patterns of names. They have no gradients and no moments.
     """
     groups: tuple[GroupConfig, ...] = ()
     """Parameters with their own learning rate, weight decay or optimizer; the first that matches

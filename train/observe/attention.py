@@ -22,6 +22,8 @@ def attention_metrics(
     numbers; detailed: write every metric for every layer.
     """
     stats = dict(zip(STATS, sums.unbind(1), strict=True))
+    if len(layers) and float(stats["index_tokens"].sum()):
+        return _of_indexes(stats, layers)
     if not len(layers) or not float(stats["queries"].sum()):
         return {}
     queries = stats["queries"].clamp_min(1)
@@ -53,6 +55,21 @@ def attention_metrics(
         found |= {
             f"attention/{name}/layer_{layer}": float(value)
             for layer, value in zip(layers, by_layer.get(name, ()), strict=False)
+        }
+    return found
+
+
+def _of_indexes(stats: dict[str, torch.Tensor], layers: Sequence[int]) -> dict[str, float]:
+    by_layer = {"index_loss": stats["index_loss"] / stats["index_tokens"].clamp_min(1)}
+    if float(stats["index_audited"].min()):
+        by_layer["index_recall"] = stats["index_recall"] / stats["index_audited"]
+    found = {f"attention/{name}": float(values.mean()) for name, values in by_layer.items()}
+    if "index_recall" in by_layer:
+        found["attention/index_recall/min"] = float(by_layer["index_recall"].min())
+    for name, values in by_layer.items():
+        found |= {
+            f"attention/{name}/layer_{layer}": float(value)
+            for layer, value in zip(layers, values, strict=True)
         }
     return found
 

@@ -101,6 +101,11 @@ def plan_export(run: RunConfig, dtype: str = "bf16") -> Export:
             "sparse attention has no place in config.json: the folder holds the dense model with "
             "the same weights, which attends to everything"
         )
+    if run.attention.name == "indexed":
+        problems.append(
+            f"attention=indexed (rule={run.attention.arguments['rule']}): no published family has "
+            "an index over these projections, and config.json would describe dense attention"
+        )
     router: Settings = {}
     if run.model.num_experts:
         if isinstance(run.router, TopKConfig):

@@ -93,7 +93,7 @@ class RunWeights:
         return str(self.checkpoint)
 
     def fill_model(self, model: Transformer) -> None:
-        load_parameters(model, self.checkpoint)
+        load_parameters(model, self.checkpoint, converts=True)
         routers, config = model.routers(), self.config
         after = RoutingFacts.of(
             model.router_kind,

@@ -136,4 +136,33 @@ ATTENTION = (
             (Level.DETAILED_LAYERS,),
         ),
     ),
+    group(
+        "Attention by an index",
+        "attention/",
+        (Need.INDEXED,),
+        "Of layers with an index, measured in logged steps: sums over unpadded tokens and all "
+        "ranks. Audited rows are compared with dense attention, also in the first "
+        "attention.dense_steps, in which the index chooses nothing.",
+        Metric(
+            "index_loss",
+            "loss of the index",
+            "nats",
+            LOWER,
+            "KL divergence of the index's softmax from the attention's own masses, over everything "
+            "in the dense steps and over what was chosen after them",
+            STEP,
+            levels=(Level.LAYERS,),
+        ),
+        Metric(
+            "index_recall",
+            "recall of the index",
+            "share",
+            HIGHER,
+            "audited rows: share of dense attention's softmax on what the index chooses, mean over "
+            "heads",
+            STEP,
+            needs(Need.INDEX_CHECK),
+            (Level.MIN, Level.LAYERS),
+        ),
+    ),
 )

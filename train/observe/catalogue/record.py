@@ -61,6 +61,8 @@ class Need(Enum):
     SPARSE = "attention is sparse"
     SELECTED_BLOCKS = "blocks were selected"
     DENSE_CHECK = "attention.audit_rows is above 0"
+    INDEXED = "attention is indexed"
+    INDEX_CHECK = "attention is indexed and attention.audit_rows above 0"
     DETAILED = "tracker.metrics=detailed"
     CUDA = "the device is a GPU"
     KNOWN_PEAK = "the device's peak is known"

@@ -1,0 +1,28 @@
+"""Whether weights have the index that an attention chooses by. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.cost.parameters import is_indexed
+
+SHAPING = ("rule", "index_heads", "index_head_dim", "interval", "dense_layers")
+"""Settings that say which tensors an index has, and where."""
+
+
+def without_index(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Why weights of one attention cannot be read with the index of another: they have none, or one
+    of another shape, and one that is drawn chooses at random. None: they can.
+
+    old, new: settings of attention, with its name.
+    """
+    if not is_indexed(new):
+        return None
+    if is_indexed(old) and all(old[key] == new[key] for key in SHAPING):
+        return None
+    shape = ", ".join(f"{key} {new[key]}" for key in SHAPING[:3])
+    return (
+        f"attention=indexed with {shape} chooses by an index that these weights do not have, and "
+        "one that has learned nothing chooses at random; train it with launch.train and "
+        "attention.dense_steps above 0, or leave attention out"
+    )
