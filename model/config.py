@@ -195,6 +195,27 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02
+    """Standard deviation of the first weights, which `init` makes others of."""
+    init: Literal["depth_scaled", "normal", "truncated_normal", "small", "mup"] = "depth_scaled"
+    """How first weights are drawn (docs/concepts/first_weights.md). depth_scaled: Normal(0,
+    init_std), and init_std / sqrt(2 num_layers) for what projects back into the residual stream
+    (GPT-2). normal: all alike (DeepSeek-V3). truncated_normal: within three standard deviations
+    (OLMoE). small: sqrt(2 / (5 hidden_size)), and 2 / (num_layers sqrt(hidden_size)) back
+    (GPT-NeoX-20B). mup: so that settings of a narrower model hold, learning rates included.
+    """
+    mup_base_hidden_size: int | None = None
+    """Of init=mup: hidden_size of the model whose learning rates and init_std these are; its other
+    widths are in proportion.
+    """
+    mup_base_head_dim: int | None = None
+    """Of init=mup: its head dimension, where heads grow with the width and not in number. None: it
+    is the same.
+    """
+    mup_base_num_layers: int | None = None
+    """Of init=mup: its number of layers; what a layer adds to the residual stream is multiplied by
+    this over num_layers (CompleteP). None: depth is not scaled but for first weights, as
+    depth_scaled has them.
+    """
     recompute: Literal["none", "block"] = "none"
     """Activation checkpointing: keep only block inputs and recompute the rest in backward."""
     loss_chunk_size: int = 0
@@ -210,6 +231,41 @@ class ModelConfig:
     def rotary_size(self) -> int:
         """Dimensions of a head that are turned."""
         return self.attention_head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def width_ratio(self) -> float:
+        """Of init=mup: how many times wider than its base the model is; else 1."""
+        if self.init != "mup" or self.mup_base_hidden_size is None:
+            return 1.0
+        return self.hidden_size / self.mup_base_hidden_size
+
+    @property
+    def depth_ratio(self) -> float:
+        """Likewise, how many times deeper."""
+        if self.init != "mup" or self.mup_base_num_layers is None:
+            return 1.0
+        return self.num_layers / self.mup_base_num_layers
+
+    @property
+    def whole_logits_divisor(self) -> float:
+        """What the head's logits are divided by. A tied head is as large as an embedding, and muP
+        makes up for that here.
+        """
+        return self.logits_divisor * (self.width_ratio if self.tie_embeddings else 1.0)
+
+    @property
+    def residual_scale(self) -> float:
+        """What is multiplied with all that attention and MLP add to the residual stream."""
+        return self.residual_multiplier / self.depth_ratio
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What attention's logits are multiplied by. None: 1 / sqrt(head dimension)."""
+        base = self.mup_base_head_dim if self.init == "mup" else None
+        if base is None or base == self.attention_head_dim:
+            return self.attention_multiplier
+        usual = base**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+        return usual * base / self.attention_head_dim
 
     @property
     def plain_experts(self) -> bool:
@@ -306,7 +362,39 @@ class ModelConfig:
             )
         if self.norm_eps <= 0 or self.rope_theta <= 0 or self.init_std <= 0:
             found.append("model.norm_eps, model.rope_theta and model.init_std must be positive")
-        return found + self._feature_problems()
+        return found + self._feature_problems() + self._init_problems()
+
+    def _init_problems(self) -> list[str]:
+        """Of the first weights."""
+        found = []
+        bases = {
+            name: getattr(self, name)
+            for name in ("mup_base_hidden_size", "mup_base_head_dim", "mup_base_num_layers")
+            if getattr(self, name) is not None
+        }
+        found += [
+            f"model.{name} is {value}; it must be at least 1"
+            for name, value in bases.items()
+            if value < 1
+        ]
+        if self.init != "mup":
+            found += [
+                f"model.{name} is {value}, but it belongs to model.init=mup, which is {self.init}; "
+                "drop it"
+                for name, value in bases.items()
+            ]
+        elif self.mup_base_hidden_size is None:
+            found.append(
+                "model.init=mup needs model.mup_base_hidden_size, the width of the model whose "
+                "learning rates these are"
+            )
+        usual = ModelConfig.__dataclass_fields__["init_std"].default
+        if self.init == "small" and self.init_std != usual:
+            found.append(
+                f"model.init_std is {self.init_std}, but model.init=small follows from hidden_size "
+                "and num_layers alone; drop it"
+            )
+        return found
 
     def _feature_problems(self) -> list[str]:
         """Of what some published families have and others do not."""

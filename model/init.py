@@ -17,12 +17,16 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from model.config import ModelConfig
 from model.moe.experts import Experts
+from model.scaling import first_std
 
 PIECE = 2**22
 """Numbers that are drawn in fp32 at a time. A multiple of 16, by which torch's stream goes on as if
 they were drawn at once.
 """
+TRUNCATED_AT = 3.0
+"""Standard deviations beyond which model.init=truncated_normal draws nothing (OLMoE)."""
 
 
 def stream_of(*key: object) -> torch.Generator:
@@ -52,44 +56,54 @@ def matrices_on_meta() -> Iterator[None]:
 
 @torch.no_grad()
 def materialize(
-    model: nn.Module, seed: int, std: float, num_layers: int, dtype: torch.dtype = torch.float32
+    model: nn.Module, seed: int, config: ModelConfig, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Give every parameter its numbers: Normal(0, std) for matrices; projections back into the
-    residual stream get std / sqrt(2 * num_layers) (GPT-2).
+    """Give every parameter its numbers: matrices are drawn as model.init says (model/scaling.py has
+    the standard deviations).
 
     Norm gains stay 1, biases 0. Each expert draws from its own stream, keyed by (seed, parameter
     name, global expert id), so every expert-parallel size starts from the same model. Numbers are
     drawn in fp32 and rounded once, as a whole model would be that is built in fp32 and cast.
     """
-    residual_std = std / math.sqrt(2 * num_layers)
+    bound = TRUNCATED_AT if config.init == "truncated_normal" else math.inf
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{module_name}.{name}"
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(dtype)
                 continue
-            into_residual = "o_proj" in full_name or full_name.endswith((".down", ".down.weight"))
-            scale = residual_std if into_residual else std
+            scale = first_std(config, full_name)
             values = torch.empty(parameter.shape, dtype=dtype)
             if not isinstance(module, Experts):
-                _fill(values, scale, stream_of(seed, full_name))
+                _fill(values, scale, stream_of(seed, full_name), bound)
             elif parameter.dim() == 2:  # biases
                 values.zero_()
             else:
                 for local, expert in enumerate(module.global_ids):
-                    _fill(values[local], scale, stream_of(seed, full_name, expert))
+                    _fill(values[local], scale, stream_of(seed, full_name, expert), bound)
             real = nn.Parameter(values, requires_grad=parameter.requires_grad)
             real.__dict__.update(parameter.__dict__)  # marks of its family
             module.register_parameter(name, real)
 
 
-def _fill(values: torch.Tensor, scale: float, stream: torch.Generator) -> None:
-    """The numbers of `torch.empty(shape).normal_(0, scale)` in fp32, a piece at a time."""
+def _fill(
+    values: torch.Tensor, scale: float, stream: torch.Generator, bound: float = math.inf
+) -> None:
+    """The numbers of `torch.empty(shape).normal_(0, scale)` in fp32, a piece at a time. bound:
+    numbers beyond so many standard deviations are not drawn.
+    """
     flat, first = values.view(-1), 0
     while first < len(flat):
         left = len(flat) - first
         # Fewer than 16 would be drawn in another way.
         size = PIECE if left >= PIECE + 16 else left
-        piece = torch.empty(size).normal_(0.0, scale, generator=stream)
+        piece = torch.empty(size)
+        if bound == math.inf:
+            piece.normal_(0.0, scale, generator=stream)
+        else:
+            # By the inverse of the distribution, so that every number takes one from the stream.
+            edge = math.erf(bound / math.sqrt(2))
+            piece.uniform_(-edge, edge, generator=stream).erfinv_().mul_(scale * math.sqrt(2))
+            piece.clamp_(-bound * scale, bound * scale)
         flat[first : first + size].copy_(piece)
         first += size

@@ -79,6 +79,7 @@ def make_router(
         max_seq_len=1,
         expert_intermediate_size=expert_intermediate_size,
         num_shared_experts=num_shared_experts,
+        init_std=init_std,
     )
     settings = ROUTERS[kind](**knobs)
     problems = settings.problems(config)
@@ -86,7 +87,7 @@ def make_router(
         raise ValueError("; ".join(problems))
     with matrices_on_meta():
         router = settings.build(config)
-    materialize(router, seed, init_std, 1)
+    materialize(router, seed, config)
     return router
 
 

@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         with matrices_on_meta():
             self._build(config, groups, parts)
         if seed is not None:
-            materialize(self, seed, config.init_std, config.num_layers, dtype)
+            materialize(self, seed, config, dtype)
 
     def _build(self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts) -> None:
         self.embedding: Embedding | None = None
@@ -390,7 +390,7 @@ class Transformer(nn.Module):
         return sums
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = times(hidden, 1 / self.config.logits_divisor)
+        hidden = times(hidden, 1 / self.config.whole_logits_divisor)
         return F.linear(hidden, self._embedding_weight) if self.head is None else self.head(hidden)
 
     def _loss(
@@ -414,7 +414,7 @@ class Transformer(nn.Module):
             if weight is None:
                 logits = self._project(hidden)
             else:
-                logits = F.linear(times(hidden, 1 / self.config.logits_divisor), weight)
+                logits = F.linear(times(hidden, 1 / self.config.whole_logits_divisor), weight)
             by_tokens = (
                 token_cross_entropy(logits, targets)
                 if by_token
@@ -471,10 +471,10 @@ class Transformer(nn.Module):
 
     def output_projection(self) -> torch.Tensor:
         """[vocab_size, D] of the weights, what the last hidden states are multiplied by to be
-        logits, model.logits_divisor included.
+        logits, model.logits_divisor and muP's divisor included.
         """
         weight = self._embedding_weight if self.head is None else self.head.weight
-        return times(weight, 1 / self.config.logits_divisor)
+        return times(weight, 1 / self.config.whole_logits_divisor)
 
     @torch.no_grad()
     def last_hidden(self, batch: TokenBatch) -> torch.Tensor:

@@ -77,7 +77,7 @@ FLOORS = {
         ("dispatch", "families", "routers"),
         ("distillation",),
         ("cost", "layers", "lora", "loss", "weight_sums"),
-        ("parallel", "placement"),
+        ("parallel", "placement", "scaling"),
         ("component", "config", "request"),
     ),
     "ops": (

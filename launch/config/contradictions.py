@@ -55,7 +55,7 @@ def contradictions(run: RunConfig, world_size: int) -> list[str]:
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
-    problems += _clipping(run)
+    problems += _clipping(run) + _scaling(run)
     problems += _components(run) if run.model.num_experts > 0 else []
     problems += _prediction(run) + _lengths(run) + layout_problems(run, world_size)
     problems += run.objective.problems(run.model, run.router, run.train)
@@ -279,6 +279,26 @@ def _adapters(run: RunConfig) -> list[str]:
         problems.append(
             f"lora.rank is {lora.rank}, but this run begins with weights that are drawn, which "
             "adapters would leave as they are; give init.path or init.run"
+        )
+    return problems
+
+
+def _scaling(run: RunConfig) -> list[str]:
+    """muP knows how matrices between layers, and between a layer and a fixed number of values, are
+    scaled. Latent attention has ranks that may grow or not, and sparse attention maps of its own.
+    """
+    if run.model.init != "mup":
+        return []
+    problems = []
+    if run.attention.name not in ("dense", "windowed"):
+        problems.append(
+            f"model.init=mup has no rule for attention={run.attention.name}; use attention=dense, "
+            "or another model.init"
+        )
+    if run.lora.rank:
+        problems.append(
+            f"lora.rank is {run.lora.rank}, but model.init=mup has no rule for adapters' learning "
+            "rates; set lora.rank=0"
         )
     return problems
 

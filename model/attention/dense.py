@@ -33,8 +33,8 @@ class DenseAttention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         # The kernels multiply logits by 1 / sqrt(head_dim); another factor goes into the queries.
         self.query_scale = 1.0
-        if config.attention_multiplier is not None:
-            self.query_scale = config.attention_multiplier * math.sqrt(self.head_dim)
+        if config.attention_scale is not None:
+            self.query_scale = config.attention_scale * math.sqrt(self.head_dim)
 
         hidden_size = config.hidden_size
         into, back = config.attention_bias != "none", config.attention_bias == "qkvo"

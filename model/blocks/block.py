@@ -23,7 +23,7 @@ class Block(nn.Module):
         self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts, layer_idx: int
     ):
         super().__init__()
-        self.residual_multiplier = config.residual_multiplier
+        self.residual_multiplier = config.residual_scale
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = parts.attention.build(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)

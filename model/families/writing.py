@@ -12,7 +12,7 @@ from typing import Any
 from model.families.family import FAMILIES, Family
 from model.families.reading import FamilyError, Reading, Settings, read
 
-NOT_COMPARED = {"init_std", "top_k"}
+NOT_COMPARED = {"init_std", "init", "top_k"}
 """Settings of the shape that no weight or logit depends on (router.top_k counts)."""
 IGNORED_WITHOUT_EXPERTS = {
     "expert_intermediate_size",

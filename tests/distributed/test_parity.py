@@ -324,7 +324,9 @@ def muon(ep: int, zero: int, accumulation: int = 1, **more) -> dict:
     }
 
 
-MUON = [muon(2, 0), muon(2, 1, 2), muon(1, 2), muon(2, 3)]
+# Groups of parameters by their role, each with its learning rate, decay and epsilon.
+MUP = {"init": "mup", "mup_base_hidden_size": 4, "mup_base_num_layers": 1, "tie_embeddings": True}
+MUON = [muon(2, 0), muon(2, 1, 2), muon(1, 2, model=MUP), muon(2, 3)]
 MUON_NIGHTLY = [
     *(muon(1, 0), muon(1, 1, 2), muon(2, 2, 2), muon(1, 3, 2)),
     muon(2, 2, zero_options={"offload_optimizer": {"device": "cpu"}}),
@@ -332,6 +334,8 @@ MUON_NIGHTLY = [
     muon(2, 3, zero_options={"stage3_param_persistence_threshold": 0, "sub_group_size": 700}),
     muon(2, 3, lent=1, router="top_p", dispatcher={"num_chunks": 2}),
     muon(2, 2, optim={"nesterov": False, "momentum": 0.8}, model={"num_mtp_layers": 1}),
+    *(muon(2, zero, model=MUP, optim={"optimizer": "adamw"}) for zero in (0, 1, 3)),
+    muon(2, 3, 2, model={**MUP, "tie_embeddings": False}),
     muon(2, 1, precision="bf16", optim={"orthogonalize_dtype": "bf16"}),
     muon(2, 3, precision="bf16", optim={"orthogonalize_dtype": "bf16"}),
 ]

@@ -280,7 +280,14 @@ CASES: dict[str, Acts | Reaches | Refused] = {
             "norm_eps": 0.1,
             "tie_embeddings": "false",
             "init_std": 1.0,
+            "init": "normal",
         }.items()
+    },
+    **{
+        f"model.mup_base_{name}": refused(
+            f"model.mup_base_{name}=4", f"model.mup_base_{name} is 4, but it belongs to"
+        )
+        for name in ("hidden_size", "head_dim", "num_layers")
     },
     **{
         f"model.rope_scaling.{name}": refused(f"model.rope_scaling={scaling}", SHAPE)

@@ -85,6 +85,62 @@ def test_every_matrix_is_drawn_by_its_name_and_vectors_are_constants():
     assert not model.blocks[0].attention.q_proj.bias.any()
 
 
+def drawn(**changes) -> dict[str, torch.Tensor]:
+    config = dataclasses.replace(SHAPE, hidden_size=64, expert_intermediate_size=64, **changes)
+    parts = ModelParts(
+        TopKConfig(top_k=2), DenseAttentionConfig(), LocalDispatcherConfig(), BalanceConfig()
+    )
+    return dict(Transformer(config, parts, ParallelGroups.single(), 5).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"init": "normal"}, {"head": 0.02, "q_proj": 0.02, "down": 0.02, "router": 0.02}),
+        (
+            {"init": "small"},
+            {"head": 0.0790569, "q_proj": 0.0790569, "down": 1 / 12, "router": 0.0790569},
+        ),
+        (
+            {"init": "mup", "mup_base_hidden_size": 16},
+            {"embedding": 0.02, "head": 0.005, "q_proj": 0.01, "down": 0.00408, "router": 0.005},
+        ),
+        (
+            {"init": "mup", "mup_base_hidden_size": 16, "mup_base_num_layers": 1},
+            {"embedding": 0.02, "head": 0.005, "q_proj": 0.01, "down": 0.01, "router": 0.005},
+        ),
+    ],
+)
+def test_every_rule_has_its_standard_deviations(settings, expected):
+    found = drawn(**settings)
+    for part, std in expected.items():
+        values = [p for name, p in found.items() if f".{part}." in f".{name}." and p.dim() > 1]
+        assert values, part
+        for value in values:
+            assert float(value.std()) == pytest.approx(std, rel=0.2), part
+
+
+def test_truncated_numbers_are_those_of_a_normal_within_three_deviations(monkeypatch):
+    """Against the distribution's own moments, and in pieces as at once: the
+    share within one deviation is erf(1 / sqrt 2) / erf(3 / sqrt 2).
+    """
+    values = drawn(init="truncated_normal")["head.weight"].detach()
+    assert float(values.abs().max()) <= 0.06
+    once = torch.empty(100_000)
+    init._fill(once, 0.02, stream_of("t"), 3.0)
+    assert 0.0599 < float(once.abs().max()) <= 0.06
+    assert float((once.abs() < 0.02).float().mean()) == pytest.approx(0.684538, abs=0.005)
+    assert float(once.std()) == pytest.approx(0.02 * 0.986578, rel=0.01)
+    theirs = torch.empty(100_000)
+    torch.nn.init.trunc_normal_(theirs, 0.0, 0.02, -0.06, 0.06, generator=stream_of("u"))
+    steps = torch.linspace(0.01, 0.99, 99)
+    assert torch.allclose(once.quantile(steps), theirs.quantile(steps), atol=6e-4)
+    monkeypatch.setattr(init, "PIECE", 64)
+    pieces = torch.empty(1000)
+    init._fill(pieces, 0.02, stream_of("t"), 3.0)
+    assert torch.equal(pieces, once[:1000])
+
+
 def test_a_model_drawn_in_half_precision_is_the_rounded_one():
     whole, half = built(), built(dtype=torch.bfloat16)
     for (name, one), other in zip(whole.named_parameters(), half.parameters(), strict=True):

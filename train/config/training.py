@@ -17,7 +17,7 @@ class InitConfig:
 
     path: str | None = None
     """A folder as the Hub has it: config.json, *.safetensors, the tokenizer's files. Shape, router
-    and tokenizer come from it. None: weights are drawn (model.init_std).
+    and tokenizer come from it. None: weights are drawn (model.init).
     """
     run: str | None = None
     """A run whose weights a new one begins with: data, schedule, router and attention may be

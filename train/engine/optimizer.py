@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.config import ModelConfig
 from model.parallel.family import is_expert_parameter
+from model.scaling import PLAIN, Factors, factors_of
 from model.transformer import Transformer
 from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
 from train.config.training import OptimConfig
@@ -39,8 +41,9 @@ def parameter_groups(
     model: nn.Module, config: OptimConfig, expert_group: str | None
 ) -> list[dict[str, Any]]:
     """Matrices decay, vectors (norm gains, biases) do not; experts form groups of their own, as
-    DeepSpeed requires, and so does what Muon moves (`muon`), and what optim.groups names. Experts'
-    parameters are stacked, so that their vectors have two dimensions.
+    DeepSpeed requires, and so does what Muon moves (`muon`), what optim.groups names, and under
+    model.init=mup what has the same role. Experts' parameters are stacked, so that their vectors
+    have two dimensions.
 
     Every parameter that is trained lands in exactly one group.
 
@@ -54,15 +57,17 @@ def parameter_groups(
     if isinstance(model, Transformer) and not model.part.is_whole:
         everything = list(model.whole().named_parameters())
     below = layers_below_the_top([name for name, _ in everything])
-    found = _together(trained, config, below)
-    every = found if everything is trained else _together(everything, config, below)
+    shape = model.config if isinstance(model, Transformer) else None
+    found = _together(trained, config, below, shape)
+    every = found if everything is trained else _together(everything, config, below, shape)
     _require_matches(
         "optim.groups", [group.match for group in config.groups], [name for name, _ in everything]
     )
-    _require_muon(config, {rule for rule, _, by_muon, _ in every if by_muon})
+    _require_muon(config, {rule for rule, _, by_muon, *_ in every if by_muon})
 
     groups: list[dict[str, Any]] = []
-    for (rule, sort, by_muon, depth), parameters in sorted(found.items(), key=lambda item: item[0]):
+    for key, parameters in sorted(found.items(), key=lambda item: item[0]):
+        rule, sort, by_muon, depth, (scale, eps_scale) = key
         is_expert, is_vector = sort >= 2, sort % 2 == 1
         usual = 0.0 if is_vector else config.weight_decay
         settings = config.groups[rule] if rule >= 0 else None
@@ -80,7 +85,13 @@ def parameter_groups(
         factor = 1.0 if settings is None else settings.lr_factor
         if config.layer_lr_decay is not None:
             factor *= config.layer_lr_decay**depth
-        if settings is not None or config.layer_lr_decay is not None:
+        is_scaled = (scale, eps_scale) != (1.0, 1.0)
+        if is_scaled:
+            # What decays in a step is the product of both, and stays.
+            factor *= scale
+            given = decay = decay / scale
+            group |= {"weight_decay": decay, "eps": config.eps * eps_scale}
+        if settings is not None or config.layer_lr_decay is not None or is_scaled:
             group |= {
                 "own_weight_decay": given,
                 "lr_factor": factor,
@@ -92,23 +103,37 @@ def parameter_groups(
     return groups
 
 
+_Key = tuple[int, int, bool, int, tuple[float, float]]
+
+
 def _together(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, below: dict[str, int]
-) -> dict[tuple[int, int, bool, int], list[nn.Parameter]]:
+    named: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    below: dict[str, int],
+    shape: ModelConfig | None,
+) -> dict[_Key, list[nn.Parameter]]:
     """What belongs together, in this order: by rule of optim.groups; matrices, vectors, experts'
     matrices, experts' vectors; of either kind of matrices AdamW's and then Muon's; of each by
-    layers, from the last one down, where these differ. below: layers_below_the_top.
+    layers, from the last one down, where these differ; by muP's factors on learning rate and
+    epsilon. below: layers_below_the_top.
     """
     own = [group.match for group in config.groups]
-    found: dict[tuple[int, int, bool, int], list[nn.Parameter]] = {}
+    found: dict[_Key, list[nn.Parameter]] = {}
     for name, parameter in named:
         rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
         is_expert = is_expert_parameter(parameter)
         is_vector = parameter.dim() < 2 + is_expert
         by_muon = _is_moved_by_muon(name, parameter, config, rule)
         depth = 0 if config.layer_lr_decay is None else below[name]
-        found.setdefault((rule, 2 * is_expert + is_vector, by_muon, depth), []).append(parameter)
+        scaled = PLAIN if shape is None else factors_of(shape, name, not is_vector)
+        key = (rule, 2 * is_expert + is_vector, by_muon, depth, _scales(scaled, by_muon))
+        found.setdefault(key, []).append(parameter)
     return found
+
+
+def _scales(factors: Factors, by_muon: bool) -> tuple[float, float]:
+    """On the learning rate and on AdamW's epsilon, which Muon does not have."""
+    return (factors.muon_lr, 1.0) if by_muon else (factors.adamw_lr, factors.adamw_eps)
 
 
 def layers_below_the_top(names: list[str]) -> dict[str, int]:

@@ -106,7 +106,13 @@ def plan_export(run: RunConfig) -> Export:
         raise FamilyError(problems)
 
     attention: Settings = {"name": "dense"}
-    shape = dataclasses.asdict(run.model) | {"head_dim": run.model.attention_head_dim}
+    # What muP multiplies by in the forward pass, as the constants that a family may have.
+    shape = dataclasses.asdict(run.model) | {
+        "head_dim": run.model.attention_head_dim,
+        "attention_multiplier": run.model.attention_scale,
+        "residual_multiplier": run.model.residual_scale,
+        "logits_divisor": run.model.whole_logits_divisor,
+    }
     if run.attention.name in ("mla", "windowed"):
         attention = {"name": run.attention.name, **run.attention.arguments}
     if run.attention.name == "mla":

@@ -11,6 +11,7 @@ import torch
 
 from model.init import stream_of
 from model.lora import is_adapter
+from model.scaling import first_std
 from model.transformer import Transformer
 from train.checkpoint.reader import expert_ids_of
 from train.config.run import RunConfig
@@ -113,12 +114,11 @@ class UpcycledWeights:
     def _fill_router(self, layer: str, value: torch.Tensor) -> None:
         """Rows [E, D]: those of a virtual group are the same."""
         model = self.config.model
+        std = first_std(model, f"{layer}.router.weight")
         for expert in range(model.num_experts):
             group = expert // self.upcycle.num_routed_shards
             stream = stream_of(self.config.seed, f"{layer}.router.weight", "group", group)
-            value[expert].copy_(
-                torch.empty(value.shape[1]).normal_(0.0, model.init_std, generator=stream)
-            )
+            value[expert].copy_(torch.empty(value.shape[1]).normal_(0.0, std, generator=stream))
 
     def _dense(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """gate_up [2F, D] and down [D, F] of a layer, fp32. The last one stays, as it is asked for
