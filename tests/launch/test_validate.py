@@ -490,10 +490,12 @@ MUP = ("model.init=mup", "model.mup_base_hidden_size=128")
         ((*MUP, "attention=scc"), "no rule for attention=sparse"),
         ((*MUP, "lora.rank=4"), "no rule for adapters"),
         (("model.init=small", "+model.init_std=0.1"), "model.init_std is 0.1"),
+        (("optim.router_warmup_steps=-1",), "optim.router_warmup_steps is -1"),
+        (("balance.random_routing_steps=-1",), "balance.random_routing_steps is -1"),
     ],
 )
 def test_contradictions_of_the_recipe_are_named(overrides, message):
-    """First weights."""
+    """First weights, routers in their first steps."""
     found = problems(composed(*overrides))
     assert any(message in problem for problem in found), found
 
