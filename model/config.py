@@ -534,6 +534,11 @@ class BalanceConfig:
     """Of bias_update_rate, over the steps (DeepSeek-V3: style=step to 0 for the last 3.4% of the
     tokens).
     """
+    random_routing_steps: int = 0
+    """Steps of training over which routers go from random logits to their own (stochastic routing
+    warm-up of Ling, arXiv 2503.05139, equation 3): no expert is flooded or left out while scores
+    mean nothing. 0: their own from the start.
+    """
     quantile_momentum: float = 0.5
     """Share of the old bias kept by a quantile update, 0 to 0.99; also that of the
     routers that balance by themselves."""
@@ -591,6 +596,11 @@ class BalanceConfig:
                     f"balance.{name}.style is {schedule.style}, but balance.{setting} is 0, and "
                     "so there is nothing to schedule; drop it"
                 )
+        if self.random_routing_steps < 0:
+            found.append(
+                f"balance.random_routing_steps is {self.random_routing_steps}; it must not be "
+                "negative (0 switches it off)"
+            )
         if not 0 <= self.quantile_momentum < 1:
             found.append(
                 f"balance.quantile_momentum is {self.quantile_momentum}; it must be in [0, 1)"

@@ -284,10 +284,12 @@ class Transformer(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Optimisation steps done so far: sparse layers may be dense, or select with noise, early
-        in training.
+        in training, and routers may route at random.
         """
         for attention in self.measured_attentions():
             attention.step = step
+        for router in self.routers():
+            router.step = step
 
     def _layout(
         self,

@@ -86,6 +86,7 @@ HELD: dict[str, dict[str, Any]] = {
         "bias_update": "none",
         "bias_update_rate": 0.0,
         "bias_rate_schedule": {},
+        "random_routing_steps": 0,
         "quantile_momentum": 0.5,
         "histogram_bins": 256,
         "entropy_coeff": 0.0,
@@ -148,6 +149,7 @@ HELD: dict[str, dict[str, Any]] = {
         "groups": [],
         "qk_clip": None,
         "qk_clip_interval": 1,
+        "router_warmup_steps": 0,
         "layer_lr_decay": None,
     },
     "GroupConfig": {

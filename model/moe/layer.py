@@ -45,6 +45,8 @@ class MoELayer(nn.Module):
         self.balance = parts.balance
         self.router = parts.router.build(config)
         self.router.token_rounding = parts.experts.token_rounding
+        self.router.random_steps = parts.balance.random_routing_steps
+        self.router.layer_idx = layer_idx
         self.num_bins = histogram_bins(parts.balance, self.router)
         self.router.prepare_histogram(self.num_bins)
         placement = None

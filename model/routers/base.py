@@ -27,6 +27,7 @@ from ops.router import (
     route,
     spill,
 )
+from ops.sparse_attention.noise import normal, token_hash
 
 NULLS_OUT = -1e9
 """Bias that ranks a null expert behind every expert."""
@@ -174,6 +175,9 @@ class Router(nn.Module):
         self.spec, self.budget, self.capacity_factor = spec, budget, capacity_factor
         self.initial_value = initial_value
         self.token_rounding = 0  # set by the layer: ExpertsConfig
+        self.random_steps, self.layer_idx = 0, 0  # likewise: BalanceConfig
+        # Steps done, which a trainer sets; without one a router is past its first steps.
+        self.step: int | None = None
         self.watch = LoopWatch()
         self.max_top_k = spec.max_experts
         self.weight = nn.Parameter(torch.empty(spec.num_columns, config.hidden_size))
@@ -291,6 +295,32 @@ class Router(nn.Module):
     def _own(self, state: RouterState | None) -> RouterState:
         return RouterState(self.balance_bias, self.control) if state is None else state
 
+    def _warmed(self, logits: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """[T, C] logits -> likewise, those that are routed by: in the first steps of training
+        mostly random ones (balance.random_routing_steps).
+
+            a s + (1 - a) (mean(s) + std(s) e),  a = (steps done + 1) / random_routing_steps
+
+        e is drawn from a standard normal for each token, layer and column; mean and deviation are
+        those of the token's own logits, where Ling has running ones: so no token depends on
+        another, and any split of a batch over ranks routes alike. They carry no gradient.
+
+        Source: arXiv 2503.05139, equation 3.
+        """
+        # Asked first, as a compiled block would be compiled anew for every step that it looks at.
+        if self.random_steps == 0 or not self.training or token_ids is None:
+            return logits
+        if self.step is None or self.step + 1 >= self.random_steps:
+            return logits
+        share = (self.step + 1) / self.random_steps
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        hashed = token_hash(self.step, token_ids).unsqueeze(1)
+        drawn = normal(hashed, self.layer_idx * logits.shape[1] + columns)
+        own = logits.detach()
+        spread = own.std(1, keepdim=True, unbiased=False)
+        noise = own.mean(1, keepdim=True) + spread * drawn
+        return share * logits + (1 - share) * noise
+
     def _selection_bias(
         self, spec: RouteSpec, state: RouterState | None = None
     ) -> torch.Tensor | None:
@@ -321,7 +351,7 @@ class Router(nn.Module):
 
         state, row_of = request.budgets, request.row_of
         assert not self.training or state is None, "a table of budgets is not for training"
-        logits = self._logits(hidden, self.weight, state, row_of)
+        logits = self._warmed(self._logits(hidden, self.weight, state, row_of), request.token_ids)
         spec = self.mode_spec()
         options: dict[str, Any] = {
             "token_mask": request.token_mask,
@@ -345,7 +375,8 @@ class Router(nn.Module):
         # The snapshot chooses, and the present weights give the gates, so that they go on learning.
         if request.frozen and self.snapshot_weight is not None:
             with torch.no_grad():
-                stale = route(self._logits(hidden, self.snapshot_weight), spec, **choice, **options)
+                before = self._logits(hidden, self.snapshot_weight)
+                stale = route(self._warmed(before, request.token_ids), spec, **choice, **options)
             return _marked(
                 route(logits, _given(spec), given_ids=stale.expert_ids, **options),
                 stale,

@@ -7,6 +7,8 @@ compute the same bits. Values are uint32 held in int64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,11 @@ def uniform(hashed: Tensor, counter: Tensor | int) -> Tensor:
     """
     bits = mix((hashed + counter) & _MASK)
     return ((bits >> 9).float() + 0.5) * 2.0**-23
+
+
+def normal(hashed: Tensor, counter: Tensor | int) -> Tensor:
+    """fp32 of a standard normal distribution, by its inverse."""
+    return torch.erfinv(2 * uniform(hashed, counter) - 1) * math.sqrt(2)
 
 
 def gumbel(hashed: Tensor, counter: Tensor | int) -> Tensor:

@@ -432,6 +432,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "balance.orthogonality_coeff": acts("balance.orthogonality_coeff=1.0", LOSS),
     "balance.bias_update": acts("balance.bias_update=quantile", ROUTED),
     "balance.bias_update_rate": acts("balance.bias_update_rate=0.5", ROUTED, "bias"),
+    "balance.random_routing_steps": acts("balance.random_routing_steps=40", LOSS),
     "balance.quantile_momentum": acts("balance.quantile_momentum=0.0", ROUTED, "quantile"),
     "balance.histogram_bins": acts("balance.histogram_bins=16", ROUTED, "quantile"),
     # budget
@@ -589,6 +590,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "optim.qk_clip_interval": acts(
         "optim.qk_clip_interval=3", LOSS, "plain_keys", control=("optim.qk_clip=0.001",)
     ),
+    "optim.router_warmup_steps": acts("optim.router_warmup_steps=40", LOSS),
     "optim.layer_lr_decay": acts("optim.layer_lr_decay=0.5", LOSS),
     "optim.freeze": refused("optim.freeze=[embedding]", "moments of what was trained alone"),
     **{

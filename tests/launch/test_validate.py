@@ -514,6 +514,34 @@ def test_routing_contradictions_are_named(overrides, message):
     )
 
 
+MUP = ("model.init=mup", "model.mup_base_hidden_size=128")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.init=mup",), "needs model.mup_base_hidden_size"),
+        (("model.mup_base_hidden_size=64",), "belongs to model.init=mup, which is depth_scaled"),
+        ((*MUP, "model.mup_base_num_layers=0"), "model.mup_base_num_layers is 0"),
+        ((*MUP, "attention=scc"), "no rule for attention=sparse"),
+        ((*MUP, "lora.rank=4"), "no rule for adapters"),
+        (("model.init=small", "+model.init_std=0.1"), "model.init_std is 0.1"),
+        (("optim.router_warmup_steps=-1",), "optim.router_warmup_steps is -1"),
+        (("balance.random_routing_steps=-1",), "balance.random_routing_steps is -1"),
+    ],
+)
+def test_contradictions_of_the_recipe_are_named(overrides, message):
+    """First weights, routers in their first steps."""
+    found = problems(composed(*overrides))
+    assert any(message in problem for problem in found), found
+
+
+def test_a_recipe_with_all_of_it_is_valid():
+    run = parse(composed(*MUP, "model.mup_base_num_layers=2", "optim=muon"), 1)
+    assert (run.model.width_ratio, run.model.depth_ratio) == (2, 2)
+    assert run.model.whole_logits_divisor == 2  # the quickstart's head is tied
+
+
 def test_every_fail_safe_may_be_on_with_one_rank():
     """An overload has no ranks to compare then; the others act."""
     assert parse(composed("fail_safe=full"), 1).fail_safe.collapse_share == 0.95

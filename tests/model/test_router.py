@@ -20,6 +20,7 @@ from model.routers.config import (
 )
 from model.routers.state import ControllerState, RouterInputs, RouterState
 from ops.router import Reason, RouterOutput
+from ops.sparse_attention.noise import token_hash, uniform
 
 NUM_EXPERTS, HIDDEN_SIZE = 8, 16
 BOTH = pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
@@ -576,3 +577,77 @@ def test_checkpoints_keep_the_names_and_the_order_of_the_controllers_columns():
     )
     layers = RouterInputs.of(torch.stack([router.control, 2 * router.control]))
     assert layers.share.tolist() == [1, 2] and layers.limit.tolist() == [3, 6]
+
+
+# --- random routing in the first steps --------------------------------------------------------
+
+
+def warming(kind=TopKConfig, options=None, step: int | None = 0, steps: int = 10) -> Router:
+    router = make(kind, **(options or {"top_k": 2})).train()
+    router.random_steps, router.layer_idx, router.step = steps, 3, step
+    return router
+
+
+def routed(router: Router, hidden: torch.Tensor, ids: torch.Tensor) -> RouterOutput:
+    return router(hidden, RoutingRequest(token_ids=ids))
+
+
+def test_in_the_first_steps_logits_are_mixed_with_draws_of_their_own_mean_and_spread():
+    """As the formula says, with deviates of the same hashes by torch's own normal distribution."""
+    hidden, ids = tokens(40), torch.arange(40) * 7 + 1
+    router = warming(step=2)
+    logits = hidden @ router.weight.detach().T
+    uniforms = uniform(token_hash(2, ids).unsqueeze(1), 3 * NUM_EXPERTS + torch.arange(NUM_EXPERTS))
+    drawn = torch.distributions.Normal(0.0, 1.0).icdf(uniforms)
+    mean = logits.mean(1, keepdim=True)
+    spread = (logits - mean).square().mean(1, keepdim=True).sqrt()
+    expected = 0.3 * logits + 0.7 * (mean + spread * drawn)
+    torch.testing.assert_close(router._warmed(logits, ids), expected, atol=1e-4, rtol=1e-4)
+    found = routed(router, hidden, ids)
+    order = expected.topk(2).indices
+    assert torch.equal(found.expert_ids.long().sort(1).values, order.sort(1).values)
+    gates = expected.gather(1, found.expert_ids.long()).softmax(-1)
+    torch.testing.assert_close(found.weights, gates, atol=1e-4, rtol=1e-4)
+
+
+def test_the_draws_belong_to_a_token_a_step_and_a_layer():
+    hidden, ids = tokens(40), torch.arange(40)
+    whole = routed(warming(), hidden, ids)
+    parts = [routed(warming(), hidden[a:b], ids[a:b]) for a, b in ((0, 13), (13, 40))]
+    assert torch.equal(torch.cat([p.expert_ids for p in parts]), whole.expert_ids)
+    assert torch.equal(torch.cat([p.weights for p in parts]), whole.weights)
+    other_layer = warming()
+    other_layer.layer_idx = 4
+    for other in (warming(step=1), other_layer):
+        assert not torch.equal(routed(other, hidden, ids).expert_ids, whole.expert_ids)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_past_the_first_steps_and_outside_of_training_routing_is_as_ever(name):
+    kind, options = ROUTERS[name]
+    hidden, ids = tokens(40), torch.arange(40)
+    expected = routed(make(kind, **options).train(), hidden, ids)
+    for step in (None, 9, 30):
+        found = routed(warming(kind, options, step), hidden, ids)
+        assert torch.equal(found.expert_ids, expected.expert_ids), step
+        assert torch.equal(found.weights, expected.weights), step
+    plain = routed(make(kind, **options).eval(), hidden, ids)
+    assert torch.equal(routed(warming(kind, options).eval(), hidden, ids).weights, plain.weights)
+    warm = routed(warming(kind, options, 0, 1000), hidden, ids)
+    assert name == "all_experts" or not torch.equal(warm.expert_ids, expected.expert_ids)
+
+
+def test_a_router_that_would_flood_one_expert_is_even_at_first_and_still_learns():
+    hidden, ids = tokens(2000), torch.arange(2000)
+    hidden[:, 0] = 4.0
+    router = warming(steps=1000)
+    with torch.no_grad():
+        router.weight[0, 0] += 5.0
+    own = warming(step=None)
+    own.load_state_dict(router.state_dict())
+    assert float(routed(own, hidden, ids).counts.sum(0).max()) == 2000
+    counts = routed(router, hidden, ids).counts.sum(0).float()
+    assert float(counts.max() / counts.mean()) < 1.15, counts
+    warm = routed(router, hidden, ids)
+    warm.weights[:, 0].sum().backward()
+    assert router.weight.grad is not None and bool(router.weight.grad.any())

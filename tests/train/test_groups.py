@@ -83,6 +83,42 @@ def test_learning_rates_fall_from_layer_to_layer(optimizer):
             assert group["lr"] == pytest.approx(usual.learning_rate * factor), name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_routers_rate_rises_by_itself_on_top_of_everybodys(optimizer):
+    ours = model()
+    optim = dataclasses.replace(
+        OPTIM,
+        optimizer=optimizer,
+        router_warmup_steps=6,
+        groups=(GroupConfig("router", lr_factor=2.0), GroupConfig("norms", lr_factor=3.0)),
+    )
+    groups = parameter_groups(ours, optim, "ep")
+    train = TrainConfig(num_steps=20, seq_len=8, micro_batch_size=1, global_batch_size=1)
+    found = by_name(ours, groups)
+    usual = Schedule([{"lr": 0.0, "weight_decay": 0.0}], OPTIM, train, 1)
+    schedule = Schedule(groups, optim, train, 1)
+    for step in (0, 3, 5, 6, 12, 2):  # also back, as a resumed run may
+        schedule.set_step(step)
+        usual.set_step(step)
+        assert schedule.learning_rate == pytest.approx(usual.learning_rate)
+        for name, group in found.items():
+            rule = {"router": 2.0, "norms": 3.0}.get(kind_of(name), 1.0)
+            rise = min(1.0, (step + 1) / 6) if kind_of(name) == "router" else 1.0
+            assert group["lr"] == pytest.approx(usual.learning_rate * rule * rise), name
+
+
+def test_routers_alone_do_not_hide_the_learning_rate():
+    """The first group says it, whichever that is."""
+    ours = model()
+    kinds = set(map(kind_of, dict(ours.named_parameters()))) - {"router"}
+    freeze(ours, tuple(kinds))
+    optim = dataclasses.replace(OPTIM, router_warmup_steps=50, warmup_steps=0)
+    groups = parameter_groups(ours, optim, "ep")
+    schedule = Schedule(groups, optim, TrainConfig(100, 8, 1, 1), 1)
+    schedule.set_step(4)
+    assert groups[0]["lr"] == pytest.approx(schedule.learning_rate / 10)
+
+
 def test_without_rules_the_groups_are_matrices_vectors_and_experts():
     ours = model()
     groups = parameter_groups(ours, OPTIM, "ep_size_1")

@@ -239,6 +239,11 @@ class OptimConfig:
     """
     qk_clip_interval: int = 1
     """Steps between measurements: the others cost nothing, and nothing is clipped in them."""
+    router_warmup_steps: int = 0
+    """Steps over which the routers' learning rate rises from 0 to that of the others, on top of
+    warmup_steps: first experts learn, then who gets them. 0: it is that of the others from the
+    start.
+    """
     layer_lr_decay: float | None = None
     """Factor on the learning rate from each layer to the one below: the head and what stands
     behind the last layer have optim.lr, the embedding the least. None: all have the same.
@@ -275,6 +280,11 @@ class OptimConfig:
             found.append(
                 f"optim.qk_clip_interval is {self.qk_clip_interval}; it must be at least 1, and "
                 "belongs to optim.qk_clip"
+            )
+        if self.router_warmup_steps < 0:
+            found.append(
+                f"optim.router_warmup_steps is {self.router_warmup_steps}; it must not be negative "
+                "(0 switches it off)"
             )
         if self.layer_lr_decay is not None and not 0 < self.layer_lr_decay <= 1:
             found.append(

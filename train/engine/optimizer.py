@@ -47,8 +47,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Matrices decay, vectors (norm gains, biases) do not; experts form groups of their own, as
     DeepSpeed requires, what tensor parallelism cuts likewise, and so does what Muon moves (`muon`),
-    what optim.groups names, and under model.init=mup what has the same role. Experts' parameters
-    are stacked, so that their vectors have two dimensions.
+    what optim.groups names, routers whose learning rate rises by itself, and under model.init=mup
+    what has the same role. Experts' parameters are stacked, so that their vectors have two
+    dimensions.
 
     Every parameter that is trained lands in exactly one group.
 
@@ -72,7 +73,7 @@ def parameter_groups(
 
     groups: list[dict[str, Any]] = []
     for key, parameters in sorted(found.items(), key=lambda item: item[0]):
-        rule, sort, by_muon, depth, (scale, eps_scale) = key
+        rule, sort, by_muon, depth, (scale, eps_scale), rises = key
         family, is_vector = _SORTED[sort // 2], sort % 2 == 1
         usual = 0.0 if is_vector else config.weight_decay
         settings = config.groups[rule] if rule >= 0 else None
@@ -89,6 +90,8 @@ def parameter_groups(
         }
         if family is not Family.REPLICATED:
             group["moe"] = True
+        if rises:
+            group["warmup_steps"] = config.router_warmup_steps
         factor = 1.0 if settings is None else settings.lr_factor
         if config.layer_lr_decay is not None:
             factor *= config.layer_lr_decay**depth
@@ -112,7 +115,7 @@ def parameter_groups(
 
 _SORTED = (Family.REPLICATED, Family.EXPERT, Family.TENSOR)
 """The order of groups, the same on every rank and stage."""
-_Key = tuple[int, int, bool, int, tuple[float, float]]
+_Key = tuple[int, int, bool, int, tuple[float, float], bool]
 
 
 def _together(
@@ -124,7 +127,7 @@ def _together(
     """What belongs together, in this order: by rule of optim.groups; matrices, vectors, experts'
     matrices, experts' vectors, those that are cut; of any kind of matrices AdamW's and then Muon's;
     of each by layers, from the last one down, where these differ; by muP's factors on learning rate
-    and epsilon. below: layers_below_the_top.
+    and epsilon; routers, where their learning rate rises by itself. below: layers_below_the_top.
     """
     own = [group.match for group in config.groups]
     found: dict[_Key, list[nn.Parameter]] = {}
@@ -136,7 +139,8 @@ def _together(
         depth = 0 if config.layer_lr_decay is None else below[name]
         scaled = PLAIN if shape is None else factors_of(shape, name, not is_vector)
         sort = 2 * _SORTED.index(family_of(parameter)) + is_vector
-        key = (rule, sort, by_muon, depth, _scales(scaled, by_muon))
+        rises = config.router_warmup_steps > 0 and kind_of(name) == "router"
+        key = (rule, sort, by_muon, depth, _scales(scaled, by_muon), rises)
         found.setdefault(key, []).append(parameter)
     return found
 

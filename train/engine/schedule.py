@@ -33,6 +33,7 @@ class Schedule:
         optimizer = _Optimizer()
         optimizer.param_groups = param_groups  # type: ignore[attr-defined]
         self._param_groups = param_groups
+        self._completed_steps = 0
         self._learning_rate = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
@@ -74,11 +75,20 @@ class Schedule:
         for group in self._param_groups:
             if group.get("own_weight_decay") is not None:
                 group["weight_decay"] = group["own_weight_decay"]
+        # A rise of their own comes on top of everybody's.
+        self._completed_steps = completed_steps
+        for group in self._param_groups:
+            group["lr"] *= self._risen(group)
+
+    def _risen(self, group: dict[str, Any]) -> float:
+        """Share of its learning rate that a group has in this step (optim.router_warmup_steps)."""
+        over = group.get("warmup_steps", 0)
+        return min(1.0, (self._completed_steps + 1) / over) if over else 1.0
 
     @property
     def learning_rate(self) -> float:
         first = self._param_groups[0]
-        return float(first["lr"]) / float(first.get("lr_factor", 1.0))
+        return float(first["lr"]) / (float(first.get("lr_factor", 1.0)) * self._risen(first))
 
     def num_samples(self, steps: int) -> int:
         """Sequences that so many steps from the beginning consume, on all ranks."""
