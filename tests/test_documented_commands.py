@@ -165,6 +165,8 @@ def test_the_command_runs(command, place, tmp_path):
     name = command.module.removeprefix("launch.")
     if command.module.startswith("bench."):
         pytest.skip("benches are run by `make bench` and `make gpu`")
+    if any(word.startswith("tasks=") for word in overrides):
+        pytest.importorskip("lm_eval", reason="requirements-tasks.txt is not installed")
     if name == "serve":
         pytest.skip("it does not end by itself; tests/end_to_end/test_commands.py runs it")
 
@@ -216,7 +218,9 @@ def exportable(overrides: list[str], place: Path, folder: Path) -> list[str]:
     run = folder / "run"
     settings = [*write_text(folder), "train.seq_len=32", "train.micro_batch_size=1"]
     steps = ["train.global_batch_size=4", "train.num_steps=1", "optim.warmup_steps=0"]
-    launch("train", f"init.path={place / 'model'}", *settings, *steps, f"run_dir={run}")
+    adapters = ["lora.rank=2", "balance=none"] if "adapter=true" in overrides else []
+    given = [*settings, *steps, *adapters]
+    launch("train", f"init.path={place / 'model'}", *given, f"run_dir={run}")
     kept = [word for word in overrides if not word.startswith(("run=", "to="))]
     return [*kept, f"run={run}", f"to={folder / 'out'}"]
 
@@ -246,6 +250,16 @@ WITH_ITS_MODEL = (
 """Settings that only make sense of the shape that they are written for; kept with it."""
 
 
+OF_CONVERSATIONS = ("data.too_long=", "data.train_on=", "data.thinking=", "data.chat_template=")
+OF_LENGTH = (
+    "train.num_tokens=",
+    "train.num_epochs=",
+    "optim.warmup_steps=",
+    "optim.warmup_fraction=",
+)
+"""What plain text and three steps have no use for; their plans are made daily."""
+
+
 def small(overrides: list[str], folder: Path) -> list[str]:
     """The same command with little text, in one process, for three steps; of a tiny model, but
     where a setting is about the quickstart's own.
@@ -267,6 +281,7 @@ def small(overrides: list[str], folder: Path) -> list[str]:
         )
         and not re.match(r"parallel(\.expert_parallel_size|\.placement)?=", word)
         and (mixed or not word.startswith(("data=", "data.sources")))
+        and not word.startswith((*OF_CONVERSATIONS, *OF_LENGTH))
     ]
     # a preset's router chooses from its own number of experts
     experts = "model.num_experts=8" if not resumed and not shaped else None

@@ -50,7 +50,7 @@ def by_name(ours: Transformer, groups: list[dict]) -> dict[str, dict]:
 
 def test_every_parameter_of_a_model_has_a_kind():
     found = {name: kind_of(name) for name, _ in model().named_parameters()}
-    assert set(found.values()) == set(KINDS) - {"lora"}
+    assert set(found.values()) == set(KINDS) - {"lora", "indexer"}
     assert found["blocks.1.attention.q_norm.weight"] == found["norm.weight"] == "norms"
     assert found["blocks.0.mlp.gate_up.weight"] == "mlp"
     assert found["blocks.2.mlp.shared.down.weight"] == "shared_experts"
