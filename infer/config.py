@@ -57,14 +57,27 @@ class EngineConfig:
     """Prompt tokens of one step; a longer prompt comes in pieces of this size."""
     prefix_reuse: bool = True
     """Pages of a prompt that begins like an earlier one are not computed again."""
+    draft_budget: float | None = None
+    """Speculation: tokens are drafted at this saved budget and verified at the request's own, which
+    changes no text; on while it is measured to give more tokens a second. None: off.
+    """
+    draft_tokens: int = 4
+    """Drafts of a round."""
+    draft_rounds: int = 16
+    """Rounds, and as many plain steps, that a measurement takes."""
 
     def problems(self) -> list[str]:
-        return [
+        found = [
             f"{name} is {value}; it must be at least 1"
             for name, value in (
                 ("max_slots", self.max_slots),
                 ("cache_tokens", self.cache_tokens),
                 ("prefill_tokens", self.prefill_tokens),
+                ("draft_tokens", self.draft_tokens),
+                ("draft_rounds", self.draft_rounds),
             )
             if value is not None and value < 1
         ]
+        if self.draft_budget is not None and not self.draft_budget > 0:
+            found.append(f"draft_budget is {self.draft_budget:g}; it must be positive, or null")
+        return found

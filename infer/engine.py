@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,10 @@ from infer.batch import Piece, first_tokens, next_tokens
 from infer.budget import BudgetRows, RouterState, capture
 from infer.config import EngineConfig
 from infer.pages import PagePool, next_key, root_key
-from infer.request import Completion, Drawn, Event, Request
+from infer.request import Completion, Drawn, Event, FinishReason, Request
 from infer.sampling import sample
 from infer.sequence import Sequence
+from infer.speculate import Utility, kept
 from model.attention.base import has_varlen_kernel
 from model.transformer import Decoded, TokenBudgets, Transformer
 
@@ -25,6 +27,15 @@ SIMILAR = 0.75
 """Prompts are padded to the longest of a batch, none of which is shorter than this share of it."""
 GRAPH_ROWS = 16
 """On a GPU rows come in multiples of this, beyond the first powers of two: few shapes."""
+
+
+@dataclass
+class Drafted:
+    """What speculation has done so far."""
+
+    rounds: int = 0
+    drafts: int = 0
+    kept: int = 0
 
 
 def page_size_of(model: Transformer) -> int:
@@ -83,12 +94,41 @@ class Engine:
         if budgets:
             routers = model.routers()
             self.budgets = BudgetRows(routers, dict([(None, capture(routers)), *budgets.items()]))
+        self.utility = self._utility()
+        self.drafted = Drafted()
 
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In the order of their admission."""
         self.num_forwards = {"prefill": 0, "continue": 0, "decode": 0}
         self.rows_decoded = 0
+
+    def _utility(self) -> Utility | None:
+        """
+        Raises:
+            ValueError: the budget of drafts is not there, or ranks would have to draft in step.
+        """
+        settings, budget = self.settings, self.settings.draft_budget
+        if budget is None:
+            return None
+        names = [] if self.budgets is None else self.budgets.names
+        if budget not in names:
+            raise ValueError(
+                f"engine.draft_budget is {budget:g}, which is none of the saved budgets "
+                f"({', '.join(f'{b:g}' for b in names) or 'none'}): python -m launch.evaluate "
+                f"run=RUN router.budget=[{budget:g}] save_budgets=true"
+            )
+        if self.group is not None:
+            raise ValueError(
+                f"engine.draft_budget is {budget:g}, but drafting is of one process: give "
+                "engine.draft_budget=null, or launch.num_devices=1"
+            )
+        return Utility(settings.draft_rounds, budget, settings.draft_tokens)
+
+    @property
+    def room(self) -> int:
+        """Tokens that a request may have in all."""
+        return min(self.max_len, (self.pool.num_pages - 1) * self.page_size)
 
     @property
     def cache_bytes(self) -> int:
@@ -183,8 +223,22 @@ class Engine:
         if wanted[0]:
             events += self._continue("continue", begun)
         if wanted[1]:
-            events += self._continue("decode", ready)
+            events += self._decode(ready)
             self.rows_decoded += len(ready)
+        return events
+
+    def _decode(self, ready: list[Piece]) -> list[Event]:
+        """A token for each, or, where that is faster, those of a round."""
+        if self.utility is None:
+            return self._continue("decode", ready)
+        kind, began = self.utility.next(), self.clock()
+        before = sum(len(piece.sequence.result.tokens) for piece in ready)
+        if kind == "round":
+            events = self._round([piece.sequence for piece in ready])
+        else:
+            events = self._continue("decode", ready)
+        after = sum(len(piece.sequence.result.tokens) for piece in ready)
+        self.utility.told(kind, after - before, self.clock() - began)
         return events
 
     def _token_budgets(self, row_of: torch.Tensor) -> TokenBudgets | None:
@@ -358,20 +412,132 @@ class Engine:
         )
         alternatives = [self._alternatives(s, row) for s, row in zip(ended, logits, strict=True)]
         now = self.clock()
-        events = []
-        room = min(self.max_len, (self.pool.num_pages - 1) * self.page_size)
+        events: list[Event] = []
         for sequence, *drawn in zip(
             ended, tokens.tolist(), log_probabilities.tolist(), alternatives, strict=True
         ):
-            text, reason = sequence.take(Drawn(*drawn), now, self.end_token, room)
-            if reason == "error":
-                self._clean(sequence)
-            if reason is not None:
-                self._leave(sequence)
-                events.append(sequence.finish(text, reason))
-            elif text:
-                events.append(sequence.news(text))
+            text, reason = sequence.take(Drawn(*drawn), now, self.end_token, self.room)
+            events += self._news(sequence, text, reason)
         return events
+
+    def _news(self, sequence: Sequence, text: str, reason: FinishReason | None) -> list[Event]:
+        if reason == "error":
+            self._clean(sequence)
+        if reason is not None:
+            self._leave(sequence)
+            return [sequence.finish(text, reason)]
+        return [sequence.news(text)] if text else []
+
+    # --- speculation ------------------------------------------------------------------------------
+
+    def _round(self, sequences: list[Sequence]) -> list[Event]:
+        """Draft, verify, and take what the verifying pass has drawn, up to the first draft that it
+        has not. What drafts have written to pages it writes anew.
+        """
+        drafts = self._draft(sequences)
+        pieces = [Piece(sequence, sequence.pending) for sequence in sequences]
+        rows = self._num_rows(len(pieces))
+        input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
+        width = input_ids.shape[1]
+        begins = [(row + 1) * width - number for row, (_, number) in enumerate(pieces)]
+        places = [
+            b + i for b, (_, number) in zip(begins, pieces, strict=True) for i in range(number)
+        ]
+        keep = any(sequence.request.keep_routing for sequence in sequences)
+        decoded = self.model.step(
+            input_ids,
+            paging,
+            self.pages,
+            mask,
+            keep,
+            self._token_budgets(row_of),
+            torch.tensor(places, device=self.device),
+        )
+        self.num_forwards["decode"] += 1
+
+        # Each token is drawn as decoding draws it: by the request's seed and the token's number.
+        every = [s for s, number in pieces for _ in range(number)]
+        numbers = [len(s.result.tokens) + i for s, number in pieces for i in range(number)]
+        found = sample(decoded.logits, [s.request.sampling for s in every], numbers)
+        tokens, log_probabilities = (values.tolist() for values in found)
+        experts, now, first = decoded.experts.tolist(), self.clock(), 0
+        events: list[Event] = []
+        for (sequence, number), begin, own in zip(pieces, begins, drafts, strict=True):
+            del sequence.tokens[len(sequence.tokens) - len(own) :]
+            self.drafted.rounds += bool(own)
+            self.drafted.drafts += len(own)
+            # What a draft has made of a page may be no number, and a mask does not stop that: the
+            # request begins again with its tokens, and without drafts of this round.
+            if own and -1 in tokens[first : first + number]:
+                self._clean(sequence)
+                self._preempt(sequence)
+                first += number
+                continue
+            number_kept = kept(own, tokens[first : first + number])
+            text, reason, taken = "", None, 0
+            while taken <= number_kept and reason is None:
+                at = first + taken
+                alternatives = self._alternatives(sequence, decoded.logits[at])
+                drawn = Drawn(tokens[at], log_probabilities[at], alternatives)
+                piece, reason = sequence.take(drawn, now, self.end_token, self.room)
+                text, taken = text + piece, taken + 1
+            sequence.computed(taken, sum(experts[begin : begin + taken]))
+            self._register(sequence)
+            if decoded.expert_ids is not None and sequence.request.keep_routing:
+                sequence.routed.append(decoded.expert_ids[begin : begin + taken].cpu())
+            self.drafted.kept += min(number_kept, taken)
+            events += self._news(sequence, text, reason)
+            first += number
+        return events
+
+    def _draft(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Drafts of each, which stand behind its tokens until they are verified."""
+        assert self.budgets is not None
+        row = self.budgets.number[self.settings.draft_budget]
+        before = [(s.held, s.row, len(s.tokens)) for s in sequences]
+        wanted = {id(s): len(s.tokens) + self._num_drafts(s) for s in sequences}
+        active = [s for s in sequences if wanted[id(s)] > len(s.tokens)]
+        for sequence in active:
+            sequence.row = row
+        while active:
+            pieces = [Piece(sequence, 1) for sequence in active]
+            rows = self._num_rows(len(pieces))
+            input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
+            budgets = self._token_budgets(row_of)
+            decoded = self.model.step(input_ids, paging, self.pages, mask, False, budgets)
+            # A draft has the number, and so the uniform, of the token that it stands for.
+            numbers = [len(s.tokens) - len(s.request.prompt) for s in active]
+            tokens, _ = sample(
+                decoded.logits[: len(active)], [s.request.sampling for s in active], numbers
+            )
+            for sequence, token in zip(active, tokens.tolist(), strict=True):
+                if token < 0:
+                    wanted[id(sequence)] = 0
+                    continue
+                sequence.tokens.append(token)
+                sequence.held += 1
+            active = [s for s in active if wanted[id(s)] > len(s.tokens)]
+        drafts = []
+        for sequence, (held, own, length) in zip(sequences, before, strict=True):
+            sequence.held, sequence.row = held, own
+            drafts.append(sequence.tokens[length:])
+        return drafts
+
+    def _num_drafts(self, sequence: Sequence) -> int:
+        """How many a sequence may have: fewer where its text must end before, or pages are short;
+        none where its tokens are to tell where they went, since those of drafts are not asked for.
+        """
+        assert self.budgets is not None and self.settings.draft_budget is not None
+        own = sequence.request.budget
+        if sequence.request.keep_routing or (own is not None and own <= self.settings.draft_budget):
+            return 0
+        left = sequence.request.sampling.max_new_tokens - len(sequence.result.tokens)
+        number = min(self.settings.draft_tokens, left - 1, self.room - len(sequence.tokens) - 1)
+        while len(sequence.pages) * self.page_size - len(sequence.tokens) < number:
+            if not self.pool.available:
+                break
+            sequence.pages.append(self.pool.allocate())
+        return max(0, min(number, len(sequence.pages) * self.page_size - len(sequence.tokens)))
 
     @staticmethod
     def _alternatives(sequence: Sequence, logits: torch.Tensor) -> tuple[tuple[int, float], ...]:

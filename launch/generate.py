@@ -179,6 +179,12 @@ def answer(settings: GenerateConfig) -> None:
         f"{tally.answered} answered, {tally.skipped} answered before, {tally.bad_lines} bad lines"
         f" -> {settings.output}"
     )
+    if engine.utility is not None:
+        found["speculation"] = {
+            **dataclasses.asdict(engine.drafted),
+            "utility": engine.utility.value,
+            "on": engine.utility.is_on,
+        }
     print_result({**_told(settings), "output": settings.output, **found})
     if tally.bad_lines and not tally.answered + tally.skipped:
         raise ValueError(f"input={settings.input} has no line that could be answered")

@@ -114,6 +114,11 @@ def main(config: DictConfig) -> None:
     meters, failed = Meters(), list[Callable[[], None]]()
     policy = _policy(settings, engine, meters, table)
 
+    def stepped(seconds: float, rows: int, held: float) -> None:
+        policy.stepped(seconds, rows, held)
+        if engine.utility is not None and (line := engine.utility.take_line()) is not None:
+            print(line, flush=True)
+
     def ended(request: Request, done: Completion) -> None:
         policy.ended(request, done)
         meters.ended(request, done)
@@ -124,7 +129,7 @@ def main(config: DictConfig) -> None:
         ended,
         lambda: failed[0](),
         policy.take,
-        policy.stepped,
+        stepped,
     )
     meters.watch(worker)
     app = make_app(served, worker, meters, token, settings.serve.is_local)

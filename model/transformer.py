@@ -732,10 +732,12 @@ class Transformer(nn.Module):
         token_mask: torch.Tensor | None = None,
         keep_routing: bool = False,
         budgets: TokenBudgets | None = None,
+        places: torch.Tensor | None = None,
     ) -> Decoded:
         """The next S tokens [B, S] of B documents whose earlier ones are in the pages; logits of
-        the last of each. token_mask: [B, S] bool, False for idle rows and for padding before a row
-        that has fewer new tokens, which visit no expert.
+        the last of each, or of `places` [R] int64 among the B * S tokens. token_mask: [B, S] bool,
+        False for idle rows and for padding before a row that has fewer new tokens, which visit no
+        expert.
         """
         batch, length = input_ids.shape
         device = input_ids.device
@@ -743,7 +745,9 @@ class Transformer(nn.Module):
         positions = positions.clamp_min(0)
         cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
         layout = self._layout(positions, cu_seqlens, length, token_mask=token_mask, paging=paging)
-        last = torch.arange(1, batch + 1, device=device) * length - 1
+        last = places
+        if last is None:
+            last = torch.arange(1, batch + 1, device=device) * length - 1
         return self._decoded(input_ids, layout, pages, last, keep_routing, budgets)
 
     def _decoded(

@@ -176,10 +176,15 @@ def test_the_command_runs(command, place, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run")
         overrides = [word.replace(str(place / "run"), str(tmp_path / "run")) for word in overrides]
 
-    if name in ("evaluate", "generate") and any("router.budget=" in word for word in overrides):
+    drafts = [word.partition("=")[2] for word in overrides if "draft_budget=" in word]
+    adaptive = drafts or any("router.budget=" in word for word in overrides)
+    if name in ("evaluate", "generate") and adaptive:
         train_on(1, *small(["router=threshold", "balance=none"], tmp_path))
         overrides = [word for word in overrides if not word.startswith("run=")]
         overrides.append(f"run={tmp_path / 'run'}")
+    if drafts:
+        saved = (f"router.budget=[{drafts[0]}]", "save_budgets=true")
+        launch("evaluate", f"run={tmp_path / 'run'}", *saved)
 
     if any(word.startswith("objective.cache=") for word in overrides):
         of = ("objective=distil", f"objective.run={place / 'run'}")

@@ -65,7 +65,7 @@ FLOORS = {
         ("batch",),
         ("sequence",),
         ("request", "sampling"),
-        ("budget", "config", "pages"),
+        ("budget", "config", "pages", "speculate"),
     ),
     "model": (
         ("generate", "routing"),

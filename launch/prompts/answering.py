@@ -86,6 +86,8 @@ def answer_file(
 
     begin = shown = time.monotonic()
     for completion in engine.run(asked()):
+        if engine.utility is not None and (line := engine.utility.take_line()) is not None:
+            print(line, file=sys.stderr, flush=True)
         output.append(answer_of(lines.pop(completion.name), completion))
         _count(tally, completion)
         now = time.monotonic()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
+    from infer.engine import Engine
     from infer.request import Completion, Request
     from launch.serving.worker import Worker
 
@@ -92,7 +93,7 @@ class Meters:
 
     def watch(self, worker: Worker) -> None:
         """Look at a worker whenever somebody asks."""
-        pool = worker.engine.pool
+        engine, pool = worker.engine, worker.engine.pool
         for name, text, value in (
             ("num_requests_running", "Requests in slots.", lambda: worker.num_running),
             ("num_requests_waiting", "Requests without a slot.", lambda: worker.num_waiting),
@@ -100,6 +101,26 @@ class Meters:
                 "kv_cache_usage_perc",
                 "Share of the pages that requests hold.",
                 lambda: 1 - pool.available / max(1, pool.num_pages - 1),
+            ),
+            (
+                "spec_decode_num_drafts",
+                "Rounds of drafts, of single requests.",
+                lambda: engine.drafted.rounds,
+            ),
+            (
+                "spec_decode_num_draft_tokens",
+                "Drafted tokens.",
+                lambda: engine.drafted.drafts,
+            ),
+            (
+                "spec_decode_num_accepted_tokens",
+                "Drafted tokens that were kept.",
+                lambda: engine.drafted.kept,
+            ),
+            (
+                "speculation_utility",
+                "Tokens per second of rounds over plain steps, as last measured; 0: never.",
+                lambda: _utility(engine),
             ),
         ):
             gauge = Gauge(f"loadstone_{name}", text, registry=self.registry)
@@ -152,6 +173,11 @@ class Meters:
             "prompt_tokens": round(_value(self.prompt_tokens)),
             "generated_tokens": round(_value(self.generation_tokens)),
         }
+
+
+def _utility(engine: Engine) -> float:
+    found = None if engine.utility is None else engine.utility.value
+    return 0.0 if found is None else found
 
 
 def _counts(name: str) -> bool:

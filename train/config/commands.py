@@ -63,6 +63,16 @@ def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1
     return found
 
 
+def problems_of_drafts(
+    engine: EngineConfig, path: str | None, router: InferenceRouterConfig
+) -> list[str]:
+    """Where drafts cannot be made: their budget is one of those saved for a run."""
+    if engine.draft_budget is None or (path is None and router.top_k is None):
+        return []
+    other = "path" if path is not None else "router.top_k"
+    return [f"engine.draft_budget is a saved budget of a run; drop it, or drop {other}"]
+
+
 def problems_of_average(average: int, path: str | None, weights: Weights = "native") -> list[str]:
     """Of the mean of a run's last checkpoints."""
     if average == 1:
@@ -376,7 +386,9 @@ class ExportConfig:
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""
     dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
-    """fp8: the linear layers as compressed-tensors' FP8_DYNAMIC, all else as bf16."""
+    """fp8: the linear layers as compressed-tensors' FP8_DYNAMIC, all else as bf16. Selection biases
+    of routers stay fp32.
+    """
     max_shard_size: float = 5.0
     """GB of a file; a larger tensor gets a file of its own."""
     verify: bool = True
@@ -492,6 +504,17 @@ class GenerateConfig:
             )
         if self.prompt == "":
             found.append("prompt is empty; give some text")
+        found += problems_of_drafts(self.engine, self.path, self.router)
+        if self.engine.draft_budget is not None and self.input is None:
+            found.append(
+                "engine.draft_budget is for the prompts of a file, whose speed is measured; give "
+                "input=FILE output=FILE, or drop it"
+            )
+        if self.engine.draft_budget is not None and self.launch.num_devices > 1:
+            found.append(
+                f"engine.draft_budget with launch.num_devices={self.launch.num_devices}: drafting "
+                "is of one process; drop one of them"
+            )
         if self.prompt is not None and self.input is not None:
             found.append("prompt and input are two ways to give prompts; drop one")
         if (self.input is None) != (self.output is None):
@@ -657,6 +680,12 @@ class ServeConfig:
             found.append(
                 "serve.budget and serve.canary.budget are of the saved budgets of a run; drop "
                 "them, or " + ("give run=RUN" if self.path is not None else "drop router.top_k")
+            )
+        found += problems_of_drafts(self.engine, self.path, self.router)
+        if self.engine.draft_budget is not None and self.serve.budget is not None:
+            found.append(
+                "serve.budget=auto holds a latency that was measured of single tokens, and "
+                "engine.draft_budget delivers several at a time; drop one of them"
             )
         if self.serve.drift.sample_one_in and self.path is not None:
             found.append("serve.drift compares with the training of a run; give run=RUN")
