@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import RopeScaling
+from model.parallel.tensor import TensorExchange
 from ops.grouped_mlp import activate
 from ops.grouped_mlp.spec import Activation
 
@@ -23,7 +24,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, parts: TensorExchange | None = None) -> torch.Tensor:
+        """parts: x [..., size] is this rank's part of a longer vector, and so are the weights.
+        Collective then.
+        """
+        if parts is not None:
+            squares = parts.sum_all(x.float().square().sum(-1, keepdim=True))
+            mean = squares / (parts.size * x.shape[-1])
+            return (x.float() * (mean + self.eps).rsqrt() * self.weight.float()).to(x.dtype)
         # torch's kernel: fp32 inside, rounds once; on CUDA it keeps x itself
         if self.weight.dtype == x.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

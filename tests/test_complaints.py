@@ -57,6 +57,17 @@ HELD = {
         "train/test_chat.py::test_a_conversation_that_is_too_long_is_refused_or_cut_with_its_mask",
         "train/test_chat.py::test_every_turn_of_a_random_conversation_is_found_by_its_offsets",
     ),
+    "torchtitan 2387, Megatron-LM 619: routers and norms that differ over tensor ranks": (
+        "distributed/test_tensor_parallel.py::"
+        "test_two_ranks_that_share_matrices_train_as_one_process",
+        "distributed/test_tensor_parallel.py::"
+        "test_four_ranks_that_share_matrices_train_as_one_process",
+    ),
+    "Megatron-LM 2217, 3768, 5047: a balance loss that follows tensor and context sizes": (
+        "distributed/test_tensor_parallel.py::"
+        "test_two_ranks_that_share_matrices_train_as_one_process",
+        "distributed/test_context_parallel.py::test_two_ranks_that_share_rows_train_as_one_process",
+    ),
     "DeepSpeed 8438: parameters that end in another optimizer than was asked for": (
         "train/test_groups.py::test_what_is_frozen_is_in_no_group_and_is_counted",
         "distributed/test_lora.py::test_adapters_are_trained_and_nothing_else_is",

@@ -44,6 +44,7 @@ FIRST = (
     "tests/end_to_end/test_published_weights.py",
     "tests/distributed/test_nonfinite.py",
     "tests/distributed/test_context_parallel.py",
+    "tests/distributed/test_tensor_parallel.py",
     "tests/ops/test_sparse_attention_triton.py",
     "tests/ops/test_grouped_mlp_triton.py",
     "tests/end_to_end/test_routing.py",

@@ -521,17 +521,7 @@ def _cut(run: RunConfig, ranks: int) -> list[str]:
     alone = "use parallel.tensor_parallel_size=1"
     problems = []
 
-    if run.attention.name not in ("dense", "windowed"):
-        problems.append(
-            f"{name} with attention={run.attention.name}: only heads of dense and windowed "
-            f"attention are cut; {alone}, or parallel.context_parallel_size={size}"
-        )
-    elif model.num_kv_heads % (size * context):
-        over = "" if context == 1 else f" x parallel.context_parallel_size {context}"
-        problems.append(
-            f"{name}{over} does not divide model.num_kv_heads {model.num_kv_heads}, which its "
-            "ranks share out; lower it"
-        )
+    problems += run.attention.tensor_problems(model, size, context)
     if context > 1 and ranks % (size * context):
         problems.append(
             f"{name} x parallel.context_parallel_size {context} does not divide the {ranks} ranks "
@@ -546,11 +536,6 @@ def _cut(run: RunConfig, ranks: int) -> list[str]:
         problems.append(
             f"{name} does not divide model.intermediate_size {model.intermediate_size}, the width "
             "of dense MLPs, which its ranks share out; lower it"
-        )
-    if model.qk_norm == "hidden":
-        problems.append(
-            f"{name} with model.qk_norm=hidden: that norm is over all heads, of which a rank has "
-            f"a part; {alone}, or parallel.context_parallel_size={size}"
         )
     if run.lora.rank:
         problems.append(

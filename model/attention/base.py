@@ -124,6 +124,17 @@ class SequenceLayout:
             found = whole
         self.largest.see(found)
 
+    def place_of_heads(self, num_heads: int) -> tuple[int, int]:
+        """Which of a layer's heads this rank attends with: the number of the first, and how many
+        the layer has. num_heads: of the matrices here.
+        """
+        first, size = 0, 1
+        if self.tensor is not None:
+            first, size = self.tensor.rank * num_heads, self.tensor.size
+        if self.exchange is not None:
+            first += self.exchange.rank * num_heads // self.exchange.size
+        return first, num_heads * size
+
     def own_heads(self, by_head: torch.Tensor) -> torch.Tensor:
         """Of [heads, ...], those that this rank attends with."""
         return by_head if self.exchange is None else self.exchange.own(by_head)

@@ -5,8 +5,9 @@ Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.component import Component
 from model.config import ModelConfig
@@ -17,6 +18,11 @@ from ops.sparse_attention.spec import SparseAttentionSpec
 if TYPE_CHECKING:
     from model.attention.base import Attention
 
+BY_HEAD = {
+    **{f"{name}_proj.{kind}": 0 for name in "qkv" for kind in ("weight", "bias")},
+    "o_proj.weight": 1,
+}
+"""Projections of queries, keys, values and outputs -> the dimension that their heads are along."""
 REGULARISERS = ("mass_kl_coeff", "coherence_coeff", "alignment_coeff")
 """Settings that weigh a loss on audited rows."""
 
@@ -24,6 +30,12 @@ REGULARISERS = ("mass_kl_coeff", "coherence_coeff", "alignment_coeff")
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(Component):
     """The settings of an attention."""
+
+    by_head: ClassVar[Mapping[str, int]] = {}
+    """Name of a parameter whose rows or columns belong to heads -> the dimension that these are
+    along, in neighbouring runs. Tensor parallelism cuts it there, and what is not named is whole.
+    Empty: this attention cannot be cut.
+    """
 
     def problems(self, model: ModelConfig) -> list[str]:
         """Contradictions of the knobs with each other and the model, which has been checked."""
@@ -36,6 +48,24 @@ class AttentionConfig(Component):
         return [
             f"attention={self.name} does not say how ranks share out its heads; set "
             "parallel.context_parallel_size=1"
+        ]
+
+    def tensor_problems(self, model: ModelConfig, size: int, context: int) -> list[str]:
+        """What keeps `size` ranks from having a part of the heads each, which `context` ranks then
+        share out further.
+        """
+        name = f"parallel.tensor_parallel_size {size}"
+        if not self.by_head:
+            return [
+                f"attention={self.name} does not say which of its parameters belong to heads; set "
+                "parallel.tensor_parallel_size=1"
+            ]
+        if model.num_kv_heads % (size * context) == 0:
+            return []
+        over = "" if context == 1 else f" x parallel.context_parallel_size {context}"
+        return [
+            f"{name}{over} does not divide model.num_kv_heads {model.num_kv_heads}, which its "
+            "ranks share out; lower it"
         ]
 
     def rotary_size(self, model: ModelConfig) -> int:
@@ -56,6 +86,7 @@ class DenseAttentionConfig(AttentionConfig):
     """Every query sees everything before it in its document."""
 
     name = "dense"
+    by_head = BY_HEAD
 
     def problems(self, model: ModelConfig) -> list[str]:
         return []
@@ -74,6 +105,7 @@ class WindowedAttentionConfig(AttentionConfig):
     """Dense attention of which some layers see a sliding window (gpt-oss, arXiv 2508.10925)."""
 
     name = "windowed"
+    by_head = BY_HEAD | {"sinks": 0}
 
     window: int = 128
     """Tokens up to and with the query that a sliding layer sees."""
@@ -122,6 +154,13 @@ class SparseAttentionConfig(AttentionConfig):
     """Window, selected blocks and pooled rest in one softmax (ops/sparse_attention/README.md)."""
 
     name = "sparse"
+    by_head = BY_HEAD | dict.fromkeys(
+        (
+            *("offset", "sink", "entry_weights"),
+            *("trust.weight", "trust.bias", "gates.weight", "gates.bias"),
+        ),
+        0,
+    )
 
     block_size: int = 64
     """Tokens of a selectable block."""
@@ -424,6 +463,10 @@ class MlaConfig(AttentionConfig):
     """
 
     name = "mla"
+    by_head: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys(("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight"), 0),
+        "o_proj.weight": 1,
+    }
 
     q_lora_rank: int | None = 1536
     """Width of the latent that queries come from; null: they come from the hidden state."""

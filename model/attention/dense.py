@@ -64,7 +64,8 @@ class DenseAttention(nn.Module):
         batch, length, _ = hidden.shape
         q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
         if self.qk_norm == "hidden":
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Over all heads, of which a rank may have a part.
+            q, k = self.q_norm(q, layout.tensor), self.k_norm(k, layout.tensor)
         q = q.view(batch, length, self.num_heads, self.head_dim)
         k = k.view(batch, length, self.num_kv_heads, self.head_dim)
         v = v.view(batch, length, self.num_kv_heads, self.head_dim)

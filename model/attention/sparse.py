@@ -216,15 +216,14 @@ class SparseAttention(DenseAttention):
         done = self.step - self.dense_steps
         if not self.training or done >= self.noise_steps:
             return None
-        exchange = layout.exchange
         # A head draws by its place in the layer, whichever rank it is on.
-        first = 0 if exchange is None else exchange.rank * self.num_kv_heads // exchange.size
+        first, num_kv_heads = layout.place_of_heads(self.num_kv_heads)
         return SelectionNoise(
             self.layer_idx,
             self.temperature * (1 - done / self.noise_steps),
             self.min_top_k,
             first,
-            self.num_kv_heads,
+            num_kv_heads,
         )
 
     def _bias(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -408,7 +407,8 @@ class SparseAttention(DenseAttention):
                     (c * x.mean(-1).sum() for c, x in zip(self.coeffs, values, strict=True)),
                     penalty,
                 )
-                penalty = penalty * (q.shape[1] / self.num_heads) / self.audit_rows
+                _, num_heads = layout.place_of_heads(self.num_heads)
+                penalty = penalty * (q.shape[1] / num_heads) / self.audit_rows
 
             if layout.measure:
                 # rounding of the outputs

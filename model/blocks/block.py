@@ -29,7 +29,8 @@ class Block(nn.Module):
         self.residual_multiplier = config.residual_scale
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = parts.attention.build(config_of_part(config, groups), layer_idx)
-        cut_attention(cast(nn.Module, self.attention), groups)
+        attention = cast(nn.Module, self.attention)
+        cut_attention(attention, parts.attention.by_head, config, groups)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp: nn.Module
         if config.is_moe_layer(layer_idx):

@@ -6,6 +6,7 @@ Norms, routers, experts and shared experts are whole on every rank, and see its 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,20 +14,6 @@ from model.config import ModelConfig
 from model.layers import GatedMLP, RowLinear
 from model.parallel.family import Cut, cut
 from model.parallel.groups import ParallelGroups
-
-OF_ATTENTION = {
-    "q_proj.weight": 0,
-    "k_proj.weight": 0,
-    "v_proj.weight": 0,
-    "q_proj.bias": 0,
-    "k_proj.bias": 0,
-    "v_proj.bias": 0,
-    "o_proj.weight": 1,
-    "sinks": 0,
-}
-"""Parameter of dense and windowed attention -> the dimension that its heads are along. Others
-belong to no head, and are whole.
-"""
 
 
 def config_of_part(config: ModelConfig, groups: ParallelGroups) -> ModelConfig:
@@ -42,13 +29,21 @@ def config_of_part(config: ModelConfig, groups: ParallelGroups) -> ModelConfig:
     )
 
 
-def cut_attention(attention: nn.Module, groups: ParallelGroups) -> None:
-    """Mark what an attention of `config_of_part` has a part of."""
+def cut_attention(
+    attention: nn.Module,
+    by_head: Mapping[str, int],
+    config: ModelConfig,
+    groups: ParallelGroups,
+) -> None:
+    """Mark what an attention of `config_of_part` has a part of. by_head: as AttentionConfig."""
     if groups.tensor_size == 1:
         return
+    # A norm of all heads together has a gain for each of their values.
+    if config.qk_norm == "hidden":
+        by_head = {**by_head, "q_norm.weight": 0, "k_norm.weight": 0}
     for name, parameter in attention.named_parameters():
-        if name in OF_ATTENTION:
-            cut(parameter, Cut(OF_ATTENTION[name], groups.tensor_rank, groups.tensor_size))
+        if name in by_head:
+            cut(parameter, Cut(by_head[name], groups.tensor_rank, groups.tensor_size))
     for module in attention.modules():
         if isinstance(module, RowLinear):
             module.adds_bias = groups.tensor_rank == 0

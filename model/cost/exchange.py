@@ -157,7 +157,11 @@ def _tensor_bytes(config: ModelConfig, layers: range, tokens: int, width: int, c
     chunked = 0 < config.loss_chunk_size < tokens
     moves += losses * (2 + chunked)
     of_losses = losses * (LOSS_BYTES * (1 + chunked) + 4)
-    return (cut - 1) * tokens * (moves * config.hidden_size * width + of_losses)
+    # Norms of all heads together: a sum of squares of queries and of keys, in fp32.
+    of_norms = 0
+    if config.qk_norm == "hidden":
+        of_norms = (len(layers) + num_mtp) * 2 * 8 * (2 + again)
+    return (cut - 1) * tokens * (moves * config.hidden_size * width + of_losses + of_norms)
 
 
 def _away(num_ranks: int) -> float:

@@ -291,8 +291,13 @@ def _activation_bytes(
     hidden = config.hidden_size
     norm = 2 * width * hidden  # input and output
     gathered = (cut - 1) * width * hidden
+    latents = 0
+    if is_latent(arguments):  # made of all tokens on every rank
+        widths = 2 * ((arguments["q_lora_rank"] or 0) + arguments["kv_lora_rank"])
+        rope = arguments["qk_rope_head_dim"]
+        latents = (cut - 1) * (width * (widths + 2 * rope) + 4 * rope)
     inside, rotary = _attention_bytes(config, width, arguments, here, seq_len)
-    attention = norm + gathered + rotary + inside + width * hidden
+    attention = norm + gathered + latents + rotary + inside + width * hidden
     if shares_rows and not is_latent(arguments):
         attention += width * config.num_heads * config.attention_head_dim
     dense_mlp = norm + gathered + width * 4 * config.intermediate_size

@@ -34,8 +34,9 @@ class ParameterCount:
     mtp_matrices: int = 0
     """What a token multiplies with in these modules, before the head."""
     cut: int = 0
-    """What tensor parallelism splits, of dense and windowed attention: attention but for its norms
-    and the bias of its output, dense MLPs, embedding and head.
+    """What tensor parallelism splits: what belongs to heads of attention, which norms of single
+    heads, the bias of its output and projections into latents do not; dense MLPs, embedding and
+    head.
     """
 
     @property
@@ -124,8 +125,13 @@ def count_parameters(
     module = 2 * hidden * hidden + projections + mlp + norms + sinks
     one_visit = round(experts_per_token * one_expert) if has_experts else 0
     ends = is_first + (is_last and not config.tie_embeddings)
-    added_once = hidden * (config.attention_bias == "qkvo")
-    of_modules = projections + sinks - added_once + mlp * (not has_experts)
+    heads_norms = inner_norms * (config.qk_norm == "hidden")
+    of_no_head = hidden * (config.attention_bias == "qkvo")
+    if is_latent(attention):
+        width = (attention["q_lora_rank"] or 0) + attention["kv_lora_rank"]
+        of_no_head = hidden * (width + attention["qk_rope_head_dim"])
+    of_heads = projections + heads_norms - of_no_head
+    of_modules = of_heads + sinks + mlp * (not has_experts)
     corrections = _corrections(config, attention or {}, layers)
     dense_mlp = (num_layers - num_moe) * 3 * hidden * config.intermediate_size
     return ParameterCount(
@@ -143,7 +149,7 @@ def count_parameters(
         mtp_experts=num_mtp * routed if has_experts else 0,
         mtp_matrices=num_mtp * (module - norms - sinks + one_visit),
         cut=config.vocab_size * hidden * ends
-        + num_layers * (projections - added_once)
+        + num_layers * of_heads
         + corrections
         + dense_mlp
         + num_mtp * of_modules,

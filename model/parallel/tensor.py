@@ -10,6 +10,7 @@ of which each rank takes its own tokens. Each movement is the transpose of anoth
 | `gather` | all-gather | sum, own tokens |
 | `sum_own` | sum, own tokens | all-gather |
 | `own` | own tokens of what all ranks have alike | all-gather |
+| `sum_all` | sum, on all ranks | sum, on all ranks |
 
 Sums over ranks are made in fp32 in the order of the ranks and rounded once, whatever the backend.
 """
@@ -49,6 +50,11 @@ class TensorExchange:
     def own(self, same: Tensor) -> Tensor:
         """[size * t, ...], the same on all ranks -> [t, ...]. Collective in backward."""
         found: Tensor = _Own.apply(same, self)  # type: ignore[no-untyped-call]
+        return found
+
+    def sum_all(self, shares: Tensor) -> Tensor:
+        """[...] fp32, a share of a sum on each rank -> the sum, on all of them. Collective."""
+        found: Tensor = _SumAll.apply(shares, self)  # type: ignore[no-untyped-call]
         return found
 
     def gather_rows(self, tokens: Tensor) -> Tensor:
@@ -117,6 +123,21 @@ class _SumOwn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.exchange.gathered(grads[0]), None
+
+
+class _SumAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, exchange: TensorExchange) -> Tensor:
+        ctx.exchange = exchange
+        total = shares.clone()
+        exchange.reduce(total, dist.ReduceOp.SUM)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        ctx.exchange.reduce(total, dist.ReduceOp.SUM)
+        return total, None
 
 
 class _Own(torch.autograd.Function):

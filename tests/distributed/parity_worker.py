@@ -270,7 +270,8 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
 
     def over_local_heads(attention: SparseAttention, q, *rest, **more):
         found = sums(attention, q, *rest, **more)
-        return found._replace(penalty_sum=found.penalty_sum * attention.num_heads / q.shape[1])
+        _, whole = rest[4].place_of_heads(attention.num_heads)
+        return found._replace(penalty_sum=found.penalty_sum * whole / q.shape[1])
 
     def of_own_tokens(counts, score_sums, scope, groups, previous):
         alone = dataclasses.replace(groups, context_size=1, tensor_size=1)

@@ -8,8 +8,13 @@ import json
 
 import pytest
 
-from tests.distributed.test_context_parallel import SINKS_AHEAD, check_that_it_shows
-from tests.distributed.test_parity import FEATURES, GPT_OSS, check
+from tests.distributed.test_context_parallel import (
+    LATENT_SHAPE,
+    LEVELS,
+    SINKS_AHEAD,
+    check_that_it_shows,
+)
+from tests.distributed.test_parity import FEATURES, GATED, GPT_OSS, LATENT, LEARNED, check
 
 WORKER = "distributed/parity_worker.py"
 
@@ -48,12 +53,25 @@ MORE_ON_TWO = [
     case(
         *(2, 2, 1, 1, "global_batch"), router="top_p", balance={"bias_update": "quantile"}, lent=1
     ),
+    case(2, 2, 1, 2, "sequence", attention=LEARNED, tolerance={"parameter": 5e-6}),
+    case(
+        *(2, 2, 3, 1, "batch"),
+        attention=LEARNED,
+        model={"recompute": "block"},
+        tolerance={"parameter": 5e-6},
+    ),
+    case(2, 1, 2, 1, "batch", attention=GATED),
+    case(2, 2, 0, 1, "batch", attention=LEVELS),
+    case(2, 2, 3, 2, "batch", model={"qk_norm": "hidden", "recompute": "block"}),
+    case(2, 2, 3, 1, "batch", attention=LATENT, model={**LATENT_SHAPE, "recompute": "block"}),
+    case(2, 1, 1, 2, "batch", attention={**LATENT, "q_lora_rank": None}, model=LATENT_SHAPE),
     case(2, 2, 2, 1, "batch", zero_options={"offload_optimizer": {"device": "cpu"}}),
     case(2, 2, 1, 2, "batch", zero_options={"overlap_comm": True}),
 ]
 MORE_FAULTS = [
     case(2, 1, 1, 1, "sequence", fault="sequences of own tokens"),
     case(2, 1, 1, 1, "batch", fault="bias on every rank", **GPT_OSS),
+    case(2, 1, 1, 1, "batch", fault="means over local heads", attention=LEARNED),
 ]
 FOUR_KV = {"num_kv_heads": 4}
 FOUR_RANKS = [
@@ -65,6 +83,14 @@ FOUR_RANKS = [
     case(4, 1, 3, 1, "batch", model={**FOUR_KV, "tie_embeddings": True, "num_mtp_layers": 1}),
     case(2, 4, 1, 2, "sequence", cp=2, model=FOUR_KV),
     case(2, 2, 2, 1, "batch", cp=2, model={**FOUR_KV, "num_mtp_layers": 1}),
+    case(
+        *(2, 4, 1, 1, "sequence"),
+        cp=2,
+        attention=LEARNED,
+        model=FOUR_KV,
+        tolerance={"parameter": 5e-6},
+    ),
+    case(2, 4, 3, 1, "batch", cp=2, attention=LATENT, model=LATENT_SHAPE),
     case(2, 2, 1, 3, "sequence", pp=2, split=[1, 2]),
     case(2, 1, 0, 2, "batch", pp=2, model={"tie_embeddings": True, "num_mtp_layers": 1}),
     case(2, 2, 2, 2, "batch", pp=2, model={"recompute": "block", "num_mtp_layers": 1}),

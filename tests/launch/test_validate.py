@@ -200,10 +200,6 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
             "parallel.tensor_parallel_size 2 does not divide model.intermediate_size 63",
         ),
         (
-            {"parallel__tensor_parallel_size": 2, "model__qk_norm": "hidden"},
-            "with model.qk_norm=hidden: that norm is over all heads",
-        ),
-        (
             {"parallel__tensor_parallel_size": 2, "optim__optimizer": "muon"},
             "with Muon (optim.optimizer, optim.groups): a part of a matrix",
         ),
