@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config import DenseAttentionConfig, IndexedAttentionConfig
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig, ModelConfig, RopeScaling
 from model.dispatch.config import AllToAllConfig, LocalDispatcherConfig
 from model.moe.budget import start_routers
@@ -114,6 +114,30 @@ def test_router_rows_that_a_group_does_not_share_change_the_function(folder):
         for router in model.routers():
             router.weight.copy_(0.1 * torch.randn_like(router.weight))
         assert float((model.logits(IDS) - expected).abs().max()) > 0.05
+
+
+def test_masters_of_what_the_dense_model_does_not_have_stay_as_they_are_drawn(folder):
+    """An index of attention is new, and its master weights are no leftovers of memory."""
+    upcycle = UpcycleConfig(num_experts=4, top_k=2)
+    dense = PretrainedFolder(folder)
+    config = config_of(dense, upcycle, TopKConfig(top_k=2))
+    attention = IndexedAttentionConfig(rule="msa", block_size=4)
+    parts = ModelParts(config.router, attention, LocalDispatcherConfig(), BalanceConfig())
+    model = Transformer(config.model, parts)
+    masters: dict[str, torch.Tensor] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    UpcycledWeights(dense, config).fill_masters(
+        SimpleNamespace(
+            module=model,
+            named_parameters=model.named_parameters,
+            parameter_shape=lambda parameter: parameter.shape,
+            prepare_scatter=lambda step: None,
+            scatter_state=lambda parameter, _, value: masters.update({names[parameter]: value}),
+            finish_scatter=lambda: None,
+        )
+    )
+    drawn = {name for name in names.values() if ".attention.indexer." in name}
+    assert drawn and set(masters) == set(names.values()) - drawn
 
 
 def test_every_rank_makes_its_own_experts(folder):

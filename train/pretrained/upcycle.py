@@ -78,8 +78,8 @@ class UpcycledWeights:
             if is_adapter(name):
                 continue
             value = torch.empty(engine.parameter_shape(parameter))
-            self._fill(name, value, expert_ids.get(name, ()))
-            engine.scatter_state(parameter, "fp32", value)
+            if self._fill(name, value, expert_ids.get(name, ())):
+                engine.scatter_state(parameter, "fp32", value)
         engine.finish_scatter()
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
@@ -99,16 +99,19 @@ class UpcycledWeights:
                 f"this run needs {list(ours)}"
             )
 
-    def _fill(self, name: str, value: torch.Tensor, expert_ids: tuple[int, ...]) -> None:
+    def _fill(self, name: str, value: torch.Tensor, expert_ids: tuple[int, ...]) -> bool:
+        """Whether the parameter has a value here; otherwise it starts as in a new run."""
         found = OF_EXPERTS.fullmatch(name)
         if found is None:
-            if not _is_new(name, self.dense):
-                value.copy_(self.dense.read(name))
-            return
+            if _is_new(name, self.dense):
+                return False
+            value.copy_(self.dense.read(name))
+            return True
         layer, part, rest = found.groups()
         if part == "router":
-            if rest == "weight":
-                self._fill_router(layer, value)
+            if rest != "weight":
+                return False
+            self._fill_router(layer, value)
         elif part == "shared":
             gate_up, down = self._shards(layer, 0, self.upcycle.num_shared_experts)
             value.copy_(gate_up if rest == "gate_up.weight" else down)
@@ -116,6 +119,7 @@ class UpcycledWeights:
             for row, expert in enumerate(expert_ids):
                 gate_up, down = self._made(layer, expert)
                 value[row].copy_(gate_up if rest == "gate_up" else down)
+        return True
 
     def _fill_router(self, layer: str, value: torch.Tensor) -> None:
         """Rows [E, D]: those of a virtual group are the same."""
