@@ -15,6 +15,9 @@ from model.parallel.groups import ParallelGroups
 from model.routers.base import RoutingRequest
 from ops.router import RouterOutput
 
+BlockOutput = tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]
+"""Hidden states [B, S, D], and what attention, the routers' losses and the routing say."""
+
 
 class Block(nn.Module):
     """Pre-norm residual block: attention, then a dense MLP or an MoE layer."""
@@ -39,7 +42,7 @@ class Block(nn.Module):
         layout: SequenceLayout,
         request: RoutingRequest,
         cache: LayerCache | Pages | None = None,
-    ) -> tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]:
+    ) -> BlockOutput:
         attended, attention_sums = self.attention(self.attention_norm(hidden), layout, cache)
         hidden = hidden + times(attended, self.residual_multiplier)
         normed = self.mlp_norm(hidden)
