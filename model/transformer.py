@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -22,7 +22,7 @@ from model.attention.cache import LayerCache, Pages
 from model.attention.indexed import IndexedAttention
 from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
-from model.blocks.block import Block
+from model.blocks.block import Block, BlockOutput
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.config import ModelConfig
 from model.distillation import divergence
@@ -145,6 +145,9 @@ class Transformer(nn.Module):
         part: which layers these are.
         router_kind: what all routers have in common, also where no layer with experts is on this
             stage; a router without numbers. None for a dense model.
+        compiled: blocks of this part by their numbers, as one graph each, which passes in training
+            go through where they ask for nothing but the usual sums; empty: none
+            (train/engine/compiled.py).
         lent_embedding: [V, D], on a last stage that needs the embedding, which the first has (tied
             to the head, or for multi-token prediction): who trains it puts it here, and what it
             gathers as a gradient goes back to the first stage.
@@ -173,6 +176,7 @@ class Transformer(nn.Module):
         )
         # In a tuple, so that it is no part of the model.
         self._router_kind: tuple[Router, ...] = ()
+        self.compiled: dict[int, Callable[..., BlockOutput]] = {}
         if config.num_experts:
             with torch.device("meta"):
                 self._router_kind = (parts.router.build(config),)
@@ -393,12 +397,16 @@ class Transformer(nn.Module):
         attentions: list[AttentionSums] = []
         balances: list[RouterSums] = []
         routings: list[RouterOutput] = []
-        for i, block in enumerate(self.blocks):
+        usual = self.training and caches is None and _is_usual(layout, request, given_ids)
+        compiled = self.compiled if usual else {}
+        for i, (number, block) in enumerate(zip(self.part.layers, self.blocks, strict=True)):
             own = self._of_layer(request, given_ids, len(routings))
             if budgets is not None and budgets.tables:
                 own = own._replace(budgets=budgets.tables[len(routings)])
             if self._recomputes():
                 found = checkpoint(block, hidden, layout, own, use_reentrant=False)
+            elif number in compiled:
+                found = compiled[number](hidden, layout, own)
             else:
                 found = block(hidden, layout, own, None if caches is None else caches[i])
             hidden, attention, balance, routing = found
@@ -798,6 +806,14 @@ class Transformer(nn.Module):
             return request
         layer = self.part.moe.own.start + before
         return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
+
+
+def _is_usual(
+    layout: SequenceLayout, request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None
+) -> bool:
+    """Whether a pass asks the blocks for nothing that would make another graph of them."""
+    asked = request.frozen or request.snapshot or request.plain_k
+    return not (asked or given_ids is not None or layout.measure or layout.largest is not None)
 
 
 def _stacked(largest: LargestLogits | None, like: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,8 @@ def test_every_bench_of_a_cpu_is_run():
         *("common", "collect", "tune", "peers"),  # parts, and what needs a GPU
         *("grouped_mlp", "moe_layer", "router", "sparse_attention", "train_step"),  # make bench
         *("generation", "small_model"),  # need a run, and a package
-        *("start_up", "optimizer_step"),  # need a commit to compare with; some minutes
+        # need a commit to compare with; some minutes
+        *("start_up", "optimizer_step", "compiled_blocks"),
     }
     there = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__"}
     assert there == otherwise | set(SMALLEST)

@@ -29,6 +29,7 @@ from train.data.chat.show import shown_example
 from train.data.loader import TrainingLoader
 from train.data.open import held_out_rows, open_store, stream_of, training_samples
 from train.data.store import TokenStore, TrainingSamples
+from train.engine.compiled import compile_blocks
 from train.engine.deepspeed import Engine
 from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
@@ -49,6 +50,7 @@ from train.rank.runtime import from_rank_zero, seed_everything
 from train.rank.stop import StopSignal
 from train.sinks.sinks import Sinks
 from train.sinks.tracker import Tracker
+from train.timing.compiling import FirstSteps
 from train.timing.pauses import Speed
 
 log = logging.getLogger("loadstone")
@@ -105,6 +107,8 @@ def fit(
     if weights is not None:
         weights.fill_model(model)
     engine = Engine(model, groups, config.train, config.optim, config.deepspeed)
+    if config.train.compile == "blocks":
+        compile_blocks(engine.module, engine.device)
     with contextlib.closing(engine):  # also where a checkpoint cannot be resumed
         schedule = Schedule(engine.param_groups, config.optim, config.train, groups.rows_size)
         loader = training_loader(config, store, groups, run_dir, stream)
@@ -142,6 +146,8 @@ def fit(
         own = standard_observers(
             config, run_dir, groups, engine, schedule, progress, speed, teacher
         )
+        if config.train.compile == "blocks":
+            own.append(FirstSteps(len(engine.module.compiled), sinks is not None))
         alarms = AlarmActions(
             settled(config.alarms, config.budget), progress.alarms, config.model.moe_layers
         )

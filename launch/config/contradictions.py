@@ -59,7 +59,7 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
-    problems += _clipping(run) + _scaling(run) + _index(run)
+    problems += _clipping(run) + _scaling(run) + _index(run) + _compiling(run)
     if run.model.num_experts > 0:
         problems += _components(run)
         problems += run.router.training_problems(run.model) if trains else []
@@ -308,6 +308,42 @@ def _scaling(run: RunConfig) -> list[str]:
             "rates; set lora.rank=0"
         )
     return problems
+
+
+def _compiling(run: RunConfig) -> list[str]:
+    """What does not go through one graph for each block: what visits the host or other ranks inside
+    of one, and what was not tried.
+    """
+    if run.train.compile == "none":
+        return []
+    parallel, optim, router = run.parallel, run.optim, run.router
+    asked = {
+        "parallel.expert_parallel_size": (parallel.expert_parallel_size, 1),
+        "parallel.context_parallel_size": (parallel.context_parallel_size, 1),
+        "parallel.pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
+        "parallel.tensor_parallel_size": (parallel.tensor_parallel_size, 1),
+        "attention": (run.attention.name, "dense"),
+        "objective": (run.objective.name, "next_token"),
+        "model.recompute": (run.model.recompute, "none"),
+        "model.num_mtp_layers": (run.model.num_mtp_layers, 0),
+        "optim.qk_clip": (optim.qk_clip, None),
+        "lora.rank": (run.lora.rank, 0),
+        "experts.token_rounding": (run.experts.token_rounding, 0),
+        "router.capacity_factor": (getattr(router, "capacity_factor", None), None),
+        "balance.random_routing_steps": (run.balance.random_routing_steps, 0),
+    }
+    found = [
+        f"train.compile=blocks does not go with {name}={value}; use "
+        f"{name}={'null' if other is None else other}, or train.compile=none"
+        for name, (value, other) in asked.items()
+        if value != other
+    ]
+    if run.zero_stage == 3:
+        found.append(
+            "train.compile=blocks does not go with ZeRO 3, which gathers weights between the "
+            "modules of a block; use deepspeed=zero2, or train.compile=none"
+        )
+    return found
 
 
 def _clipping(run: RunConfig) -> list[str]:

@@ -123,6 +123,7 @@ HELD: dict[str, dict[str, Any]] = {
         "num_tokens": None,
         "num_epochs": None,
         "stop_after_step": None,
+        "compile": "none",
         "sample_prompt": None,
         "deterministic": False,
         "on_nonfinite": "stop",

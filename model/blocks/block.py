@@ -18,6 +18,9 @@ from model.parallel.groups import ParallelGroups
 from model.routers.base import RoutingRequest
 from ops.router import RouterOutput
 
+BlockOutput = tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]
+"""Hidden states [B, S, D], and what attention, the routers' losses and the routing say."""
+
 
 class Block(nn.Module):
     """Pre-norm residual block: attention, then a dense MLP or an MoE layer."""
@@ -46,7 +49,7 @@ class Block(nn.Module):
         layout: SequenceLayout,
         request: RoutingRequest,
         cache: LayerCache | Pages | None = None,
-    ) -> tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]:
+    ) -> BlockOutput:
         # What is cut wants the tokens of the tensor group, experts and norms a rank's own.
         tokens = layout.gather_tokens(self.attention_norm(hidden))
         attended, attention_sums = self.attention(tokens, layout, cache)

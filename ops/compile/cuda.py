@@ -125,17 +125,24 @@ def _is_whole(path: Path) -> bool:
     for place in (path.parent, path):
         if not place.exists():
             return False
-        facts = place.stat()
-        if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
-            raise BuildError(
-                f"{place} belongs to user {facts.st_uid} with mode "
-                f"{stat.S_IMODE(facts.st_mode):o}, and a library in it would run as you; set "
-                "LOADSTONE_KERNELS to a folder of your own"
-            )
+        require_own(place)
     try:
         return path.with_suffix(".sha256").read_text() == _checksum(path)
     except OSError:
         return False
+
+
+def require_own(place: Path) -> None:
+    """Raises BuildError where another user owns or can write a file or folder whose code runs
+    here.
+    """
+    facts = place.stat()
+    if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
+        raise BuildError(
+            f"{place} belongs to user {facts.st_uid} with mode "
+            f"{stat.S_IMODE(facts.st_mode):o}, and a library in it would run as you; set "
+            "LOADSTONE_KERNELS to a folder of your own"
+        )
 
 
 def build_ops(name: str, sources: list[Path], widest: bool = False) -> Path:

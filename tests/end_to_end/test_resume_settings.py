@@ -619,6 +619,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         "train.stop_after_step=12", lambda ran, other: max(ran.values("step")) == 12
     ),
     "train.sample_prompt": reaches("train.sample_prompt=x"),
+    "train.compile": reaches("train.compile=blocks"),
     "train.deterministic": reaches("train.deterministic=true"),
     "train.on_nonfinite": reaches("train.on_nonfinite=skip"),
     # checkpoints, sinks, watching

@@ -511,6 +511,7 @@ def test_routing_contradictions_are_named(overrides, message):
 
 
 MUP = ("model.init=mup", "model.mup_base_hidden_size=128")
+COMPILED = "train.compile=blocks"
 
 
 @pytest.mark.parametrize(
@@ -524,18 +525,29 @@ MUP = ("model.init=mup", "model.mup_base_hidden_size=128")
         (("model.init=small", "+model.init_std=0.1"), "model.init_std is 0.1"),
         (("optim.router_warmup_steps=-1",), "optim.router_warmup_steps is -1"),
         (("balance.random_routing_steps=-1",), "balance.random_routing_steps is -1"),
+        ((COMPILED, "deepspeed=zero3"), "does not go with ZeRO 3"),
+        ((COMPILED, "attention=scc"), "does not go with attention=sparse; use attention=dense"),
+        ((COMPILED, "router.capacity_factor=1.0"), "use router.capacity_factor=null"),
+        ((COMPILED, "model.recompute=block"), "model.recompute=block; use model.recompute=none"),
+        ((COMPILED, "balance.random_routing_steps=5"), "balance.random_routing_steps=5"),
+        ((COMPILED, "objective=self_distil"), "objective=self_distil; use objective=next_token"),
     ],
 )
 def test_contradictions_of_the_recipe_are_named(overrides, message):
-    """First weights, routers in their first steps."""
+    """First weights, routers in their first steps, compiled blocks."""
     found = problems(composed(*overrides))
     assert any(message in problem for problem in found), found
 
 
 def test_a_recipe_with_all_of_it_is_valid():
-    run = parse(composed(*MUP, "model.mup_base_num_layers=2", "optim=muon"), 1)
+    run = parse(composed(*MUP, "model.mup_base_num_layers=2", COMPILED, "optim=muon"), 1)
     assert (run.model.width_ratio, run.model.depth_ratio) == (2, 2)
     assert run.model.whole_logits_divisor == 2  # the quickstart's head is tied
+
+
+def test_compiled_blocks_and_expert_parallelism_are_refused_together():
+    found = problems(composed(COMPILED, "parallel.expert_parallel_size=2"), 2)
+    assert any("use parallel.expert_parallel_size=1" in problem for problem in found), found
 
 
 def test_every_fail_safe_may_be_on_with_one_rank():

@@ -99,6 +99,10 @@ class TrainConfig:
     """
     sample_prompt: str | None = None
     """Text to continue at the end of training, as a glimpse of the model; None: no sample."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile makes each block one graph for its passes in training; the first step
+    takes as long as compiling does (docs/concepts/compiled_blocks.md).
+    """
     deterministic: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN or infinite loss or gradient does: end the run, or skip the step. The batch is
