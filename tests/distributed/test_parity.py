@@ -356,6 +356,20 @@ MUON_NIGHTLY = [
 ]
 
 
+# muP's first weights and the random logits of routers' first steps, however the work is shared out.
+MUP, RANDOM = {"init": "mup", "mup_base_hidden_size": 8}, {"random_routing_steps": 4}
+FIRST_STEPS = [
+    {"ep": 1, "zero": 1, "accumulation": 1, "clip": 0.5, "scope": "batch", "steps": 3, **case}
+    for case in (
+        {"tp": 2, "model": MUP},
+        {"tp": 2, "ep": 2, "zero": 3, "balance": RANDOM},
+        {"cp": 2, "balance": RANDOM},
+        {"pp": 2, "balance": RANDOM, "model": MUP},
+        {"ep": 2, "zero": 3, "balance": RANDOM, "model": MUP, "accumulation": 2},
+    )
+]
+
+
 # How rows travel, who serves which expert, and what is kept for backward.
 DISPATCHES = [
     {
@@ -505,6 +519,11 @@ def test_eight_ranks_route_and_train_as_one_process(run_ranks):
 @pytest.mark.slow
 def test_routers_with_controllers_train_as_one_process(run_ranks):
     compared(run_ranks, 2, in_turn(ROUTERS))
+
+
+@pytest.mark.nightly
+def test_first_weights_and_first_steps_are_those_of_one_process_under_every_layout(run_ranks):
+    compared(run_ranks, 2, FIRST_STEPS)
 
 
 @pytest.mark.nightly
