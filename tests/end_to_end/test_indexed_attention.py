@@ -91,7 +91,7 @@ def test_an_index_that_has_learned_nothing_is_refused(runs):
         (("evaluate", f"run={runs / 'dense'}", *INDEX), "these weights do not have"),
         (("generate", f"run={runs / 'dense'}", "prompt=a", *INDEX), "these weights do not have"),
         (("train", f"resume={runs / 'dense'}", *INDEX, "train.num_steps=8"), "does not hold"),
-        (("export", f"run={runs / 'full'}", f"output={runs / 'out'}"), "no published family"),
+        (("export", f"run={runs / 'full'}", f"to={runs / 'out'}"), "no published family"),
     ):
         assert words in refusal(*command)
     assert not (runs / "never").exists()
