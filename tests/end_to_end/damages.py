@@ -212,7 +212,7 @@ def _evaluated(run_dir: Path) -> Loaded:
 def _resumed(run_dir: Path) -> Loaded:
     seen: list[Loaded] = []
 
-    def train(run: Any) -> None:
+    def train(run: Any, keeps: bool) -> None:
         batches = run.loader.next_step(1)
         seen.append(
             Loaded(

@@ -14,6 +14,7 @@ from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, batch, tiny_config
 from model.attention.config import (
     AttentionConfig,
     DenseAttentionConfig,
+    IndexedAttentionConfig,
     MlaConfig,
     SparseAttentionConfig,
     WindowedAttentionConfig,
@@ -87,6 +88,9 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "dense": DenseAttentionConfig(),
     "windowed": WindowedAttentionConfig(window=4, sinks=True),
     "mla": MlaConfig(**LATENT),
+    "dsa": IndexedAttentionConfig(top_k=6, index_heads=2, index_head_dim=8, dense_steps=0),
+    "msa": IndexedAttentionConfig(rule="msa", block_size=4, top_k=2, dense_steps=0),
+    "qsa": IndexedAttentionConfig(rule="qsa", block_size=2, top_k=3, dense_steps=0),
     **{name: SparseAttentionConfig(**arguments) for name, arguments in SPARSE.items()},
 }
 SHAPES: dict[str, dict] = {"mla": LATENT_SHAPE}

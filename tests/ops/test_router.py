@@ -167,7 +167,11 @@ def assert_matches(ours: RouterOutput, expected: RouterOutput, score_function: s
     """
     for name, a, b in zip(RouterOutput._fields, ours, expected, strict=True):
         assert a.dtype == b.dtype, name
-        if a.dtype.is_floating_point:
+        if name == "margin":
+            # a difference of keys, so as exact as these are: one row's may be near 0
+            atol = 4 * torch.finfo(b.dtype).eps * float(b.abs().max().clamp(1))
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
+        elif a.dtype.is_floating_point:
             assert_close(name, a, b)
         elif name == "histogram" and score_function != "relu":
             assert a.shape == b.shape and int((a - b).cumsum(1).abs().sum()) <= 2, name
