@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.command.progress import working
+from launch.config.overrides import typed
 from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def saved_budgets(
     if table is None:
         return None, (
             "the checkpoint has no saved budgets: python -m launch.evaluate "
-            f"run={run_dir} router.budget=[1,2] save_budgets=true"
+            f"{typed('run', run_dir)} router.budget=[1,2] save_budgets=true"
         )
     if table.attention != described(attention):
         return None, "the saved budgets were measured with another attention"
