@@ -79,7 +79,7 @@ def filled(word: str, place: Path) -> str:
         r"\bruns/(?:fixed|adaptive)\b": place / "run",
         r"(?<=[=:])/data\b": place / "data",
         r"/shared\b": place / "shared",
-        r"(?<==)latest\b": place / "run",
+        r"(?<!checkpoint=)(?<==)latest\b": place / "run",
         r"(?<=input=)prompts\.jsonl": place / "prompts.jsonl",
     }
     for name, value in names.items():
