@@ -14,6 +14,7 @@ import pytest
 from tests import documented
 from tests.documented import Command
 from tests.end_to_end.commandline import TINY, last_json, launch, train_on, write_text
+from tests.pairwise import some_daily
 from tests.published import published
 
 COMMANDS = [command for page in documented.PAGES for command in documented.commands(page)]
@@ -112,7 +113,10 @@ def ids(command: Command) -> str:
     return f"{Path(command.page).stem}: {command.text}"
 
 
-@pytest.mark.parametrize("command", [c for c in OURS if c.module in PLANNED], ids=ids)
+TRAINING = [pytest.param(c, id=ids(c)) for c in OURS if c.module in PLANNED]
+
+
+@pytest.mark.parametrize("command", some_daily(TRAINING))
 def test_what_trains_can_be_planned(command, place):
     # how data are prepared is no setting of a run
     own = ("inspect=", "prepare.") if command.module == "launch.prepare" else ()

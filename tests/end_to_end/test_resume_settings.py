@@ -962,7 +962,7 @@ def cases(kind: type) -> list:
     ]
 
 
-@pytest.mark.parametrize(("key", "case"), some_daily(cases(Acts), 3))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Acts), 4))
 def test_it_acts_and_is_told(runs, key, case):
     override = case.override.replace("CACHE", str(runs.folder / "CACHE"))
     control = runs.resumed(case.base, *case.control, steps=case.steps)
