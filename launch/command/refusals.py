@@ -48,6 +48,8 @@ def options(group: str) -> list[str]:
 
 def _unknown(key: str) -> str:
     groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+    if key in groups:
+        return f"this command has no choice of {key}; --help lists its settings"
     near = difflib.get_close_matches(key, groups, 1, 0.6)
     return f"unknown setting {key}" + (f": did you mean {near[0]}?" if near else "")
 

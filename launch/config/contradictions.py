@@ -413,7 +413,8 @@ def _lengths(run: RunConfig) -> list[str]:
     if run.optim.warmup_steps >= train.num_steps:
         problems.append(
             f"optim.warmup_steps {run.optim.warmup_steps} "
-            f"must be below train.num_steps {train.num_steps}"
+            f"must be below train.num_steps {train.num_steps}; give fewer, or "
+            "optim.warmup_fraction=0.05"
         )
     if (
         run.optim.wsd_decay_steps is not None

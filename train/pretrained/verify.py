@@ -59,7 +59,7 @@ class Comparison:
     def line(self) -> str:
         return (
             f"verified: logits of transformers differ by at most {self.largest:.2g} (standard "
-            f"deviation {self.deviation:.2g}); rounding the weights moves them by at most "
+            f"deviation {self.deviation:.2g}); rounding the weights moves a logit by at most "
             f"{self.rounding:.2g} ({self.moved:.2g} as root mean square), and "
             f"{self.agreement:.1%} of the most likely tokens stay"
         )
