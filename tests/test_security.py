@@ -397,6 +397,7 @@ def test_the_review_leaves_other_calls_alone(tmp_path):
 # --- configs, metadata, data ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [

@@ -112,6 +112,7 @@ def test_other_seeds_draw_other_tokens(dense):
     assert len({tuple(t) for t in tokens(run(dense, given))}) == 4
 
 
+@pytest.mark.slow
 def test_a_long_prompt_in_pieces_gives_the_same(model):
     given = requests_of(prompts(longest=50))
     expected = tokens(run(model, given))

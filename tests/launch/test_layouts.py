@@ -24,6 +24,8 @@ from launch.layouts.search import layouts, search, under
 from model.cost.parameters import flops_per_token
 from train.config.run import RunConfig
 
+pytestmark = [pytest.mark.slow]  # seconds of a core
+
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 LARGE = ("experiment=qwen3_30b_a3b", "model.loss_chunk_size=4096")
 SMALL = ("model.num_kv_heads=2", "train.global_batch_size=16", "train.micro_batch_size=1")

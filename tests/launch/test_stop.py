@@ -32,6 +32,8 @@ from train.data.shards.parts import Parts
 from train.observe.probe import RoutingProbe
 from train.rank import heartbeat
 
+pytestmark = [pytest.mark.slow]  # seconds of a core
+
 SETTINGS = (
     *TINY,
     "train.num_steps=4",

@@ -399,6 +399,7 @@ def test_a_day_meets_every_option_and_every_preset():
         assert {experiment for _, few in daily for experiment in few} == set(EXPERIMENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("router", "experiments"), with_presets(ROUTERS))
 def test_any_router_goes_into_any_preset(router, experiments):
     """With balance=none, since some routers balance by themselves."""
@@ -425,6 +426,7 @@ def test_a_config_of_an_earlier_version_means_the_same(name):
     assert parse(before, 1) == parse(config, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "experiments"), with_presets(ATTENTIONS))
 def test_any_attention_goes_into_any_preset(attention, experiments):
     """Latent attention with what its refusals ask for."""

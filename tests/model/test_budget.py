@@ -100,6 +100,7 @@ def max_vio(history: list[LayerStats]) -> float:
     return float(load.max() / load.mean()) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize("budget", some_daily([1.3, 2.0, 3.7], 3))
 def test_the_mean_number_of_experts_meets_the_budget_on_drifting_logits(name, budget):
@@ -451,6 +452,7 @@ def test_a_replayed_routing_reproduces_the_loss_and_its_gradients_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

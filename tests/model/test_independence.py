@@ -42,6 +42,8 @@ from train.config.component import KINDS as RECORDS
 from train.data.loader import Batch, pack
 from train.trained.evaluate import evaluate
 
+pytestmark = [pytest.mark.slow]  # seconds of a core
+
 LENGTH, ROWS = 32, 13
 # Every router with all that bounds an expert's load; each name is a test.
 ROUTERS: dict[str, tuple[type[RouterConfig], dict]] = {

@@ -133,6 +133,7 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
 def test_rows_of_different_lengths_decode_to_what_each_is_alone(name, padded):

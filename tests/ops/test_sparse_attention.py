@@ -1406,6 +1406,7 @@ def adversary(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_bound_is_finite_not_negative_and_holds_on_a_thousand_cases(dtype, part):

@@ -29,6 +29,8 @@ from train.observe.catalogue.names import GROUPS, METRICS, find
 from train.observe.catalogue.pictures import MEDIA
 from train.observe.catalogue.record import SEEN_IN_THE_RUN, UNITS, Need
 
+pytestmark = [pytest.mark.slow]  # seconds of a core
+
 
 def test_the_page_is_written_from_the_catalogue():
     written = (ROOT / "docs/metrics.md").read_text()
