@@ -454,9 +454,13 @@ class Transformer(nn.Module):
             sums.append(self._loss(hidden, targets, by_token=False).loss_sum)
         return sums
 
-    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _project(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., vocab_size]. weight: a use of the head's, as uses_of gives them."""
         hidden = times(hidden, 1 / self.config.whole_logits_divisor)
-        return F.linear(hidden, self._embedding_weight) if self.head is None else self.head(hidden)
+        if weight is None and self.head is not None:
+            logits: torch.Tensor = self.head(hidden)
+            return logits
+        return F.linear(hidden, self._embedding_weight if weight is None else weight)
 
     def _loss(
         self,
@@ -478,10 +482,7 @@ class Transformer(nn.Module):
         ) -> _Losses:
             if self.tensor is not None:
                 return self._shared_loss(self.tensor, hidden, targets, by_token, with_z, weight)
-            if weight is None:
-                logits = self._project(hidden)
-            else:
-                logits = F.linear(times(hidden, 1 / self.config.whole_logits_divisor), weight)
+            logits = self._project(hidden, weight)
             by_tokens = (
                 token_cross_entropy(logits, targets)
                 if by_token
@@ -540,10 +541,7 @@ class Transformer(nn.Module):
         head's rows in parts. Collective.
         """
         tokens = tensor.gather(hidden.reshape(-1, hidden.shape[-1]))
-        if weight is None:
-            logits = self._project(tokens)
-        else:
-            logits = F.linear(times(tokens, 1 / self.config.logits_divisor), weight)
+        logits = self._project(tokens, weight)
         losses, normalizers = shared_cross_entropy(
             logits, tensor.gathered(targets.reshape(-1)), tensor
         )

@@ -14,7 +14,7 @@ from tests.distributed.test_context_parallel import (
     SINKS_AHEAD,
     check_that_it_shows,
 )
-from tests.distributed.test_parity import FEATURES, GATED, GPT_OSS, LATENT, LEARNED, check
+from tests.distributed.test_parity import FEATURES, GATED, GPT_OSS, LATENT, LEARNED, MUP, check
 
 WORKER = "distributed/parity_worker.py"
 
@@ -103,6 +103,12 @@ HALF_PRECISION = [
     case(2, 2, 1, 2, "batch", precision="bf16"),
     case(2, 1, 2, 2, "batch", precision="bf16", model={"loss_chunk_size": 24}),
     case(2, 2, 3, 2, "batch", precision="bf16", model={"tie_embeddings": True}),
+    # muP divides the logits of a tied head, those of chunks as well.
+    case(
+        *(2, 1, 1, 1, "batch"),
+        precision="bf16",
+        model={**MUP, "tie_embeddings": True, "loss_chunk_size": 24},
+    ),
 ]
 
 
