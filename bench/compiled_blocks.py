@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from bench.common import Row, main, make_row, measure
-from bench.train_step import BALANCE, OLMOE, QUICKSTART, random_batch
+from bench.train_step import BALANCE, OLMOE, QUICKSTART, random_batch, shape_of
 from model.attention.config import DenseAttentionConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.loss import training_loss
@@ -84,15 +84,7 @@ def run(device: torch.device) -> list[Row]:
         "threads": torch.get_num_threads(),
         "loss_before_and_after_one_step": f"{eager_loss:.6f} {compiled_loss:.6f}",
     }
-    shape: dict[str, int | str] = {
-        "B": rows,
-        "S": length,
-        "D": config.hidden_size,
-        "layers": config.num_layers,
-        "F": config.expert_intermediate_size,
-        "E": config.num_experts,
-        "K": top_k,
-    }
+    shape = shape_of(config, rows, length, top_k)
     return [make_row("compiled_blocks", shape, dtype, device, times, None, **extra)]
 
 

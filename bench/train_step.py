@@ -71,6 +71,20 @@ def build_step(
     return step
 
 
+def shape_of(config: ModelConfig, rows: int, length: int, top_k: int) -> dict[str, int | str]:
+    """What a row of a result says of its step."""
+    return {
+        "B": rows,
+        "S": length,
+        "D": config.hidden_size,
+        "layers": config.num_layers,
+        "F": config.expert_intermediate_size,
+        "E": config.num_experts,
+        "K": top_k,
+        "vocab": config.vocab_size,
+    }
+
+
 def random_batch(rows: int, length: int, vocab_size: int, device: torch.device) -> TokenBatch:
     """Rows of one document each."""
     generator = torch.Generator().manual_seed(0)
@@ -110,16 +124,7 @@ def run(device: torch.device) -> list[Row]:
         rows * length * flops_per_token(config, top_k, length),
         peak_tflops(device_name(device)),
     )
-    shape = {
-        "B": rows,
-        "S": length,
-        "D": config.hidden_size,
-        "layers": config.num_layers,
-        "F": config.expert_intermediate_size,
-        "E": config.num_experts,
-        "K": top_k,
-        "vocab": config.vocab_size,
-    }
+    shape = shape_of(config, rows, length, top_k)
     # The bound counts model FLOPs only, so the roofline fraction is the MFU.
     return [
         make_row(

@@ -365,13 +365,28 @@ class Engine:
             fresh = [s for s in fresh if id(s) not in taken]
 
     def _continue(self, kind: str, pieces: list[Piece]) -> list[Event]:
+        keep = any(piece.sequence.request.keep_routing for piece in pieces)
+        decoded, width = self._step(pieces, keep)
+        rows = self._num_rows(len(pieces))
+        last = torch.arange(1, rows + 1, device=self.device) * width - 1
+        return self._advance(kind, pieces, decoded, last)
+
+    def _step(
+        self, pieces: list[Piece], keep: bool, of_every_token: bool = False
+    ) -> tuple[Decoded, int]:
+        """A forward pass over what continues pages, and the width of its rows. keep: where every
+        token went; of_every_token: logits of all tokens of the pieces, not of the last of each.
+        """
         rows = self._num_rows(len(pieces))
         input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
-        keep = any(piece.sequence.request.keep_routing for piece in pieces)
+        width = input_ids.shape[1]
+        places = None
+        if of_every_token:
+            begins = zip(_begins(pieces, width), pieces, strict=True)
+            every = [begin + i for begin, (_, number) in begins for i in range(number)]
+            places = torch.tensor(every, device=self.device)
         budgets = self._token_budgets(row_of)
-        decoded = self.model.step(input_ids, paging, self.pages, mask, keep, budgets)
-        last = torch.arange(1, rows + 1, device=self.device) * input_ids.shape[1] - 1
-        return self._advance(kind, pieces, decoded, last)
+        return self.model.step(input_ids, paging, self.pages, mask, keep, budgets, places), width
 
     def _num_rows(self, number: int) -> int:
         """Rows of a forward pass: on a GPU few different numbers, elsewhere none is idle."""
@@ -436,23 +451,8 @@ class Engine:
         """
         drafts = self._draft(sequences)
         pieces = [Piece(sequence, sequence.pending) for sequence in sequences]
-        rows = self._num_rows(len(pieces))
-        input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
-        width = input_ids.shape[1]
-        begins = [(row + 1) * width - number for row, (_, number) in enumerate(pieces)]
-        places = [
-            b + i for b, (_, number) in zip(begins, pieces, strict=True) for i in range(number)
-        ]
         keep = any(sequence.request.keep_routing for sequence in sequences)
-        decoded = self.model.step(
-            input_ids,
-            paging,
-            self.pages,
-            mask,
-            keep,
-            self._token_budgets(row_of),
-            torch.tensor(places, device=self.device),
-        )
+        decoded, width = self._step(pieces, keep, of_every_token=True)
         self.num_forwards["decode"] += 1
 
         # Each token is drawn as decoding draws it: by the request's seed and the token's number.
@@ -462,7 +462,9 @@ class Engine:
         tokens, log_probabilities = (values.tolist() for values in found)
         experts, now, first = decoded.experts.tolist(), self.clock(), 0
         events: list[Event] = []
-        for (sequence, number), begin, own in zip(pieces, begins, drafts, strict=True):
+        for (sequence, number), begin, own in zip(
+            pieces, _begins(pieces, width), drafts, strict=True
+        ):
             del sequence.tokens[len(sequence.tokens) - len(own) :]
             self.drafted.rounds += bool(own)
             self.drafted.drafts += len(own)
@@ -501,10 +503,7 @@ class Engine:
             sequence.row = row
         while active:
             pieces = [Piece(sequence, 1) for sequence in active]
-            rows = self._num_rows(len(pieces))
-            input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
-            budgets = self._token_budgets(row_of)
-            decoded = self.model.step(input_ids, paging, self.pages, mask, False, budgets)
+            decoded, _ = self._step(pieces, keep=False)
             # A draft has the number, and so the uniform, of the token that it stands for.
             numbers = [len(s.tokens) - len(s.request.prompt) for s in active]
             tokens, _ = sample(
@@ -582,3 +581,8 @@ class Engine:
 
     def _anyone(self, wants: bool) -> bool:
         return self._agree([wants])[0]
+
+
+def _begins(pieces: list[Piece], width: int) -> list[int]:
+    """Where each piece begins in a pass whose rows it stands at the end of."""
+    return [(row + 1) * width - number for row, (_, number) in enumerate(pieces)]

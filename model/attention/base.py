@@ -14,6 +14,8 @@ from model.attention.cache import LayerCache, Pages
 from model.attention.largest import LargestLogits, largest_logits
 from model.parallel.heads import HeadExchange
 from model.parallel.tensor import TensorExchange
+from ops.sparse_attention.audit import sample_rows
+from ops.sparse_attention.noise import token_hash
 
 
 class Paging(NamedTuple):
@@ -109,6 +111,16 @@ class SequenceLayout:
     def sum_own_tokens(self, shares: torch.Tensor) -> torch.Tensor:
         """The way back, of what a cut matrix has made of [B, S, ...]."""
         return shares if self.tensor is None else self.tensor.sum_own_rows(shares)
+
+    def audited_rows(self, layer_idx: int, share: float, num_tokens: int) -> torch.Tensor:
+        """[R] int64, a share of the `num_tokens` rows that count, for a comparison with dense
+        attention: the same tokens whatever the batch is packed like, others in every layer.
+        """
+        ids = self.token_ids
+        if ids is None:
+            ids = torch.arange(num_tokens, device=self.cos.device)
+        rows = sample_rows(token_hash(layer_idx, ids), share)
+        return rows if self.token_mask is None else rows[self.token_mask[rows]]
 
     def see_logits(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
         """Note the largest logits of a layer, for whoever asked. q, k: whole rows of the heads

@@ -21,8 +21,6 @@ from ops.index_attention import (
     group_starts,
     indexed_attention,
 )
-from ops.sparse_attention.audit import sample_rows
-from ops.sparse_attention.noise import token_hash
 
 LAYER_NORM_EPS = 1e-6
 """Of DSA's index keys, as DeepSeek-V3.2 has it, whatever model.norm_eps is."""
@@ -276,12 +274,7 @@ class IndexedAttention(DenseAttention):
         """
         if self.audit_rows == 0:
             return {}
-        ids = layout.token_ids
-        if ids is None:
-            ids = torch.arange(len(q), device=q.device)
-        rows = sample_rows(token_hash(self.layer_idx, ids), self.audit_rows)
-        if layout.token_mask is not None:
-            rows = rows[layout.token_mask[rows]]
+        rows = layout.audited_rows(self.layer_idx, self.audit_rows, len(q))
         recall = audit_index(q, k, index, bounds, self.spec, rows.tolist()).recall
         return {"index_audited": recall.new_tensor(len(recall)), "index_recall": recall.sum()}
 

@@ -24,9 +24,8 @@ from ops.sparse_attention import (
     decode_pages,
     sparse_attention,
 )
-from ops.sparse_attention.audit import audit_rows, sample_rows
+from ops.sparse_attention.audit import audit_rows
 from ops.sparse_attention.cache import EntryCache, EntryPages, Weigh
-from ops.sparse_attention.noise import token_hash
 from ops.sparse_attention.ranking import union_counts
 
 UNION_TILE = 16
@@ -376,12 +375,7 @@ class SparseAttention(DenseAttention):
 
         # A few rows, the same whatever the batch is packed like, are compared with dense attention.
         if audit and self.audit_rows > 0 and (layout.measure or regularised):
-            ids = layout.token_ids
-            if ids is None:
-                ids = torch.arange(len(q), device=q.device)
-            rows = sample_rows(token_hash(self.layer_idx, ids), self.audit_rows)
-            if layout.token_mask is not None:
-                rows = rows[layout.token_mask[rows]]
+            rows = layout.audited_rows(self.layer_idx, self.audit_rows, len(q))
 
             # Without a regulariser nothing of it has to be kept for backward.
             sinks = self._own_sinks(layout)

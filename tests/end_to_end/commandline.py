@@ -90,12 +90,33 @@ def last_json(result: subprocess.CompletedProcess) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def lines(path: Path) -> list[dict]:
+    """Records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def losses(run_dir: Path | str) -> dict[int, float]:
     """Training loss by step from metrics.jsonl."""
-    records = [
-        json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    ]
+    records = lines(Path(run_dir) / "metrics.jsonl")
     return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+# What a rank does alone, what time it takes, what memory, and what one process does not send.
+OWN = ("perf/", "comm/", "moe/expert_grad_cv", "moe/router_grad_ratio", "moe/gate_grad_share")
+
+
+def measured(run_dir: Path, leave_out: tuple[str, ...] = ()) -> dict[int, dict[str, float]]:
+    """Every metric by step, but for those that say how the work was done and begin so."""
+    found: dict[int, dict[str, float]] = {}
+    for record in lines(run_dir / "metrics.jsonl"):
+        kept = {n: v for n, v in record.items() if "/" in n and not n.startswith(OWN + leave_out)}
+        found.setdefault(record["step"], {}).update(kept)
+    return found
+
+
+def checksums(run_dir: Path) -> dict[int, list]:
+    """Of every assignment of a token to an expert, by step, from the audit."""
+    return {r["step"]: r["checksums"] for r in lines(run_dir / "audit/steps.jsonl")}
 
 
 def ranks(number: int, expert_parallel_size: int, kind: str = "deepspeed") -> list[str]:

@@ -4,7 +4,6 @@ process does, and either goes on where the other stopped.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import TINY, launch, losses, train_on, write_text
+from commandline import TINY, checksums, launch, lines, losses, train_on, write_text
 
 from launch.config.overrides import plain
 from launch.config.parse import parse
@@ -33,10 +32,6 @@ SETTINGS = (
 )
 SHARED = ("parallel.context_parallel_size=2",)
 HALF = ("train.stop_after_step=5",)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +58,7 @@ def test_ranks_that_share_rows_log_what_one_process_does(runs):
     assert shared[5]["eval/bits_per_byte"] == pytest.approx(own[5]["eval/bits_per_byte"], rel=1e-5)
 
     # Which token went to which expert: the checksum is of every assignment of the step.
-    own, shared = (
-        {r["step"]: r["checksums"] for r in lines(runs / name / "audit/steps.jsonl")}
-        for name in ("alone", "half")
-    )
+    own, shared = checksums(runs / "alone"), checksums(runs / "half")
     assert shared == {step: own[step] for step in range(1, 6)}
 
 

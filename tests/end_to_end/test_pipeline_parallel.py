@@ -4,7 +4,6 @@ does, and either goes on where the other stopped.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import TINY, launch, losses, train_on, write_text
+from commandline import TINY, checksums, launch, lines, losses, measured, train_on, write_text
 
 from launch.config.overrides import plain
 from launch.config.parse import parse
@@ -43,21 +42,6 @@ SETTINGS = (
 )
 STAGES = ("parallel=pp2", "parallel.pipeline_split=[1,2]")
 HALF = ("train.stop_after_step=5",)
-# What a rank does alone, what time it takes, what memory, and what one process does not send.
-OWN = ("perf/", "comm/", "moe/expert_grad_cv", "moe/router_grad_ratio", "moe/gate_grad_share")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def measured(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Every metric by step, but for those that say how the work was done."""
-    found: dict[int, dict[str, float]] = {}
-    for record in lines(run_dir / "metrics.jsonl"):
-        kept = {n: v for n, v in record.items() if "/" in n and not n.startswith(OWN)}
-        found.setdefault(record["step"], {}).update(kept)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +65,7 @@ def test_stages_log_what_one_process_does(runs):
             assert value == pytest.approx(expected, rel=2e-5, abs=1e-6), (step, name)
 
     # Which token went to which expert: the checksum is of every assignment of the step.
-    own, staged = (
-        {r["step"]: r["checksums"] for r in lines(runs / name / "audit/steps.jsonl")}
-        for name in ("alone", "half")
-    )
+    own, staged = checksums(runs / "alone"), checksums(runs / "half")
     assert staged == {step: own[step] for step in range(1, 6)}
     tables = [
         {r["step"]: r["counts"] for r in lines(runs / name / "routing.jsonl")}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import TINY, launch, losses, train_on, write_text
+from commandline import TINY, checksums, launch, lines, losses, measured, train_on, write_text
 
 from launch.config.overrides import plain
 from launch.config.parse import parse
@@ -39,23 +39,8 @@ SETTINGS = (
 )
 CUT = ("parallel=tp2",)
 HALF = ("train.stop_after_step=5",)
-# What a rank does alone, what time it takes, what memory, and what one process does not send.
-OWN = ("perf/", "comm/", "moe/expert_grad_cv", "moe/router_grad_ratio", "moe/gate_grad_share")
 # Of the last micro-batch of one rank, which is half of the rows here.
 SAMPLED = ("moe/margin", "moe/log_z_m", "moe/log_z_p", "moe/gate_", "moe/co_activation")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def measured(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Every metric by step, but for those that say how the work was done."""
-    found: dict[int, dict[str, float]] = {}
-    for record in lines(run_dir / "metrics.jsonl"):
-        kept = {n: v for n, v in record.items() if "/" in n and not n.startswith(OWN + SAMPLED)}
-        found.setdefault(record["step"], {}).update(kept)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +56,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.nightly
 def test_ranks_that_share_matrices_log_what_one_process_does(runs):
-    alone, half = measured(runs / "alone"), measured(runs / "half")
+    alone, half = (measured(runs / name, SAMPLED) for name in ("alone", "half"))
     for step in range(1, 6):
         assert set(half[step]) == set(alone[step]), step
         for name, value in half[step].items():
@@ -79,10 +64,7 @@ def test_ranks_that_share_matrices_log_what_one_process_does(runs):
             assert value == pytest.approx(expected, rel=2e-5, abs=1e-6), (step, name)
 
     # Which token went to which expert: the checksum is of every assignment of the step.
-    own, shared = (
-        {r["step"]: r["checksums"] for r in lines(runs / name / "audit/steps.jsonl")}
-        for name in ("alone", "half")
-    )
+    own, shared = checksums(runs / "alone"), checksums(runs / "half")
     assert shared == {step: own[step] for step in range(1, 6)}
 
 

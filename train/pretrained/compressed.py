@@ -13,8 +13,6 @@ from model.families.reading import CHANNEL_SCALES, FamilyError, Reading, Setting
 if TYPE_CHECKING:
     import torch
 
-LARGEST = 448.0
-"""Of e4m3 (OCP 8-bit Floating Point Specification, table 1)."""
 OWN_LAYERS = ("router.weight", "shared_gate.weight")
 """Endings of our names of matrices in a layer that stay as they are: small, and they decide."""
 MOST_MOVED = 0.25
@@ -104,6 +102,8 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
+    from ops.grouped_mlp.fp8 import FP8, LARGEST
+
     weight = weight.float()
     if not weight.isfinite().all():
         raise ValueError("has numbers that are not finite")
@@ -112,7 +112,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A scale below the least bf16 number would be 0; its row is then all but 0 as well.
     scale = scale.clamp_min(torch.finfo(torch.bfloat16).tiny)
     small = (weight / scale.float()).clamp(-LARGEST, LARGEST)
-    return small.to(torch.float8_e4m3fn), scale
+    return small.to(FP8), scale
 
 
 def with_scales(
