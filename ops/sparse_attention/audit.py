@@ -97,16 +97,18 @@ def audit_rows(
     bias: Tensor | None = None,
     sink: Tensor | None = None,
     pool_logits: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> RowAudit:
-    """Compare `result` with dense attention on `rows` [m] int64. Other arguments as
-    sparse_attention was given, which had both branches.
+    """Compare `result` with dense attention on `rows` [m] int64, tokens that are among the queries.
+    Other arguments as sparse_attention was given, which had both branches.
     """
-    table = block_table(cu_seqlens, len(q), spec)
+    table = block_table(cu_seqlens, len(k), spec)
+    at = rows if queries is None else torch.searchsorted(queries, rows)
     pooled = _pool(k, v, table, spec, pool_logits)
     step = max(1, _ELEMENTS // max(1, q.shape[1] * len(k)))
     parts = [
-        _audit(q, k, v, table, spec, result, chunk, bias, sink, pooled)
-        for chunk in rows.split(step)
+        _audit(q, k, v, table, spec, result, chunk, there, bias, sink, pooled)
+        for chunk, there in zip(rows.split(step), at.split(step), strict=True)
     ]
     return RowAudit(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
@@ -164,10 +166,12 @@ def _audit(
     spec: SparseAttentionSpec,
     result: AttentionOutput,
     rows: Tensor,
+    at: Tensor,
     bias: Tensor | None,
     sink: Tensor | None,
     pooled: _Pooled,
 ) -> RowAudit:
+    """rows: [m], tokens; at: [m], their places among the queries."""
     num_rows = len(rows)
     _, heads, dim = q.shape
     kv_heads = k.shape[1]
@@ -175,7 +179,7 @@ def _audit(
     real = real_dtype(q.dtype)
     scale = dim**-0.5
     shape = (num_rows, kv_heads, heads // kv_heads)
-    queries = q[rows].to(real).view(*shape, dim).transpose(0, 1)  # [Hk, m, G, d]
+    queries = q[at].to(real).view(*shape, dim).transpose(0, 1)  # [Hk, m, G, d]
     k, v = k.to(real), v.to(real)
     own, block_of = table.block_of[rows].long(), table.block_of.long()
     block = torch.arange(len(table.start), device=q.device)
@@ -200,7 +204,7 @@ def _audit(
         true_mass = torch.where(past[None, :, None], true_mass, 0.0)
 
     # The error is relative to the dense output, which is no shorter than rounding leaves it.
-    ours = result.out[rows].to(real).view(*shape, dim).transpose(0, 1)
+    ours = result.out[at].to(real).view(*shape, dim).transpose(0, 1)
     lengths = v.detach().norm(dim=-1).T.unsqueeze(1).masked_fill(~visible, 0.0)
     largest = lengths.amax(-1).unsqueeze(-1)  # [Hk, m, 1]
     least_norm = (torch.finfo(real).eps * largest).clamp_min(torch.finfo(real).tiny)
@@ -227,14 +231,14 @@ def _audit(
     kl = torch.where(some, kl, 0.0)
 
     # what the row saw by tokens, and what by coarse entries
-    chosen = result.selected[:, rows].long()
+    chosen = result.selected[:, at].long()
     taken = torch.zeros(kv_heads, num_rows, len(block) + 1, dtype=torch.bool, device=q.device)
     taken.scatter_(2, torch.where(chosen < 0, len(block), chosen), True)
     tail = (block >= sink_end) & (block < local) & pooled.complete & ~taken[..., :-1]
     tail = tail.repeat_interleave(r, -1).unsqueeze(2)
     shift = torch.zeros(*z.shape[:3], 1, dtype=real, device=q.device)
     if bias is not None:
-        shift = bias[rows].to(real).view(*shape, 1).transpose(0, 1)
+        shift = bias[at].to(real).view(*shape, 1).transpose(0, 1)
     if spec.tail == "drop":
         tail = torch.zeros_like(tail)
     with torch.no_grad():

@@ -88,6 +88,13 @@ def block_table(cu_seqlens: Tensor, num_tokens: int, spec: SparseAttentionSpec) 
     )
 
 
+def of_queries(table: BlockTable, queries: Tensor | None) -> BlockTable:
+    """The table with the blocks of the tokens `queries` [n] in the place of all tokens'; of None,
+    the table itself.
+    """
+    return table if queries is None else table._replace(block_of=table.block_of[queries])
+
+
 def query_tiles(
     table: BlockTable, num_tokens: int, tile_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,7 +96,9 @@ class Chunk(NamedTuple):
     begin: int
     """The first query."""
     end: int
-    """The end of the queries, and of the window's tokens."""
+    """The end of the queries."""
+    stop: int
+    """The token behind the last query's, where the window's tokens end."""
     window: int
     """The first token of any query's window."""
     sink_begin: int
@@ -118,8 +120,10 @@ class Chunk(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """Block limits of every query, [T] int64: tokens for the exact parts, blocks for the tail."""
+    """Block limits of every query, [n] int64: tokens for the exact parts, blocks for the tail."""
 
+    place: Tensor
+    """The query's own token."""
     window_start: Tensor
     """First token of the window."""
     sink_start: Tensor
@@ -131,10 +135,11 @@ class _Tokens(NamedTuple):
     tail_high: Tensor
     """End of those blocks."""
     near: Tensor
-    """[T] bool: few candidates, whose selected ones are a masked product."""
+    """[n] bool: few candidates, whose selected ones are a masked product."""
 
 
-def _limits(table: BlockTable, spec: SparseAttentionSpec, exact: bool) -> _Tokens:
+def _limits(table: BlockTable, spec: SparseAttentionSpec, exact: bool, place: Tensor) -> _Tokens:
+    """table: with the blocks of the queries, whose tokens are `place`."""
     own = table.block_of.long()
     first, sink_end, local = (
         x[own].long() for x in (table.first, table.sink_end, table.local_start)
@@ -149,31 +154,36 @@ def _limits(table: BlockTable, spec: SparseAttentionSpec, exact: bool) -> _Token
     near = (high > low) & (
         (high - low) * spec.block_size <= max(_NEAR, 2 * spec.top_k * spec.block_size)
     )
-    return _Tokens(window, start[first], sink_stop, low, high, near)
+    return _Tokens(place, window, start[first], sink_stop, low, high, near)
 
 
 def _chunks(
-    limits: _Tokens, num_tokens: int, num_heads: int, entries_per_block: int, max_queries: int
+    limits: _Tokens, num_queries: int, num_heads: int, entries_per_block: int, max_queries: int
 ) -> Iterator[Chunk]:
     """Runs of consecutive queries. A document whose first blocks lie apart from its windows begins
-    a run of its own, so that a run has one range of such blocks.
+    a run of its own, so that a run has one range of such blocks, and so do queries whose tokens do
+    not follow on.
     """
-    starts = limits.sink_start[limits.sink_stop > limits.sink_start].unique().tolist()
+    place = limits.place
+    starts = limits.sink_start[limits.sink_stop > limits.sink_start].unique()
+    gaps = (place.diff() != 1).nonzero()[:, 0] + 1
+    cuts = torch.cat([torch.searchsorted(place, starts), gaps]).unique().tolist()
     begin = 0
-    while begin < num_tokens:
+    while begin < num_queries:
         in_tail = max(0, int(limits.tail_high[begin]) - int(limits.tail_low[begin]))
-        width = begin - int(limits.window_start[begin]) + 64 + entries_per_block * in_tail
-        end = min(num_tokens, begin + max(16, min(max_queries, _ELEMENTS // (num_heads * width))))
-        following = bisect_right(starts, begin)
-        if following < len(starts):
-            end = min(end, starts[following])
+        in_window = int(place[begin]) - int(limits.window_start[begin])
+        width = in_window + 64 + entries_per_block * in_tail
+        end = min(num_queries, begin + max(16, min(max_queries, _ELEMENTS // (num_heads * width))))
+        following = bisect_right(cuts, begin)
+        if following < len(cuts):
+            end = min(end, cuts[following])
         yield _chunk(limits, begin, end)
         begin = end
 
 
 def _chunk(limits: _Tokens, begin: int, end: int) -> Chunk:
     rows = slice(begin, end)
-    window, sink_start, sink_stop, tail_low, tail_high, near = (x[rows] for x in limits)
+    place, window, sink_start, sink_stop, tail_low, tail_high, near = (x[rows] for x in limits)
     tail = tail_high > tail_low
     sinks = sink_stop > sink_start
     # Empty ranges stay [0, 0).
@@ -187,7 +197,16 @@ def _chunk(limits: _Tokens, begin: int, end: int) -> Chunk:
     if sinks.any():
         sink_begin, sink_end = int(sink_start[sinks].min()), int(sink_stop[sinks].max())
     return Chunk(
-        begin, end, int(window.min()), sink_begin, sink_end, low, high, near_low, near_high
+        begin,
+        end,
+        int(place[-1]) + 1,
+        int(window.min()),
+        sink_begin,
+        sink_end,
+        low,
+        high,
+        near_low,
+        near_high,
     )
 
 
@@ -209,7 +228,7 @@ class _Part(NamedTuple):
 
 
 class Rows:
-    """A problem's tensors as rows [Hk, T, G, d] in the dtype computed in, and what every pass
+    """A problem's tensors as rows [Hk, n, G, d] in the dtype computed in, and what every pass
     needs.
     """
 
@@ -219,7 +238,7 @@ class Rows:
         self.table = table
         self.exact = problem.exact
         self.coarse = problem.coarse
-        self.num_tokens, self.num_heads, self.dim = q.shape
+        self.num_queries, self.num_heads, self.dim = q.shape
         self.kv_heads = problem.k.shape[1]
         self.group = self.num_heads // self.kv_heads
         self.scale = self.dim**-0.5
@@ -237,28 +256,30 @@ class Rows:
 
         # The limits of every query, and the blocks' starts on the host: once for all passes.
         self.selected = problem.selected.long()
-        self.limits = _limits(table, spec, problem.exact)
+        own = problem.table_of_queries
+        self.own = own.block_of.long()
+        self.limits = _limits(own, spec, problem.exact, problem.places)
         self.start = table.start.tolist()
 
     def rows(self, x: Tensor) -> Tensor:
-        """[T, H, ...] -> [Hk, T, G, ...] contiguous."""
+        """[n, H, ...] -> [Hk, n, G, ...] contiguous."""
         return (
-            x.view(self.num_tokens, self.kv_heads, self.group, *x.shape[2:])
+            x.view(self.num_queries, self.kv_heads, self.group, *x.shape[2:])
             .transpose(0, 1)
             .contiguous()
         )
 
     def by_token(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1).reshape(self.num_tokens, self.num_heads, *x.shape[3:])
+        return x.transpose(0, 1).reshape(self.num_queries, self.num_heads, *x.shape[3:])
 
     def chunks(self, max_queries: int = _MAX_QUERIES) -> Iterator[Chunk]:
         return _chunks(
-            self.limits, self.num_tokens, self.num_heads, self.spec.entries_per_block, max_queries
+            self.limits, self.num_queries, self.num_heads, self.spec.entries_per_block, max_queries
         )
 
     def last(self) -> Chunk:
         """The last query alone."""
-        return _chunk(self.limits, self.num_tokens - 1, self.num_tokens)
+        return _chunk(self.limits, self.num_queries - 1, self.num_queries)
 
     def parts(self, chunk: Chunk) -> Iterator[_Part]:
         limits, rows = self.limits, chunk.rows
@@ -266,8 +287,8 @@ class Rows:
             yield self._tail(chunk)
         if not self.exact:
             return
-        query = torch.arange(chunk.begin, chunk.end, device=self.q.device).unsqueeze(1)
-        at = slice(chunk.window, chunk.end)
+        query = limits.place[rows].unsqueeze(1)
+        at = slice(chunk.window, chunk.stop)
         token = torch.arange(at.start, at.stop, device=self.q.device)
         mask = (token >= limits.window_start[rows].unsqueeze(1)) & (token <= query)
         yield _Part(self.k[:, at], self.v[:, at], None, mask[None, :, None], at)
@@ -551,9 +572,10 @@ def rank(
     spec: SparseAttentionSpec,
     hashed: Tensor | None,
     noise: SelectionNoise,
+    queries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See interface.Backend.rank."""
-    num_tokens, kv_heads = len(q), entries.key_mean.shape[0]
+    num_queries, kv_heads = len(q), entries.key_mean.shape[0]
     # Keys and values have no part in it; slices of the queries stand for them.
     p = Rows(
         Problem(
@@ -562,18 +584,19 @@ def rank(
             v=q[:, :kv_heads],
             bias=None,
             sink=None,
-            selected=q.new_empty(kv_heads, num_tokens, 0),
+            selected=q.new_empty(kv_heads, num_queries, 0),
             entries=entries,
             table=table,
             spec=spec,
             exact=False,
             coarse=True,
+            queries=queries,
         )
     )
 
-    keys = torch.full((kv_heads, num_tokens, spec.top_k), -1, dtype=torch.int64, device=q.device)
-    candidate_mass = torch.zeros(kv_heads, num_tokens, device=q.device)
-    low, high = (x[table.block_of.long()].long() for x in (table.sink_end, table.local_start))
+    keys = torch.full((kv_heads, num_queries, spec.top_k), -1, dtype=torch.int64, device=q.device)
+    candidate_mass = torch.zeros(kv_heads, num_queries, device=q.device)
+    low, high = (x[p.own].long() for x in (table.sink_end, table.local_start))
     first_head, num_heads = drawing_heads(noise, kv_heads)
     head = first_head + torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
 
@@ -595,7 +618,7 @@ def rank(
         # Counters start at the document's first block: packing does not change what is drawn.
         if noise.temperature > 0:
             assert hashed is not None
-            first = table.first[table.block_of[rows].long()].long().unsqueeze(1)
+            first = table.first[p.own[rows]].long().unsqueeze(1)
             counter = selection_counter(block - first, head, num_heads)
             values = values + noise.temperature * gumbel(hashed[rows].unsqueeze(1), counter)
 

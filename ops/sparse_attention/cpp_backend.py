@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.compile.cuda import BuildError, build_ops
-from ops.sparse_attention.blocks import BlockTable
+from ops.sparse_attention.blocks import BlockTable, of_queries
 from ops.sparse_attention.chunked import decode, real_dtype
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.noise import drawing_heads
@@ -69,16 +69,19 @@ def _maybe(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def _tables(table: BlockTable) -> list[Tensor]:
-    """In the order that csrc/attention_ops.cpp read_table takes them."""
-    return [
+def _tables(table: BlockTable, queries: Tensor | None = None) -> list[Tensor]:
+    """In the order that csrc/attention_ops.cpp read_table takes them. queries: [n], the tokens that
+    are queries, whose blocks are then those that it gets; None: all.
+    """
+    tables = [
         table.start,
         table.end,
         table.first,
         table.sink_end,
         table.local_start,
-        table.block_of,
+        of_queries(table, queries).block_of,
     ]
+    return tables if queries is None else [*tables, queries.int()]
 
 
 def _settings(
@@ -110,6 +113,7 @@ def rank(
     spec: SparseAttentionSpec,
     hashed: Tensor | None,
     noise: SelectionNoise,
+    queries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See interface.Backend.rank."""
     kv_heads = entries.key_mean.shape[0]
@@ -121,7 +125,7 @@ def rank(
         _plain(q),
         _plain(entries.key_mean),
         _plain(entries.key_var),
-        _tables(table),
+        _tables(table, queries),
         hashed if noise.temperature > 0 else None,
         settings,
         [*numbers, float(noise.temperature), TRUST],
@@ -144,7 +148,7 @@ def _inputs(problem: Problem) -> tuple[object, ...]:
         _maybe(problem.sink, real),
         problem.selected.int().contiguous(),
         [_plain(x) for x in entries],
-        _tables(problem.table),
+        _tables(problem.table, problem.queries),
         *_settings(problem.spec, problem.q.shape[-1], problem.exact, problem.coarse),
     )
 

@@ -206,7 +206,14 @@ class _State:
     """Inputs as rows, entries of both levels, and the passes over a chunk."""
 
     def __init__(self, problem: Problem, noise: SelectionNoise | None, token_ids: Tensor | None):
-        q, k, v, _, sink, _, _, table, spec, _, _ = problem
+        q, k, v, sink, table, spec = (
+            problem.q,
+            problem.k,
+            problem.v,
+            problem.sink,
+            problem.table,
+            problem.spec,
+        )
         self.table = table
         self.spec = spec
         self.noise = noise
@@ -231,7 +238,7 @@ class _State:
         self.supers = pool_spans(k, v, self.super_tokens, self.span)
 
         random = noise is not None and (noise.temperature > 0 or noise.min_top_k is not None)
-        ids = torch.arange(len(q), device=q.device) if token_ids is None else token_ids
+        ids = problem.places if token_ids is None else token_ids
         self.hashed = token_hash(noise.seed, ids) if random and noise is not None else None
 
     def plan(self, chunk: Chunk) -> _Plan:
@@ -244,7 +251,7 @@ class _State:
         device = p.q.device
         rows = chunk.rows
         q = p.q[:, rows]
-        own = table.block_of[rows].long()
+        own = p.own[rows]
         first, low, high = (
             x[own].long().unsqueeze(1) for x in (table.first, table.sink_end, table.local_start)
         )
@@ -370,7 +377,7 @@ class _State:
     def inputs(self, chunk: Chunk, plan: _Plan) -> dict[str, Tensor]:
         """Copies of what a chunk reads, by name; gradients come back by the same names (add)."""
         p = self.rows
-        window = slice(chunk.window, chunk.end)
+        window = slice(chunk.window, chunk.stop)
         sinks = slice(chunk.sink_begin, chunk.sink_end)
 
         found = {
@@ -402,7 +409,7 @@ class _State:
         start = self.table.start[plan.selected.clamp_min(0)].long()
         at = (start.unsqueeze(-1) + torch.arange(size, device=start.device)).flatten(2)
         return torch.arange(len(at), device=at.device).view(-1, 1, 1), at.clamp_max(
-            self.rows.num_tokens - 1
+            self.rows.k.shape[1] - 1
         )
 
     def attend(
@@ -473,7 +480,7 @@ class _State:
         self, grads: dict[str, Tensor], chunk: Chunk, plan: _Plan, found: dict[str, Tensor | None]
     ) -> None:
         """Add a chunk's gradients, as `inputs` named them, to the whole ones."""
-        window, sinks = slice(chunk.window, chunk.end), slice(chunk.sink_begin, chunk.sink_end)
+        window, sinks = slice(chunk.window, chunk.stop), slice(chunk.sink_begin, chunk.sink_end)
         _, at = self._selected_tokens(plan)
         r = self.spec.entries_per_block
         open_entries = (

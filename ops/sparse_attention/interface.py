@@ -1,6 +1,7 @@
 """Sparse attention as one op: checks, selection, then the backend the device has. See README.md.
 
-Shape letters: T tokens, H heads, Hk key/value heads, d head dimension, M blocks, K selected blocks.
+Shape letters: T tokens, n queries, H heads, Hk key/value heads, d head dimension, M blocks, K
+selected blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ops.sparse_attention import chunked, cpp_backend
-from ops.sparse_attention.blocks import BlockTable, block_table
+from ops.sparse_attention.blocks import BlockTable, block_table, of_queries
 from ops.sparse_attention.entries import CoarseEntries, weigh_groups
 from ops.sparse_attention.hierarchy import attend_in_two_levels, decode_in_two_levels
 from ops.sparse_attention.noise import (
@@ -45,15 +46,15 @@ class AttentionOutput(NamedTuple):
     """Attended values, and where the softmax went."""
 
     out: Tensor
-    """[T, H, d] in the dtype of q."""
+    """[n, H, d] in the dtype of q; n = T where all tokens are queries."""
     lse: Tensor
-    """[T, H] fp32 (fp64), natural logarithm of the softmax's denominator."""
+    """[n, H] fp32 (fp64), natural logarithm of the softmax's denominator."""
     tail_mass: Tensor
-    """[T, H], share of the softmax that went to coarse entries; no gradient."""
+    """[n, H], share of the softmax that went to coarse entries; no gradient."""
     selected_mass: Tensor
-    """[T, H], share of the softmax that went to selected blocks; no gradient."""
+    """[n, H], share of the softmax that went to selected blocks; no gradient."""
     selected: Tensor
-    """[Hk, T, K] int32 block ids in rising order, then -1."""
+    """[Hk, n, K] int32 block ids in rising order, then -1."""
 
 
 class Backend(Protocol):
@@ -71,10 +72,11 @@ class Backend(Protocol):
         spec: SparseAttentionSpec,
         hashed: Tensor | None,
         noise: SelectionNoise,
+        queries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Keys [Hk, T, top_k] int64 of the best candidates, falling, -1 where there are no more
-        (README, Select), and the candidates' estimated mass [Hk, T] fp32 summed over the group.
-        hashed: [T] token_hash, None at temperature 0.
+        """Keys [Hk, n, top_k] int64 of the best candidates, falling, -1 where there are no more
+        (README, Select), and the candidates' estimated mass [Hk, n] fp32 summed over the group.
+        hashed: [n] token_hash, None at temperature 0.
         """
 
     def attend(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,6 +115,7 @@ def sparse_attention(
     pool_logits: Tensor | None = None,
     noise: SelectionNoise | None = None,
     token_ids: Tensor | None = None,
+    queries: Tensor | None = None,
     selected: Tensor | None = None,
     exact: bool = True,
     coarse: bool = True,
@@ -131,6 +134,11 @@ def sparse_attention(
             levels.
         noise: randomness of the selection, in training; token_ids: [T] int64 names of the tokens it
             hangs on (None: positions in the batch).
+        queries: [n] int64 on the device, rising: the tokens that attend, to all of their documents'
+            pasts. q, bias, token_ids and selected, and what is returned, then have n rows in the
+            place of T, which are those of the whole call to the last bit of the selection; k, v,
+            cu_seqlens and pool_logits stay whole, and their gradients are shares of the whole
+            call's, which add up over disjoint sets of queries. None: all tokens attend.
         selected: [Hk, T, K] int32 block ids to use instead of selecting, -1 for none; candidates
             only, without repeats. exact, coarse: branches that take part; without the exact one,
             coarse entries stand for every complete past block.
@@ -143,7 +151,21 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes or settings do not fit.
     """
-    _check(q, k, v, cu_seqlens, spec, bias, sink, pool_logits, token_ids, selected, exact, coarse)
+    _check(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        spec,
+        bias,
+        sink,
+        pool_logits,
+        token_ids,
+        selected,
+        exact,
+        coarse,
+        queries,
+    )
     chosen = _backend(backend or select_backend(q, k, spec))
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     wants_tail = spec.has_tail(exact, coarse)
@@ -155,10 +177,11 @@ def sparse_attention(
         sink=sink,
         selected=nothing_selected(q, k.shape[1]) if selected is None else selected,
         entries=None,
-        table=block_table(cu_seqlens, len(q), spec),
+        table=block_table(cu_seqlens, len(k), spec),
         spec=spec,
         exact=exact,
         coarse=wants_tail,
+        queries=queries,
     )
     if spec.num_levels == 2:
         if pool_logits is not None:
@@ -167,7 +190,7 @@ def sparse_attention(
             raise ValueError("num_levels=2 selects by itself and has no branches to leave out")
         return AttentionOutput._make(attend_in_two_levels(problem, noise, token_ids))
     if selected is not None and selected.device.type == "cpu":
-        _check_candidates(selected, problem.table)
+        _check_candidates(selected, problem.table_of_queries)
 
     # Entries are pooled for the tail, for the selection, or for both.
     ranks = exact and selected is None and spec.top_k > 0
@@ -194,7 +217,7 @@ def sparse_attention(
         with torch.no_grad():
             if ranks:
                 given = CoarseEntries(*(x.detach() for x in entries))
-                found = select(q, given, problem.table, spec, noise, token_ids, chosen)
+                found = select(q, given, problem.table, spec, noise, token_ids, chosen, queries)
                 problem = problem._replace(selected=found)
         if wants_tail and pool_logits is None:
             problem = problem._replace(entries=entries)
@@ -263,15 +286,18 @@ def select(
     noise: SelectionNoise | None,
     token_ids: Tensor | None,
     backend: Backend,
+    queries: Tensor | None = None,
 ) -> Tensor:
-    """[Hk, T, K] int32: selected blocks in rising order, then -1."""
-    num_tokens, kv_heads = len(q), entries.key_mean.shape[0]
+    """[Hk, n, K] int32: selected blocks in rising order, then -1."""
+    kv_heads = entries.key_mean.shape[0]
     hashed, noise = None, noise or NO_NOISE
     if noise.temperature > 0 or noise.min_top_k is not None:
-        ids = torch.arange(num_tokens, device=q.device) if token_ids is None else token_ids
+        ids = token_ids
+        if ids is None:
+            ids = torch.arange(len(q), device=q.device) if queries is None else queries
         hashed = token_hash(noise.seed, ids)
 
-    keys, candidate_mass = backend.rank(q, entries, table, spec, hashed, noise)
+    keys, candidate_mass = backend.rank(q, entries, table, spec, hashed, noise, queries)
     block = block_of_key(keys)
 
     # Fewer than top_k of them where the noise drew fewer.
@@ -290,7 +316,8 @@ def select(
             assert hashed is not None
             first, total = drawing_heads(noise, kv_heads)
             head = first + torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
-            in_document = block - table.first[table.block_of.long()].long().unsqueeze(-1)
+            own = of_queries(table, queries).block_of.long()
+            in_document = block - table.first[own].long().unsqueeze(-1)
             values = values - noise.temperature * gumbel(
                 hashed.view(1, -1, 1), selection_counter(in_document, head, total)
             )
@@ -484,6 +511,23 @@ def _check_candidates(selected: Tensor, table: BlockTable) -> None:
         )
 
 
+def _check_queries(queries: Tensor, q: Tensor, k: Tensor) -> None:
+    if queries.dtype != torch.int64 or queries.shape != q.shape[:1]:
+        raise ValueError(
+            f"queries is {queries.dtype} {tuple(queries.shape)}; it must name the token of each of "
+            f"the {len(q)} rows of q, as int64"
+        )
+    # Reading them would make a GPU wait.
+    if queries.device.type != "cpu" or not len(queries):
+        return
+    low, high, rises = int(queries[0]), int(queries[-1]), bool((queries.diff() > 0).all())
+    if not rises or low < 0 or high >= len(k):
+        raise ValueError(
+            f"queries must rise within the {len(k)} tokens of k; they go from {low} to {high}"
+            + ("" if rises else " and do not rise in between")
+        )
+
+
 def _check(
     q: Tensor,
     k: Tensor,
@@ -497,8 +541,12 @@ def _check(
     selected: Tensor | None,
     exact: bool,
     coarse: bool,
+    queries: Tensor | None,
 ) -> None:
-    if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+    if queries is not None:
+        _check_queries(queries, q, k)
+    uneven = queries is None and q.shape[:1] != k.shape[:1]
+    if q.dim() != 3 or k.dim() != 3 or uneven or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [T, heads, head_dim] and [T, "
             "kv_heads, head_dim]"
@@ -534,9 +582,9 @@ def _check(
     # Reading them would make a GPU wait, so only a CPU's are checked.
     if cu_seqlens.device.type == "cpu":
         lengths = cu_seqlens.diff()
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(q) or (lengths < 0).any():
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(k) or (lengths < 0).any():
             raise ValueError(
-                f"cu_seqlens must rise from 0 to the {len(q)} tokens of q; it goes from "
+                f"cu_seqlens must rise from 0 to the {len(k)} tokens of k; it goes from "
                 f"{int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
                 + (" and falls in between" if (lengths < 0).any() else "")
             )

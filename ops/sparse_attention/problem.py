@@ -1,7 +1,7 @@
 """What a back-end is given: one record for a packed batch, one for a decoding step.
 
-Shape letters: T tokens, H heads, Hk key/value heads, d head dimension, M blocks, r entries of a
-block, K selected blocks, N documents.
+Shape letters: T tokens, n queries, H heads, Hk key/value heads, d head dimension, M blocks, r
+entries of a block, K selected blocks, N documents.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.sparse_attention.blocks import BlockTable
+from ops.sparse_attention.blocks import BlockTable, of_queries
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.spec import SparseAttentionSpec
 
@@ -21,17 +21,17 @@ class Problem(NamedTuple):
     """Attention of packed documents to their own past. What gets a gradient comes first."""
 
     q: Tensor
-    """[T, H, d], contiguous."""
+    """[n, H, d], contiguous; n = T where all tokens are queries."""
     k: Tensor
     """[T, Hk, d], contiguous."""
     v: Tensor
     """[T, Hk, d], contiguous."""
     bias: Tensor | None
-    """[T, H], added to the logits of coarse entries."""
+    """[n, H], added to the logits of coarse entries."""
     sink: Tensor | None
     """[H], a logit of value zero."""
     selected: Tensor
-    """[Hk, T, K] int32 candidates of each query in any order, without repeats, -1 for none."""
+    """[Hk, n, K] int32 candidates of each query in any order, without repeats, -1 for none."""
     entries: CoarseEntries | None
     """[Hk, M * r, d] each; None where no coarse entry takes part."""
     table: BlockTable
@@ -42,18 +42,33 @@ class Problem(NamedTuple):
     """
     coarse: bool
     """Coarse entries take part."""
+    queries: Tensor | None = None
+    """[n] int64, rising: which of the tokens the queries are; None: all of them."""
+
+    @property
+    def places(self) -> Tensor:
+        """[n] int64, the token of every query."""
+        if self.queries is not None:
+            return self.queries
+        return torch.arange(len(self.q), device=self.q.device)
+
+    @property
+    def table_of_queries(self) -> BlockTable:
+        """The table with the block of every query, [n], in the place of every token's."""
+        return of_queries(self.table, self.queries)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What save_for_backward keeps; of_tensors takes them back in this order."""
         entries = (None, None, None) if self.entries is None else self.entries
-        return (self.q, self.k, self.v, self.bias, self.sink, self.selected, *self.table, *entries)
+        given = (self.q, self.k, self.v, self.bias, self.sink, self.selected, self.queries)
+        return (*given, *self.table, *entries)
 
     @staticmethod
     def of_tensors(
         tensors: Sequence[Tensor], spec: SparseAttentionSpec, exact: bool, coarse: bool
     ) -> Problem:
         """The record whose `tensors` these are."""
-        q, k, v, bias, sink, selected, *rest = tensors
+        q, k, v, bias, sink, selected, queries, *rest = tensors
         table, entries = rest[: len(BlockTable._fields)], rest[len(BlockTable._fields) :]
         return Problem(
             q=q,
@@ -67,6 +82,7 @@ class Problem(NamedTuple):
             spec=spec,
             exact=exact,
             coarse=coarse,
+            queries=queries,
         )
 
 

@@ -91,17 +91,21 @@ def rank(
     spec: SparseAttentionSpec,
     hashed: Tensor | None,
     noise: SelectionNoise,
+    queries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys [Hk, T, top_k] int64 of the best candidates, falling, -1 where there are no more
-    (README, Select), and the candidates' estimated mass [Hk, T] fp32, summed over the group.
-    hashed: [T] token_hash, None at temperature 0.
+    """Keys [Hk, n, top_k] int64 of the best candidates, falling, -1 where there are no more
+    (README, Select), and the candidates' estimated mass [Hk, n] fp32, summed over the group.
+    hashed: [n] token_hash, None at temperature 0.
     """
-    num_tokens, num_heads, dim = q.shape
+    num_tokens = len(table.block_of)
+    q = _spread(q, queries, num_tokens)
+    hashed = None if hashed is None else _spread(hashed, queries, num_tokens)
+    _, num_heads, dim = q.shape
     kv_heads, r = entries.key_mean.shape[0], spec.entries_per_block
     group = num_heads // kv_heads
     config = configs.rank_config(dim, group, spec.block_size, r, q.dtype)
 
-    tiles = query_tiles(table, num_tokens, config.queries)
+    tiles = _tiles_of(table, num_tokens, config.queries, queries)
     keys = torch.empty(kv_heads, num_tokens, spec.top_k, dtype=torch.int64, device=q.device)
     mass = torch.empty(kv_heads, num_tokens, dtype=torch.float32, device=q.device)
 
@@ -139,7 +143,7 @@ def rank(
         SLOTS=next_power_of_two(spec.top_k),
         **config.options,
     )
-    return keys, mass
+    return (keys, mass) if queries is None else (keys[:, queries], mass[:, queries])
 
 
 class _Tiles(NamedTuple):
@@ -151,6 +155,40 @@ class _Tiles(NamedTuple):
     """[tiles] int32, the token behind the last of each."""
     block: Tensor
     """[tiles] int32, the block that each lies in."""
+
+
+def _tiles_of(table: BlockTable, num_tokens: int, tile_size: int, queries: Tensor | None) -> _Tiles:
+    """Those of all tokens; of which tiles without any of `queries` [n] are empty."""
+    start, end, block = query_tiles(table, num_tokens, tile_size)
+    if queries is None:
+        return _Tiles(start, end, block)
+    count = torch.searchsorted(queries, torch.stack([start, end]).to(queries.dtype))
+    return _Tiles(start, torch.where(count[1] > count[0], end, start), block)
+
+
+def _spread(x: Tensor, queries: Tensor | None, num_tokens: int, fill: float = 0.0) -> Tensor:
+    """[n, ...] of `queries` -> [T, ...] of all tokens, `fill` elsewhere, as the kernels find a
+    token's rows at its place; the tensor itself where all tokens are queries.
+    """
+    if queries is None:
+        return x
+    return x.new_full((num_tokens, *x.shape[1:]), fill).index_copy_(0, queries, x)
+
+
+def _of_all_tokens(problem: Problem) -> Problem:
+    """With a row of q, bias and selected for every token, of which those that are no queries are
+    zeros and select nothing.
+    """
+    queries, num_tokens = problem.queries, len(problem.k)
+    if queries is None:
+        return problem
+    selected = _spread(problem.selected.transpose(0, 1), queries, num_tokens, -1)
+    bias = problem.bias
+    return problem._replace(
+        q=_spread(problem.q, queries, num_tokens),
+        bias=None if bias is None else _spread(bias, queries, num_tokens),
+        selected=selected.transpose(0, 1).contiguous(),
+    )
 
 
 class _Selection(NamedTuple):
@@ -241,14 +279,16 @@ def _tile_runs(
 
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [T, H, d], lse [T, H] fp32, tail_mass [T, H] fp32, selected_mass [T, H] fp32)."""
-    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse = problem
+    """(out [n, H, d], lse [n, H] fp32, tail_mass [n, H] fp32, selected_mass [n, H] fp32)."""
+    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse, queries = _of_all_tokens(
+        problem
+    )
     num_tokens, num_heads, dim = q.shape
     kv_heads, num_blocks = k.shape[1], len(table.start)
     group = num_heads // kv_heads
 
     config = configs.attend_config(dim, group, spec.block_size, q.dtype, architecture(q.device))
-    tiles = _Tiles(*query_tiles(table, num_tokens, config.queries))
+    tiles = _tiles_of(table, num_tokens, config.queries, queries)
 
     out = torch.empty_like(q)
     lse, tail_mass, selected_mass = (
@@ -301,7 +341,9 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             SELECTED=uses_selected,
             **config.options,
         )
-    return out, lse, tail_mass, selected_mass
+    if queries is None:
+        return out, lse, tail_mass, selected_mass
+    return out[queries], lse[queries], tail_mass[queries], selected_mass[queries]
 
 
 def attend_backward(
@@ -312,9 +354,16 @@ def attend_backward(
     dlse: Tensor | None,
     pooled: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """See interface.Backend.attend_backward."""
-    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse = problem
+    """See interface.Backend.attend_backward. Of tokens that are no queries, whose denominator is
+    infinite, nothing reaches keys and entries.
+    """
+    problem = _of_all_tokens(problem)
+    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse, queries = problem
     num_tokens, num_heads, dim = q.shape
+    own_lse = lse
+    out, dout = (_spread(x, queries, num_tokens) for x in (out, dout))
+    lse = _spread(lse, queries, num_tokens, math.inf)
+    dlse = None if dlse is None else _spread(dlse, queries, num_tokens)
     kv_heads, num_blocks = k.shape[1], len(table.start)
     group = num_heads // kv_heads
 
@@ -334,7 +383,7 @@ def attend_backward(
     )
 
     config = configs.query_grad_config(dim, group, spec.block_size, q.dtype, architecture(q.device))
-    tiles = _Tiles(*query_tiles(table, num_tokens, config.queries))
+    tiles = _tiles_of(table, num_tokens, config.queries, queries)
 
     # Every query has a tile and writes its dq; without coarse entries nobody writes dbias.
     dq = torch.empty_like(q)
@@ -397,9 +446,12 @@ def attend_backward(
     dk, dv = _key_grads(problem, dout, lse, delta, entry_grads if pooled else None)
     dsink = None
     if sink is not None:
-        dsink = -(torch.exp(sink.float() - lse) * delta).sum(0).to(sink.dtype)
+        of_queries = delta if queries is None else delta[queries]
+        dsink = -(torch.exp(sink.float() - own_lse) * of_queries).sum(0).to(sink.dtype)
     if bias is not None and dbias is not None:
         dbias = dbias.to(bias.dtype)
+    if queries is not None:
+        dq, dbias = dq[queries], None if dbias is None else dbias[queries]
     if pooled or entry_grads is None:
         return dq, dk, dv, dbias, dsink
     # order 0 has no variance term, and nothing was written for it
@@ -550,7 +602,7 @@ def _key_grads(
     problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, entry_grads: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """dk, dv: [T, Hk, d]: of the tokens' own logits, and of the entries they are pooled in."""
-    q, k, v, _, _, selected, entries, table, spec, exact, _ = problem
+    q, k, v, _, _, selected, entries, table, spec, exact, *_ = problem
     num_tokens, num_heads, dim = q.shape
     kv_heads = k.shape[1]
     num_blocks = len(table.start)

@@ -31,6 +31,11 @@ def test_pooling_and_ranking_match_the_definition(interpret) -> None:
 
 
 @pytest.mark.slow
+def test_sets_of_queries_add_up_to_the_whole(interpret) -> None:
+    interpret("attention_cases.py", "queries")
+
+
+@pytest.mark.slow
 def test_decoding_matches_the_last_token_of_the_definition(interpret) -> None:
     interpret("attention_cases.py", "decode")
 

@@ -144,7 +144,7 @@ class Task {
       s.rows.count = 0;
       for (int64_t at = from; at < to; ++at) {
         const int query = s.lists.queries[at] & ~Lists<Real>::SELECTED;
-        const int seen = (int)std::min<int64_t>(t.end[m] - t.start[m], begin + query - t.start[m] + 1);
+        const int seen = (int)std::min<int64_t>(t.end[m] - t.start[m], t.token(begin + query) - t.start[m] + 1);
         for (int g = 0; g < p.group; ++g) {
           add(query, g, seen, s.lists.queries[at] & Lists<Real>::SELECTED);
           if (s.rows.count == ROWS) fn(m, s.rows), s.rows.count = 0;
@@ -235,7 +235,7 @@ class Task {
 
 template <class Real>
 struct Attended {
-  Real *out, *lse, *tail_mass, *selected_mass;  // [T, H, d], [T, H] each
+  Real *out, *lse, *tail_mass, *selected_mass;  // [n, H, d], [n, H] each
 };
 
 // The running softmax takes in the logits of tile 0: they become probabilities under the row's new maximum, and what the
@@ -329,8 +329,8 @@ void attend_task(Task<Real>& task, const Attended<Real>& to) {
 template <class Real>
 struct Gradients {
   const Real *out, *lse, *dout, *dlse;  // of the forward pass, and what reached it; dlse may be null
-  Real *dq, *dk, *dv;                   // [T, H, d], [T, Hk, d], zeros at first
-  Real *dbias, *delta;                  // [T, H]; dbias null without a bias
+  Real *dq, *dk, *dv;                   // [n, H, d], [T, Hk, d], zeros at first
+  Real *dbias, *delta;                  // [n, H]; dbias null without a bias
   Real *dmean, *dvalue, *dvariance;     // [Hk, E, d], zeros at first; null without entries
 };
 

@@ -45,8 +45,9 @@ const auto each = [](int64_t tasks, auto fn) {
 };
 
 Table read_table(const std::vector<Tensor>& t) {
-  return {t[5].size(0),         t[0].size(0),         pointer<int32_t>(t[0]), pointer<int32_t>(t[1]),
-          pointer<int32_t>(t[2]), pointer<int32_t>(t[3]), pointer<int32_t>(t[4]), pointer<int32_t>(t[5])};
+  const int32_t* const place = t.size() > 6 ? pointer<int32_t>(t[6]) : nullptr;
+  return {t[5].size(0),           t[0].size(0),           pointer<int32_t>(t[0]), pointer<int32_t>(t[1]), pointer<int32_t>(t[2]),
+          pointer<int32_t>(t[3]), pointer<int32_t>(t[4]), pointer<int32_t>(t[5]), place};
 }
 
 // The order of cpp_backend.py _settings.
@@ -74,13 +75,13 @@ void by_type(const Tensor& q, Fn fn) {
 // `failed` is called before an exception leaves a worker.
 template <class Real, class Fn, class Failed = void (*)()>
 void each_task(const Problem<Real>& p, const Packed<Real>& packed, int queries, Fn fn, Failed failed = [] {}) {
-  const int64_t runs = (p.table.num_tokens + queries - 1) / queries;
+  const int64_t runs = (p.table.num_queries + queries - 1) / queries;
   in_turn(runs * p.kv_heads, [&](auto next) {
     Scratch<Real> scratch;
     for (int64_t id; next(id);) {
       const int64_t run = id / p.kv_heads, begin = run * queries;
       try {
-        Task<Real> task(p, packed, scratch, (int)(id % p.kv_heads), begin, std::min(begin + queries, p.table.num_tokens));
+        Task<Real> task(p, packed, scratch, (int)(id % p.kv_heads), begin, std::min(begin + queries, p.table.num_queries));
         fn(task, run);
       } catch (...) {
         failed();
@@ -159,8 +160,8 @@ void attend_backward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor
   by_type(q, [&](auto zero) {
     using Real = decltype(zero);
     const Problem<Real> p = read_attention<Real>(q, k, v, bias, sink, selected, entries, table, settings, numbers);
-    const int64_t tokens = p.table.num_tokens;
-    Buffer<Real> delta(tokens * p.num_heads);
+    const int64_t num_queries = p.table.num_queries;
+    Buffer<Real> delta(num_queries * p.num_heads);
     Gradients<Real> g{pointer<Real>(out), pointer<Real>(lse), pointer<Real>(dout), pointer<Real>(dlse), pointer<Real>(dq),
                       pointer<Real>(dk),  pointer<Real>(dv),  pointer<Real>(dbias), delta.data(), nullptr, nullptr, nullptr};
     if (p.coarse) g.dmean = pointer<Real>(dentries[0]), g.dvalue = pointer<Real>(dentries[1]), g.dvariance = pointer<Real>(dentries[2]);
@@ -169,7 +170,7 @@ void attend_backward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor
     const EntryColumns<Real> pooled(p, packed.shape, p.coarse ? p.value : nullptr, each);
     const int queries = task_queries(TASK_ROWS, p.group);
     std::vector<std::unique_ptr<Turns>> turns;
-    for (int head = 0; head < p.kv_heads; ++head) turns.push_back(std::make_unique<Turns>((tokens + queries - 1) / queries));
+    for (int head = 0; head < p.kv_heads; ++head) turns.push_back(std::make_unique<Turns>((num_queries + queries - 1) / queries));
     const auto abandon = [&] {
       for (const auto& t : turns) t->abandon();
     };
@@ -180,7 +181,7 @@ void attend_backward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor
     if (dsink.has_value())
       each(p.num_heads, [&](int64_t head) {
         double total = 0;
-        for (int64_t at = head; at < tokens * p.num_heads; at += p.num_heads) total -= std::exp((double)(p.sink[head] - g.lse[at])) * (double)delta[at];
+        for (int64_t at = head; at < num_queries * p.num_heads; at += p.num_heads) total -= std::exp((double)(p.sink[head] - g.lse[at])) * (double)delta[at];
         pointer<Real>(dsink)[head] = (Real)total;
       });
   });

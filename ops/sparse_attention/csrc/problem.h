@@ -1,6 +1,6 @@
 // What the loops are given, how they cut it into tasks, and which queries of a task see which block.
 //
-// Shape letters: T tokens, H heads, Hk key/value heads, G heads of a group, d head dimension, M blocks, r entries of a
+// Shape letters: T tokens, n queries (all of them, or a rank's), H heads, Hk key/value heads, G heads of a group, d head dimension, M blocks, r entries of a
 // block, E = M * r entries, K selected blocks. d is a multiple of a vector's width.
 #pragma once
 #include <algorithm>
@@ -13,9 +13,12 @@ namespace loadstone::attention {
 
 // ops/sparse_attention/blocks.py BlockTable.
 struct Table {
-  int64_t num_tokens, num_blocks;
+  int64_t num_queries, num_blocks;
   const int32_t *start, *end, *first, *sink_end, *local_start;  // [M]
-  const int32_t* block_of;                                      // [T]
+  const int32_t* block_of;                                      // [n] of a query
+  const int32_t* place;                                         // [n] tokens of the queries, rising; null: all tokens are
+
+  int64_t token(int64_t query) const { return place ? place[query] : query; }
 };
 
 template <class Real>
@@ -25,13 +28,13 @@ struct Problem {
   int block_size, entries_per_block, top_k;
   bool second_order, exact, coarse;
   Real scale, max_variance, log_size;
-  const Real *q, *k, *v;                // [T, H, d], [T, Hk, d]
-  const Real *bias, *sink;              // [T, H], [H]; null: none
-  const int32_t* selected;              // [Hk, T, K]
+  const Real *q, *k, *v;                // [n, H, d], [T, Hk, d]
+  const Real *bias, *sink;              // [n, H], [H]; null: none
+  const int32_t* selected;              // [Hk, n, K]
   const Real *mean, *value, *variance;  // [Hk, E, d]; null: no coarse entry takes part
 
   int64_t num_entries() const { return table.num_blocks * entries_per_block; }
-  const Real* query(int64_t token, int head) const { return q + (token * num_heads + head) * dim; }
+  const Real* query(int64_t number, int head) const { return q + (number * num_heads + head) * dim; }
 };
 
 // Memory at the start of a cache line.
@@ -135,7 +138,7 @@ class Lists {
     const int k = p.exact ? p.top_k : 0;
     chosen.assign((end - begin) * std::max(k, 1), -1);
     for (int64_t i = begin; i < end && k > 0; ++i) {
-      const int32_t* const given = p.selected + (head * t.num_tokens + i) * k;
+      const int32_t* const given = p.selected + (head * t.num_queries + i) * k;
       int32_t* const row = chosen.data() + (i - begin) * k;
       int n = 0;
       for (int s = 0; s < k; ++s)

@@ -11,9 +11,9 @@ struct Ranking {
   int top_k, score;
   float temperature, trust;
   int64_t first_head, num_heads;  // of the layer, on which the draws hang
-  const int64_t* hashed;          // [T] noise.token_hash; null at temperature 0
-  int64_t* keys;                  // [Hk, T, top_k]
-  float* mass;                    // [Hk, T]
+  const int64_t* hashed;          // [n] noise.token_hash; null at temperature 0
+  int64_t* keys;                  // [Hk, n, top_k]
+  float* mass;                    // [Hk, n]
 };
 
 // noise.py: 32 bits of a draw, and the draw.
@@ -73,8 +73,8 @@ void rank_task(Task<Real>& task, const Ranking& ranking) {
     const int own = t.block_of[i];
     chooses |= t.sink_end[own] < t.local_start[own];
     if (t.first[own] < own) low = std::min(low, t.first[own]), high = std::max(high, own);
-    std::fill_n(ranking.keys + (task.kv_head * t.num_tokens + i) * line, line, (int64_t)-1);
-    ranking.mass[task.kv_head * t.num_tokens + i] = 0;
+    std::fill_n(ranking.keys + (task.kv_head * t.num_queries + i) * line, line, (int64_t)-1);
+    ranking.mass[task.kv_head * t.num_queries + i] = 0;
   }
   if (!chooses) return;
   const int first_tile = low / step, tiles = (high + step - 1) / step - first_tile;
@@ -144,7 +144,7 @@ void rank_task(Task<Real>& task, const Ranking& ranking) {
       mass[block] = (float)total;
       candidates += total;
     });
-    ranking.mass[task.kv_head * t.num_tokens + i] = (float)candidates;
+    ranking.mass[task.kv_head * t.num_queries + i] = (float)candidates;
 
     // Rank values: logarithms of scores.
     const float* scores = mass;
@@ -177,7 +177,7 @@ void rank_task(Task<Real>& task, const Ranking& ranking) {
 
     best.clear();
     for (int64_t m = from; m < to; ++m) best.offer(values[m], m);
-    int64_t* const keys = ranking.keys + (task.kv_head * t.num_tokens + i) * line;
+    int64_t* const keys = ranking.keys + (task.kv_head * t.num_queries + i) * line;
     for (int n = 0; n < best.count(); ++n) keys[n] = best.key(n);
   }
 }

@@ -335,6 +335,62 @@ def check_ties(case: Case) -> None:
     assert block_of_key(keys)[0, -1].tolist() == [1, 2, 3, 4]
 
 
+def check_queries(case: Case) -> None:
+    """Sets of queries give the whole call's rows, and gradients that add up to its own."""
+    q, k, v = case.inputs
+    num_tokens = len(q)
+    table = block_table(case.cu_seqlens, num_tokens, case.spec)
+    generator = torch.Generator().manual_seed(7)
+    bias = torch.randn(num_tokens, case.heads, generator=generator)
+    sink = torch.randn(case.heads, generator=generator)
+    dout = torch.randn(q.shape, generator=generator)
+    dlse = torch.randn(num_tokens, case.heads, generator=generator)
+    hashed = token_hash(11, torch.arange(num_tokens) * 7)
+    noise = SelectionNoise(11, 0.7)
+
+    def attend(queries: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+        own = slice(None) if queries is None else queries
+        with poisoned_memory():
+            entries = triton_backend.pool(k, v, table, case.spec)
+            keys, mass = triton_backend.rank(
+                q[own], entries, table, case.spec, hashed[own], noise, queries
+            )
+            selected = block_of_key(keys).int().sort(-1).values
+            problem = Problem(
+                q=q[own],
+                k=k,
+                v=v,
+                bias=bias[own],
+                sink=sink,
+                selected=selected,
+                entries=entries,
+                table=table,
+                spec=case.spec,
+                exact=True,
+                coarse=True,
+                queries=queries,
+            )
+            found = triton_backend.attend(problem)
+            grads = triton_backend.attend_backward(problem, *found[:2], dout[own], dlse[own])
+        return selected, (mass.T, *found), grads
+
+    selected, whole, expected = attend(None)
+    mine = torch.arange(num_tokens) // 5 % 3 == 0
+    sums: list[Any] = [0, 0, 0]
+    for queries in (mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]):
+        chosen, found, grads = attend(queries)
+        assert torch.equal(chosen, selected[:, queries]), "other blocks were selected"
+        for i, (ours, theirs) in enumerate(zip(found, whole, strict=True)):
+            close(f"output {i}", ours, theirs[queries], case)
+        close("dq", grads[0], expected[0][queries], case)
+        close("dbias", grads[3], expected[3][queries], case)
+        sums = [a + b for a, b in zip(sums, (grads[1], grads[2], grads[4]), strict=True)]
+    for name, ours, theirs in zip(
+        ("dk", "dv", "dsink"), sums, (expected[1], expected[2], expected[4]), strict=True
+    ):
+        close(name, ours, theirs, case)
+
+
 def check_pool(case: Case) -> None:
     _, k, v = case.inputs
     table = block_table(case.cu_seqlens, len(k), case.spec)
@@ -418,6 +474,7 @@ GROUPS: dict[str, tuple[Callable[[Case], None], dict[str, Case]]] = {
     "half": (check_attend, HALF),
     "ties": (check_ties, {"equal keys": Case((300,), spec=spec(top_k=4))}),
     "rank": (check_rank, RANK),
+    "queries": (check_queries, {"two sets": Case((83, 40, 1), 4, 2)}),
     "pool": (check_pool, RANK),
     "decode": (check_decode, DECODE),
 }
