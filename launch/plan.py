@@ -205,6 +205,9 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     ):
         print(f"  {label:28s} {value:>20,}")
     shared = f"context parallel {context_size}, " if context_size > 1 else ""
+    if run.parallel.context_gather_size > 1:
+        by_heads, gather = run.parallel.context_heads_size, run.parallel.context_gather_size
+        shared = f"context parallel {by_heads} by heads x {gather} that gather, "
     if run.parallel.tensor_parallel_size > 1:
         shared += f"tensor parallel {run.parallel.tensor_parallel_size}, "
     stages = run.parallel.pipeline_parallel_size
@@ -239,6 +242,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         for label, value in (
             *([("stages of the pipeline", exchange.stages)] if stages > 1 else []),
             ("heads of attention", exchange.heads),
+            *([("keys and values", exchange.keys)] if exchange.keys else []),
             *([("tokens for cut matrices", exchange.tensor)] if exchange.tensor else []),
             ("rows of experts", exchange.rows),
             ("gradients", exchange.gradients),

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from model.parallel.deal import Deal
+
 
 class Taught(NamedTuple):
     """What a teacher says of every token of a micro-batch. Either `hidden`, or `ids` and
@@ -69,7 +71,9 @@ class TokenBatch(NamedTuple):
     whole.
     """
     first: int = 0
-    """Place in its row of the first token here."""
+    """Place in its row of the first token here; of dealt rows, in the order of the deal."""
+    deal: Deal | None = None
+    """In which order tokens of whole rows are dealt out to ranks; None: in that of the rows."""
     taught: Taught | None = None
     """What a teacher says of the tokens here; None: nobody teaches."""
 
@@ -80,22 +84,29 @@ class TokenBatch(NamedTuple):
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """[B, S'] of the tokens of whole rows -> [B, S] of the tokens here."""
-        return whole[:, self.first : self.first + self.input_ids.shape[1]]
+        return run_of(whole, self.deal, self.first, self.input_ids.shape[1])
 
 
-def part_of(whole: TokenBatch, first: int, length: int) -> TokenBatch:
-    """`length` tokens of each of the rows, from place `first` on."""
-    return whole._replace(**fields_of_part(whole, first, length))
+def part_of(whole: TokenBatch, first: int, length: int, deal: Deal | None = None) -> TokenBatch:
+    """`length` tokens of each of the rows, from place `first` on, in the order of the deal."""
+    return whole._replace(**fields_of_part(whole, first, length, deal))
 
 
-def fields_of_part(whole: Any, first: int, length: int) -> dict[str, Any]:
+def fields_of_part(whole: Any, first: int, length: int, deal: Deal | None = None) -> dict[str, Any]:
     """The fields in which a part of rows differs from them, of a TokenBatch or of its source on the
     host, train.data.loader.Batch: every [B, S] tensor is cut.
     """
     names = ("input_ids", "targets", "positions", "token_mask", "token_ids")
     found = {name: getattr(whole, name) for name in names}
-    cut = {name: t if t is None else t[:, first : first + length] for name, t in found.items()}
-    return {**cut, "whole": whole, "first": first}
+    cut = {name: t if t is None else run_of(t, deal, first, length) for name, t in found.items()}
+    return {**cut, "whole": whole, "first": first, "deal": deal}
+
+
+def run_of(whole: torch.Tensor, deal: Deal | None, first: int, length: int) -> torch.Tensor:
+    """Of [B, S'] those `length` of each row from place `first` on, in the order of the deal."""
+    if deal is None:
+        return whole[:, first : first + length]
+    return whole.gather(1, deal.order[:, first : first + length])
 
 
 class ForwardRequest(NamedTuple):

@@ -46,12 +46,14 @@ from model.moe.balance import (
     stats_size,
 )
 from model.moe.layer import ModelParts, MoELayer
+from model.parallel.deal import Deal
 from model.parallel.family import Cut, cut
+from model.parallel.gather import Gathering
 from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
 from model.parallel.part import ModelPart
 from model.parallel.tensor import TensorExchange
-from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch
+from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch, run_of
 from model.routers.base import Router, RoutingRequest
 from model.routers.state import RouterState
 from model.weight_sums import Embedding, looked_up, uses_of
@@ -180,7 +182,10 @@ class Transformer(nn.Module):
         if config.num_experts:
             with torch.device("meta"):
                 self._router_kind = (parts.router.build(config),)
-        self.exchange = HeadExchange(groups.context, groups.context_rank, groups.context_size)
+        self.exchange = HeadExchange(groups.heads, groups.heads_rank, groups.heads_size)
+        self.gather: TensorExchange | None = None
+        if groups.gather_size > 1:
+            self.gather = TensorExchange(groups.gather, groups.gather_rank, groups.gather_size)
         self.tensor: TensorExchange | None = None
         if groups.tensor_size > 1:
             self.tensor = TensorExchange(groups.tensor, groups.tensor_rank, groups.tensor_size)
@@ -273,8 +278,7 @@ class Transformer(nn.Module):
         """
         meters = [layer.dispatcher.meter for layer in self.moe_layers()]
         meters.append(self.exchange.meter)
-        if self.tensor is not None:
-            meters.append(self.tensor.meter)
+        meters += [x.meter for x in (self.gather, self.tensor) if x is not None]
         for meter in meters:
             meter.measuring = measuring
         return total_communication([meter.take() for meter in meters])
@@ -306,21 +310,29 @@ class Transformer(nn.Module):
         paging: Paging | None = None,
         whole_positions: torch.Tensor | None = None,
         largest: LargestLogits | None = None,
+        deal: Deal | None = None,
     ) -> SequenceLayout:
         """What every attention reads, of the tokens that it sees before heads are exchanged;
         token_ids and token_mask, those of whole rows, are flattened here. whole_positions: where
-        the positions are of a part of rows, those of whole ones.
+        the positions are of a part of rows, those of whole ones; deal: how these are shared out.
         """
         dtype = self.any_weight.dtype
         config = self.config
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
         )
-        exchange, mask = None, None
+        exchange, mask, gathering = None, None, None
         if whole_positions is not None:
             exchange, positions = self.exchange, whole_positions
+        if exchange is not None and exchange.size == 1:
+            exchange = None
+        if deal is not None:
+            assert self.gather is not None
+            gathering = Gathering(self.gather, deal)
+        # Queries that are some of the tokens attend run by run and need no mask of all pairs.
         if (
-            not has_varlen_kernel(positions.device, dtype)
+            gathering is None
+            and not has_varlen_kernel(positions.device, dtype)
             and cu_seqlens.numel() - 1 > positions.shape[0]
         ):
             mask = document_mask(positions)
@@ -335,6 +347,7 @@ class Transformer(nn.Module):
             measure=measure,
             paging=paging,
             exchange=exchange,
+            gathering=gathering,
             tensor=self.tensor,
             largest=largest,
         )
@@ -375,8 +388,7 @@ class Transformer(nn.Module):
         neighbours; of a rank alone, its own.
         """
         length = batch.input_ids.shape[1] * self.groups.tensor_size
-        first = batch.first // length * length
-        return whole[:, first : first + length]
+        return run_of(whole, batch.deal, batch.first // length * length, length)
 
     def _backbone(
         self,
@@ -662,6 +674,9 @@ class Transformer(nn.Module):
         assert (batch.whole is not None) == (self.groups.parts_size > 1), (
             f"{self.groups.parts_size} ranks share rows, which are to be cut (Batch.part)"
         )
+        assert (batch.deal is not None) == (self.gather is not None), (
+            f"{self.groups.gather_size} ranks gather, to whom rows are to be dealt out"
+        )
         layout = self._layout(
             self._of_group(batch, whole.positions),
             batch.cu_seqlens,
@@ -671,6 +686,7 @@ class Transformer(nn.Module):
             request.measure_attention,
             whole_positions=whole.positions if self.groups.context_size > 1 else None,
             largest=LargestLogits() if request.measure_logits else None,
+            deal=batch.deal,
         )
         counting = self.training if request.with_histogram is None else request.with_histogram
         routing_request = RoutingRequest(

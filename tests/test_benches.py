@@ -19,6 +19,7 @@ SMALLEST = {
     "large_run": {"layers": 2, "experts": 8, "ranks": 2, "mib": 1, "audit-mib": 1},
     "prepare_data": {"megabytes": 1, "workers": 1, "rounds": 1, "vocabulary": 300},
     "killed_preparation": {"megabytes": 2, "kills": 1, "workers": 1, "vocabulary": 300},
+    "long_row": {"length": 4096, "ranks": 2, "gather": 2, "steps": 2},
     "reliability": {"steps": 12, "save-interval": 4},
 }
 

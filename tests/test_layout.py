@@ -76,9 +76,9 @@ FLOORS = {
         ("attention",),
         ("dispatch", "families", "routers"),
         ("distillation",),
-        ("cost", "layers", "lora", "loss", "weight_sums"),
+        ("cost", "layers", "lora", "loss", "request", "weight_sums"),
         ("parallel", "placement", "scaling"),
-        ("component", "config", "request"),
+        ("component", "config"),
     ),
     "ops": (
         ("compile/ahead_of_time", "index_attention"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from model.adapters import add_adapters
 from model.moe.budget import start_routers
 from model.moe.layer import ModelParts
+from model.parallel.deal import Dealer
 from model.parallel.groups import ParallelGroups
 from model.placement.record import Placement
 from model.transformer import Transformer
@@ -21,6 +23,14 @@ from train.config.run import RunConfig
 def training_dtype(config: RunConfig) -> torch.dtype:
     """Of the weights in training (train.precision)."""
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def dealer_of(config: RunConfig) -> Dealer | None:
+    """Who deals out rows to the ranks that gather keys and values; None: none do."""
+    size = config.parallel.context_gather_size
+    if size == 1:
+        return None
+    return Dealer(size, functools.partial(config.attention.work, config.model))
 
 
 def experts_backend(config: RunConfig, device: torch.device) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from train.agenda import Step
 from train.checkpoint.reader import LORA_ALPHA
+from train.components import dealer_of
 from train.config.data import labels
 from train.data.loader import validation_batches
 from train.data.open import held_out_rows
@@ -65,6 +66,7 @@ def _evaluated(run: Parts, step: Step, rows: ValidationRows) -> dict[str, Any] |
         settings.eval_max_sequences,
         run.groups.parts_rank,
         run.groups.parts_size,
+        dealer_of(run.config),
     )
 
     def stopped() -> bool:

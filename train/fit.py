@@ -21,7 +21,7 @@ from train import loop
 from train.agenda import last_step_of
 from train.checkpoint.folder import begins_anew
 from train.checkpoint.writer import CheckpointWriter
-from train.components import build_model, experts_backend, training_dtype
+from train.components import build_model, dealer_of, experts_backend, training_dtype
 from train.config.data import labels
 from train.config.run import RunConfig
 from train.data.chat.samples import ChatSamples
@@ -97,6 +97,7 @@ def fit(
         parallel.context_parallel_size,
         parallel.pipeline_parallel_size,
         parallel.tensor_parallel_size,
+        parallel.context_gather_size,
     )
     model = build_model(config, groups, training_dtype(config))
 
@@ -229,6 +230,7 @@ def training_loader(
         groups.rows_size,
         groups.parts_rank,
         groups.parts_size,
+        dealer_of(config),
     )
 
 
@@ -351,7 +353,10 @@ def banner(
         axes.append(f"{groups.pipeline_size} stages of {layers} layers")
     if groups.parts_size > 1 or axes:
         axes.append(f"rows {groups.rows_size}")
-    if groups.context_size > 1:
+    if groups.gather_size > 1:
+        of = f"{groups.heads_size} by heads x {groups.gather_size} that gather"
+        axes.append(f"context {groups.context_size} ({of})")
+    elif groups.context_size > 1:
         axes.append(f"context {groups.context_size}")
     if groups.tensor_size > 1:
         axes.append(f"tensor {groups.tensor_size}")
@@ -406,12 +411,16 @@ def nodes_line(groups: ParallelGroups, num_devices: int, num_nodes: int) -> list
     axes = {
         "tensor": (groups.tensor_size, 1),
         "context": (groups.context_size, groups.tensor_size),
+        "heads": (groups.heads_size, groups.tensor_size),
+        "gather": (groups.gather_size, groups.tensor_size * groups.heads_size),
         "expert": (groups.expert_size, 1),
         "stage": (groups.stage_size, 1),
         "pipeline": (groups.pipeline_size, groups.stage_size),
     }
     if groups.pipeline_size == 1:
         del axes["stage"], axes["pipeline"]
+    if groups.gather_size == 1:
+        del axes["heads"], axes["gather"]
     inside = [name for name, (size, stride) in axes.items() if size > 1 and within(size, stride)]
     across = [name for name, (size, _) in axes.items() if size > 1 and name not in inside]
     parts = [

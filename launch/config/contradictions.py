@@ -55,7 +55,7 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
     problems += _deepspeed(run)
 
     axes = ("expert", "tensor", "context", "pipeline")
-    sizes = tuple(f"parallel.{axis}_parallel_size" for axis in axes)
+    sizes = (*(f"parallel.{axis}_parallel_size" for axis in axes), "parallel.context_gather_size")
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
@@ -558,7 +558,13 @@ def _cut(run: RunConfig, ranks: int) -> list[str]:
     alone = "use parallel.tensor_parallel_size=1"
     problems = []
 
-    problems += run.attention.tensor_problems(model, size, context)
+    by_heads, gather = run.parallel.context_heads_size, run.parallel.context_gather_size
+    told = f"parallel.context_parallel_size {by_heads}"
+    whole = f"parallel.context_parallel_size {context} / parallel.context_gather_size {gather}"
+    problems += [
+        p if gather == 1 else p.replace(told, whole)
+        for p in run.attention.tensor_problems(model, size, by_heads)
+    ]
     if context > 1 and ranks % (size * context):
         problems.append(
             f"{name} x parallel.context_parallel_size {context} does not divide the {ranks} ranks "
@@ -620,8 +626,8 @@ def _parallel(run: RunConfig, world_size: int) -> list[str]:
                 f"{number * run.parallel.pipeline_parallel_size} "
                 "(launch.num_devices x launch.num_nodes)"
             )
-    if context > 1:
-        problems += run.attention.context_problems(run.model, context)
+    gather = run.parallel.context_gather_size
+    problems += run.attention.sharing_problems(run.model, context, gather)
     parts = run.parallel.parts_size
     if parts > 1 and run.train.seq_len % parts:
         product = " x ".join(

@@ -94,6 +94,12 @@ def _changes(run: Any, ranks: int) -> Iterator[tuple[str, Any, int]]:
     if ranks % size == 0:
         shared = replace(parallel, context_parallel_size=size)
         yield f"parallel.context_parallel_size={size}", replace(run, parallel=shared), ranks
+        # where there are no heads left to share out
+        if model.num_kv_heads % (2 * parallel.context_heads_size):
+            gather = 2 * parallel.context_gather_size
+            shared = replace(shared, context_gather_size=gather)
+            more = f"parallel.context_parallel_size={size} parallel.context_gather_size={gather}"
+            yield more, replace(run, parallel=shared), ranks
     size = 2 * parallel.tensor_parallel_size
     if ranks % size == 0:
         cut = replace(parallel, tensor_parallel_size=size)

@@ -185,6 +185,7 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
         expert_parallel_size=parallel.expert_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         tensor_parallel_size=parallel.tensor_parallel_size,
+        context_gather_size=parallel.context_gather_size,
         micro_batch_size=run.train.micro_batch_size,
         seq_len=run.train.seq_len,
         attention=run.attention.arguments,

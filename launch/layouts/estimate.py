@@ -73,7 +73,7 @@ def estimated(run: RunConfig, world_size: int, cluster: Cluster) -> Estimate:
     )
 
 
-BY_MICRO_BATCH = ("compute", "heads", "tensor", "rows", "stages")
+BY_MICRO_BATCH = ("compute", "heads", "keys", "tensor", "rows", "stages")
 """Parts of a step's time that every micro-batch has a share of."""
 
 
@@ -92,7 +92,12 @@ def _seconds(
     return {
         "compute": again * stage.flops * tokens / (size * cluster.flops),
         "heads": links.all_to_all(
-            exchange.heads, parallel.context_parallel_size, parallel.tensor_parallel_size
+            exchange.heads, parallel.context_heads_size, parallel.tensor_parallel_size
+        ),
+        "keys": links.ring(
+            exchange.keys,
+            parallel.context_gather_size,
+            parallel.context_heads_size * parallel.tensor_parallel_size,
         ),
         "tensor": links.all_to_all(exchange.tensor, parallel.tensor_parallel_size),
         "rows": links.all_to_all(exchange.rows, expert_size),

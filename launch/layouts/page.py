@@ -20,6 +20,7 @@ SEARCHED = (
     "parallel=",
     "parallel.expert_parallel_size=",
     "parallel.context_parallel_size=",
+    "parallel.context_gather_size=",
     "parallel.tensor_parallel_size=",
     "parallel.pipeline_parallel_size=",
     "model.recompute=",
@@ -65,6 +66,7 @@ def as_data(estimate: Estimate) -> dict[str, Any]:
         "pipeline_parallel_size": run.parallel.pipeline_parallel_size,
         "stage_layers": [len(layers) for layers in run.stage_layers],
         "context_parallel_size": run.parallel.context_parallel_size,
+        "context_gather_size": run.parallel.context_gather_size,
         "tensor_parallel_size": run.parallel.tensor_parallel_size,
         "expert_parallel_size": run.parallel.expert_parallel_size,
         "zero_stage": run.zero_stage,
@@ -96,6 +98,7 @@ def command_line(estimate: Estimate, given: Sequence[str]) -> str:
     decided = [
         f"parallel.expert_parallel_size={run.parallel.expert_parallel_size}",
         f"parallel.context_parallel_size={run.parallel.context_parallel_size}",
+        f"parallel.context_gather_size={run.parallel.context_gather_size}",
         f"parallel.tensor_parallel_size={run.parallel.tensor_parallel_size}",
         f"parallel.pipeline_parallel_size={run.parallel.pipeline_parallel_size}",
         f"deepspeed.zero_optimization.stage={run.zero_stage}",
@@ -109,14 +112,17 @@ def command_line(estimate: Estimate, given: Sequence[str]) -> str:
 def _heading(estimate: Estimate) -> str:
     run, world = estimate.run, estimate.world_size
     parallel, rows = run.parallel, run.parallel.rows_size(world)
-    stages = ""
+    stages = gather = ""
+    if parallel.context_gather_size > 1:
+        of = f"{parallel.context_heads_size} by heads x {parallel.context_gather_size} that gather"
+        gather = f" ({of})"
     if parallel.pipeline_parallel_size > 1:
         numbers = " ".join(str(len(layers)) for layers in run.stage_layers)
         stages = f"{parallel.pipeline_parallel_size} stages of {numbers} layers x "
     return (
         f"{estimate.step_seconds:.3g} s a step, {estimate.tokens_per_second:,.0f} tokens/s: "
         f"{stages}rows "
-        f"{rows} x context {parallel.context_parallel_size} x tensor "
+        f"{rows} x context {parallel.context_parallel_size}{gather} x tensor "
         f"{parallel.tensor_parallel_size}, expert "
         f"{parallel.expert_parallel_size}, ZeRO {run.zero_stage}, recompute="
         f"{run.model.recompute}, {run.train.micro_batch_size} x {rows} rows x "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -45,7 +46,7 @@ def search(run: RunConfig, world_size: int, cluster: Cluster, most: int = 5) -> 
         None if fitting else nearest,
         len(every),
         len(fitting),
-        [] if every else layout_problems(under(run, 1, 1, 1, 1, 1, "none", 1), world_size),
+        [] if every else layout_problems(under(run, 1, 1, 1, 1, 1, 1, "none", 1), world_size),
     )
 
 
@@ -57,8 +58,12 @@ def layouts(run: RunConfig, world_size: int) -> Iterator[RunConfig]:
     micro = [2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
     # Cut matrices exchange tokens around every product: that stays within a node.
     cuts = [n for n in sizes if n <= NODE_SIZE]
-    for pipeline, context, tensor, expert in itertools.product(sizes, sizes, cuts, sizes):
-        groups = (pipeline, context, tensor, expert)
+    # Of ranks that share rows as few gather as the heads leave no other way: least memory.
+    shared = [(n, n // math.gcd(n, run.model.num_kv_heads)) for n in sizes]
+    for pipeline, (context, gather), tensor, expert in itertools.product(
+        sizes, shared, cuts, sizes
+    ):
+        groups = (pipeline, context, gather, tensor, expert)
         # What contradicts alone is left before it is combined.
         if world_size % (pipeline * context * tensor) or layout_problems(
             under(run, *groups, 1, "none", 1), world_size
@@ -76,6 +81,7 @@ def under(
     run: RunConfig,
     pipeline: int,
     context: int,
+    gather: int,
     tensor: int,
     expert: int,
     stage: int,
@@ -89,6 +95,7 @@ def under(
             run.parallel,
             pipeline_parallel_size=pipeline,
             context_parallel_size=context,
+            context_gather_size=gather,
             tensor_parallel_size=tensor,
             expert_parallel_size=expert,
         ),
@@ -102,6 +109,7 @@ def _kind(run: RunConfig) -> tuple[object, ...]:
     sizes = (
         parallel.pipeline_parallel_size,
         parallel.context_parallel_size,
+        parallel.context_gather_size,
         parallel.tensor_parallel_size,
         parallel.expert_parallel_size,
     )

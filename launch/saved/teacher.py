@@ -90,12 +90,13 @@ def teacher_problems(teacher: RunConfig, run: RunConfig) -> list[str]:
             f"{name} has {teacher.model.num_experts} experts, which "
             f"parallel.expert_parallel_size {size} does not divide"
         )
-    context = run.parallel.context_parallel_size
-    if context > 1:
-        found += [
-            f"{name}: {problem}"
-            for problem in teacher.attention.context_problems(teacher.model, context)
-        ]
+    parallel = run.parallel
+    found += [
+        f"{name}: {problem}"
+        for problem in teacher.attention.sharing_problems(
+            teacher.model, parallel.context_parallel_size, parallel.context_gather_size
+        )
+    ]
     return found
 
 

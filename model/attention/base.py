@@ -12,6 +12,7 @@ import torch
 
 from model.attention.cache import LayerCache, Pages
 from model.attention.largest import LargestLogits, largest_logits
+from model.parallel.gather import Gathering
 from model.parallel.heads import HeadExchange
 from model.parallel.tensor import TensorExchange
 from ops.sparse_attention.audit import sample_rows
@@ -81,8 +82,12 @@ class SequenceLayout:
     paging: Paging | None = None
     """Set where the cache is a pool of pages."""
     exchange: HeadExchange | None = None
-    """Set where the tokens are a part of longer rows, which attention puts together; such an
-    attention sees some of the heads.
+    """Set where the tokens are a part of longer rows, whose ranks exchange heads: attention then
+    sees more of the rows, and some of the heads.
+    """
+    gathering: Gathering | None = None
+    """Set where the tokens that attend here, after heads were exchanged, are a part of longer rows,
+    whose keys and values are gathered: there are then fewer queries than keys.
     """
     tensor: TensorExchange | None = None
     """Set where matrices are cut: the tokens here are then those of all ranks of the tensor group,
@@ -102,6 +107,32 @@ class SequenceLayout:
         """The way back, of [B, S', heads', ...] to [B, S, heads, ...]."""
         return heads if self.exchange is None else self.exchange.to_tokens(heads)
 
+    def to_keys(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values [B, S', kv_heads, ...] of the tokens that attend here -> of whole rows;
+        where these are whole already, the tensors themselves.
+        """
+        return tensors if self.gathering is None else self.gathering.whole(*tensors)
+
+    def attending(self) -> torch.Tensor | None:
+        """[n] int64, rising: which of the B * S flattened tokens of whole rows attend here; None:
+        all of them.
+        """
+        gathering = self.gathering
+        if gathering is None:
+            return None
+
+        def flat() -> torch.Tensor:
+            batch, length = gathering.deal.order.shape
+            rows = torch.arange(batch, device=self.cos.device) * length
+            return (gathering.queries + rows.unsqueeze(1)).flatten()
+
+        return self.shared("attending", flat)
+
+    def of_attending(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
+        """Of [B * S] of whole rows, those that attend here."""
+        places = self.attending()
+        return tokens if tokens is None or places is None else tokens[places]
+
     def gather_tokens(self, own: torch.Tensor) -> torch.Tensor:
         """[B, s, ...] of a rank's own tokens -> [B, S, ...] of the tokens here, for what is cut; of
         whole matrices, the tensor itself.
@@ -114,22 +145,29 @@ class SequenceLayout:
 
     def audited_rows(self, layer_idx: int, share: float, num_tokens: int) -> torch.Tensor:
         """[R] int64, a share of the `num_tokens` rows that count, for a comparison with dense
-        attention: the same tokens whatever the batch is packed like, others in every layer.
+        attention: the same tokens whatever the batch is packed like, others in every layer. Of
+        whole rows, those that attend here.
         """
         ids = self.token_ids
         if ids is None:
             ids = torch.arange(num_tokens, device=self.cos.device)
-        rows = sample_rows(token_hash(layer_idx, ids), share)
+        places = self.attending()
+        if places is None:
+            rows = sample_rows(token_hash(layer_idx, ids), share)
+        else:
+            rows = places[sample_rows(token_hash(layer_idx, ids[places]), share)]
         return rows if self.token_mask is None else rows[self.token_mask[rows]]
 
     def see_logits(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
-        """Note the largest logits of a layer, for whoever asked. q, k: whole rows of the heads
-        that this rank attends with; those of other heads are -inf here.
+        """Note the largest logits of a layer, for whoever asked. k: whole rows of the heads that
+        this rank attends with; those of other heads are -inf here. q: of the tokens that attend
+        here.
         """
         if self.largest is None:
             return
-        documents = self.shared("documents", lambda: _documents(self.cu_seqlens, q))
-        found = largest_logits(q, k, documents, self.token_mask, scale)
+        documents = self.shared("documents", lambda: _documents(self.cu_seqlens, k))
+        queries = None if self.gathering is None else self.gathering.queries
+        found = largest_logits(q, k, documents, self.token_mask, scale, queries)
         if self.exchange is not None:
             whole = found.new_full((len(found) * self.exchange.size,), -torch.inf)
             self.exchange.own(whole).copy_(found)
@@ -158,9 +196,9 @@ class SequenceLayout:
         return self._shared[name]
 
 
-def _documents(cu_seqlens: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _documents(cu_seqlens: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """[B * S] int64, the number of each token's document."""
-    places = torch.arange(q.shape[0] * q.shape[1], device=q.device)
+    places = torch.arange(k.shape[0] * k.shape[1], device=k.device)
     return torch.bucketize(places, cu_seqlens.to(torch.int64), right=True)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from model.component import Component
 from model.config import ModelConfig
@@ -50,6 +50,33 @@ class AttentionConfig(Component):
             "parallel.context_parallel_size=1"
         ]
 
+    gathers: ClassVar[bool] = False
+    """Whether some of the tokens can attend to whole rows (SequenceLayout.to_keys)."""
+
+    def sharing_problems(self, model: ModelConfig, size: int, gather: int) -> list[str]:
+        """What keeps `size` ranks from sharing rows, of which `gather` gather keys and values, and
+        those between them share out heads.
+        """
+        by_heads = size // gather
+        if size == 1:
+            return []
+        if gather > 1 and not self.gathers:
+            return [
+                f"parallel.context_gather_size is {gather}, but attention={self.name} does not "
+                "compute queries of a part of a row; set parallel.context_gather_size=1"
+            ]
+        found = self.context_problems(model, by_heads) if by_heads > 1 else []
+        over = f"parallel.context_parallel_size {size} / parallel.context_gather_size {gather}"
+        name = f"parallel.context_parallel_size {by_heads}"
+        return [p if gather == 1 else p.replace(name, f"{over} = {by_heads}") for p in found]
+
+    def work(self, model: ModelConfig, places: Any) -> Any:
+        """What queries at these places of their documents cost in all layers together, in the unit
+        of a key that is read: by this rows are dealt out to ranks that gather. places: a tensor of
+        integers, as what returns.
+        """
+        return (places + 1) * model.num_layers
+
     def tensor_problems(self, model: ModelConfig, size: int, context: int) -> list[str]:
         """What keeps `size` ranks from having a part of the heads each, which `context` ranks then
         share out further.
@@ -87,6 +114,7 @@ class DenseAttentionConfig(AttentionConfig):
 
     name = "dense"
     by_head = BY_HEAD
+    gathers = True
 
     def problems(self, model: ModelConfig) -> list[str]:
         return []
@@ -106,6 +134,7 @@ class WindowedAttentionConfig(AttentionConfig):
 
     name = "windowed"
     by_head = BY_HEAD | {"sinks": 0}
+    gathers = True
 
     window: int = 128
     """Tokens up to and with the query that a sliding layer sees."""
@@ -121,6 +150,11 @@ class WindowedAttentionConfig(AttentionConfig):
     def slides(self, model: ModelConfig, layer_idx: int) -> bool:
         """Whether the layer sees a window alone."""
         return layer_idx in windowed_layers(model.num_layers, self.arguments)
+
+    def work(self, model: ModelConfig, places: Any) -> Any:
+        sliding = len(windowed_layers(model.num_layers, self.arguments))
+        seen = (places + 1).clamp(max=self.window)
+        return sliding * seen + (model.num_layers - sliding) * (places + 1)
 
     def context_problems(self, model: ModelConfig, size: int) -> list[str]:
         return _uneven_heads(model, size)
@@ -154,6 +188,7 @@ class SparseAttentionConfig(AttentionConfig):
     """Window, selected blocks and pooled rest in one softmax (ops/sparse_attention/README.md)."""
 
     name = "sparse"
+    gathers = True
     by_head = BY_HEAD | dict.fromkeys(
         (
             *("offset", "sink", "entry_weights"),
@@ -250,6 +285,14 @@ class SparseAttentionConfig(AttentionConfig):
     def is_sparse(self, model: ModelConfig, layer_idx: int) -> bool:
         """Whether `interval` and `dense_layers` leave the layer sparse."""
         return layer_idx in sparse_layers(model.num_layers, self.arguments)
+
+    def work(self, model: ModelConfig, places: Any) -> Any:
+        sparse = len(sparse_layers(model.num_layers, self.arguments))
+        exact = self.window_size + (self.top_k + self.num_sink_blocks) * self.block_size
+        # Entries of everything in the past are at least ranked, with or without a tail.
+        pooled = self.coarse_block_size * (self.fanout if self.num_levels == 2 else 1)
+        seen = (places + 1).clamp(max=exact) + places // pooled
+        return sparse * seen + (model.num_layers - sparse) * (places + 1)
 
     def context_problems(self, model: ModelConfig, size: int) -> list[str]:
         return _uneven_heads(model, size)
@@ -463,6 +506,7 @@ class MlaConfig(AttentionConfig):
     """
 
     name = "mla"
+    gathers = True
     by_head: ClassVar[Mapping[str, int]] = {
         **dict.fromkeys(("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight"), 0),
         "o_proj.weight": 1,
@@ -567,7 +611,8 @@ def _uneven_heads(model: ModelConfig, size: int) -> list[str]:
     fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
     return [
         f"parallel.context_parallel_size {size} does not divide model.num_kv_heads {heads}, which "
-        f"its ranks share out; choose one of {fitting}"
+        f"its ranks share out; choose one of {fitting}, or let more ranks gather keys and values "
+        "(parallel.context_gather_size)"
     ]
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from model.attention.base import AttentionSums, SequenceLayout, has_varlen_kernel
 from model.attention.cache import KVCache, KVPages
 from model.config import ModelConfig
 from model.layers import RMSNorm, RowLinear, apply_rotary
+from model.parallel.deal import Run
 
 
 class DenseAttention(nn.Module):
@@ -91,6 +93,7 @@ class DenseAttention(nn.Module):
         cache.
         """
         q, k, v = layout.to_heads(*self._project(hidden, layout))
+        k, v = layout.to_keys(k, v)
         layout.see_logits(q, k, 1 / math.sqrt(self.head_dim))
         out = layout.to_tokens(self._attend_densely(q, k, v, layout, cache))
         return self.o_proj(out.flatten(2)), None
@@ -150,10 +153,13 @@ def attend_packed(
 ) -> torch.Tensor:
     """Causal attention within each document of packed rows, by torch's kernels.
 
-    q: [B, S, heads, head_dim]; k, v: [B, S, kv_heads, head_dim], heads a multiple of kv_heads.
+    q: [B, n, heads, head_dim] of the tokens that attend here; k, v: [B, S, kv_heads, head_dim],
+    heads a multiple of kv_heads.
     scale: of the logits; None: 1 / sqrt(head_dim).
-    Returns [B, S, heads, head_dim].
+    Returns [B, n, heads, head_dim].
     """
+    if layout.gathering is not None:
+        return attend_runs(q, k, v, layout.gathering.runs, scale)
     if not has_varlen_kernel(q.device, q.dtype):
         return _sdpa(q, k, v, layout.mask, scale)
     from torch.nn.attention.varlen import varlen_attn
@@ -186,6 +192,69 @@ def attend_packed(
         **options,
     )
     return out.view_as(q)
+
+
+MASKED = 1024
+"""Queries of a run that attend under one mask at a time."""
+
+
+def attend_runs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    runs: tuple[Run, ...],
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of some of the tokens, run by run, each to what is before it in its
+    document: products that no query may see are left out but for those of a run itself.
+
+    q: [B, n, heads, head_dim], of the runs one after the other; k, v: [B, S, kv_heads, head_dim] of
+    whole rows. Returns [B, n, heads, head_dim].
+    """
+    outs = []
+    for run, queries in of_runs(q, runs):
+        row = slice(run.row, run.row + 1)
+        # A document's first tokens see nothing but each other.
+        if run.first == run.document:
+            at = slice(run.first, run.end)
+            outs.append(_sdpa(queries, k[row, at], v[row, at], None, scale))
+            continue
+        at = slice(run.document, run.end)
+        outs.append(_attend_to_past(queries, k[row, at], v[row, at], scale))
+    return torch.cat(outs, 1).view(q.shape[0], q.shape[1], *outs[0].shape[2:])
+
+
+def of_runs(q: torch.Tensor, runs: tuple[Run, ...]) -> Iterator[tuple[Run, torch.Tensor]]:
+    """Every run and its queries [1, m, heads, head_dim], of q [B, n, heads, head_dim]."""
+    sizes = [run.end - run.first for run in runs]
+    yield from zip(runs, q.flatten(0, 1).unsqueeze(0).split(sizes, 1), strict=True)
+
+
+def _attend_to_past(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """The last m of L tokens, q [1, m, heads, head_dim], to all of them up to themselves."""
+    new, total = q.shape[1], k.shape[1]
+    if has_varlen_kernel(q.device, q.dtype):
+        groups = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+        out: torch.Tensor = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=causal_lower_right(new, total),
+            scale=scale,
+        )
+        return out.transpose(1, 2)
+    # Without a kernel that knows of it the mask is in memory, so of some queries at a time.
+    outs = []
+    for first in range(0, new, MASKED):
+        some = q[:, first : first + MASKED]
+        end = total - new + first + some.shape[1]
+        keys = torch.arange(end, device=q.device)
+        mask = keys <= keys[end - some.shape[1] :].unsqueeze(1)
+        outs.append(_sdpa(some, k[:, :end], v[:, :end], mask, scale))
+    return torch.cat(outs, 1)
 
 
 @functools.cache

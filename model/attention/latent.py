@@ -105,7 +105,7 @@ class LatentAttention(nn.Module):
 
         # Nothing was held: these tokens are all there is, cached or not.
         if held == 0:
-            own, k, v = layout.to_heads(q, *self._expanded(rows))
+            own, k, v = self._shared_out(q, rows, layout)
             layout.see_logits(own, k, self.scale)
             out = layout.to_tokens(self._attend(own, k, v, layout))
         elif q.shape[1] <= self._most_absorbed():
@@ -113,6 +113,30 @@ class LatentAttention(nn.Module):
         else:
             out = self._attend_expanded(q, *self._expanded(rows))
         return self.o_proj(out.flatten(2)), None
+
+    def _shared_out(
+        self, q: torch.Tensor, rows: torch.Tensor, layout: SequenceLayout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of the tokens that attend here, and keys and values of whole rows, of the heads
+        that this rank attends with. Where ranks gather they gather latents, which are a fraction of
+        the keys and values that each then makes of them.
+        """
+        gathering = layout.gathering
+        if gathering is None:
+            own, k, v = layout.to_heads(q, *self._expanded(rows))
+            return own, k, v
+        k, v = layout.to_heads(*self._expanded(gathering.rows(rows)))
+        (own,) = layout.to_heads(q)
+
+        def placed(x: torch.Tensor) -> torch.Tensor:
+            # By ranks that exchange heads, in each by those that gather: in a deal it is the other
+            # way round.
+            size = gathering.exchange.size
+            parts = x.flatten(2).unflatten(1, (-1, size, rows.shape[1])).transpose(1, 2)
+            found: torch.Tensor = gathering.placed(parts.flatten(1, 3))
+            return found.unflatten(2, x.shape[2:])
+
+        return own, placed(k), placed(v)
 
     def _attend_to_pages(
         self, q: torch.Tensor, rows: torch.Tensor, layout: SequenceLayout, cache: LatentPages

@@ -144,6 +144,7 @@ class SparseAttention(DenseAttention):
         # The stages: dense attention first, which keeps the other parameters in the reductions.
         if self.step < self.dense_steps:
             q, k, v = layout.to_heads(q, k, v)
+            k, v = layout.to_keys(k, v)
             out = layout.to_tokens(self._attend_densely(q, k, v, layout, cache))
             return self.o_proj(out.flatten(2)), AttentionSums(self._unused(hidden), _no_stats(out))
 
@@ -170,6 +171,7 @@ class SparseAttention(DenseAttention):
         if cache is not None:
             cache.append(k, v)
         q, k, v = layout.to_heads(q, k, v)
+        k, v = layout.to_keys(k, v)
         flat = [x.flatten(0, 1) for x in (q, k, v)]
         attend = self._gated if self.merge == "gated" else self._one_softmax
         out, sums = attend(hidden, flat[0], flat[1], flat[2], layout)
@@ -243,7 +245,9 @@ class SparseAttention(DenseAttention):
         v: torch.Tensor,
         layout: SequenceLayout,
     ) -> tuple[torch.Tensor, AttentionSums]:
-        """hidden [B, S, D] of the tokens here; q, k, v [T, ...] of whole rows, as what returns."""
+        """hidden [B, S, D] of the tokens here; k, v [T, ...] of whole rows; q [n, ...] of the
+        tokens that attend here, as what returns.
+        """
         bias = self._bias(hidden)
         if bias is not None:
             bias = layout.to_heads(bias)[0].flatten(0, 1)
@@ -258,7 +262,8 @@ class SparseAttention(DenseAttention):
             sink=self._own_sinks(layout),
             pool_logits=pool_logits,
             noise=self._noise(layout),
-            token_ids=layout.token_ids,
+            token_ids=layout.of_attending(layout.token_ids),
+            queries=layout.attending(),
         )
         return attended.out, self._sums(q, k, v, attended, bias, layout, pool_logits=pool_logits)
 
@@ -274,9 +279,14 @@ class SparseAttention(DenseAttention):
         window.
         """
         coarse, selected, window = _branches(self.spec)
-        attend = functools.partial(sparse_attention, q, k, v, layout.cu_seqlens)
+        attend = functools.partial(
+            sparse_attention, q, k, v, layout.cu_seqlens, queries=layout.attending()
+        )
         chosen = attend(
-            selected, noise=self._noise(layout), token_ids=layout.token_ids, coarse=False
+            selected,
+            noise=self._noise(layout),
+            token_ids=layout.of_attending(layout.token_ids),
+            coarse=False,
         )
         branches = attend(coarse, exact=False).out, chosen.out, attend(window, coarse=False).out
         sums = self._sums(q, k, v, chosen, None, layout, audit=False)
@@ -371,11 +381,11 @@ class SparseAttention(DenseAttention):
         penalty = found["error"]
 
         if layout.measure:
-            found |= _measure(attended, layout.token_mask)
+            found |= _measure(attended, layout.of_attending(layout.token_mask))
 
         # A few rows, the same whatever the batch is packed like, are compared with dense attention.
         if audit and self.audit_rows > 0 and (layout.measure or regularised):
-            rows = layout.audited_rows(self.layer_idx, self.audit_rows, len(q))
+            rows = layout.audited_rows(self.layer_idx, self.audit_rows, len(k))
 
             # Without a regulariser nothing of it has to be kept for backward.
             sinks = self._own_sinks(layout)
@@ -391,6 +401,7 @@ class SparseAttention(DenseAttention):
                     bias,
                     sinks,
                     pool_logits,
+                    layout.attending(),
                 )
 
             # A sampled row stands for 1 / audit_rows tokens. The mean is over all heads: ranks that

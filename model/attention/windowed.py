@@ -9,8 +9,9 @@ from torch import nn
 from model.attention.base import SequenceLayout
 from model.attention.cache import KVCache, KVPages
 from model.attention.config import WindowedAttentionConfig
-from model.attention.dense import DenseAttention
+from model.attention.dense import MASKED, DenseAttention, of_runs
 from model.config import ModelConfig
+from model.parallel.deal import Run
 
 ROOM = 8
 """Dimensions that carry the sinks beside those of a head: what keeps rows aligned on a GPU."""
@@ -54,6 +55,8 @@ class WindowedAttention(DenseAttention):
         elif cache is not None:
             return self._attend_to_last(q, *cache.append(k, v))
         sinks = None if self.sinks is None else layout.own_heads(self.sinks)
+        if layout.gathering is not None:
+            return self._attend_runs(q, k, v, layout.gathering.runs, sinks)
         if self.window is None:
             mask = layout.shared("causal", lambda: _causal_mask(layout, *q.shape[:2]))
             return self._attend(q, k, v, mask, sinks)
@@ -70,6 +73,33 @@ class WindowedAttention(DenseAttention):
             mask &= keys > queries - self.window
         mask = mask.view(1, 1, new, total - first)
         return self._attend(q, k[:, first:], v[:, first:], mask, self.sinks)
+
+    def _attend_runs(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        runs: tuple[Run, ...],
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As attend_runs; of a window the last tokens alone, some queries at a time."""
+        outs = []
+        for run, queries in of_runs(q, runs):
+            first = run.first
+            for some in queries.split(self.window or MASKED, 1):
+                end = first + some.shape[1]
+                start = run.document
+                if self.window is not None:
+                    start = max(start, first - self.window + 1)
+                places = torch.arange(first, end, device=q.device).unsqueeze(1)
+                keys = torch.arange(start, end, device=q.device).unsqueeze(0)
+                mask = keys <= places
+                if self.window is not None:
+                    mask &= keys > places - self.window
+                row, at = slice(run.row, run.row + 1), slice(start, end)
+                outs.append(self._attend(some, k[row, at], v[row, at], mask[None, None], sinks))
+                first = end
+        return torch.cat(outs, 1).view_as(q)
 
     def _attend_in_pieces(
         self,

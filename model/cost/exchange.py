@@ -23,7 +23,7 @@ class Exchange:
     """
 
     heads: int
-    """Of attention, among the ranks of a context group."""
+    """Of attention, among the ranks of a context group that exchange heads."""
     rows: int
     """To the ranks of their experts and home again, with their gates."""
     dense_gradients: int
@@ -42,6 +42,10 @@ class Exchange:
     """Tokens gathered before cut matrices and summed behind them, among the ranks of a tensor
     group, and what the loss over parts of the vocabulary takes.
     """
+    keys: int = 0
+    """Keys and values, or latents, to the other ranks of a context group that gather them, and what
+    reached them on the way back.
+    """
 
     @property
     def gradients(self) -> int:
@@ -53,7 +57,7 @@ class Exchange:
 
     @property
     def total(self) -> int:
-        around = self.heads + self.rows + self.stages + self.tensor
+        around = self.heads + self.keys + self.rows + self.stages + self.tensor
         return around + self.gradients + self.weights
 
 
@@ -67,6 +71,7 @@ def exchanged_bytes(
     expert_parallel_size: int,
     context_parallel_size: int,
     tensor_parallel_size: int = 1,
+    context_gather_size: int = 1,
     micro_batch_size: int,
     seq_len: int,
     num_micro_batches: int,
@@ -90,11 +95,16 @@ def exchanged_bytes(
     tokens = micro_batch_size * seq_len // (context_parallel_size * tensor_parallel_size)
     passes = 3 if config.recompute == "block" else 2
 
-    heads = _away(context_parallel_size) * tokens * _head_bytes(config, width, attention)
+    # Where latents are gathered, keys and values are made of them before heads are exchanged.
+    gather = context_gather_size
+    by_heads = _away(context_parallel_size // gather)
+    times_made = gather if is_latent(attention) else 1
+    heads = by_heads * tokens * _head_bytes(config, width, attention, times_made)
     heads *= len(layers) + num_mtp
+    keys = (gather - 1) * tokens * (len(layers) + num_mtp) * _key_bytes(config, width, attention)
     if attention and not is_latent(attention) and "coarse_block_size" in attention:
         sparse = number_in(layers, sparse_layers(config.num_layers, attention))
-        by_token = _away(context_parallel_size) * tokens
+        by_token = by_heads * tokens
         heads += by_token * sparse * _sparse_bytes(config, width, attention)
 
     # Forward rows may travel rounded to 8 bits; what comes back, and gradients, at most to bf16.
@@ -122,6 +132,7 @@ def exchanged_bytes(
         stages += table * (4 if is_last else width)
     return Exchange(
         heads=round(heads * passes * num_micro_batches),
+        keys=keys * passes * num_micro_batches,
         rows=round(rows * num_micro_batches),
         dense_gradients=round(dense * reduced),
         expert_gradients=round(experts * reduced),
@@ -169,14 +180,26 @@ def _away(num_ranks: int) -> float:
     return 1 - 1 / num_ranks
 
 
-def _head_bytes(config: ModelConfig, width: int, attention: Mapping[str, Any] | None) -> int:
-    """Of a token in one layer and direction: queries, keys, values and outputs of all heads."""
+def _head_bytes(
+    config: ModelConfig, width: int, attention: Mapping[str, Any] | None, times_made: int
+) -> int:
+    """Of a token in one layer and direction: queries, keys, values and outputs of all heads.
+    times_made: keys and values of so many tokens travel for one of a rank's own.
+    """
     heads, kv_heads = config.num_heads, config.num_kv_heads
     key_dim = value_dim = config.attention_head_dim
     if is_latent(attention):
         key_dim = attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"]
         value_dim = attention["v_head_dim"]
-    return width * ((heads + kv_heads) * (key_dim + value_dim))
+    return width * (heads + times_made * kv_heads) * (key_dim + value_dim)
+
+
+def _key_bytes(config: ModelConfig, width: int, attention: Mapping[str, Any] | None) -> int:
+    """Of a token in one layer and direction: its keys and values of all heads, or its latent."""
+    if attention is not None and is_latent(attention):
+        values: int = attention["kv_lora_rank"] + attention["qk_rope_head_dim"]
+        return width * values
+    return width * 2 * config.num_kv_heads * config.attention_head_dim
 
 
 def _sparse_bytes(config: ModelConfig, width: int, attention: Mapping[str, Any]) -> int:

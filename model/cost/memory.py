@@ -62,6 +62,7 @@ def device_memory(
     world_size: int,
     expert_parallel_size: int,
     context_parallel_size: int = 1,
+    context_gather_size: int = 1,
     tensor_parallel_size: int = 1,
     micro_batch_size: int,
     seq_len: int,
@@ -139,6 +140,7 @@ def device_memory(
             width * experts_per_token * row_values,
             attention,
             context_parallel_size > 1,
+            context_gather_size,
             layers,
             in_flight,
             seq_len,
@@ -252,6 +254,16 @@ def _attention_bytes(
     return width * (latents + heads * per_head), 4 * (heads + 1) * rope
 
 
+def _kept_key_bytes(config: ModelConfig, width: int, attention: Mapping[str, Any] | None) -> int:
+    """Of another rank's token in one layer: its keys and values, and a latent that they are of."""
+    if attention is None or not is_latent(attention):
+        return width * 2 * config.num_kv_heads * config.attention_head_dim
+    key = attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"]
+    latent = attention["kv_lora_rank"] + attention["qk_rope_head_dim"]
+    values: int = latent + 2 * config.num_heads * max(key, attention["v_head_dim"])
+    return width * values
+
+
 def _index_bytes(
     config: ModelConfig, width: int, attention: Mapping[str, Any], seq_len: int
 ) -> tuple[int, int]:
@@ -276,6 +288,7 @@ def _activation_bytes(
     routed: float,
     arguments: Mapping[str, Any] | None,
     shares_rows: bool,
+    gather: int,
     here: range,
     in_flight: int,
     seq_len: int,
@@ -285,7 +298,8 @@ def _activation_bytes(
     micro-batches that it holds at a time.
 
     routed: bytes per token that the routed experts keep; arguments: of attention; shares_rows: with
-    other ranks, so that what attention gives is kept twice, by heads and by tokens; cut: ranks that
+    other ranks, so that what attention gives is kept twice, by heads and by tokens; gather: so many
+    ranks gather keys and values, of which each then keeps those of all; cut: ranks that
     have parts of matrices, whose inputs are then the tokens of all.
     """
     hidden = config.hidden_size
@@ -297,6 +311,7 @@ def _activation_bytes(
         rope = arguments["qk_rope_head_dim"]
         latents = (cut - 1) * (width * (widths + 2 * rope) + 4 * rope)
     inside, rotary = _attention_bytes(config, width, arguments, here, seq_len)
+    gathered += (gather - 1) * _kept_key_bytes(config, width, arguments)
     attention = norm + gathered + latents + rotary + inside + width * hidden
     if shares_rows and not is_latent(arguments):
         attention += width * config.num_heads * config.attention_head_dim

@@ -29,8 +29,12 @@ class ParallelGroups:
     tensor_data: ranks that hold the same parts of matrices, e.g. [0,2][1,3].
     parts: all ranks that share rows, by tensor or context parallelism or both; tensor groups are
         neighbours in it.
-    context: ranks that hold neighbouring parts of the same rows, and exchange heads in attention;
-        megatron-core makes them neighbours, e.g. [0,1][2,3] with rows [0,2][1,3].
+    context: ranks that hold parts of the same rows, which attention puts together; megatron-core
+        makes them neighbours, e.g. [0,1][2,3] with rows [0,2][1,3].
+    heads: of a context group the neighbours that exchange heads in attention; all of them, where
+        none gather.
+    gather: of a context group those that gather keys and values, as far apart as there are ranks
+        that exchange heads, e.g. [0,2][1,3] with heads [0,1][2,3] and one context group.
     expert: ranks that share one copy of the experts; megatron-core makes them neighbours, e.g.
         [0,1][2,3].
     expert_data: ranks that hold the same experts and average their gradients, e.g. [0,2][1,3].
@@ -41,6 +45,8 @@ class ParallelGroups:
     stage: Any = None
     pipeline: Any = None
     context: Any = None
+    heads: Any = None
+    gather: Any = None
     tensor: Any = None
     tensor_data: Any = None
     parts: Any = None
@@ -55,6 +61,8 @@ class ParallelGroups:
     rows_rank: int = 0
     context_size: int = 1
     context_rank: int = 0
+    gather_size: int = 1
+    gather_rank: int = 0
     tensor_size: int = 1
     tensor_rank: int = 0
     expert_size: int = 1
@@ -81,6 +89,15 @@ class ParallelGroups:
         """Whose part of its rows this rank has, in the order of the tokens."""
         return self.context_rank * self.tensor_size + self.tensor_rank
 
+    @property
+    def heads_size(self) -> int:
+        """How many ranks of a context group exchange heads."""
+        return self.context_size // self.gather_size
+
+    @property
+    def heads_rank(self) -> int:
+        return self.context_rank % self.heads_size
+
     def shards(self, family: Family) -> Any:
         """The group over which parameters of a family are spread; None: every rank of the stage
         has all of them.
@@ -100,16 +117,20 @@ def initialize_parallel(
     context_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     tensor_parallel_size: int = 1,
+    context_gather_size: int = 1,
 ) -> ParallelGroups:
     """Create the groups on an initialised torch.distributed world.
 
     ranks_per_node: an expert group of more ranks gets groups within and between its nodes; None: it
         does not.
+    context_gather_size: of the ranks of a context group, those that gather keys and values; the
+        others exchange heads.
 
     Raises:
         ValueError: the world size is not divisible by `pipeline_parallel_size`, or a stage's not by
             `expert_parallel_size` or `context_parallel_size` x `tensor_parallel_size`, or the first
-            of these not by `ranks_per_node`.
+            of these not by `ranks_per_node`, or `context_parallel_size` not by
+            `context_gather_size`.
     """
     from megatron.core import parallel_state
 
@@ -127,11 +148,20 @@ def initialize_parallel(
                 f"world size {world_size} is not divisible by {stages}{name} "
                 f"{size // pipeline_parallel_size}"
             )
+    by_heads, left = divmod(context_parallel_size, context_gather_size)
+    if left:
+        raise ValueError(
+            f"context_parallel_size {context_parallel_size} is not divisible by "
+            f"context_gather_size {context_gather_size}"
+        )
+    # Neighbours exchange heads, and gather across these.
+    levels = [by_heads, context_gather_size] if context_gather_size > 1 else None
     # Expert groups are runs of neighbours of their own, whatever the other axes are.
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
         context_parallel_size=context_parallel_size,
+        hierarchical_context_parallel_sizes=levels,
         tensor_model_parallel_size=tensor_parallel_size,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_seconds / 60,
@@ -140,6 +170,9 @@ def initialize_parallel(
     rows = parallel_state.get_data_parallel_group()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     context = parallel_state.get_context_parallel_group()
+    heads, gather = context, None
+    if levels is not None:
+        heads, gather = parallel_state.get_hierarchical_context_parallel_groups()
     tensor = parallel_state.get_tensor_model_parallel_group()
     expert = parallel_state.get_expert_model_parallel_group()
     expert_data = parallel_state.get_expert_data_parallel_group()
@@ -147,6 +180,8 @@ def initialize_parallel(
         stage=stage,
         pipeline=pipeline,
         context=context,
+        heads=heads,
+        gather=gather,
         tensor=tensor,
         tensor_data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         parts=parallel_state.get_tensor_and_context_parallel_group(),
@@ -161,6 +196,8 @@ def initialize_parallel(
         rows_rank=dist.get_rank(rows),
         context_size=dist.get_world_size(context),
         context_rank=dist.get_rank(context),
+        gather_size=context_gather_size,
+        gather_rank=0 if gather is None else dist.get_rank(gather),
         tensor_size=dist.get_world_size(tensor),
         tensor_rank=dist.get_rank(tensor),
         expert_size=dist.get_world_size(expert),

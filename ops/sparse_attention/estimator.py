@@ -187,7 +187,7 @@ def _blocks(p: Rows, q: Tensor, blocks: Tensor, head: Tensor) -> tuple[Tensor, T
     """
     size = p.spec.block_size
     start = p.table.start[blocks.clamp_min(0)].long().unsqueeze(-1)
-    at = (start + torch.arange(size)).flatten(2).clamp_max(p.num_tokens - 1)
+    at = (start + torch.arange(size)).flatten(2).clamp_max(p.k.shape[1] - 1)
     z = p.scale * torch.matmul(q, p.k[head, at].transpose(2, 3))
     nothing = (blocks < 0).repeat_interleave(size, -1).unsqueeze(2)
     return z.masked_fill(nothing, _NEVER), p.v[head, at]

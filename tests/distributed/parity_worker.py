@@ -29,7 +29,7 @@ from model.request import ForwardRequest, TokenBatch, part_of
 sys.path.insert(0, str(Path(__file__).parent))
 from common import batch, build, take, tiny_config
 
-from model.attention.base import STATS
+from model.attention.base import STATS, SequenceLayout
 from model.attention.sparse import SparseAttention
 from model.config import (
     BalanceConfig,
@@ -43,6 +43,8 @@ from model.loss import IGNORE_INDEX, ModelOutput, targets_ahead, training_loss
 from model.moe.balance import unpack_stats
 from model.moe.budget import start_routers, update_routers
 from model.moe.experts import Experts
+from model.parallel import deal
+from model.parallel.gather import _Placed
 from model.parallel.groups import ParallelGroups, destroy_parallel, initialize_parallel
 from model.placement.record import LayerPlacement, Placement
 from model.routers.config import (
@@ -185,6 +187,7 @@ def groups_for(
     context_parallel_size: int,
     pipeline_parallel_size: int,
     tensor_parallel_size: int,
+    context_gather_size: int,
 ) -> ParallelGroups:
     """Groups are made once per size: each set of gloo groups holds threads until the process
     ends.
@@ -196,6 +199,7 @@ def groups_for(
         context_parallel_size=context_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
+        context_gather_size=context_gather_size,
     )
 
 
@@ -248,7 +252,12 @@ def own_tokens(full: dict, groups: ParallelGroups) -> TokenBatch:
     if groups.parts_size == 1:
         return rows
     length = rows.input_ids.shape[1] // groups.parts_size
-    return part_of(rows, groups.parts_rank * length, length)
+    dealt = None
+    if groups.gather_size > 1:
+        # Of single tokens, so that every rank has some of every document.
+        with patch.object(deal, "LEAST", 1):
+            dealt = deal.Dealer(groups.gather_size, lambda places: places + 1)(rows.positions)
+    return part_of(rows, groups.parts_rank * length, length, dealt)
 
 
 def fault(case: dict, engine: Engine) -> AbstractContextManager:
@@ -287,6 +296,18 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
     def cut_off(exchange: TensorExchange, same: torch.Tensor) -> torch.Tensor:
         return same.chunk(exchange.size)[exchange.rank]
 
+    def of_other_tokens(ctx, *grads: torch.Tensor):
+        (order,) = ctx.saved_tensors
+        others = order.roll(1, 1).unsqueeze(2).expand_as(grads[0])
+        return grads[0].gather(1, others), None
+
+    def of_first_tokens(layout: SequenceLayout, tokens: torch.Tensor | None):
+        places = layout.attending()
+        return tokens if tokens is None or places is None else tokens[: len(places)]
+
+    def of_one_rank(exchange: TensorExchange, shares: torch.Tensor) -> torch.Tensor:
+        return exchange.size * shares.chunk(exchange.size)[exchange.rank]
+
     with_lent = Pipeline._with_lent_gradient
     if name == "bias on every rank":
         for module in engine.module.modules():
@@ -299,6 +320,9 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
     return {
         "gradients carried twice": patch.object(flow, "given", twice),
         "gradient of the loan dropped": patch.object(Pipeline, "_with_lent_gradient", kept),
+        "gradients of other tokens": patch.object(_Placed, "backward", of_other_tokens),
+        "gradients of own queries alone": patch.object(TensorExchange, "summed", of_one_rank),
+        "noise of other tokens": patch.object(SequenceLayout, "of_attending", of_first_tokens),
         "losses of own tokens alone": patch.object(TensorExchange, "own", cut_off),
         "sinks of other heads": patch.object(HeadExchange, "own", others),
         "noise of local heads": patch.object(SparseAttention, "_noise", of_local_heads),
@@ -361,6 +385,7 @@ def run_case(case: dict) -> dict:
         case.get("cp", 1),
         case.get("pp", 1),
         case.get("tp", 1),
+        case.get("gather", 1),
     )
     budget = dataclasses.replace(BUDGET, scope=case.get("budget_scope", BUDGET.scope))
     placement = None

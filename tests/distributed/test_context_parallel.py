@@ -52,9 +52,11 @@ TWO_RANKS = [
         largest=True,
     ),
     case(2, 2, 1, 2, "sequence", **SINKS_AHEAD),
+    case(2, 2, 2, 2, "sequence", gather=2, attention=LEARNED, model={"recompute": "block"}),
 ]
 FOUR_RANKS = [
-    case(4, 4, 0, 1, "sequence", model={"num_kv_heads": 4}, router="threshold", largest=True)
+    case(4, 4, 0, 1, "sequence", model={"num_kv_heads": 4}, router="threshold", largest=True),
+    case(4, 4, 3, 1, "sequence", gather=2, attention=LATENT, model=LATENT_SHAPE, largest=True),
 ]
 MORE_ON_TWO = [
     case(2, 2, 0, 1, "sequence"),
@@ -68,6 +70,20 @@ MORE_ON_TWO = [
     case(2, 1, 1, 2, "sequence", model={"num_mtp_layers": 2, "tie_embeddings": True}),
     case(2, 2, 1, 1, "global_batch", router="top_p", balance={"bias_update": "quantile"}, lent=1),
     {**muon(2, 3), "cp": 2},
+    case(2, 2, 0, 1, "sequence", gather=2, largest=True),
+    case(2, 1, 1, 2, "global_batch", gather=2, attention=LATENT, model=LATENT_SHAPE),
+    case(2, 2, 3, 1, "batch", gather=2, attention=GATED),
+    case(2, 2, 2, 1, "sequence", gather=2, attention=LEVELS),
+    case(2, 2, 3, 2, "sequence", gather=2, **SINKS_AHEAD),
+    case(2, 1, 1, 1, "batch", gather=2, model={"num_experts": 0, "num_kv_heads": 1}),
+    {**muon(2, 3), "cp": 2, "gather": 2},
+]
+MORE_ON_FOUR = [
+    case(4, 2, 1, 2, "sequence", gather=2, attention=LEARNED),
+    case(4, 4, 3, 1, "batch", gather=4, attention=LEARNED, model={"recompute": "block"}),
+    case(4, 4, 2, 1, "global_batch", gather=2, **SINKS_AHEAD),
+    case(2, 2, 1, 1, "sequence", gather=2, tp=2, largest=True),
+    case(2, 2, 1, 1, "sequence", gather=2, pp=2, attention=LEARNED),
 ]
 # What is learnt from zero is in proportion as far off as its gradients.
 EIGHT_RANKS = [
@@ -81,6 +97,14 @@ EIGHT_RANKS = [
     case(2, 8, 2, 1, "batch", router="top_p", balance={"bias_update": "quantile"}),
     case(2, 2, 0, 2, "sequence", model={"num_mtp_layers": 1}),
     case(4, 1, 2, 1, "batch", attention=LATENT, model=LATENT_SHAPE),
+    case(8, 8, 3, 1, "sequence", gather=4, model={"recompute": "block"}),
+    case(
+        *(8, 4, 1, 2, "global_batch"),
+        gather=4,
+        attention=LEARNED,
+        tolerance={"parameter": 5e-6},
+    ),
+    case(8, 2, 2, 1, "sequence", gather=2, attention=LATENT, model=LATENT_SHAPE),
 ]
 HALF_PRECISION = [
     case(2, 2, 1, 2, "batch", precision="bf16"),
@@ -95,11 +119,14 @@ HALF_PRECISION = [
 FAULTS = [
     case(2, 1, 0, 1, "batch", fault="scaled by rows"),
     case(2, 1, 1, 1, "batch", fault="noise of local heads", attention=LEARNED),
+    case(2, 1, 1, 1, "batch", fault="gradients of other tokens", gather=2),
 ]
 MORE_FAULTS = [
     case(2, 1, 1, 1, "sequence", fault="sequences of own tokens"),
     case(2, 1, 1, 1, "batch", fault="sinks of other heads", **GPT_OSS),
     case(2, 1, 1, 1, "batch", fault="means over local heads", attention=LEARNED),
+    case(2, 1, 1, 1, "batch", fault="gradients of own queries alone", gather=2),
+    case(2, 1, 1, 1, "batch", fault="noise of other tokens", gather=2, attention=LEARNED),
 ]
 
 
@@ -136,6 +163,11 @@ def test_more_on_two_ranks_that_share_rows_trains_as_one_process(run_ranks):
     rows = run_ranks(WORKER, 2, json.dumps(MORE_ON_TWO + MORE_FAULTS))
     check(rows[: len(MORE_ON_TWO)], MORE_ON_TWO)
     check_that_it_shows(rows[len(MORE_ON_TWO) :])
+
+
+@pytest.mark.nightly
+def test_more_on_four_ranks_that_gather_trains_as_one_process(run_ranks):
+    check(run_ranks(WORKER, 4, json.dumps(MORE_ON_FOUR)), MORE_ON_FOUR)
 
 
 @pytest.mark.nightly

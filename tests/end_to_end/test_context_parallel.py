@@ -31,6 +31,21 @@ SETTINGS = (
     "balance.aux_loss_scope=sequence",
 )
 SHARED = ("parallel.context_parallel_size=2",)
+SMALL_LATENT = (
+    "attention.q_lora_rank=null",
+    "attention.kv_lora_rank=16",
+    "attention.qk_nope_head_dim=8",
+    "attention.qk_rope_head_dim=8",
+    "attention.v_head_dim=8",
+    "model.qk_norm=none",
+)
+SMALL_SPARSE = (
+    "attention.block_size=8",
+    "attention.coarse_block_size=4",
+    "attention.window_size=8",
+    "attention.top_k=1",
+    "attention.offset=true",
+)
 HALF = ("train.stop_after_step=5",)
 
 
@@ -72,6 +87,47 @@ def test_what_ranks_send_is_what_the_plan_says(runs):
         "parallel 2 ranks: rows 1 x context 2; expert 1 x expert data 2"
         in (runs / "half.txt").read_text()
     )
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        ((2, 2), ()),
+        ((4, 2), ("parallel.expert_parallel_size=2", "deepspeed=zero3")),
+        ((2, 2), ("attention=mla", "model.recompute=block", *SMALL_LATENT)),
+        ((2, 2), ("attention=scc", *SMALL_SPARSE)),
+    ],
+)
+def test_ranks_that_gather_are_as_one_process_and_send_what_the_plan_says(tmp_path, sizes, more):
+    context, gather = sizes
+    data = write_text(tmp_path)
+    shared = (
+        f"parallel.context_parallel_size={context}",
+        f"parallel.context_gather_size={gather}",
+    )
+    alone = [s for s in more if not s.startswith(("parallel.", "deepspeed="))]
+    launch("train", *SETTINGS, *alone, *data, f"run_dir={tmp_path / 'alone'}")
+    train_on(context, *SETTINGS, *more, *shared, *HALF, *data, f"run_dir={tmp_path / 'half'}")
+    expected, half = losses(tmp_path / "alone"), losses(tmp_path / "half")
+    assert half == {step: pytest.approx(expected[step], rel=1e-5) for step in range(1, 6)}
+    own, found = checksums(tmp_path / "alone"), checksums(tmp_path / "half")
+    assert found == {step: own[step] for step in range(1, 6)}
+
+    run = parse(plain(load_run_config(tmp_path / "half/config.yaml")), context)
+    plan = planned_exchange(run, context)
+    sent = {r["comm/bytes"] for r in lines(tmp_path / "half/metrics.jsonl") if "comm/bytes" in r}
+    assert plan.keys > 0
+    if plan.rows == 0:
+        assert sent == {plan.heads + plan.keys}
+
+    # One process goes on, and ranks that gather where it stopped.
+    back = ("parallel.context_gather_size=1", "parallel.context_parallel_size=1")
+    back += ("parallel.expert_parallel_size=1",)
+    launch("train", f"resume={tmp_path / 'half'}", *back, "deepspeed=zero1")
+    assert losses(tmp_path / "half") == {
+        step: pytest.approx(loss, rel=2e-5) for step, loss in expected.items()
+    }
 
 
 @pytest.mark.slow

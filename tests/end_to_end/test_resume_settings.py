@@ -739,6 +739,13 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         "launch.num_devices=2",
         world_size=2,
     ),
+    "parallel.context_gather_size": reaches(
+        "parallel.context_parallel_size=2",
+        "parallel.context_gather_size=2",
+        "launch=deepspeed",
+        "launch.num_devices=2",
+        world_size=2,
+    ),
     "parallel.placement": refused("parallel.placement=/nowhere/p.json", "cannot be read"),
     "parallel.ranks_per_node": reaches("parallel.ranks_per_node=2"),
     "parallel.timeout_seconds": reaches("parallel.timeout_seconds=100"),

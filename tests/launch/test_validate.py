@@ -257,7 +257,25 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
         (
             {"parallel__context_parallel_size": 4, "train__global_batch_size": 8},
             "parallel.context_parallel_size 4 does not divide model.num_kv_heads 2, which its "
-            "ranks share out; choose one of 1, 2",
+            "ranks share out; choose one of 1, 2, or let more ranks gather keys and values "
+            "(parallel.context_gather_size)",
+        ),
+        (
+            {"parallel__context_parallel_size": 4, "parallel__context_gather_size": 3},
+            "parallel.context_gather_size is 3; it must be at least 1 and divide "
+            "parallel.context_parallel_size 4",
+        ),
+        ({"parallel__context_gather_size": 0}, "parallel.context_gather_size is 0"),
+        ({"parallel__context_gather_size": 2}, "divide parallel.context_parallel_size 1"),
+        (
+            {
+                "parallel__context_parallel_size": 4,
+                "parallel__context_gather_size": 2,
+                "model__num_kv_heads": 1,
+                "train__global_batch_size": 8,
+            },
+            "parallel.context_parallel_size 4 / parallel.context_gather_size 2 = 2 does not divide "
+            "model.num_kv_heads 1",
         ),
         (
             {"parallel__context_parallel_size": 3},

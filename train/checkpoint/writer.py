@@ -251,6 +251,7 @@ class CheckpointWriter:
             "zero_stage": engine.stage,
             "expert_parallel_size": self.groups.expert_size,
             "context_parallel_size": self.groups.context_size,
+            "context_gather_size": self.groups.gather_size,
             "tensor_parallel_size": self.groups.tensor_size,
             "pipeline_parallel_size": self.groups.pipeline_size,
             "versions": versions(),

@@ -224,6 +224,7 @@ def _devices_problems(
         "ranks_per_node": None,
         "placement": None,
         "context_parallel_size": 1,
+        "context_gather_size": 1,
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "pipeline_split": None,

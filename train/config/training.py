@@ -348,7 +348,11 @@ class ParallelConfig:
     """
     context_parallel_size: int = 1
     """Ranks that share the tokens of every row, and exchange heads in attention; divides the
-    key/value heads.
+    key/value heads, but for those that gather.
+    """
+    context_gather_size: int = 1
+    """Of the ranks that share a row, so many gather keys and values, each for queries of its own,
+    and the others exchange heads; divides context_parallel_size. 1: all exchange heads.
     """
     ranks_per_node: int | None = None
     """Expert groups of more ranks exchange rows within nodes first, then between them; None: in one
@@ -362,6 +366,11 @@ class ParallelConfig:
     def rows_size(self, world_size: int) -> int:
         """Of so many ranks, those that have rows of their own: what batches are divided by."""
         return world_size // (self.parts_size * self.pipeline_parallel_size)
+
+    @property
+    def context_heads_size(self) -> int:
+        """Of the ranks that share a row, those that exchange heads."""
+        return self.context_parallel_size // self.context_gather_size
 
     @property
     def parts_size(self) -> int:
@@ -378,6 +387,12 @@ class ParallelConfig:
             name = f"{axis}_parallel_size"
             if getattr(self, name) < 1:
                 found.append(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        context, gather = self.context_parallel_size, self.context_gather_size
+        if gather < 1 or (context >= 1 and context % gather):
+            found.append(
+                f"parallel.context_gather_size is {gather}; it must be at least 1 and divide "
+                f"parallel.context_parallel_size {context}"
+            )
         split, size = self.pipeline_split, self.pipeline_parallel_size
         if split is not None and (len(split) != size or min(split, default=0) < 1):
             found.append(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from model.loss import IGNORE_INDEX, targets_ahead
-from model.request import TokenBatch, fields_of_part, part_of
+from model.parallel.deal import Deal, Dealer
+from model.request import TokenBatch, fields_of_part, part_of, run_of
 from train.data.chat.samples import Conversations
 from train.data.store import TrainingSamples, ValidationRows
 
@@ -50,16 +51,24 @@ class Batch:
     whole: Batch | None = None
     """The rows that these tokens are a part of; None: these are whole."""
     first: int = 0
-    """Place in its row of the first token here."""
+    """Place in its row of the first token here; of dealt rows, in the order of the deal."""
+    deal: Deal | None = None
+    """In which order tokens of whole rows are dealt out to ranks; None: in that of the rows."""
 
-    def part(self, rank: int, size: int) -> Batch:
-        """The tokens of one rank of a context group: a run of each row. What they are asked to
-        predict was settled on whole rows, so that nothing is lost where two runs meet.
+    def part(self, rank: int, size: int, dealer: Dealer | None = None) -> Batch:
+        """The tokens of one rank of those that share rows: a run of each row, or what the dealer
+        deals out to it. What they are asked to predict was settled on whole rows, so that nothing
+        is lost where two runs meet.
         """
         if size == 1:
             return self
         length = self.input_ids.shape[1] // size
-        return dataclasses.replace(self, **fields_of_part(self, rank * length, length))
+        deal = None if dealer is None else dealer(self.positions)
+        return dataclasses.replace(self, **fields_of_part(self, rank * length, length, deal))
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """[B, S'] of the tokens of whole rows -> [B, S] of the tokens here."""
+        return run_of(whole, self.deal, self.first, self.input_ids.shape[1])
 
     @property
     def rows(self) -> Batch:
@@ -74,8 +83,7 @@ class Batch:
         """Targets so many tokens further on than `targets`."""
         rows = self.rows
         ahead = targets_ahead(rows.targets, rows.positions, number)
-        own = ahead[:, self.first : self.first + self.targets.shape[1]]
-        return int((own != IGNORE_INDEX).sum())
+        return int((self.own(ahead) != IGNORE_INDEX).sum())
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +109,8 @@ class Batch:
         )
         if self.whole is None:
             return whole
-        return part_of(whole, self.first, self.input_ids.shape[1])
+        deal = None if self.deal is None else self.deal.moved(move)
+        return part_of(whole, self.first, self.input_ids.shape[1], deal)
 
 
 def pack(rows: Sequence[np.ndarray | Conversations], seq_len: int, end_of_document: int) -> Batch:
@@ -176,6 +185,7 @@ class TrainingLoader:
     Args:
         data_rank, data_size: along the axis on which ranks have different rows.
         context_rank, context_size: along the one on which they have parts of the same rows.
+        dealer: who says which parts; None: runs of equal length.
     """
 
     def __init__(
@@ -188,6 +198,7 @@ class TrainingLoader:
         data_size: int,
         context_rank: int = 0,
         context_size: int = 1,
+        dealer: Dealer | None = None,
     ):
         self.samples = samples
         self.seq_len = seq_len
@@ -197,6 +208,7 @@ class TrainingLoader:
         self.data_size = data_size
         self.context_rank = context_rank
         self.context_size = context_size
+        self.dealer = dealer
         self.consumed_samples = 0
 
     def next_step(self, num_micro_batches: int) -> list[Batch]:
@@ -213,7 +225,7 @@ class TrainingLoader:
             batch = pack(rows, self.seq_len, self.end_of_document)
             ids = torch.arange(first * self.seq_len, (first + self.micro_batch_size) * self.seq_len)
             batch = dataclasses.replace(batch, token_ids=ids.view(-1, self.seq_len))
-            batches.append(batch.part(self.context_rank, self.context_size))
+            batches.append(batch.part(self.context_rank, self.context_size, self.dealer))
         self.consumed_samples = stop
         return batches
 
@@ -227,10 +239,11 @@ def validation_batches(
     max_sequences: int | None,
     context_rank: int = 0,
     context_size: int = 1,
+    dealer: Dealer | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of the held-out rows, of which it has a part where context_size ranks have
-    the same ones. Every rank gets the same number of batches, padding
-    rows included.
+    the same ones (dealer: TrainingLoader). Every rank gets the same number of batches, padding rows
+    included.
 
     Where several sources hold out text, each batch is of one of them, and max_sequences are shared
     out in proportion to their rows.
@@ -238,10 +251,12 @@ def validation_batches(
     by_source, place = rows.by_source, (data_rank, data_size, context_rank, context_size)
     most = shared_out([len(part) for part in by_source.values()], max_sequences)
     for (source, part), share in zip(by_source.items(), most, strict=True):
-        for batch in _batches_of(part, micro_batch_size, end_of_document, *place, share):
+        for batch in _batches_of(part, micro_batch_size, end_of_document, *place, share, dealer):
             yield dataclasses.replace(batch, source=source)
     if not by_source:
-        yield from _batches_of(rows, micro_batch_size, end_of_document, *place, max_sequences)
+        yield from _batches_of(
+            rows, micro_batch_size, end_of_document, *place, max_sequences, dealer
+        )
 
 
 def shared_out(sizes: list[int], most: int | None) -> list[int]:
@@ -264,6 +279,7 @@ def _batches_of(
     context_rank: int,
     context_size: int,
     max_sequences: int | None,
+    dealer: Dealer | None,
 ) -> Iterator[Batch]:
     count = len(rows) if max_sequences is None else min(max_sequences, len(rows))
     slice_size = micro_batch_size * data_size
@@ -274,11 +290,12 @@ def _batches_of(
             for i in range(first, first + micro_batch_size)
         ]
         whole = pack(share, rows.seq_len, end_of_document)
-        batch = whole.part(context_rank, context_size)
+        batch = whole.part(context_rank, context_size, dealer)
 
         # Every target's bytes are counted by the rank that has it.
+        places = batch.own(torch.arange(rows.seq_len).expand_as(whole.targets))
         targets = torch.full_like(whole.targets, IGNORE_INDEX)
-        targets[:, batch.first : batch.first + batch.targets.shape[1]] = batch.targets
+        targets.scatter_(1, places, batch.targets)
         num_bytes = [rows.num_bytes(i) for i in range(first, min(first + micro_batch_size, count))]
         yield dataclasses.replace(batch, target_bytes=_target_bytes(num_bytes, targets.numpy()))
 

@@ -239,12 +239,13 @@ class CachedTeacher:
         self._open: dict[int, dict[str, np.ndarray]] = {}
 
     def taught(self, batch: Batch, inputs: TokenBatch) -> Taught:
-        whole, length = batch.rows, batch.input_ids.shape[1]
+        whole = batch.rows
         assert whole.token_ids is not None
         ids, log_probs = [], []
         numbers = (whole.token_ids[:, 0] // self.facts.seq_len).tolist()
-        for number, tokens, positions in zip(
-            numbers, whole.input_ids, whole.positions, strict=True
+        places = batch.own(torch.arange(self.facts.seq_len).expand_as(whole.input_ids)).numpy()
+        for number, tokens, positions, part in zip(
+            numbers, whole.input_ids, whole.positions, places, strict=True
         ):
             arrays, row = self._file(number // ROWS_OF_A_FILE), number % ROWS_OF_A_FILE
             if int(arrays["rows"][row]) != checksum(tokens, positions):
@@ -252,7 +253,6 @@ class CachedTeacher:
                     f"{self.folder} was written for other tokens than row {number} of this run "
                     "has: data, seed or their order are others; write it anew with launch.teach"
                 )
-            part = slice(batch.first, batch.first + length)
             ids.append(torch.from_numpy(arrays["ids"][row, part].astype(np.int64)))
             log_probs.append(torch.from_numpy(arrays["log_probs"][row, part].astype(np.float32)))
 
