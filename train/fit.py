@@ -175,7 +175,7 @@ def fit(
             run_dir=run_dir,
             groups=groups,
             engine=engine,
-            pipeline=Pipeline(engine, groups),
+            pipeline=Pipeline(engine, groups, config.parallel.overlap_experts),
             schedule=schedule,
             loader=loader,
             store=store,

@@ -551,6 +551,37 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
+def _overlap(run: RunConfig, world_size: int) -> list[str]:
+    """What passes by turns do not go together with."""
+    if not run.parallel.overlap_experts:
+        return []
+    name, without = "parallel.overlap_experts", "drop parallel.overlap_experts"
+    problems = []
+    if run.parallel.expert_parallel_size == 1:
+        problems.append(
+            f"{name} with parallel.expert_parallel_size 1: no rows travel to experts; {without}"
+        )
+    rows_size = run.parallel.rows_size(world_size)
+    held = run.train.micro_batch_size * rows_size
+    if rows_size and run.train.global_batch_size <= held:
+        problems.append(
+            f"{name} with one micro-batch a step: train.global_batch_size "
+            f"{run.train.global_batch_size} is one of {run.train.micro_batch_size} rows on each of "
+            f"{rows_size} ranks; raise it or lower train.micro_batch_size, or {without}"
+        )
+    if run.zero_stage == 3:
+        problems.append(
+            f"{name} with deepspeed zero stage 3, which gathers weights in the order of one pass "
+            f"at a time; use deepspeed=zero1 or deepspeed=zero2, or {without}"
+        )
+    if run.train.compile != "none":
+        problems.append(
+            f"{name} with train.compile={run.train.compile}: blocks that are compiled hand over "
+            f"to nobody; {without} or train.compile"
+        )
+    return problems
+
+
 def _cut(run: RunConfig, ranks: int) -> list[str]:
     """What tensor parallelism does not go together with. ranks: of a stage."""
     model, size = run.model, run.parallel.tensor_parallel_size
@@ -606,7 +637,7 @@ def _parallel(run: RunConfig, world_size: int) -> list[str]:
     problems, size = [], run.parallel.expert_parallel_size
 
     context, tensor = run.parallel.context_parallel_size, run.parallel.tensor_parallel_size
-    problems += _stages(run, world_size)
+    problems += _stages(run, world_size) + _overlap(run, world_size)
     ranks = run.parallel.stage_size(world_size)
     of_stage = " of a stage" if run.parallel.pipeline_parallel_size > 1 else ""
     shared = [("expert", size), ("context", context)]

@@ -192,7 +192,7 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
     )
     found = []
     for place, layers in enumerate(every):
-        held = in_flight(place, len(every), num_micro)
+        held = in_flight(place, len(every), num_micro, parallel.overlap_experts)
         memory = device_memory(
             run.model,
             run.experts_per_token,

@@ -164,6 +164,7 @@ HELD: dict[str, dict[str, Any]] = {
         "pipeline_parallel_size": 1,
         "pipeline_split": None,
         "context_parallel_size": 1,
+        "overlap_experts": False,
         "ranks_per_node": None,
         "placement": None,
         "timeout_seconds": 1800,

@@ -25,6 +25,7 @@ from model.moe import balance as balance_module
 from model.parallel.heads import HeadExchange
 from model.parallel.tensor import TensorExchange
 from model.request import ForwardRequest, TokenBatch, part_of
+from ops.all_to_all import by_turns
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import batch, build, take, tiny_config
@@ -240,6 +241,14 @@ class OneStep:
         self.engine.backward(loss, is_last, carried)
         self.loss += loss.detach().double()
 
+    def pair(
+        self, number: int, hidden: torch.Tensor | None, back: int, carried: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        handed_on, _ = by_turns(
+            lambda: self.forward(number, hidden), lambda: self.backward(back, carried, False)
+        )
+        return handed_on
+
 
 def own_tokens(full: dict, groups: ParallelGroups) -> TokenBatch:
     """This rank's rows of a batch, and of those its part."""
@@ -397,7 +406,7 @@ def run_case(case: dict) -> dict:
         "controller": 0.0,
         "attention": 0.0,
     }
-    pipeline = Pipeline(engine, groups)
+    pipeline = Pipeline(engine, groups, case.get("overlap", False))
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
     z_loss = case.get("z_loss", 0.0)
     asked = ForwardRequest(

@@ -732,6 +732,14 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         "launch.num_devices=2",
         world_size=2,
     ),
+    "parallel.overlap_experts": reaches(
+        "parallel.overlap_experts=true",
+        "parallel.expert_parallel_size=2",
+        "train.micro_batch_size=1",
+        "launch=deepspeed",
+        "launch.num_devices=2",
+        world_size=2,
+    ),
     "parallel.context_parallel_size": reaches(
         "parallel.context_parallel_size=2",
         "model.num_kv_heads=2",

@@ -318,6 +318,20 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
             {"parallel__pipeline_parallel_size": 2, "optim__freeze": ["norms"]},
             "parallel.pipeline_parallel_size 2 with optim.freeze ['norms']",
         ),
+        (
+            {"parallel__overlap_experts": True, "train__global_batch_size": 16}
+            | {"train__micro_batch_size": 4},
+            "parallel.overlap_experts with one micro-batch a step: train.global_batch_size 16 is "
+            "one of 4 rows on each of 4 ranks",
+        ),
+        (
+            {"parallel__overlap_experts": True, "deepspeed__zero_optimization": {"stage": 3}},
+            "parallel.overlap_experts with deepspeed zero stage 3",
+        ),
+        (
+            {"parallel__overlap_experts": True, "train__compile": "blocks"},
+            "parallel.overlap_experts with train.compile=blocks",
+        ),
         ({"balance__aux_loss_scope": "world"}, "choose one of sequence, batch, global_batch"),
     ],
 )
@@ -330,6 +344,12 @@ def test_contradictions_are_named(base, change, words):
         **change,
     )
     assert any(words in p for p in problems(config, 4)), problems(config, 4)
+
+
+def test_nothing_travels_that_could_be_overlapped(base):
+    alone = changed(base, parallel__overlap_experts=True)
+    found = problems(alone)
+    assert any("parallel.expert_parallel_size 1: no rows travel to experts" in p for p in found)
 
 
 def test_half_precision_needs_a_zero_stage(base):

@@ -227,6 +227,7 @@ def _devices_problems(
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "pipeline_split": None,
+        "overlap_experts": False,
     }
     for name, default in alone.items():
         if getattr(parallel, name) != default:

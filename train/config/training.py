@@ -350,6 +350,11 @@ class ParallelConfig:
     """Ranks that share the tokens of every row, and exchange heads in attention; divides the
     key/value heads.
     """
+    overlap_experts: bool = False
+    """While the rows of one micro-batch travel to their experts and back, compute another: the
+    forward pass of one and the backward pass of an earlier one are made by turns. Same numbers; a
+    rank holds the activations of one more micro-batch, in a pipeline of up to twice as many.
+    """
     ranks_per_node: int | None = None
     """Expert groups of more ranks exchange rows within nodes first, then between them; None: in one
     exchange.

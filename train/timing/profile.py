@@ -19,7 +19,7 @@ from train.observe.base import Observer, Phase
 
 log = logging.getLogger("loadstone")
 FOLDER = "profile"
-INSIDE: tuple[Phase, ...] = ("data", "forward", "backward", "step")
+INSIDE: tuple[Phase, ...] = ("data", "forward", "backward", "pair", "step")
 """Phases that a step is made of; what is left of it is called other: agreement of the ranks, guards
 and observers.
 """
