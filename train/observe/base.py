@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from train.engine.qk_clip import Clipped
 
 Phase = Literal[
-    *("whole", "data", "forward", "backward", "pair", "step"),
-    *("log", "pause", "evaluate", "save"),
+    "whole", "data", "forward", "backward", "pair", "step", "log", "pause", "evaluate", "save"
 ]
 """What training does. "whole" is one optimisation step: "data", a "forward" and a "backward" for
 each micro-batch, or both of two as a "pair", and "step", the update. "pause" is what comes between
