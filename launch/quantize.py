@@ -49,6 +49,7 @@ def _quantize(settings: QuantizeConfig, run: RunConfig, checkpoint: Path) -> Non
     from train.trained.quantize import (
         compare,
         expert_errors,
+        left_out,
         made_of,
         measure,
         quantized,
@@ -74,7 +75,8 @@ def _quantize(settings: QuantizeConfig, run: RunConfig, checkpoint: Path) -> Non
         compare(before, measure(model, batches, device), run.model.num_experts),
         sizes(model),
     )
-    _print(found, errors, bytes_before, bytes_after)
+    others = left_out(model)
+    _print(found, errors, bytes_before, bytes_after, others)
     if found.high > settings.max_loss_increase:
         raise ValueError(
             f"int8 experts may raise the held-out loss by {found.high:.4f} nats (95%), more than "
@@ -93,6 +95,7 @@ def _quantize(settings: QuantizeConfig, run: RunConfig, checkpoint: Path) -> Non
         "expert_errors": errors,
         "bytes_before": bytes_before,
         "bytes_after": bytes_after,
+        "left_out": others,
     }
     write_json(path.with_name(f"{checkpoint.name}-int8.json"), result)
     print(f"-> {path}; use it with weights=int8")
@@ -126,6 +129,7 @@ def _print(
     errors: list[list[float]],
     before: dict[str, int],
     after: dict[str, int],
+    others: dict[str, dict[str, int]],
 ) -> None:
     print("layer  error of experts (least, mean, most)  chosen experts that stay  tokens all same")
     for i, row in enumerate(errors):
@@ -147,6 +151,8 @@ def _print(
         f"experts {before['experts'] / 1e6:.1f} -> {after['experts'] / 1e6:.1f} MB; the others "
         f"stay: {after['others'] / 1e6:.1f} MB"
     )
+    for name, group in sorted(others.items(), key=lambda pair: (-pair[1]["bytes"], pair[0])):
+        print(f"  {name}: {group['parameters']:,} parameters, {group['bytes'] / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

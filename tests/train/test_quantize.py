@@ -12,7 +12,14 @@ from model.config import BalanceConfig
 from ops.grouped_mlp import dequantized
 from train.files.manifest import CheckpointError
 from train.pretrained.int8 import load_int8, save_int8
-from train.trained.quantize import HeldOut, compare, expert_errors, quantized, sizes
+from train.trained.quantize import (
+    HeldOut,
+    compare,
+    expert_errors,
+    left_out,
+    quantized,
+    sizes,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
 from common import VOCAB_SIZE, build, tiny_config
@@ -71,6 +78,30 @@ def test_errors_are_those_of_each_expert(model):
         assert errors[e] == pytest.approx(
             (off / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5
         )
+
+
+def test_quantize_reports_left_out_parameters():
+    """Every parameter is int8, a scale, or told with its group; a stack of experts that was
+    forgotten is refused.
+    """
+    special = {"expert_bias": True, "activation": "clamped_swiglu", "num_shared_experts": 0}
+    model = build(tiny_config(**special), BalanceConfig()).eval()
+    whole = {name: p.numel() for name, p in model.named_parameters()}
+    first, *others = model.moe_layers()
+    for layer in others:
+        layer.experts.hold_int8(**quantized(layer))
+    with pytest.raises(ValueError, match=r"10,240 of the experts' .* stay as they are"):
+        left_out(model)
+    first.experts.hold_int8(**quantized(first))
+    found = left_out(model)
+    assert set(found) == {
+        *("embedding", "head", "norm", "attention", "attention_norm", "mlp_norm"),
+        *("mlp.gate_up", "mlp.down", "mlp.router", "mlp.experts"),
+    }
+    stacks = sum(n for name, n in whole.items() if name.endswith((".gate_up", "experts.down")))
+    assert sum(group["parameters"] for group in found.values()) == sum(whole.values()) - stacks
+    assert found["mlp.experts"] == {"parameters": 2 * 8 * (48 + 16), "bytes": 4 * 2 * 8 * 64}
+    assert sum(group["bytes"] for group in found.values()) == sizes(model)["others"] + 4096
 
 
 def test_agreement_counts_experts_that_stay():

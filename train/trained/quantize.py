@@ -169,3 +169,49 @@ def sizes(model: Transformer) -> dict[str, Any]:
     before = sum(p.numel() * p.element_size() for p in experts)
     rest = sum(p.numel() * p.element_size() for p in model.parameters() if p not in experts)
     return {"experts": before, "others": rest}
+
+
+LEAST_SHARE = 0.95
+"""Of the experts' parameters that must have become int8."""
+
+
+def left_out(model: Transformer) -> dict[str, dict[str, int]]:
+    """What int8 leaves as it is: by group of parameters, the number of them and their bytes. A
+    group is named as in the model, without the numbers of its layers.
+
+    Raises:
+        ValueError: more than a twentieth of the experts' parameters is among them: what is called
+            int8 would be something else.
+    """
+    of_experts = {p for layer in model.moe_layers() for p in layer.experts.parameters()}
+    scales = {
+        getattr(layer.experts, name)
+        for layer in model.moe_layers()
+        for name in ("gate_up_scales", "down_scales")
+        if hasattr(layer.experts, name)
+    }
+    found: dict[str, dict[str, int]] = {}
+    whole = kept = 0
+    for name, parameter in model.named_parameters():
+        number = parameter.numel()
+        if parameter in scales:
+            continue
+        whole += number * (parameter in of_experts)
+        if parameter.dtype == torch.int8:
+            continue
+        kept += number * (parameter in of_experts)
+        group = found.setdefault(_group(name), {"parameters": 0, "bytes": 0})
+        group["parameters"] += number
+        group["bytes"] += number * parameter.element_size()
+    if kept > (1 - LEAST_SHARE) * whole:
+        raise ValueError(
+            f"{kept:,} of the experts' {whole:,} parameters would stay as they are, more than "
+            f"{1 - LEAST_SHARE:.0%}: these are no experts of 8 bits; nothing was written"
+        )
+    return found
+
+
+def _group(name: str) -> str:
+    """ "blocks.3.mlp.experts.down_bias" -> "mlp.experts"."""
+    parts = [part for part in name.split(".")[:-1] if part != "blocks" and not part.isdecimal()]
+    return ".".join(parts[: 2 if parts[0] == "mlp" else 1])
