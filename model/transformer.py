@@ -144,6 +144,7 @@ class Transformer(nn.Module):
             have no numbers.
         layers: of this stage; None: all.
         dtype: of the weights.
+        settle: of model.init.materialize.
 
     Attributes:
         part: which layers these are.
@@ -165,6 +166,7 @@ class Transformer(nn.Module):
         seed: int | None = 0,
         layers: range | None = None,
         dtype: torch.dtype = torch.float32,
+        settle: Callable[[nn.Parameter], None] | None = None,
     ):
         super().__init__()
         groups = groups or ParallelGroups.single()
@@ -195,7 +197,7 @@ class Transformer(nn.Module):
         with matrices_on_meta():
             self._build(config, groups, parts)
         if seed is not None:
-            materialize(self, seed, config, dtype)
+            materialize(self, seed, config, dtype, settle)
 
     def _build(self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts) -> None:
         self.embedding: Embedding | None = None

@@ -31,6 +31,7 @@ from train.data.open import held_out_rows, open_store, stream_of, training_sampl
 from train.data.store import TokenStore, TrainingSamples
 from train.engine.compiled import compile_blocks
 from train.engine.deepspeed import Engine
+from train.engine.partition import partition_of
 from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
@@ -98,9 +99,9 @@ def fit(
         parallel.pipeline_parallel_size,
         parallel.tensor_parallel_size,
     )
-    model = build_model(config, groups, training_dtype(config))
+    model = build_model(config, groups, training_dtype(config), partition_of(config, groups))
 
-    # Before the engine shards it: so beside the model one tensor at a time is in memory.
+    # Before there is an optimizer: beside the model one tensor at a time is in memory.
     weights = None
     if config.resume is None or (restarted and from_rank_zero(lambda: begins_anew(run_dir))):
         weights = starting_weights(config, run_dir)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import ModelConfig
+from model.parallel.family import own_shape
 from model.routers.config import ControlLaw
 from model.routers.state import ControllerState, RouterInputs, RouterState
 from ops.router import (
@@ -225,7 +226,7 @@ class Router(nn.Module):
 
     def keep_snapshots(self) -> None:
         """Hold a copy of the weight, for the steps after a spike of the gradient norm."""
-        self.snapshot_weight = torch.zeros(self.weight.shape)
+        self.snapshot_weight = torch.zeros(own_shape(self.weight))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
         """Move the state with the module, but never to another precision: a bf16 bias would lose

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 from model.attention.config import (
     AttentionConfig,
@@ -60,6 +63,8 @@ def build(
     experts: ExpertsConfig | None = None,
     placement: Placement | None = None,
     layers: range | None = None,
+    settle: Callable[[nn.Parameter], None] | None = None,
+    dtype: torch.dtype = torch.float32,
     **options,
 ) -> Transformer:
     """attention: a record, or fields of SparseAttentionConfig, IndexedAttentionConfig (with a
@@ -86,7 +91,7 @@ def build(
         experts or ExpertsConfig(),
         placement,
     )
-    return Transformer(config, parts, groups, seed, layers)
+    return Transformer(config, parts, groups, seed, layers, dtype, settle)
 
 
 def batch(step: int, micro_step: int, rows: int, length: int = 16) -> dict:

@@ -60,6 +60,7 @@ from train.engine.library import import_deepspeed
 from train.engine.muon.masters import place_matrices
 from train.engine.muon.optimizer import MOMENTUM, Muon
 from train.engine.optimizer import build_optimizer
+from train.engine.partition import Partition
 from train.guard.routing import RoutingControl
 from train.pipeline import flow
 from train.pipeline.flow import Pipeline, given
@@ -377,6 +378,7 @@ def run_case(case: dict) -> dict:
         placement = shuffled_placement(
             config.num_experts, len(config.moe_layers), case["ep"], case["lent"]
         )
+    zero = {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}}
     own_model = build(
         config,
         balance,
@@ -386,6 +388,8 @@ def run_case(case: dict) -> dict:
         placement=placement,
         experts=ExpertsConfig(**case.get("experts", {})),
         layers=layers_of(case, config, groups),
+        # Shared out as soon as it is drawn, as a run does.
+        settle=Partition(groups, train, zero) if case["zero"] == 3 else None,
         **options,
     )
     parts = local_parts(own_model)
@@ -395,7 +399,7 @@ def run_case(case: dict) -> dict:
         groups,
         train,
         optim,
-        {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}},
+        zero,
     )
     errors = {
         "loss": 0.0,

@@ -32,6 +32,7 @@ from train.checkpoint.folder import read_state
 from train.checkpoint.packs import members_of
 from train.engine.average import AVERAGE
 from train.engine.deepspeed import STATE_KEYS, Engine
+from train.engine.frozen import write_frozen
 from train.files.manifest import CheckpointError, require_owned
 
 log = logging.getLogger("loadstone")
@@ -182,8 +183,7 @@ def load_parameters(
     for name, parameter in parameters:
         want = torch.empty(shapes[name])
         reader.read_parameters({f"{name}/fp32": want}, expert_ids)
-        with torch.no_grad():
-            parameter.copy_(own_part(parameter, want))
+        write_frozen(parameter, own_part(parameter, want))
     return reader
 
 
