@@ -139,7 +139,7 @@ def _measure(
                 width,
                 arguments,
                 settings.price_per_hour,
-                1 if settings.weights == "int8" else None,
+                1 if settings.weights in ("int8", "fp8") else None,
             )
             if table is not None and described(attentions[variant.attention]) == table.attention:
                 rows = [row for row in table.rows if row.budget == variant.budget]

@@ -11,6 +11,7 @@ from infer.config import EngineConfig, SamplingConfig
 from model.attention.config import AttentionConfig
 from model.config import ModelConfig
 from ops.device import known_devices, link_rates, memory_gib
+from ops.grouped_mlp.spec import Stored
 from train.config.training import ParallelConfig, problems_of_checkpoint
 
 NODE_SIZE = 8
@@ -43,9 +44,9 @@ class InferenceRouterConfig:
         return []
 
 
-Weights = Literal["native", "int8", "ema"]
-"""native: as they were saved. int8: experts of 8 bits, made by launch.quantize. ema: their moving
-average (optim.ema_decay).
+Weights = Literal["native", "int8", "fp8", "ema"]
+"""native: as they were saved. int8, fp8: experts of 8 bits, made by launch.quantize. ema: their
+moving average (optim.ema_decay).
 """
 
 
@@ -57,9 +58,9 @@ def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1
         return [] if path is None else ["weights=ema is kept by a run; give run=RUN"]
     found = []
     if path is not None:
-        found.append("weights=int8 is made for a run by launch.quantize; give run=RUN")
+        found.append(f"weights={weights} is made for a run by launch.quantize; give run=RUN")
     if num_devices > 1:
-        found.append("weights=int8 is for one process; set launch.num_devices=1")
+        found.append(f"weights={weights} is for one process; set launch.num_devices=1")
     return found
 
 
@@ -275,8 +276,10 @@ class EvaluateConfig:
     """What checkpoint=[...] and checkpoint=all fill."""
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
-    weights: Literal["native", "ema"] = "native"
-    """ema: the moving average of the weights, of a run with optim.ema_decay."""
+    weights: Weights = "native"
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
+    """
     batch_size: int = 8
     max_sequences: int | None = None
     budgets: tuple[float, ...] = ()
@@ -364,7 +367,7 @@ class EvaluateConfig:
         if len(set(self.budgets)) < len(self.budgets):
             found.append("router.budget has a budget twice in its list; name each once")
         found += problems_of_average(self.average, self.path, self.weights)
-        found += problems_of_weights(self.weights, self.path)
+        found += problems_of_weights(self.weights, self.path, self.launch.num_devices)
         if self.save_budgets and (self.average > 1 or self.weights != "native"):
             found.append(
                 "save_budgets=true keeps the table of a checkpoint's own weights, and "
@@ -448,8 +451,8 @@ class GenerateConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
-    the weights, of a run with optim.ema_decay.
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
     """
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
@@ -645,8 +648,8 @@ class ServeConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
-    the weights, of a run with optim.ema_decay.
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
     """
     attention: AttentionConfig | None = None
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
@@ -716,8 +719,8 @@ class BenchmarkConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
-    the weights, of a run with optim.ema_decay.
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
     """
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""
@@ -787,7 +790,7 @@ class BenchmarkConfig:
 @dataclass(frozen=True)
 class QuantizeConfig:
     run: str
-    weights: Literal["int8"] = "int8"
+    weights: Stored = "int8"
     """What the experts' weights become; all others stay as they are."""
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""
