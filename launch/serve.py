@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from launch.serving.app import Model
     from launch.serving.meters import Meters
     from launch.serving.policy import Policy
+    from launch.serving.replays import Recorder, Replays
+    from model.routers.state import RouterState
     from model.transformer import Transformer
     from train.config.commands import ServeConfig
     from train.data.chat.template import ChatTemplate
@@ -113,23 +115,33 @@ def main(config: DictConfig) -> None:
     served = _served(settings, model, store, table)
     meters, failed = Meters(), list[Callable[[], None]]()
     policy = _policy(settings, engine, meters, table)
+    replays = _replays(settings, engine, meters, None if table is None else table.on(device))
+    recorder = _recorder(settings)
 
     def stepped(seconds: float, rows: int, held: float) -> None:
         policy.stepped(seconds, rows, held)
         if engine.utility is not None and (line := engine.utility.take_line()) is not None:
             print(line, flush=True)
 
+    def taken(request: Request) -> None:
+        policy.take(request)
+        replays.taken(request)
+
     def ended(request: Request, done: Completion) -> None:
         policy.ended(request, done)
         meters.ended(request, done)
+        replays.ended(request, done)
+        if recorder is not None:
+            recorder.ended(request, done, replays.top_k)
 
     worker = Worker(
         engine,
         settings.serve.max_waiting,
         ended,
         lambda: failed[0](),
-        policy.take,
+        taken,
         stepped,
+        replays.idle,
     )
     meters.watch(worker)
     app = make_app(served, worker, meters, token, settings.serve.is_local)
@@ -153,7 +165,9 @@ def main(config: DictConfig) -> None:
     if worker.failure is not None:
         raise worker.failure
     worker.close(timeout=5.0)
-    print_result({"model": served.name, **meters.totals(), **policy.summary()})
+    if recorder is not None:
+        recorder.close()
+    print_result({"model": served.name, **meters.totals(), **policy.summary(), **replays.summary()})
 
 
 def _table(settings: ServeConfig) -> BudgetTable | None:
@@ -224,6 +238,59 @@ def _policy(
         asked.drift.sample_one_in,
         asked.drift.action == "full_budget",
     )
+
+
+def _replays(
+    settings: ServeConfig,
+    engine: Engine,
+    meters: Meters,
+    states: dict[float, list[RouterState]] | None,
+) -> Replays:
+    """What is looked at again when nobody asks for anything.
+
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    from infer.budget import capture
+    from launch.serving.replays import Replays, Shadow, audit_of
+
+    asked, model = settings.serve, engine.model
+    audit = shadow = None
+    if asked.attention_audit.sample_one_in:
+        audit = audit_of(asked.attention_audit, engine)
+    if asked.shadow.sample_one_in:
+        densely = bool(model.sparse_attentions())
+        if not densely and not states:
+            raise ValueError(
+                "serve.shadow compares with the largest saved budget and with dense attention, and "
+                "this model has neither saved budgets nor sparse attention; set "
+                "serve.shadow.sample_one_in=0"
+            )
+        shadow = Shadow(max(states) if states else None, densely)
+    return Replays(
+        engine,
+        meters,
+        {None: capture(model.routers()), **(states or {})},
+        audit,
+        asked.attention_audit.sample_one_in,
+        asked.attention_audit.rows,
+        shadow,
+        asked.shadow.sample_one_in,
+    )
+
+
+def _recorder(settings: ServeConfig) -> Recorder | None:
+    """Where requests are kept, if they are."""
+    from launch.serving.replays import Recorder
+
+    if settings.serve.record is None:
+        return None
+    source = {
+        "model": str(settings.run or settings.path),
+        "checkpoint": settings.checkpoint,
+        "weights": settings.weights,
+    }
+    return Recorder(Path(settings.serve.record), source)
 
 
 LAST_LINES = 10

@@ -42,6 +42,8 @@ class Worker:
             what it leaves open.
         stepped: called there after a step in which requests got a token, with its seconds, their
             number and the mean of the tokens that running requests hold.
+        idle: called there while nobody asks for anything, after requests have ended, until it
+            returns False: it has nothing to do.
         failed: called once, in the engine's thread, when the engine has raised.
 
     Attributes:
@@ -56,6 +58,7 @@ class Worker:
         failed: Callable[[], None] = lambda: None,
         taken: Callable[[Request], None] = lambda request: None,
         stepped: Callable[[float, int, float], None] = lambda seconds, rows, held: None,
+        idle: Callable[[], bool] = lambda: False,
     ):
         self.engine, self.max_waiting = engine, max_waiting
         self.failure: BaseException | None = None
@@ -64,6 +67,8 @@ class Worker:
         self._inbox: list[tuple[Request, Deliver]] = []
         self._cancelled: list[str] = []
         self._closing = False
+        self._idle, self._rests = idle, True
+        """What there is to do when nothing is asked, and whether that is nothing."""
         self._num_waiting = 0
         self._seconds = 1.0
         """Of a request in its slot, a running mean."""
@@ -124,6 +129,7 @@ class Worker:
         try:
             while self._take():
                 if not self.engine.has_work:
+                    self._rests = not self._idle()
                     continue
                 before, began = self.engine.rows_decoded, time.monotonic()
                 for event in self.engine.step():
@@ -147,6 +153,8 @@ class Worker:
             while not (self._inbox or self._cancelled or self.engine.has_work):
                 if self._closing:
                     return False
+                if not self._rests:
+                    return True
                 self._wake.wait()
             inbox, cancelled = self._inbox, self._cancelled
             self._inbox, self._cancelled = [], []
@@ -169,4 +177,5 @@ class Worker:
             del self._taken[event.name]
             self._seconds += 0.1 * (time.monotonic() - done.started - self._seconds)
             self._told(request, done)
+            self._rests = False
         deliver(event)

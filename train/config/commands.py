@@ -578,6 +578,64 @@ class DriftConfig:
 
 
 @dataclass(frozen=True)
+class AttentionAuditConfig:
+    """Whether sparse attention is near dense attention on what is served: a request in so many is
+    read again when nobody asks for anything.
+    """
+
+    sample_one_in: int = 0
+    """Requests; 0: off."""
+    rows: int = 64
+    """Tokens of a request that are compared, in every sparse layer and head."""
+    limit: float = 0.3
+    """Of the relative error of a layer's output, beyond which the alarm rings."""
+    action: Literal["none", "lift_top_k"] = "none"
+    """lift_top_k: attention selects more blocks, as many as the last audits needed to stay below
+    the limit.
+    """
+    max_top_k: int | None = None
+    """That it may select; None: four times those of the model."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"serve.attention_audit.{name} is {value}; it must be at least {least}"
+            for name, value, least in (
+                ("sample_one_in", self.sample_one_in, 0),
+                ("rows", self.rows, 1),
+                ("max_top_k", self.max_top_k, 1),
+            )
+            if value is not None and value < least
+        ]
+        if not 0 < self.limit < 1:
+            found.append(f"serve.attention_audit.limit is {self.limit}; it must be between 0 and 1")
+        if not self.sample_one_in and (self.action != "none" or self.max_top_k is not None):
+            found.append(
+                "serve.attention_audit has an action and looks at no request; give "
+                "serve.attention_audit.sample_one_in=256"
+            )
+        elif self.action == "none" and self.max_top_k is not None:
+            found.append(
+                "serve.attention_audit.max_top_k is of action=lift_top_k; add that, or drop it"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ShadowConfig:
+    """What the largest saved budget and dense attention would have said of what was served: a
+    request in so many is read again when nobody asks for anything.
+    """
+
+    sample_one_in: int = 0
+    """Requests; 0: off."""
+
+    def problems(self) -> list[str]:
+        if self.sample_one_in < 0:
+            return [f"serve.shadow.sample_one_in is {self.sample_one_in}; it must be at least 0"]
+        return []
+
+
+@dataclass(frozen=True)
 class EndpointConfig:
     """Where answers are given, and to whom."""
 
@@ -605,6 +663,12 @@ class EndpointConfig:
     """
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
+    attention_audit: AttentionAuditConfig = field(default_factory=AttentionAuditConfig)
+    shadow: ShadowConfig = field(default_factory=ShadowConfig)
+    record: str | None = None
+    """A file to which prompts, seeds, budgets and generated tokens are appended, for
+    launch.generate input=FILE; None: nothing is kept.
+    """
 
     def problems(self) -> list[str]:
         found = []
@@ -631,6 +695,11 @@ class EndpointConfig:
             found.append("serve.latency and serve.budget_min are of serve.budget=auto; add it")
         if not self.itl_ms > 0:
             found.append(f"serve.itl_ms is {self.itl_ms}; it must be positive")
+        if self.record is not None and not Path(self.record).absolute().parent.is_dir():
+            found.append(
+                f"serve.record={self.record} is in a folder that does not exist; make it first"
+            )
+        found += self.attention_audit.problems() + self.shadow.problems()
         return found + self.canary.problems() + self.drift.problems()
 
     @property
@@ -745,6 +814,8 @@ class BenchmarkConfig:
     slo: SloConfig = field(default_factory=SloConfig)
     price_per_hour: float | None = None
     """Of the device, in any currency; None: no cost is told."""
+    price_per_kwh: float | None = None
+    """Of energy, where the machine tells what it has used; None: its cost is not told."""
     output: str | None = None
     """A file for everything that was measured, as JSON."""
 
@@ -780,8 +851,14 @@ class BenchmarkConfig:
             )
         if not 0 < self.precision < 1:
             found.append(f"precision is {self.precision}; it must be between 0 and 1")
-        if self.price_per_hour is not None and self.price_per_hour <= 0:
-            found.append(f"price_per_hour is {self.price_per_hour}; it must be positive, or null")
+        found += [
+            f"{name} is {price}; it must be positive, or null"
+            for name, price in (
+                ("price_per_hour", self.price_per_hour),
+                ("price_per_kwh", self.price_per_kwh),
+            )
+            if price is not None and price <= 0
+        ]
         if self.output is not None and not Path(self.output).absolute().parent.is_dir():
             found.append(f"output={self.output} is in a folder that does not exist; make it first")
         return found

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,16 +44,15 @@ def use_eight_bit(model: Transformer, run_dir: Path, checkpoint: Path, weights: 
     """
     if weights not in DTYPES:
         return
-    stored = cast(Stored, weights)
-    path = quantized_path(run_dir, checkpoint.name, stored)
+    path = quantized_path(run_dir, checkpoint.name, weights)
     if not path.is_file():
         raise ValueError(
-            f"weights={stored}: {path} does not exist; make it: python -m launch.quantize "
+            f"weights={weights}: {path} does not exist; make it: python -m launch.quantize "
             + shlex.quote(f"run={run_dir}")
-            + f" weights={stored}"
+            + f" weights={weights}"
         )
     layers = model.moe_layers()
-    kept = load_eight_bit(path, len(layers), made_of(checkpoint), stored)
+    kept = load_eight_bit(path, len(layers), made_of(checkpoint), weights)
     for layer, stacks in zip(layers, kept, strict=True):
         layer.experts.hold_eight_bit(**stacks)
 
