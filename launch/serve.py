@@ -14,7 +14,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,10 +267,13 @@ def _replays(
                 "serve.shadow.sample_one_in=0"
             )
         shadow = Shadow(max(states) if states else None, densely)
+    known: dict[float | None, Sequence[RouterState]] = {None: capture(model.routers())}
+    for budget, state in (states or {}).items():
+        known[budget] = state
     return Replays(
         engine,
         meters,
-        {None: capture(model.routers()), **(states or {})},
+        known,
         audit,
         asked.attention_audit.sample_one_in,
         asked.attention_audit.rows,

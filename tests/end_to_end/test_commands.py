@@ -280,7 +280,10 @@ def test_a_server_ends_its_requests_when_it_is_asked_to_end(trained, tmp_path):
     assert "of 1 recorded requests 1 came again token by token" in again.stdout
 
 
-@pytest.mark.parametrize(("stored", "error"), [("int8", 0.02), ("fp8", 0.05)])
+@pytest.mark.parametrize(
+    ("stored", "error"),
+    [pytest.param("int8", 0.02, marks=pytest.mark.nightly), ("fp8", 0.05)],  # one code for both
+)
 def test_experts_of_8_bits_are_measured_before_they_are_kept(trained, stored, error):
     _, _, run, _ = trained
     make = ["quantize", f"run={run}", f"weights={stored}"]
