@@ -162,8 +162,15 @@ def answer(settings: GenerateConfig) -> None:
         def to_request(line: PromptLine) -> Request:
             if line.budget is not None and table is None:
                 raise ValueError(f"has budget {line.budget:g}, and {no_budgets}")
-            with tokenizers_errors("the run's tokenizer cannot encode the prompt"):
-                ids = tokenizer.encode(line.prompt, add_special_tokens=False).ids
+            if isinstance(line.prompt, tuple):
+                ids = list(line.prompt)
+                if max(ids) >= model.config.vocab_size:
+                    raise ValueError(
+                        f"has the token {max(ids)}; model.vocab_size is {model.config.vocab_size}"
+                    )
+            else:
+                with tokenizers_errors("the run's tokenizer cannot encode the prompt"):
+                    ids = tokenizer.encode(line.prompt, add_special_tokens=False).ids
             stream = TextStream(tokenizer, ids)
             return Request(line.name, ids, line.sampling, stream, budget=line.budget)
 
@@ -181,6 +188,8 @@ def answer(settings: GenerateConfig) -> None:
         f"{tally.answered} answered, {tally.skipped} answered before, {tally.bad_lines} bad lines"
         f" -> {settings.output}"
     )
+    if tally.replayed:
+        print(f"of {tally.replayed} recorded requests {tally.same} came again token by token")
     if engine.utility is not None:
         found["speculation"] = {
             **dataclasses.asdict(engine.drafted),

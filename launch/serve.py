@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from launch.serving.meters import Meters
     from launch.serving.policy import Policy
     from launch.serving.ranks import EngineOverRanks
+    from launch.serving.replays import Recorder, Replays
+    from model.routers.state import RouterState
     from model.transformer import Transformer
     from train.config.commands import ServeConfig
     from train.data.chat.template import ChatTemplate
@@ -218,24 +220,36 @@ def _answer(
     own = engine.own if isinstance(engine, EngineOverRanks) else engine
     meters, failed = Meters(), list[Callable[[], None]]()
     policy = _policy(settings, own, meters, table)
+    replays = _replays(
+        settings, own, meters, None if table is None else table.on(own.model.any_weight.device)
+    )
+    recorder = _recorder(settings)
 
     def stepped(seconds: float, rows: int, held: float) -> None:
         policy.stepped(seconds, rows, held)
         if own.utility is not None and (line := own.utility.take_line()) is not None:
             print(line, flush=True)
 
+    def taken(request: Request) -> None:
+        policy.take(request)
+        replays.taken(request)
+
     def ended(request: Request, done: Completion) -> None:
         policy.ended(request, done)
         meters.ended(request, done)
+        replays.ended(request, done)
+        if recorder is not None:
+            recorder.ended(request, done, replays.top_k)
 
     worker = Worker(
         engine,
         settings.serve.max_waiting,
         ended,
         lambda: failed[0](),
-        policy.take,
+        taken,
         stepped,
         None if over is None else PAUSE_SECONDS,
+        replays.idle,
     )
     meters.watch(worker)
     app = make_app(served, worker, meters, token, settings.serve.is_local)
@@ -268,11 +282,13 @@ def _answer(
         worker.close(timeout=5.0)
     if worker.failure is not None:
         raise worker.failure
+    if recorder is not None:
+        recorder.close()
     if over is not None:
         if not worker.is_over:
             raise LostRank("the engine has not ended 5 s after the last request")
         over.close()
-    print_result({"model": served.name, **meters.totals(), **policy.summary()})
+    print_result({"model": served.name, **meters.totals(), **policy.summary(), **replays.summary()})
 
 
 def _policy(
@@ -327,6 +343,62 @@ def _policy(
         asked.drift.sample_one_in,
         asked.drift.action == "full_budget",
     )
+
+
+def _replays(
+    settings: ServeConfig,
+    engine: Engine,
+    meters: Meters,
+    states: dict[float, list[RouterState]] | None,
+) -> Replays:
+    """What is looked at again when nobody asks for anything.
+
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    from infer.budget import capture
+    from launch.serving.replays import Replays, Shadow, audit_of
+
+    asked, model = settings.serve, engine.model
+    audit = shadow = None
+    if asked.attention_audit.sample_one_in:
+        audit = audit_of(asked.attention_audit, engine)
+    if asked.shadow.sample_one_in:
+        densely = bool(model.sparse_attentions())
+        if not densely and not states:
+            raise ValueError(
+                "serve.shadow compares with the largest saved budget and with dense attention, and "
+                "this model has neither saved budgets nor sparse attention; set "
+                "serve.shadow.sample_one_in=0"
+            )
+        shadow = Shadow(max(states) if states else None, densely)
+    known: dict[float | None, Sequence[RouterState]] = {None: capture(model.routers())}
+    for budget, state in (states or {}).items():
+        known[budget] = state
+    return Replays(
+        engine,
+        meters,
+        known,
+        audit,
+        asked.attention_audit.sample_one_in,
+        asked.attention_audit.rows,
+        shadow,
+        asked.shadow.sample_one_in,
+    )
+
+
+def _recorder(settings: ServeConfig) -> Recorder | None:
+    """Where requests are kept, if they are."""
+    from launch.serving.replays import Recorder
+
+    if settings.serve.record is None:
+        return None
+    source = {
+        "model": str(settings.run or settings.path),
+        "checkpoint": settings.checkpoint,
+        "weights": settings.weights,
+    }
+    return Recorder(Path(settings.serve.record), source)
 
 
 LAST_LINES = 10

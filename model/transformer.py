@@ -109,6 +109,17 @@ class Decoded(NamedTuple):
     """
 
 
+class Read(NamedTuple):
+    """What a forward pass over rows gives that nothing is to be drawn from."""
+
+    hidden: torch.Tensor
+    """[B, S, D], what the head projects."""
+    attention_stats: torch.Tensor
+    """[measured_attentions, len(STATS)], as ModelOutput has them; zeros where nothing was
+    measured.
+    """
+
+
 class Layers(nn.Module):
     """Neighbouring blocks, by their numbers in the whole model: a stage of a pipeline has some of
     them, and its parameters are named as the whole model's are.
@@ -702,6 +713,18 @@ class Transformer(nn.Module):
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue
         what they hold. last_only: those of the last position alone, [B, 1, vocab_size].
         """
+        hidden = self.read(input_ids, caches).hidden
+        return self.project(hidden[:, -1:] if last_only else hidden)
+
+    def read(
+        self,
+        input_ids: torch.Tensor,
+        caches: list[LayerCache] | None = None,
+        measure_attention: bool = False,
+    ) -> Read:
+        """Unpacked rows [B, S] -> what `project` makes logits of; with caches, input_ids continue
+        what they hold.
+        """
         assert self.tensor is None, "whoever generates reads the model whole"
         batch, length = input_ids.shape
         start = caches[0].length if caches else 0
@@ -711,9 +734,13 @@ class Transformer(nn.Module):
         cu_seqlens = torch.arange(
             0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device
         )
-        layout = self._layout(positions, cu_seqlens, length)
-        hidden = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
-        return self._project(hidden.last[:, -1:] if last_only else hidden.last)
+        layout = self._layout(positions, cu_seqlens, length, measure=measure_attention)
+        found = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
+        return Read(found.last, _attention_totals(found.attentions, found.last)[1])
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `read` gives, or some of its tokens [..., D] -> logits [..., vocab_size]."""
+        return self._project(hidden)
 
     @torch.no_grad()
     def prefill(

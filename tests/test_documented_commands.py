@@ -81,7 +81,7 @@ def filled(word: str, place: Path) -> str:
         r"(?<=[=:])/data\b": place / "data",
         r"/shared\b": place / "shared",
         r"(?<!checkpoint=)(?<==)latest\b": place / "run",
-        r"(?<=input=)prompts\.jsonl": place / "prompts.jsonl",
+        r"(?<=input=)(?:prompts|served)\.jsonl": place / "prompts.jsonl",
     }
     for name, value in names.items():
         word = re.sub(name, str(value), word)

@@ -64,7 +64,7 @@ FLOORS = {
         ("engine",),
         ("batch",),
         ("sequence",),
-        ("request", "sampling"),
+        ("replay", "request", "sampling"),
         ("budget", "config", "pages", "speculate"),
     ),
     "model": (

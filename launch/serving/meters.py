@@ -74,6 +74,33 @@ class Meters:
             "Largest divergence of a layer's loads from those of training, in nats.",
             registry=self.registry,
         )
+        self.replays = counter(
+            "replays", "Requests kept to be read again in idle time, by result.", "result"
+        )
+        self.attention_audits = counter(
+            "attention_audits", "Requests whose sparse attention was compared.", "result"
+        )
+        self.shadow_tokens = counter("shadow_tokens", "Generated tokens that were compared.")
+        self.shadow_same = counter(
+            "shadow_same_tokens",
+            "Of which the likeliest is that of the full budget and dense attention.",
+        )
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"loadstone_{name}", text, registry=self.registry)
+
+        self.attention_error = gauge(
+            "attention_error",
+            "Relative error of the worst sparse layer in the last audit, at the trained top_k.",
+        )
+        self.attention_top_k = gauge("attention_top_k", "Blocks that sparse layers select.")
+        self.shadow_divergence = gauge(
+            "shadow_divergence", "Mean divergence of the compared tokens, in nats."
+        )
+        self.replay_difference = gauge(
+            "replay_difference",
+            "Largest difference of a log-probability to that of its replay, in nats.",
+        )
         self.arm_requests = counter(
             "arm_request_success", "Requests that ended, by arm and reason.", "arm", "reason"
         )

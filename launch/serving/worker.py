@@ -47,6 +47,8 @@ class Worker:
             what it leaves open.
         stepped: called there after a step in which requests got a token, with its seconds, their
             number and the mean of the tokens that running requests hold.
+        idle: called there while nobody asks for anything, after requests have ended, until it
+            returns False: it has nothing to do. Not with `pause`.
         failed: called once, when the engine has failed.
         pause: seconds after which the engine steps though it has nothing to do, as one over ranks
             must; None: it waits for a request.
@@ -64,6 +66,7 @@ class Worker:
         taken: Callable[[Request], None] = lambda request: None,
         stepped: Callable[[float, int, float], None] = lambda seconds, rows, held: None,
         pause: float | None = None,
+        idle: Callable[[], bool] = lambda: False,
     ):
         self.engine, self.max_waiting, self._pause = engine, max_waiting, pause
         self.failure: BaseException | None = None
@@ -72,6 +75,8 @@ class Worker:
         self._inbox: list[tuple[Request, Deliver]] = []
         self._cancelled: list[str] = []
         self._closing = False
+        self._idle, self._rests = idle, True
+        """What there is to do when nothing is asked, and whether that is nothing."""
         self._num_waiting = 0
         self._seconds = 1.0
         """Of a request in its slot, a running mean."""
@@ -150,6 +155,9 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._take():
+                if self._pause is None and not self.engine.has_work:
+                    self._rests = not self._idle()
+                    continue
                 before, began = self.engine.rows_decoded, time.monotonic()
                 for event in self.engine.step():
                     self._tell(event)
@@ -167,6 +175,8 @@ class Worker:
             while not (self._inbox or self._cancelled or self.engine.has_work):
                 if self._closing or self.failure is not None:
                     return False
+                if self._pause is None and not self._rests:
+                    return True
                 if not self._wake.wait(self._pause):
                     break
             if self.failure is not None:
@@ -195,4 +205,5 @@ class Worker:
             if done.started:  # or it was given up before it had a slot
                 self._seconds += 0.1 * (time.monotonic() - done.started - self._seconds)
             self._told(request, done)
+            self._rests = False
         deliver(event)

@@ -15,3 +15,5 @@ Precision = Literal["native", "fp8"]
 those back to the tokens are rounded to e4m3 (ops/grouped_mlp/fp8.py), sums are fp32, and the
 gradients of weights are products in the dtype of the tensors.
 """
+Stored = Literal["int8", "fp8"]
+"""What weights of 8 bits are, for inference (ops/grouped_mlp/eight_bit.py)."""

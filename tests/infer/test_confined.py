@@ -19,7 +19,13 @@ from launch.serving.asked import BadRequest, read_asked
 from model.config import BalanceConfig
 from model.routers.config import ThresholdConfig
 from ops.router import RouteSpec, confine, most_used, route
-from train.config.commands import DevicesConfig, GenerateConfig, ServeConfig
+from train.config.commands import (
+    DevicesConfig,
+    EndpointConfig,
+    GenerateConfig,
+    ServeConfig,
+    ShadowConfig,
+)
 
 NUM_EXPERTS, NUM_LAYERS = 8, 2
 
@@ -178,6 +184,12 @@ def test_settings_that_the_limit_contradicts_are_refused():
         ),
         "drafts are verified by": ServeConfig(
             run="RUN", engine=dataclasses.replace(limited, draft_budget=1.0)
+        ),
+        "with serve.shadow: a request that is made again": ServeConfig(
+            run="RUN", engine=limited, serve=EndpointConfig(shadow=ShadowConfig(8))
+        ),
+        "requests are looked at again in one process": ServeConfig(
+            run="RUN", launch=two, serve=EndpointConfig(shadow=ShadowConfig(8))
         ),
     }.items():
         assert any(told in problem for problem in settings.problems()), (told, settings.problems())

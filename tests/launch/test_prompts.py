@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from infer.config import SamplingConfig
+from infer.request import Completion
 from launch.command.messages import failure_of
 from launch.process.exits import CANNOT_WRITE, FAILURES
 from launch.prompts.answering import answer_file, answer_of
@@ -59,6 +60,11 @@ def test_equal_prompts_draw_texts_of_their_own_and_seeds_hold(tmp_path):
         ({}, 'has no "prompt"'),
         ({"prompt": ""}, 'has no "prompt"'),
         ({"prompt": 3}, 'has no "prompt"'),
+        ({"prompt_tokens": []}, "has prompt_tokens that are no list"),
+        ({"prompt_tokens": [1, -1]}, "has prompt_tokens that are no list"),
+        ({"prompt_tokens": [1], "tokens": "a"}, "has tokens that are no list"),
+        ({"prompt": "a", "stop_token_ids": 3}, "has stop_token_ids that are no list"),
+        ({"prompt": "a", "ignore_end": 1}, "has ignore_end 1"),
         ({"prompt": "a", "id": [1]}, "has the id"),
         ({"prompt": "a", "id": True}, "has the id"),
         ({"prompt": "a", "temperature": "hot"}, "has temperature 'hot'"),
@@ -188,3 +194,15 @@ def test_keys_of_a_line_do_not_replace_those_of_the_answer():
     line = PromptLine(1, "a", "b", SamplingConfig(), {"text": "old", "label": 2})
     found = answer_of(line, Completion("a", text="new"))
     assert found["text"] == "new" and found["label"] == 2
+
+
+def test_a_recorded_line_tells_how_much_came_again(tmp_path):
+    recorded = {"prompt_tokens": [3, 4], "tokens": [5, 6, 7], "stop_token_ids": [9], "id": "x"}
+    (line,) = lines_of(tmp_path, recorded)
+    assert line.prompt == (3, 4) and line.sampling.stop_token_ids == (9,) and not line.rest
+    for tokens, same in (([5, 6, 7], 3), ([5, 8, 7], 1), ([5, 6], 2), ([5, 6, 7, 8], 3)):
+        told = answer_of(line, Completion("x", tokens=tokens))
+        assert (told["same_tokens"], told["recorded_tokens"]) == (same, 3)
+    # beside a prompt these words are whatever the line means by them
+    (other,) = lines_of(tmp_path, {"prompt": "a", "tokens": "b"})
+    assert other.rest == {"tokens": "b"} and other.expected is None

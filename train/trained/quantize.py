@@ -17,16 +17,18 @@ from model.moe.layer import MoELayer
 from model.request import ForwardRequest
 from model.transformer import Transformer
 from ops.grouped_mlp import dequantized, quantize_rows
+from ops.grouped_mlp.eight_bit import DTYPES
+from ops.grouped_mlp.spec import Stored
 from train.data.loader import Batch
 from train.files.manifest import MANIFEST
-from train.pretrained.int8 import load_int8
+from train.pretrained.eight_bit import load_eight_bit
 from train.trained.budgets import ratio_interval
 
 FOLDER = "quantized"
 
 
-def quantized_path(run_dir: Path, checkpoint: str) -> Path:
-    return run_dir / FOLDER / f"{checkpoint}-int8.safetensors"
+def quantized_path(run_dir: Path, checkpoint: str, stored: Stored) -> Path:
+    return run_dir / FOLDER / f"{checkpoint}-{stored}.safetensors"
 
 
 def made_of(checkpoint: Path) -> str:
@@ -34,29 +36,32 @@ def made_of(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
-def use_int8(model: Transformer, run_dir: Path, checkpoint: Path) -> None:
-    """Put the run's experts of 8 bits in place of the model's.
+def use_eight_bit(model: Transformer, run_dir: Path, checkpoint: Path, weights: str) -> None:
+    """Put the run's experts of 8 bits in place of the model's, where weights is int8 or fp8.
 
     Raises:
         ValueError: there are none, or they do not fit.
     """
-    path = quantized_path(run_dir, checkpoint.name)
+    if weights not in DTYPES:
+        return
+    path = quantized_path(run_dir, checkpoint.name, weights)
     if not path.is_file():
         raise ValueError(
-            f"weights=int8: {path} does not exist; make it: python -m launch.quantize "
+            f"weights={weights}: {path} does not exist; make it: python -m launch.quantize "
             + shlex.quote(f"run={run_dir}")
+            + f" weights={weights}"
         )
     layers = model.moe_layers()
-    kept = load_int8(path, len(layers), made_of(checkpoint))
+    kept = load_eight_bit(path, len(layers), made_of(checkpoint), weights)
     for layer, stacks in zip(layers, kept, strict=True):
-        layer.experts.hold_int8(**stacks)
+        layer.experts.hold_eight_bit(**stacks)
 
 
-def quantized(layer: MoELayer) -> dict[str, Tensor]:
-    """The experts of a layer in 8 bits, as Experts.hold_int8 takes them."""
+def quantized(layer: MoELayer, stored: Stored) -> dict[str, Tensor]:
+    """The experts of a layer in 8 bits, as Experts.hold_eight_bit takes them."""
     experts = layer.experts
-    gate_up, gate_up_scales = quantize_rows(experts.gate_up)
-    down, down_scales = quantize_rows(experts.down)
+    gate_up, gate_up_scales = quantize_rows(experts.gate_up, stored)
+    down, down_scales = quantize_rows(experts.down, stored)
     return {
         "gate_up": gate_up,
         "gate_up_scales": gate_up_scales,
