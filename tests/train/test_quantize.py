@@ -82,8 +82,9 @@ def test_errors_are_those_of_each_expert(model):
         )
 
 
-def test_quantize_reports_left_out_parameters():
-    """Every parameter is int8, a scale, or told with its group; a stack of experts that was
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_quantize_reports_left_out_parameters(stored):
+    """Every parameter is of 8 bits, a scale, or told with its group; a stack of experts that was
     forgotten is refused.
     """
     special = {"expert_bias": True, "activation": "clamped_swiglu", "num_shared_experts": 0}
@@ -91,10 +92,10 @@ def test_quantize_reports_left_out_parameters():
     whole = {name: p.numel() for name, p in model.named_parameters()}
     first, *others = model.moe_layers()
     for layer in others:
-        layer.experts.hold_int8(**quantized(layer))
-    with pytest.raises(ValueError, match=r"10,240 of the experts' .* stay as they are"):
+        layer.experts.hold_eight_bit(**quantized(layer, stored))
+    with pytest.raises(ValueError, match=r"9,216 of the 18,432 numbers .* stay as they are"):
         left_out(model)
-    first.experts.hold_int8(**quantized(first))
+    first.experts.hold_eight_bit(**quantized(first, stored))
     found = left_out(model)
     assert set(found) == {
         *("embedding", "head", "norm", "attention", "attention_norm", "mlp_norm"),

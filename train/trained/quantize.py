@@ -177,18 +177,20 @@ def sizes(model: Transformer) -> dict[str, Any]:
 
 
 LEAST_SHARE = 0.95
-"""Of the experts' parameters that must have become int8."""
+"""Of the numbers in the experts' matrices that must have become 8 bits."""
 
 
 def left_out(model: Transformer) -> dict[str, dict[str, int]]:
-    """What int8 leaves as it is: by group of parameters, the number of them and their bytes. A
+    """What stays as it is: by group of parameters, the number of them and their bytes. A
     group is named as in the model, without the numbers of its layers.
 
     Raises:
-        ValueError: more than a twentieth of the experts' parameters is among them: what is called
-            int8 would be something else.
+        ValueError: more than a twentieth of the experts' matrices is among them: what is called
+            8 bits would be something else.
     """
-    of_experts = {p for layer in model.moe_layers() for p in layer.experts.parameters()}
+    matrices = {
+        p for layer in model.moe_layers() for p in layer.experts.parameters() if p.dim() == 3
+    }
     scales = {
         getattr(layer.experts, name)
         for layer in model.moe_layers()
@@ -201,17 +203,17 @@ def left_out(model: Transformer) -> dict[str, dict[str, int]]:
         number = parameter.numel()
         if parameter in scales:
             continue
-        whole += number * (parameter in of_experts)
-        if parameter.dtype == torch.int8:
+        whole += number * (parameter in matrices)
+        if parameter.dtype in DTYPES.values():
             continue
-        kept += number * (parameter in of_experts)
+        kept += number * (parameter in matrices)
         group = found.setdefault(_group(name), {"parameters": 0, "bytes": 0})
         group["parameters"] += number
         group["bytes"] += number * parameter.element_size()
     if kept > (1 - LEAST_SHARE) * whole:
         raise ValueError(
-            f"{kept:,} of the experts' {whole:,} parameters would stay as they are, more than "
-            f"{1 - LEAST_SHARE:.0%}: these are no experts of 8 bits; nothing was written"
+            f"{kept:,} of the {whole:,} numbers in the experts' matrices would stay as they are, "
+            f"more than {1 - LEAST_SHARE:.0%}: these are no experts of 8 bits; nothing was written"
         )
     return found
 
