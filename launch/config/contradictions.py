@@ -235,7 +235,8 @@ def _frozen(run: RunConfig) -> list[str]:
     """Parts that the model does not have, and balancing that a frozen router cannot follow."""
     model, problems = run.model, []
     missing = {
-        "indexer": not has_index(run.attention.arguments) and "attention is not indexed",
+        "indexer": not has_index(run.attention.arguments)
+        and "attention is not indexed, nor attention.select=index",
         "head": model.tie_embeddings and "model.tie_embeddings makes the embedding its head",
         "router": not model.num_experts and "model.num_experts is 0",
         "experts": not model.num_experts and "model.num_experts is 0",
@@ -377,25 +378,39 @@ def _index(run: RunConfig) -> list[str]:
     others reported trained for weeks so.
     """
     attention, problems = run.attention, []
-    if isinstance(attention, CompressedAttentionConfig) and run.lora.rank:
+    is_compressed = isinstance(attention, CompressedAttentionConfig)
+    if is_compressed and run.lora.rank:
         problems.append(
             f"lora.rank is {run.lora.rank}, but which matrices of attention=compressed have "
             "adapters is not defined; set lora.rank=0"
         )
-    elif run.lora.rank and isinstance(attention, IndexedAttentionConfig):
-        problems.append(
-            f"lora.rank is {run.lora.rank}, but adapters leave the index of attention=indexed as "
-            "it is, while what it has to find moves; set lora.rank=0, or use attention=scc"
-        )
-    if not isinstance(attention, IndexedAttentionConfig | CompressedAttentionConfig):
-        return problems
     layers = range(run.model.num_layers)
-    if not any(attention.is_sparse(run.model, i) for i in layers):
+    if not has_index(attention.arguments) or not any(
+        attention.is_sparse(run.model, i) for i in layers
+    ):
         return problems
-    if attention.dense_steps == 0 and run.init.run is None:
+    inside = not is_compressed and not isinstance(attention, IndexedAttentionConfig)
+    kind = "attention.select=index" if inside else f"attention={attention.name}"
+    instead = "attention.select=mass" if inside else "attention=scc"
+    # Inside sparse attention what a bad choice leaves out stays in the softmax through its entries,
+    # and an index learns from all of it from the first step on.
+    if not inside and attention.arguments["dense_steps"] == 0 and run.init.run is None:
         problems.append(
             "attention.dense_steps is 0, so that an index which has learned nothing would choose; "
             "raise it, or begin with init.run of a run whose index has learned"
+        )
+    if run.lora.rank and not is_compressed:
+        problems.append(
+            f"lora.rank is {run.lora.rank}, but adapters leave the index of {kind} as it is, while "
+            f"what it has to find moves; set lora.rank=0, or use {instead}"
+        )
+    follows = attention.arguments.get("index_layers", 1) > 1
+    if follows and run.parallel.pipeline_parallel_size > 1:
+        problems.append(
+            f"attention.index_layers {attention.arguments['index_layers']} lets layers follow the "
+            "choice of an earlier one, which may be on another stage of "
+            f"parallel.pipeline_parallel_size {run.parallel.pipeline_parallel_size}; set "
+            "attention.index_layers=1"
         )
     names = [
         f"blocks.{i}.attention.indexer.q_proj.weight"
@@ -404,8 +419,8 @@ def _index(run: RunConfig) -> list[str]:
     ]
     if frozen := [p for p in run.optim.freeze if any(matches(name, p) for name in names)]:
         problems.append(
-            f"optim.freeze={frozen[0]} leaves the index of attention={attention.name} as it is, "
-            "while what it has to find moves; drop it"
+            f"optim.freeze={frozen[0]} leaves the index of {kind} as it is, while what it has to "
+            "find moves; drop it"
         )
     return problems
 

@@ -142,6 +142,7 @@ def shape_of(run: RunConfig) -> Shape:
         Need.SPARSE: is_sparse,
         Need.SELECTED_BLOCKS: is_sparse,
         Need.DENSE_CHECK: is_sparse and attention.get("audit_rows", 0.002) > 0,
+        Need.RESIDENT: is_sparse and attention.get("resident_blocks") is not None,
         Need.INDEXED: is_indexed,
         Need.INDEX_CHECK: is_indexed and attention["audit_rows"] > 0,
         Need.DETAILED: run.tracker.metrics == "detailed",
@@ -393,6 +394,7 @@ def attention() -> Section:
         ),
         Lines("KL divergence of estimated block masses", ("attention/mass_kl",), low=0),
         Lines("variance within pooled entries", ("attention/coherence",), low=0),
+        Lines("mass of resident blocks", ("attention/resident_recall",), low=0, high=1),
     ]
     return Section(
         "attention",

@@ -186,6 +186,8 @@ def _metrics_line(run: RunConfig, num_ranks: int) -> int:
         absent |= by_index
     if not isinstance(run.attention, SparseAttentionConfig):
         absent |= {name for name in names if name.startswith("attention/")} - by_index
+    if run.attention.arguments.get("resident_blocks") is None:
+        absent |= {name for name in names if name.startswith("attention/resident_")}
 
     absent |= _of_options(run)
 

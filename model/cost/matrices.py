@@ -12,11 +12,11 @@ from model.cost.parameters import (
     compressed_kinds,
     compressed_matrices,
     has_index,
+    index_layers,
     index_matrices,
     is_compressed,
     is_latent,
     pooling_matrices,
-    sparse_layers,
 )
 
 
@@ -44,7 +44,7 @@ def hidden_matrices(
     """
     layers = range(config.num_layers) if layers is None else layers
     found: list[Matrices] = []
-    indexed = sparse_layers(config.num_layers, attention) if has_index(attention) else []
+    indexed = index_layers(config.num_layers, attention) if has_index(attention) else []
     kinds = compressed_kinds(config.num_layers, attention) if is_compressed(attention) else None
     for layer in layers:
         kind = "window" if kinds is None else kinds[layer]
@@ -74,7 +74,7 @@ def _layer(
         projections = _latent(config, attention) if is_latent(attention) else _grouped_query(config)
     for rows, columns in projections:
         yield Matrices("attention", 1, rows, columns)
-    if indexes and attention is not None:
+    if indexes and has_index(attention):
         for rows, columns in index_matrices(config, attention):
             yield Matrices("indexer", 1, rows, columns)
     if not has_experts:

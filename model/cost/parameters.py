@@ -171,7 +171,7 @@ def index_parameters(
     if not has_index(attention):
         return 0, 0
     layers = range(config.num_layers) if layers is None else layers
-    number = number_in(layers, sparse_layers(config.num_layers, attention))
+    number = number_in(layers, index_layers(config.num_layers, attention))
     matrices = sum(rows * columns for rows, columns in index_matrices(config, attention))
     vectors = 2
     if is_compressed(attention):
@@ -200,14 +200,6 @@ def is_indexed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, An
 def is_compressed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Whether these are the arguments of attention to a window and to pooled entries."""
     return attention is not None and "csa_ratio" in attention
-
-
-def has_index(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Whether layers of this attention choose by an index that has to be taught."""
-    if is_compressed(attention):
-        kinds = attention["layer_kinds"]
-        return kinds in ("csa", "v4") or (not isinstance(kinds, str) and "csa" in kinds)
-    return is_indexed(attention)
 
 
 def compressed_kinds(num_layers: int, attention: Mapping[str, Any]) -> list[str]:
@@ -253,10 +245,25 @@ def pooling_matrices(
     return 2 * [(width, config.hidden_size)]
 
 
+def has_index(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether some layers choose by a learned index: those of is_indexed, compressed attention with
+    layers that choose entries, or sparse attention inside of which one chooses.
+    """
+    if is_compressed(attention):
+        kinds = attention["layer_kinds"]
+        return kinds in ("csa", "v4") or (not isinstance(kinds, str) and "csa" in kinds)
+    return attention is not None and (is_indexed(attention) or attention.get("select") == "index")
+
+
+def index_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
+    """The layers with an index of their own, of an attention that has_index."""
+    return sparse_layers(num_layers, attention)[:: attention.get("index_layers", 1)]
+
+
 def index_shape(config: ModelConfig, attention: Mapping[str, Any]) -> tuple[int, int]:
     """Heads of an index, and the dimensions of each."""
     return (
-        attention["index_heads"] or config.num_kv_heads,
+        attention.get("index_heads") or config.num_kv_heads,
         attention["index_head_dim"] or config.attention_head_dim,
     )
 
@@ -328,9 +335,10 @@ def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: rang
     # a matrix per key/value head, from values to weights in an entry's key and in its value
     weights = 2 * config.num_kv_heads * config.attention_head_dim**2
     per_layer = per_head * config.num_heads + weights * (attention.get("entries") == "gated")
+    indexes = index_parameters(config, attention, layers)[0]
     if not per_layer:
-        return 0
-    return per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
+        return indexes
+    return indexes + per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
 
 
 def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
@@ -440,6 +448,9 @@ def index_flops(
     """Of a token, for the scores of all index keys before it, and in training for the gradients of
     those that were chosen; without the projections. As a mean over a document of seq_len tokens,
     over the layers here.
+
+    Inside sparse attention every candidate has a gradient, which reaches the one token of its
+    largest score, and layers that follow another one's choice score in training alone, to teach.
     """
     if not has_index(attention):
         return 0.0
@@ -452,6 +463,10 @@ def index_flops(
         if trains:
             by_layer += 4.0 * closed_entries(seq_len, ratio, attention["top_k"])
         return by_layer * heads * width * number
+    if not is_indexed(attention):
+        scored = seq_len / 2 * (1 + 2 * trains / attention["block_size"])
+        there = (sparse_layers if trains else index_layers)(config.num_layers, attention)
+        return float(2.0 * heads * width * scored * number_in(layers, there))
     size = attention["block_size"]
     pooled = size if attention["rule"] == "qsa" else 1
     scored = seq_len / 2 / pooled
@@ -610,10 +625,10 @@ def decode_cost(
     experts = len(config.decoder_moe_layers) * distinct_experts * one_expert
     weights = dense * weight_bytes + experts * (expert_bytes or weight_bytes)
     cache = cache_bytes_per_token / config.num_layers * keys
-    if is_indexed(attention):
+    if has_index(attention):
         # Index keys are read of every token, keys and values of the chosen ones.
         width, own = index_shape(config, attention)[1], 2 * config.num_kv_heads
-        number = len(sparse_layers(config.num_layers, attention))
+        number = len(index_layers(config.num_layers, attention))
         values = config.num_layers * own * config.attention_head_dim + number * width
         of_a_value = cache_bytes_per_token / values
         cache = of_a_value * (own * config.attention_head_dim * keys + number * width * length)
