@@ -333,8 +333,10 @@ def _evaluate(target: _Target, place: Place) -> float:
 
     if "attention/index_loss" in result:
         recall = result.get("attention/index_recall", math.nan)
+        compressed = run.attention.name == "compressed"
+        whole = "attention to all entries" if compressed else "dense attention"
         print(
-            f"attention  the index chooses {recall:.1%} of dense attention (sampled rows), "
+            f"attention  the index chooses {recall:.1%} of {whole} (sampled rows), "
             f"{result['attention/index_loss']:.3g} nats from what it is taught"
         )
 

@@ -19,6 +19,7 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.compressed import CompressedAttention
 from model.attention.indexed import IndexedAttention
 from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
@@ -256,14 +257,16 @@ class Transformer(nn.Module):
             if isinstance(block.attention, SparseAttention) and block.attention.is_sparse
         ]
 
-    def measured_attentions(self) -> list[SparseAttention | IndexedAttention]:
+    def measured_attentions(
+        self,
+    ) -> list[SparseAttention | IndexedAttention | CompressedAttention]:
         """The attention of the layers that leave something out by a choice, in layer order: those
         of ModelOutput.attention_stats.
         """
         return [
             block.attention
             for block in self.blocks
-            if isinstance(block.attention, SparseAttention | IndexedAttention)
+            if isinstance(block.attention, SparseAttention | IndexedAttention | CompressedAttention)
             and block.attention.is_sparse
         ]
 
@@ -316,7 +319,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
         )
-        exchange, mask = None, None
+        exchange, mask, own_positions = None, None, positions
         if whole_positions is not None:
             exchange, positions = self.exchange, whole_positions
         if (
@@ -336,6 +339,7 @@ class Transformer(nn.Module):
             paging=paging,
             exchange=exchange,
             tensor=self.tensor,
+            positions=own_positions,
             largest=largest,
         )
 

@@ -81,7 +81,8 @@ FLOORS = {
         ("component", "config", "request"),
     ),
     "ops": (
-        ("compile/ahead_of_time", "index_attention"),
+        ("compile/ahead_of_time", "compressed_attention"),
+        ("index_attention",),
         ("all_to_all", "grouped_mlp", "router", "sparse_attention", "testing"),
         ("permute",),
         ("compile",),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launch.config.deepspeed import _deepspeed
 from launch.process.secrets import problems_of_env
-from model.attention.config import IndexedAttentionConfig
+from model.attention.config import CompressedAttentionConfig, IndexedAttentionConfig
+from model.cost.parameters import has_index
 from model.placement.record import Placement
 from train.config.kinds import matches
 from train.config.lora import target_problems
@@ -234,7 +235,7 @@ def _frozen(run: RunConfig) -> list[str]:
     """Parts that the model does not have, and balancing that a frozen router cannot follow."""
     model, problems = run.model, []
     missing = {
-        "indexer": run.attention.name != IndexedAttentionConfig.name and "attention is not indexed",
+        "indexer": not has_index(run.attention.arguments) and "attention is not indexed",
         "head": model.tie_embeddings and "model.tie_embeddings makes the embedding its head",
         "router": not model.num_experts and "model.num_experts is 0",
         "experts": not model.num_experts and "model.num_experts is 0",
@@ -376,19 +377,26 @@ def _index(run: RunConfig) -> list[str]:
     others reported trained for weeks so.
     """
     attention, problems = run.attention, []
-    if not isinstance(attention, IndexedAttentionConfig):
-        return []
+    if isinstance(attention, CompressedAttentionConfig) and run.lora.rank:
+        problems.append(
+            f"lora.rank is {run.lora.rank}, but which matrices of attention=compressed have "
+            "adapters is not defined; set lora.rank=0"
+        )
+    elif run.lora.rank and isinstance(attention, IndexedAttentionConfig):
+        problems.append(
+            f"lora.rank is {run.lora.rank}, but adapters leave the index of attention=indexed as "
+            "it is, while what it has to find moves; set lora.rank=0, or use attention=scc"
+        )
+    if not isinstance(attention, IndexedAttentionConfig | CompressedAttentionConfig):
+        return problems
+    layers = range(run.model.num_layers)
+    if not any(attention.is_sparse(run.model, i) for i in layers):
+        return problems
     if attention.dense_steps == 0 and run.init.run is None:
         problems.append(
             "attention.dense_steps is 0, so that an index which has learned nothing would choose; "
             "raise it, or begin with init.run of a run whose index has learned"
         )
-    if run.lora.rank:
-        problems.append(
-            f"lora.rank is {run.lora.rank}, but adapters leave the index of attention=indexed as "
-            "it is, while what it has to find moves; set lora.rank=0, or use attention=scc"
-        )
-    layers = range(run.model.num_layers)
     names = [
         f"blocks.{i}.attention.indexer.q_proj.weight"
         for i in layers
@@ -396,8 +404,8 @@ def _index(run: RunConfig) -> list[str]:
     ]
     if frozen := [p for p in run.optim.freeze if any(matches(name, p) for name in names)]:
         problems.append(
-            f"optim.freeze={frozen[0]} leaves the index of attention=indexed as it is, while what "
-            "it has to find moves; drop it"
+            f"optim.freeze={frozen[0]} leaves the index of attention={attention.name} as it is, "
+            "while what it has to find moves; drop it"
         )
     return problems
 

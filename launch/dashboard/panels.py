@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.attention.config import IndexedAttentionConfig, SparseAttentionConfig
-from model.cost.parameters import sparse_layers
+from model.attention.config import SparseAttentionConfig
+from model.cost.parameters import has_index, sparse_layers
 from model.routers.config import BudgetedConfig
 from train.config.run import RunConfig
 from train.config.watching import AlarmRule
@@ -114,7 +114,7 @@ def shape_of(run: RunConfig) -> Shape:
     law = run.router.law
     adaptive = has_experts and isinstance(run.router, BudgetedConfig)
     spreads_experts = has_experts and run.parallel.expert_parallel_size > 1
-    is_indexed = isinstance(run.attention, IndexedAttentionConfig)
+    is_indexed = has_index(attention)
     is_sparse = isinstance(run.attention, SparseAttentionConfig) and bool(
         sparse_layers(run.model.num_layers, attention)
     )

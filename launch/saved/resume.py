@@ -28,7 +28,7 @@ from launch.saved.environment import require_confirmed
 from launch.saved.files import read_result
 from launch.saved.initial import with_initial_weights
 from launch.saved.teacher import with_named_checkpoint
-from model.cost.parameters import is_indexed, is_latent, sparse_layers
+from model.cost.parameters import is_compressed, is_indexed, is_latent, sparse_layers
 from train.checkpoint.folder import find_checkpoint, newest_complete, step_of
 from train.config.component import SETTINGS
 from train.files.manifest import CheckpointError, require_owned
@@ -233,12 +233,30 @@ def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
+SHAPING_PROJECTIONS = (
+    *("layer_kinds", "csa_ratio", "hca_ratio", "q_lora_rank", "output_groups", "o_lora_rank"),
+    *("index_heads", "index_head_dim"),
+)
+"""Settings of compressed attention that say which tensors there are."""
+
+
 def other_projections(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Why weights of one attention do not fit another; None where they do. Dense and sparse
-    attention have the same, latent attention (MLA) has others.
+    attention have the same, latent attention (MLA) and compressed attention have others.
 
     old, new: settings of attention, with its name.
     """
+    if is_compressed(old) != is_compressed(new):
+        return (
+            f"cannot change attention {old.get('name', 'dense')} -> {new.get('name', 'dense')}: "
+            "the projections of compressed attention are others than those of any other"
+        )
+    for key in SHAPING_PROJECTIONS if is_compressed(old) else ():
+        if shown(old[key]) != shown(new[key]):
+            return (
+                f"cannot change attention.{key} {shown(old[key])} -> {shown(new[key])}: "
+                "the saved tensors have this shape"
+            )
     if is_latent(old) != is_latent(new):
         return (
             f"cannot change attention {old.get('name', 'dense')} -> {new.get('name', 'dense')}: "

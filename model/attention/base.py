@@ -88,6 +88,10 @@ class SequenceLayout:
     """Set where matrices are cut: the tokens here are then those of all ranks of the tensor group,
     of which a rank has a part between the layers.
     """
+    positions: torch.Tensor | None = None
+    """[B, S] int64 of the tokens here in their documents, as cos and sin have them; None: nobody
+    turns by other tables.
+    """
     largest: LargestLogits | None = None
     """Where dense layers say their largest logits; None: nobody asks."""
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -11,8 +11,11 @@ from typing import Any
 from model.config import ModelConfig
 from model.cost.parameters import (
     Trained,
+    compressed_cache_values,
+    compressed_kinds,
     count_parameters,
     index_shape,
+    is_compressed,
     is_indexed,
     is_latent,
     number_in,
@@ -187,10 +190,13 @@ def cache_bytes_per_token(
     config: ModelConfig, width: int, attention: Mapping[str, Any] | None = None
 ) -> int:
     """What a token takes in the caches of all layers when generating, index keys included; sparse
-    layers keep pooled entries besides.
+    layers keep pooled entries besides. Of compressed attention, in pages.
 
-    width: bytes of a value; attention: arguments of sparse, indexed or latent attention.
+    width: bytes of a value; attention: arguments of sparse, indexed, compressed or latent
+        attention.
     """
+    if is_compressed(attention):
+        return int(width * compressed_cache_values(config, attention))
     if is_latent(attention):
         values = attention["kv_lora_rank"] + attention["qk_rope_head_dim"]
     else:
@@ -227,6 +233,8 @@ def _attention_bytes(
     output, in values of `width` bytes; and rotary's fp32 copies.
     """
     heads = config.num_heads
+    if is_compressed(attention):
+        return _compressed_bytes(config, width, attention, layers, seq_len)
     if not is_latent(attention):
         q_width = heads * config.attention_head_dim
         kv_width = config.num_kv_heads * config.attention_head_dim
@@ -250,6 +258,36 @@ def _attention_bytes(
     latents = 2 * (attention["q_lora_rank"] or 0) + 2 * attention["kv_lora_rank"] + 2 * rope
     per_head = 4 * max(nope + rope, value)
     return width * (latents + heads * per_head), 4 * (heads + 1) * rope
+
+
+def _compressed_bytes(
+    config: ModelConfig,
+    width: int,
+    attention: Mapping[str, Any],
+    layers: range,
+    seq_len: int,
+) -> tuple[int, int]:
+    """Of a token in compressed attention, as a mean over the layers: latents and keys before and
+    after their norms, queries and outputs before and after they are turned, what entries are
+    pooled from; of an index its queries, weights and rows with their gradients in fp32, and what it
+    chose; and rotary's fp32 copies.
+    """
+    dim, rank, heads = config.attention_head_dim, attention["q_lora_rank"], config.num_heads
+    between = attention["output_groups"] * attention["o_lora_rank"]
+    kept = width * (2 * rank + 5 * heads * dim + 3 * dim + between) + 4 * heads
+    kinds = compressed_kinds(config.num_layers, attention)
+    more = 0.0
+    for kind in (kinds[layer] for layer in layers):
+        ratio = {"csa": attention["csa_ratio"], "hca": attention["hca_ratio"]}.get(kind)
+        if ratio is None:
+            continue
+        more += width * dim * ((4 if kind == "csa" else 2) + 3 / ratio)
+        if kind == "csa":
+            queries = attention["index_heads"] * (attention["index_head_dim"] + 1)
+            keys = attention["index_head_dim"] / ratio
+            more += width * (queries + 4 * attention["index_head_dim"] + 3 * keys)
+            more += 4 * (queries + keys + min(attention["top_k"], seq_len // ratio))
+    return round(kept + more / len(layers)), 0
 
 
 def _index_bytes(

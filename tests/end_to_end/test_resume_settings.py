@@ -103,6 +103,24 @@ BASES = {
         "attention.dense_steps=5",
         "attention.audit_rows=1",
     ),
+    "compressed": (
+        "attention=csa",
+        "attention.layer_kinds=[hca,csa]",
+        "attention.sliding_window=4",
+        "attention.csa_ratio=2",
+        "attention.hca_ratio=4",
+        "attention.top_k=3",
+        "attention.q_lora_rank=12",
+        "attention.output_groups=2",
+        "attention.o_lora_rank=8",
+        "attention.rope_head_dim=4",
+        "attention.index_heads=2",
+        "attention.index_head_dim=8",
+        "attention.dense_steps=5",
+        "model.num_layers=2",
+        "model.num_kv_heads=1",
+        "model.qk_norm=none",
+    ),
     "mla": (
         "attention=mla",
         "attention.q_lora_rank=12",
@@ -540,6 +558,24 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "attention.index_coeff": acts(
         "attention.index_coeff=50", "attention/index_loss attention/index_recall", "indexed"
     ),
+    **{
+        f"attention.{name}": acts(f"attention.{name}={value}", LOSS, "compressed")
+        for name, value in (
+            ("sliding_window", 2),
+            ("rope_head_dim", 8),
+            ("compressed_rope_theta", 10.0),
+        )
+    },
+    **{
+        f"attention.{name}": refused(f"attention.{name}={value}", SHAPE, "compressed")
+        for name, value in {
+            "layer_kinds": "[csa,hca]",
+            "csa_ratio": 4,
+            "hca_ratio": 8,
+            "output_groups": 1,
+            "o_lora_rank": 6,
+        }.items()
+    },
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
     "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),

@@ -13,6 +13,7 @@ from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.saved.index import without_index
 from launch.saved.initial import Given, _of_index
+from launch.saved.resume import other_projections
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 
@@ -65,6 +66,57 @@ def test_the_other_weights_may_be_frozen_and_a_dense_model_has_no_index(base):
 @pytest.mark.parametrize("preset", ["indexed", "dsa", "msa", "qsa"])
 def test_every_preset_is_valid(preset):
     assert parse(composed(f"attention={preset}"), 1).attention.name == "indexed"
+
+
+ENTRIES = ("model.num_kv_heads=1", "model.qk_norm=none", "attention.output_groups=1")
+
+
+@pytest.fixture(scope="module")
+def compressed() -> dict:
+    return composed("attention=csa", *ENTRIES)
+
+
+@pytest.mark.parametrize("preset", ["compressed", "csa", "hca", "v4"])
+def test_every_preset_of_compressed_attention_is_valid(preset):
+    assert problems(composed(f"attention={preset}", *ENTRIES)) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("attention", {"dense_steps": 0}, "an index which has learned nothing would choose"),
+        ("optim", {"freeze": ["indexer"]}, "leaves the index of attention=compressed"),
+        ("optim", {"qk_clip": 100.0}, "attention=compressed has no largest logit"),
+        ("lora", {"rank": 4}, "which matrices of attention=compressed have adapters"),
+        ("parallel", {"tensor_parallel_size": 2}, "one head of keys for all"),
+        ("parallel", {"context_parallel_size": 2}, "one head of keys for all"),
+        ("model", {"num_kv_heads": 2}, "set model.num_kv_heads=1"),
+    ],
+)
+def test_what_compressed_attention_does_not_do_is_refused(compressed, section, changes, words):
+    config = copy.deepcopy(compressed)
+    config[section] |= changes
+    assert any(words in problem for problem in problems(config)), problems(config)
+
+
+def test_without_csa_there_is_no_index_to_teach(compressed):
+    config = copy.deepcopy(compressed)
+    config["attention"] |= {"layer_kinds": "hca", "dense_steps": 0}
+    assert problems(config) == []
+    config["optim"]["freeze"] = ["indexer"]
+    assert any("attention is not indexed" in problem for problem in problems(config))
+
+
+def test_entries_fit_no_other_attention_and_no_other_shape(compressed, base):
+    own = compressed["attention"]
+    for old, new in ((own, base["attention"]), ({"name": "dense"}, own)):
+        assert "compressed attention are others" in str(other_projections(old, new))
+    assert other_projections(own, {**own, "top_k": 9}) is None
+    for key, value in (("csa_ratio", 8), ("layer_kinds", "hca"), ("o_lora_rank", 4)):
+        assert f"attention.{key}" in str(other_projections(own, {**own, key: value}))
+    assert without_index(own, own) is None
+    assert "do not have" in str(without_index(base["attention"], own))
+    assert "do not have" in str(without_index(own, {**own, "index_heads": 2}))
 
 
 def test_only_weights_with_the_same_index_may_choose(base):

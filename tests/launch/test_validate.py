@@ -429,10 +429,16 @@ def test_a_config_of_an_earlier_version_means_the_same(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "experiments"), with_presets(ATTENTIONS))
 def test_any_attention_goes_into_any_preset(attention, experiments):
-    """Latent attention with what its refusals ask for."""
-    mended = ["num_kv_heads=${model.num_heads}", "head_dim=192", "rotary_dim=null"]
-    mended += ["qk_norm=none", "attention_bias=none", "attention_multiplier=null"]
-    more = [f"++model.{override}" for override in mended] if attention.startswith("mla") else []
+    """Latent and compressed attention with what their refusals ask for."""
+    plain = ["rotary_dim=null", "qk_norm=none", "attention_bias=none", "attention_multiplier=null"]
+    mended: list[str] = []
+    if attention.startswith("mla"):
+        mended = ["num_kv_heads=${model.num_heads}", "head_dim=192", *plain]
+    elif attention in ("compressed", "csa", "hca", "v4"):
+        mended = ["num_kv_heads=1", "head_dim=64", *plain, "num_mtp_layers=0", "rope_scaling=null"]
+    more = [f"++model.{override}" for override in mended]
+    if mended and not attention.startswith("mla"):
+        more.append("++attention.output_groups=1")
     for experiment in experiments:
         overrides = (f"experiment={experiment}", "parallel=single", f"attention={attention}")
         run = parse(composed(*overrides, *more), 1)

@@ -9,10 +9,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, batch, tiny_config
+from common import (
+    COMPRESSED,
+    COMPRESSED_SHAPE,
+    LATENT,
+    LATENT_SHAPE,
+    VOCAB_SIZE,
+    batch,
+    tiny_config,
+)
 
 from model.attention.config import (
     AttentionConfig,
+    CompressedAttentionConfig,
     DenseAttentionConfig,
     IndexedAttentionConfig,
     MlaConfig,
@@ -93,9 +102,12 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "dsa": IndexedAttentionConfig(top_k=6, index_heads=2, index_head_dim=8, dense_steps=0),
     "msa": IndexedAttentionConfig(rule="msa", block_size=4, top_k=2, dense_steps=0),
     "qsa": IndexedAttentionConfig(rule="qsa", block_size=2, top_k=3, dense_steps=0),
+    "compressed": CompressedAttentionConfig(
+        **COMPRESSED, dense_steps=0, layer_kinds=("window", "hca", "csa")
+    ),
     **{name: SparseAttentionConfig(**arguments) for name, arguments in SPARSE.items()},
 }
-SHAPES: dict[str, dict] = {"mla": LATENT_SHAPE}
+SHAPES: dict[str, dict] = {"mla": LATENT_SHAPE, "compressed": COMPRESSED_SHAPE}
 """Of the model, where an attention asks for another."""
 
 

@@ -159,7 +159,7 @@ ATTENTION = (
             "share",
             HIGHER,
             "audited rows: share of dense attention's softmax on what the index chooses, mean over "
-            "heads",
+            "heads; with attention=compressed, of what attention to all entries gives to entries",
             STEP,
             needs(Need.INDEX_CHECK),
             (Level.MIN, Level.LAYERS),
