@@ -23,7 +23,7 @@ from model.cost.parameters import (
     count_parameters,
     flops_per_token,
 )
-from model.layers import rotary_tables
+from model.layers import GatedMLP, rotary_tables
 from model.loss import training_loss
 from model.request import ForwardRequest, TokenBatch
 from train.observe.attention import attention_metrics
@@ -210,6 +210,31 @@ def test_it_is_that_of_transformers(kind):
         want = want.view_as(parameter)
         bound = 1e-5 * max(1.0, float(want.abs().max()))
         torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=bound, msg=name)
+
+
+def test_limited_mlps_are_those_of_transformers():
+    """DeepSeek-V4's shared expert, with pre-activations beyond its limits; values and gradients."""
+    module = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    configs = pytest.importorskip("transformers.models.deepseek_v4.configuration_deepseek_v4")
+    config = configs.DeepseekV4Config(hidden_size=12, moe_intermediate_size=10)
+    torch.manual_seed(0)
+    theirs, mine = module.DeepseekV4MLP(config), GatedMLP(12, 10, "limited_swiglu")
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=3.0)
+        mine.gate_up.weight.copy_(torch.cat((theirs.gate_proj.weight, theirs.up_proj.weight)))
+        mine.down.weight.copy_(theirs.down_proj.weight)
+    hidden = torch.randn(20, 12)
+    assert theirs.gate_proj(hidden).max() > 10 and theirs.up_proj(hidden).min() < -10
+    into = torch.randn(20, 12)
+    found = []
+    for mlp in (theirs, mine):
+        given = hidden.clone().requires_grad_()
+        out = mlp(given)
+        out.backward(into)
+        found.append((out.detach(), given.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
 
 
 # --- in the model ---------------------------------------------------------------------------------
