@@ -167,7 +167,7 @@ def _as_far_as_possible(
 
 def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     """Print the tables and return their numbers."""
-    from model.cost.memory import cache_bytes_per_token
+    from model.cost.memory import cache_bytes, cache_bytes_per_token
     from model.cost.parameters import count_parameters, flops_per_token
 
     model, settings = run.model, run.train
@@ -231,6 +231,13 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     print(
         f"  {'cache, for each token that is generated':28s} "
         f"{cached:>10,} bytes, in {settings.precision}"
+    )
+    length = model.max_seq_len
+    row = cache_bytes(model, width, length, run.attention.arguments)
+    whole = cache_bytes(model, width, length)
+    print(
+        f"  {'cache, for a row of max_seq_len':28s} {row:>14,} bytes for {length:,} tokens, "
+        f"{row / whole:.1%} of what dense attention over the same heads keeps"
     )
 
     exchange = planned_exchange(run, num_ranks)
@@ -301,6 +308,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "flops_per_token": flops,
         "cache_bytes_per_token": cached,
+        "cache_bytes": row,
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from launch.config.deepspeed import _deepspeed
 from launch.process.secrets import problems_of_env
 from model.attention.config import IndexedAttentionConfig
+from model.cost.parameters import has_index
 from model.placement.record import Placement
 from train.config.kinds import matches
 from train.config.lora import target_problems
@@ -234,7 +235,8 @@ def _frozen(run: RunConfig) -> list[str]:
     """Parts that the model does not have, and balancing that a frozen router cannot follow."""
     model, problems = run.model, []
     missing = {
-        "indexer": run.attention.name != IndexedAttentionConfig.name and "attention is not indexed",
+        "indexer": not has_index(run.attention.arguments)
+        and "attention is not indexed, nor attention.select=index",
         "head": model.tie_embeddings and "model.tie_embeddings makes the embedding its head",
         "router": not model.num_experts and "model.num_experts is 0",
         "experts": not model.num_experts and "model.num_experts is 0",
@@ -376,17 +378,30 @@ def _index(run: RunConfig) -> list[str]:
     others reported trained for weeks so.
     """
     attention, problems = run.attention, []
-    if not isinstance(attention, IndexedAttentionConfig):
+    if not has_index(attention.arguments):
         return []
-    if attention.dense_steps == 0 and run.init.run is None:
+    inside = not isinstance(attention, IndexedAttentionConfig)
+    kind = "attention.select=index" if inside else "attention=indexed"
+    instead = "attention.select=mass" if inside else "attention=scc"
+    # Inside sparse attention what a bad choice leaves out stays in the softmax through its entries,
+    # and an index learns from all of it from the first step on.
+    if not inside and attention.arguments["dense_steps"] == 0 and run.init.run is None:
         problems.append(
             "attention.dense_steps is 0, so that an index which has learned nothing would choose; "
             "raise it, or begin with init.run of a run whose index has learned"
         )
     if run.lora.rank:
         problems.append(
-            f"lora.rank is {run.lora.rank}, but adapters leave the index of attention=indexed as "
-            "it is, while what it has to find moves; set lora.rank=0, or use attention=scc"
+            f"lora.rank is {run.lora.rank}, but adapters leave the index of {kind} as it is, while "
+            f"what it has to find moves; set lora.rank=0, or use {instead}"
+        )
+    follows = attention.arguments.get("index_layers", 1) > 1
+    if follows and run.parallel.pipeline_parallel_size > 1:
+        problems.append(
+            f"attention.index_layers {attention.arguments['index_layers']} lets layers follow the "
+            "choice of an earlier one, which may be on another stage of "
+            f"parallel.pipeline_parallel_size {run.parallel.pipeline_parallel_size}; set "
+            "attention.index_layers=1"
         )
     layers = range(run.model.num_layers)
     names = [
@@ -396,8 +411,8 @@ def _index(run: RunConfig) -> list[str]:
     ]
     if frozen := [p for p in run.optim.freeze if any(matches(name, p) for name in names)]:
         problems.append(
-            f"optim.freeze={frozen[0]} leaves the index of attention=indexed as it is, while what "
-            "it has to find moves; drop it"
+            f"optim.freeze={frozen[0]} leaves the index of {kind} as it is, while what it has to "
+            "find moves; drop it"
         )
     return problems
 

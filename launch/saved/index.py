@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.cost.parameters import is_indexed
+from model.cost.parameters import has_index, is_indexed
 
 SHAPING = ("rule", "index_heads", "index_head_dim", "interval", "dense_layers")
 """Settings that say which tensors an index has, and where."""
+INSIDE = ("select", "index_head_dim", "index_layers", "interval", "dense_layers")
+"""Those of an index inside sparse attention."""
 
 
 def without_index(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -16,8 +18,17 @@ def without_index(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
     old, new: settings of attention, with its name.
     """
-    if not is_indexed(new):
+    if not has_index(new):
         return None
+    if not is_indexed(new):
+        if has_index(old) and all(old.get(key) == new[key] for key in INSIDE):
+            return None
+        shape = ", ".join(f"{key} {new[key]}" for key in INSIDE[1:3])
+        return (
+            f"attention.select=index with {shape} chooses by an index that these weights do not "
+            "have, and one that has learned nothing chooses at random; train it with launch.train "
+            "and attention.index_steps above 0, or use attention.select=mass"
+        )
     if is_indexed(old) and all(old[key] == new[key] for key in SHAPING):
         return None
     shape = ", ".join(f"{key} {new[key]}" for key in SHAPING[:3])

@@ -20,7 +20,7 @@ from launch.config.build import ConfigError, build_record
 from launch.config.overrides import literal, plain
 from launch.saved.configs import load_checkpoint_config
 from launch.saved.index import without_index
-from model.cost.parameters import is_indexed
+from model.cost.parameters import has_index, is_indexed
 from train.checkpoint.folder import find_checkpoint, step_of
 from train.config.training import problems_of_checkpoint
 from train.config.upcycling import UpcycleConfig
@@ -231,6 +231,11 @@ def _of_shape(config: DictConfig, given: Given, typed: set[str], chosen: set[str
 
 def _of_index(given: Given, asked: dict[str, Any]) -> str | None:
     """Why the weights' index may not choose from the first step on; None: it may, or is not to."""
+    if has_index(asked) and not is_indexed(asked):
+        # By mass it selects well at once; an index has to learn before it takes over.
+        if asked["index_steps"] == 0 and (refusal := without_index(given.attention, asked)):
+            return f"attention.index_steps is 0 with {given.source}: {refusal}"
+        return None
     if not is_indexed(asked) or asked["dense_steps"] != 0 or not given.is_run:
         return None
     if refusal := without_index(given.attention, asked):

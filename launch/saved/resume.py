@@ -28,7 +28,7 @@ from launch.saved.environment import require_confirmed
 from launch.saved.files import read_result
 from launch.saved.initial import with_initial_weights
 from launch.saved.teacher import with_named_checkpoint
-from model.cost.parameters import is_indexed, is_latent, sparse_layers
+from model.cost.parameters import has_index, index_layers, is_indexed, is_latent, sparse_layers
 from train.checkpoint.folder import find_checkpoint, newest_complete, step_of
 from train.config.component import SETTINGS
 from train.files.manifest import CheckpointError, require_owned
@@ -267,9 +267,13 @@ def _learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int,
         return set()
     names = [name for name in ("offset", "trust", "sink") if attention.get(name)]
     names += [f"{name}=gated" for name in ("merge", "entries") if attention.get(name) == "gated"]
-    return {
+    found = {
         (layer, name) for layer in sparse_layers(model["num_layers"], attention) for name in names
     }
+    if has_index(attention):
+        name = f"select=index with index_head_dim = {shown(attention['index_head_dim'])}"
+        found |= {(layer, name) for layer in index_layers(model["num_layers"], attention)}
+    return found
 
 
 def described(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -184,12 +184,40 @@ class SparseAttentionConfig(AttentionConfig):
     """Rank of a block: its estimated mass, its largest logit, or the part of its estimated mass
     that the variance term made.
     """
+    select: Literal["mass", "index"] = "mass"
+    """What chooses the blocks. mass: the rank that `score` gives. index: a small learned index,
+    with a query for each key/value head and a key for each token, which learns from the masses of
+    the layer's own softmax (ops/index_attention/README.md).
+    """
+    index_head_dim: int | None = None
+    """Dimensions of an index head. None: those of the model's heads."""
+    index_coeff: float = 1.0
+    """Weight of the index's loss, its divergence in nats from the attention's own masses, as a mean
+    over tokens, summed over the layers with an index.
+    """
+    index_steps: int = 0
+    """Steps after the dense ones in which blocks are still selected by mass while the index
+    learns. Weights that come without an index need some.
+    """
+    index_layers: int = 1
+    """An index for so many sparse layers: it chooses in the first one, and the next ones follow."""
     tail: Literal["coarse", "drop"] = "coarse"
     """Whether what is not selected is pooled or dropped."""
     top_p: float | None = None
     """Share of the estimated mass that the selection must cover: fewer than top_k blocks are taken
     where that is enough. None: always top_k.
     """
+    resident_blocks: int | None = None
+    """Blocks whose tokens a cache keeps, for each key/value head, beside the first ones, the window
+    and what began since the last boundary; other blocks cannot be selected any more, in training as
+    in decoding. None: all.
+    """
+    resident_interval: int = 1024
+    """Tokens of a document between boundaries, at which the resident blocks are chosen anew, by the
+    estimated mass that earlier queries gave them.
+    """
+    resident_decay: float = 0.9
+    """What such a mass still counts after one more interval."""
     min_sparse_length: int = 0
     """Queries at positions below this in their document attend densely."""
     num_levels: int = 1
@@ -251,8 +279,40 @@ class SparseAttentionConfig(AttentionConfig):
         """Whether `interval` and `dense_layers` leave the layer sparse."""
         return layer_idx in sparse_layers(model.num_layers, self.arguments)
 
+    def index_shape(self, model: ModelConfig) -> tuple[int, int]:
+        """Heads of an index, and the dimensions of each."""
+        return index_shape(model, self.arguments)
+
+    def index_group(self, model: ModelConfig, layer_idx: int) -> list[int]:
+        """The layers that choose as one, with this one among them; the first one has the index.
+        Empty: the layer selects by mass.
+        """
+        if self.select != "index":
+            return []
+        layers = sparse_layers(model.num_layers, self.arguments)
+        if layer_idx not in layers:
+            return []
+        begin = layers.index(layer_idx) // self.index_layers * self.index_layers
+        return layers[begin : begin + self.index_layers]
+
     def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        if self.select == "index":
+            return [
+                f"parallel.context_parallel_size is {size}, but with attention.select=index a "
+                "layer chooses for whole rows with all heads of its index, which ranks that share "
+                "out heads do not have; set parallel.context_parallel_size=1, or "
+                "attention.select=mass"
+            ]
         return _uneven_heads(model, size)
+
+    def tensor_problems(self, model: ModelConfig, size: int, context: int) -> list[str]:
+        if self.select == "index":
+            return [
+                f"parallel.tensor_parallel_size is {size}, but with attention.select=index a layer "
+                "chooses with all heads of its index, of which no rank has a part; set "
+                "parallel.tensor_parallel_size=1, or attention.select=mass"
+            ]
+        return super().tensor_problems(model, size, context)
 
     def problems(self, model: ModelConfig) -> list[str]:
         try:
@@ -261,7 +321,7 @@ class SparseAttentionConfig(AttentionConfig):
             return [f"attention.{problem}" for problem in str(error).splitlines()]
         found = [
             f"attention.{name} is {getattr(self, name)}; it must not be negative"
-            for name in ("dense_steps", "noise_steps", "temperature", *REGULARISERS)
+            for name in ("dense_steps", "noise_steps", "index_steps", "temperature", *REGULARISERS)
             if getattr(self, name) < 0
         ]
         if self.interval < 1:
@@ -270,6 +330,7 @@ class SparseAttentionConfig(AttentionConfig):
         found += self._audit_problems()
         found += self._gate_problems(spec) if self.merge == "gated" else []
         found += self._entry_problems(spec) if self.entries == "gated" else []
+        found += self._index_problems(spec, model) + self._resident_problems()
         # The gates weigh a coarse branch of their own, whatever becomes of the one softmax's tail.
         if spec.tail == "drop" and self.merge != "gated":
             found += [
@@ -330,6 +391,76 @@ class SparseAttentionConfig(AttentionConfig):
                 "set attention.tail=coarse"
             )
         return found
+
+    def _index_problems(self, spec: SparseAttentionSpec, model: ModelConfig) -> list[str]:
+        if self.select == "mass":
+            without = {
+                "index_head_dim": None,
+                "index_coeff": 1.0,
+                "index_steps": 0,
+                "index_layers": 1,
+            }
+            return [
+                f"attention.{name} is {value}, but attention.select=mass has no index; set "
+                f"attention.select=index, or drop it"
+                for name, default in without.items()
+                if (value := getattr(self, name)) != default
+            ]
+        found = []
+        if self.index_coeff <= 0:
+            found.append(
+                f"attention.index_coeff is {self.index_coeff}, so that nothing would teach the "
+                "index, which would choose at random; it must be above 0"
+            )
+        if self.index_layers < 1:
+            found.append(f"attention.index_layers is {self.index_layers}; it must be at least 1")
+        if spec.top_k == 0:
+            found.append("attention.select=index has nothing to choose with attention.top_k=0")
+        _, width = self.index_shape(model)
+        if width < max(1, model.rotary_size):
+            found.append(
+                f"attention.index_head_dim is {width}, but positions turn {model.rotary_size} "
+                "dimensions of a head; raise it, or lower model.rotary_dim"
+            )
+
+        # What would be left unread, or has no masses to teach by.
+        instead = {
+            "tail": ("coarse", "whose mass teaches the index"),
+            "merge": ("lse", "whose masses teach the index"),
+            "num_levels": (1, "as the index has no super-blocks"),
+            "score": ("prob", "as the index ranks"),
+            "top_p": (None, "as an index knows no masses"),
+            "noise_steps": (0, "as the choice of an index has no noise"),
+        }
+        for name, (value, why) in instead.items():
+            if (asked := getattr(self, name)) != value:
+                shown = "null" if value is None else value
+                found.append(
+                    f"attention.{name}={asked} does not combine with attention.select=index; set "
+                    f"attention.{name}={shown}, {why}"
+                )
+        return found
+
+    def _resident_problems(self) -> list[str]:
+        if self.resident_blocks is None:
+            defaults = {"resident_interval": 1024, "resident_decay": 0.9}
+            return [
+                f"attention.{name} is {value}, but attention.resident_blocks=null keeps all "
+                "blocks; set attention.resident_blocks, or drop it"
+                for name, default in defaults.items()
+                if (value := getattr(self, name)) != default
+            ]
+        instead = {
+            "merge": ("lse", "in whose softmax evicted blocks stay"),
+            "select": ("mass", "by which blocks stay resident"),
+            "noise_steps": (0, "as the choice among resident blocks has no noise"),
+        }
+        return [
+            f"attention.{name}={asked} does not combine with attention.resident_blocks; set "
+            f"attention.{name}={value}, {why}"
+            for name, (value, why) in instead.items()
+            if (asked := getattr(self, name)) != value
+        ]
 
     def _noise_problems(self) -> list[str]:
         if self.min_top_k is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from model.config import ModelConfig
-from model.cost.parameters import index_matrices, is_indexed, is_latent, sparse_layers
+from model.cost.parameters import has_index, index_layers, index_matrices, is_latent
 
 
 class Matrices(NamedTuple):
@@ -35,7 +35,7 @@ def hidden_matrices(
     """
     layers = range(config.num_layers) if layers is None else layers
     found: list[Matrices] = []
-    indexed = sparse_layers(config.num_layers, attention) if is_indexed(attention) else []
+    indexed = index_layers(config.num_layers, attention) if has_index(attention) else []
     for layer in layers:
         found += _layer(config, config.is_moe_layer(layer), attention, layer in indexed)
     for _ in range(config.num_mtp_layers if layers.stop == config.num_layers else 0):
@@ -57,7 +57,7 @@ def _layer(
     projections = _latent(config, attention) if is_latent(attention) else _grouped_query(config)
     for rows, columns in projections:
         yield Matrices("attention", 1, rows, columns)
-    if indexes and is_indexed(attention):
+    if indexes and has_index(attention):
         for rows, columns in index_matrices(config, attention):
             yield Matrices("indexer", 1, rows, columns)
     if not has_experts:

@@ -4,6 +4,7 @@ torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,15 @@ from model.config import ModelConfig
 from model.cost.parameters import (
     Trained,
     count_parameters,
+    has_index,
+    index_layers,
     index_shape,
-    is_indexed,
     is_latent,
     number_in,
     sparse_layers,
     windowed_layers,
 )
+from ops.sparse_attention.spec import SparseAttentionSpec
 
 LOGIT_BYTES = 12
 """Per logit at the peak of backward: the fp32 log-softmax and two fp32 gradients."""
@@ -196,10 +199,36 @@ def cache_bytes_per_token(
     else:
         values = 2 * config.num_kv_heads * config.attention_head_dim
     index = 0
-    if is_indexed(attention):
-        number = len(sparse_layers(config.num_layers, attention))
+    if has_index(attention):
+        number = len(index_layers(config.num_layers, attention))
         index = number * index_shape(config, attention)[1]
     return int((config.num_layers * values + index) * width)
+
+
+def cache_bytes(
+    config: ModelConfig, width: int, length: int, attention: Mapping[str, Any] | None = None
+) -> int:
+    """Of the caches of all layers for a document of `length` tokens, the pooled entries of sparse
+    layers included. Where attention.resident_blocks bounds them, sparse layers keep the tokens of
+    so many blocks, of those of the window and of one interval, and of the first ones.
+
+    width, attention: as cache_bytes_per_token takes them.
+    """
+    found = length * cache_bytes_per_token(config, width, attention)
+    if attention is None or "coarse_block_size" not in attention:
+        return found
+    layers = len(sparse_layers(config.num_layers, attention))
+    head = config.num_kv_heads * config.attention_head_dim * width
+    block = attention["block_size"]
+    # two means and a variance for each entry, of blocks that have room to be complete
+    entries = 3 * (length // block) * (block // attention["coarse_block_size"])
+    found += layers * entries * head
+    if attention.get("resident_blocks") is not None:
+        names = {field.name for field in dataclasses.fields(SparseAttentionSpec)}
+        spec = SparseAttentionSpec(**{n: v for n, v in attention.items() if n in names})
+        kept = min(spec.resident_slots, -(-length // block)) * block
+        found -= layers * 2 * head * (length - kept)
+    return int(found)
 
 
 def _windowed_copies(
@@ -236,7 +265,8 @@ def _attention_bytes(
         if attention is not None and attention.get("entries") == "gated":
             sparse = number_in(layers, sparse_layers(config.num_layers, attention))
             copies += round(width * 2 * kv_width * sparse / len(layers))
-        if is_indexed(attention):
+        if has_index(attention):
+            # layers that follow another one's choice score again, to teach it
             sparse = number_in(layers, sparse_layers(config.num_layers, attention))
             kept, turned = _index_bytes(config, width, attention, seq_len)
             copies += round(kept * sparse / len(layers))
@@ -260,10 +290,11 @@ def _index_bytes(
     and rotary's fp32 copies.
     """
     heads, dim = index_shape(config, attention)
-    has_weights = attention["rule"] == "dsa"
+    rule = attention.get("rule", "msa")
+    has_weights = rule == "dsa"
     values = (heads + 1) * dim + heads * has_weights
     norms = (1 if has_weights else heads + 1) * dim
-    choices = config.num_kv_heads if attention["rule"] == "msa" else 1
+    choices = config.num_kv_heads if rule == "msa" else 1
     chosen = min(attention["top_k"], -(-seq_len // attention["block_size"]))
     kept = width * (values + 2 * norms) + 4 * values + 4 * choices * chosen
     return kept + 4 * config.num_heads, 4 * (heads + 1) * config.rotary_size

@@ -162,10 +162,10 @@ def index_parameters(
     """Of the projections of all indexes, and of their norms (of queries and keys, or of keys with a
     bias). layers: those that count; None: all.
     """
-    if not is_indexed(attention):
+    if not has_index(attention):
         return 0, 0
     layers = range(config.num_layers) if layers is None else layers
-    number = number_in(layers, sparse_layers(config.num_layers, attention))
+    number = number_in(layers, index_layers(config.num_layers, attention))
     matrices = sum(rows * columns for rows, columns in index_matrices(config, attention))
     return number * matrices, number * 2 * index_shape(config, attention)[1]
 
@@ -180,10 +180,22 @@ def is_indexed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, An
     return attention is not None and "index_heads" in attention
 
 
+def has_index(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether some layers choose by a learned index: those of is_indexed, or sparse attention
+    inside of which one chooses.
+    """
+    return attention is not None and (is_indexed(attention) or attention.get("select") == "index")
+
+
+def index_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
+    """The layers with an index of their own, of an attention that has_index."""
+    return sparse_layers(num_layers, attention)[:: attention.get("index_layers", 1)]
+
+
 def index_shape(config: ModelConfig, attention: Mapping[str, Any]) -> tuple[int, int]:
     """Heads of an index, and the dimensions of each."""
     return (
-        attention["index_heads"] or config.num_kv_heads,
+        attention.get("index_heads") or config.num_kv_heads,
         attention["index_head_dim"] or config.attention_head_dim,
     )
 
@@ -192,7 +204,7 @@ def index_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> list[tu
     """Shapes of a layer's projections to index queries, index keys and, with rule=dsa, weights."""
     heads, width = index_shape(config, attention)
     hidden = config.hidden_size
-    weights = [(heads, hidden)] if attention["rule"] == "dsa" else []
+    weights = [(heads, hidden)] if attention.get("rule") == "dsa" else []
     return [(heads * width, hidden), (width, hidden), *weights]
 
 
@@ -239,9 +251,10 @@ def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: rang
     # a matrix per key/value head, from values to weights in an entry's key and in its value
     weights = 2 * config.num_kv_heads * config.attention_head_dim**2
     per_layer = per_head * config.num_heads + weights * (attention.get("entries") == "gated")
+    indexes = index_parameters(config, attention, layers)[0]
     if not per_layer:
-        return 0
-    return per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
+        return indexes
+    return indexes + per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
 
 
 def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
@@ -322,11 +335,18 @@ def index_flops(
     """Of a token, for the scores of all index keys before it, and in training for the gradients of
     those that were chosen; without the projections. As a mean over a document of seq_len tokens,
     over the layers here.
+
+    Inside sparse attention every candidate has a gradient, which reaches the one token of its
+    largest score, and layers that follow another one's choice score in training alone, to teach.
     """
-    if not is_indexed(attention):
+    if not has_index(attention):
         return 0.0
     layers = range(config.num_layers) if layers is None else layers
     heads, width = index_shape(config, attention)
+    if not is_indexed(attention):
+        scored = seq_len / 2 * (1 + 2 * trains / attention["block_size"])
+        there = (sparse_layers if trains else index_layers)(config.num_layers, attention)
+        return float(2.0 * heads * width * scored * number_in(layers, there))
     size = attention["block_size"]
     pooled = size if attention["rule"] == "qsa" else 1
     scored = seq_len / 2 / pooled
@@ -484,10 +504,10 @@ def decode_cost(
     experts = len(config.decoder_moe_layers) * distinct_experts * one_expert
     weights = dense * weight_bytes + experts * (expert_bytes or weight_bytes)
     cache = cache_bytes_per_token / config.num_layers * keys
-    if is_indexed(attention):
+    if has_index(attention):
         # Index keys are read of every token, keys and values of the chosen ones.
         width, own = index_shape(config, attention)[1], 2 * config.num_kv_heads
-        number = len(sparse_layers(config.num_layers, attention))
+        number = len(index_layers(config.num_layers, attention))
         values = config.num_layers * own * config.attention_head_dim + number * width
         of_a_value = cache_bytes_per_token / values
         cache = of_a_value * (own * config.attention_head_dim * keys + number * width * length)

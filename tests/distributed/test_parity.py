@@ -256,6 +256,12 @@ INDEXES = [
         "model": {"recompute": "block"},
     },
     {**ATTENTIONS[0], "attention": {**INDEX, "rule": "qsa", "block_size": 2}},
+    {
+        **ATTENTIONS[0],
+        "zero": 3,
+        "attention": {**SPARSE, "select": "index", "index_layers": 2, "entries": "gated"},
+        "model": {"recompute": "block"},
+    },
 ]
 
 

@@ -95,6 +95,15 @@ BASES = {
         "attention.top_k=1",
         "attention.audit_rows=1",
     ),
+    "index": (
+        "attention=scc",
+        "attention.block_size=4",
+        "attention.coarse_block_size=2",
+        "attention.window_size=8",
+        "attention.top_k=1",
+        "attention.select=index",
+        "attention.index_layers=2",
+    ),
     "windowed": ("attention=windowed", "attention.window=8"),
     "indexed": (
         "attention=dsa",
@@ -535,6 +544,21 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         for name, value in (("window", 4), ("window_layers", "all"))
     },
     "attention.rule": refused("attention.rule=qsa", "does not hold", "indexed"),
+    "attention.select": refused("attention.select=index", "does not hold", "scc"),
+    "attention.index_steps": acts("attention.index_steps=40", LOSS, "index"),
+    "attention.index_layers": refused("attention.index_layers=1", "does not hold", "index"),
+    "attention.resident_blocks": acts(
+        "attention.resident_blocks=0 attention.resident_interval=4", LOSS, "scc"
+    ),
+    "attention.resident_interval": acts(
+        "attention.resident_interval=4", LOSS, "scc", ("attention.resident_blocks=0",)
+    ),
+    "attention.resident_decay": acts(
+        "attention.resident_decay=0",
+        LOSS,
+        "scc",
+        ("attention.resident_blocks=1", "attention.resident_interval=4"),
+    ),
     "attention.index_heads": refused("attention.index_heads=4", "does not hold", "indexed"),
     "attention.index_head_dim": refused("attention.index_head_dim=64", "does not hold", "indexed"),
     "attention.index_coeff": acts(

@@ -83,3 +83,42 @@ def test_only_weights_with_the_same_index_may_choose(base):
     assert "learned for 999 of its 1000 steps" in str(_of_index(given(own, 999), at_once))
     assert "do not have" in str(_of_index(given(dense, 1000), at_once))
     assert _of_index(given(dense, 1000), own) is None
+
+
+INSIDE = ("attention=scc", "attention.select=index")
+
+
+def test_an_index_inside_sparse_attention_needs_no_dense_steps_and_has_to_learn():
+    base = composed(*INSIDE)
+    assert problems(base) == []
+    for section, changes, words in (
+        ("optim", {"freeze": ["indexer"]}, "leaves the index of attention.select=index"),
+        ("attention", {"index_coeff": 0.0}, "nothing would teach the index"),
+        ("lora", {"rank": 4}, "leave the index of attention.select=index as it is"),
+    ):
+        config = copy.deepcopy(base)
+        config[section] |= changes
+        assert any(words in problem for problem in problems(config)), problems(config)
+
+
+def test_layers_that_follow_an_index_are_on_its_stage():
+    config = composed(*INSIDE, "attention.index_layers=2", "parallel=single")
+    config["parallel"]["pipeline_parallel_size"] = 2
+    with pytest.raises(ConfigError) as refused:
+        parse(config, 2)
+    assert any("set attention.index_layers=1" in text for text in refused.value.problems)
+
+
+def test_only_weights_with_the_same_index_inside_may_choose():
+    own = composed(*INSIDE)["attention"]
+    mass = {**own, "select": "mass"}
+    assert without_index(own, own) is None and without_index(own, mass) is None
+    assert without_index(own, {**own, "top_k": 9, "index_steps": 3}) is None
+    for weights in ({"name": "dense"}, mass, {**own, "index_layers": 2}):
+        assert "use attention.select=mass" in str(without_index(weights, own))
+
+        # A run that begins with them learns first.
+        given = Given("init.run=x", {}, {}, weights, {}, None, None, True, 9)
+        assert "attention.index_steps is 0 with init.run=x" in str(_of_index(given, own))
+        assert _of_index(given, {**own, "index_steps": 5}) is None
+    assert _of_index(Given("init.run=x", {}, {}, own, {}, None, None, True, 9), own) is None

@@ -85,6 +85,9 @@ SPARSE: dict[str, dict] = {
     "mixed": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
     "max": {**SMALL, "score": "max"},
     "error_gain": {**SMALL, "score": "error_gain"},
+    "index": {**SMALL, "select": "index", "index_head_dim": 4},
+    "followed index": {**SMALL, "select": "index", "index_layers": 2, "entries": "gated"},
+    "index so far": {**SMALL, "select": "index", "index_steps": 100},
 }
 ATTENTIONS: dict[str, AttentionConfig] = {
     "dense": DenseAttentionConfig(),

@@ -27,6 +27,8 @@ ATTENTIONS: dict[str, dict | None] = {
     "covering": {**SMALL, "top_p": 0.7},
     "window": {**SMALL, "top_k": 0, "num_sink_blocks": 0, "tail": "drop"},
     "pattern": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
+    "index": {**SMALL, "select": "index", "index_head_dim": 6},
+    "followed index": {**SMALL, "select": "index", "index_layers": 2, "entries": "gated"},
     "dsa": {"rule": "dsa", "top_k": 5, "index_heads": 3},
     "msa": {"rule": "msa", "block_size": 3, "top_k": 2},
     "qsa": {"rule": "qsa", "block_size": 3, "top_k": 2, "index_heads": 3, "dense_layers": (0,)},
