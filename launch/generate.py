@@ -120,6 +120,8 @@ def answer(settings: GenerateConfig) -> None:
         kept["weights"] = settings.weights
     if settings.average > 1:
         kept["average"] = settings.average
+    if settings.engine.max_active_experts is not None:
+        kept["max_active_experts"] = settings.engine.max_active_experts
     from train.trained.ranks import joined
 
     with contextlib.ExitStack() as stack:
@@ -185,6 +187,8 @@ def answer(settings: GenerateConfig) -> None:
             "utility": engine.utility.value,
             "on": engine.utility.is_on,
         }
+    if engine.limit is not None:
+        found["max_active_experts"] = {"limit": engine.limit, **dataclasses.asdict(engine.confined)}
     print_result({**_told(settings), "output": settings.output, **found})
     if tally.bad_lines and not tally.answered + tally.skipped:
         raise ValueError(f"input={settings.input} has no line that could be answered")

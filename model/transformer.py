@@ -56,7 +56,7 @@ from model.routers.base import Router, RoutingRequest
 from model.routers.state import RouterState
 from model.weight_sums import Embedding, looked_up, uses_of
 from ops.all_to_all import Communication, total_communication
-from ops.router import RouterOutput
+from ops.router import Reason, RouterOutput
 
 
 class _Hidden(NamedTuple):
@@ -102,6 +102,10 @@ class Decoded(NamedTuple):
     """[B * S] fp32, experts that each token visited, as a mean over the MoE layers."""
     expert_ids: torch.Tensor | None
     """[B * S, MoE layers, K] int16 where they are kept, -1 for a slot without an expert."""
+    rerouted: torch.Tensor | None = None
+    """[B * S] int64, MoE layers in which a token has other experts than its own choice; None where
+    max_active does not limit them.
+    """
 
 
 class Layers(nn.Module):
@@ -739,11 +743,12 @@ class Transformer(nn.Module):
         keep_routing: bool = False,
         budgets: TokenBudgets | None = None,
         places: torch.Tensor | None = None,
+        max_active: int | None = None,
     ) -> Decoded:
         """The next S tokens [B, S] of B documents whose earlier ones are in the pages; logits of
         the last of each, or of `places` [R] int64 among the B * S tokens. token_mask: [B, S] bool,
         False for idle rows and for padding before a row that has fewer new tokens, which visit no
-        expert.
+        expert. max_active: as in RoutingRequest, of this pass.
         """
         batch, length = input_ids.shape
         device = input_ids.device
@@ -754,7 +759,7 @@ class Transformer(nn.Module):
         last = places
         if last is None:
             last = torch.arange(1, batch + 1, device=device) * length - 1
-        return self._decoded(input_ids, layout, pages, last, keep_routing, budgets)
+        return self._decoded(input_ids, layout, pages, last, keep_routing, budgets, max_active)
 
     def _decoded(
         self,
@@ -764,8 +769,9 @@ class Transformer(nn.Module):
         last: torch.Tensor,
         keep_routing: bool,
         budgets: TokenBudgets | None,
+        max_active: int | None = None,
     ) -> Decoded:
-        request = RoutingRequest(token_mask=layout.token_mask)
+        request = RoutingRequest(token_mask=layout.token_mask, max_active=max_active)
         if budgets is not None:
             request = request._replace(row_of=budgets.row_of)
         hidden = self._backbone(input_ids, layout, request, caches=pages, budgets=budgets)
@@ -775,8 +781,13 @@ class Transformer(nn.Module):
         expert_ids = None
         if keep_routing and hidden.routings:
             expert_ids = torch.stack([r.expert_ids for r in hidden.routings], 1).to(torch.int16)
+        rerouted = None
+        if max_active is not None:
+            rerouted = torch.zeros_like(used, dtype=torch.int64)
+            for routing in hidden.routings:
+                rerouted += (routing.reasons & int(Reason.OVERFLOW)) != 0
         logits = self._project(hidden.last.flatten(0, 1)[last])
-        return Decoded(logits, used / max(1, len(hidden.routings)), expert_ids)
+        return Decoded(logits, used / max(1, len(hidden.routings)), expert_ids, rerouted)
 
     def new_pages(self, num_pages: int, page_size: int) -> list[Pages]:
         """Empty pools of pages, one per layer; see model/attention/cache.py."""
@@ -810,7 +821,7 @@ def _is_usual(
     layout: SequenceLayout, request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None
 ) -> bool:
     """Whether a pass asks the blocks for nothing that would make another graph of them."""
-    asked = request.frozen or request.snapshot or request.plain_k
+    asked = request.frozen or request.snapshot or request.plain_k or request.max_active
     return not (asked or given_ids is not None or layout.measure or layout.largest is not None)
 
 

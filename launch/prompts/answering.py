@@ -88,7 +88,10 @@ def answer_file(
     for completion in engine.run(asked()):
         if engine.utility is not None and (line := engine.utility.take_line()) is not None:
             print(line, file=sys.stderr, flush=True)
-        output.append(answer_of(lines.pop(completion.name), completion))
+        answer = answer_of(lines.pop(completion.name), completion)
+        if engine.limit is not None:
+            answer["max_active_experts"] = engine.limit
+        output.append(answer)
         _count(tally, completion)
         now = time.monotonic()
         if now - shown >= PROGRESS_SECONDS:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 if TYPE_CHECKING:
     from infer.engine import Engine
     from infer.request import Completion, Request
+    from launch.serving.ranks import EngineOverRanks
     from launch.serving.worker import Worker
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -93,14 +94,14 @@ class Meters:
 
     def watch(self, worker: Worker) -> None:
         """Look at a worker whenever somebody asks."""
-        engine, pool = worker.engine, worker.engine.pool
+        engine = worker.engine
         for name, text, value in (
             ("num_requests_running", "Requests in slots.", lambda: worker.num_running),
             ("num_requests_waiting", "Requests without a slot.", lambda: worker.num_waiting),
             (
                 "kv_cache_usage_perc",
                 "Share of the pages that requests hold.",
-                lambda: 1 - pool.available / max(1, pool.num_pages - 1),
+                lambda: _share_held(*engine.num_pages),
             ),
             (
                 "spec_decode_num_drafts",
@@ -116,6 +117,16 @@ class Meters:
                 "spec_decode_num_accepted_tokens",
                 "Drafted tokens that were kept.",
                 lambda: engine.drafted.kept,
+            ),
+            (
+                "confined_num_tokens",
+                "Tokens by MoE layer that decoded under engine.max_active_experts.",
+                lambda: engine.confined.routed,
+            ),
+            (
+                "confined_num_rerouted",
+                "Of those, the ones that had other experts for it than by their own choice.",
+                lambda: engine.confined.rerouted,
             ),
             (
                 "speculation_utility",
@@ -175,7 +186,11 @@ class Meters:
         }
 
 
-def _utility(engine: Engine) -> float:
+def _share_held(free: int, pages: int) -> float:
+    return 1 - free / max(1, pages)
+
+
+def _utility(engine: Engine | EngineOverRanks) -> float:
     found = None if engine.utility is None else engine.utility.value
     return 0.0 if found is None else found
 

@@ -73,6 +73,16 @@ def problems_of_drafts(
     return [f"engine.draft_budget is a saved budget of a run; drop it, or drop {other}"]
 
 
+def problems_of_limit(engine: EngineConfig, num_devices: int) -> list[str]:
+    """Where the experts of a step cannot be limited: ranks would have to choose them together."""
+    if engine.max_active_experts is None or num_devices == 1:
+        return []
+    return [
+        f"engine.max_active_experts with launch.num_devices={num_devices}: it is of one process; "
+        "drop one of them"
+    ]
+
+
 def problems_of_average(average: int, path: str | None, weights: Weights = "native") -> list[str]:
     """Of the mean of a run's last checkpoints."""
     if average == 1:
@@ -505,9 +515,15 @@ class GenerateConfig:
         if self.prompt == "":
             found.append("prompt is empty; give some text")
         found += problems_of_drafts(self.engine, self.path, self.router)
+        found += problems_of_limit(self.engine, self.launch.num_devices)
         if self.engine.draft_budget is not None and self.input is None:
             found.append(
                 "engine.draft_budget is for the prompts of a file, whose speed is measured; give "
+                "input=FILE output=FILE, or drop it"
+            )
+        if self.engine.max_active_experts is not None and self.input is None:
+            found.append(
+                "engine.max_active_experts is for requests that are decoded together; give "
                 "input=FILE output=FILE, or drop it"
             )
         if self.engine.draft_budget is not None and self.launch.num_devices > 1:
@@ -648,6 +664,8 @@ class ServeConfig:
     """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
     the weights, of a run with optim.ema_decay.
     """
+    launch: DevicesConfig = field(default_factory=DevicesConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig | None = None
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: str = "best"
@@ -673,8 +691,22 @@ class ServeConfig:
     def problems(self) -> list[str]:
         found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
-        found += problems_of_weights(self.weights, self.path)
+        found += problems_of_weights(self.weights, self.path, self.launch.num_devices)
         found += self.sampling.problems() + self.serve.problems()
+        found += _devices_problems(self.launch, self.parallel, self.router, self.path)
+        if self.launch.num_devices > 1:
+            found += [
+                f"{name} with launch.num_devices={self.launch.num_devices}: {why}; drop one of them"
+                for name, is_set, why in (
+                    ("engine.draft_budget", self.engine.draft_budget, "drafting is of one process"),
+                    (
+                        "serve.budget=auto",
+                        self.serve.budget,
+                        "latencies are measured of one process",
+                    ),
+                )
+                if is_set is not None
+            ]
         chosen = self.serve.budget is not None or self.serve.canary.budget is not None
         if chosen and (self.path is not None or self.router.top_k is not None):
             found.append(
@@ -682,6 +714,7 @@ class ServeConfig:
                 "them, or " + ("give run=RUN" if self.path is not None else "drop router.top_k")
             )
         found += problems_of_drafts(self.engine, self.path, self.router)
+        found += problems_of_limit(self.engine, self.launch.num_devices)
         if self.engine.draft_budget is not None and self.serve.budget is not None:
             found.append(
                 "serve.budget=auto holds a latency that was measured of single tokens, and "
