@@ -222,6 +222,8 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         ("activations (estimate)", memory.activations),
         ("logits", memory.logits),
         *([("teacher", memory.teacher)] if memory.teacher else []),
+        *([("gathered weights", memory.gathered)] if memory.gathered else []),
+        *([("bucket of gradients", memory.bucket)] if memory.bucket else []),
         ("total", memory.total),
     ):
         print(f"  {label:28s} {value / GIB:>16.3f} GiB")

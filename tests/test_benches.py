@@ -22,6 +22,8 @@ SMALLEST = {
     "prepare_data": {"megabytes": 1, "workers": 1, "rounds": 1, "vocabulary": 300},
     "killed_preparation": {"megabytes": 2, "kills": 1, "workers": 1, "vocabulary": 300},
     "reliability": {"steps": 12, "save-interval": 4},
+    "plan_memory": {"size": "small", "cases": "ep2, ZeRO 3;pp2, ZeRO 1"},
+    "zero3_building": {"size": "small", "ranks": "2"},
 }
 
 

@@ -45,6 +45,10 @@ class DeviceMemory:
     logits: int
     teacher: int = 0
     """Of train/objectives/cost.py: a teacher's weights, and what the divergence from it keeps."""
+    gathered: int = 0
+    """Whole weights that stage 3 holds besides its parts: all of them, up to max_live."""
+    bucket: int = 0
+    """Gradients that stage 3 has copied to be reduced: a bucket that it keeps for good."""
 
     @property
     def total(self) -> int:
@@ -56,6 +60,8 @@ class DeviceMemory:
             + self.activations
             + self.logits
             + self.teacher
+            + self.gathered
+            + self.bucket
         )
 
 
@@ -80,6 +86,8 @@ def device_memory(
     averaged: bool = False,
     layers: range | None = None,
     in_flight: int = 1,
+    max_live: int = 10**9,
+    bucket_size: int = 5 * 10**8,
 ) -> DeviceMemory:
     """Memory under ZeRO, expert, context and tensor parallelism; the last two share out the tokens
     of a row.
@@ -91,7 +99,9 @@ def device_memory(
     grad_accum_dtype; the ones that backward makes, of the weights' dtype, live one parameter at a
     time. `one_moment` says how many dense parameters, and how many of all experts', have one moment
     instead of two, as those that Muon moves; `averaged`, that all have a moving average beside
-    them. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
+    them. A stage-3 device also holds gathered weights, up to max_live elements
+    (stage3_max_live_parameters), and gradients of up to bucket_size elements (reduce_bucket_size)
+    that wait to be reduced.
 
     Of one stage of a pipeline `layers` are there, world_size is that of the stage, and activations
     are of as many micro-batches as are in flight; a last stage that is lent the embedding has it
@@ -153,6 +163,10 @@ def device_memory(
         + _adapted_bytes(config, trained, width, expert_parallel_size)
         + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
         logits=_logit_bytes(config, tokens, precision, tensor_parallel_size) if is_last else 0,
+        gathered=width * min(max_live, dense - others + experts) if zero_stage == 3 else 0,
+        bucket=summed_width * min(bucket_size, moving - others + moving_experts)
+        if zero_stage == 3
+        else 0,
     )
 
 
