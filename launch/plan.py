@@ -1,9 +1,10 @@
 """What a config would cost, without any device: python -m launch.plan [the overrides of
 launch.train, resume=RUN too] [device=H200] [price=2.5].
 
-Prints parameters, memory per device, batch arithmetic, FLOPs, time and every problem; exit code 1
-if it cannot run. With parallel=auto world=N device=H100 it searches the layouts that the run could
-have on so many devices, and prints the best with a command line for each.
+Prints parameters, memory per device, batch arithmetic, FLOPs, time and every problem, files that
+are not there included; exit code 1 if it cannot run. With parallel=auto world=N device=H100 it
+searches the layouts that the run could have on so many devices, and prints the best with a command
+line for each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ if not __package__:
     raise SystemExit("run from the repository root as: python -m launch.plan")
 import contextlib
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 def main(config: DictConfig) -> None:
     """Print the plan; raises SystemExit(1) when the config cannot run."""
     from launch.config.build import ConfigError, record
-    from launch.config.parse import check_tokenizer, parse
+    from launch.config.parse import parse
     from launch.job.worker import tell_changes
     from launch.saved.resume import with_saved_config
     from train.config.commands import PlanCommandConfig
@@ -68,14 +68,7 @@ def main(config: DictConfig) -> None:
             print(planned.said)
             print(described(parse(plain(config), num_ranks), planned.sizes))
         run = parse(plain(config), num_ranks)
-        path = run.data.tokenizer.path
-        if path is None or Path(path).expanduser().exists():
-            check_tokenizer(run)
-        else:  # a plan may be made where the data are not
-            print(
-                f"data.tokenizer.path={path} is not on this machine: whether model.vocab_size "
-                "covers it was not checked"
-            )
+        problems += of_files(run)
         tell_changes(config, run)
         if config.resume is None:
             for line in check_weights(run.init):
@@ -83,7 +76,7 @@ def main(config: DictConfig) -> None:
         for line in check_teacher(run):
             print(line)
     except ConfigError as error:
-        problems = error.problems
+        problems += error.problems
         run = built(plain(config))
 
     found: dict[str, Any] = {"problems": problems}
@@ -96,6 +89,29 @@ def main(config: DictConfig) -> None:
     print_result(found)
     if problems:
         raise SystemExit(1)
+
+
+def of_files(run: Any) -> list[str]:
+    """What speaks against the files that a config names: data, tokenizer, hostfile. launch.train
+    would refuse the run for it.
+    """
+    from launch.config.build import ConfigError
+    from launch.config.parse import check_sources, check_tokenizer
+    from launch.launchers import hosts
+
+    found: list[str] = []
+    if run.launch.hostfile:
+        try:
+            hosts.check(run.launch)
+        except ValueError as error:
+            found.append(str(error))
+    # The nodes of a Slurm job may see data and a tokenizer that this machine does not.
+    for check in (check_tokenizer, check_sources) if run.launch.kind != "slurm" else ():
+        try:
+            check(run)
+        except ConfigError as error:
+            found += error.problems
+    return found
 
 
 def search_layouts(config: DictConfig, asked: PlanCommandConfig) -> None:

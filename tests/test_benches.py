@@ -18,6 +18,7 @@ from bench.quality import optimizers
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
     "checkpoint_scale": {"layers": 2, "experts": 8, "repeats": 1},
+    "load_row": {"millions": 1, "rows": 2, "layers": 1, "length": 1024},
     "large_run": {"layers": 2, "experts": 8, "ranks": 2, "mib": 1, "audit-mib": 1},
     "prepare_data": {"megabytes": 1, "workers": 1, "rounds": 1, "vocabulary": 300},
     "killed_preparation": {"megabytes": 2, "kills": 1, "workers": 1, "vocabulary": 300},

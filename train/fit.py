@@ -45,7 +45,7 @@ from train.observe.probe import RoutingProbe
 from train.observers import standard_observers
 from train.parts import Parts
 from train.pipeline.flow import Pipeline
-from train.pretrained.start import starting_weights
+from train.pretrained.start import fill_optimizer, starting_weights
 from train.progress import Progress, resume
 from train.rank.runtime import from_rank_zero, seed_everything
 from train.rank.stop import StopSignal
@@ -116,15 +116,15 @@ def fit(
         if any(source.max_epochs is not None for source in config.data.sources):
             loader.samples.require(schedule.num_samples(config.train.num_steps))
 
-        if weights is not None and config.train.precision == "bf16":
-            weights.fill_masters(engine)
-
+        updates_before = fill_optimizer(weights, engine, config)
         objective = objective_of(config, teacher, store, groups, engine.device)
 
         # Where the run stands, before anything asks: weights, random streams, samples are restored.
         progress = Progress()
         if config.resume is not None:
             progress = resume(engine, config, run_dir, loader, restarted)
+        if weights is not None:
+            progress.updates_before = updates_before
         writer = CheckpointWriter(
             run_dir, config.checkpoint, groups, resolved_config, parallel.timeout_seconds
         )

@@ -94,7 +94,13 @@ HELD: dict[str, dict[str, Any]] = {
     },
     "FactorSchedule": {"style": "constant", "start": 0.0, "floor": 0.0},
     "ProfileConfig": {"steps": [], "all_ranks": False},
-    "InitConfig": {"path": None, "run": None, "checkpoint": "best", "upcycle": {}},
+    "InitConfig": {
+        "path": None,
+        "run": None,
+        "checkpoint": "best",
+        "moments": False,
+        "upcycle": {},
+    },
     "UpcycleConfig": {
         "num_experts": 0,
         "top_k": 2,

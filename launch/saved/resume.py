@@ -186,7 +186,7 @@ def _other_optimizers(before: dict[str, Any], after: dict[str, Any]) -> list[str
     """Groups of parameters may be others, but not where one of them chooses an optimizer: the first
     that matches a parameter says which moments it has.
     """
-    old, new = (_optimizers(config.get("optim", {})) for config in (before, after))
+    old, new = (chosen_optimizers(config.get("optim", {})) for config in (before, after))
     for i, (was, now) in enumerate(itertools.zip_longest(old, new, fillvalue=UNSET)):
         if was != now:
             return [
@@ -196,7 +196,7 @@ def _other_optimizers(before: dict[str, Any], after: dict[str, Any]) -> list[str
     return []
 
 
-def _optimizers(optim: dict[str, Any]) -> list[dict[str, Any]]:
+def chosen_optimizers(optim: dict[str, Any]) -> list[dict[str, Any]]:
     """Match and optimizer of every group; none where no group chooses one."""
     groups = optim.get("groups") or []
     if not any(group.get("optimizer") for group in groups):
@@ -229,7 +229,7 @@ def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if refusal := other_projections(before.get("attention", {}), after["attention"]):
         return [*found, refusal]
     missing = sorted(
-        _learned(after["attention"], model) - _learned(before.get("attention", {}), model)
+        learned(after["attention"], model) - learned(before.get("attention", {}), model)
     )
     if missing:
         layer, name = missing[0]
@@ -278,7 +278,7 @@ def other_projections(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None
 
 
-def _learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int, str]]:
+def learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int, str]]:
     """(layer, setting) of what layers learn beside the projections."""
     if is_indexed(attention):
         shape = [attention[key] for key in ("rule", "index_heads", "index_head_dim")]

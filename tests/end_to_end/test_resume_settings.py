@@ -263,6 +263,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "init.checkpoint": refused(
         "init.checkpoint=latest", "its weights were read when the run began"
     ),
+    "init.moments": refused("init.moments=true", "moments are those of another run's optimizer"),
     **{
         f"init.upcycle.{name}": refused(f"init.upcycle.{name}={value}", words)
         for name, value, words in (

@@ -319,11 +319,17 @@ class Engine:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
-    def prepare_scatter(self, step: int) -> None:
+    def prepare_scatter(self, step: int, before: int = 0) -> None:
         """Create empty state with AdamW's step counter set, to be filled by scatter_state.
 
         Every state gets a step tensor of its own: AdamW increments in place, a shared one would
         count several times.
+
+        Args:
+            step: updates of this run.
+            before: updates of the runs that its moments came from (init.moments). AdamW's bias
+                correction counts them, the moving average of the weights, which began with this
+                run, does not.
         """
         optimizer = self.deepspeed.optimizer
         inner = optimizer if self.stage == 0 else optimizer.optimizer
@@ -341,7 +347,7 @@ class Engine:
                 inner.state[master][MOMENTUM] = torch.zeros_like(master)
                 continue
             inner.state[master].update(
-                step=torch.tensor(float(step), device=master.device if fused else "cpu"),
+                step=torch.tensor(float(step + before), device=master.device if fused else "cpu"),
                 exp_avg=torch.zeros_like(master),
                 exp_avg_sq=torch.zeros_like(master),
             )
