@@ -13,14 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from bench.quality import optimizers
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
     "checkpoint_scale": {"layers": 2, "experts": 8, "repeats": 1},
+    "load_row": {"millions": 1, "rows": 2, "layers": 1, "length": 1024},
     "large_run": {"layers": 2, "experts": 8, "ranks": 2, "mib": 1, "audit-mib": 1},
     "prepare_data": {"megabytes": 1, "workers": 1, "rounds": 1, "vocabulary": 300},
     "killed_preparation": {"megabytes": 2, "kills": 1, "workers": 1, "vocabulary": 300},
     "long_row": {"length": 4096, "ranks": 2, "gather": 2, "steps": 2},
     "reliability": {"steps": 12, "save-interval": 4},
+    "plan_memory": {"size": "small", "cases": "ep2, ZeRO 3;pp2, ZeRO 1"},
+    "zero3_building": {"size": "small", "ranks": "2"},
 }
 
 
@@ -48,9 +53,69 @@ def test_every_bench_of_a_cpu_is_run():
     otherwise = {
         *("common", "collect", "tune", "peers"),  # parts, and what needs a GPU
         *("grouped_mlp", "moe_layer", "router", "sparse_attention", "train_step"),  # make bench
+        "stored_experts",  # make bench
         *("generation", "small_model"),  # need a run, and a package
         # need a commit to compare with; some minutes
         *("start_up", "optimizer_step", "compiled_blocks"),
     }
     there = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__"}
     assert there == otherwise | set(SMALLEST)
+
+
+def cells_of(plan: dict) -> optimizers.Results:
+    """Results in which a cell has a loss: {(optimizer, rate): {seed: loss}}."""
+    found: optimizers.Results = {name: {rate: {} for rate in RATES} for name in ("adamw", "muon")}
+    for (name, rate), losses in plan.items():
+        for seed, loss in losses.items():
+            found[name][rate][seed] = {
+                "val_loss": loss,
+                "tokens_per_second": 10.0,
+                "processor_seconds": 2.0,
+            }
+    return found
+
+
+RATES = [0.1, 0.2, 0.4, 0.8]
+FIRST = {
+    **{("adamw", rate): {7: loss} for rate, loss in zip(RATES, (3.0, 2.0, 2.5, 4.0), strict=True)},
+    **{("muon", rate): {7: loss} for rate, loss in zip(RATES, (3.0, 2.5, 2.0, 1.5), strict=True)},
+}
+
+
+def test_a_sweep_of_optimizers_goes_on_from_what_is_there():
+    """The first seed from the middle rate outwards, then others at the best rates and beside."""
+    todo = optimizers.missing(cells_of({}), RATES, [7, 8], every=False)
+    assert [rate for _, rate, _ in todo[::2]] == [0.2, 0.4, 0.1, 0.8]
+    assert {seed for *_, seed in todo} == {7} and len(todo) == 8
+
+    found = optimizers.missing(cells_of(FIRST), RATES, [7, 8], every=False)
+    assert found == [
+        *(("adamw", rate, 8) for rate in (0.2, 0.1, 0.4)),
+        *(("muon", rate, 8) for rate in (0.8, 0.4)),
+    ]
+    # What the second seed found does not change where it runs.
+    more = FIRST | {("adamw", 0.2): {7: 2.0, 8: 9.0}}
+    assert optimizers.missing(cells_of(more), RATES, [7, 8], every=False) == found[1:]
+    assert len(optimizers.missing(cells_of(FIRST), RATES, [7, 8], every=True)) == 8
+
+
+def test_a_table_of_optimizers_takes_the_best_from_rates_with_all_seeds_and_says_how_sure():
+    cells = cells_of(FIRST | {("adamw", 0.2): {7: 2.0, 8: 2.2}, ("muon", 0.4): {7: 1.9, 8: 2.0}})
+    table = optimizers.tables(cells)
+    assert "| adamw | 0.2 | 2.0000 | 2.2000 | **2.1000** |" in table
+    # The lowest number of all has one seed.
+    assert "| muon | 0.8 | 1.5000 |  | 1.5000 |" in table
+    assert "| muon | 0.4 | 1.9000 | 2.0000 | **1.9500** |" in table
+    # Differences -0.1 and -0.2: mean -0.15, standard error 0.05, times 12.706.
+    assert "each at its best rate: -0.1500 ± 0.6353 nats, 2 seeds" in table
+    assert "both at 0.8: -2.5000 (one seed: no interval) nats" in table
+    assert "Muon" not in optimizers.tables(cells_of({("adamw", 0.2): {7: 2.0}}))
+
+
+def test_a_cell_that_was_stopped_is_not_done(tmp_path):
+    run = optimizers.cell(tmp_path, "muon", 2e-3, 1)
+    assert run.name == "muon-0.002-1" and not optimizers.is_done(run)
+    run.mkdir()
+    for stopped in (True, False):
+        (run / "result.json").write_text(json.dumps({"stopped": stopped}))
+        assert optimizers.is_done(run) != stopped

@@ -1,24 +1,34 @@
 """AdamW against Muon at equal tokens, each at the best of several learning rates. Real text.
 
 `python -m bench.quality.optimizers FOLDER [--size small] [--steps 300] [--seeds 1234 1 2] [--rates
-5e-4 1e-3 2e-3 4e-3 8e-3]` trains what FOLDER/<optimizer>-<rate>-<seed> does not hold yet, one
-process each, and prints the tables as Markdown. A seed changes initial weights and the order of
-data. The best rate is that of the lowest mean over seeds of the held-out loss, on the same held-out
-tokens, so it flatters both optimizers alike; the interval of the difference at their best is
-Student's, 95%, over seeds.
+5e-4 1e-3 2e-3 4e-3 8e-3]` trains what FOLDER/<optimizer>-<rate>-<seed> does not hold yet and prints
+the tables as Markdown. A seed changes initial weights and the order of data. The best rate is that
+of the lowest mean over seeds of the held-out loss, on the same held-out tokens, so it flatters both
+optimizers alike; the interval of the difference at their best is Student's, 95%, over seeds.
+
+The first seed runs at every rate, from the middle one outwards; the others at each optimizer's best
+rate and its neighbours (`--every-cell`: at all). The same command goes on where it was stopped, a
+cell that was cut short included. `--processor-seconds N` begins no cell once so many were spent;
+`--report` trains nothing. Cells that are missing are named.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+import multiprocessing
+import os
+import resource
+import runpy
+import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from train.engine.library import import_deepspeed
 from train.files.strict_json import dumps
 
 OPTIMIZERS = ("adamw", "muon")
@@ -37,7 +47,19 @@ SIZES = {
         "train.micro_batch_size=8",
     ],
     "quickstart": [],
+    # 30.5M parameters of which a token visits 2.3M, in fp32 all through: without instructions for
+    # it, a CPU computes Newton-Schulz in bf16 at an eighth of the speed.
+    "30m": [
+        "model.num_experts=192",
+        "model.expert_intermediate_size=64",
+        "router.top_k=4",
+        "train.seq_len=128",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=4",
+        "optim.warmup_steps=8",
+    ],
 }
+FOR_MUON = {"30m": ["optim.orthogonalize_dtype=fp32"]}
 COMMON = [
     "experiment=quickstart",
     "parallel=single",
@@ -49,33 +71,98 @@ COMMON = [
 ]
 Results = dict[str, dict[float, dict[int, dict[str, float]]]]
 """Optimizer -> learning rate -> seed -> numbers of the run."""
+Cell = tuple[str, float, int]
+"""Optimizer, learning rate, seed."""
 
 
-def train(folder: Path, optimizer: str, rate: float, seed: int, settings: list[str]) -> Path:
-    """The run directory, trained first if it has no result yet."""
-    run = folder / f"{optimizer}-{rate:g}-{seed}"
-    if not (run / "result.json").is_file():
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "launch.train",
-                f"optim={optimizer}",
-                *COMMON,
-                *settings,
-                f"optim.lr={rate}",
-                f"optim.min_lr={rate / 10}",
-                f"seed={seed}",
-                f"run_dir={run}",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    return run
+def cell(folder: Path, optimizer: str, rate: float, seed: int) -> Path:
+    return folder / f"{optimizer}-{rate:g}-{seed}"
+
+
+def is_done(run: Path) -> bool:
+    """Whether it trained to its end; a run that was asked to stop has a result as well."""
+    result = run / "result.json"
+    return result.is_file() and not json.loads(result.read_text())["stopped"]
+
+
+def from_the_middle(rates: list[float]) -> list[float]:
+    """The middle one first, then its neighbours: what is cut short still has two to compare."""
+    ordered = sorted(rates)
+    middle = (len(ordered) - 1) / 2
+    return sorted(ordered, key=lambda rate: (abs(ordered.index(rate) - middle), rate))
+
+
+def missing(results: Results, rates: list[float], seeds: list[int], every: bool) -> list[Cell]:
+    """What is still to be run, in this order: the first seed at all rates, then the others.
+
+    Which rates the others run at is decided by the first seed alone, so that it does not change
+    under way.
+
+    Args:
+        every: the other seeds run at all rates as well.
+    """
+    first, *others = seeds
+    cells = [(name, rate, first) for rate in from_the_middle(rates) for name in OPTIMIZERS]
+    lacking = [one for one in cells if first not in results[one[0]][one[1]]]
+    if lacking and not every:
+        return lacking
+
+    ordered = sorted(rates)
+    for seed in others:
+        for name in OPTIMIZERS:
+            near = ordered
+            if not every:
+                by_rate = {rate: {first: results[name][rate][first]} for rate in ordered}
+                at = ordered.index(best_rate(by_rate))
+                near = [ordered[at], *ordered[max(0, at - 1) : at], *ordered[at + 1 : at + 2]]
+            lacking += [(name, rate, seed) for rate in near if seed not in results[name][rate]]
+    return lacking
+
+
+def train(run: Path, optimizer: str, rate: float, seed: int, settings: list[str]) -> None:
+    """Train a cell to its end, or go on with one that was stopped and has a checkpoint. Its numbers
+    stay, its weights do not.
+
+    Raises:
+        RuntimeError: it failed; its output is in RUN.log.
+    """
+    if any((run / "checkpoints").glob("step-*")):
+        words = [f"resume={run}"]
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        words = [
+            f"optim={optimizer}",
+            *COMMON,
+            *settings,
+            f"optim.lr={rate}",
+            f"optim.min_lr={rate / 10}",
+            f"seed={seed}",
+            f"run_dir={run}",
+        ]
+    log = run.with_name(run.name + ".log")
+    # A fork has torch and DeepSpeed already, which cost as much as a short cell.
+    process = multiprocessing.get_context("fork").Process(target=command, args=(words, log))
+    process.start()
+    process.join()
+    if process.exitcode != 0 or not is_done(run):
+        raise RuntimeError(f"{run.name} did not train to its end; see {log}")
+    log.unlink()
+    shutil.rmtree(run / "checkpoints")
+
+
+def command(words: list[str], log: Path) -> None:
+    """launch.train in this process, which is a fork."""
+    with log.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = ["launch.train", *words]
+    runpy.run_module("launch.train", run_name="__main__")
 
 
 def read(run: Path) -> dict[str, float]:
-    """Held-out loss at the end, training loss over the last tenth, and the median speed."""
+    """Held-out loss at the end, training loss over the last tenth, the median speed, and what it
+    cost, where it ran in one go.
+    """
     result = json.loads((run / "result.json").read_text())
     records = [
         r
@@ -84,16 +171,21 @@ def read(run: Path) -> dict[str, float]:
     ]
     late = [r["train/loss"] for r in records if r["step"] > 0.9 * result["step"]]
     speeds = [r["perf/tokens_per_second"] for r in records if r.get("perf/tokens_per_second")]
+    cost = run / "processor_seconds"
     return {
         "val_loss": result["val_loss"],
         "train_loss": statistics.mean(late),
         "tokens_per_second": statistics.median(speeds),
         "tokens": result["tokens"],
+        "processor_seconds": float(cost.read_text()) if cost.is_file() else 0.0,
     }
 
 
 def best_rate(by_rate: dict[float, dict[int, dict[str, float]]]) -> float:
-    return min(by_rate, key=lambda rate: mean(by_rate[rate], "val_loss"))
+    """Of those with the most seeds: one lucky seed at a rate is no mean."""
+    most = max(map(len, by_rate.values()))
+    full = [rate for rate, by_seed in by_rate.items() if len(by_seed) == most]
+    return min(full, key=lambda rate: mean(by_rate[rate], "val_loss"))
 
 
 def mean(by_seed: dict[int, dict[str, float]], name: str) -> float:
@@ -110,40 +202,67 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def tables(results: Results) -> str:
+    """Markdown of what there is: every cell, and differences over the seeds that both have."""
     rates = sorted({rate for by_rate in results.values() for rate in by_rate})
+    seeds = sorted(
+        {seed for rows in results.values() for by_seed in rows.values() for seed in by_seed}
+    )
     lines = [
-        "| held-out loss, mean over seeds (spread) | " + " | ".join(f"{r:g}" for r in rates) + " |",
-        "|---|" + "---|" * len(rates),
+        "| optimizer | learning rate | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | mean |",
+        "|---|---|" + "---|" * (len(seeds) + 1),
     ]
     for optimizer, by_rate in results.items():
-        cells = []
+        has_any = any(by_rate.values())
         for rate in rates:
-            losses = [numbers["val_loss"] for numbers in by_rate[rate].values()]
-            text = f"{statistics.mean(losses):.4f} ({max(losses) - min(losses):.3f})"
-            cells.append(f"**{text}**" if rate == best_rate(by_rate) else text)
-        lines.append(f"| {optimizer} | " + " | ".join(cells) + " |")
+            by_seed = by_rate[rate]
+            cells = [f"{by_seed[s]['val_loss']:.4f}" if s in by_seed else "" for s in seeds]
+            middle = f"{mean(by_seed, 'val_loss'):.4f}" if by_seed else ""
+            is_best = has_any and rate == best_rate(by_rate)
+            cells.append(f"**{middle}**" if is_best else middle)
+            lines.append(f"| {optimizer} | {rate:g} | " + " | ".join(cells) + " |")
 
+    if not all(any(by_rate.values()) for by_rate in results.values()):
+        return "\n".join(lines)
     best = {optimizer: best_rate(by_rate) for optimizer, by_rate in results.items()}
-    at_best = {optimizer: results[optimizer][rate] for optimizer, rate in best.items()}
-    lines += ["", "| optimizer | best rate | held-out loss by seed | tokens per second |"]
+    lines += ["", "| optimizer | best rate | tokens per second | processor seconds of a cell |"]
     lines.append("|---|---|---|---|")
-    for optimizer, by_seed in at_best.items():
-        losses = " ".join(f"{numbers['val_loss']:.4f}" for numbers in by_seed.values())
+    for optimizer, rate in best.items():
+        by_seed = results[optimizer][rate]
         speed = mean(by_seed, "tokens_per_second")
-        lines.append(f"| {optimizer} | {best[optimizer]:g} | {losses} | {speed:,.0f} |")
+        spent = mean(by_seed, "processor_seconds")
+        lines.append(f"| {optimizer} | {rate:g} | {speed:,.0f} | {spent:,.0f} |")
     for label, rate_of in (
         ("each at its best rate", best),
         *((f"both at {rate:g}", dict.fromkeys(OPTIMIZERS, rate)) for rate in rates),
     ):
-        pairs = [
-            results["muon"][rate_of["muon"]][seed]["val_loss"]
-            - results["adamw"][rate_of["adamw"]][seed]["val_loss"]
-            for seed in at_best["muon"]
-        ]
+        muon = results["muon"][rate_of["muon"]]
+        adamw = results["adamw"][rate_of["adamw"]]
+        pairs = [muon[seed]["val_loss"] - adamw[seed]["val_loss"] for seed in muon if seed in adamw]
+        if not pairs:
+            continue
         middle, half = interval(pairs)
-        lines.append("")
-        lines.append(f"Muon minus AdamW, {label}: {middle:+.4f} ± {half:.4f} nats.")
+        sure = f" ± {half:.4f}" if len(pairs) > 1 else " (one seed: no interval)"
+        lines += ["", f"Muon minus AdamW, {label}: {middle:+.4f}{sure} nats, {len(pairs)} seeds."]
     return "\n".join(lines)
+
+
+def gather(folder: Path, rates: list[float], seeds: list[int]) -> Results:
+    """The numbers of every cell that is done."""
+    found: Results = {name: {rate: {} for rate in rates} for name in OPTIMIZERS}
+    for name in OPTIMIZERS:
+        for rate in rates:
+            for seed in seeds:
+                if is_done(run := cell(folder, name, rate, seed)):
+                    found[name][rate][seed] = read(run)
+    return found
+
+
+def spent() -> float:
+    """Processor seconds of the cells that this process has trained."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -153,20 +272,42 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--every-cell", action="store_true", help="all seeds at all rates")
+    parser.add_argument("--processor-seconds", type=float, default=math.inf)
+    parser.add_argument("--report", action="store_true", help="of what there is; train nothing")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     arguments = parser.parse_args()
-    settings = [*SIZES[arguments.size], f"train.num_steps={arguments.steps}"]
-    results: Results = {name: {rate: {} for rate in arguments.rates} for name in OPTIMIZERS}
-    # Seeds outermost, so that what is there when it is cut short compares.
-    for seed in arguments.seeds:
-        for rate in arguments.rates:
-            for optimizer in OPTIMIZERS:
-                run = train(arguments.folder, optimizer, rate, seed, settings)
-                results[optimizer][rate][seed] = read(run)
+    rates, seeds, folder = arguments.rates, arguments.seeds, arguments.folder
+    while not arguments.report and spent() < arguments.processor_seconds:
+        todo = missing(gather(folder, rates, seeds), rates, seeds, arguments.every_cell)
+        if not todo:
+            break
+        preload()
+        name, rate, seed = todo[0]
+        run, before = cell(folder, name, rate, seed), spent()
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = [*SIZES[arguments.size], f"train.num_steps={arguments.steps}"]
+        settings += FOR_MUON.get(arguments.size, []) if name == "muon" else []
+        train(run, name, rate, seed, settings)
+        (run / "processor_seconds").write_text(str(spent() - before))
+        print(f"{run.name}: {read(run)['val_loss']:.4f}", file=sys.stderr, flush=True)
+
+    results = gather(folder, rates, seeds)
     print(tables(results))
+    if todo := missing(results, rates, seeds, arguments.every_cell):
+        print("\nNot run: " + ", ".join(cell(folder, *one).name for one in todo) + ".")
     if arguments.json:
         found: Any = {"size": arguments.size, "steps": arguments.steps, "results": results}
         arguments.json.write_text(dumps(found) + "\n")
+
+
+def preload() -> None:
+    """What cells import, before the first fork."""
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("launch.config.contradictions", "train.loop"):
+        importlib.import_module(name)
+    import_deepspeed()
 
 
 if __name__ == "__main__":

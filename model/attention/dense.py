@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from model.attention.base import AttentionSums, SequenceLayout, has_varlen_kernel
-from model.attention.cache import KVCache, KVPages
+from model.attention.cache import KVCache, KVPages, LayerCache
 from model.config import ModelConfig
 from model.layers import RMSNorm, RowLinear, apply_rotary
 from model.parallel.deal import Run
@@ -78,7 +78,7 @@ class DenseAttention(nn.Module):
 
     def new_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
+    ) -> LayerCache:
         return KVCache(batch_size, max_len, self.num_kv_heads, self.head_dim, dtype, device)
 
     def new_pages(

@@ -133,8 +133,8 @@ class LatentAttention(nn.Module):
             # way round.
             size = gathering.exchange.size
             parts = x.flatten(2).unflatten(1, (-1, size, rows.shape[1])).transpose(1, 2)
-            found: torch.Tensor = gathering.placed(parts.flatten(1, 3))
-            return found.unflatten(2, x.shape[2:])
+            found: torch.Tensor = gathering.placed(parts.flatten(1, 3)).unflatten(2, x.shape[2:])
+            return found
 
         return own, placed(k), placed(v)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.attention.config import (
+    CompressedAttentionConfig,
     DenseAttentionConfig,
     IndexedAttentionConfig,
     MlaConfig,
@@ -123,6 +124,17 @@ def test_a_part_of_dealt_rows_has_the_tokens_of_its_rank():
 def test_what_does_not_gather_is_refused_in_a_line():
     (line,) = IndexedAttentionConfig().sharing_problems(SHAPE, 4, 4)
     assert line.startswith("parallel.context_gather_size is 4, but attention=indexed")
+    (line,) = CompressedAttentionConfig().sharing_problems(SHAPE, 4, 2)
+    assert line.startswith("parallel.context_gather_size is 2, but attention=compressed")
+    chooses = SparseAttentionConfig(select="index")
+    (line,) = chooses.sharing_problems(SHAPE, 8, 8)
+    assert line.startswith("parallel.context_gather_size is 8, but with attention.select=index")
+    bounded = SparseAttentionConfig(resident_blocks=8)
+    (line,) = bounded.sharing_problems(SHAPE, 4, 2)
+    assert line.startswith(
+        "parallel.context_gather_size is 2, but attention.resident_blocks 8 keeps"
+    )
+    assert bounded.sharing_problems(SHAPE, 2, 1) == []
     for kind in (DenseAttentionConfig, WindowedAttentionConfig, SparseAttentionConfig, MlaConfig):
         assert kind().sharing_problems(SHAPE, 1, 1) == kind().sharing_problems(SHAPE, 8, 4) == []
         (line,) = kind().sharing_problems(SHAPE, 8, 2)
