@@ -394,8 +394,8 @@ def _activation_bytes(
         rope = arguments["qk_rope_head_dim"]
         latents = (cut - 1) * (width * (widths + 2 * rope) + 4 * rope)
     inside, rotary = _attention_bytes(config, width, arguments, here, seq_len)
-    gathered += (gather - 1) * _kept_key_bytes(config, width, arguments)
     attention = norm + gathered + latents + rotary + inside + width * hidden
+    attention += (gather - 1) * _kept_key_bytes(config, width, arguments)
     if shares_rows and not is_latent(arguments):
         attention += width * config.num_heads * config.attention_head_dim
     dense_mlp = norm + gathered + width * 4 * config.intermediate_size

@@ -36,6 +36,7 @@ MORE_ON_TWO = [
     overlapping(1, 2, 1, 2, "batch", zero_options={"overlap_comm": True}),
     {**muon(2, 1, 2), "overlap": True},
     overlapping(1, 2, 1, 4, "batch", precision="bf16"),
+    overlapping(1, 2, 1, 3, "global_batch", cp=2, gather=2),
 ]
 FOUR_RANKS = [
     overlapping(2, 2, 1, 6, "batch"),

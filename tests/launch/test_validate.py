@@ -596,6 +596,21 @@ def test_compiled_blocks_and_expert_parallelism_are_refused_together():
     assert any("use parallel.expert_parallel_size=1" in problem for problem in found), found
 
 
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (("attention=scc", "attention.select=index"), "is 2, but with attention.select=index a"),
+        (("attention=scc", "attention.resident_blocks=4"), "is 2, but attention.resident_blocks 4"),
+        (("attention=csa",), "is 2, but attention=compressed does not compute queries of a part"),
+        (("attention=qsa",), "is 2, but attention=indexed does not compute queries of a part"),
+    ],
+)
+def test_an_attention_that_needs_all_queries_of_a_row_is_not_gathered_for(attention, message):
+    ranks = ("parallel.context_parallel_size=2", "launch=deepspeed", "launch.num_devices=2")
+    found = problems(composed(*attention, *ranks, "parallel.context_gather_size=2"), 2)
+    assert any(f"parallel.context_gather_size {message}" in p for p in found), found
+
+
 def test_every_fail_safe_may_be_on_with_one_rank():
     """An overload has no ranks to compare then; the others act."""
     assert parse(composed("fail_safe=full"), 1).fail_safe.collapse_share == 0.95
