@@ -705,6 +705,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         LOSS,
         control=("train.precision=bf16", "train.micro_batch_size=1"),
     ),
+    "train.master_dtype": acts("train.master_dtype=bf16", LOSS, control=("train.precision=bf16",)),
     "experts.token_rounding": acts("experts.token_rounding=8", ROUTED),
     "dispatcher.name": reaches("dispatcher=local"),
     **{

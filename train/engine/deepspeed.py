@@ -54,6 +54,7 @@ from train.engine.library import (
 from train.engine.muon.masters import matrices_of, place_matrices
 from train.engine.muon.optimizer import MOMENTUM, Muon
 from train.engine.optimizer import build_optimizer, freeze, trained_by_kind
+from train.engine.rounding import RoundedAdamW, place_masters
 
 STATE_KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 """What a checkpoint holds per parameter: the fp32 master weight and AdamW's two moments."""
@@ -72,6 +73,7 @@ class Engine:
             experts.
         deepspeed_config: the user's DeepSpeed keys (zero_optimization and others), validated
             before.
+        seed: of rounding masters of bf16.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Engine:
         train: TrainConfig,
         optim: OptimConfig,
         deepspeed_config: dict[str, Any],
+        seed: int = 0,
     ):
         deepspeed = import_deepspeed()
         self.groups = groups
@@ -90,7 +93,8 @@ class Engine:
         self.grad_norm = 0.0
         freeze(model, optim.freeze)
         expert_group = self._mark_families(model)
-        optimizer = build_optimizer(model, optim, expert_group)
+        rounds = train.master_dtype == "bf16"
+        optimizer = build_optimizer(model, optim, expert_group, seed if rounds else None)
         # Asked before ZeRO puts flat tensors in their place.
         self._by_muon = {
             parameter
@@ -105,7 +109,13 @@ class Engine:
             **deepspeed_config,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": micro_steps,
-            "bf16": {"enabled": train.precision == "bf16"},
+            "bf16": {
+                "enabled": train.precision == "bf16",
+                # The second would only keep DeepSpeed from asking for an optimizer of its own on
+                # the host: moments are RoundedAdamW's, in fp32.
+                "bf16_master_weights_and_grads": rounds,
+                "bf16_optimizer_states": rounds,
+            },
             **_precision_of_sums(train, deepspeed_config),
             "gradient_allreduce_op": "sum" if self.stage in (1, 2) else "mean",
             "gradient_clipping": 0.0 if self.stage == 0 else train.clip_grad_norm,
@@ -124,6 +134,8 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         if groups.pipeline_size > 1 and self.stage > 0:
             _join_stages(self.deepspeed.optimizer, groups.pipeline)
+        if isinstance(optimizer, RoundedAdamW):
+            place_masters(optimizer, self.module, self.deepspeed.optimizer)
         self.muon: Muon | None = None
         if isinstance(optimizer, Muon):
             self.muon = optimizer
@@ -325,7 +337,7 @@ class Engine:
             if key == "fp32"
             else safe_get_full_optimizer_state(parameter, key)
         )
-        return state
+        return state.float()
 
     def prepare_gather(self) -> None:
         """Call once before a round of gather_state.
@@ -361,8 +373,8 @@ class Engine:
                 continue
             inner.state[master].update(
                 step=torch.tensor(float(step), device=master.device if fused else "cpu"),
-                exp_avg=torch.zeros_like(master),
-                exp_avg_sq=torch.zeros_like(master),
+                exp_avg=torch.zeros_like(master, dtype=torch.float32),
+                exp_avg_sq=torch.zeros_like(master, dtype=torch.float32),
             )
         self.prepare_gather()
 
