@@ -98,6 +98,7 @@ bench: setup  ## run the CPU benches
 	$(PY) -m bench.moe_layer --device cpu
 	$(PY) -m bench.router --device cpu
 	$(PY) -m bench.sparse_attention --device cpu
+	$(PY) -m bench.stored_experts --device cpu
 	$(PY) -m bench.train_step --device cpu
 
 gpu: setup  ## on a CUDA device: GPU-marked tests and all benches, one dated JSON under bench/results/

@@ -1,16 +1,19 @@
 """A preparation that is killed at random moments and started again, against an undisturbed one.
 
-`python -m bench.killed_preparation [--megabytes 100] [--kills 3] [--workers 2] [--seed 0]
+`python -m bench.killed_preparation [--megabytes 100] [--kills 3] [--workers 2] [--seed 0] [--words]
 [--folder DIR] [--json FILE]`. A corpus is generated (bench/prepare_data.py), prepared once in
 peace, and once more with SIGKILL to every process of the command at random shares of the time that
 took. The two stores must have the same files byte for byte, and no shard that was on disk may be
-made again. Exit code 1 where they do not. The folder needs room for four times the corpus.
+made again. Exit code 1 where they do not. The folder needs room for four times the corpus. Without
+--words a BPE is trained first, in which kills may fall as well; with it the words of the corpus are
+the tokens, which takes a fifth of the time, and all kills fall into shards and the store.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
@@ -31,15 +34,34 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = re.compile(r"([\d,]+) shards of an earlier preparation were kept")
 
 
-def started(corpus: Path, cache: Path, workers: int, vocabulary: int) -> subprocess.Popen[str]:
+def write_words(corpus: Path, path: Path) -> int:
+    """A tokenizer.json whose tokens are the words of the first file of the corpus; how many there
+    are. What it does not know, numbers above all, is one unknown token.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    found: set[str] = set()
+    with min(corpus.iterdir()).open() as file:
+        for line in file:
+            found.update(json.loads(line)["text"].split())
+    names = ["<unknown>", "<|endoftext|>", *sorted(found)]
+    tokenizer = Tokenizer(
+        models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(names[:2])
+    tokenizer.save(str(path))
+    return len(names)
+
+
+def started(corpus: Path, cache: Path, workers: int, tokenizer: list[str]) -> subprocess.Popen[str]:
     """launch.prepare in a session of its own."""
     command = [
         *(sys.executable, "-m", "launch.prepare", "data=files", "data.sources.0.path=json"),
         f"data.sources.0.data_files={corpus}",
         f"data.cache_dir={cache}",
-        f"model.vocab_size={vocabulary}",
-        "data.tokenizer.max_documents=2000",
         f"prepare.workers={workers}",
+        *tokenizer,
     ]
     return subprocess.Popen(
         command,
@@ -92,7 +114,15 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     corpus, rng = folder / "corpus", random.Random(arguments.seed)
     corpus.mkdir()
     write_corpus(corpus, arguments.megabytes)
-    settings = (arguments.workers, arguments.vocabulary)
+    tokenizer = [
+        f"model.vocab_size={arguments.vocabulary}",
+        "data.tokenizer.max_documents=2000",
+    ]
+    if arguments.words:
+        path = folder / "tokenizer.json"
+        size = write_words(corpus, path)
+        tokenizer = [f"model.vocab_size={size}", f"data.tokenizer.path={path}"]
+    settings = (arguments.workers, tokenizer)
 
     begun = time.perf_counter()
     finished(started(corpus, folder / "undisturbed", *settings))
@@ -118,6 +148,7 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": "cpu",
         "megabytes_of_text": arguments.megabytes,
+        "tokenizer": "words" if arguments.words else "bpe",
         "workers": arguments.workers,
         "load_average": round(os.getloadavg()[0], 1),
         "seed": arguments.seed,
@@ -137,6 +168,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=32_768)
+    parser.add_argument("--words", action="store_true", help="words are the tokens: no BPE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the corpus and the stores are made")
     parser.add_argument("--json", type=Path, help="also write the result to this file")

@@ -57,6 +57,11 @@ class EngineConfig:
     """Prompt tokens of one step; a longer prompt comes in pieces of this size."""
     prefix_reuse: bool = True
     """Pages of a prompt that begins like an earlier one are not computed again."""
+    max_active_experts: int | None = None
+    """Experts of a layer that a decoding step may read: those with the largest sums of gates over
+    the step's requests; others' tokens go to their next best among them. Fewer weights are read for
+    large batches, and a text then depends on what is generated beside it. None: no limit.
+    """
     draft_budget: float | None = None
     """Speculation: tokens are drafted at this saved budget and verified at the request's own, which
     changes no text; on while it is measured to give more tokens a second. None: off.
@@ -73,11 +78,18 @@ class EngineConfig:
                 ("max_slots", self.max_slots),
                 ("cache_tokens", self.cache_tokens),
                 ("prefill_tokens", self.prefill_tokens),
+                ("max_active_experts", self.max_active_experts),
                 ("draft_tokens", self.draft_tokens),
                 ("draft_rounds", self.draft_rounds),
             )
             if value is not None and value < 1
         ]
+        if self.draft_budget is not None and self.max_active_experts is not None:
+            found.append(
+                f"max_active_experts is {self.max_active_experts} and draft_budget "
+                f"{self.draft_budget:g}: drafts are verified by what a request would have alone, "
+                "which such a limit gives up; drop one of them"
+            )
         if self.draft_budget is not None and not self.draft_budget > 0:
             found.append(f"draft_budget is {self.draft_budget:g}; it must be positive, or null")
         return found

@@ -38,6 +38,14 @@ class Drafted:
     kept: int = 0
 
 
+@dataclass
+class Confined:
+    """What engine.max_active_experts has changed so far, of tokens by layer."""
+
+    routed: int = 0
+    rerouted: int = 0
+
+
 def page_size_of(model: Transformer) -> int:
     """Tokens of a page: a block of the sparse layers, whose pooled entries live with it."""
     sparse = model.sparse_attentions()
@@ -96,12 +104,28 @@ class Engine:
             self.budgets = BudgetRows(routers, dict([(None, capture(routers)), *budgets.items()]))
         self.utility = self._utility()
         self.drafted = Drafted()
+        self.limit = self._limit()
+        self.confined = Confined()
 
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In the order of their admission."""
         self.num_forwards = {"prefill": 0, "continue": 0, "decode": 0}
         self.rows_decoded = 0
+
+    def _limit(self) -> int | None:
+        """Experts of a layer in a decoding step.
+
+        Raises:
+            ValueError: ranks would have to choose them together.
+        """
+        limit = self.settings.max_active_experts
+        if limit is not None and self.group is not None:
+            raise ValueError(
+                f"engine.max_active_experts is {limit}, but it is of one process: give "
+                "engine.max_active_experts=null, or parallel=single"
+            )
+        return limit
 
     def _utility(self) -> Utility | None:
         """
@@ -138,6 +162,29 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_slots(self) -> int:
+        """Requests that can be generated at once."""
+        return self.settings.max_slots
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def tokens_held(self) -> int:
+        """Of all running requests, in their pages."""
+        return sum(sequence.held for sequence in self.running)
+
+    @property
+    def num_pages(self) -> tuple[int, int]:
+        """(pages that a request could have now, pages in all)."""
+        return self.pool.available, self.pool.num_pages - 1
+
     def problem(self, request: Request) -> str | None:
         """Why the request can never be served; None: it can."""
         if found := request.sampling.problems():
@@ -156,12 +203,16 @@ class Engine:
             return f"the prompt has {length} tokens, and the cache room for {room}"
         return None
 
-    def add(self, request: Request) -> None:
-        """Raises ValueError where the request can never be served."""
+    def add(self, request: Request, arrived: float | None = None) -> None:
+        """Take a request. arrived: by the engine's clock; None: now.
+
+        Raises:
+            ValueError: it can never be served.
+        """
         if (problem := self.problem(request)) is not None:
             raise ValueError(problem)
         row = 0 if self.budgets is None else self.budgets.number[request.budget]
-        self.waiting.append(Sequence(request, self.clock(), row))
+        self.waiting.append(Sequence(request, self.clock() if arrived is None else arrived, row))
 
     def cancel(self, name: str) -> Completion | None:
         """Give up a request, as when its client is gone: its pages are free at once. None: there is
@@ -366,16 +417,25 @@ class Engine:
 
     def _continue(self, kind: str, pieces: list[Piece]) -> list[Event]:
         keep = any(piece.sequence.request.keep_routing for piece in pieces)
-        decoded, width = self._step(pieces, keep)
+        limit = self.limit if kind == "decode" else None
+        decoded, width = self._step(pieces, keep, limit=limit)
         rows = self._num_rows(len(pieces))
         last = torch.arange(1, rows + 1, device=self.device) * width - 1
+        if decoded.rerouted is not None:
+            self.confined.routed += len(pieces) * len(self.model.routers())
+            self.confined.rerouted += int(decoded.rerouted.sum())
         return self._advance(kind, pieces, decoded, last)
 
     def _step(
-        self, pieces: list[Piece], keep: bool, of_every_token: bool = False
+        self,
+        pieces: list[Piece],
+        keep: bool,
+        of_every_token: bool = False,
+        limit: int | None = None,
     ) -> tuple[Decoded, int]:
         """A forward pass over what continues pages, and the width of its rows. keep: where every
-        token went; of_every_token: logits of all tokens of the pieces, not of the last of each.
+        token went; of_every_token: logits of all tokens of the pieces, not of the last of each;
+        limit: experts of a layer.
         """
         rows = self._num_rows(len(pieces))
         input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
@@ -386,7 +446,8 @@ class Engine:
             every = [begin + i for begin, (_, number) in begins for i in range(number)]
             places = torch.tensor(every, device=self.device)
         budgets = self._token_budgets(row_of)
-        return self.model.step(input_ids, paging, self.pages, mask, keep, budgets, places), width
+        decoded = self.model.step(input_ids, paging, self.pages, mask, keep, budgets, places, limit)
+        return decoded, width
 
     def _num_rows(self, number: int) -> int:
         """Rows of a forward pass: on a GPU few different numbers, elsewhere none is idle."""
@@ -562,7 +623,9 @@ class Engine:
         if not self.settings.prefix_reuse:
             return
         size = self.page_size
-        while (sequence.num_registered + 1) * size <= sequence.held:
+        # With a limit on experts, what decoding leaves in pages hangs on the requests of its steps.
+        held = sequence.held if self.limit is None else len(sequence.request.prompt)
+        while (sequence.num_registered + 1) * size <= min(held, sequence.held):
             begin = sequence.num_registered * size
             assert sequence.last_key is not None
             sequence.last_key = next_key(sequence.last_key, sequence.tokens[begin : begin + size])

@@ -1,7 +1,8 @@
 """Measure generation by budget, attention, batch and context: latency, throughput, cost.
 
 python -m launch.benchmark run=RUN [budgets=[1,2]] [attentions=[trained,scc]] [rows=[1,8,32]]
-[contexts=[128,1024]] [slo.ttft_ms= slo.tpot_ms=] [price_per_hour=] [output=FILE]
+[contexts=[128,1024]] [slo.ttft_ms= slo.tpot_ms=] [price_per_hour=]
+[price_per_kwh=] [output=FILE]
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def _measure(
     attentions: dict[str, AttentionConfig | None],
     runs: dict[str, RunConfig],
 ) -> None:
+    from launch.benchmarking.energy import meter_of
     from launch.benchmarking.measure import Bench, cells_of
     from launch.benchmarking.rates import rates_of
     from launch.benchmarking.table import entry, lines
@@ -108,6 +110,8 @@ def _measure(
         f"{rates.device}: {rates.flops / 1e12:.3g} TFLOP/s, {rates.num_bytes / 1e9:.3g} GB/s "
         f"({rates.source})"
     )
+    energy = meter_of(weight.device)
+    print(f"energy: {energy.source}")
 
     found: list[dict[str, Any]] = []
     source, prompts = _prompts(settings, runs)
@@ -118,6 +122,7 @@ def _measure(
             [prompts(i, cell.context) for i in range(cell.rows)],
             settings.new_tokens,
             settings.slo,
+            energy,
         )
 
         def told(rounds: int, cell: Any = cell) -> None:
@@ -139,7 +144,8 @@ def _measure(
                 width,
                 arguments,
                 settings.price_per_hour,
-                1 if settings.weights == "int8" else None,
+                1 if settings.weights in ("int8", "fp8") else None,
+                settings.price_per_kwh,
             )
             if table is not None and described(attentions[variant.attention]) == table.attention:
                 rows = [row for row in table.rows if row.budget == variant.budget]
@@ -157,6 +163,8 @@ def _measure(
         "device": dataclasses.asdict(rates),
         "slo": dataclasses.asdict(settings.slo),
         "price_per_hour": settings.price_per_hour,
+        "price_per_kwh": settings.price_per_kwh,
+        "energy": energy.source,
         "measured": found,
     }
     if settings.output is not None:

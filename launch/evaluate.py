@@ -104,15 +104,17 @@ class _Target(NamedTuple):
     def label(self) -> str:
         if len(self.checkpoints) > 1:
             return f"{self.checkpoint} and the {len(self.checkpoints) - 1} before it, their mean"
-        if self.settings.weights == "ema":
-            return f"{self.checkpoint}, the moving average"
+        if self.settings.weights != "native":
+            kind = self.settings.weights
+            what = "the moving average" if kind == "ema" else f"experts in {kind}"
+            return f"{self.checkpoint}, {what}"
         return str(self.settings.path if self.checkpoint is None else self.checkpoint)
 
     @property
     def averaged(self) -> dict[str, Any]:
         """What a result says of it."""
-        if self.settings.weights == "ema":
-            return {"weights": "ema"}
+        if self.settings.weights != "native":
+            return {"weights": self.settings.weights}
         if len(self.checkpoints) <= 1:
             return {}
         return {"averaged": [checkpoint.name for checkpoint in self.checkpoints]}
@@ -190,12 +192,15 @@ def _model(target: _Target, place: Place) -> Transformer:
     from train.components import build_model
     from train.pretrained.folder import PretrainedFolder
     from train.trained.averages import reader_of
+    from train.trained.quantize import use_eight_bit
     from train.trained.ranks import spread
 
     model = build_model(spread(target.run, target.settings.parallel), place.groups)
     with working(f"loading {target.label}"):
         if target.checkpoints:
             load_weights(model, reader_of(target.checkpoints, target.settings.weights))
+            run_dir = Path(str(target.settings.run))
+            use_eight_bit(model, run_dir, target.checkpoints[0], target.settings.weights)
         else:
             PretrainedFolder(Path(str(target.settings.path)).expanduser()).fill_model(model)
     return model.to(place.device).eval()
@@ -333,8 +338,10 @@ def _evaluate(target: _Target, place: Place) -> float:
 
     if "attention/index_loss" in result:
         recall = result.get("attention/index_recall", math.nan)
+        compressed = run.attention.name == "compressed"
+        whole = "attention to all entries" if compressed else "dense attention"
         print(
-            f"attention  the index chooses {recall:.1%} of dense attention (sampled rows), "
+            f"attention  the index chooses {recall:.1%} of {whole} (sampled rows), "
             f"{result['attention/index_loss']:.3g} nats from what it is taught"
         )
 

@@ -79,6 +79,11 @@ def sample(
     settings = sampling or SamplingConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
+    if any(layer.spec.resident_blocks is not None for layer in model.sparse_attentions()):
+        yield from _from_bounded_cache(
+            model, prompt_ids, settings, store.end_of_document, TextStream(tokenizer, prompt_ids)
+        )
+        return
     room = EngineConfig(max_slots=1, cache_tokens=len(prompt_ids) + settings.max_new_tokens)
     engine = Engine(model, room, store.end_of_document)
     engine.add(Request("0", prompt_ids, settings, TextStream(tokenizer, prompt_ids)))
@@ -90,6 +95,43 @@ def sample(
                     "checkpoint=best or an earlier one"
                 )
             yield event.piece
+
+
+def _from_bounded_cache(
+    model: Any, prompt: list[int], settings: Any, end_token: int, text: Any
+) -> Iterator[str]:
+    """Pieces of text of one document, whose cache keeps the resident blocks alone: what the
+    engine's pages, which requests share, cannot do.
+
+    Raises:
+        ValueError: sampling asks for what the engine alone does.
+    """
+    from model.generate import generate
+
+    simple = ("max_new_tokens", "temperature", "top_p", "seed")
+    asked = [
+        field.name
+        for field in dataclasses.fields(settings)
+        if field.name not in simple and getattr(settings, field.name) != field.default
+    ]
+    if asked:
+        raise ValueError(
+            f"attention.resident_blocks generates without the batched engine, which alone does "
+            f"{', '.join(asked)}; drop that, or set attention.resident_blocks=null"
+        )
+
+    tokens = generate(
+        model,
+        prompt,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        settings.seed,
+        end_token,
+    )
+    for token in tokens:
+        yield text.add(token)
+    yield text.end()
 
 
 def _source(settings: GenerateConfig) -> dict[str, str]:
@@ -120,6 +162,8 @@ def answer(settings: GenerateConfig) -> None:
         kept["weights"] = settings.weights
     if settings.average > 1:
         kept["average"] = settings.average
+    if settings.engine.max_active_experts is not None:
+        kept["max_active_experts"] = settings.engine.max_active_experts
     from train.trained.ranks import joined
 
     with contextlib.ExitStack() as stack:
@@ -160,8 +204,15 @@ def answer(settings: GenerateConfig) -> None:
         def to_request(line: PromptLine) -> Request:
             if line.budget is not None and table is None:
                 raise ValueError(f"has budget {line.budget:g}, and {no_budgets}")
-            with tokenizers_errors("the run's tokenizer cannot encode the prompt"):
-                ids = tokenizer.encode(line.prompt, add_special_tokens=False).ids
+            if isinstance(line.prompt, tuple):
+                ids = list(line.prompt)
+                if max(ids) >= model.config.vocab_size:
+                    raise ValueError(
+                        f"has the token {max(ids)}; model.vocab_size is {model.config.vocab_size}"
+                    )
+            else:
+                with tokenizers_errors("the run's tokenizer cannot encode the prompt"):
+                    ids = tokenizer.encode(line.prompt, add_special_tokens=False).ids
             stream = TextStream(tokenizer, ids)
             return Request(line.name, ids, line.sampling, stream, budget=line.budget)
 
@@ -179,12 +230,16 @@ def answer(settings: GenerateConfig) -> None:
         f"{tally.answered} answered, {tally.skipped} answered before, {tally.bad_lines} bad lines"
         f" -> {settings.output}"
     )
+    if tally.replayed:
+        print(f"of {tally.replayed} recorded requests {tally.same} came again token by token")
     if engine.utility is not None:
         found["speculation"] = {
             **dataclasses.asdict(engine.drafted),
             "utility": engine.utility.value,
             "on": engine.utility.is_on,
         }
+    if engine.limit is not None:
+        found["max_active_experts"] = {"limit": engine.limit, **dataclasses.asdict(engine.confined)}
     print_result({**_told(settings), "output": settings.output, **found})
     if tally.bad_lines and not tally.answered + tally.skipped:
         raise ValueError(f"input={settings.input} has no line that could be answered")

@@ -1,9 +1,10 @@
 """What a config would cost, without any device: python -m launch.plan [the overrides of
 launch.train, resume=RUN too] [device=H200] [price=2.5].
 
-Prints parameters, memory per device, batch arithmetic, FLOPs, time and every problem; exit code 1
-if it cannot run. With parallel=auto world=N device=H100 it searches the layouts that the run could
-have on so many devices, and prints the best with a command line for each.
+Prints parameters, memory per device, batch arithmetic, FLOPs, time and every problem, files that
+are not there included; exit code 1 if it cannot run. With parallel=auto world=N device=H100 it
+searches the layouts that the run could have on so many devices, and prints the best with a command
+line for each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ if not __package__:
     raise SystemExit("run from the repository root as: python -m launch.plan")
 import contextlib
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 def main(config: DictConfig) -> None:
     """Print the plan; raises SystemExit(1) when the config cannot run."""
     from launch.config.build import ConfigError, record
-    from launch.config.parse import check_tokenizer, parse
+    from launch.config.parse import parse
     from launch.job.worker import tell_changes
     from launch.saved.resume import with_saved_config
     from train.config.commands import PlanCommandConfig
@@ -68,14 +68,7 @@ def main(config: DictConfig) -> None:
             print(planned.said)
             print(described(parse(plain(config), num_ranks), planned.sizes))
         run = parse(plain(config), num_ranks)
-        path = run.data.tokenizer.path
-        if path is None or Path(path).expanduser().exists():
-            check_tokenizer(run)
-        else:  # a plan may be made where the data are not
-            print(
-                f"data.tokenizer.path={path} is not on this machine: whether model.vocab_size "
-                "covers it was not checked"
-            )
+        problems += of_files(run)
         tell_changes(config, run)
         if config.resume is None:
             for line in check_weights(run.init):
@@ -83,7 +76,7 @@ def main(config: DictConfig) -> None:
         for line in check_teacher(run):
             print(line)
     except ConfigError as error:
-        problems = error.problems
+        problems += error.problems
         run = built(plain(config))
 
     found: dict[str, Any] = {"problems": problems}
@@ -96,6 +89,29 @@ def main(config: DictConfig) -> None:
     print_result(found)
     if problems:
         raise SystemExit(1)
+
+
+def of_files(run: Any) -> list[str]:
+    """What speaks against the files that a config names: data, tokenizer, hostfile. launch.train
+    would refuse the run for it.
+    """
+    from launch.config.build import ConfigError
+    from launch.config.parse import check_sources, check_tokenizer
+    from launch.launchers import hosts
+
+    found: list[str] = []
+    if run.launch.hostfile:
+        try:
+            hosts.check(run.launch)
+        except ValueError as error:
+            found.append(str(error))
+    # The nodes of a Slurm job may see data and a tokenizer that this machine does not.
+    for check in (check_tokenizer, check_sources) if run.launch.kind != "slurm" else ():
+        try:
+            check(run)
+        except ConfigError as error:
+            found += error.problems
+    return found
 
 
 def search_layouts(config: DictConfig, asked: PlanCommandConfig) -> None:
@@ -167,7 +183,7 @@ def _as_far_as_possible(
 
 def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     """Print the tables and return their numbers."""
-    from model.cost.memory import cache_bytes_per_token
+    from model.cost.memory import cache_bytes, cache_bytes_per_token
     from model.cost.parameters import count_parameters, flops_per_token
 
     model, settings = run.model, run.train
@@ -222,6 +238,8 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         ("activations (estimate)", memory.activations),
         ("logits", memory.logits),
         *([("teacher", memory.teacher)] if memory.teacher else []),
+        *([("gathered weights", memory.gathered)] if memory.gathered else []),
+        *([("bucket of gradients", memory.bucket)] if memory.bucket else []),
         ("total", memory.total),
     ):
         print(f"  {label:28s} {value / GIB:>16.3f} GiB")
@@ -231,6 +249,13 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     print(
         f"  {'cache, for each token that is generated':28s} "
         f"{cached:>10,} bytes, in {settings.precision}"
+    )
+    length = model.max_seq_len
+    row = cache_bytes(model, width, length, run.attention.arguments)
+    whole = cache_bytes(model, width, length)
+    print(
+        f"  {'cache, for a row of max_seq_len':28s} {row:>14,} bytes for {length:,} tokens, "
+        f"{row / whole:.1%} of what dense attention over the same heads keeps"
     )
 
     exchange = planned_exchange(run, num_ranks)
@@ -301,6 +326,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "flops_per_token": flops,
         "cache_bytes_per_token": cached,
+        "cache_bytes": row,
     }
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.config.build import record
-from train.config.data import DataConfig
+from train.config.data import DataConfig, labels
 from train.files.strict_json import dumps
 
 
@@ -43,11 +43,12 @@ def main(config: DictConfig) -> None:
     with reading_bar() as (report, progress):
         path = prepare(settings, report, how.prepare.workers, progress)
     store = TokenStore(path)
-    held_out = {"path": "held out", **store.manifest["validation"]}
-    for counts in (*store.manifest["sources"], held_out):
+    names = [*labels(settings.sources), "held out"]
+    found = [*store.manifest["sources"], store.manifest["validation"]]
+    for name, counts in zip(names, found, strict=True):
         size = f"{counts['bytes']:>14,} bytes" if "bytes" in counts else ""
         print(
-            f"{counts['path']:30s} {counts['documents']:>10,} documents {counts['tokens']:>14,} "
+            f"{name:30s} {counts['documents']:>10,} documents {counts['tokens']:>14,} "
             f"tokens {size}".rstrip()
         )
     print_result({"store": str(store.path), **store.manifest})

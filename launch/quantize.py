@@ -1,6 +1,7 @@
 """Make experts of 8-bit weights for a run, measure what they cost, and keep them beside it.
 
-python -m launch.quantize run=RUN [weights=int8] [checkpoint=best|latest] [max_loss_increase=0.01]
+python -m launch.quantize run=RUN [weights=int8|fp8] [checkpoint=best|latest]
+[max_loss_increase=0.01]
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ def main(config: DictConfig) -> None:
     checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
     run: RunConfig = load_run(settings.run, None, checkpoint)
     if not run.model.moe_layers:
-        raise ValueError(f"{settings.run} has no experts; weights=int8 is about experts alone")
+        raise ValueError(f"{settings.run} has no experts, whose weights alone become 8 bits")
     _quantize(settings, run, checkpoint)
 
 
 def _quantize(settings: QuantizeConfig, run: RunConfig, checkpoint: Path) -> None:
     from train.files.durable import write_json
-    from train.pretrained.int8 import save_int8
+    from train.pretrained.eight_bit import save_eight_bit
     from train.trained.quantize import (
         compare,
         expert_errors,
+        left_out,
         made_of,
         measure,
         quantized,
@@ -66,24 +68,26 @@ def _quantize(settings: QuantizeConfig, run: RunConfig, checkpoint: Path) -> Non
     before, bytes_before = measure(model, batches, device), sizes(model)
     layers, errors = [], []
     for layer in model.moe_layers():
-        stacks = quantized(layer)
+        stacks = quantized(layer, settings.weights)
         errors.append(expert_errors(layer, stacks))
-        layer.experts.hold_int8(**stacks)
+        layer.experts.hold_eight_bit(**stacks)
         layers.append(stacks)
     found, bytes_after = (
         compare(before, measure(model, batches, device), run.model.num_experts),
         sizes(model),
     )
-    _print(found, errors, bytes_before, bytes_after)
+    others = left_out(model)
+    _print(found, errors, bytes_before, bytes_after, others)
     if found.high > settings.max_loss_increase:
         raise ValueError(
-            f"int8 experts may raise the held-out loss by {found.high:.4f} nats (95%), more than "
-            f"max_loss_increase={settings.max_loss_increase:g}; nothing was written"
+            f"{settings.weights} experts may raise the held-out loss by {found.high:.4f} nats "
+            f"(95%), more than max_loss_increase={settings.max_loss_increase:g}; nothing was "
+            "written"
         )
 
-    path = quantized_path(run_dir, checkpoint.name)
+    path = quantized_path(run_dir, checkpoint.name, settings.weights)
     path.parent.mkdir(exist_ok=True)
-    save_int8(path, layers, made_of(checkpoint))
+    save_eight_bit(path, layers, made_of(checkpoint))
     result: dict[str, Any] = {
         "run_dir": settings.run,
         "checkpoint": checkpoint.name,
@@ -93,9 +97,10 @@ def _quantize(settings: QuantizeConfig, run: RunConfig, checkpoint: Path) -> Non
         "expert_errors": errors,
         "bytes_before": bytes_before,
         "bytes_after": bytes_after,
+        "left_out": others,
     }
-    write_json(path.with_name(f"{checkpoint.name}-int8.json"), result)
-    print(f"-> {path}; use it with weights=int8")
+    write_json(path.with_suffix(".json"), result)
+    print(f"-> {path}; use it with weights={settings.weights}")
     print_result({**result, "path": str(path)})
 
 
@@ -126,6 +131,7 @@ def _print(
     errors: list[list[float]],
     before: dict[str, int],
     after: dict[str, int],
+    others: dict[str, dict[str, int]],
 ) -> None:
     print("layer  error of experts (least, mean, most)  chosen experts that stay  tokens all same")
     for i, row in enumerate(errors):
@@ -147,6 +153,8 @@ def _print(
         f"experts {before['experts'] / 1e6:.1f} -> {after['experts'] / 1e6:.1f} MB; the others "
         f"stay: {after['others'] / 1e6:.1f} MB"
     )
+    for name, group in sorted(others.items(), key=lambda pair: (-pair[1]["bytes"], pair[0])):
+        print(f"  {name}: {group['parameters']:,} parameters, {group['bytes'] / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

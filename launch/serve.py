@@ -2,6 +2,7 @@
 
 python -m launch.serve run=RUN|path=DIR [serve.port=8000 serve.host= serve.model_name=
 serve.max_waiting= engine.max_slots= engine.cache_tokens= router.budget=]
+python -m launch.serve run=RUN launch.num_devices=2 parallel=ep2
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ if not __package__:
 import dataclasses
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from launch.command.main import run_main
-from launch.command.messages import print_result
+from launch.command.messages import fail, failure_of, print_result
 from launch.config.build import record
 from launch.config.overrides import typed
+from launch.process.exits import FAILED
+from launch.process.identity import is_worker, rank
+from launch.process.ranks import run_on_ranks
 from launch.saved.opened import checkpoint_name, opened, saved_budgets
 from launch.saved.run import load_folder, load_run
+from train.rank.errors import LostRank
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -33,13 +40,21 @@ if TYPE_CHECKING:
     from launch.serving.app import Model
     from launch.serving.meters import Meters
     from launch.serving.policy import Policy
+    from launch.serving.ranks import EngineOverRanks
+    from launch.serving.replays import Recorder, Replays
+    from model.routers.state import RouterState
     from model.transformer import Transformer
     from train.config.commands import ServeConfig
     from train.data.chat.template import ChatTemplate
     from train.trained.budgets import BudgetTable
+    from train.trained.ranks import Place
 
 TOKEN = "LOADSTONE_SERVE_TOKEN"
 SHORTEST_TOKEN = 16
+UNHEALTHY_SECONDS = 3.0
+"""From the engine's failure to the end of the process, in which requests and /health get 503."""
+PATIENCE_SECONDS = 10.0
+"""That rank 0 has for it when another rank is gone."""
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 """Of requirements-serve.txt, as modules."""
 
@@ -74,18 +89,45 @@ def _require_libraries() -> None:
 
 
 def main(config: DictConfig) -> None:
-    from train.config.commands import ServeConfig
+    from train.config.commands import ServeConfig, require_even_experts
 
     if config.run is None and config.path is None:
         raise ValueError("give run=RUN, or path=DIR with published weights")
     settings: ServeConfig = record(config, ServeConfig)
     token = _token(settings)
     _require_libraries()
-
     began = time.monotonic()
     settings = dataclasses.replace(
         settings, checkpoint=checkpoint_name(settings.run, settings.checkpoint)
     )
+    if settings.launch.num_devices > 1 and not is_worker():
+        from train.checkpoint.folder import find_checkpoint
+
+        folder = find_checkpoint(Path(str(settings.run)), prefer=settings.checkpoint)
+        run = load_run(str(settings.run), settings.attention, folder, settings.router.top_k)
+        require_even_experts(run.model, settings.parallel)
+        arguments = [*sys.argv[1:], f"checkpoint={folder.name}"]
+        number = settings.launch.num_devices
+        if code := run_on_ranks(number, "launch.serve", arguments, patience=PATIENCE_SECONDS):
+            raise SystemExit(code)
+        return
+
+    try:
+        if settings.launch.num_devices == 1:
+            model, store, engine, table = _opened(settings)
+            _answer(settings, token, engine, _served(settings, model, store, table), table, began)
+        else:
+            _serve_with_others(settings, token, began)
+    except LostRank as error:
+        fail([str(error)], code=FAILED)
+
+
+def _opened(
+    settings: ServeConfig, place: Place | None = None
+) -> tuple[Transformer, Any, Engine, BudgetTable | None]:
+    """The model, its tokens, what generates with it, and the budgets that requests may ask for:
+    those that launch.evaluate has saved for this checkpoint, these weights and this attention.
+    """
     model, store, device = opened(
         settings.run,
         settings.checkpoint,
@@ -93,73 +135,11 @@ def main(config: DictConfig) -> None:
         settings.attention,
         settings.router.top_k,
         settings.path,
+        place,
+        None if place is None else settings.parallel,
         weights=settings.weights,
         for_text=True,
     )
-    table = _table(settings)
-
-    from infer.engine import Engine
-    from launch.serving.app import make_app
-    from launch.serving.meters import Meters
-    from launch.serving.server import listen
-    from launch.serving.worker import Worker
-
-    engine = Engine(
-        model,
-        settings.engine,
-        store.end_of_document,
-        budgets=None if table is None else table.on(device),
-    )
-    served = _served(settings, model, store, table)
-    meters, failed = Meters(), list[Callable[[], None]]()
-    policy = _policy(settings, engine, meters, table)
-
-    def stepped(seconds: float, rows: int, held: float) -> None:
-        policy.stepped(seconds, rows, held)
-        if engine.utility is not None and (line := engine.utility.take_line()) is not None:
-            print(line, flush=True)
-
-    def ended(request: Request, done: Completion) -> None:
-        policy.ended(request, done)
-        meters.ended(request, done)
-
-    worker = Worker(
-        engine,
-        settings.serve.max_waiting,
-        ended,
-        lambda: failed[0](),
-        policy.take,
-        stepped,
-    )
-    meters.watch(worker)
-    app = make_app(served, worker, meters, token, settings.serve.is_local)
-
-    def ready(server: Any, port: int) -> None:
-        # Requests that are waiting are told, and the supervisor of the process starts another.
-        failed.append(lambda: setattr(server, "should_exit", True))
-        worker.start()
-        host = settings.serve.host
-        shown = f"[{host}]" if ":" in host else host
-        print(
-            f"serving {served.name} on http://{shown}:{port} after "
-            f"{time.monotonic() - began:.0f} s: cache {engine.cache_bytes / 2**20:.0f} MiB, "
-            f"{settings.engine.max_slots} slots, chat "
-            f"{'no' if served.template is None else 'yes'}, budgets "
-            f"{', '.join(f'{b:g}' for b in served.budgets) or 'none'}",
-            flush=True,
-        )
-
-    listen(app, settings.serve.host, settings.serve.port, settings.serve.drain_seconds, ready)
-    if worker.failure is not None:
-        raise worker.failure
-    worker.close(timeout=5.0)
-    print_result({"model": served.name, **meters.totals(), **policy.summary()})
-
-
-def _table(settings: ServeConfig) -> BudgetTable | None:
-    """The budgets that requests may ask for: those that launch.evaluate has saved for this
-    checkpoint, these weights and this attention.
-    """
     table, reason = saved_budgets(
         settings.run,
         settings.checkpoint,
@@ -167,9 +147,148 @@ def _table(settings: ServeConfig) -> BudgetTable | None:
         settings.router.top_k,
         settings.weights,
     )
-    if table is None and settings.run is not None:
+    if table is None and settings.run is not None and rank() == 0:
         print(f"note: requests cannot choose a budget: {reason}", file=sys.stderr)
-    return table
+
+    from infer.engine import Engine
+
+    budgets = None if table is None else table.on(device)
+    engine = Engine(model, settings.engine, store.end_of_document, budgets=budgets)
+    return model, store, engine, table
+
+
+def _serve_with_others(settings: ServeConfig, token: str | None, began: float) -> None:
+    """This rank's part: rank 0 answers, and deals requests out; the others obey.
+
+    Raises:
+        LostRank: another rank is gone.
+    """
+    from train.rank.channel import Channel, Watch, take_key
+
+    if (key := take_key()) is None:
+        raise ValueError(
+            f"launch.serve starts its {settings.launch.num_devices} ranks itself, on one machine: "
+            "leave the launcher out, or set launch.num_devices=1"
+        )
+
+    from launch.serving.ranks import EngineOverRanks, follow
+    from train.data.tokenizer import TextStream
+    from train.trained.ranks import joined
+
+    with joined(settings.launch.num_devices, settings.parallel) as place:
+        model, store, engine, table = _opened(settings, place)
+        place.meet()
+        # Who stops a service may signal each of its processes: rank 0 hears of it from the command
+        # that has started it, and the others end when rank 0 tells them to.
+        for taken in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(taken, signal.SIG_IGN)
+        channel, watch = Channel(key), Watch()
+        if place.rank == 0:
+            over = EngineOverRanks(engine, channel, watch)
+            _answer(settings, token, over, _served(settings, model, store, table), table, began)
+        else:
+            tokenizer = store.tokenizer()
+            try:
+                follow(engine, channel, lambda ids: TextStream(tokenizer, ids))
+            except RuntimeError as error:
+                if failure_of(error) != "communication":
+                    raise
+                raise LostRank("another rank is gone, so this one ends") from error
+        watch.leave()
+
+
+def _answer(
+    settings: ServeConfig,
+    token: str | None,
+    engine: Engine | EngineOverRanks,
+    served: Model,
+    table: BudgetTable | None,
+    began: float,
+) -> None:
+    """The server, from its first to its last request.
+
+    Raises:
+        LostRank: a rank is gone.
+    """
+    from launch.serving.app import make_app
+    from launch.serving.meters import Meters
+    from launch.serving.ranks import ASKED_TO_END, PAUSE_SECONDS, EngineOverRanks
+    from launch.serving.server import ENDING, listen
+    from launch.serving.worker import Worker
+
+    over = engine if isinstance(engine, EngineOverRanks) else None
+    own = engine.own if isinstance(engine, EngineOverRanks) else engine
+    meters, failed = Meters(), list[Callable[[], None]]()
+    policy = _policy(settings, own, meters, table)
+    replays = _replays(
+        settings, own, meters, None if table is None else table.on(own.model.any_weight.device)
+    )
+    recorder = _recorder(settings)
+
+    def stepped(seconds: float, rows: int, held: float) -> None:
+        policy.stepped(seconds, rows, held)
+        if own.utility is not None and (line := own.utility.take_line()) is not None:
+            print(line, flush=True)
+
+    def taken(request: Request) -> None:
+        policy.take(request)
+        replays.taken(request)
+
+    def ended(request: Request, done: Completion) -> None:
+        policy.ended(request, done)
+        meters.ended(request, done)
+        replays.ended(request, done)
+        if recorder is not None:
+            recorder.ended(request, done, replays.top_k)
+
+    worker = Worker(
+        engine,
+        settings.serve.max_waiting,
+        ended,
+        lambda: failed[0](),
+        taken,
+        stepped,
+        None if over is None else PAUSE_SECONDS,
+        replays.idle,
+    )
+    meters.watch(worker)
+    app = make_app(served, worker, meters, token, settings.serve.is_local)
+
+    def ready(server: Any, port: int) -> None:
+        # Requests that are waiting are told; those that come get 503 for a moment, which a load
+        # balancer sees. Then whoever watches over the process starts another.
+        ends = threading.Timer(UNHEALTHY_SECONDS, lambda: setattr(server, "should_exit", True))
+        ends.daemon = True
+        failed.append(ends.start)
+        worker.start()
+        if over is not None:
+            over.watch.tell(worker.fail)
+        host = settings.serve.host
+        shown = f"[{host}]" if ":" in host else host
+        ranks = "" if over is None else f" on each of {over.size} ranks"
+        print(
+            f"serving {served.name} on http://{shown}:{port} after "
+            f"{time.monotonic() - began:.0f} s: cache {own.cache_bytes / 2**20:.0f} MiB, "
+            f"{settings.engine.max_slots} slots{ranks}, chat "
+            f"{'no' if served.template is None else 'yes'}, budgets "
+            f"{', '.join(f'{b:g}' for b in served.budgets) or 'none'}",
+            flush=True,
+        )
+
+    endpoint = settings.serve
+    ending = ENDING if over is None else (ASKED_TO_END,)
+    listen(app, endpoint.host, endpoint.port, endpoint.drain_seconds, ready, ending)
+    if worker.failure is None:
+        worker.close(timeout=5.0)
+    if worker.failure is not None:
+        raise worker.failure
+    if recorder is not None:
+        recorder.close()
+    if over is not None:
+        if not worker.is_over:
+            raise LostRank("the engine has not ended 5 s after the last request")
+        over.close()
+    print_result({"model": served.name, **meters.totals(), **policy.summary(), **replays.summary()})
 
 
 def _policy(
@@ -224,6 +343,62 @@ def _policy(
         asked.drift.sample_one_in,
         asked.drift.action == "full_budget",
     )
+
+
+def _replays(
+    settings: ServeConfig,
+    engine: Engine,
+    meters: Meters,
+    states: dict[float, list[RouterState]] | None,
+) -> Replays:
+    """What is looked at again when nobody asks for anything.
+
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    from infer.budget import capture
+    from launch.serving.replays import Replays, Shadow, audit_of
+
+    asked, model = settings.serve, engine.model
+    audit = shadow = None
+    if asked.attention_audit.sample_one_in:
+        audit = audit_of(asked.attention_audit, engine)
+    if asked.shadow.sample_one_in:
+        densely = bool(model.sparse_attentions())
+        if not densely and not states:
+            raise ValueError(
+                "serve.shadow compares with the largest saved budget and with dense attention, and "
+                "this model has neither saved budgets nor sparse attention; set "
+                "serve.shadow.sample_one_in=0"
+            )
+        shadow = Shadow(max(states) if states else None, densely)
+    known: dict[float | None, Sequence[RouterState]] = {None: capture(model.routers())}
+    for budget, state in (states or {}).items():
+        known[budget] = state
+    return Replays(
+        engine,
+        meters,
+        known,
+        audit,
+        asked.attention_audit.sample_one_in,
+        asked.attention_audit.rows,
+        shadow,
+        asked.shadow.sample_one_in,
+    )
+
+
+def _recorder(settings: ServeConfig) -> Recorder | None:
+    """Where requests are kept, if they are."""
+    from launch.serving.replays import Recorder
+
+    if settings.serve.record is None:
+        return None
+    source = {
+        "model": str(settings.run or settings.path),
+        "checkpoint": settings.checkpoint,
+        "weights": settings.weights,
+    }
+    return Recorder(Path(settings.serve.record), source)
 
 
 LAST_LINES = 10
@@ -284,6 +459,7 @@ def _served(
         template=template,
         chat_problem=problem,
         chat_stop=() if end is None else (end,),
+        max_active=settings.engine.max_active_experts,
     )
 
 

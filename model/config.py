@@ -179,7 +179,9 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     """How positions beyond those of an earlier training are turned. None: as any others."""
     activation: Activation = "swiglu"
-    """Of every gated MLP: swiglu, or clamped_swiglu as gpt-oss has it (ops/grouped_mlp/spec.py)."""
+    """Of every gated MLP: swiglu, or clamped as gpt-oss (clamped_swiglu) and DeepSeek-V4
+    (limited_swiglu) have it (ops/grouped_mlp/spec.py).
+    """
     expert_bias: bool = False
     """Both products of the routed experts add biases (gpt-oss)."""
     shared_expert_gate: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -57,7 +57,11 @@ def matrices_on_meta() -> Iterator[None]:
 
 @torch.no_grad()
 def materialize(
-    model: nn.Module, seed: int, config: ModelConfig, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    seed: int,
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    settle: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
     """Give every parameter its numbers: matrices are drawn as model.init says (model/scaling.py has
     the standard deviations).
@@ -65,6 +69,9 @@ def materialize(
     Norm gains stay 1, biases 0. Each expert draws from its own stream, keyed by (seed, parameter
     name, global expert id), so every expert-parallel size starts from the same model. Numbers are
     drawn in fp32 and rounded once, as a whole model would be that is built in fp32 and cast.
+
+    settle: is called with each parameter once it has its numbers, before the next is drawn, and may
+        leave a part of it in its place (train/engine/partition.py).
     """
     bound = TRUNCATED_AT if config.init == "truncated_normal" else math.inf
     for module_name, module in model.named_modules():
@@ -72,20 +79,39 @@ def materialize(
             full_name = f"{module_name}.{name}"
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(dtype)
-                continue
-            scale = first_std(config, full_name)
-            values = torch.empty(whole_shape(parameter), dtype=dtype)
-            if not isinstance(module, Experts):
-                _fill(values, scale, stream_of(seed, full_name), bound)
-            elif parameter.dim() == 2:  # biases
-                values.zero_()
             else:
-                for local, expert in enumerate(module.global_ids):
-                    _fill(values[local], scale, stream_of(seed, full_name, expert), bound)
-            # Drawn as a whole, so that the parts of all ranks are those of the same matrix.
-            real = nn.Parameter(own_part(parameter, values), requires_grad=parameter.requires_grad)
-            real.__dict__.update(parameter.__dict__)  # marks of its family
-            module.register_parameter(name, real)
+                values = _drawn(module, full_name, parameter, dtype, seed, config, bound)
+                real = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                real.__dict__.update(parameter.__dict__)  # marks of its family
+                module.register_parameter(name, real)
+                # No name is left for what `settle` lets go of.
+                del values, real
+            if settle is not None:
+                settle(module.get_parameter(name))
+
+
+def _drawn(
+    module: nn.Module,
+    full_name: str,
+    parameter: nn.Parameter,
+    dtype: torch.dtype,
+    seed: int,
+    config: ModelConfig,
+    bound: float,
+) -> torch.Tensor:
+    """This rank's part of a matrix, or of its experts'. Drawn as a whole, so that the parts of all
+    ranks are those of the same matrix.
+    """
+    scale = first_std(config, full_name)
+    values = torch.empty(whole_shape(parameter), dtype=dtype)
+    if not isinstance(module, Experts):
+        _fill(values, scale, stream_of(seed, full_name), bound)
+    elif parameter.dim() == 2:  # biases
+        values.zero_()
+    else:
+        for local, expert in enumerate(module.global_ids):
+            _fill(values[local], scale, stream_of(seed, full_name, expert), bound)
+    return own_part(parameter, values)
 
 
 def _fill(

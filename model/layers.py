@@ -163,6 +163,19 @@ def apply_rotary(
     return torch.cat(parts, dim=-1).to(x.dtype)
 
 
+def apply_trailing_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of the last rotary_dim dimensions of every head, as DeepSeek-V4
+    does: x [B, S, heads, head_dim], tables [B, S, rotary_dim / 2]; fp32 inside. With -sin it turns
+    back.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    still, turned = x.split((x.shape[-1] - rotary_dim, rotary_dim), -1)
+    even, odd = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+    return torch.cat((still, pairs.to(x.dtype)), -1)
+
+
 def times(values: torch.Tensor, factor: float) -> torch.Tensor:
     """Most models multiply by 1, which would still cost a pass over memory."""
     return values if factor == 1 else values * factor

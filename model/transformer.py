@@ -19,6 +19,7 @@ from model.attention.base import (
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
+from model.attention.compressed import CompressedAttention
 from model.attention.indexed import IndexedAttention
 from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
@@ -56,7 +57,7 @@ from model.routers.base import Router, RoutingRequest
 from model.routers.state import RouterState
 from model.weight_sums import Embedding, looked_up, uses_of
 from ops.all_to_all import Communication, total_communication
-from ops.router import RouterOutput
+from ops.router import Reason, RouterOutput
 
 
 class _Hidden(NamedTuple):
@@ -102,6 +103,21 @@ class Decoded(NamedTuple):
     """[B * S] fp32, experts that each token visited, as a mean over the MoE layers."""
     expert_ids: torch.Tensor | None
     """[B * S, MoE layers, K] int16 where they are kept, -1 for a slot without an expert."""
+    rerouted: torch.Tensor | None = None
+    """[B * S] int64, MoE layers in which a token has other experts than its own choice; None where
+    max_active does not limit them.
+    """
+
+
+class Read(NamedTuple):
+    """What a forward pass over rows gives that nothing is to be drawn from."""
+
+    hidden: torch.Tensor
+    """[B, S, D], what the head projects."""
+    attention_stats: torch.Tensor
+    """[measured_attentions, len(STATS)], as ModelOutput has them; zeros where nothing was
+    measured.
+    """
 
 
 class Layers(nn.Module):
@@ -140,6 +156,7 @@ class Transformer(nn.Module):
             have no numbers.
         layers: of this stage; None: all.
         dtype: of the weights.
+        settle: of model.init.materialize.
 
     Attributes:
         part: which layers these are.
@@ -161,6 +178,7 @@ class Transformer(nn.Module):
         seed: int | None = 0,
         layers: range | None = None,
         dtype: torch.dtype = torch.float32,
+        settle: Callable[[nn.Parameter], None] | None = None,
     ):
         super().__init__()
         groups = groups or ParallelGroups.single()
@@ -191,7 +209,7 @@ class Transformer(nn.Module):
         with matrices_on_meta():
             self._build(config, groups, parts)
         if seed is not None:
-            materialize(self, seed, config, dtype)
+            materialize(self, seed, config, dtype, settle)
 
     def _build(self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts) -> None:
         self.embedding: Embedding | None = None
@@ -256,14 +274,16 @@ class Transformer(nn.Module):
             if isinstance(block.attention, SparseAttention) and block.attention.is_sparse
         ]
 
-    def measured_attentions(self) -> list[SparseAttention | IndexedAttention]:
+    def measured_attentions(
+        self,
+    ) -> list[SparseAttention | IndexedAttention | CompressedAttention]:
         """The attention of the layers that leave something out by a choice, in layer order: those
         of ModelOutput.attention_stats.
         """
         return [
             block.attention
             for block in self.blocks
-            if isinstance(block.attention, SparseAttention | IndexedAttention)
+            if isinstance(block.attention, SparseAttention | IndexedAttention | CompressedAttention)
             and block.attention.is_sparse
         ]
 
@@ -316,7 +336,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
         )
-        exchange, mask = None, None
+        exchange, mask, own_positions = None, None, positions
         if whole_positions is not None:
             exchange, positions = self.exchange, whole_positions
         if (
@@ -336,6 +356,7 @@ class Transformer(nn.Module):
             paging=paging,
             exchange=exchange,
             tensor=self.tensor,
+            positions=own_positions,
             largest=largest,
         )
 
@@ -692,6 +713,18 @@ class Transformer(nn.Module):
         """Next-token logits [B, S, vocab_size] of unpacked rows; with caches, input_ids continue
         what they hold. last_only: those of the last position alone, [B, 1, vocab_size].
         """
+        hidden = self.read(input_ids, caches).hidden
+        return self.project(hidden[:, -1:] if last_only else hidden)
+
+    def read(
+        self,
+        input_ids: torch.Tensor,
+        caches: list[LayerCache] | None = None,
+        measure_attention: bool = False,
+    ) -> Read:
+        """Unpacked rows [B, S] -> what `project` makes logits of; with caches, input_ids continue
+        what they hold.
+        """
         assert self.tensor is None, "whoever generates reads the model whole"
         batch, length = input_ids.shape
         start = caches[0].length if caches else 0
@@ -701,9 +734,13 @@ class Transformer(nn.Module):
         cu_seqlens = torch.arange(
             0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device
         )
-        layout = self._layout(positions, cu_seqlens, length)
-        hidden = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
-        return self._project(hidden.last[:, -1:] if last_only else hidden.last)
+        layout = self._layout(positions, cu_seqlens, length, measure=measure_attention)
+        found = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
+        return Read(found.last, _attention_totals(found.attentions, found.last)[1])
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `read` gives, or some of its tokens [..., D] -> logits [..., vocab_size]."""
+        return self._project(hidden)
 
     @torch.no_grad()
     def prefill(
@@ -739,11 +776,12 @@ class Transformer(nn.Module):
         keep_routing: bool = False,
         budgets: TokenBudgets | None = None,
         places: torch.Tensor | None = None,
+        max_active: int | None = None,
     ) -> Decoded:
         """The next S tokens [B, S] of B documents whose earlier ones are in the pages; logits of
         the last of each, or of `places` [R] int64 among the B * S tokens. token_mask: [B, S] bool,
         False for idle rows and for padding before a row that has fewer new tokens, which visit no
-        expert.
+        expert. max_active: as in RoutingRequest, of this pass.
         """
         batch, length = input_ids.shape
         device = input_ids.device
@@ -754,7 +792,7 @@ class Transformer(nn.Module):
         last = places
         if last is None:
             last = torch.arange(1, batch + 1, device=device) * length - 1
-        return self._decoded(input_ids, layout, pages, last, keep_routing, budgets)
+        return self._decoded(input_ids, layout, pages, last, keep_routing, budgets, max_active)
 
     def _decoded(
         self,
@@ -764,8 +802,9 @@ class Transformer(nn.Module):
         last: torch.Tensor,
         keep_routing: bool,
         budgets: TokenBudgets | None,
+        max_active: int | None = None,
     ) -> Decoded:
-        request = RoutingRequest(token_mask=layout.token_mask)
+        request = RoutingRequest(token_mask=layout.token_mask, max_active=max_active)
         if budgets is not None:
             request = request._replace(row_of=budgets.row_of)
         hidden = self._backbone(input_ids, layout, request, caches=pages, budgets=budgets)
@@ -775,8 +814,13 @@ class Transformer(nn.Module):
         expert_ids = None
         if keep_routing and hidden.routings:
             expert_ids = torch.stack([r.expert_ids for r in hidden.routings], 1).to(torch.int16)
+        rerouted = None
+        if max_active is not None:
+            rerouted = torch.zeros_like(used, dtype=torch.int64)
+            for routing in hidden.routings:
+                rerouted += (routing.reasons & int(Reason.OVERFLOW)) != 0
         logits = self._project(hidden.last.flatten(0, 1)[last])
-        return Decoded(logits, used / max(1, len(hidden.routings)), expert_ids)
+        return Decoded(logits, used / max(1, len(hidden.routings)), expert_ids, rerouted)
 
     def new_pages(self, num_pages: int, page_size: int) -> list[Pages]:
         """Empty pools of pages, one per layer; see model/attention/cache.py."""
@@ -810,7 +854,7 @@ def _is_usual(
     layout: SequenceLayout, request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None
 ) -> bool:
     """Whether a pass asks the blocks for nothing that would make another graph of them."""
-    asked = request.frozen or request.snapshot or request.plain_k
+    asked = request.frozen or request.snapshot or request.plain_k or request.max_active
     return not (asked or given_ids is not None or layout.measure or layout.largest is not None)
 
 

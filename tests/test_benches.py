@@ -18,10 +18,13 @@ from bench.quality import optimizers
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
     "checkpoint_scale": {"layers": 2, "experts": 8, "repeats": 1},
+    "load_row": {"millions": 1, "rows": 2, "layers": 1, "length": 1024},
     "large_run": {"layers": 2, "experts": 8, "ranks": 2, "mib": 1, "audit-mib": 1},
     "prepare_data": {"megabytes": 1, "workers": 1, "rounds": 1, "vocabulary": 300},
     "killed_preparation": {"megabytes": 2, "kills": 1, "workers": 1, "vocabulary": 300},
     "reliability": {"steps": 12, "save-interval": 4},
+    "plan_memory": {"size": "small", "cases": "ep2, ZeRO 3;pp2, ZeRO 1"},
+    "zero3_building": {"size": "small", "ranks": "2"},
 }
 
 
@@ -49,6 +52,7 @@ def test_every_bench_of_a_cpu_is_run():
     otherwise = {
         *("common", "collect", "tune", "peers"),  # parts, and what needs a GPU
         *("grouped_mlp", "moe_layer", "router", "sparse_attention", "train_step"),  # make bench
+        "stored_experts",  # make bench
         *("generation", "small_model"),  # need a run, and a package
         # need a commit to compare with; some minutes
         *("start_up", "optimizer_step", "compiled_blocks"),

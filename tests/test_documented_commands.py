@@ -52,6 +52,14 @@ def place(tmp_path_factory) -> Path:
     (folder / "data").mkdir()
     rows = [f'{{"text": "line {i} of a small corpus"}}\n' for i in range(400)]
     (folder / "data/part.jsonl").write_text("".join(rows))
+    said = '"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    chats = "".join(f'{{"text": "line {i}", {said}}}\n' for i in range(400))
+    (folder / "data/chats").mkdir()
+    for name in ("data/chats.jsonl", "data/chats/part.jsonl"):
+        (folder / name).write_text(chats)
+    # A plan looks whether there are files, and does not open them.
+    for name in ("data/part.idx", "data/part.bin"):
+        (folder / name).touch()
     launch("place", f"run={folder / 'run'}", "expert_parallel_size=2")
     published("qwen3_moe", folder / "model", max_position_embeddings=8192)
     published("llama", folder / "dense", max_position_embeddings=8192, num_hidden_layers=3)
@@ -79,9 +87,10 @@ def filled(word: str, place: Path) -> str:
         r"(?<==)HOST\b": "127.0.0.1",
         r"\bruns/(?:fixed|adaptive)\b": place / "run",
         r"(?<=[=:])/data\b": place / "data",
+        r"(?<=path=)tokenizer\.json\b": place / "run/data/tokenizer.json",
         r"/shared\b": place / "shared",
         r"(?<!checkpoint=)(?<==)latest\b": place / "run",
-        r"(?<=input=)prompts\.jsonl": place / "prompts.jsonl",
+        r"(?<=input=)(?:prompts|served)\.jsonl": place / "prompts.jsonl",
     }
     for name, value in names.items():
         word = re.sub(name, str(value), word)

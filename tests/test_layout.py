@@ -64,7 +64,7 @@ FLOORS = {
         ("engine",),
         ("batch",),
         ("sequence",),
-        ("request", "sampling"),
+        ("replay", "request", "sampling"),
         ("budget", "config", "pages", "speculate"),
     ),
     "model": (
@@ -81,7 +81,8 @@ FLOORS = {
         ("component", "config", "request"),
     ),
     "ops": (
-        ("compile/ahead_of_time", "index_attention"),
+        ("compile/ahead_of_time", "compressed_attention"),
+        ("index_attention",),
         ("all_to_all", "grouped_mlp", "router", "sparse_attention", "testing"),
         ("permute",),
         ("compile",),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model.adapters import add_adapters
 from model.moe.budget import start_routers
@@ -45,9 +47,10 @@ def build_model(
     config: RunConfig,
     groups: ParallelGroups | None = None,
     dtype: torch.dtype = torch.float32,
+    settle: Callable[[nn.Parameter], None] | None = None,
 ) -> Transformer:
     """The transformer of a run, or the stage of it that `groups` say, with this rank's share of the
-    experts and its initial weights.
+    experts and its initial weights. settle: of model.init.materialize.
     """
     placement = None
     if config.parallel.placement is not None and groups is not None and groups.expert_size > 1:
@@ -63,7 +66,7 @@ def build_model(
     layers = None
     if groups is not None and groups.pipeline_size > 1:
         layers = config.stage_layers[groups.pipeline_rank]
-    transformer = Transformer(config.model, parts, groups, config.seed, layers, dtype)
+    transformer = Transformer(config.model, parts, groups, config.seed, layers, dtype, settle)
     start_routers(transformer.routers(), config.budget, config.fail_safe)
     adapted = ranks_of(config.lora, config.model, config.attention.arguments)
     if adapted:

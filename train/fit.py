@@ -31,6 +31,7 @@ from train.data.open import held_out_rows, open_store, stream_of, training_sampl
 from train.data.store import TokenStore, TrainingSamples
 from train.engine.compiled import compile_blocks
 from train.engine.deepspeed import Engine
+from train.engine.partition import partition_of
 from train.engine.qk_clip import QkClip
 from train.engine.schedule import Schedule
 from train.guard.alarm_actions import AlarmActions
@@ -44,7 +45,7 @@ from train.observe.probe import RoutingProbe
 from train.observers import standard_observers
 from train.parts import Parts
 from train.pipeline.flow import Pipeline
-from train.pretrained.start import starting_weights
+from train.pretrained.start import fill_optimizer, starting_weights
 from train.progress import Progress, resume
 from train.rank.runtime import from_rank_zero, seed_everything
 from train.rank.stop import StopSignal
@@ -98,9 +99,9 @@ def fit(
         parallel.pipeline_parallel_size,
         parallel.tensor_parallel_size,
     )
-    model = build_model(config, groups, training_dtype(config))
+    model = build_model(config, groups, training_dtype(config), partition_of(config, groups))
 
-    # Before the engine shards it: so beside the model one tensor at a time is in memory.
+    # Before there is an optimizer: beside the model one tensor at a time is in memory.
     weights = None
     if config.resume is None or (restarted and from_rank_zero(lambda: begins_anew(run_dir))):
         weights = starting_weights(config, run_dir)
@@ -115,15 +116,15 @@ def fit(
         if any(source.max_epochs is not None for source in config.data.sources):
             loader.samples.require(schedule.num_samples(config.train.num_steps))
 
-        if weights is not None and config.train.precision == "bf16":
-            weights.fill_masters(engine)
-
+        updates_before = fill_optimizer(weights, engine, config)
         objective = objective_of(config, teacher, store, groups, engine.device)
 
         # Where the run stands, before anything asks: weights, random streams, samples are restored.
         progress = Progress()
         if config.resume is not None:
             progress = resume(engine, config, run_dir, loader, restarted)
+        if weights is not None:
+            progress.updates_before = updates_before
         writer = CheckpointWriter(
             run_dir, config.checkpoint, groups, resolved_config, parallel.timeout_seconds
         )
@@ -175,7 +176,7 @@ def fit(
             run_dir=run_dir,
             groups=groups,
             engine=engine,
-            pipeline=Pipeline(engine, groups),
+            pipeline=Pipeline(engine, groups, config.parallel.overlap_experts),
             schedule=schedule,
             loader=loader,
             store=store,

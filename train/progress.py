@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from model.moe.restart import RoutingFacts, State, adopt_state, state_of
-from train.checkpoint.folder import begins_anew
+from train.checkpoint.folder import begins_anew, updates_of
 from train.checkpoint.restore import restore
 from train.checkpoint.writer import restore_rng, set_newer_aside
 from train.config.run import RunConfig
@@ -39,6 +38,8 @@ class Progress:
     """train.guard.alarms.Alarms.state."""
     evaluation_left: bool = False
     """Whether the evaluation of this step was left because some rank was asked to stop."""
+    updates_before: int = 0
+    """Updates behind the optimiser's moments that the run began with (init.moments)."""
 
     def advance(self, result: StepResult) -> None:
         """One more step is done, or was skipped."""
@@ -46,11 +47,6 @@ class Progress:
         self.consumed_samples = result.end_sample
         self.consumed_tokens += result.num_tokens
         self.skipped_steps += not result.applied
-
-
-def updates_of(state: dict[str, Any]) -> int:
-    """How many updates the optimiser had made when this state.json was saved."""
-    return int(state["step"]) - int(state.get("skipped_steps", 0))
 
 
 def resume(
@@ -64,7 +60,7 @@ def resume(
     if restarted and from_rank_zero(lambda: begins_anew(run_dir)):
         return Progress()
     fresh = state_of(engine.module.routers())
-    checkpoint, state = restore(engine, run_dir, updates_of)
+    checkpoint, state = restore(engine, run_dir)
     progress = Progress(
         **{name: state[name] for name in Progress.__dataclass_fields__ if name in state}
     )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from model.config import BalanceConfig
 from model.loss import ModelOutput, training_loss
 from model.request import ForwardRequest
-from ops.all_to_all import Communication
+from ops.all_to_all import Communication, by_turns
 from train.agenda import Step
 from train.data.loader import Batch
 from train.engine.qk_clip import QkClip
@@ -138,39 +138,62 @@ class _Passes:
 
     def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """As train.pipeline.flow.Passes."""
-        engine, objective = self._run.engine, self._run.objective
         with self._run.watch.phase(self._step, "forward"):
-            request = request_for(
-                self._orders,
-                self._ask,
-                self._scope_counts,
-                self._run.config.train.z_loss_coeff > 0,
-                self._clip is not None,
-                objective.keeps_hidden,
+            return self._forward(number, hidden)
+
+    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+        """As train.pipeline.flow.Passes."""
+        with self._run.watch.phase(self._step, "backward"):
+            self._backward(number, carried, is_last)
+        self._finish(number, is_last)
+
+    def pair(
+        self, number: int, hidden: torch.Tensor | None, back: int, carried: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """As train.pipeline.flow.Passes."""
+        with self._run.watch.phase(self._step, "pair"):
+            handed_on, _ = by_turns(
+                lambda: self._forward(number, hidden),
+                lambda: self._backward(back, carried, is_last=False),
             )
-            batch = self._batches[number]
-            inputs = objective.inputs(batch, batch.inputs(engine.device))
-            output = engine.forward(inputs, request, hidden)
+        self._finish(back, is_last=False)
+        return handed_on
+
+    def _forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        engine, objective = self._run.engine, self._run.objective
+        request = request_for(
+            self._orders,
+            self._ask,
+            self._scope_counts,
+            self._run.config.train.z_loss_coeff > 0,
+            self._clip is not None,
+            objective.keeps_hidden,
+        )
+        batch = self._batches[number]
+        inputs = objective.inputs(batch, batch.inputs(engine.device))
+        output = engine.forward(inputs, request, hidden)
         again = objective.again(inputs, output, self._step.number)
         self._scope_counts = output.scope_counts
         self._outputs[number] = output, self._meter.read(), again
         return output.handed_on
 
-    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
-        """As train.pipeline.flow.Passes."""
+    def _backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+        run, (output, _, again) = self._run, self._outputs[number]
+        share = training_loss(
+            output,
+            self._size.num_targets,
+            self._size.num_tokens,
+            self._balance,
+            run.config.train.mtp_coeff,
+            self._size.num_mtp_targets,
+            run.config.train.z_loss_coeff,
+            run.objective.teaching,
+        )
+        run.engine.backward(share, is_last and again is None, carried)
+
+    def _finish(self, number: int, is_last: bool) -> None:
+        """A micro-batch went forward and backward."""
         run, (output, communication, again) = self._run, self._outputs.pop(number)
-        with run.watch.phase(self._step, "backward"):
-            share = training_loss(
-                output,
-                self._size.num_targets,
-                self._size.num_tokens,
-                self._balance,
-                run.config.train.mtp_coeff,
-                self._size.num_mtp_targets,
-                run.config.train.z_loss_coeff,
-                run.objective.teaching,
-            )
-            run.engine.backward(share, is_last and again is None, carried)
         second = None
         if again is not None:
             second = learn_again(run, self._step, again, self._size, self._orders, is_last)

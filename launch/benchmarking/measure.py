@@ -13,6 +13,7 @@ from infer.budget import RouterState, use
 from infer.config import EngineConfig, SamplingConfig
 from infer.engine import Engine, page_size_of
 from infer.request import Completion, Request
+from launch.benchmarking.energy import EnergyMeter
 from launch.benchmarking.kpi import Ratio, RequestTimes, Speed, ratio_of, speed_of
 from model.transformer import Transformer
 from train.config.commands import SloConfig
@@ -63,6 +64,10 @@ class Measured:
     """Of the pages of these requests."""
     peak_bytes: int | None
     """Of the device's memory; None where the device does not tell."""
+    joules_per_token: float | None = None
+    """Of a generated token with its share of the prompts, over all rounds: counters move in steps
+    that a round may be shorter than. None where the machine does not tell.
+    """
 
     def middle(self, name: str) -> float:
         """The median over rounds of a field of Speed."""
@@ -78,7 +83,7 @@ class Bench:
     """Measures variants in a cell.
 
     Args:
-        prompts: as many as rows, each of the cell's length.
+        prompts: as many as rows, each of the cell's length. energy: None: nobody asks.
     """
 
     def __init__(
@@ -88,7 +93,9 @@ class Bench:
         prompts: Sequence[list[int]],
         new_tokens: int,
         slo: SloConfig,
+        energy: EnergyMeter | None = None,
     ):
+        self.energy = energy or EnergyMeter((), "not asked for")
         self.variants, self.cell, self.slo = variants, cell, slo
         self.prompts, self.new_tokens = prompts, new_tokens
 
@@ -104,20 +111,29 @@ class Bench:
         routings = [self._routing(variant) for variant in self.variants]
         rounds: list[list[Speed]] = [[] for _ in self.variants]
         caches, peaks = [0] * len(self.variants), [0] * len(self.variants)
+        joules: list[list[float | None]] = [[] for _ in self.variants]
         number = 0
         while number < max_rounds and not (number >= min_rounds and self._sure(rounds, precision)):
             # In rotating order, so that no variant always follows another.
             for i in range(len(self.variants)):
                 place = (i + number) % len(self.variants)
-                speed, cache, peak = self._timed(self.variants[place])
+                speed, cache, peak, used = self._timed(self.variants[place])
                 rounds[place].append(speed)
+                joules[place].append(used)
                 caches[place], peaks[place] = cache, max(peaks[place], peak)
             number += 1
             told(number)
         return [
-            Measured(tuple(speeds), routing, cache, peak or None)
-            for speeds, routing, cache, peak in zip(rounds, routings, caches, peaks, strict=True)
+            Measured(tuple(speeds), routing, cache, peak or None, self._per_token(used))
+            for speeds, routing, cache, peak, used in zip(
+                rounds, routings, caches, peaks, joules, strict=True
+            )
         ]
+
+    def _per_token(self, joules: list[float | None]) -> float | None:
+        told = [used for used in joules if used is not None]
+        tokens = self.cell.rows * self.new_tokens * len(told)
+        return sum(told) / tokens if told and sum(told) > 0 else None
 
     def problem(self, variant: Variant) -> str | None:
         """Why the engine does not run a variant; None: it does."""
@@ -154,13 +170,18 @@ class Bench:
             for i, prompt in enumerate(self.prompts)
         ]
 
-    def _timed(self, variant: Variant) -> tuple[Speed, int, int]:
+    def _timed(self, variant: Variant) -> tuple[Speed, int, int, float | None]:
+        """Speed, bytes of the cache, the most that a GPU held, and joules."""
         engine = self._engine(variant, self.cell.rows)
         on_gpu = engine.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(engine.device)
             torch.cuda.reset_peak_memory_stats(engine.device)
+        before = self.energy.begin()
         found = _finished(engine, self._requests(False))
+        if on_gpu and self.energy.counters:
+            torch.cuda.synchronize(engine.device)
+        joules = self.energy.since(before)
         times = [RequestTimes(c.arrived, tuple(c.token_times)) for c in found]
         speed = speed_of(
             times,
@@ -169,7 +190,7 @@ class Bench:
             self.slo.tpot_ms / 1e3,
         )
         peak = torch.cuda.max_memory_allocated(engine.device) if on_gpu else 0
-        return speed, engine.cache_bytes, peak
+        return speed, engine.cache_bytes, peak, joules
 
     def _routing(self, variant: Variant) -> Routing:
         found = _finished(self._engine(variant, self.cell.rows), self._requests(True))

@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.cost.parameters import decode_cost, prefill_flops
 
 TIMES = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "tpot_p50")
+JOULES_PER_KWH = 3.6e6
 RATES = ("tokens_per_second", "total_tokens_per_second", "goodput")
 
 
@@ -29,6 +30,7 @@ def entry(
     attention: dict[str, Any],
     price_per_hour: float | None,
     expert_width: int | None = None,
+    price_per_kwh: float | None = None,
 ) -> dict[str, Any]:
     """All numbers of a variant in a cell.
 
@@ -72,11 +74,17 @@ def entry(
         "prefill_roofline_share": rates.seconds(prompt * cell.rows, 0.0) / middle["ttft_p99"],
         "cache_bytes": measured.cache_bytes,
         "peak_bytes": measured.peak_bytes,
+        "joules_per_token": measured.joules_per_token,
         "ratios": {name: dataclasses.asdict(ratio) for name, ratio in ratios.items()},
     }
     if price_per_hour is not None:
         per_token = price_per_hour / 3600 / middle["tokens_per_second"]
         found["cost_per_million_tokens"] = per_token * 1e6
+    if price_per_kwh is not None:
+        joules = measured.joules_per_token
+        found["energy_cost_per_million_tokens"] = (
+            None if joules is None else joules * 1e6 / JOULES_PER_KWH * price_per_kwh
+        )
     return found
 
 
@@ -104,6 +112,10 @@ def lines(cell: Cell, entries: Sequence[dict[str, Any]]) -> list[str]:
         columns.append(("peak GB", 8))
     if any("cost_per_million_tokens" in e for e in entries):
         columns.append(("cost/M", 8))
+    if any(e.get("joules_per_token") is not None for e in entries):
+        columns.append(("J/tok", 8))
+    if any(e.get("energy_cost_per_million_tokens") is not None for e in entries):
+        columns.append(("energy/M", 8))
     head = "  ".join(name.rjust(width) for name, width in columns)
     found = [f"{cell.rows} rows of {cell.context} tokens, {entries[0]['rounds']} rounds", head]
     for e in entries:
@@ -128,6 +140,12 @@ def lines(cell: Cell, entries: Sequence[dict[str, Any]]) -> list[str]:
             cells.append(f"{(e['peak_bytes'] or 0) / 1e9:.2f}")
         if "cost_per_million_tokens" in e:
             cells.append(f"{e['cost_per_million_tokens']:.3g}")
+        for name, key in (
+            ("J/tok", "joules_per_token"),
+            ("energy/M", "energy_cost_per_million_tokens"),
+        ):
+            if (name, 8) in columns:
+                cells.append("-" if e.get(key) is None else f"{e[key]:.3g}")
         widths = [width for _, width in columns]
         found.append("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
     return found

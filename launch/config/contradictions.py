@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launch.config.deepspeed import _deepspeed
 from launch.process.secrets import problems_of_env
-from model.attention.config import IndexedAttentionConfig
+from model.attention.config import CompressedAttentionConfig, IndexedAttentionConfig
+from model.cost.parameters import has_index
 from model.placement.record import Placement
 from train.config.kinds import matches
 from train.config.lora import target_problems
@@ -235,7 +236,8 @@ def _frozen(run: RunConfig) -> list[str]:
     """Parts that the model does not have, and balancing that a frozen router cannot follow."""
     model, problems = run.model, []
     missing = {
-        "indexer": run.attention.name != IndexedAttentionConfig.name and "attention is not indexed",
+        "indexer": not has_index(run.attention.arguments)
+        and "attention is not indexed, nor attention.select=index",
         "head": model.tie_embeddings and "model.tie_embeddings makes the embedding its head",
         "router": not model.num_experts and "model.num_experts is 0",
         "experts": not model.num_experts and "model.num_experts is 0",
@@ -420,19 +422,40 @@ def _index(run: RunConfig) -> list[str]:
     others reported trained for weeks so.
     """
     attention, problems = run.attention, []
-    if not isinstance(attention, IndexedAttentionConfig):
-        return []
-    if attention.dense_steps == 0 and run.init.run is None:
+    is_compressed = isinstance(attention, CompressedAttentionConfig)
+    if is_compressed and run.lora.rank:
+        problems.append(
+            f"lora.rank is {run.lora.rank}, but which matrices of attention=compressed have "
+            "adapters is not defined; set lora.rank=0"
+        )
+    layers = range(run.model.num_layers)
+    if not has_index(attention.arguments) or not any(
+        attention.is_sparse(run.model, i) for i in layers
+    ):
+        return problems
+    inside = not is_compressed and not isinstance(attention, IndexedAttentionConfig)
+    kind = "attention.select=index" if inside else f"attention={attention.name}"
+    instead = "attention.select=mass" if inside else "attention=scc"
+    # Inside sparse attention what a bad choice leaves out stays in the softmax through its entries,
+    # and an index learns from all of it from the first step on.
+    if not inside and attention.arguments["dense_steps"] == 0 and run.init.run is None:
         problems.append(
             "attention.dense_steps is 0, so that an index which has learned nothing would choose; "
             "raise it, or begin with init.run of a run whose index has learned"
         )
-    if run.lora.rank:
+    if run.lora.rank and not is_compressed:
         problems.append(
-            f"lora.rank is {run.lora.rank}, but adapters leave the index of attention=indexed as "
-            "it is, while what it has to find moves; set lora.rank=0, or use attention=scc"
+            f"lora.rank is {run.lora.rank}, but adapters leave the index of {kind} as it is, while "
+            f"what it has to find moves; set lora.rank=0, or use {instead}"
         )
-    layers = range(run.model.num_layers)
+    follows = attention.arguments.get("index_layers", 1) > 1
+    if follows and run.parallel.pipeline_parallel_size > 1:
+        problems.append(
+            f"attention.index_layers {attention.arguments['index_layers']} lets layers follow the "
+            "choice of an earlier one, which may be on another stage of "
+            f"parallel.pipeline_parallel_size {run.parallel.pipeline_parallel_size}; set "
+            "attention.index_layers=1"
+        )
     names = [
         f"blocks.{i}.attention.indexer.q_proj.weight"
         for i in layers
@@ -440,8 +463,8 @@ def _index(run: RunConfig) -> list[str]:
     ]
     if frozen := [p for p in run.optim.freeze if any(matches(name, p) for name in names)]:
         problems.append(
-            f"optim.freeze={frozen[0]} leaves the index of attention=indexed as it is, while what "
-            "it has to find moves; drop it"
+            f"optim.freeze={frozen[0]} leaves the index of {kind} as it is, while what it has to "
+            "find moves; drop it"
         )
     return problems
 
@@ -595,6 +618,37 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
+def _overlap(run: RunConfig, world_size: int) -> list[str]:
+    """What passes by turns do not go together with."""
+    if not run.parallel.overlap_experts:
+        return []
+    name, without = "parallel.overlap_experts", "drop parallel.overlap_experts"
+    problems = []
+    if run.parallel.expert_parallel_size == 1:
+        problems.append(
+            f"{name} with parallel.expert_parallel_size 1: no rows travel to experts; {without}"
+        )
+    rows_size = run.parallel.rows_size(world_size)
+    held = run.train.micro_batch_size * rows_size
+    if rows_size and run.train.global_batch_size <= held:
+        problems.append(
+            f"{name} with one micro-batch a step: train.global_batch_size "
+            f"{run.train.global_batch_size} is one of {run.train.micro_batch_size} rows on each of "
+            f"{rows_size} ranks; raise it or lower train.micro_batch_size, or {without}"
+        )
+    if run.zero_stage == 3:
+        problems.append(
+            f"{name} with deepspeed zero stage 3, which gathers weights in the order of one pass "
+            f"at a time; use deepspeed=zero1 or deepspeed=zero2, or {without}"
+        )
+    if run.train.compile != "none":
+        problems.append(
+            f"{name} with train.compile={run.train.compile}: blocks that are compiled hand over "
+            f"to nobody; {without} or train.compile"
+        )
+    return problems
+
+
 def _cut(run: RunConfig, ranks: int) -> list[str]:
     """What tensor parallelism does not go together with. ranks: of a stage."""
     model, size = run.model, run.parallel.tensor_parallel_size
@@ -650,7 +704,7 @@ def _parallel(run: RunConfig, world_size: int) -> list[str]:
     problems, size = [], run.parallel.expert_parallel_size
 
     context, tensor = run.parallel.context_parallel_size, run.parallel.tensor_parallel_size
-    problems += _stages(run, world_size)
+    problems += _stages(run, world_size) + _overlap(run, world_size)
     ranks = run.parallel.stage_size(world_size)
     of_stage = " of a stage" if run.parallel.pipeline_parallel_size > 1 else ""
     shared = [("expert", size), ("context", context)]

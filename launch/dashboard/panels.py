@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.attention.config import IndexedAttentionConfig, SparseAttentionConfig
-from model.cost.parameters import sparse_layers
+from model.attention.config import SparseAttentionConfig
+from model.cost.parameters import has_index, sparse_layers
 from model.routers.config import BudgetedConfig
 from train.config.run import RunConfig
 from train.config.watching import AlarmRule
@@ -114,7 +114,7 @@ def shape_of(run: RunConfig) -> Shape:
     law = run.router.law
     adaptive = has_experts and isinstance(run.router, BudgetedConfig)
     spreads_experts = has_experts and run.parallel.expert_parallel_size > 1
-    is_indexed = isinstance(run.attention, IndexedAttentionConfig)
+    is_indexed = has_index(attention)
     is_sparse = isinstance(run.attention, SparseAttentionConfig) and bool(
         sparse_layers(run.model.num_layers, attention)
     )
@@ -142,6 +142,7 @@ def shape_of(run: RunConfig) -> Shape:
         Need.SPARSE: is_sparse,
         Need.SELECTED_BLOCKS: is_sparse,
         Need.DENSE_CHECK: is_sparse and attention.get("audit_rows", 0.002) > 0,
+        Need.RESIDENT: is_sparse and attention.get("resident_blocks") is not None,
         Need.INDEXED: is_indexed,
         Need.INDEX_CHECK: is_indexed and attention["audit_rows"] > 0,
         Need.DETAILED: run.tracker.metrics == "detailed",
@@ -393,6 +394,7 @@ def attention() -> Section:
         ),
         Lines("KL divergence of estimated block masses", ("attention/mass_kl",), low=0),
         Lines("variance within pooled entries", ("attention/coherence",), low=0),
+        Lines("mass of resident blocks", ("attention/resident_recall",), low=0, high=1),
     ]
     return Section(
         "attention",

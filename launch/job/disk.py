@@ -7,8 +7,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.attention.config import IndexedAttentionConfig, SparseAttentionConfig
-from model.cost.parameters import count_parameters, sparse_layers
+from model.attention.config import SparseAttentionConfig
+from model.cost.parameters import count_parameters, has_index, sparse_layers
 from train.config.run import RunConfig
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import MIB
@@ -160,7 +160,7 @@ def _metrics_line(run: RunConfig, num_ranks: int) -> int:
     names = metric_names(
         model.moe_layers,
         sparse_layers(model.num_layers, run.attention.arguments)
-        if isinstance(run.attention, SparseAttentionConfig | IndexedAttentionConfig)
+        if isinstance(run.attention, SparseAttentionConfig) or has_index(run.attention.arguments)
         else (),
         run.tracker.metrics == "detailed",
     )
@@ -182,10 +182,12 @@ def _metrics_line(run: RunConfig, num_ranks: int) -> int:
     if not model.num_experts:
         absent |= {name for name in names if name.startswith("moe/")}
     by_index = {name for name in names if name.startswith("attention/index_")}
-    if not isinstance(run.attention, IndexedAttentionConfig):
+    if not has_index(run.attention.arguments):
         absent |= by_index
     if not isinstance(run.attention, SparseAttentionConfig):
         absent |= {name for name in names if name.startswith("attention/")} - by_index
+    if run.attention.arguments.get("resident_blocks") is None:
+        absent |= {name for name in names if name.startswith("attention/resident_")}
 
     absent |= _of_options(run)
 

@@ -178,6 +178,7 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
     every = run.stage_layers
     size = parallel.stage_size(num_ranks)
     num_micro = run.gradient_accumulation_steps(parallel.rows_size(num_ranks))
+    zero = run.deepspeed.get("zero_optimization", {})
     shared: dict[str, Any] = dict(
         precision=run.train.precision,
         zero_stage=run.zero_stage,
@@ -192,7 +193,7 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
     )
     found = []
     for place, layers in enumerate(every):
-        held = in_flight(place, len(every), num_micro)
+        held = in_flight(place, len(every), num_micro, parallel.overlap_experts)
         memory = device_memory(
             run.model,
             run.experts_per_token,
@@ -206,6 +207,8 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
             one_moment=planned_muon(run, num_ranks, layers).parameters,
             layers=layers,
             in_flight=held,
+            max_live=int(zero.get("stage3_max_live_parameters", 10**9)),
+            bucket_size=int(zero.get("reduce_bucket_size", 5 * 10**8)),
         )
         exchange = exchanged_bytes(
             run.model,

@@ -40,6 +40,10 @@ class Tally:
     """By max_new_tokens or the model's max_seq_len."""
     failed: int = 0
     """By logits that are not finite."""
+    replayed: int = 0
+    """Whose recorded tokens stood beside the prompt."""
+    same: int = 0
+    """Of which all tokens came again."""
 
 
 def answer_file(
@@ -86,10 +90,17 @@ def answer_file(
 
     begin = shown = time.monotonic()
     for completion in engine.run(asked()):
-        if engine.utility is not None and (line := engine.utility.take_line()) is not None:
-            print(line, file=sys.stderr, flush=True)
-        output.append(answer_of(lines.pop(completion.name), completion))
+        if engine.utility is not None and (told := engine.utility.take_line()) is not None:
+            print(told, file=sys.stderr, flush=True)
+        line = lines.pop(completion.name)
+        answer = answer_of(line, completion)
+        if engine.limit is not None:
+            answer["max_active_experts"] = engine.limit
+        output.append(answer)
         _count(tally, completion)
+        if line.expected is not None:
+            tally.replayed += 1
+            tally.same += tuple(completion.tokens) == line.expected
         now = time.monotonic()
         if now - shown >= PROGRESS_SECONDS:
             shown = now
@@ -106,7 +117,15 @@ def answer_file(
 
 
 def answer_of(line: PromptLine, completion: Completion) -> dict[str, Any]:
-    """One line of the output."""
+    """One line of the output. Of a recorded request, how many of its tokens came again before the
+    first other one, and of how many.
+    """
+    replay: dict[str, Any] = {}
+    if line.expected is not None:
+        pairs = zip(line.expected, completion.tokens, strict=False)
+        alike = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        same = min(len(line.expected), len(completion.tokens)) if alike is None else alike
+        replay = {"same_tokens": same, "recorded_tokens": len(line.expected)}
     return {
         "id": line.name,
         "text": completion.text,
@@ -115,6 +134,7 @@ def answer_of(line: PromptLine, completion: Completion) -> dict[str, Any]:
         "generated_tokens": len(completion.tokens),
         "log_probability": sum(completion.log_probabilities),
         "experts_per_token": completion.experts_per_token,
+        **replay,
         **{key: value for key, value in line.rest.items() if key not in _ANSWER},
     }
 
@@ -126,6 +146,8 @@ _ANSWER = (
     "generated_tokens",
     "log_probability",
     "experts_per_token",
+    "same_tokens",
+    "recorded_tokens",
 )
 """Keys of an answer that a key of the line does not replace."""
 

@@ -62,10 +62,20 @@ class AnswerFile:
             file.truncate(whole)
 
     def append(self, answer: dict[str, Any]) -> None:
-        """One line, with the operating system when this returns."""
+        """One line, with the operating system when this returns.
+
+        Raises:
+            OSError: it could not be written; the message says which file, and how to go on.
+        """
         assert self._file is not None
-        self._file.write(dumps(answer, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(dumps(answer, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            why = (
+                f"{error.strerror}; mend that, and the same command goes on behind the last answer"
+            )
+            raise OSError(error.errno, why, str(self.path)) from error
         self.done.add(str(answer["id"]))
 
     def __enter__(self) -> AnswerFile:

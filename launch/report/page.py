@@ -224,6 +224,12 @@ CHARTS = (
     ),
     _chart(
         "attention",
+        "Resident blocks",
+        (("attention/resident_recall", "resident"),),
+        "Share of dense attention's mass between first blocks and window that was not evicted.",
+    ),
+    _chart(
+        "attention",
         "Recall of the index",
         (("attention/index_recall", "mean"), ("attention/index_recall/min", "lowest layer")),
         "Audited rows: share of dense attention on what the index chooses.",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.cost.parameters import is_indexed
+from model.cost.parameters import has_index, is_compressed, is_indexed
 
 SHAPING = ("rule", "index_heads", "index_head_dim", "interval", "dense_layers")
 """Settings that say which tensors an index has, and where."""
+SHAPING_ENTRIES = ("layer_kinds", "csa_ratio", "index_heads", "index_head_dim")
+"""Likewise, of compressed attention."""
+INSIDE = ("select", "index_head_dim", "index_layers", "interval", "dense_layers")
+"""Those of an index inside sparse attention."""
 
 
 def without_index(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -16,13 +20,30 @@ def without_index(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
     old, new: settings of attention, with its name.
     """
-    if not is_indexed(new):
+    if not has_index(new):
         return None
-    if is_indexed(old) and all(old[key] == new[key] for key in SHAPING):
+    if not is_indexed(new) and not is_compressed(new):
+        if has_index(old) and all(old.get(key) == new[key] for key in INSIDE):
+            return None
+        shape = ", ".join(f"{key} {new[key]}" for key in INSIDE[1:3])
+        return (
+            f"attention.select=index with {shape} chooses by an index that these weights do not "
+            "have, and one that has learned nothing chooses at random; train it with launch.train "
+            "and attention.index_steps above 0, or use attention.select=mass"
+        )
+    shaping = SHAPING_ENTRIES if is_compressed(new) else SHAPING
+    is_alike = has_index(old) and all(key in old for key in shaping)
+    if is_alike and all(_listed(old[key]) == _listed(new[key]) for key in shaping):
         return None
-    shape = ", ".join(f"{key} {new[key]}" for key in SHAPING[:3])
+    name = "compressed" if is_compressed(new) else "indexed"
+    shape = ", ".join(f"{key} {new[key]}" for key in shaping[:3])
     return (
-        f"attention=indexed with {shape} chooses by an index that these weights do not have, and "
+        f"attention={name} with {shape} chooses by an index that these weights do not have, and "
         "one that has learned nothing chooses at random; train it with launch.train and "
         "attention.dense_steps above 0, or leave attention out"
     )
+
+
+def _listed(value: Any) -> Any:
+    """Layers as a saved config has them."""
+    return list(value) if isinstance(value, tuple) else value

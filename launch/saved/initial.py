@@ -9,7 +9,7 @@ and refused where they do not. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from launch.config.build import ConfigError, build_record
 from launch.config.overrides import literal, plain
 from launch.saved.configs import load_checkpoint_config
 from launch.saved.index import without_index
-from model.cost.parameters import is_indexed
+from model.cost.parameters import has_index, is_compressed, is_indexed
 from train.checkpoint.folder import find_checkpoint, step_of
-from train.config.training import problems_of_checkpoint
+from train.config.lora import LoraConfig
+from train.config.training import OptimConfig, problems_of_checkpoint
 from train.config.upcycling import UpcycleConfig
 from train.pretrained.described import describe, end_of_text, reading_of
 from train.pretrained.shards import PretrainedError
@@ -53,6 +54,8 @@ class Given:
     """Whether another router or attention may be chosen freely: a run knows them all."""
     step: int = 0
     """Of a run's checkpoint."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """That a run's checkpoint was made under."""
 
 
 def with_initial_weights(config: DictConfig, overrides: list[str] | None = None) -> DictConfig:
@@ -101,6 +104,11 @@ def with_initial_weights(config: DictConfig, overrides: list[str] | None = None)
             if not typed & {"balance", f"balance.{key}"}:
                 config.balance[key] = value
         _set_tokenizer(config, given, typed)
+    # An upcycled model is refused with the other contradictions (train/config/training.py).
+    if given.is_run and config.init.moments is True and not config.init.upcycle.num_experts:
+        problems = _of_moments(config, given)
+    if problems:
+        raise ConfigError(problems)
     return config
 
 
@@ -136,7 +144,8 @@ def check_weights(init: Any) -> list[str]:
         FileNotFoundError: the run has no checkpoint.
     """
     if init.run is not None:
-        return [f"begins with the weights of {find_checkpoint(Path(init.run), init.checkpoint)}"]
+        brought = "weights and moments" if init.moments else "weights"
+        return [f"begins with the {brought} of {find_checkpoint(Path(init.run), init.checkpoint)}"]
     if init.path is None:
         return []
     described = describe(Path(init.path).expanduser())
@@ -184,16 +193,19 @@ def _of_run(run: str, prefer: str) -> Given:
         raise ConfigError(problems)
     checkpoint = find_checkpoint(Path(run), prefer=prefer)
     config = plain(load_checkpoint_config(checkpoint))
+    # Of tokens that came without one there is none.
+    has_tokenizer = config["data"]["tokenizer"]["end_of_document_id"] is None
     return Given(
         source=f"init.run={run}",
         model=config["model"],
         router=config["router"] if config["model"]["num_experts"] else {},
         attention=config["attention"],
         balance=config["balance"],
-        tokenizer=Path(run) / "data",
+        tokenizer=Path(run) / "data" if has_tokenizer else None,
         end_of_document=config["data"]["tokenizer"]["end_of_document"],
         is_run=True,
         step=step_of(checkpoint),
+        settings=config,
     )
 
 
@@ -231,7 +243,13 @@ def _of_shape(config: DictConfig, given: Given, typed: set[str], chosen: set[str
 
 def _of_index(given: Given, asked: dict[str, Any]) -> str | None:
     """Why the weights' index may not choose from the first step on; None: it may, or is not to."""
-    if not is_indexed(asked) or asked["dense_steps"] != 0 or not given.is_run:
+    learns_inside = has_index(asked) and not is_indexed(asked) and not is_compressed(asked)
+    if learns_inside:
+        # By mass it selects well at once; an index has to learn before it takes over.
+        if asked["index_steps"] == 0 and (refusal := without_index(given.attention, asked)):
+            return f"attention.index_steps is 0 with {given.source}: {refusal}"
+        return None
+    if not has_index(asked) or asked["dense_steps"] != 0 or not given.is_run:
         return None
     if refusal := without_index(given.attention, asked):
         return f"attention.dense_steps is 0 with {given.source}: {refusal}"
@@ -242,6 +260,50 @@ def _of_index(given: Given, asked: dict[str, Any]) -> str | None:
             f"{given.step} of its {learned} steps; raise it, or train that run further"
         )
     return None
+
+
+def _of_moments(config: DictConfig, given: Given) -> list[str]:
+    """Why the optimizer's moments of a run cannot be those of the new one, as far as settings say
+    it. What one of the two trains and the other does not is found parameter by parameter, when the
+    checkpoint is read (train/checkpoint/reader.py).
+    """
+    from launch.saved.resume import chosen_optimizers, learned
+
+    asked, found = f"init.moments is true, but {given.source}", []
+    was = given.settings
+    now = {name: _plain(config[name]) for name in ("lora", "optim", "attention", "model")}
+    # What is no setting at all is said where all settings are read.
+    malformed: list[str] = []
+    build_record(now["lora"], LoraConfig, "lora.", malformed)
+    build_record(now["optim"], OptimConfig, "optim.", malformed)
+    if malformed:
+        return []
+
+    if was["lora"]["rank"] or now["lora"]["rank"]:
+        which = "has adapters" if was["lora"]["rank"] else "has none of the adapters"
+        found.append(f"{asked} {which}, and adapters begin anew; drop init.moments")
+
+    old, new = was["optim"], now["optim"]
+    if old["optimizer"] != new["optimizer"]:
+        found.append(
+            f"{asked} has moments of {old['optimizer']}, not of {new['optimizer']}; add "
+            f"optim={old['optimizer']}, or drop init.moments"
+        )
+    elif chosen_optimizers(old) != chosen_optimizers(new):
+        found.append(
+            f"{asked} chooses optimizers by other optim.groups; give those of its config.yaml, or "
+            "drop init.moments"
+        )
+
+    attentions = [learned(settings["attention"], settings["model"]) for settings in (was, now)]
+    if others := sorted(attentions[0] ^ attentions[1]):
+        layer, name = others[0]
+        where = "learns" if others[0] in attentions[0] else "does not learn"
+        found.append(
+            f"{asked} {where} attention.{name}, unlike this run (the first in layer {layer}); take "
+            "the same attention, or drop init.moments"
+        )
+    return found
 
 
 def _means_the_same(key: str, asked: Any, shape: dict[str, Any]) -> bool:

@@ -75,9 +75,9 @@ def opened(
     for_text: bool = False,
 ) -> tuple[Transformer, TokenStore | FolderTokens, torch.device]:
     """The model of a run, or of a folder of published weights, on its device and at its budget, and
-    its tokens. With a place it is this rank's share of the experts of a run. weights: int8, the
-    experts that launch.quantize has made, or ema, the moving average of a run; average: of how many
-    checkpoints the mean is taken; for_text: a run without a tokenizer is refused.
+    its tokens. With a place it is this rank's share of the experts of a run. weights: int8 or fp8,
+    the experts that launch.quantize has made, or ema, the moving average of a run; average: of how
+    many checkpoints the mean is taken; for_text: a run without a tokenizer is refused.
     """
     from train.checkpoint.folder import find_last
 
@@ -98,6 +98,7 @@ def opened(
     from train.components import build_model
     from train.data.store import TokenStore
     from train.trained.averages import reader_of
+    from train.trained.quantize import use_eight_bit
 
     store = TokenStore(Path(run_dir) / "data")
     if place is None or parallel is None:
@@ -109,10 +110,7 @@ def opened(
         model, device = build_model(spread(config, parallel), place.groups), place.device
     with working(f"loading {folder}"):
         load_weights(model, reader_of(checkpoints, weights))
-    if weights == "int8":
-        from train.trained.quantize import use_int8
-
-        use_int8(model, Path(run_dir), folder)
+    use_eight_bit(model, Path(run_dir), folder, weights)
     model = model.to(device)
 
     # A budget that launch.evaluate has saved is a copy of buffers.

@@ -28,7 +28,14 @@ from launch.saved.environment import require_confirmed
 from launch.saved.files import read_result
 from launch.saved.initial import with_initial_weights
 from launch.saved.teacher import with_named_checkpoint
-from model.cost.parameters import is_indexed, is_latent, sparse_layers
+from model.cost.parameters import (
+    has_index,
+    index_layers,
+    is_compressed,
+    is_indexed,
+    is_latent,
+    sparse_layers,
+)
 from train.checkpoint.folder import find_checkpoint, newest_complete, step_of
 from train.config.component import SETTINGS
 from train.files.manifest import CheckpointError, require_owned
@@ -179,7 +186,7 @@ def _other_optimizers(before: dict[str, Any], after: dict[str, Any]) -> list[str
     """Groups of parameters may be others, but not where one of them chooses an optimizer: the first
     that matches a parameter says which moments it has.
     """
-    old, new = (_optimizers(config.get("optim", {})) for config in (before, after))
+    old, new = (chosen_optimizers(config.get("optim", {})) for config in (before, after))
     for i, (was, now) in enumerate(itertools.zip_longest(old, new, fillvalue=UNSET)):
         if was != now:
             return [
@@ -189,7 +196,7 @@ def _other_optimizers(before: dict[str, Any], after: dict[str, Any]) -> list[str
     return []
 
 
-def _optimizers(optim: dict[str, Any]) -> list[dict[str, Any]]:
+def chosen_optimizers(optim: dict[str, Any]) -> list[dict[str, Any]]:
     """Match and optimizer of every group; none where no group chooses one."""
     groups = optim.get("groups") or []
     if not any(group.get("optimizer") for group in groups):
@@ -222,7 +229,7 @@ def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if refusal := other_projections(before.get("attention", {}), after["attention"]):
         return [*found, refusal]
     missing = sorted(
-        _learned(after["attention"], model) - _learned(before.get("attention", {}), model)
+        learned(after["attention"], model) - learned(before.get("attention", {}), model)
     )
     if missing:
         layer, name = missing[0]
@@ -233,12 +240,30 @@ def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
+SHAPING_PROJECTIONS = (
+    *("layer_kinds", "csa_ratio", "hca_ratio", "q_lora_rank", "output_groups", "o_lora_rank"),
+    *("index_heads", "index_head_dim"),
+)
+"""Settings of compressed attention that say which tensors there are."""
+
+
 def other_projections(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Why weights of one attention do not fit another; None where they do. Dense and sparse
-    attention have the same, latent attention (MLA) has others.
+    attention have the same, latent attention (MLA) and compressed attention have others.
 
     old, new: settings of attention, with its name.
     """
+    if is_compressed(old) != is_compressed(new):
+        return (
+            f"cannot change attention {old.get('name', 'dense')} -> {new.get('name', 'dense')}: "
+            "the projections of compressed attention are others than those of any other"
+        )
+    for key in SHAPING_PROJECTIONS if is_compressed(old) else ():
+        if shown(old[key]) != shown(new[key]):
+            return (
+                f"cannot change attention.{key} {shown(old[key])} -> {shown(new[key])}: "
+                "the saved tensors have this shape"
+            )
     if is_latent(old) != is_latent(new):
         return (
             f"cannot change attention {old.get('name', 'dense')} -> {new.get('name', 'dense')}: "
@@ -253,7 +278,7 @@ def other_projections(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None
 
 
-def _learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int, str]]:
+def learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int, str]]:
     """(layer, setting) of what layers learn beside the projections."""
     if is_indexed(attention):
         shape = [attention[key] for key in ("rule", "index_heads", "index_head_dim")]
@@ -267,9 +292,13 @@ def _learned(attention: dict[str, Any], model: dict[str, Any]) -> set[tuple[int,
         return set()
     names = [name for name in ("offset", "trust", "sink") if attention.get(name)]
     names += [f"{name}=gated" for name in ("merge", "entries") if attention.get(name) == "gated"]
-    return {
+    found = {
         (layer, name) for layer in sparse_layers(model["num_layers"], attention) for name in names
     }
+    if has_index(attention):
+        name = f"select=index with index_head_dim = {shown(attention['index_head_dim'])}"
+        found |= {(layer, name) for layer in index_layers(model["num_layers"], attention)}
+    return found
 
 
 def described(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -80,6 +80,8 @@ def load_run(
         # What an index has learned is said by the run alone.
         if "index_heads" in own and "index_heads" in asked:
             asked["dense_steps"] = own["dense_steps"]
+        elif own.get("select") == asked.get("select") == "index":
+            asked["index_steps"] = own["index_steps"]
         config["attention"] = asked
     return _at(config, top_k, run)
 

@@ -37,7 +37,8 @@ class Answer:
     """The objects of one request.
 
     Args:
-        chat: its form; alternatives: as Asked has it; spelled: what a token stands for in a text.
+        chat: its form; alternatives: as Asked has it; spelled: what a token stands for in a text;
+            max_active: the limit on experts that makes the texts depend on what runs beside them.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Answer:
     choices: list[Choice]
     alternatives: int | None
     spelled: Callable[[int], str]
+    max_active: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def add(self, number: int, event: Event) -> None:
@@ -102,13 +104,16 @@ class Answer:
         )
         computed = [c.num_prompt_tokens - c.num_reused_tokens + len(c.tokens) for c in done]
         experts = sum(c.experts_per_token * n for c, n in zip(done, computed, strict=True))
-        return {
+        found = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": sum(c.num_reused_tokens for c in done)},
             "experts_per_token": experts / max(1, sum(computed)),
         }
+        return (
+            found if self.max_active is None else {**found, "max_active_experts": self.max_active}
+        )
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.name, "object": kind, "created": self.created, "model": self.model}

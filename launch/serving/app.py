@@ -22,7 +22,7 @@ from infer.config import SamplingConfig
 from launch.serving.answers import NOT_FINITE, Answer, Choice, error_body
 from launch.serving.asked import Asked, BadRequest, read_asked
 from launch.serving.meters import CONTENT_TYPE, Meters
-from launch.serving.worker import Ended, QueueFull, Worker
+from launch.serving.worker import RESTART_SECONDS, Ended, QueueFull, Worker
 from train.files.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ PAGE = Path(__file__).parent / "chat.html"
 OPEN = ("/", "/health")
 """What needs no token: the page holds nothing, and a probe of a cluster has none."""
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
+FAILED = "the engine has failed; ask again when the server is back"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Model:
     chat_problem: str
     chat_stop: tuple[int, ...]
     """Tokens that end an answer of a chat."""
+    max_active: int | None = None
+    """engine.max_active_experts, which every answer names."""
 
 
 class Guard:
@@ -116,7 +119,7 @@ def make_app(
 
     async def health(request: Request) -> Response:
         if worker.failure is not None:
-            return _json({"status": "failed"}, 503)
+            return _unavailable(_json({"status": "failed"}, 503))
         return _json({"status": "ok"})
 
     async def metrics(request: Request) -> Response:
@@ -170,7 +173,11 @@ class Endpoint:
         """The answer, or the beginning of its stream. What the engine gets goes into `given`."""
         try:
             asked = read_asked(
-                await _body(request), self.chat, self.model.sampling, self.model.name
+                await _body(request),
+                self.chat,
+                self.model.sampling,
+                self.model.name,
+                self.model.max_active,
             )
             made = await asyncio.to_thread(self._requests, asked, name)
             events = self._submit(made)
@@ -186,7 +193,8 @@ class Endpoint:
             full.headers["Retry-After"] = str(error.retry_after)
             return full
         except Ended:
-            return _refuse("the server is ending", 503)
+            failed = self.worker.failure is not None
+            return _unavailable(_refuse(FAILED if failed else "the server is ending", 503))
 
         answer = Answer(
             name,
@@ -195,6 +203,7 @@ class Endpoint:
             [Choice(i) for i in range(len(made))],
             asked.alternatives,
             self.model.spelled,
+            self.model.max_active,
         )
         if asked.stream:
             return StreamingResponse(
@@ -285,7 +294,7 @@ async def _collected(
                 raise ClientDisconnect
             number, event = following.result()
             if event is None:
-                return _refuse("the engine has failed", 500)
+                return _unavailable(_refuse(FAILED, 503))
             answer.add(number, event)
             if event.completion is not None:
                 left -= 1
@@ -317,7 +326,7 @@ async def _streamed(
             continue
         failed = None
         if event is None:
-            failed = "the engine has failed"
+            failed = FAILED
         elif event.completion is not None and event.completion.finish_reason == "error":
             failed = NOT_FINITE
         if failed is not None or event is None:
@@ -360,6 +369,12 @@ async def _body(request: Request) -> Any:
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:
     return Response(dumps(body), status, media_type="application/json")
+
+
+def _unavailable(response: Response) -> Response:
+    """With the time after which a client may ask again."""
+    response.headers["Retry-After"] = str(RESTART_SECONDS)
+    return response
 
 
 def _refuse(message: str, status: int) -> Response:

@@ -79,11 +79,18 @@ class Asked:
     routed_experts: bool
 
 
-def read_asked(body: Any, chat: bool, default: SamplingConfig, model: str) -> Asked:
+ALONE = ("seed", "logprobs", "top_logprobs")
+"""Fields that promise what engine.max_active_experts gives up."""
+
+
+def read_asked(
+    body: Any, chat: bool, default: SamplingConfig, model: str, max_active: int | None = None
+) -> Asked:
     """Check a body, parsed from JSON.
 
     Args:
-        default: what holds where the body says nothing; model: the name that is served.
+        default: what holds where the body says nothing; model: the name that is served;
+            max_active: engine.max_active_experts.
 
     Raises:
         BadRequest: with the field and the mend.
@@ -91,6 +98,14 @@ def read_asked(body: Any, chat: bool, default: SamplingConfig, model: str) -> As
     if not isinstance(body, dict):
         raise BadRequest(f"the body is {type(body).__name__}; send a JSON object")
     _check_fields(body, chat)
+    for field in ALONE if max_active is not None else ():
+        if body.get(field) not in (None, False):
+            raise BadRequest(
+                f"{field} asks for what can be had again, and this server runs with "
+                f"engine.max_active_experts={max_active}: what is generated beside a request "
+                "changes its experts; leave it out",
+                field,
+            )
     if (name := body.get("model")) is not None and name != model:
         raise BadRequest(f"the model {_shown(name)} is not served; it is {model!r}", "model", 404)
 

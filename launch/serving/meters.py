@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 if TYPE_CHECKING:
     from infer.engine import Engine
     from infer.request import Completion, Request
+    from launch.serving.ranks import EngineOverRanks
     from launch.serving.worker import Worker
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -73,6 +74,33 @@ class Meters:
             "Largest divergence of a layer's loads from those of training, in nats.",
             registry=self.registry,
         )
+        self.replays = counter(
+            "replays", "Requests kept to be read again in idle time, by result.", "result"
+        )
+        self.attention_audits = counter(
+            "attention_audits", "Requests whose sparse attention was compared.", "result"
+        )
+        self.shadow_tokens = counter("shadow_tokens", "Generated tokens that were compared.")
+        self.shadow_same = counter(
+            "shadow_same_tokens",
+            "Of which the likeliest is that of the full budget and dense attention.",
+        )
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"loadstone_{name}", text, registry=self.registry)
+
+        self.attention_error = gauge(
+            "attention_error",
+            "Relative error of the worst sparse layer in the last audit, at the trained top_k.",
+        )
+        self.attention_top_k = gauge("attention_top_k", "Blocks that sparse layers select.")
+        self.shadow_divergence = gauge(
+            "shadow_divergence", "Mean divergence of the compared tokens, in nats."
+        )
+        self.replay_difference = gauge(
+            "replay_difference",
+            "Largest difference of a log-probability to that of its replay, in nats.",
+        )
         self.arm_requests = counter(
             "arm_request_success", "Requests that ended, by arm and reason.", "arm", "reason"
         )
@@ -93,14 +121,14 @@ class Meters:
 
     def watch(self, worker: Worker) -> None:
         """Look at a worker whenever somebody asks."""
-        engine, pool = worker.engine, worker.engine.pool
+        engine = worker.engine
         for name, text, value in (
             ("num_requests_running", "Requests in slots.", lambda: worker.num_running),
             ("num_requests_waiting", "Requests without a slot.", lambda: worker.num_waiting),
             (
                 "kv_cache_usage_perc",
                 "Share of the pages that requests hold.",
-                lambda: 1 - pool.available / max(1, pool.num_pages - 1),
+                lambda: _share_held(*engine.num_pages),
             ),
             (
                 "spec_decode_num_drafts",
@@ -116,6 +144,16 @@ class Meters:
                 "spec_decode_num_accepted_tokens",
                 "Drafted tokens that were kept.",
                 lambda: engine.drafted.kept,
+            ),
+            (
+                "confined_num_tokens",
+                "Tokens by MoE layer that decoded under engine.max_active_experts.",
+                lambda: engine.confined.routed,
+            ),
+            (
+                "confined_num_rerouted",
+                "Of those, the ones that had other experts for it than by their own choice.",
+                lambda: engine.confined.rerouted,
             ),
             (
                 "speculation_utility",
@@ -175,7 +213,11 @@ class Meters:
         }
 
 
-def _utility(engine: Engine) -> float:
+def _share_held(free: int, pages: int) -> float:
+    return 1 - free / max(1, pages)
+
+
+def _utility(engine: Engine | EngineOverRanks) -> float:
     found = None if engine.utility is None else engine.utility.value
     return 0.0 if found is None else found
 

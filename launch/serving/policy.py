@@ -113,7 +113,7 @@ class Policy:
 
     def take(self, request: Request) -> None:
         """A request before it comes to the engine."""
-        if self.sample_one_in and _share(f"drift {request.name}") * self.sample_one_in < 1:
+        if self.sample_one_in and share_of(f"drift {request.name}") * self.sample_one_in < 1:
             if not request.keep_routing:
                 self._sampled.add(request.name)
             request.keep_routing = True
@@ -121,7 +121,7 @@ class Policy:
             return
         if self.arms:
             assert self.canary is not None
-            is_canary = _share(f"canary {request.name}") < self.canary.share
+            is_canary = share_of(f"canary {request.name}") < self.canary.share
             arm = CANARY if is_canary and not self.is_careful else CONTROL
             self._arm_of[request.name] = arm
             if arm == CANARY:
@@ -193,7 +193,7 @@ class Policy:
         return found
 
 
-def _share(name: str) -> float:
+def share_of(name: str) -> float:
     """In [0, 1), evenly spread over names, the same for a name each time."""
     digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big") / 2**56

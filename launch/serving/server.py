@@ -18,7 +18,15 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """Ends with the first signal when its requests have ended, and with the second one at once."""
+    """Ends with the first signal when its requests have ended, and with the second one at once.
+
+    Args:
+        ending: the signals that ask for it.
+    """
+
+    def __init__(self, config: uvicorn.Config, ending: tuple[signal.Signals, ...] = ENDING):
+        super().__init__(config)
+        self.ending = ending
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -27,7 +35,7 @@ class Server(uvicorn.Server):
         """
         loop = asyncio.get_running_loop()
         taken = []
-        for number in ENDING:
+        for number in self.ending:
             with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
                 before = signal.getsignal(number)
                 loop.add_signal_handler(number, self._asked_to_end)
@@ -53,11 +61,13 @@ def listen(
     port: int,
     drain_seconds: int,
     ready: Callable[[Server, int], None] = lambda server, port: None,
+    ending: tuple[signal.Signals, ...] = ENDING,
 ) -> Server:
     """Answer until asked to end.
 
     Args:
         ready: called when requests are answered, with the port.
+        ending: signals that ask for it.
 
     Raises:
         ValueError: the address is taken, or none of this machine.
@@ -74,7 +84,7 @@ def listen(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=drain_seconds,
     )
-    server = Server(config)
+    server = Server(config, ending)
     # Bound here, for an error that says what is wrong; uvicorn would end the process.
     sock = _bound(host, port)
 

@@ -88,8 +88,16 @@ class SequenceLayout:
     """Set where matrices are cut: the tokens here are then those of all ranks of the tensor group,
     of which a rank has a part between the layers.
     """
+    positions: torch.Tensor | None = None
+    """[B, S] int64 of the tokens here in their documents, as cos and sin have them; None: nobody
+    turns by other tables.
+    """
     largest: LargestLogits | None = None
     """Where dense layers say their largest logits; None: nobody asks."""
+    choices: dict[int, Any] = field(default_factory=dict)
+    """What the index of a layer has made of these tokens (sparse.Choice), for later layers that
+    follow it.
+    """
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -194,6 +202,8 @@ STATS = (
     "index_loss",
     "index_audited",
     "index_recall",
+    "candidate_mass",
+    "resident_mass",
 )
 """queries: tokens x heads measured; tail_mass, selected_mass: summed over them. selected_blocks:
 over tokens, mean of the key/value heads, times heads. union_blocks: distinct selected blocks of
@@ -203,7 +213,11 @@ its square, sub-Gaussian certificate (at most 1), rows whose error it covers, ro
 exceeds Theorem 1's bound (never), and the two quantities behind the regularisers.
 index_tokens: tokens whose index was compared with the attention's masses; index_loss: the
 divergences, summed over them. index_audited: rows whose choice was compared with dense attention;
-index_recall: the shares of its softmax that were chosen, summed over these.
+index_recall: the shares of its softmax that were chosen, summed over these. Of an index inside
+sparse attention index_audited is what dense attention gave the candidates, summed over rows and
+heads, and index_recall the part of it on what the index chose. candidate_mass: what dense attention
+gave the blocks between the first ones and the window, summed over audited rows and heads;
+resident_mass: the part of it on blocks that a bounded cache still has.
 """
 
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.component import Component
 from model.config import ModelConfig
-from model.cost.parameters import index_shape, sparse_layers, windowed_layers
+from model.cost.parameters import (
+    compressed_kinds,
+    compressed_ratio,
+    index_shape,
+    sparse_layers,
+    windowed_layers,
+)
+from ops.compressed_attention.spec import CompressedSpec
 from ops.index_attention.spec import IndexSpec
 from ops.sparse_attention.spec import SparseAttentionSpec
 
@@ -184,12 +191,40 @@ class SparseAttentionConfig(AttentionConfig):
     """Rank of a block: its estimated mass, its largest logit, or the part of its estimated mass
     that the variance term made.
     """
+    select: Literal["mass", "index"] = "mass"
+    """What chooses the blocks. mass: the rank that `score` gives. index: a small learned index,
+    with a query for each key/value head and a key for each token, which learns from the masses of
+    the layer's own softmax (ops/index_attention/README.md).
+    """
+    index_head_dim: int | None = None
+    """Dimensions of an index head. None: those of the model's heads."""
+    index_coeff: float = 1.0
+    """Weight of the index's loss, its divergence in nats from the attention's own masses, as a mean
+    over tokens, summed over the layers with an index.
+    """
+    index_steps: int = 0
+    """Steps after the dense ones in which blocks are still selected by mass while the index
+    learns. Weights that come without an index need some.
+    """
+    index_layers: int = 1
+    """An index for so many sparse layers: it chooses in the first one, and the next ones follow."""
     tail: Literal["coarse", "drop"] = "coarse"
     """Whether what is not selected is pooled or dropped."""
     top_p: float | None = None
     """Share of the estimated mass that the selection must cover: fewer than top_k blocks are taken
     where that is enough. None: always top_k.
     """
+    resident_blocks: int | None = None
+    """Blocks whose tokens a cache keeps, for each key/value head, beside the first ones, the window
+    and what began since the last boundary; other blocks cannot be selected any more, in training as
+    in decoding. None: all.
+    """
+    resident_interval: int = 1024
+    """Tokens of a document between boundaries, at which the resident blocks are chosen anew, by the
+    estimated mass that earlier queries gave them.
+    """
+    resident_decay: float = 0.9
+    """What such a mass still counts after one more interval."""
     min_sparse_length: int = 0
     """Queries at positions below this in their document attend densely."""
     num_levels: int = 1
@@ -251,8 +286,40 @@ class SparseAttentionConfig(AttentionConfig):
         """Whether `interval` and `dense_layers` leave the layer sparse."""
         return layer_idx in sparse_layers(model.num_layers, self.arguments)
 
+    def index_shape(self, model: ModelConfig) -> tuple[int, int]:
+        """Heads of an index, and the dimensions of each."""
+        return index_shape(model, self.arguments)
+
+    def index_group(self, model: ModelConfig, layer_idx: int) -> list[int]:
+        """The layers that choose as one, with this one among them; the first one has the index.
+        Empty: the layer selects by mass.
+        """
+        if self.select != "index":
+            return []
+        layers = sparse_layers(model.num_layers, self.arguments)
+        if layer_idx not in layers:
+            return []
+        begin = layers.index(layer_idx) // self.index_layers * self.index_layers
+        return layers[begin : begin + self.index_layers]
+
     def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        if self.select == "index":
+            return [
+                f"parallel.context_parallel_size is {size}, but with attention.select=index a "
+                "layer chooses for whole rows with all heads of its index, which ranks that share "
+                "out heads do not have; set parallel.context_parallel_size=1, or "
+                "attention.select=mass"
+            ]
         return _uneven_heads(model, size)
+
+    def tensor_problems(self, model: ModelConfig, size: int, context: int) -> list[str]:
+        if self.select == "index":
+            return [
+                f"parallel.tensor_parallel_size is {size}, but with attention.select=index a layer "
+                "chooses with all heads of its index, of which no rank has a part; set "
+                "parallel.tensor_parallel_size=1, or attention.select=mass"
+            ]
+        return super().tensor_problems(model, size, context)
 
     def problems(self, model: ModelConfig) -> list[str]:
         try:
@@ -261,7 +328,7 @@ class SparseAttentionConfig(AttentionConfig):
             return [f"attention.{problem}" for problem in str(error).splitlines()]
         found = [
             f"attention.{name} is {getattr(self, name)}; it must not be negative"
-            for name in ("dense_steps", "noise_steps", "temperature", *REGULARISERS)
+            for name in ("dense_steps", "noise_steps", "index_steps", "temperature", *REGULARISERS)
             if getattr(self, name) < 0
         ]
         if self.interval < 1:
@@ -270,6 +337,7 @@ class SparseAttentionConfig(AttentionConfig):
         found += self._audit_problems()
         found += self._gate_problems(spec) if self.merge == "gated" else []
         found += self._entry_problems(spec) if self.entries == "gated" else []
+        found += self._index_problems(spec, model) + self._resident_problems()
         # The gates weigh a coarse branch of their own, whatever becomes of the one softmax's tail.
         if spec.tail == "drop" and self.merge != "gated":
             found += [
@@ -330,6 +398,76 @@ class SparseAttentionConfig(AttentionConfig):
                 "set attention.tail=coarse"
             )
         return found
+
+    def _index_problems(self, spec: SparseAttentionSpec, model: ModelConfig) -> list[str]:
+        if self.select == "mass":
+            without = {
+                "index_head_dim": None,
+                "index_coeff": 1.0,
+                "index_steps": 0,
+                "index_layers": 1,
+            }
+            return [
+                f"attention.{name} is {value}, but attention.select=mass has no index; set "
+                f"attention.select=index, or drop it"
+                for name, default in without.items()
+                if (value := getattr(self, name)) != default
+            ]
+        found = []
+        if self.index_coeff <= 0:
+            found.append(
+                f"attention.index_coeff is {self.index_coeff}, so that nothing would teach the "
+                "index, which would choose at random; it must be above 0"
+            )
+        if self.index_layers < 1:
+            found.append(f"attention.index_layers is {self.index_layers}; it must be at least 1")
+        if spec.top_k == 0:
+            found.append("attention.select=index has nothing to choose with attention.top_k=0")
+        _, width = self.index_shape(model)
+        if width < max(1, model.rotary_size):
+            found.append(
+                f"attention.index_head_dim is {width}, but positions turn {model.rotary_size} "
+                "dimensions of a head; raise it, or lower model.rotary_dim"
+            )
+
+        # What would be left unread, or has no masses to teach by.
+        instead = {
+            "tail": ("coarse", "whose mass teaches the index"),
+            "merge": ("lse", "whose masses teach the index"),
+            "num_levels": (1, "as the index has no super-blocks"),
+            "score": ("prob", "as the index ranks"),
+            "top_p": (None, "as an index knows no masses"),
+            "noise_steps": (0, "as the choice of an index has no noise"),
+        }
+        for name, (value, why) in instead.items():
+            if (asked := getattr(self, name)) != value:
+                shown = "null" if value is None else value
+                found.append(
+                    f"attention.{name}={asked} does not combine with attention.select=index; set "
+                    f"attention.{name}={shown}, {why}"
+                )
+        return found
+
+    def _resident_problems(self) -> list[str]:
+        if self.resident_blocks is None:
+            defaults = {"resident_interval": 1024, "resident_decay": 0.9}
+            return [
+                f"attention.{name} is {value}, but attention.resident_blocks=null keeps all "
+                "blocks; set attention.resident_blocks, or drop it"
+                for name, default in defaults.items()
+                if (value := getattr(self, name)) != default
+            ]
+        instead = {
+            "merge": ("lse", "in whose softmax evicted blocks stay"),
+            "select": ("mass", "by which blocks stay resident"),
+            "noise_steps": (0, "as the choice among resident blocks has no noise"),
+        }
+        return [
+            f"attention.{name}={asked} does not combine with attention.resident_blocks; set "
+            f"attention.{name}={value}, {why}"
+            for name, (value, why) in instead.items()
+            if (asked := getattr(self, name)) != value
+        ]
 
     def _noise_problems(self) -> list[str]:
         if self.min_top_k is None:
@@ -457,6 +595,193 @@ class IndexedAttentionConfig(AttentionConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressedAttentionConfig(AttentionConfig):
+    """A window of tokens and pooled entries of everything before, in one softmax over one head of
+    keys that are values (DeepSeek-V4; ops/compressed_attention/README.md).
+    """
+
+    name = "compressed"
+
+    layer_kinds: Literal["csa", "hca", "v4"] | tuple[str, ...] = "csa"
+    """What layers see beside the window. csa: entries that an index chooses. hca: all of their few
+    entries. v4: two layers of hca, then hca and csa by turns. Or a kind for each layer, where
+    window sees nothing else.
+    """
+    sliding_window: int = 128
+    """Tokens up to and with the query that are exact."""
+    csa_ratio: int = 4
+    """Tokens of an entry in layers of csa, whose entries reach over the window before as well."""
+    hca_ratio: int = 128
+    """Tokens of an entry in layers of hca."""
+    top_k: int = 512
+    """Entries that a query attends to in layers of csa."""
+    q_lora_rank: int = 1024
+    """Width of the latent that queries come from."""
+    output_groups: int = 8
+    """Runs of heads that are projected each by itself, before all together."""
+    o_lora_rank: int = 1024
+    """What the outputs of such a run are projected to."""
+    rope_head_dim: int = 64
+    """Last dimensions of a head that are turned by the position; outputs are turned back."""
+    compressed_rope_theta: float | None = 160_000.0
+    """Base of the frequencies in layers with entries, to which model.rope_scaling belongs as well.
+    None: model.rope_theta.
+    """
+    index_heads: int = 64
+    """Heads of the index."""
+    index_head_dim: int = 128
+    """Dimensions of an index head."""
+    index_coeff: float = 1.0
+    """Weight of the index's loss, its divergence in nats from the masses that attention gave to
+    entries, as a mean over tokens, summed over layers.
+    """
+    dense_steps: int = 1000
+    """Optimisation steps before which all entries are attended to while the index learns. 0 needs
+    init.run with an index that has learned.
+    """
+    audit_rows: float = 0.002
+    """Share of tokens whose choice is compared with attention to all entries when measuring; 0
+    switches the comparison off.
+    """
+
+    def kind(self, model: ModelConfig, layer_idx: int) -> str:
+        """csa, hca or window."""
+        return compressed_kinds(model.num_layers, self.arguments)[layer_idx]
+
+    def spec(self, kind: str) -> CompressedSpec:
+        """What the op is asked for in layers of a kind.
+
+        Raises:
+            ValueError: a number is not possible.
+        """
+        ratio = compressed_ratio(self.arguments, kind)
+        return CompressedSpec(self.sliding_window, ratio, self.top_k if kind == "csa" else None)
+
+    def rotary_size(self, model: ModelConfig) -> int:
+        return self.rope_head_dim
+
+    def is_sparse(self, model: ModelConfig, layer_idx: int) -> bool:
+        """Whether an index chooses in the layer."""
+        return self.kind(model, layer_idx) == "csa"
+
+    def context_problems(self, model: ModelConfig, size: int) -> list[str]:
+        return [
+            f"parallel.context_parallel_size is {size}, but attention=compressed has one head of "
+            "keys for all, and pools whole rows; set parallel.context_parallel_size=1"
+        ]
+
+    def tensor_problems(self, model: ModelConfig, size: int, context: int) -> list[str]:
+        return [
+            f"parallel.tensor_parallel_size is {size}, but attention=compressed has one head of "
+            "keys for all, which ranks cannot share out; set parallel.tensor_parallel_size=1"
+        ]
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        numbers = (
+            *("sliding_window", "csa_ratio", "hca_ratio", "top_k", "q_lora_rank"),
+            *("output_groups", "o_lora_rank", "rope_head_dim", "index_heads", "index_head_dim"),
+        )
+        found = [
+            f"attention.{name} is {value}; it must be at least 1"
+            for name in numbers
+            if (value := getattr(self, name)) < 1
+        ]
+        if self.dense_steps < 0:
+            found.append(f"attention.dense_steps is {self.dense_steps}; it must not be negative")
+        if self.compressed_rope_theta is not None and self.compressed_rope_theta <= 0:
+            found.append(
+                f"attention.compressed_rope_theta is {self.compressed_rope_theta}; it must be "
+                "positive, or null"
+            )
+        if not 0 <= self.audit_rows <= 1:
+            found.append(
+                f"attention.audit_rows is {self.audit_rows}; it is a share of tokens, between 0 "
+                "and 1"
+            )
+        found += self._kind_problems(model)
+        if not found and "csa" in compressed_kinds(model.num_layers, self.arguments):
+            if self.index_coeff <= 0:
+                found.append(
+                    f"attention.index_coeff is {self.index_coeff}, so that nothing would teach the "
+                    "index, which would choose at random; it must be above 0"
+                )
+            if self.index_head_dim < self.rope_head_dim:
+                found.append(
+                    f"attention.index_head_dim is {self.index_head_dim}, but positions turn "
+                    f"attention.rope_head_dim {self.rope_head_dim} dimensions; raise it"
+                )
+        return found + self._shape_problems(model)
+
+    def _kind_problems(self, model: ModelConfig) -> list[str]:
+        if isinstance(self.layer_kinds, str):
+            return []
+        if len(self.layer_kinds) != model.num_layers:
+            return [
+                f"attention.layer_kinds names {len(self.layer_kinds)} layers, but the model has "
+                f"{model.num_layers}; name each, or choose csa, hca or v4"
+            ]
+        return [
+            f"attention.layer_kinds has {kind}; choose csa, hca or window for each layer"
+            for kind in sorted({*self.layer_kinds} - {"csa", "hca", "window"})
+        ]
+
+    def _shape_problems(self, model: ModelConfig) -> list[str]:
+        """What the model says of attention must not contradict, nor be left unread."""
+        found = []
+        if model.num_kv_heads != 1:
+            found.append(
+                f"model.num_kv_heads is {model.num_kv_heads}, but with attention=compressed all "
+                "heads share one, whose keys are its values; set model.num_kv_heads=1"
+            )
+        if self.output_groups >= 1 and model.num_heads % self.output_groups:
+            found.append(
+                f"attention.output_groups is {self.output_groups}, which does not divide "
+                f"model.num_heads {model.num_heads}; change one of them"
+            )
+        if self.rope_head_dim % 2 or self.rope_head_dim > model.attention_head_dim:
+            found.append(
+                f"attention.rope_head_dim is {self.rope_head_dim}; it must be even and at most the "
+                f"{model.attention_head_dim} dimensions of a head (model.head_dim)"
+            )
+        if model.num_mtp_layers:
+            found.append(
+                f"model.num_mtp_layers is {model.num_mtp_layers}, but what modules of multi-token "
+                "prediction attend to with attention=compressed is not defined; set "
+                "model.num_mtp_layers=0"
+            )
+        if model.rope_scaling is not None and model.rope_scaling.table_factor != 1:
+            found.append(
+                "model.rope_scaling enlarges what is turned by "
+                f"{model.rope_scaling.table_factor:.4g}, and with attention=compressed keys are "
+                "values; set model.rope_scaling.attention_factor=1"
+            )
+        if model.attention_scale is not None:
+            found.append(
+                f"logits scaled by {model.attention_scale:.4g} (model.attention_multiplier or "
+                "model.mup_base_head_dim) do not combine with attention=compressed, whose scale is "
+                "1 / sqrt(model.head_dim); set them to null"
+            )
+        instead = {
+            "qk_norm": ("none", "which normalises queries and keys by itself"),
+            "attention_bias": ("none", "whose projections have no biases"),
+            "rotary_dim": (None, "where attention.rope_head_dim says what is turned"),
+        }
+        for name, (value, why) in instead.items():
+            if (asked := getattr(model, name)) != value:
+                shown = "null" if value is None else value
+                found.append(
+                    f"model.{name}={asked} does not combine with attention=compressed, {why}; set "
+                    f"model.{name}={shown}"
+                )
+        return found
+
+    def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
+        from model.attention.compressed import CompressedAttention
+
+        return CompressedAttention(model, self, layer_idx)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MlaConfig(AttentionConfig):
     """Multi-head latent attention (arXiv 2405.04434): every query sees everything before it in its
     document; keys and values of all heads are projections of one latent.
@@ -578,6 +903,7 @@ ATTENTIONS: dict[str, type[AttentionConfig]] = {
         WindowedAttentionConfig,
         SparseAttentionConfig,
         IndexedAttentionConfig,
+        CompressedAttentionConfig,
         MlaConfig,
     )
 }

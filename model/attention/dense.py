@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.attention.base import AttentionSums, SequenceLayout, has_varlen_kernel
-from model.attention.cache import KVCache, KVPages
+from model.attention.cache import KVCache, KVPages, LayerCache
 from model.config import ModelConfig
 from model.layers import RMSNorm, RowLinear, apply_rotary
 
@@ -76,7 +76,7 @@ class DenseAttention(nn.Module):
 
     def new_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
+    ) -> LayerCache:
         return KVCache(batch_size, max_len, self.num_kv_heads, self.head_dim, dtype, device)
 
     def new_pages(

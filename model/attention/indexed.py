@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
-from model.attention.cache import KVCache, KVPages
+from model.attention.cache import KVCache, KVPages, LayerCache
 from model.attention.config import IndexedAttentionConfig
 from model.attention.dense import DenseAttention
 from model.config import ModelConfig
 from model.layers import RMSNorm, apply_rotary, rotary_tables
 from ops.index_attention import (
     Index,
+    IndexSpec,
     attend_cached,
     audit_index,
     group_means,
@@ -31,10 +32,9 @@ class Indexer(nn.Module):
     modules (DeepSeek-V3.2, MiniMax-M3, Qwen4), queries being projected from the hidden state.
     """
 
-    def __init__(self, config: ModelConfig, settings: IndexedAttentionConfig):
+    def __init__(self, config: ModelConfig, spec: IndexSpec, heads: int, width: int):
         super().__init__()
-        self.spec = settings.spec()
-        self.heads, self.width = settings.index_shape(config)
+        self.spec, self.heads, self.width = spec, heads, width
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * self.width, bias=False)
         self.k_proj = nn.Linear(hidden, self.width, bias=False)
@@ -128,7 +128,9 @@ class IndexedAttention(DenseAttention):
         self.dense_steps = settings.dense_steps
         self.step = self.dense_steps  # without a trainer: the index chooses
         self.rotary_size = config.rotary_size
-        self.indexer = Indexer(config, settings) if self.is_sparse else None
+        self.indexer: Indexer | None = None
+        if self.is_sparse:
+            self.indexer = Indexer(config, self.spec, *settings.index_shape(config))
 
     @property
     def chooses(self) -> bool:
@@ -137,7 +139,7 @@ class IndexedAttention(DenseAttention):
 
     def new_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
+    ) -> LayerCache:
         if self.indexer is None:
             return super().new_cache(batch_size, max_len, dtype, device)
         return IndexedKVCache(

@@ -6,32 +6,53 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
-from model.attention.cache import KVCache, KVPages
+from model.attention.cache import KVCache, KVPages, LayerCache
 from model.attention.config import SparseAttentionConfig
 from model.attention.dense import DenseAttention
+from model.attention.indexed import Indexer
 from model.config import ModelConfig
+from ops.index_attention import IndexSpec, Teacher, select_blocks, select_held, teach_index
 from ops.sparse_attention import (
     AttentionOutput,
     SelectionNoise,
     SparseAttentionSpec,
     decode,
     decode_pages,
+    pool_entries,
     sparse_attention,
 )
 from ops.sparse_attention.audit import audit_rows
 from ops.sparse_attention.cache import EntryCache, EntryPages, Weigh
 from ops.sparse_attention.ranking import union_counts
+from ops.sparse_attention.resident import Kept, ResidentCache, select_resident
 
 UNION_TILE = 16
 """Queries of a tile of the union factor: what a kernel's tile of 128 rows holds at eight heads a
 group.
 """
+
+
+class Choice(NamedTuple):
+    """What an index has made of the tokens of a forward pass, for the layers that choose as one.
+
+    These teach it by its own inputs, which have no gradient, so that nothing of a layer's graph
+    reaches another layer, and blocks can be computed again.
+    """
+
+    indexer: Indexer
+    hidden: torch.Tensor
+    """[B, S, D], of the layer that has the index."""
+    selected: torch.Tensor | None
+    """[Hk, T, K] int32 as sparse_attention takes it, or of tokens that continue a cache
+    [B, S, Hk, K] as decode does; None where nobody asks.
+    """
 
 
 class SparseAttention(DenseAttention):
@@ -64,7 +85,9 @@ class SparseAttention(DenseAttention):
         self.noise_steps = settings.noise_steps
         self.temperature = settings.temperature
         self.min_top_k = settings.min_top_k
-        self.step = self.dense_steps + self.noise_steps  # without a trainer: the last stage
+        self.index_steps = settings.index_steps
+        # without a trainer: the last stage
+        self.step = self.dense_steps + self.noise_steps + self.index_steps
 
         heads = self.num_heads
         # vectors, except for what multiplies the hidden state: materialize leaves vectors
@@ -89,6 +112,15 @@ class SparseAttention(DenseAttention):
             else None
         )
 
+        # An index chooses in its own layer and in those that follow, which teach it as a mean.
+        group = settings.index_group(config, layer_idx)
+        self.index_owner = group[0] if group else None
+        self.index_coeff = settings.index_coeff / max(1, len(group))
+        self.indexer: Indexer | None = None
+        if self.index_owner == layer_idx:
+            index_spec = IndexSpec("msa", self.spec.block_size, self.spec.top_k)
+            self.indexer = Indexer(config, index_spec, *settings.index_shape(config))
+
         # The sigmoid of 4 is near 1: the entries' logits start almost as they are, and the branches
         # with equal gates.
         with torch.no_grad():
@@ -97,11 +129,25 @@ class SparseAttention(DenseAttention):
             if self.gates is not None:
                 self.gates.bias.zero_()
 
+    @property
+    def chooses_by_index(self) -> bool:
+        """Whether an index chooses the blocks; else their mass does."""
+        return self.index_owner is not None and self.step >= self.dense_steps + self.index_steps
+
+    @property
+    def index_width(self) -> int:
+        """Numbers of a token's index key here; 0: there is none."""
+        return 0 if self.indexer is None else self.indexer.width
+
     def new_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
+    ) -> LayerCache:
         if not self.is_sparse:
             return super().new_cache(batch_size, max_len, dtype, device)
+        if self.spec.resident_blocks is not None:
+            weigh = None if self.entry_weights is None else self._pool_logits
+            shape = (batch_size, max_len, self.num_kv_heads, self.head_dim)
+            return ResidentKVCache(ResidentCache(self.spec, *shape, dtype, device, weigh))
         return SparseKVCache(
             self.spec,
             batch_size,
@@ -111,14 +157,21 @@ class SparseAttention(DenseAttention):
             dtype,
             device,
             None if self.entry_weights is None else self._pool_logits,
+            self.index_width,
         )
 
     def new_pages(
         self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVPages:
-        """Raises ValueError where a page is not one of its blocks."""
+        """Raises ValueError where a page is not one of its blocks, or not all of them stay."""
         if not self.is_sparse:
             return super().new_pages(num_pages, page_size, dtype, device)
+        if self.spec.resident_blocks is not None:
+            raise ValueError(
+                f"attention.resident_blocks {self.spec.resident_blocks} evicts for each key/value "
+                "head of a document, and requests of the batched engine share pages; give one "
+                "prompt to launch.generate, or set attention.resident_blocks=null"
+            )
         if page_size != self.spec.block_size:
             raise ValueError(
                 f"page_size {page_size} must be attention.block_size {self.spec.block_size}"
@@ -131,26 +184,40 @@ class SparseAttention(DenseAttention):
             dtype,
             device,
             None if self.entry_weights is None else self._pool_logits,
+            self.index_width,
         )
 
     def forward(
-        self, hidden: torch.Tensor, layout: SequenceLayout, cache: KVCache | KVPages | None = None
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        cache: KVCache | KVPages | ResidentKVCache | None = None,
     ) -> tuple[torch.Tensor, AttentionSums | None]:
         """hidden [B, S, D] -> [B, S, D], and the layer's sums unless it is a dense layer."""
         if not self.is_sparse:
+            assert not isinstance(cache, ResidentKVCache)
             return super().forward(hidden, layout, cache)
         q, k, v = self._project(hidden, layout)
+        if isinstance(cache, ResidentKVCache):
+            out = self._attend_resident(hidden, q, k, v, layout, cache)
+            return self.o_proj(out.flatten(2)), AttentionSums(
+                out.new_zeros((), dtype=torch.float32), _no_stats(out)
+            )
 
         # The stages: dense attention first, which keeps the other parameters in the reductions.
         if self.step < self.dense_steps:
             q, k, v = layout.to_heads(q, k, v)
             out = layout.to_tokens(self._attend_densely(q, k, v, layout, cache))
-            return self.o_proj(out.flatten(2)), AttentionSums(self._unused(hidden), _no_stats(out))
+            return self.o_proj(out.flatten(2)), AttentionSums(
+                self._unused(hidden, layout), _no_stats(out)
+            )
 
         # Pages: new keys and pooled entries are in place before anything is looked at.
         if isinstance(cache, SparseKVPages):
             assert layout.paging is not None
             cache.write(k, v, layout.paging.slots)
+            if self.indexer is not None:
+                cache.write_index(self._index_keys(hidden, layout), layout.paging.slots)
             if not layout.paging.fresh:
                 out = self._attend_to_pages(hidden, q, layout, cache)
                 return self.o_proj(out.flatten(2)), AttentionSums(
@@ -161,13 +228,15 @@ class SparseAttention(DenseAttention):
 
         # Decoding: the pooled past is in the cache.
         if cache is not None and cache.length:
-            out = self._attend_to_cache(hidden, q, k, v, cache)
+            out = self._attend_to_cache(hidden, q, k, v, layout, cache)
             return self.o_proj(out.flatten(2)), AttentionSums(
                 out.new_zeros((), dtype=torch.float32), _no_stats(out)
             )
 
         # Training and prefill: all tokens at once, documents end to end.
         if cache is not None:
+            if isinstance(cache, SparseKVCache) and self.indexer is not None:
+                cache.place_index(self._index_keys(hidden, layout))
             cache.append(k, v)
         q, k, v = layout.to_heads(q, k, v)
         flat = [x.flatten(0, 1) for x in (q, k, v)]
@@ -175,15 +244,19 @@ class SparseAttention(DenseAttention):
         out, sums = attend(hidden, flat[0], flat[1], flat[2], layout)
         return self.o_proj(layout.to_tokens(out.view_as(q)).flatten(2)), sums
 
-    def _unused(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _unused(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         """[] zero, through which every parameter that dense attention lacks has a gradient: a
         missing one would be missing from the reductions over ranks. Modules are called, so that
         ZeRO-3 gathers them.
         """
-        values = [p for p in (self.offset, self.sink, self.entry_weights) if p is not None]
+        learned = (self.offset, self.sink, self.entry_weights)
+        values: list[torch.Tensor] = [p for p in learned if p is not None]
         values += [
             module(hidden[:1, :1]) for module in (self.trust, self.gates) if module is not None
         ]
+        if self.indexer is not None:
+            first = [x[:1, :1] for x in (hidden.detach(), layout.cos, layout.sin)]
+            values += [self.indexer.queries(*first)[0], self.indexer.token_keys(*first)]
         return sum(
             (0.0 * value.float().sum() for value in values),
             hidden.new_zeros((), dtype=torch.float32),
@@ -210,6 +283,79 @@ class SparseAttention(DenseAttention):
         found = torch.einsum("...hd,hde->...he", values, weights.to(values.dtype))
         logits: torch.Tensor = found.unflatten(-1, (2, self.head_dim))
         return logits
+
+    def _index_keys(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """[B, S, w] of the tokens, for a cache."""
+        assert self.indexer is not None
+        return self.indexer.token_keys(hidden.detach(), layout.cos, layout.sin)
+
+    def _choice(self, hidden: torch.Tensor, layout: SequenceLayout) -> Choice | None:
+        """Of packed rows; None where no index is asked."""
+        if self.index_owner is None:
+            return None
+        if not (self.chooses_by_index or self.training or layout.measure):
+            return None
+        if self.indexer is None:
+            followed: Choice = layout.choices[self.index_owner]
+            return followed
+        hidden, selected = hidden.detach(), None
+        if self.chooses_by_index or layout.measure:
+            bounds = _bounds(layout)
+            with torch.no_grad():
+                index = self.indexer.of_rows(hidden, layout, bounds)
+                selected = select_blocks(index.queries, index.keys, bounds, self.spec)
+        choice = Choice(self.indexer, hidden, selected)
+        layout.choices[self.layer_idx] = choice
+        return choice
+
+    def _choice_held(
+        self,
+        hidden: torch.Tensor,
+        index_keys: torch.Tensor | None,
+        position: torch.Tensor,
+        layout: SequenceLayout,
+    ) -> torch.Tensor | None:
+        """[B, S, Hk, K] blocks for tokens that continue a cache, None where their mass chooses.
+        index_keys: [B, N, w] of the rows so far; position: [B, S].
+        """
+        if not self.chooses_by_index:
+            return None
+        if self.indexer is None:
+            assert self.index_owner is not None
+            followed: Choice = layout.choices[self.index_owner]
+            return followed.selected
+        assert index_keys is not None
+        hidden = hidden.detach()
+        queries, _ = self.indexer.queries(hidden, layout.cos, layout.sin)
+        selected = select_held(queries, index_keys, position, self.spec)
+        layout.choices[self.layer_idx] = Choice(self.indexer, hidden, selected)
+        return selected
+
+    def _divergence(
+        self,
+        choice: Choice,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attended: AttentionOutput,
+        bias: torch.Tensor | None,
+        pool_logits: torch.Tensor | None,
+        layout: SequenceLayout,
+    ) -> torch.Tensor:
+        """[] of the index from this layer's masses, summed over tokens; its gradient reaches the
+        index alone.
+        """
+        bounds = _bounds(layout)
+        index = choice.indexer.of_rows(choice.hidden, layout, bounds)
+        teacher = Teacher(
+            q.detach(),
+            k.detach(),
+            pool_entries(q, k, v, layout.cu_seqlens, self.spec, pool_logits),
+            attended.selected,
+            attended.lse.detach(),
+            None if bias is None else bias.detach(),
+        )
+        return teach_index(index.queries, index.keys, teacher, bounds, self.spec, layout.token_mask)
 
     def _noise(self, layout: SequenceLayout) -> SelectionNoise | None:
         done = self.step - self.dense_steps
@@ -248,6 +394,12 @@ class SparseAttention(DenseAttention):
         if bias is not None:
             bias = layout.to_heads(bias)[0].flatten(0, 1)
         pool_logits = None if self.entry_weights is None else self._pool_logits(v, layout)
+        choice = self._choice(hidden, layout)
+        selected = choice.selected if choice is not None and self.chooses_by_index else None
+        kept = None
+        if self.spec.resident_blocks is not None:
+            kept = self._kept(q, k, v, pool_logits, layout, layout.measure)
+            selected = kept.selected
         attended = sparse_attention(
             q,
             k,
@@ -259,8 +411,65 @@ class SparseAttention(DenseAttention):
             pool_logits=pool_logits,
             noise=self._noise(layout),
             token_ids=layout.token_ids,
+            selected=selected,
         )
-        return attended.out, self._sums(q, k, v, attended, bias, layout, pool_logits=pool_logits)
+        return attended.out, self._sums(
+            q, k, v, attended, bias, layout, pool_logits=pool_logits, choice=choice, kept=kept
+        )
+
+    def _kept(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pool_logits: torch.Tensor | None,
+        layout: SequenceLayout,
+        lists: bool,
+    ) -> Kept:
+        """What packed rows select among their resident blocks."""
+        entries = pool_entries(q, k, v, layout.cu_seqlens, self.spec, pool_logits)
+        return select_resident(q, entries, _bounds(layout), self.spec, lists)
+
+    def _attend_resident(
+        self,
+        hidden: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: SequenceLayout,
+        cache: ResidentKVCache,
+    ) -> torch.Tensor:
+        """Tokens [B, S, ...] with a bounded cache: a prompt at once, others one after the other."""
+        held = cache.held
+        if self.step < self.dense_steps:
+            raise ValueError(
+                f"attention.resident_blocks {self.spec.resident_blocks} bounds the cache, and the "
+                f"layers still attend densely (attention.dense_steps {self.dense_steps}): train "
+                "further, or set attention.resident_blocks=null"
+            )
+        if not held.length:
+            flat = [x.flatten(0, 1) for x in (q, k, v)]
+            logits = None if self.entry_weights is None else self._pool_logits(flat[2])
+            kept = self._kept(flat[0], flat[1], flat[2], logits, layout, False)
+            held.fill(k, v, kept.left)
+            bias = self._bias(hidden)
+            out = sparse_attention(
+                flat[0],
+                flat[1],
+                flat[2],
+                layout.cu_seqlens,
+                self.spec,
+                bias=None if bias is None else bias.flatten(0, 1),
+                sink=self._sink_logits(),
+                pool_logits=logits,
+                selected=kept.selected,
+            ).out
+            return out.view_as(q)
+        outs = []
+        for i in range(q.shape[1]):
+            held.append(k[:, i], v[:, i])
+            outs.append(held.attend(q[:, i], self._bias(hidden[:, i]), self._sink_logits())[0])
+        return torch.stack(outs, 1)
 
     def _gated(
         self,
@@ -295,6 +504,7 @@ class SparseAttention(DenseAttention):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        layout: SequenceLayout,
         cache: KVCache,
     ) -> torch.Tensor:
         """New tokens [B, S, ...], one after the other, against the cache."""
@@ -303,6 +513,14 @@ class SparseAttention(DenseAttention):
                 f"{type(cache).__name__} has no pooled entries; take caches from "
                 "Transformer.new_caches"
             )
+
+        # Candidates are complete before the first of these tokens comes, so that an index can
+        # choose for all of them at once.
+        index_keys = None
+        if self.indexer is not None:
+            index_keys = cache.place_index(self._index_keys(hidden, layout))
+        position = cache.length + torch.arange(q.shape[1], device=q.device)
+        choice = self._choice_held(hidden, index_keys, position.expand(len(q), -1), layout)
 
         # A token may complete a block, which the next one then sees pooled: one at a time.
         outs = []
@@ -313,7 +531,10 @@ class SparseAttention(DenseAttention):
             )
             if self.gates is None:
                 bias = self._bias(hidden[:, i])
-                outs.append(attend(self.spec, bias=bias, sink=self._sink_logits())[0])
+                chosen = None if choice is None else choice[:, i]
+                outs.append(
+                    attend(self.spec, bias=bias, sink=self._sink_logits(), selected=chosen)[0]
+                )
                 continue
             coarse, selected, window = _branches(self.spec)
             branches = (
@@ -334,6 +555,8 @@ class SparseAttention(DenseAttention):
         assert paging is not None
         length = paging.lengths.unsqueeze(1) - new + 1 + torch.arange(new, device=q.device)
         flat = hidden.flatten(0, 1)
+        index_keys = None if self.indexer is None else cache.read_index(paging.pages)
+        choice = self._choice_held(hidden, index_keys, (length - 1).clamp_min(0), layout)
         attend = functools.partial(
             decode_pages,
             q.flatten(0, 1),
@@ -344,7 +567,10 @@ class SparseAttention(DenseAttention):
             length.flatten().clamp_min(1),  # padding before a shorter row stays finite
         )
         if self.gates is None:
-            out, _ = attend(self.spec, bias=self._bias(flat), sink=self._sink_logits())
+            chosen = None if choice is None else choice.flatten(0, 1)
+            out, _ = attend(
+                self.spec, bias=self._bias(flat), sink=self._sink_logits(), selected=chosen
+            )
         else:
             coarse, selected, window = _branches(self.spec)
             branches = (
@@ -365,13 +591,28 @@ class SparseAttention(DenseAttention):
         layout: SequenceLayout,
         audit: bool = True,
         pool_logits: torch.Tensor | None = None,
+        choice: Choice | None = None,
+        kept: Kept | None = None,
     ) -> AttentionSums:
         regularised = any(self.coeffs) and self.training
         found = dict.fromkeys(STATS, q.new_zeros((), dtype=torch.float32))
         penalty = found["error"]
+        divergence = None
 
         if layout.measure:
             found |= _measure(attended, layout.token_mask)
+
+        # What the index has to learn of this layer, as a mean over those that it chooses for.
+        if choice is not None and (self.training or layout.measure):
+            divergence = self._divergence(
+                choice, q, k, v, attended, bias, pool_logits, layout
+            ).float()
+            if layout.measure:
+                counted = len(q) if layout.token_mask is None else layout.token_mask.sum()
+                found |= {
+                    "index_tokens": divergence.detach().new_ones(()) * counted,
+                    "index_loss": divergence.detach(),
+                }
 
         # A few rows, the same whatever the batch is packed like, are compared with dense attention.
         if audit and self.audit_rows > 0 and (layout.measure or regularised):
@@ -379,6 +620,8 @@ class SparseAttention(DenseAttention):
 
             # Without a regulariser nothing of it has to be kept for backward.
             sinks = self._own_sinks(layout)
+            other = None if choice is None else choice.selected
+            other = other if kept is None else kept.candidates
             with torch.set_grad_enabled(regularised and torch.is_grad_enabled()):
                 audited = audit_rows(
                     q,
@@ -391,6 +634,7 @@ class SparseAttention(DenseAttention):
                     bias,
                     sinks,
                     pool_logits,
+                    other,
                 )
 
             # A sampled row stands for 1 / audit_rows tokens. The mean is over all heads: ranks that
@@ -417,11 +661,25 @@ class SparseAttention(DenseAttention):
                     "mass_kl": audited.mass_kl.detach().sum(),
                     "coherence": audited.coherence.detach().sum(),
                 }
+                if choice is not None:
+                    found |= {
+                        "index_audited": audited.candidate_mass.sum(),
+                        "index_recall": audited.chosen_mass.sum(),
+                    }
+                if kept is not None:
+                    found |= {
+                        "candidate_mass": audited.candidate_mass.sum(),
+                        "resident_mass": audited.chosen_mass.sum(),
+                    }
+        if divergence is not None:
+            penalty = penalty + self.index_coeff * divergence
         return AttentionSums(penalty, torch.stack([found[name].float() for name in STATS]))
 
 
 class SparseKVCache(KVCache):
-    """Keys, values and the pooled entries of the blocks that are complete."""
+    """Keys, values and the pooled entries of the blocks that are complete; with an index also its
+    keys [B, max_len, index_width].
+    """
 
     def __init__(
         self,
@@ -433,11 +691,27 @@ class SparseKVCache(KVCache):
         dtype: torch.dtype,
         device: torch.device,
         weigh: Weigh | None = None,
+        index_width: int = 0,
     ):
         super().__init__(batch_size, max_len, num_kv_heads, head_dim, dtype, device)
+        self.index_keys = torch.zeros(
+            (batch_size, max_len, index_width), dtype=dtype, device=device
+        )
         self.entries = EntryCache(
             spec, batch_size, max_len, num_kv_heads, head_dim, dtype, device, weigh
         )
+
+    def place_index(self, keys: torch.Tensor) -> torch.Tensor:
+        """Store [B, S, w] of the tokens that are appended next, and return all with them.
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        end = self.length + keys.shape[1]
+        if end > self.max_len:
+            raise ValueError(f"{end} tokens do not fit the cache of {self.max_len}")
+        self.index_keys[:, self.length : end] = keys
+        return self.index_keys[:, :end]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before = self.length
@@ -446,8 +720,25 @@ class SparseKVCache(KVCache):
         return found
 
 
+class ResidentKVCache(LayerCache):
+    """A bounded cache: the tokens of resident blocks, and the pooled entries of all."""
+
+    def __init__(self, held: ResidentCache):
+        self.held = held
+
+    @property
+    def max_len(self) -> int:  # type: ignore[override]
+        return self.held.max_len
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.held.length
+
+
 class SparseKVPages(KVPages):
-    """Keys, values and the pooled entries of the pages that are full; a page is a block."""
+    """Keys, values and the pooled entries of the pages that are full; a page is a block. With an
+    index also its keys [num_pages, block_size, index_width].
+    """
 
     def __init__(
         self,
@@ -458,12 +749,25 @@ class SparseKVPages(KVPages):
         dtype: torch.dtype,
         device: torch.device,
         weigh: Weigh | None = None,
+        index_width: int = 0,
     ):
         super().__init__(num_pages, spec.block_size, num_kv_heads, head_dim, dtype, device)
         self.entries = EntryPages(spec, num_pages, num_kv_heads, head_dim, dtype, device, weigh)
+        self.index_keys = torch.zeros(
+            (num_pages, spec.block_size, index_width), dtype=dtype, device=device
+        )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*super().tensors(), *self.entries.entries)
+        index = (self.index_keys,) if self.index_keys.shape[2] else ()
+        return (*super().tensors(), *self.entries.entries, *index)
+
+    def write_index(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store [B, S, w] at slots [B * S] int64 = page * block_size + place."""
+        self.index_keys.flatten(0, 1)[slots] = keys.flatten(0, 1)
+
+    def read_index(self, pages: torch.Tensor) -> torch.Tensor:
+        """[B, P * block_size, w] of pages [B, P] int64."""
+        return self.index_keys[pages].flatten(1, 2)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         super().write(keys, values, slots)
@@ -477,6 +781,12 @@ def _merged(gates: torch.Tensor, branches: tuple[torch.Tensor, ...]) -> torch.Te
         (gates[..., i, None] * branch for i, branch in enumerate(branches)),
         torch.zeros_like(branches[0]),
     )
+
+
+def _bounds(layout: SequenceLayout) -> list[int]:
+    """Where documents begin, and the number of tokens."""
+    bounds: list[int] = layout.shared("bounds", lambda: layout.cu_seqlens.cpu()).tolist()
+    return bounds
 
 
 def _no_stats(like: torch.Tensor) -> torch.Tensor:

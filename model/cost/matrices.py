@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from model.config import ModelConfig
-from model.cost.parameters import index_matrices, is_indexed, is_latent, sparse_layers
+from model.cost.parameters import (
+    compressed_kinds,
+    compressed_matrices,
+    has_index,
+    index_layers,
+    index_matrices,
+    is_compressed,
+    is_latent,
+    pooling_matrices,
+)
 
 
 class Matrices(NamedTuple):
@@ -35,9 +44,11 @@ def hidden_matrices(
     """
     layers = range(config.num_layers) if layers is None else layers
     found: list[Matrices] = []
-    indexed = sparse_layers(config.num_layers, attention) if is_indexed(attention) else []
+    indexed = index_layers(config.num_layers, attention) if has_index(attention) else []
+    kinds = compressed_kinds(config.num_layers, attention) if is_compressed(attention) else None
     for layer in layers:
-        found += _layer(config, config.is_moe_layer(layer), attention, layer in indexed)
+        kind = "window" if kinds is None else kinds[layer]
+        found += _layer(config, config.is_moe_layer(layer), attention, layer in indexed, kind)
     for _ in range(config.num_mtp_layers if layers.stop == config.num_layers else 0):
         found.append(Matrices("other", 1, config.hidden_size, 2 * config.hidden_size))
         # the block of such a module attends densely, or by latents as the layers do
@@ -51,13 +62,19 @@ def _layer(
     has_experts: bool,
     attention: Mapping[str, Any] | None,
     indexes: bool = False,
+    kind: str = "window",
 ) -> Iterator[Matrices]:
-    """indexes: the layer has what an index learns."""
+    """indexes: the layer has what an index learns; kind: of a layer of compressed attention."""
     hidden = config.hidden_size
-    projections = _latent(config, attention) if is_latent(attention) else _grouped_query(config)
+    if is_compressed(attention):
+        # Outputs by groups are stacked blocks, which Muon leaves to AdamW.
+        *into, _, back = compressed_matrices(config, attention)
+        projections = [*into, back, *pooling_matrices(config, attention, kind)]
+    else:
+        projections = _latent(config, attention) if is_latent(attention) else _grouped_query(config)
     for rows, columns in projections:
         yield Matrices("attention", 1, rows, columns)
-    if indexes and is_indexed(attention):
+    if indexes and has_index(attention):
         for rows, columns in index_matrices(config, attention):
             yield Matrices("indexer", 1, rows, columns)
     if not has_experts:

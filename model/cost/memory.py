@@ -4,6 +4,7 @@ torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,19 @@ from typing import Any
 from model.config import ModelConfig
 from model.cost.parameters import (
     Trained,
+    compressed_cache_values,
+    compressed_kinds,
     count_parameters,
+    has_index,
+    index_layers,
     index_shape,
-    is_indexed,
+    is_compressed,
     is_latent,
     number_in,
     sparse_layers,
     windowed_layers,
 )
+from ops.sparse_attention.spec import SparseAttentionSpec
 
 LOGIT_BYTES = 12
 """Per logit at the peak of backward: the fp32 log-softmax and two fp32 gradients."""
@@ -39,6 +45,10 @@ class DeviceMemory:
     logits: int
     teacher: int = 0
     """Of train/objectives/cost.py: a teacher's weights, and what the divergence from it keeps."""
+    gathered: int = 0
+    """Whole weights that stage 3 holds besides its parts: all of them, up to max_live."""
+    bucket: int = 0
+    """Gradients that stage 3 has copied to be reduced: a bucket that it keeps for good."""
 
     @property
     def total(self) -> int:
@@ -50,6 +60,8 @@ class DeviceMemory:
             + self.activations
             + self.logits
             + self.teacher
+            + self.gathered
+            + self.bucket
         )
 
 
@@ -75,6 +87,8 @@ def device_memory(
     averaged: bool = False,
     layers: range | None = None,
     in_flight: int = 1,
+    max_live: int = 10**9,
+    bucket_size: int = 5 * 10**8,
 ) -> DeviceMemory:
     """Memory under ZeRO, expert, context and tensor parallelism; the last two share out the tokens
     of a row.
@@ -87,7 +101,9 @@ def device_memory(
     grad_accum_dtype; the ones that backward makes, of the weights' dtype, live one parameter at a
     time. `one_moment` says how many dense parameters, and how many of all experts', have one moment
     instead of two, as those that Muon moves; `averaged`, that all have a moving average beside
-    them. A stage-3 device also holds the gathered weights of the layer at work, not counted here.
+    them. A stage-3 device also holds gathered weights, up to max_live elements
+    (stage3_max_live_parameters), and gradients of up to bucket_size elements (reduce_bucket_size)
+    that wait to be reduced.
 
     Of one stage of a pipeline `layers` are there, world_size is that of the stage, and activations
     are of as many micro-batches as are in flight; a last stage that is lent the embedding has it
@@ -151,6 +167,10 @@ def device_memory(
         + _adapted_bytes(config, trained, width, expert_parallel_size)
         + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
         logits=_logit_bytes(config, tokens, precision, tensor_parallel_size) if is_last else 0,
+        gathered=width * min(max_live, dense - others + experts) if zero_stage == 3 else 0,
+        bucket=summed_width * min(bucket_size, moving - others + moving_experts)
+        if zero_stage == 3
+        else 0,
     )
 
 
@@ -191,19 +211,48 @@ def cache_bytes_per_token(
     config: ModelConfig, width: int, attention: Mapping[str, Any] | None = None
 ) -> int:
     """What a token takes in the caches of all layers when generating, index keys included; sparse
-    layers keep pooled entries besides.
+    layers keep pooled entries besides. Of compressed attention, in pages.
 
-    width: bytes of a value; attention: arguments of sparse, indexed or latent attention.
+    width: bytes of a value; attention: arguments of sparse, indexed, compressed or latent
+        attention.
     """
+    if is_compressed(attention):
+        return int(width * compressed_cache_values(config, attention))
     if is_latent(attention):
         values = attention["kv_lora_rank"] + attention["qk_rope_head_dim"]
     else:
         values = 2 * config.num_kv_heads * config.attention_head_dim
     index = 0
-    if is_indexed(attention):
-        number = len(sparse_layers(config.num_layers, attention))
+    if has_index(attention):
+        number = len(index_layers(config.num_layers, attention))
         index = number * index_shape(config, attention)[1]
     return int((config.num_layers * values + index) * width)
+
+
+def cache_bytes(
+    config: ModelConfig, width: int, length: int, attention: Mapping[str, Any] | None = None
+) -> int:
+    """Of the caches of all layers for a document of `length` tokens, the pooled entries of sparse
+    layers included. Where attention.resident_blocks bounds them, sparse layers keep the tokens of
+    so many blocks, of those of the window and of one interval, and of the first ones.
+
+    width, attention: as cache_bytes_per_token takes them.
+    """
+    found = length * cache_bytes_per_token(config, width, attention)
+    if attention is None or "coarse_block_size" not in attention:
+        return found
+    layers = len(sparse_layers(config.num_layers, attention))
+    head = config.num_kv_heads * config.attention_head_dim * width
+    block = attention["block_size"]
+    # two means and a variance for each entry, of blocks that have room to be complete
+    entries = 3 * (length // block) * (block // attention["coarse_block_size"])
+    found += layers * entries * head
+    if attention.get("resident_blocks") is not None:
+        names = {field.name for field in dataclasses.fields(SparseAttentionSpec)}
+        spec = SparseAttentionSpec(**{n: v for n, v in attention.items() if n in names})
+        kept = min(spec.resident_slots, -(-length // block)) * block
+        found -= layers * 2 * head * (length - kept)
+    return int(found)
 
 
 def _windowed_copies(
@@ -231,6 +280,8 @@ def _attention_bytes(
     output, in values of `width` bytes; and rotary's fp32 copies.
     """
     heads = config.num_heads
+    if is_compressed(attention):
+        return _compressed_bytes(config, width, attention, layers, seq_len)
     if not is_latent(attention):
         q_width = heads * config.attention_head_dim
         kv_width = config.num_kv_heads * config.attention_head_dim
@@ -240,7 +291,8 @@ def _attention_bytes(
         if attention is not None and attention.get("entries") == "gated":
             sparse = number_in(layers, sparse_layers(config.num_layers, attention))
             copies += round(width * 2 * kv_width * sparse / len(layers))
-        if is_indexed(attention):
+        if has_index(attention):
+            # layers that follow another one's choice score again, to teach it
             sparse = number_in(layers, sparse_layers(config.num_layers, attention))
             kept, turned = _index_bytes(config, width, attention, seq_len)
             copies += round(kept * sparse / len(layers))
@@ -256,6 +308,36 @@ def _attention_bytes(
     return width * (latents + heads * per_head), 4 * (heads + 1) * rope
 
 
+def _compressed_bytes(
+    config: ModelConfig,
+    width: int,
+    attention: Mapping[str, Any],
+    layers: range,
+    seq_len: int,
+) -> tuple[int, int]:
+    """Of a token in compressed attention, as a mean over the layers: latents and keys before and
+    after their norms, queries and outputs before and after they are turned, what entries are
+    pooled from; of an index its queries, weights and rows with their gradients in fp32, and what it
+    chose; and rotary's fp32 copies.
+    """
+    dim, rank, heads = config.attention_head_dim, attention["q_lora_rank"], config.num_heads
+    between = attention["output_groups"] * attention["o_lora_rank"]
+    kept = width * (2 * rank + 5 * heads * dim + 3 * dim + between) + 4 * heads
+    kinds = compressed_kinds(config.num_layers, attention)
+    more = 0.0
+    for kind in (kinds[layer] for layer in layers):
+        ratio = {"csa": attention["csa_ratio"], "hca": attention["hca_ratio"]}.get(kind)
+        if ratio is None:
+            continue
+        more += width * dim * ((4 if kind == "csa" else 2) + 3 / ratio)
+        if kind == "csa":
+            queries = attention["index_heads"] * (attention["index_head_dim"] + 1)
+            keys = attention["index_head_dim"] / ratio
+            more += width * (queries + 4 * attention["index_head_dim"] + 3 * keys)
+            more += 4 * (queries + keys + min(attention["top_k"], seq_len // ratio))
+    return round(kept + more / len(layers)), 0
+
+
 def _index_bytes(
     config: ModelConfig, width: int, attention: Mapping[str, Any], seq_len: int
 ) -> tuple[int, int]:
@@ -264,10 +346,11 @@ def _index_bytes(
     and rotary's fp32 copies.
     """
     heads, dim = index_shape(config, attention)
-    has_weights = attention["rule"] == "dsa"
+    rule = attention.get("rule", "msa")
+    has_weights = rule == "dsa"
     values = (heads + 1) * dim + heads * has_weights
     norms = (1 if has_weights else heads + 1) * dim
-    choices = config.num_kv_heads if attention["rule"] == "msa" else 1
+    choices = config.num_kv_heads if rule == "msa" else 1
     chosen = min(attention["top_k"], -(-seq_len // attention["block_size"]))
     kept = width * (values + 2 * norms) + 4 * values + 4 * choices * chosen
     return kept + 4 * config.num_heads, 4 * (heads + 1) * config.rotary_size

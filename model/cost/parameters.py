@@ -108,6 +108,11 @@ def count_parameters(
     num_mtp = config.num_mtp_layers if is_last else 0
     if is_latent(attention):
         projections, inner_norms = _latent_parameters(config, attention)
+    elif is_compressed(attention):
+        projections = sum(
+            rows * columns for rows, columns in compressed_matrices(config, attention)
+        )
+        inner_norms = attention["q_lora_rank"] + config.attention_head_dim
     else:
         projections, inner_norms = _grouped_query_parameters(config)
     one_expert = 3 * hidden * config.expert_intermediate_size
@@ -143,6 +148,7 @@ def count_parameters(
         experts=num_moe * routed,
         norms=num_layers * (2 * hidden + inner_norms)
         + hidden * is_last
+        + _entry_norms(config, attention, layers)
         + index_parameters(config, attention, layers)[1],
         active_experts=round(num_moe * experts_per_token * (one_expert + biases_of_one)),
         mtp=num_mtp * module,
@@ -160,14 +166,25 @@ def index_parameters(
     config: ModelConfig, attention: Mapping[str, Any] | None, layers: range | None = None
 ) -> tuple[int, int]:
     """Of the projections of all indexes, and of their norms (of queries and keys, or of keys with a
-    bias). layers: those that count; None: all.
+    bias), of compressed attention with their biases of places. layers: those that count; None: all.
     """
-    if not is_indexed(attention):
+    if not has_index(attention):
         return 0, 0
     layers = range(config.num_layers) if layers is None else layers
-    number = number_in(layers, sparse_layers(config.num_layers, attention))
+    number = number_in(layers, index_layers(config.num_layers, attention))
     matrices = sum(rows * columns for rows, columns in index_matrices(config, attention))
-    return number * matrices, number * 2 * index_shape(config, attention)[1]
+    vectors = 2
+    if is_compressed(attention):
+        vectors = 1 + 2 * attention["csa_ratio"]
+    return number * matrices, number * vectors * index_shape(config, attention)[1]
+
+
+def _entry_norms(config: ModelConfig, attention: Mapping[str, Any] | None, layers: range) -> int:
+    """Of the norms of compressed attention's entries."""
+    if not is_compressed(attention):
+        return 0
+    kinds = compressed_kinds(config.num_layers, attention)
+    return config.attention_head_dim * sum(kinds[layer] != "window" for layer in layers)
 
 
 def is_latent(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
@@ -176,22 +193,90 @@ def is_latent(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any
 
 
 def is_indexed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Whether these are the arguments of attention by a learned index."""
-    return attention is not None and "index_heads" in attention
+    """Whether these are the arguments of attention by a learned index over grouped queries."""
+    return attention is not None and "rule" in attention
+
+
+def is_compressed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether these are the arguments of attention to a window and to pooled entries."""
+    return attention is not None and "csa_ratio" in attention
+
+
+def compressed_kinds(num_layers: int, attention: Mapping[str, Any]) -> list[str]:
+    """Of compressed attention: csa, hca or window, by layer."""
+    chosen = attention["layer_kinds"]
+    if chosen in ("csa", "hca"):
+        return [chosen] * num_layers
+    if chosen == "v4":
+        # two that see everything roughly, then one after the other
+        return ["csa" if i >= 2 and i % 2 else "hca" for i in range(num_layers)]
+    return list(chosen)
+
+
+def compressed_ratio(attention: Mapping[str, Any], kind: str) -> int:
+    """Tokens of an entry in layers of a kind; 0: they have none."""
+    return int({"csa": attention["csa_ratio"], "hca": attention["hca_ratio"]}.get(kind, 0))
+
+
+def compressed_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Shapes of a layer's projections of any kind: queries by their latent, keys, outputs by groups
+    (stacked blocks) and from there.
+    """
+    hidden, rank = config.hidden_size, attention["q_lora_rank"]
+    width = config.num_heads * config.attention_head_dim
+    groups = attention["output_groups"]
+    between = groups * attention["o_lora_rank"]
+    return [
+        (rank, hidden),
+        (width, rank),
+        (config.attention_head_dim, hidden),
+        (between, width // groups),
+        (hidden, between),
+    ]
+
+
+def pooling_matrices(
+    config: ModelConfig, attention: Mapping[str, Any], kind: str
+) -> list[tuple[int, int]]:
+    """Shapes of a layer's projections to what entries are pooled from, and to its gates."""
+    if kind == "window":
+        return []
+    width = config.attention_head_dim * (2 if kind == "csa" else 1)
+    return 2 * [(width, config.hidden_size)]
+
+
+def has_index(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether some layers choose by a learned index: those of is_indexed, compressed attention with
+    layers that choose entries, or sparse attention inside of which one chooses.
+    """
+    if is_compressed(attention):
+        kinds = attention["layer_kinds"]
+        return kinds in ("csa", "v4") or (not isinstance(kinds, str) and "csa" in kinds)
+    return attention is not None and (is_indexed(attention) or attention.get("select") == "index")
+
+
+def index_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
+    """The layers with an index of their own, of an attention that has_index."""
+    return sparse_layers(num_layers, attention)[:: attention.get("index_layers", 1)]
 
 
 def index_shape(config: ModelConfig, attention: Mapping[str, Any]) -> tuple[int, int]:
     """Heads of an index, and the dimensions of each."""
     return (
-        attention["index_heads"] or config.num_kv_heads,
+        attention.get("index_heads") or config.num_kv_heads,
         attention["index_head_dim"] or config.attention_head_dim,
     )
 
 
 def index_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Shapes of a layer's projections to index queries, index keys and, with rule=dsa, weights."""
+    """Shapes of a layer's projections to index queries, index keys and, with rule=dsa, weights; of
+    compressed attention, to queries, weights, and what keys are pooled from, with its gates.
+    """
     heads, width = index_shape(config, attention)
     hidden = config.hidden_size
+    if is_compressed(attention):
+        pools = 2 * [(2 * width, hidden)]
+        return [(heads * width, attention["q_lora_rank"]), (heads, hidden), *pools]
     weights = [(heads, hidden)] if attention["rule"] == "dsa" else []
     return [(heads * width, hidden), (width, hidden), *weights]
 
@@ -223,8 +308,19 @@ def _latent_parameters(config: ModelConfig, attention: Mapping[str, Any]) -> tup
 
 def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: range) -> int:
     """Parameters that layers learn beside dense attention's: sinks of windowed attention; offset,
-    sink, trust, gates and weights of entries of sparse layers; an index without its norms.
+    sink, trust, gates and weights of entries of sparse layers; an index without its norms; what
+    entries of compressed attention are pooled by.
     """
+    if is_compressed(attention):
+        kinds = compressed_kinds(config.num_layers, attention)
+        found = index_parameters(config, attention, layers)[0]
+        for layer in layers:
+            shapes = pooling_matrices(config, attention, kinds[layer])
+            found += sum(rows * columns for rows, columns in shapes)
+            if attention.get("sinks", True):  # with what is added, not multiplied
+                bias = shapes[0][0] * compressed_ratio(attention, kinds[layer]) if shapes else 0
+                found += config.num_heads + bias
+        return found
     if is_indexed(attention):
         return index_parameters(config, attention, layers)[0]
     if "window" in attention:
@@ -239,9 +335,10 @@ def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: rang
     # a matrix per key/value head, from values to weights in an entry's key and in its value
     weights = 2 * config.num_kv_heads * config.attention_head_dim**2
     per_layer = per_head * config.num_heads + weights * (attention.get("entries") == "gated")
+    indexes = index_parameters(config, attention, layers)[0]
     if not per_layer:
-        return 0
-    return per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
+        return indexes
+    return indexes + per_layer * number_in(layers, sparse_layers(config.num_layers, attention))
 
 
 def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
@@ -312,6 +409,35 @@ def indexed_keys(seq_len: int, attention: Mapping[str, Any]) -> float:
     return float(most - 0.5 - most * (most - 1) / (2 * seq_len))
 
 
+def closed_entries(seq_len: int, ratio: int, most: int | None = None) -> float:
+    """Mean number of closed windows of `ratio` tokens that a query has before it, of which it sees
+    `most`; None: all. Over one document of seq_len tokens.
+    """
+    number = seq_len // ratio
+    number = number if most is None else min(number, most)
+    total = ratio * number * (number - 1) / 2 + number * (seq_len - number * ratio + 1)
+    return total / seq_len
+
+
+def compressed_keys(seq_len: int, attention: Mapping[str, Any], kind: str) -> float:
+    """Mean tokens and entries that a query of compressed attention attends to, likewise; half a key
+    less, as the mean of all is taken for seq_len / 2.
+    """
+    keys = window_keys(seq_len, attention["sliding_window"])
+    if kind == "window":
+        return keys
+    most = attention["top_k"] if kind == "csa" else None
+    return keys + closed_entries(seq_len, compressed_ratio(attention, kind), most)
+
+
+def window_keys(seq_len: int, window: int) -> float:
+    """Mean tokens that a query of a sliding window sees, half a token less; the first ones see what
+    there is.
+    """
+    window = min(window, seq_len)
+    return window - 0.5 - window * (window - 1) / (2 * seq_len)
+
+
 def index_flops(
     config: ModelConfig,
     seq_len: int,
@@ -322,11 +448,25 @@ def index_flops(
     """Of a token, for the scores of all index keys before it, and in training for the gradients of
     those that were chosen; without the projections. As a mean over a document of seq_len tokens,
     over the layers here.
+
+    Inside sparse attention every candidate has a gradient, which reaches the one token of its
+    largest score, and layers that follow another one's choice score in training alone, to teach.
     """
-    if not is_indexed(attention):
+    if not has_index(attention):
         return 0.0
     layers = range(config.num_layers) if layers is None else layers
     heads, width = index_shape(config, attention)
+    number = number_in(layers, sparse_layers(config.num_layers, attention))
+    if is_compressed(attention):
+        ratio = attention["csa_ratio"]
+        by_layer = 2.0 * closed_entries(seq_len, ratio)
+        if trains:
+            by_layer += 4.0 * closed_entries(seq_len, ratio, attention["top_k"])
+        return by_layer * heads * width * number
+    if not is_indexed(attention):
+        scored = seq_len / 2 * (1 + 2 * trains / attention["block_size"])
+        there = (sparse_layers if trains else index_layers)(config.num_layers, attention)
+        return float(2.0 * heads * width * scored * number_in(layers, there))
     size = attention["block_size"]
     pooled = size if attention["rule"] == "qsa" else 1
     scored = seq_len / 2 / pooled
@@ -335,7 +475,7 @@ def index_flops(
         # with rule=msa a block's gradient reaches the one token of its largest score
         chosen = indexed_keys(seq_len, attention) / (size if attention["rule"] != "dsa" else 1)
         by_layer += 4.0 * heads * width * chosen
-    return by_layer * number_in(layers, sparse_layers(config.num_layers, attention))
+    return by_layer * number
 
 
 def flops_per_token(
@@ -401,6 +541,9 @@ def _mean_keys(
 ) -> float:
     """Keys of a query, as a mean over a document of seq_len tokens, summed over the layers."""
     layers = range(config.num_layers) if layers is None else layers
+    if is_compressed(attention):
+        kinds = compressed_kinds(config.num_layers, attention)
+        return sum(compressed_keys(seq_len, attention, kinds[layer]) for layer in layers)
     num_sparse = num_windowed = 0
     if attention:
         num_sparse = number_in(layers, sparse_layers(config.num_layers, attention))
@@ -412,9 +555,7 @@ def _mean_keys(
     elif attention and num_sparse:
         keys += num_sparse * keys_per_query(seq_len, attention)
     if attention and num_windowed:
-        # the first ones see what there is; half a key less, as the mean of all is taken for S / 2
-        window = min(attention["window"], seq_len)
-        keys += num_windowed * (window - 0.5 - window * (window - 1) / (2 * seq_len))
+        keys += num_windowed * window_keys(seq_len, attention["window"])
     return keys
 
 
@@ -484,14 +625,38 @@ def decode_cost(
     experts = len(config.decoder_moe_layers) * distinct_experts * one_expert
     weights = dense * weight_bytes + experts * (expert_bytes or weight_bytes)
     cache = cache_bytes_per_token / config.num_layers * keys
-    if is_indexed(attention):
+    if has_index(attention):
         # Index keys are read of every token, keys and values of the chosen ones.
         width, own = index_shape(config, attention)[1], 2 * config.num_kv_heads
-        number = len(sparse_layers(config.num_layers, attention))
+        number = len(index_layers(config.num_layers, attention))
         values = config.num_layers * own * config.attention_head_dim + number * width
         of_a_value = cache_bytes_per_token / values
         cache = of_a_value * (own * config.attention_head_dim * keys + number * width * length)
+    elif is_compressed(attention):
+        # What is seen, and of every entry its index key.
+        of_a_value = cache_bytes_per_token / compressed_cache_values(config, attention)
+        scored = width = 0
+        if number := len(sparse_layers(config.num_layers, attention)):
+            width = index_shape(config, attention)[1]
+            scored = number * (length // attention["csa_ratio"])
+        cache = of_a_value * (config.attention_head_dim * keys + width * scored)
     return GenerationCost(float(flops), float(weights / rows + cache))
+
+
+def compressed_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -> float:
+    """Values that a token of compressed attention takes in the pages of all layers: its key, what
+    it is pooled from, and its share of entries and index keys.
+    """
+    found, head_dim = 0.0, config.attention_head_dim
+    for kind in compressed_kinds(config.num_layers, attention):
+        shapes = pooling_matrices(config, attention, kind)
+        own = head_dim + sum(rows for rows, _ in shapes)
+        entry = head_dim if shapes else 0
+        if kind == "csa":
+            width = index_shape(config, attention)[1]
+            own, entry = own + 4 * width, entry + width
+        found += own + entry / max(1, compressed_ratio(attention, kind))
+    return found
 
 
 def number_in(layers: range, chosen: Iterable[int]) -> int:
@@ -500,7 +665,12 @@ def number_in(layers: range, chosen: Iterable[int]) -> int:
 
 
 def sparse_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
-    """Layers that sparse attention's `interval` and `dense_layers` leave sparse."""
+    """Layers that sparse attention's `interval` and `dense_layers` leave sparse; of compressed
+    attention, those with an index.
+    """
+    if is_compressed(attention):
+        kinds = compressed_kinds(num_layers, attention)
+        return [i for i, kind in enumerate(kinds) if kind == "csa"]
     if "window" in attention or is_latent(attention):
         return []
     dense = {i % num_layers for i in attention.get("dense_layers", ())}

@@ -14,11 +14,11 @@ from model.dispatch.rows import lent_experts
 from model.parallel.groups import ParallelGroups
 from model.placement.record import LayerPlacement
 from ops.all_to_all import Flight, Hop, begin_rows, end_rows
-from ops.grouped_mlp import grouped_mlp, grouped_mlp_int8
+from ops.grouped_mlp import grouped_mlp, grouped_mlp_eight_bit
 
 Stack = tuple[Tensor, ...]
-"""gate_up [n, 2F, D] and down [n, D, F] of n experts; of int8 weights their scales, [n, 2F] and
-[n, D]; and where they have biases those of both, of the same shapes.
+"""gate_up [n, 2F, D] and down [n, D, F] of n experts; of weights of 8 bits their scales, [n, 2F]
+and [n, D]; and where they have biases those of both, of the same shapes.
 """
 
 
@@ -99,10 +99,10 @@ class Experts(nn.Module):
             )
             self.loan = ([self.global_ids.index(e) for experts in to_ranks for e in experts], hop)
 
-    def hold_int8(
+    def hold_eight_bit(
         self, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor, down_scales: Tensor
     ) -> None:
-        """Weights of 8 bits in place of what it has, for inference (ops.grouped_mlp.int8).
+        """Weights of 8 bits in place of what it has, for inference (ops.grouped_mlp.eight_bit).
 
         Raises:
             ValueError: they are of other experts.
@@ -119,7 +119,7 @@ class Experts(nn.Module):
         for (name, value), shape in zip(given.items(), shapes, strict=True):
             if value.shape != shape:
                 raise ValueError(
-                    f"{name} of int8 experts is {list(value.shape)}, the model's {list(shape)}"
+                    f"{name} of 8-bit experts is {list(value.shape)}, the model's {list(shape)}"
                 )
             parameter = nn.Parameter(value.to(device), requires_grad=False)
             parameter.allreduce = False  # type: ignore[attr-defined]
@@ -212,10 +212,10 @@ class Experts(nn.Module):
         hidden, *places = rows
         weights, *indices = places
         gate_up, down, *others = stack
-        if gate_up.dtype == torch.int8:
+        if self.gate_up_scales is not None:
             gate_up_scales, down_scales, *others = others
             gate_up_bias, down_bias = others or (None, None)
-            return grouped_mlp_int8(
+            return grouped_mlp_eight_bit(
                 hidden,
                 weights,
                 gate_up,

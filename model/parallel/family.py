@@ -67,10 +67,15 @@ def cut_of(parameter: nn.Parameter) -> Cut | None:
     return getattr(parameter, "tensor_cut", None)
 
 
+def own_shape(parameter: nn.Parameter) -> torch.Size:
+    """As the model has it, also while ZeRO-3 has shared it out and it is empty."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Of what a parameter is this rank's part of; of others, and of experts, its own."""
-    how = cut_of(parameter)
-    return parameter.shape if how is None else how.whole_shape(parameter.shape)
+    how, own = cut_of(parameter), own_shape(parameter)
+    return own if how is None else how.whole_shape(own)
 
 
 def own_part(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import ModelConfig
+from model.parallel.family import own_shape
 from model.routers.config import ControlLaw
 from model.routers.state import ControllerState, RouterInputs, RouterState
 from ops.router import (
@@ -23,6 +24,7 @@ from ops.router import (
     RouterOutput,
     RouteSpec,
     Spilled,
+    confine,
     round_to_tiles,
     route,
     spill,
@@ -67,6 +69,10 @@ class RoutingRequest(NamedTuple):
     """
     row_of: torch.Tensor | None = None
     """[T] int32, rows of `budgets`."""
+    max_active: int | None = None
+    """Outside of training: the experts that may serve these tokens, those with the largest sums of
+    gates over them (ops.router.confine). A token's experts then depend on the others. None: all.
+    """
 
 
 class LoopWatch:
@@ -220,7 +226,7 @@ class Router(nn.Module):
 
     def keep_snapshots(self) -> None:
         """Hold a copy of the weight, for the steps after a spike of the gradient norm."""
-        self.snapshot_weight = torch.zeros(self.weight.shape)
+        self.snapshot_weight = torch.zeros(own_shape(self.weight))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
         """Move the state with the module, but never to another precision: a bf16 bias would lose
@@ -369,7 +375,9 @@ class Router(nn.Module):
             "num_bins": request.num_bins,
         }
         if state is not None:
-            return route(logits, spec, bias_table=bias, row_of=row_of, **choice, **options)
+            routing = route(logits, spec, bias_table=bias, row_of=row_of, **choice, **options)
+            own = None if bias is None or row_of is None else bias[row_of.long()]
+            return self._confined(routing, logits, spec, own, request, options)
         choice["bias"] = bias
 
         # The snapshot chooses, and the present weights give the gates, so that they go on learning.
@@ -406,7 +414,24 @@ class Router(nn.Module):
                 routing,
                 spilled,
             )
-        return routing
+        return self._confined(routing, logits, spec, bias, request, options)
+
+    def _confined(
+        self,
+        routing: RouterOutput,
+        logits: torch.Tensor,
+        spec: RouteSpec,
+        bias: torch.Tensor | None,
+        request: RoutingRequest,
+        options: dict[str, Any],
+    ) -> RouterOutput:
+        """The routing with no more experts than the request allows. bias: [C] or [T, C]."""
+        if request.max_active is None or request.max_active >= spec.num_experts:
+            return routing
+        assert not self.training, "which experts may serve is not limited in training"
+        confined = confine(routing, logits, spec, bias, request.max_active)
+        given = route(logits, _given(spec), given_ids=confined.expert_ids, **options)
+        return _spilled(given, routing, confined)
 
 
 def _given(spec: RouteSpec) -> RouteSpec:

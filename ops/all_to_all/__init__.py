@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         exchange_node_counts,
         node_path,
     )
+    from ops.all_to_all.turns import by_turns
 
 __all__ = [
     "PAYLOADS",
@@ -26,6 +27,7 @@ __all__ = [
     "NodeGroups",
     "Path",
     "begin_rows",
+    "by_turns",
     "end_rows",
     "exchange_counts",
     "exchange_node_counts",
@@ -44,6 +46,7 @@ __getattr__ = lazily(
         "NodeGroups": "path",
         "Path": "path",
         "begin_rows": "interface",
+        "by_turns": "turns",
         "end_rows": "interface",
         "exchange_counts": "path",
         "exchange_node_counts": "path",

@@ -14,6 +14,7 @@ from ops.all_to_all.meter import Meter
 from ops.all_to_all.path import Hop, Path
 from ops.all_to_all.payload import decode, encode
 from ops.all_to_all.spec import PAYLOADS, return_payload
+from ops.all_to_all.turns import give_way, rows_have_left
 
 
 class Flight:
@@ -41,9 +42,11 @@ class Flight:
         else:
             last = self.path[-1]
             self.pending = self._send(sent, last.group, last.receive, last.send)
+        rows_have_left()
 
     def end(self, payload: str, back: bool) -> Tensor:
         """Wait for the slow hop, and do what is left."""
+        give_way()
         rows = self._wait(*self.pending)
         del self.pending
         if self.homeward != back:

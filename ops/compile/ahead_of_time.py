@@ -42,7 +42,7 @@ from ops.compile.cuda import cache_folder
 from ops.compile.launch import Launch, record_launches
 
 if TYPE_CHECKING:
-    from ops.grouped_mlp.spec import Precision
+    from ops.grouped_mlp.spec import Precision, Stored
     from ops.sparse_attention.spec import SparseAttentionSpec
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -56,6 +56,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
@@ -211,13 +212,14 @@ def grouped_mlp_launches(
     sizes: tuple[int, int, int, int, int],
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
-    int8: bool = False,
+    stored: Stored | None = None,
     precision: Precision = "native",
 ) -> list[Launch]:
-    """What a forward and backward would start, of int8 weights a forward alone; sizes: tokens, D,
-    F, experts, slots of a token. Tensors have no memory.
+    """What a forward and backward would start, of weights stored in 8 bits a forward alone; sizes:
+    tokens, D, F, experts, slots of a token. Tensors have no memory.
     """
     from ops.grouped_mlp import triton_backend
+    from ops.grouped_mlp.eight_bit import DTYPES
 
     num_tokens, hidden_size, width, num_experts, top_k = sizes
 
@@ -225,18 +227,18 @@ def grouped_mlp_launches(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     hidden = tensor(num_tokens, hidden_size)
-    stored = torch.int8 if int8 else dtype
+    weight = dtype if stored is None else DTYPES[stored]
     given = (
         hidden,
         tensor(num_tokens, top_k, dtype=torch.float32),
-        tensor(num_experts, 2 * width, hidden_size, dtype=stored),
-        tensor(num_experts, hidden_size, width, dtype=stored),
+        tensor(num_experts, 2 * width, hidden_size, dtype=weight),
+        tensor(num_experts, hidden_size, width, dtype=weight),
         tensor(num_tokens * top_k, dtype=torch.int32),
         tensor(num_tokens, top_k, dtype=torch.int32),
         tensor(num_experts + 1, dtype=torch.int32),
     )
     with record_launches(architecture) as launches:
-        if int8:
+        if stored is not None:
             widths = (2 * width, hidden_size)
             scales = [tensor(num_experts, w, dtype=torch.float32) for w in widths]
             triton_backend.forward(*given, False, (scales[0], scales[1]))
@@ -320,13 +322,13 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
         top_k: int,
         dtype: torch.dtype = torch.bfloat16,
         products: bool = True,
-        int8: bool = False,
+        stored: Stored | None = None,
         precision: Precision = "native",
     ) -> Iterator[Job]:
         sizes = num_tokens, hidden_size, width, num_experts, top_k
-        for recompute in (True,) if int8 else (False, True):
+        for recompute in (False, True) if stored is None else (True,):
             for launch in grouped_mlp_launches(
-                architecture, sizes, dtype, recompute, int8, precision
+                architecture, sizes, dtype, recompute, stored, precision
             ):
                 absent = [
                     name.removesuffix("_ptr")
@@ -344,11 +346,13 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
     yield from record("D2872 F2872 K1", 8192, 2872, 2872, 8, 1)
     yield from record("D2048 F768 fp16", 32768, 2048, 768, 128, 8, torch.float16)
     yield from record("D2048 F768 fp32", 1024, 2048, 768, 128, 8, torch.float32)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        yield from record(f"int8 {name}", 32768, 2048, 768, 128, 8, dtype, int8=True)
-        yield from record(f"int8 {name} few rows", 64, 2048, 768, 128, 8, dtype, int8=True)
-    yield from record("int8 masked", 64, 2872, 2872, 8, 1, torch.bfloat16, int8=True)
+    kinds: tuple[Stored, ...] = ("int8", "fp8")
+    for kind in kinds:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            name = f"{kind} weights {str(dtype).removeprefix('torch.')}"
+            yield from record(name, 32768, 2048, 768, 128, 8, dtype, stored=kind)
+            yield from record(f"{name} few rows", 64, 2048, 768, 128, 8, dtype, stored=kind)
+        yield from record(f"{kind} weights masked", 64, 2872, 2872, 8, 1, stored=kind)
     if architecture >= 89:
         yield from record("fp8 D2048 F768 K8", 32768, 2048, 768, 128, 8, precision="fp8")
         yield from record("fp8 few rows", 1024, 2048, 768, 128, 8, precision="fp8")

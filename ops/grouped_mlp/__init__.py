@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ops.lazy import lazily
 
 if TYPE_CHECKING:
-    from ops.grouped_mlp.int8 import dequantized, grouped_mlp_int8, quantize_rows
+    from ops.grouped_mlp.eight_bit import dequantized, grouped_mlp_eight_bit, quantize_rows
     from ops.grouped_mlp.interface import BACKENDS, grouped_mlp, product_tile_rows, select_backend
     from ops.grouped_mlp.reference import reference_grouped_mlp
     from ops.grouped_mlp.swiglu import activate
@@ -15,7 +15,7 @@ __all__ = [
     "activate",
     "dequantized",
     "grouped_mlp",
-    "grouped_mlp_int8",
+    "grouped_mlp_eight_bit",
     "product_tile_rows",
     "quantize_rows",
     "reference_grouped_mlp",
@@ -27,11 +27,11 @@ __getattr__ = lazily(
     {
         "BACKENDS": "interface",
         "activate": "swiglu",
-        "dequantized": "int8",
+        "dequantized": "eight_bit",
         "grouped_mlp": "interface",
-        "grouped_mlp_int8": "int8",
+        "grouped_mlp_eight_bit": "eight_bit",
         "product_tile_rows": "interface",
-        "quantize_rows": "int8",
+        "quantize_rows": "eight_bit",
         "reference_grouped_mlp": "reference",
         "select_backend": "interface",
     },

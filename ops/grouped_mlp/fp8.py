@@ -14,6 +14,11 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """Of e4m3 (arXiv 2209.05433)."""
+_SHIFT = 4
+_KEPT = (0x8000 | 0x7F << _SHIFT) - 0x10000
+"""Sign, and exponent with mantissa, of e4m3 where bf16 has its own; as int16."""
+_BIASES = 2.0 ** (127 - 7)
+"""What the exponents of bf16 and e4m3 are apart."""
 
 
 def round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,3 +51,17 @@ def rounded_rows(values: Tensor) -> Tensor:
 def rounded_columns(matrix: Tensor) -> Tensor:
     """[..., m, n], each column rounded as one vector: for products that sum over m."""
     return rounded_rows(matrix.transpose(-1, -2)).transpose(-1, -2)
+
+
+def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of 8 bits, int8 or finite e4m3, as numbers of a float dtype, all of which hold them
+    exactly.
+
+    torch converts e4m3 on a CPU value by value, which takes four times as long as the product of a
+    few rows; as the exponent and mantissa of bf16 its bits are the number over 2^120.
+    """
+    if weight.dtype != FP8 or weight.device.type != "cpu" or not weight.numel():
+        return weight.to(dtype)
+    bits = weight.view(torch.int8).to(torch.int16)
+    bits = bits.bitwise_left_shift_(_SHIFT).bitwise_and_(_KEPT)
+    return bits.view(torch.bfloat16).mul_(_BIASES).to(dtype)

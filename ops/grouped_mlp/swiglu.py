@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.grouped_mlp.spec import ALPHA, LIMIT, Activation
+from ops.grouped_mlp.spec import CLAMPS, Activation
 
 
 def activate(gate: Tensor, up: Tensor, activation: Activation = "swiglu") -> Tensor:
     """The activation (ops.grouped_mlp.spec) of gate and up, all of one shape."""
     if activation == "swiglu":
         return F.silu(gate) * up
-    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
-    return gate * (ALPHA * gate).sigmoid() * (up + 1)
+    alpha, limit, shift = CLAMPS[activation]
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * (alpha * gate).sigmoid() * (up + shift)
 
 
 def activation_backward(
@@ -31,8 +32,9 @@ def activation_backward(
     if activation == "swiglu":
         return _swiglu_backward(pre, grad_act, gates)
     raw_gate, raw_up = pre.chunk(2, dim=-1)
-    gate, up = raw_gate.clamp(max=LIMIT), raw_up.clamp(-LIMIT, LIMIT) + 1
-    sigmoid = (ALPHA * gate).sigmoid()
+    alpha, limit, shift = CLAMPS[activation]
+    gate, up = raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit) + shift
+    sigmoid = (alpha * gate).sigmoid()
     silu = gate * sigmoid
     act = silu * up
     grad_gates = (grad_act * act).sum(1, dtype=gates.dtype)
@@ -41,9 +43,9 @@ def activation_backward(
     grad_act.mul_(gates)
 
     # Where a clamp holds a value it has no gradient.
-    slope = sigmoid.addcmul(silu, 1 - sigmoid, value=ALPHA)
-    grad_gate = (grad_act * up * slope).masked_fill_(raw_gate > LIMIT, 0)
-    grad_up = (grad_act * silu).masked_fill_(raw_up.abs() > LIMIT, 0)
+    slope = sigmoid.addcmul(silu, 1 - sigmoid, value=alpha)
+    grad_gate = (grad_act * up * slope).masked_fill_(raw_gate > limit, 0)
+    grad_up = (grad_act * silu).masked_fill_(raw_up.abs() > limit, 0)
     return grad_gates, act, torch.cat((grad_gate, grad_up), dim=-1)
 
 

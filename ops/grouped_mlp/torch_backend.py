@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ops.grouped_mlp.fp8 import rounded_columns, rounded_rows
+from ops.grouped_mlp.fp8 import rounded_columns, rounded_rows, widened
 from ops.grouped_mlp.spec import Activation, Precision
 from ops.grouped_mlp.swiglu import activate, activation_backward
 
@@ -55,8 +55,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [T, D], and the pre-activations [T * K, 2F] in expert order where `keep`.
 
-    scales: of int8 weights, [L, 2F] and [L, D] fp32, which their products are multiplied with. One
-    expert's weights at a time are in the dtype of `hidden`.
+    scales: of weights of 8 bits, [L, 2F] and [L, D] fp32, which their products are multiplied
+    with. One expert's weights at a time are in the dtype of `hidden`.
     """
     num_slots, flat_weights = inverse.shape[1], weights.reshape(-1)
     # What is rounded to 8 bits is exact in the dtype of `hidden`, so its products are products of
@@ -69,7 +69,7 @@ def forward(
         x = hidden.index_select(0, tokens)
         w_up, w_down = rounds(gate_up[expert]), rounds(down[expert])
         if scales is not None:
-            w_up, w_down = w_up.to(hidden.dtype), w_down.to(hidden.dtype)
+            w_up, w_down = widened(w_up, hidden.dtype), widened(w_down, hidden.dtype)
         projected = x @ w_up.t() if pre is None else torch.mm(x, w_up.t(), out=pre[rows])
         if scales is not None:
             projected *= scales[0][expert]

@@ -64,7 +64,7 @@ def forward(
     precision: Precision = "native",
 ) -> tuple[Tensor, Tensor | None]:
     """Output [T, D], and the pre-activations [R, 2F] in row order where `keep`. Arguments:
-    interface.grouped_mlp. scales: of int8 weights, [L, 2F] and [L, D] fp32.
+    interface.grouped_mlp. scales: of weights of 8 bits, [L, 2F] and [L, D] fp32.
     """
     low = precision == "fp8"
     num_experts, hidden_size, width = down.shape
@@ -76,6 +76,8 @@ def forward(
     pre = hidden.new_empty(len(slots), 2 * width) if keep else None
     act = hidden.new_empty(len(slots), width)
     up_scales, down_scales = scales or (None, None)
+    if scales is not None:
+        gate_up, down = _readable(gate_up), _readable(down)
     tokens = _scaled(hidden, low)
     matrices: Scaled = round_rows(gate_up) if low else (gate_up, up_scales)
     _up(tokens, matrices, slots, offsets, tiles, act, pre, top_k, rows)
@@ -84,7 +86,10 @@ def forward(
     if low:
         (act, act_scales), (down, down_scales) = round_rows(act), round_rows(down)
     config = _fitting(
-        configs.row_config(rows, width, act.dtype, architecture(hidden.device)), act, down
+        configs.row_config(rows, width, act.dtype, architecture(hidden.device)),
+        act,
+        down,
+        stored=scales is not None,
     )
 
     # With one slot a token the rows are the tokens: the product writes them in place, weighted, and
@@ -286,12 +291,21 @@ def _tile_map(slots: Tensor, offsets: Tensor, rows: int) -> tuple[Tensor, Tensor
     return expert, start
 
 
-def _fitting(config: Config, *tensors: Tensor) -> Config:
-    """Without TMA where a tensor is not for it: it wants 16 bytes' alignment of the first value and
-    of every row.
+def _readable(weight: Tensor) -> Tensor:
+    """Weights of 8 bits as a kernel reads them: e4m3 by its bits where the device has no
+    conversion of it (kernels/common.py).
     """
-    if any(x.dtype == torch.int8 for x in tensors):
-        return configs.int8_config(config)
+    if weight.dtype == FP8 and architecture(weight.device) < 89:
+        return weight.view(torch.uint8)
+    return weight
+
+
+def _fitting(config: Config, *tensors: Tensor, stored: bool = False) -> Config:
+    """Without TMA where a tensor is not for it: it wants 16 bytes' alignment of the first value and
+    of every row. stored: the matrices are weights of 8 bits, whose rows are not.
+    """
+    if stored:
+        return configs.eight_bit_config(config)
     fits = all(
         x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
         for x in tensors
@@ -356,7 +370,11 @@ def _up(
     (hidden, hidden_scales), (gate_up, gate_up_scales) = tokens, matrices
     num_experts, double_width, hidden_size = gate_up.shape
     width = double_width // 2
-    config = _fitting(configs.up_config(rows, hidden.dtype, architecture(hidden.device)), gate_up)
+    config = _fitting(
+        configs.up_config(rows, hidden.dtype, architecture(hidden.device)),
+        gate_up,
+        stored=gate_up.dtype != hidden.dtype,
+    )
     pairs = gate_up.view(num_experts, 2, width, hidden_size)
     launch(
         up_kernel,

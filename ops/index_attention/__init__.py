@@ -15,17 +15,22 @@ if TYPE_CHECKING:
         audit_index,
         indexed_attention,
     )
+    from ops.index_attention.within import Teacher, select_blocks, select_held, teach_index
 
 __all__ = [
     "Index",
     "IndexAudit",
     "IndexSpec",
     "IndexedOutput",
+    "Teacher",
     "attend_cached",
     "audit_index",
     "group_means",
     "group_starts",
     "indexed_attention",
+    "select_blocks",
+    "select_held",
+    "teach_index",
 ]
 
 __getattr__ = lazily(
@@ -39,5 +44,9 @@ __getattr__ = lazily(
         "group_means": "groups",
         "group_starts": "groups",
         "indexed_attention": "interface",
+        "Teacher": "within",
+        "select_blocks": "within",
+        "select_held": "within",
+        "teach_index": "within",
     },
 )

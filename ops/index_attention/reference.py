@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops.index_attention.spec import IndexSpec
+from ops.sparse_attention.reference import Reference as SparseReference
+from ops.sparse_attention.reference import reference_attention as sparse_reference
+from ops.sparse_attention.reference import reference_blocks
+from ops.sparse_attention.spec import SparseAttentionSpec
 
 
 class Reference(NamedTuple):
@@ -113,3 +117,77 @@ def reference_attention(
             recalls.append(torch.stack(recall).mean())
         first_key += (end - begin) // size
     return Reference(torch.stack(outs), torch.stack(divergences), torch.stack(recalls), chosen)
+
+
+class Within(NamedTuple):
+    """attention: of the op; divergence [T], the mean over key/value heads; chosen [Hk, T, M] bool,
+    what the index chooses.
+    """
+
+    attention: SparseReference
+    divergence: Tensor
+    chosen: Tensor
+
+
+def reference_within(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_queries: Tensor,
+    index_keys: Tensor,
+    bounds: list[int],
+    spec: SparseAttentionSpec,
+    by_index: bool = True,
+    **options: Any,
+) -> Within:
+    """Sparse attention that an index chooses for (by_index), or that still selects by mass, and
+    what either teaches the index.
+
+    Args:
+        q: [T, H, d]; k, v: [T, Hk, d]; index_queries: [T, Hk, w]; index_keys: [T, w].
+        options: bias, sink and pool_logits of reference_attention.
+    """
+    cu_seqlens, kv_heads = torch.tensor(bounds), k.shape[1]
+    blocks = reference_blocks(cu_seqlens, spec.block_size)
+    chosen = torch.zeros(kv_heads, len(q), len(blocks.start), dtype=torch.bool)
+    scores: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
+    for t, own in enumerate(blocks.of_token.tolist()):
+        first = int(blocks.first[own])
+        local = max(first, own - spec.num_local_blocks + 1)
+        if (own - first) * spec.block_size < spec.min_sparse_length:
+            local = first
+        among = list(range(min(first + spec.num_sink_blocks, local), local))
+        for head in range(kv_heads):
+            by_block = [
+                (index_keys[blocks.start[m] : blocks.end[m]] @ index_queries[t, head]).amax()
+                / math.sqrt(index_keys.shape[1])
+                for m in among
+            ]
+            if not by_block:
+                continue
+            scores[t, head] = among, torch.stack(by_block)
+            taken = best(scores[t, head][1], spec.top_k)
+            chosen[head, t, [among[i] for i in taken]] = True
+
+    given = chosen if by_index else None
+    attention = sparse_reference(q, k, v, cu_seqlens, spec, selected=given, **options)
+    r = spec.entries_per_block
+    by_entry = attention.entry_probs.detach().sum(2).unflatten(-1, (-1, r)).sum(-1)
+    by_token = attention.token_probs.detach().sum(2)
+    divergence = []
+    for t in range(len(q)):
+        parts = [q.new_zeros(())]
+        for head in range(kv_heads):
+            if (t, head) not in scores:
+                continue
+            among, found = scores[t, head]
+            mass = torch.stack(
+                [
+                    by_entry[head, t, m] + by_token[head, t, blocks.start[m] : blocks.end[m]].sum()
+                    for m in among
+                ]
+            )
+            target, student = mass / mass.sum(), found.log_softmax(0)
+            parts.append((target * (target.log() - student)).sum())
+        divergence.append(torch.stack(parts).sum() / kv_heads)
+    return Within(attention, torch.stack(divergence), chosen)

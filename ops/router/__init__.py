@@ -7,7 +7,7 @@ from ops.router.spec import MAX_SLOTS, NUM_REASONS, Reason, RouteSpec
 
 if TYPE_CHECKING:
     from ops.router.interface import route, select_backend
-    from ops.router.overflow import Spilled, round_to_tiles, spill
+    from ops.router.overflow import Spilled, confine, most_used, round_to_tiles, spill
     from ops.router.reference import RouterOutput, reference_route
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "RouteSpec",
     "RouterOutput",
     "Spilled",
+    "confine",
+    "most_used",
     "reference_route",
     "round_to_tiles",
     "route",
@@ -29,6 +31,8 @@ __getattr__ = lazily(
     {
         "RouterOutput": "reference",
         "Spilled": "overflow",
+        "confine": "overflow",
+        "most_used": "overflow",
         "reference_route": "reference",
         "round_to_tiles": "overflow",
         "route": "interface",

@@ -73,6 +73,33 @@ def spill(
     return Spilled(torch.where(placed, ids, -1).int(), moved, overflow)
 
 
+def most_used(routing: RouterOutput, number: int) -> Tensor:
+    """[E] bool: the `number` experts with the largest sums of gates over the tokens, the lower id
+    first among equals.
+
+    Sums are fp64 of one place a token, so their order is the only thing that rounds.
+    """
+    ids, num_experts = routing.expert_ids.long(), routing.counts.shape[1]
+    table = torch.zeros(len(ids), num_experts + 1, dtype=torch.float64, device=ids.device)
+    gates = torch.where(ids >= 0, routing.weights.detach().double(), 0.0)
+    table.scatter_(1, torch.where(ids >= 0, ids, num_experts), gates)
+    best = table[:, :num_experts].sum(0).sort(descending=True, stable=True).indices[:number]
+    return torch.zeros(num_experts, dtype=torch.bool, device=ids.device).index_fill(0, best, True)
+
+
+def confine(
+    routing: RouterOutput, logits: Tensor, spec: RouteSpec, bias: Tensor | None, number: int
+) -> Spilled:
+    """Let the `number` most used experts of a batch serve alone: an assignment to another one moves
+    to the expert with the highest key among them that its token does not visit, and is dropped
+    where there is none. A token's experts then hang on the tokens beside it.
+
+    bias: [C], or [T, C] where tokens have budgets of their own.
+    """
+    room = torch.where(most_used(routing, number), routing.expert_ids.numel(), 0)
+    return spill(routing, logits, spec, bias, room)
+
+
 def round_to_tiles(
     routing: RouterOutput, logits: Tensor, spec: RouteSpec, bias: Tensor | None, tile: int
 ) -> Spilled:

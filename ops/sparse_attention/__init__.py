@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         AttentionOutput,
         backend_for,
         decode,
+        pool_entries,
         select_backend,
         sparse_attention,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "decode_pages",
     "estimate",
     "mean_error_bound",
+    "pool_entries",
     "sample_rows",
     "select_backend",
     "sparse_attention",
@@ -59,6 +61,7 @@ __getattr__ = lazily(
         "decode_pages": "paged",
         "estimate": "estimator",
         "mean_error_bound": "audit",
+        "pool_entries": "interface",
         "sample_rows": "audit",
         "select_backend": "interface",
         "sparse_attention": "interface",

@@ -60,6 +60,10 @@ class RowAudit(NamedTuple):
     """What rounding of inputs, logits and outputs can add to the error, in its unit: error <= bound
     + rounding.
     """
+    candidate_mass: Tensor
+    """Share of dense attention's softmax on the candidates."""
+    chosen_mass: Tensor
+    """The part of it on those that were selected, or on `choice` where one was given."""
 
 
 def sample_rows(hashed: Tensor, fraction: float) -> Tensor:
@@ -97,15 +101,19 @@ def audit_rows(
     bias: Tensor | None = None,
     sink: Tensor | None = None,
     pool_logits: Tensor | None = None,
+    choice: Tensor | None = None,
 ) -> RowAudit:
     """Compare `result` with dense attention on `rows` [m] int64. Other arguments as
     sparse_attention was given, which had both branches.
+
+    choice: [Hk, T, K] block ids, -1 for none, that another rank would have selected; None: those
+        that were.
     """
     table = block_table(cu_seqlens, len(q), spec)
     pooled = _pool(k, v, table, spec, pool_logits)
     step = max(1, _ELEMENTS // max(1, q.shape[1] * len(k)))
     parts = [
-        _audit(q, k, v, table, spec, result, chunk, bias, sink, pooled)
+        _audit(q, k, v, table, spec, result, chunk, bias, sink, pooled, choice)
         for chunk in rows.split(step)
     ]
     return RowAudit(*(torch.cat(x) for x in zip(*parts, strict=True)))
@@ -167,6 +175,7 @@ def _audit(
     bias: Tensor | None,
     sink: Tensor | None,
     pooled: _Pooled,
+    choice: Tensor | None,
 ) -> RowAudit:
     num_rows = len(rows)
     _, heads, dim = q.shape
@@ -227,10 +236,15 @@ def _audit(
     kl = torch.where(some, kl, 0.0)
 
     # what the row saw by tokens, and what by coarse entries
-    chosen = result.selected[:, rows].long()
-    taken = torch.zeros(kv_heads, num_rows, len(block) + 1, dtype=torch.bool, device=q.device)
-    taken.scatter_(2, torch.where(chosen < 0, len(block), chosen), True)
-    tail = (block >= sink_end) & (block < local) & pooled.complete & ~taken[..., :-1]
+    taken = _mask(result.selected[:, rows], len(block))
+    candidates = (block >= sink_end) & (block < local)
+    tail = candidates & pooled.complete & ~taken
+    with torch.no_grad():
+        found = taken if choice is None else _mask(choice[:, rows], len(block))
+        candidate_mass, chosen_mass = (
+            torch.where(x.unsqueeze(-2), true_mass, 0.0).sum(-1)
+            for x in (candidates, candidates & found)
+        )
     tail = tail.repeat_interleave(r, -1).unsqueeze(2)
     shift = torch.zeros(*z.shape[:3], 1, dtype=real, device=q.device)
     if bias is not None:
@@ -239,9 +253,7 @@ def _audit(
         tail = torch.zeros_like(tail)
     with torch.no_grad():
         sees = (
-            taken[..., :-1]
-            | (past & ((block < sink_end) | (block >= local)))
-            | (block == own.unsqueeze(1))
+            taken | (past & ((block < sink_end) | (block >= local))) | (block == own.unsqueeze(1))
         )
         z_seen = z.masked_fill(~sees[..., block_of].unsqueeze(2), _NEVER)
         log_exact = z_seen.logsumexp(-1, keepdim=True)
@@ -295,7 +307,17 @@ def _audit(
         by_row(coherence),
         by_row((difference / norm.unsqueeze(-1)).square().sum(-1)),
         by_row(rounding / norm),
+        by_row(candidate_mass),
+        by_row(chosen_mass),
     )
+
+
+def _mask(blocks: Tensor, num_blocks: int) -> Tensor:
+    """[Hk, m, K] ids, -1 for none -> [Hk, m, num_blocks] bool."""
+    blocks = blocks.long()
+    taken = blocks.new_zeros((*blocks.shape[:2], num_blocks + 1), dtype=torch.bool)
+    taken.scatter_(2, torch.where(blocks < 0, num_blocks, blocks), True)
+    return taken[..., :-1]
 
 
 def _worst_case(queries: Tensor, pooled: _Pooled, scale: float) -> tuple[Tensor, Tensor]:

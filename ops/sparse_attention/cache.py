@@ -14,7 +14,7 @@ Weigh = Callable[[Tensor], Tensor]
 """From values [..., Hk, d] to pool_logits [..., Hk, 2, d]."""
 
 
-def _pooled(keys: Tensor, values: Tensor, weigh: Weigh | None) -> CoarseEntries:
+def pooled(keys: Tensor, values: Tensor, weigh: Weigh | None) -> CoarseEntries:
     """Over the third dimension of keys and values [A, B, C, Hk, d], in fp32 or fp64."""
     real = torch.promote_types(keys.dtype, torch.float32)
     k, v = keys.to(real), values.to(real)
@@ -64,9 +64,9 @@ class EntryCache:
             return
         at = slice(begin // size, end // size)
         new_keys, new_values = (x[:, begin:end].unflatten(1, (-1, size)) for x in (keys, values))
-        pooled = _pooled(new_keys, new_values, self.weigh)
-        for entries, found in zip(self.entries, pooled, strict=True):
-            entries[:, :, at] = found.transpose(1, 2).to(entries.dtype)
+        found = pooled(new_keys, new_values, self.weigh)
+        for entries, new in zip(self.entries, found, strict=True):
+            entries[:, :, at] = new.transpose(1, 2).to(entries.dtype)
 
 
 class EntryPages:
@@ -101,6 +101,6 @@ class EntryPages:
             return
         size = self.spec.coarse_block_size
         new_keys, new_values = (x[full].unflatten(1, (-1, size)) for x in (keys, values))
-        pooled = _pooled(new_keys, new_values, self.weigh)
-        for entries, found in zip(self.entries, pooled, strict=True):
-            entries[full] = found.transpose(1, 2).to(entries.dtype)
+        found = pooled(new_keys, new_values, self.weigh)
+        for entries, new in zip(self.entries, found, strict=True):
+            entries[full] = new.transpose(1, 2).to(entries.dtype)

@@ -608,7 +608,7 @@ def rank(
 
 def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
     """See interface.decode."""
-    q, keys, values, entries, length, spec, bias, sink, exact, coarse = problem
+    q, keys, values, entries, length, spec, bias, sink, exact, coarse, selected = problem
     num_rows, heads, dim = q.shape
     kv_heads = keys.shape[2]
     size = spec.block_size
@@ -651,7 +651,10 @@ def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
         # A chosen block takes part by its tokens and leaves the tail. Slots without a block go to a
         # column behind the last one, which is cut off.
         if exact and spec.top_k:
-            chosen = choose_blocks(c, kappa, block, sink_end, local, spec)  # [N, Hk, K]
+            if selected is None:
+                chosen = choose_blocks(c, kappa, block, sink_end, local, spec)  # [N, Hk, K]
+            else:
+                chosen = selected.long()
             taken = torch.zeros(num_rows, kv_heads, own + 1, dtype=torch.bool, device=q.device)
             tail = tail & ~taken.scatter_(2, torch.where(chosen >= 0, chosen, own), True)[..., :-1]
             at = chosen.clamp_min(0).unsqueeze(-1) * size + torch.arange(size, device=q.device)

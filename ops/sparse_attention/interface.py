@@ -206,6 +206,27 @@ def sparse_attention(
     return AttentionOutput(out, lse, tail_mass, selected_mass, problem.selected)
 
 
+@torch.no_grad()
+def pool_entries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    spec: SparseAttentionSpec,
+    pool_logits: Tensor | None = None,
+    backend: str | None = None,
+) -> CoarseEntries:
+    """The entries [Hk, M * r, d] that sparse_attention has of these tokens, given as there; no
+    gradient.
+    """
+    chosen = _backend(backend or select_backend(q, k, spec))
+    table = block_table(cu_seqlens, len(k), spec)
+    k, v = k.contiguous(), v.contiguous()
+    if pool_logits is None:
+        return chosen.pool(k, v, table, spec)
+    return weigh(k, v, pool_logits, table, spec, chosen)
+
+
 def decode(
     q: Tensor,
     keys: Tensor,
@@ -216,6 +237,7 @@ def decode(
     *,
     bias: Tensor | None = None,
     sink: Tensor | None = None,
+    selected: Tensor | None = None,
     exact: bool = True,
     coarse: bool = True,
     backend: str | None = None,
@@ -226,8 +248,9 @@ def decode(
     Args:
         q: [N, H, d], tokens number `length` (from 1) of N documents. keys, values: [N, at least
             length, Hk, d], theirs included. entries: [N, Hk, max_blocks * r, d], valid for complete
-            blocks: EntryCache.entries. bias: [N, H]; sink: [H]. exact, coarse: branches that take
-            part.
+            blocks: EntryCache.entries. bias: [N, H]; sink: [H]. selected: [N, Hk, K] blocks to use
+            instead of selecting, by their places in the document, -1 for none; candidates only,
+            without repeats; not with two levels. exact, coarse: branches that take part.
 
     Returns:
         (out [N, H, d], lse [N, H]). No gradient.
@@ -247,7 +270,10 @@ def decode(
         sink=sink,
         exact=exact,
         coarse=coarse,
+        selected=selected,
     )
+    if selected is not None and spec.num_levels == 2:
+        raise ValueError("num_levels=2 selects by itself: leave selected out")
     with torch.no_grad():
         if spec.num_levels == 2:
             return decode_in_two_levels(problem)

@@ -33,6 +33,8 @@ def decode_pages(
     *,
     bias: Tensor | None = None,
     sink: Tensor | None = None,
+    selected: Tensor | None = None,
+    places: Tensor | None = None,
     exact: bool = True,
     coarse: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -45,18 +47,22 @@ def decode_pages(
             Hk, d], the pool. entries: [pages, Hk, r, d], valid for full pages: EntryPages.entries.
             pages: [N, P] int64, block b of row n is page pages[n, b]; what lies behind the row's
             last block is not looked at. lengths: [N] int64, at least 1. bias: [N, H]; sink: [H].
-            exact, coarse: branches that take part.
+            selected: [N, Hk, K] as decode takes it. places: [N, Hk, P] int64, pages of keys and
+            values where these are others than those of the entries; None: `pages`. exact, coarse:
+            branches that take part.
 
     Returns:
         (out [N, H, d], lse [N, H]) in plain torch, on any device. No gradient.
 
     Raises:
-        ValueError: a page is not a block.
+        ValueError: a page is not a block, or two levels are given a selection.
     """
     size, dim, kv_heads = spec.block_size, q.shape[2], keys.shape[2]
     if keys.shape[1] != size:
         raise ValueError(f"pages of {keys.shape[1]} tokens must be block_size {size}")
     if spec.num_levels == 2:
+        if selected is not None:
+            raise ValueError("num_levels=2 selects by itself: leave selected out")
         return _by_row(q, keys, values, pages, lengths, spec, bias, sink)
 
     num_rows, num_pages = pages.shape
@@ -94,8 +100,11 @@ def decode_pages(
         # A chosen block takes part by its tokens and leaves the tail. Slots without a block go to a
         # column behind the last one, which is cut off.
         if exact and spec.top_k:
-            z = c.masked_fill(~past, _NEVER)
-            chosen = _choose(z, kappa, block, candidate, spec)
+            if selected is None:
+                z = c.masked_fill(~past, _NEVER)
+                chosen = _choose(z, kappa, block, candidate, spec)
+            else:
+                chosen = selected.long()
             at = torch.where(chosen >= 0, chosen, num_pages)
             taken = torch.zeros(
                 num_rows, kv_heads, num_pages + 1, dtype=torch.bool, device=q.device
@@ -126,7 +135,8 @@ def decode_pages(
         if chosen is not None:
             blocks = torch.cat((blocks, chosen), 2)
         there = blocks.clamp(0, num_pages - 1)
-        page = pages.unsqueeze(1).expand(-1, kv_heads, -1).gather(2, there)
+        held = pages.unsqueeze(1).expand(-1, kv_heads, -1) if places is None else places
+        page = held.gather(2, there)
         head = torch.arange(kv_heads, device=q.device).view(1, -1, 1)
         k, v = (x.transpose(1, 2)[page, head].flatten(2, 3).to(real) for x in (keys, values))
         place = blocks.unsqueeze(-1) * size + torch.arange(size, device=q.device)

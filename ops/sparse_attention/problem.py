@@ -101,3 +101,7 @@ class DecodeProblem(NamedTuple):
     """As in Problem."""
     coarse: bool
     """As in Problem."""
+    selected: Tensor | None = None
+    """[N, Hk, K] candidates to use instead of selecting, by their places in the document, without
+    repeats, -1 for none.
+    """

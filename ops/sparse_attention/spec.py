@@ -60,6 +60,17 @@ class SparseAttentionSpec:
     num_expanded: int = 4
     """Super-blocks that are opened per query and key/value head."""
 
+    resident_blocks: int | None = None
+    """Blocks whose tokens a cache keeps beside the first ones, the window and what began since the
+    last boundary; others are no candidates. None: all.
+    """
+    resident_interval: int = 1024
+    """Tokens between boundaries, at which the resident blocks are chosen anew, by the estimated
+    mass that earlier queries of the document gave them.
+    """
+    resident_decay: float = 0.9
+    """What a mass still counts after one more interval."""
+
     def __post_init__(self) -> None:
         found = [
             f"{name} is {getattr(self, name)}; it must be at least {least}"
@@ -118,8 +129,56 @@ class SparseAttentionSpec:
         if self.num_levels == 2 and self.top_p is not None:
             found.append("top_p is defined over one level of blocks; use num_levels=1")
 
+        found += self._resident_problems() if self.resident_blocks is not None else []
         if found:
             raise ValueError("\n".join(found))
+
+    def _resident_problems(self) -> list[str]:
+        assert self.resident_blocks is not None
+        found = []
+        if self.resident_blocks < 0:
+            found.append(
+                f"resident_blocks is {self.resident_blocks}; it must not be negative, or null"
+            )
+        if self.resident_interval < 1 or (
+            self.block_size >= 1 and self.resident_interval % self.block_size
+        ):
+            found.append(
+                f"resident_interval {self.resident_interval} must be a multiple of block_size "
+                f"{self.block_size}"
+            )
+        if not 0 <= self.resident_decay <= 1:
+            found.append(f"resident_decay is {self.resident_decay}; it must be between 0 and 1")
+        if self.tail != "coarse":
+            found.append(
+                "resident_blocks leaves what is not kept to the tail; it needs tail=coarse, not "
+                f"{self.tail}"
+            )
+        if self.num_levels == 2:
+            found.append("resident_blocks is defined over one level of blocks; use num_levels=1")
+        if self.top_p is not None:
+            found.append(
+                "resident_blocks ranks a part of the past, of which top_p would be no share; set "
+                "top_p=null"
+            )
+        if self.min_sparse_length:
+            found.append(
+                f"resident_blocks keeps a part of the past, and min_sparse_length "
+                f"{self.min_sparse_length} asks for all of it; set min_sparse_length=0"
+            )
+        return found
+
+    @property
+    def interval_blocks(self) -> int:
+        """Blocks between boundaries of the resident ones."""
+        return self.resident_interval // self.block_size
+
+    @property
+    def resident_slots(self) -> int:
+        """The most blocks of which a bounded cache has tokens at a time."""
+        assert self.resident_blocks is not None
+        recent = self.interval_blocks + self.num_local_blocks - 1
+        return self.num_sink_blocks + self.resident_blocks + recent
 
     @property
     def num_local_blocks(self) -> int:

@@ -667,7 +667,7 @@ def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
     """See interface.decode. Parts of the softmax are separate programs: each exact block, and runs
     of entries.
     """
-    q, keys, values, entries, length, spec, bias, sink, exact, coarse = problem
+    q, keys, values, entries, length, spec, bias, sink, exact, coarse, selected = problem
     num_rows, num_heads, dim = q.shape
     kv_heads = keys.shape[2]
     r = spec.entries_per_block
@@ -720,14 +720,17 @@ def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
 
         if exact and spec.top_k:
             heads = (kv_heads, group)
-            chosen = choose_blocks(
-                logits.unflatten(1, heads),
-                None if kappa is None else kappa.unflatten(1, heads),
-                torch.arange(own, device=q.device),
-                low,
-                high,
-                spec,
-            )
+            if selected is None:
+                chosen = choose_blocks(
+                    logits.unflatten(1, heads),
+                    None if kappa is None else kappa.unflatten(1, heads),
+                    torch.arange(own, device=q.device),
+                    low,
+                    high,
+                    spec,
+                )
+            else:
+                chosen = selected.long()
             exact_blocks = torch.cat([exact_blocks, chosen.int()], -1)
             excluded.scatter_(2, torch.where(chosen < 0, own, chosen), 1)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 from model.attention.config import (
     AttentionConfig,
+    CompressedAttentionConfig,
     DenseAttentionConfig,
     IndexedAttentionConfig,
     MlaConfig,
@@ -25,6 +29,12 @@ VOCAB_SIZE = 64
 LATENT = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
 LATENT_SHAPE = dict(num_kv_heads=4, qk_norm="none")
 """A tiny MlaConfig, and what it asks of tiny_config."""
+COMPRESSED = dict(
+    **dict(sliding_window=4, csa_ratio=3, hca_ratio=5, top_k=2, q_lora_rank=12),
+    **dict(output_groups=2, o_lora_rank=8, rope_head_dim=4, index_heads=3, index_head_dim=6),
+)
+COMPRESSED_SHAPE = dict(num_kv_heads=1, qk_norm="none")
+"""Likewise, of CompressedAttentionConfig."""
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -60,11 +70,13 @@ def build(
     experts: ExpertsConfig | None = None,
     placement: Placement | None = None,
     layers: range | None = None,
+    settle: Callable[[nn.Parameter], None] | None = None,
+    dtype: torch.dtype = torch.float32,
     **options,
 ) -> Transformer:
     """attention: a record, or fields of SparseAttentionConfig, IndexedAttentionConfig (with a
-    rule), MlaConfig or (with a window) WindowedAttentionConfig; None: dense. dispatcher: fields
-    of AllToAllConfig.
+    rule), CompressedAttentionConfig (with csa_ratio), MlaConfig or (with a window)
+    WindowedAttentionConfig; None: dense. dispatcher: fields of AllToAllConfig.
     """
     options = {"top_k": 2, **options} if router is TopKConfig else options
     attend: AttentionConfig = DenseAttentionConfig()
@@ -74,6 +86,8 @@ def build(
         attend = MlaConfig(**attention)
     elif attention is not None and "window" in attention:
         attend = WindowedAttentionConfig(**attention)
+    elif attention is not None and "csa_ratio" in attention:
+        attend = CompressedAttentionConfig(**attention)
     elif attention is not None and "rule" in attention:
         attend = IndexedAttentionConfig(**attention)
     elif attention is not None:
@@ -86,7 +100,7 @@ def build(
         experts or ExpertsConfig(),
         placement,
     )
-    return Transformer(config, parts, groups, seed, layers)
+    return Transformer(config, parts, groups, seed, layers, dtype, settle)
 
 
 def batch(step: int, micro_step: int, rows: int, length: int = 16) -> dict:

@@ -25,6 +25,7 @@ from model.moe import balance as balance_module
 from model.parallel.heads import HeadExchange
 from model.parallel.tensor import TensorExchange
 from model.request import ForwardRequest, TokenBatch, part_of
+from ops.all_to_all import by_turns
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import batch, build, take, tiny_config
@@ -59,6 +60,7 @@ from train.engine.library import import_deepspeed
 from train.engine.muon.masters import place_matrices
 from train.engine.muon.optimizer import MOMENTUM, Muon
 from train.engine.optimizer import build_optimizer
+from train.engine.partition import Partition
 from train.guard.routing import RoutingControl
 from train.pipeline import flow
 from train.pipeline.flow import Pipeline, given
@@ -240,6 +242,14 @@ class OneStep:
         self.engine.backward(loss, is_last, carried)
         self.loss += loss.detach().double()
 
+    def pair(
+        self, number: int, hidden: torch.Tensor | None, back: int, carried: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        handed_on, _ = by_turns(
+            lambda: self.forward(number, hidden), lambda: self.backward(back, carried, False)
+        )
+        return handed_on
+
 
 def own_tokens(full: dict, groups: ParallelGroups) -> TokenBatch:
     """This rank's rows of a batch, and of those its part."""
@@ -368,6 +378,7 @@ def run_case(case: dict) -> dict:
         placement = shuffled_placement(
             config.num_experts, len(config.moe_layers), case["ep"], case["lent"]
         )
+    zero = {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}}
     own_model = build(
         config,
         balance,
@@ -377,6 +388,8 @@ def run_case(case: dict) -> dict:
         placement=placement,
         experts=ExpertsConfig(**case.get("experts", {})),
         layers=layers_of(case, config, groups),
+        # Shared out as soon as it is drawn, as a run does.
+        settle=Partition(groups, train, zero) if case["zero"] == 3 else None,
         **options,
     )
     parts = local_parts(own_model)
@@ -386,7 +399,7 @@ def run_case(case: dict) -> dict:
         groups,
         train,
         optim,
-        {"zero_optimization": {"stage": case["zero"], **case.get("zero_options", {})}},
+        zero,
     )
     errors = {
         "loss": 0.0,
@@ -397,7 +410,7 @@ def run_case(case: dict) -> dict:
         "controller": 0.0,
         "attention": 0.0,
     }
-    pipeline = Pipeline(engine, groups)
+    pipeline = Pipeline(engine, groups, case.get("overlap", False))
     masters, computed = dict(master.named_parameters()), dict(reference.named_parameters())
     z_loss = case.get("z_loss", 0.0)
     asked = ForwardRequest(

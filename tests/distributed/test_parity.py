@@ -256,6 +256,39 @@ INDEXES = [
         "model": {"recompute": "block"},
     },
     {**ATTENTIONS[0], "attention": {**INDEX, "rule": "qsa", "block_size": 2}},
+    {
+        **ATTENTIONS[0],
+        "zero": 3,
+        "attention": {**SPARSE, "select": "index", "index_layers": 2, "entries": "gated"},
+        "model": {"recompute": "block"},
+    },
+]
+
+
+# Window, entries of both kinds and their index, which learns in a dense step and then chooses;
+# every parameter is gathered as it is used.
+ENTRIES = {
+    **dict(sliding_window=3, csa_ratio=2, hca_ratio=3, top_k=2, q_lora_rank=12, output_groups=2),
+    **dict(o_lora_rank=8, rope_head_dim=4, index_heads=3, index_head_dim=6, dense_steps=1),
+    "audit_rows": 0.5,
+    "layer_kinds": ["csa", "window", "hca"],
+}
+ENTRIES_SHAPE = {"num_kv_heads": 1, "qk_norm": "none"}
+COMPRESSED = [
+    {
+        **ATTENTIONS[0],
+        "zero": 3,
+        "attention": ENTRIES,
+        "model": ENTRIES_SHAPE,
+        "zero_options": {"stage3_param_persistence_threshold": 0},
+    },
+    {
+        **ATTENTIONS[0],
+        "ep": 1,
+        "zero": 2,
+        "attention": {**ENTRIES, "layer_kinds": "csa"},
+        "model": {**ENTRIES_SHAPE, "recompute": "block"},
+    },
 ]
 
 
@@ -484,6 +517,11 @@ def test_sparse_attention_trains_as_one_process(run_ranks):
 @pytest.mark.nightly
 def test_attention_by_an_index_trains_as_one_process(run_ranks):
     check(run_ranks("distributed/parity_worker.py", 2, json.dumps(INDEXES)), INDEXES)
+
+
+@pytest.mark.nightly
+def test_compressed_attention_trains_as_one_process(run_ranks):
+    check(run_ranks("distributed/parity_worker.py", 2, json.dumps(COMPRESSED)), COMPRESSED)
 
 
 @pytest.mark.slow

@@ -9,7 +9,17 @@ import json
 import pytest
 
 from tests.distributed.test_context_parallel import LEVELS, SINKS_AHEAD, check_that_it_shows
-from tests.distributed.test_parity import BY_BLOCK, GATED, GPT_OSS, LATENT, LEARNED, check, muon
+from tests.distributed.test_parity import (
+    BY_BLOCK,
+    ENTRIES,
+    ENTRIES_SHAPE,
+    GATED,
+    GPT_OSS,
+    LATENT,
+    LEARNED,
+    check,
+    muon,
+)
 
 WORKER = "distributed/parity_worker.py"
 LATENT_SHAPE = {"num_kv_heads": 4, "qk_norm": "none"}
@@ -56,6 +66,7 @@ MORE_ON_TWO = [
     case(2, 1, 1, 2, "sequence", attention=LEVELS),
     case(2, 1, 2, 2, "batch", attention=LATENT, model=LATENT_SHAPE),
     case(2, 1, 1, 2, "batch", attention=BY_BLOCK),
+    case(2, 1, 1, 2, "batch", attention=ENTRIES, model=ENTRIES_SHAPE),
     case(2, 1, 1, 2, "batch", **GPT_OSS),
     case(2, 1, 1, 5, "sequence", **SINKS_AHEAD),
     case(2, 1, 2, 2, "batch", model={"num_experts": 0}),

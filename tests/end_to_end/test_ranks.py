@@ -5,13 +5,17 @@ fails ends all.
 from __future__ import annotations
 
 import functools
+import http.client
 import importlib
 import json
 import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -125,3 +129,82 @@ def test_the_command_starts_its_ranks(run, tmp_path):
     expected = last_json(launch("evaluate", f"run={run}"))["val_loss"]
     found = last_json(launch("evaluate", f"run={run}", *RANKS))["val_loss"]
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def a_server_on_two(run: Path) -> tuple[forked.Forked, int]:
+    """The command, and the port that it answers on."""
+    settings = ["serve.port=0", "serve.model_name=tiny", "engine.max_slots=2", *RANKS]
+    started = forked.Forked("launch.serve", [f"run={run}", *settings], {**os.environ})
+    deadline = time.monotonic() + 600
+    while not (found := re.search(r"serving tiny on http://127.0.0.1:(\d+)", started.printed)):
+        assert time.monotonic() < deadline, started.wait(0.1)
+        time.sleep(0.2)
+    assert "2 slots on each of 2 ranks" in started.printed
+    return started, int(found[1])
+
+
+def a_stream(port: int) -> http.client.HTTPResponse:
+    """One that has begun."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    body = {"prompt": "the quick", "max_tokens": 40, "temperature": 0, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps({**body, "ignore_eos": True}), headers)
+    return connection.getresponse()
+
+
+@pytest.mark.nightly
+def test_a_server_over_ranks_ends_its_requests_when_it_is_asked_to_end(run):
+    """A signal to each of its processes, as service managers send it, and one text for all."""
+    started, port = a_server_on_two(run)
+    try:
+        streams = [a_stream(port) for _ in range(4)]
+        started.signal(signal.SIGTERM)
+        for rank in psutil.Process(started._process.pid).children():
+            rank.send_signal(signal.SIGTERM)
+        texts = [stream.read().decode() for stream in streams]
+        done = started.wait(600)
+    finally:
+        started.kill()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last_json(done)["requests"] == 4 and last_json(done)["generated_tokens"] == 160
+    shown = set()
+    for text in texts:
+        assert text.endswith("data: [DONE]\n\n")
+        pieces = [json.loads(e[6:]) for e in text.split("\n\n") if e.startswith("data: {")]
+        shown.add("".join(p["choices"][0]["text"] for p in pieces))
+    (only,) = shown
+    single = launch("generate", f"run={run}", "prompt='the quick'", "max_new_tokens=40", GREEDY)
+    assert only.startswith(last_json(single)["text"])
+
+
+GREEDY = "temperature=0"
+
+
+@pytest.mark.nightly
+def test_a_server_ends_when_one_of_its_ranks_is_killed(run):
+    """With the rank's code; streams end with an error, and no process is left."""
+    started, port = a_server_on_two(run)
+    try:
+        ranks = psutil.Process(started._process.pid).children()
+        second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+        streams = [a_stream(port) for _ in range(2)]
+        second.kill()
+        for stream in streams:
+            # what had ended before is whole; no client waits
+            text = stream.read().decode()
+            assert "the engine has failed" in text or '"finish_reason": "length"' in text
+        done = started.wait(600)
+        assert done.returncode == 137
+        assert "error: rank 1 is gone" in done.stderr
+        psutil.wait_procs(ranks, 30)
+        assert not any(rank.is_running() for rank in ranks)
+    finally:
+        started.kill()
+
+
+def test_a_server_leaves_the_starting_of_its_ranks_to_nobody_else(run):
+    """A foreign launcher gives no key."""
+    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    found = launch("serve", f"run={run}", *RANKS, check=False, env=environment)
+    assert found.returncode == 2
+    assert "launch.serve starts its 2 ranks itself" in found.stderr, found.stderr

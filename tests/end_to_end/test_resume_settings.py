@@ -95,6 +95,15 @@ BASES = {
         "attention.top_k=1",
         "attention.audit_rows=1",
     ),
+    "index": (
+        "attention=scc",
+        "attention.block_size=4",
+        "attention.coarse_block_size=2",
+        "attention.window_size=8",
+        "attention.top_k=1",
+        "attention.select=index",
+        "attention.index_layers=2",
+    ),
     "windowed": ("attention=windowed", "attention.window=8"),
     "indexed": (
         "attention=dsa",
@@ -102,6 +111,24 @@ BASES = {
         "attention.index_heads=2",
         "attention.dense_steps=5",
         "attention.audit_rows=1",
+    ),
+    "compressed": (
+        "attention=csa",
+        "attention.layer_kinds=[hca,csa]",
+        "attention.sliding_window=4",
+        "attention.csa_ratio=2",
+        "attention.hca_ratio=4",
+        "attention.top_k=3",
+        "attention.q_lora_rank=12",
+        "attention.output_groups=2",
+        "attention.o_lora_rank=8",
+        "attention.rope_head_dim=4",
+        "attention.index_heads=2",
+        "attention.index_head_dim=8",
+        "attention.dense_steps=5",
+        "model.num_layers=2",
+        "model.num_kv_heads=1",
+        "model.qk_norm=none",
     ),
     "mla": (
         "attention=mla",
@@ -236,6 +263,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "init.checkpoint": refused(
         "init.checkpoint=latest", "its weights were read when the run began"
     ),
+    "init.moments": refused("init.moments=true", "moments are those of another run's optimizer"),
     **{
         f"init.upcycle.{name}": refused(f"init.upcycle.{name}={value}", words)
         for name, value, words in (
@@ -535,11 +563,44 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         for name, value in (("window", 4), ("window_layers", "all"))
     },
     "attention.rule": refused("attention.rule=qsa", "does not hold", "indexed"),
+    "attention.select": refused("attention.select=index", "does not hold", "scc"),
+    "attention.index_steps": acts("attention.index_steps=40", LOSS, "index"),
+    "attention.index_layers": refused("attention.index_layers=1", "does not hold", "index"),
+    "attention.resident_blocks": acts(
+        "attention.resident_blocks=0 attention.resident_interval=4", LOSS, "scc"
+    ),
+    "attention.resident_interval": acts(
+        "attention.resident_interval=4", LOSS, "scc", ("attention.resident_blocks=0",)
+    ),
+    "attention.resident_decay": acts(
+        "attention.resident_decay=0",
+        LOSS,
+        "scc",
+        ("attention.resident_blocks=1", "attention.resident_interval=4"),
+    ),
     "attention.index_heads": refused("attention.index_heads=4", "does not hold", "indexed"),
     "attention.index_head_dim": refused("attention.index_head_dim=64", "does not hold", "indexed"),
     "attention.index_coeff": acts(
         "attention.index_coeff=50", "attention/index_loss attention/index_recall", "indexed"
     ),
+    **{
+        f"attention.{name}": acts(f"attention.{name}={value}", LOSS, "compressed")
+        for name, value in (
+            ("sliding_window", 2),
+            ("rope_head_dim", 8),
+            ("compressed_rope_theta", 10.0),
+        )
+    },
+    **{
+        f"attention.{name}": refused(f"attention.{name}={value}", SHAPE, "compressed")
+        for name, value in {
+            "layer_kinds": "[csa,hca]",
+            "csa_ratio": 4,
+            "hca_ratio": 8,
+            "output_groups": 1,
+            "o_lora_rank": 6,
+        }.items()
+    },
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
     "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),
@@ -729,6 +790,14 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "parallel.pipeline_split": reaches(
         "parallel.pipeline_split=[1,1]",
         "parallel.pipeline_parallel_size=2",
+        "launch=deepspeed",
+        "launch.num_devices=2",
+        world_size=2,
+    ),
+    "parallel.overlap_experts": reaches(
+        "parallel.overlap_experts=true",
+        "parallel.expert_parallel_size=2",
+        "train.micro_batch_size=1",
         "launch=deepspeed",
         "launch.num_devices=2",
         world_size=2,

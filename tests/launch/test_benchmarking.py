@@ -4,6 +4,7 @@ model that is counted part by part.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from infer.budget import capture
+from launch.benchmarking.energy import Counter, EnergyMeter, _of_nvml, _of_packages
 from launch.benchmarking.kpi import (
     RequestTimes,
     median,
@@ -22,6 +24,8 @@ from launch.benchmarking.kpi import (
     speed_of,
 )
 from launch.benchmarking.measure import Bench, Cell, Variant, cells_of
+from launch.benchmarking.rates import Rates
+from launch.benchmarking.table import entry, lines
 from launch.config.build import ConfigError, record
 from launch.config.options import attention_named
 from launch.process.identity import ROOT
@@ -136,7 +140,7 @@ def test_a_bench_sees_where_tokens_go_and_stops_when_it_is_sure():
     # Two that differ by more than the precision go on to the end.
     rounds.clear()
     spread = iter([1.0, 2.0] * 100)
-    bench._timed = lambda variant: (FakeSpeed(next(spread)), 1, 0)
+    bench._timed = lambda variant: (FakeSpeed(next(spread)), 1, 0, None)
     bench.variants = [*variants, *variants]
     assert len(bench.run(6, 9, 0.02, rounds.append)) == 2 and len(rounds) == 9
 
@@ -144,6 +148,92 @@ def test_a_bench_sees_where_tokens_go_and_stops_when_it_is_sure():
 class FakeSpeed:
     def __init__(self, tokens_per_second: float):
         self.tokens_per_second = tokens_per_second
+
+
+# --- energy ---------------------------------------------------------------------------------------
+
+
+def test_energy_is_what_the_counters_say_over_all_rounds():
+    """A counter that moves in steps, as real ones do, and begins anew on the way."""
+    model = build(tiny_config(), BalanceConfig()).eval()
+    variants = [Variant("trained", None, model, capture(model.routers()))]
+    told = iter(x % 100.0 for x in itertools.count(start=90.0, step=3.0))
+    twice = Counter(lambda: next(told), wraps=100.0), Counter(itertools.count().__next__)
+    meter = EnergyMeter(twice, "the test's")
+    bench = Bench(variants, Cell(2, 4), [[1, 2, 3, 4]] * 2, 5, SloConfig(), meter)
+    (found,) = bench.run(6, 6, 0.02)
+    # of every round 3 J and 1 J, for ten tokens
+    assert found.joules_per_token == pytest.approx(4 / 10)
+    cost = entry_of(found, bench, price_per_kwh=0.2)
+    assert cost["joules_per_token"] == found.joules_per_token
+    assert cost["energy_cost_per_million_tokens"] == pytest.approx(0.4 * 1e6 / 3.6e6 * 0.2)
+    head, row = lines(bench.cell, [cost])[1:]
+    assert head.split()[-2:] == ["J/tok", "energy/M"] and row.split()[-2:] == ["0.4", "0.0222"]
+
+
+def test_where_nobody_tells_energy_is_not_reported():
+    model = build(tiny_config(), BalanceConfig()).eval()
+    variants = [Variant("trained", None, model, capture(model.routers()))]
+    bench = Bench(variants, Cell(1, 4), [[1, 2, 3, 4]], 3, SloConfig())
+    (found,) = bench.run(6, 6, 0.02)
+    cost = entry_of(found, bench, price_per_kwh=0.2)
+    assert cost["joules_per_token"] is None and cost["energy_cost_per_million_tokens"] is None
+    assert "J/tok" not in lines(bench.cell, [cost])[1]
+
+
+def entry_of(measured, bench, **settings):
+    rates = Rates("the test", 1e12, 1e11, "data sheet")
+    variant = bench.variants[0]
+    config = variant.model.config
+    return entry(
+        config, variant, bench.cell, measured, measured, 5, rates, 64.0, 4, {}, None, **settings
+    )
+
+
+def test_packages_are_read_and_their_parts_left_out(tmp_path):
+    assert "has no counters" in _of_packages(tmp_path).source
+    for name, used in (("intel-rapl:0", 5e6), ("intel-rapl:1", 7e6), ("intel-rapl:0:0", 1e6)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "energy_uj").write_text(f"{used:.0f}\n")
+        (folder / "max_energy_range_uj").write_text("10000000\n")
+    meter = _of_packages(tmp_path)
+    before = meter.begin()
+    assert before == (5.0, 7.0) and meter.source.startswith("RAPL, 2 packages")
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("2000000\n")  # begun anew
+    assert meter.since(before) == pytest.approx(7.0)
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("secret\n")
+    refused = _of_packages(tmp_path)
+    assert refused.source.startswith("not reported: ") and refused.since(refused.begin()) is None
+
+
+class FakeNvml:
+    """The three calls; `fails` ends with code 3."""
+
+    def __init__(self, fails: str = ""):
+        self.fails, self.used, self.asked = fails, 1000, b""
+
+    def nvmlInit_v2(self):
+        return 3 if self.fails == "init" else 0
+
+    def nvmlDeviceGetHandleByUUID(self, name, handle):
+        self.asked = name
+        return 3 if self.fails == "handle" else 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, used):
+        used._obj.value = self.used
+        self.used += 500
+        return 3 if self.fails == "energy" else 0
+
+
+def test_a_gpus_counter_is_read_by_its_identity_and_a_refusal_told():
+    library = FakeNvml()
+    meter = _of_nvml(library, "1-2")
+    before = meter.begin()
+    assert library.asked == b"GPU-1-2" and meter.since(before) == pytest.approx(0.5)
+    for step in ("init", "handle", "energy"):
+        refused = _of_nvml(FakeNvml(step), "1-2")
+        assert not refused.counters and "NVML's code 3" in refused.source
 
 
 def test_an_attention_by_its_name_is_the_one_that_hydra_composes():
@@ -177,6 +267,7 @@ def test_cells_are_all_pairs():
         ({"router": {"budget": 2}}, "router.budget: give budgets=[...]"),
         ({"router": {"top_k": 2}, "budgets": [1]}, "drop path and router.top_k"),
         ({"price_per_hour": -1}, "price_per_hour is -1.0"),
+        ({"price_per_kwh": 0}, "price_per_kwh is 0.0; it must be positive"),
     ],
     ids=lambda value: str(value)[:30],
 )

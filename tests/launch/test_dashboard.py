@@ -59,6 +59,8 @@ CONFIGS = {
     "unaudited": (*SPARSE[:-1], "attention.audit_rows=0"),
     "indexed": ("attention=msa", "attention.block_size=16", "attention.audit_rows=0.5"),
     "dropping": (*SPARSE, "attention.tail=drop"),
+    "index inside": (*SPARSE, "attention.select=index"),
+    "bounded": (*SPARSE, "attention.resident_blocks=1", "attention.resident_interval=16"),
 }
 
 

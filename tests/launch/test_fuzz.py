@@ -292,7 +292,8 @@ def test_every_place_takes_every_kind_of_value_or_says_so(configs):
         (
             "attention.name",
             "top_k",
-            "attention.name is 'top_k'; choose one of dense, windowed, sparse, indexed, mla",
+            "attention.name is 'top_k'; choose one of dense, windowed, sparse, indexed, "
+            "compressed, mla",
         ),
         ("dispatcher.name", "", "dispatcher.name is ''; choose one of local, all_to_all"),
         ("router", {"_target_": "model.attention.dense.DenseAttention"}, "router.name is 'dense'"),

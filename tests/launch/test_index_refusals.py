@@ -13,6 +13,7 @@ from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.saved.index import without_index
 from launch.saved.initial import Given, _of_index
+from launch.saved.resume import other_projections
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 
@@ -67,6 +68,57 @@ def test_every_preset_is_valid(preset):
     assert parse(composed(f"attention={preset}"), 1).attention.name == "indexed"
 
 
+ENTRIES = ("model.num_kv_heads=1", "model.qk_norm=none", "attention.output_groups=1")
+
+
+@pytest.fixture(scope="module")
+def compressed() -> dict:
+    return composed("attention=csa", *ENTRIES)
+
+
+@pytest.mark.parametrize("preset", ["compressed", "csa", "hca", "v4"])
+def test_every_preset_of_compressed_attention_is_valid(preset):
+    assert problems(composed(f"attention={preset}", *ENTRIES)) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("attention", {"dense_steps": 0}, "an index which has learned nothing would choose"),
+        ("optim", {"freeze": ["indexer"]}, "leaves the index of attention=compressed"),
+        ("optim", {"qk_clip": 100.0}, "attention=compressed has no largest logit"),
+        ("lora", {"rank": 4}, "which matrices of attention=compressed have adapters"),
+        ("parallel", {"tensor_parallel_size": 2}, "one head of keys for all"),
+        ("parallel", {"context_parallel_size": 2}, "one head of keys for all"),
+        ("model", {"num_kv_heads": 2}, "set model.num_kv_heads=1"),
+    ],
+)
+def test_what_compressed_attention_does_not_do_is_refused(compressed, section, changes, words):
+    config = copy.deepcopy(compressed)
+    config[section] |= changes
+    assert any(words in problem for problem in problems(config)), problems(config)
+
+
+def test_without_csa_there_is_no_index_to_teach(compressed):
+    config = copy.deepcopy(compressed)
+    config["attention"] |= {"layer_kinds": "hca", "dense_steps": 0}
+    assert problems(config) == []
+    config["optim"]["freeze"] = ["indexer"]
+    assert any("attention is not indexed" in problem for problem in problems(config))
+
+
+def test_entries_fit_no_other_attention_and_no_other_shape(compressed, base):
+    own = compressed["attention"]
+    for old, new in ((own, base["attention"]), ({"name": "dense"}, own)):
+        assert "compressed attention are others" in str(other_projections(old, new))
+    assert other_projections(own, {**own, "top_k": 9}) is None
+    for key, value in (("csa_ratio", 8), ("layer_kinds", "hca"), ("o_lora_rank", 4)):
+        assert f"attention.{key}" in str(other_projections(own, {**own, key: value}))
+    assert without_index(own, own) is None
+    assert "do not have" in str(without_index(base["attention"], own))
+    assert "do not have" in str(without_index(own, {**own, "index_heads": 2}))
+
+
 def test_only_weights_with_the_same_index_may_choose(base):
     own = base["attention"]
     dense, other = {"name": "dense"}, {**own, "index_heads": 8}
@@ -83,3 +135,42 @@ def test_only_weights_with_the_same_index_may_choose(base):
     assert "learned for 999 of its 1000 steps" in str(_of_index(given(own, 999), at_once))
     assert "do not have" in str(_of_index(given(dense, 1000), at_once))
     assert _of_index(given(dense, 1000), own) is None
+
+
+INSIDE = ("attention=scc", "attention.select=index")
+
+
+def test_an_index_inside_sparse_attention_needs_no_dense_steps_and_has_to_learn():
+    base = composed(*INSIDE)
+    assert problems(base) == []
+    for section, changes, words in (
+        ("optim", {"freeze": ["indexer"]}, "leaves the index of attention.select=index"),
+        ("attention", {"index_coeff": 0.0}, "nothing would teach the index"),
+        ("lora", {"rank": 4}, "leave the index of attention.select=index as it is"),
+    ):
+        config = copy.deepcopy(base)
+        config[section] |= changes
+        assert any(words in problem for problem in problems(config)), problems(config)
+
+
+def test_layers_that_follow_an_index_are_on_its_stage():
+    config = composed(*INSIDE, "attention.index_layers=2", "parallel=single")
+    config["parallel"]["pipeline_parallel_size"] = 2
+    with pytest.raises(ConfigError) as refused:
+        parse(config, 2)
+    assert any("set attention.index_layers=1" in text for text in refused.value.problems)
+
+
+def test_only_weights_with_the_same_index_inside_may_choose():
+    own = composed(*INSIDE)["attention"]
+    mass = {**own, "select": "mass"}
+    assert without_index(own, own) is None and without_index(own, mass) is None
+    assert without_index(own, {**own, "top_k": 9, "index_steps": 3}) is None
+    for weights in ({"name": "dense"}, mass, {**own, "index_layers": 2}):
+        assert "use attention.select=mass" in str(without_index(weights, own))
+
+        # A run that begins with them learns first.
+        given = Given("init.run=x", {}, {}, weights, {}, None, None, True, 9)
+        assert "attention.index_steps is 0 with init.run=x" in str(_of_index(given, own))
+        assert _of_index(given, {**own, "index_steps": 5}) is None
+    assert _of_index(Given("init.run=x", {}, {}, own, {}, None, None, True, 9), own) is None

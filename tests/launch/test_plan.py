@@ -41,18 +41,50 @@ def test_a_plan_says_that_the_model_does_not_cover_the_tokenizer(tokenizer, caps
     assert "model.vocab_size 200 must be at least" in capsys.readouterr().out
 
 
-def test_a_plan_with_a_tokenizer_that_is_elsewhere_says_what_was_not_checked(capsys):
-    plan.main(composed("data.tokenizer.path=/nowhere/tokenizer.json"))
+NOT_THERE = (
+    (("data.tokenizer.path=/nowhere/tokenizer.json",), "/nowhere/tokenizer.json does not exist"),
+    (
+        ("data=files", "data.sources.0.path=json", "data.sources.0.data_files='/nowhere/*.jsonl'"),
+        "no file matches '/nowhere/*.jsonl'",
+    ),
+    (
+        ("data.validation.sources=[{path:text,data_files:/nowhere/held.txt}]",),
+        "no file matches '/nowhere/held.txt'",
+    ),
+    (
+        ("launch=deepspeed", "launch.num_devices=2", "launch.hostfile=/nowhere/hosts"),
+        "launch.hostfile=/nowhere/hosts cannot be read: No such file or directory",
+    ),
+)
+
+
+@pytest.mark.parametrize(("settings", "words"), NOT_THERE)
+def test_files_that_are_not_there_are_problems_of_a_plan(settings, words, capsys):
+    """The plan is printed all the same."""
+    with pytest.raises(SystemExit) as exit_code:
+        plan.main(composed(*settings))
     out = capsys.readouterr().out
-    assert (
-        "data.tokenizer.path=/nowhere/tokenizer.json is not on this machine" in out
-        and '"problems": []' in out
-    )
+    found = json.loads(out.splitlines()[-1])
+    assert exit_code.value.code == 1
+    assert [problem for problem in found["problems"] if words in problem], found["problems"]
+    assert "memory per device" in out and found["parameters"] > 0
+
+
+def test_every_file_that_is_not_there_is_named_at_once(capsys):
+    with pytest.raises(SystemExit):
+        plan.main(composed(*(word for settings, _ in NOT_THERE for word in settings)))
+    problems = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
+    assert all(any(words in problem for problem in problems) for _, words in NOT_THERE)
+
+
+def test_the_nodes_of_slurm_may_see_what_this_machine_does_not(capsys):
+    plan.main(composed("launch=slurm", "data.tokenizer.path=/nowhere/tokenizer.json"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["problems"] == []
 
 
 def test_a_covered_tokenizer_is_no_problem(tokenizer, capsys):
     plan.main(composed(f"data.tokenizer.path={tokenizer}"))
-    assert "not checked" not in capsys.readouterr().out
+    assert '"problems": []' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["inline", "deepspeed"])

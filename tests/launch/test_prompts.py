@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from infer.config import SamplingConfig
-from launch.prompts.answering import answer_of
+from infer.request import Completion
+from launch.command.messages import failure_of
+from launch.process.exits import CANNOT_WRITE, FAILURES
+from launch.prompts.answering import answer_file, answer_of
 from launch.prompts.answers import AnswerFile
 from launch.prompts.lines import BadLine, PromptLine, read_prompts
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
 
 
 def lines_of(tmp_path: Path, *lines: object, **settings) -> list[PromptLine | BadLine]:
@@ -54,6 +60,11 @@ def test_equal_prompts_draw_texts_of_their_own_and_seeds_hold(tmp_path):
         ({}, 'has no "prompt"'),
         ({"prompt": ""}, 'has no "prompt"'),
         ({"prompt": 3}, 'has no "prompt"'),
+        ({"prompt_tokens": []}, "has prompt_tokens that are no list"),
+        ({"prompt_tokens": [1, -1]}, "has prompt_tokens that are no list"),
+        ({"prompt_tokens": [1], "tokens": "a"}, "has tokens that are no list"),
+        ({"prompt": "a", "stop_token_ids": 3}, "has stop_token_ids that are no list"),
+        ({"prompt": "a", "ignore_end": 1}, "has ignore_end 1"),
         ({"prompt": "a", "id": [1]}, "has the id"),
         ({"prompt": "a", "id": True}, "has the id"),
         ({"prompt": "a", "temperature": "hot"}, "has temperature 'hot'"),
@@ -106,6 +117,48 @@ def test_half_a_line_is_cut_off(tmp_path):
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
+def test_restart_skips_finished_prompts(tmp_path):
+    """What is answered is not computed again, half an answer is, and the answers are those of a
+    start that nothing cut short.
+    """
+    import torch
+    from common import build, tiny_config
+
+    from infer.engine import Engine
+    from infer.request import Request
+    from model.config import BalanceConfig
+
+    model = build(tiny_config(vocab_size=128), BalanceConfig()).eval()
+    with torch.no_grad():
+        model.head.weight *= 10
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts = ["the quick", "brown fox", "jumps", "over a lazy dog"]
+    source.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
+    asked: list[str] = []
+
+    def to_request(line: PromptLine) -> Request:
+        asked.append(line.name)
+        return Request(line.name, list(line.prompt.encode()), line.sampling)
+
+    def answered() -> tuple[int, int]:
+        sampling = SamplingConfig(max_new_tokens=5)
+        with AnswerFile(output, {}) as file:
+            tally = answer_file(Engine(model), source, file, sampling, to_request)
+        return tally.answered, tally.skipped
+
+    assert answered() == (4, 0) and sorted(asked) == ["1", "2", "3", "4"]
+    lines = output.read_text().splitlines(keepends=True)
+    whole = {a["id"]: a["generated_tokens"] for a in map(json.loads, lines)}
+    output.write_text("".join(lines[:2]) + lines[2][:-10])
+    asked.clear()
+    assert answered() == (2, 2)
+    done = {json.loads(line)["id"] for line in lines[:2]}
+    assert set(asked) == {"1", "2", "3", "4"} - done
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(again) == 4 and {a["id"]: a["generated_tokens"] for a in again} == whole
+    assert answered() == (0, 4)
+
+
 def test_other_settings_and_other_files_are_refused(tmp_path):
     path = tmp_path / "out.jsonl"
     with AnswerFile(path, {"seed": 1}) as file:
@@ -122,13 +175,17 @@ def test_other_settings_and_other_files_are_refused(tmp_path):
 
 
 def test_a_full_disk_is_an_error_of_its_own():
-    """Every write to /dev/full fails as one to a full disk does."""
+    """Every write to /dev/full fails as one to a full disk does. The command ends with the code of
+    that kind, and says which file and how to go on.
+    """
     with (
         pytest.raises(OSError, match="No space left") as caught,
         AnswerFile(Path("/dev/full"), {}) as file,
     ):
         file.append({"id": "a"})
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
+    assert "the same command goes on behind the last answer" in str(caught.value)
+    assert FAILURES[failure_of(caught.value)].code == CANNOT_WRITE
 
 
 def test_keys_of_a_line_do_not_replace_those_of_the_answer():
@@ -137,3 +194,15 @@ def test_keys_of_a_line_do_not_replace_those_of_the_answer():
     line = PromptLine(1, "a", "b", SamplingConfig(), {"text": "old", "label": 2})
     found = answer_of(line, Completion("a", text="new"))
     assert found["text"] == "new" and found["label"] == 2
+
+
+def test_a_recorded_line_tells_how_much_came_again(tmp_path):
+    recorded = {"prompt_tokens": [3, 4], "tokens": [5, 6, 7], "stop_token_ids": [9], "id": "x"}
+    (line,) = lines_of(tmp_path, recorded)
+    assert line.prompt == (3, 4) and line.sampling.stop_token_ids == (9,) and not line.rest
+    for tokens, same in (([5, 6, 7], 3), ([5, 8, 7], 1), ([5, 6], 2), ([5, 6, 7, 8], 3)):
+        told = answer_of(line, Completion("x", tokens=tokens))
+        assert (told["same_tokens"], told["recorded_tokens"]) == (same, 3)
+    # beside a prompt these words are whatever the line means by them
+    (other,) = lines_of(tmp_path, {"prompt": "a", "tokens": "b"})
+    assert other.rest == {"tokens": "b"} and other.expected is None

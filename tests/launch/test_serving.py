@@ -56,9 +56,10 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_engine(**settings) -> Engine:
+def make_engine(groups=None, **settings) -> Engine:
+    """groups: of ranks that share the experts; None: one process."""
     config = tiny_config(vocab_size=VOCAB_SIZE, max_seq_len=256, num_layers=2)
-    model = build(config, BalanceConfig(), router=ThresholdConfig, budget=2.0).eval()
+    model = build(config, BalanceConfig(), groups, router=ThresholdConfig, budget=2.0).eval()
     budgets = {}
     with torch.no_grad():
         model.head.weight *= 10
@@ -81,7 +82,7 @@ class Gate:
         step = engine.step
 
         def gated():
-            self.open.wait(30)
+            self.open.wait(300)
             return step()
 
         engine.step = gated
@@ -93,10 +94,11 @@ def serving(
     max_waiting: int = 8,
     token: str | None = None,
     template: str | None = TEMPLATE,
+    pause: float | None = None,
     **decided,
 ) -> Iterator[SimpleNamespace]:
-    """A server on a free port, in a thread. decided: what its policy has beside engine and
-    meters.
+    """A server on a free port, in a thread. engine: or one over ranks, with a pause. decided: what
+    its policy has beside engine and meters.
     """
     from launch.serving.app import Model, make_app
     from launch.serving.meters import Meters
@@ -126,7 +128,7 @@ def serving(
         meters.ended(request, done)
 
     ended = running.ended.set
-    worker = Worker(engine, max_waiting, told, ended, policy.take, policy.stepped)
+    worker = Worker(engine, max_waiting, told, ended, policy.take, policy.stepped, pause)
     meters.watch(worker)
     started = threading.Event()
 
@@ -157,7 +159,7 @@ def served():
 
 def send(served, method: str, path: str, body=None, headers=None):
     """(status, headers, body) of a request; the body of JSON parsed."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
     data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
     kind = {} if body is None else {"Content-Type": "application/json"}
     connection.request(method, path, data, {**kind, **(headers or {})})
@@ -183,14 +185,14 @@ def pieces_of(text: str) -> list[dict]:
 
 def begun(served, **body) -> http.client.HTTPConnection:
     """A request on its way, whose answer nobody has read yet."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     return connection
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -626,11 +628,12 @@ def test_an_engine_that_fails_tells_every_client_and_health():
 
         engine.model.prefill = broken
         gate.open.set()
-        assert held[0].getresponse().status == 500
+        assert held[0].getresponse().status == 503
         assert b"the engine has failed" in held[1].getresponse().read()
         assert served.ended.wait(10) and "out of memory" in str(served.worker.failure)
-        assert send(served, "GET", "/health")[0] == 503
-        assert send(served, "POST", "/v1/completions", {"prompt": "a"})[0] == 503
+        for asked in (("GET", "/health"), ("POST", "/v1/completions", {"prompt": "a"})):
+            status, headers, _ = send(served, *asked)
+            assert status == 503 and int(headers["Retry-After"]) > 0
 
 
 def test_requests_on_their_way_end_before_the_server_does():

@@ -344,6 +344,20 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
             {"parallel__pipeline_parallel_size": 2, "optim__freeze": ["norms"]},
             "parallel.pipeline_parallel_size 2 with optim.freeze ['norms']",
         ),
+        (
+            {"parallel__overlap_experts": True, "train__global_batch_size": 16}
+            | {"train__micro_batch_size": 4},
+            "parallel.overlap_experts with one micro-batch a step: train.global_batch_size 16 is "
+            "one of 4 rows on each of 4 ranks",
+        ),
+        (
+            {"parallel__overlap_experts": True, "deepspeed__zero_optimization": {"stage": 3}},
+            "parallel.overlap_experts with deepspeed zero stage 3",
+        ),
+        (
+            {"parallel__overlap_experts": True, "train__compile": "blocks"},
+            "parallel.overlap_experts with train.compile=blocks",
+        ),
         ({"balance__aux_loss_scope": "world"}, "choose one of sequence, batch, global_batch"),
     ],
 )
@@ -356,6 +370,12 @@ def test_contradictions_are_named(base, change, words):
         **change,
     )
     assert any(words in p for p in problems(config, 4)), problems(config, 4)
+
+
+def test_nothing_travels_that_could_be_overlapped(base):
+    alone = changed(base, parallel__overlap_experts=True)
+    found = problems(alone)
+    assert any("parallel.expert_parallel_size 1: no rows travel to experts" in p for p in found)
 
 
 def test_half_precision_needs_a_zero_stage(base):
@@ -455,10 +475,16 @@ def test_a_config_of_an_earlier_version_means_the_same(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "experiments"), with_presets(ATTENTIONS))
 def test_any_attention_goes_into_any_preset(attention, experiments):
-    """Latent attention with what its refusals ask for."""
-    mended = ["num_kv_heads=${model.num_heads}", "head_dim=192", "rotary_dim=null"]
-    mended += ["qk_norm=none", "attention_bias=none", "attention_multiplier=null"]
-    more = [f"++model.{override}" for override in mended] if attention.startswith("mla") else []
+    """Latent and compressed attention with what their refusals ask for."""
+    plain = ["rotary_dim=null", "qk_norm=none", "attention_bias=none", "attention_multiplier=null"]
+    mended: list[str] = []
+    if attention.startswith("mla"):
+        mended = ["num_kv_heads=${model.num_heads}", "head_dim=192", *plain]
+    elif attention in ("compressed", "csa", "hca", "v4"):
+        mended = ["num_kv_heads=1", "head_dim=64", *plain, "num_mtp_layers=0", "rope_scaling=null"]
+    more = [f"++model.{override}" for override in mended]
+    if mended and not attention.startswith("mla"):
+        more.append("++attention.output_groups=1")
     for experiment in experiments:
         overrides = (f"experiment={experiment}", "parallel=single", f"attention={attention}")
         run = parse(composed(*overrides, *more), 1)

@@ -9,10 +9,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, batch, tiny_config
+from common import (
+    COMPRESSED,
+    COMPRESSED_SHAPE,
+    LATENT,
+    LATENT_SHAPE,
+    VOCAB_SIZE,
+    batch,
+    tiny_config,
+)
 
 from model.attention.config import (
     AttentionConfig,
+    CompressedAttentionConfig,
     DenseAttentionConfig,
     IndexedAttentionConfig,
     MlaConfig,
@@ -85,6 +94,9 @@ SPARSE: dict[str, dict] = {
     "mixed": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
     "max": {**SMALL, "score": "max"},
     "error_gain": {**SMALL, "score": "error_gain"},
+    "index": {**SMALL, "select": "index", "index_head_dim": 4},
+    "followed index": {**SMALL, "select": "index", "index_layers": 2, "entries": "gated"},
+    "index so far": {**SMALL, "select": "index", "index_steps": 100},
 }
 ATTENTIONS: dict[str, AttentionConfig] = {
     "dense": DenseAttentionConfig(),
@@ -93,9 +105,12 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "dsa": IndexedAttentionConfig(top_k=6, index_heads=2, index_head_dim=8, dense_steps=0),
     "msa": IndexedAttentionConfig(rule="msa", block_size=4, top_k=2, dense_steps=0),
     "qsa": IndexedAttentionConfig(rule="qsa", block_size=2, top_k=3, dense_steps=0),
+    "compressed": CompressedAttentionConfig(
+        **COMPRESSED, dense_steps=0, layer_kinds=("window", "hca", "csa")
+    ),
     **{name: SparseAttentionConfig(**arguments) for name, arguments in SPARSE.items()},
 }
-SHAPES: dict[str, dict] = {"mla": LATENT_SHAPE}
+SHAPES: dict[str, dict] = {"mla": LATENT_SHAPE, "compressed": COMPRESSED_SHAPE}
 """Of the model, where an attention asks for another."""
 
 

@@ -6,9 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import LATENT, LATENT_SHAPE, batch, build, take, tiny_config
+from common import (
+    COMPRESSED,
+    COMPRESSED_SHAPE,
+    LATENT,
+    LATENT_SHAPE,
+    batch,
+    build,
+    take,
+    tiny_config,
+)
 
-from model.attention.config import IndexedAttentionConfig, SparseAttentionConfig
+from model.attention.config import (
+    CompressedAttentionConfig,
+    IndexedAttentionConfig,
+    SparseAttentionConfig,
+)
 from model.config import BalanceConfig
 from model.cost.memory import device_memory
 from model.cost.parameters import count_parameters
@@ -111,6 +124,24 @@ def test_an_index_keeps_what_the_plan_says(rule):
             model(take(batch(0, 0, 8), 0, 8)._replace(token_mask=None))
         measured.append(sum(kept.values()))
         arguments = None if attention is None else IndexedAttentionConfig(**attention).arguments
+        planned.append(device_memory(config, 2.0, **SETTINGS, attention=arguments).activations)
+    more = planned[1] - planned[0]
+    assert measured[1] - measured[0] == pytest.approx(more, rel=0.3)
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca", "window"])
+def test_compressed_attention_keeps_what_the_plan_says(kind):
+    settings = CompressedAttentionConfig(
+        **COMPRESSED, dense_steps=0, audit_rows=0.0, layer_kinds=(kind,) * 4
+    )
+    config = tiny_config(hidden_size=64, num_layers=4, **COMPRESSED_SHAPE)
+    measured, planned = [], []
+    for attention in (None, settings):
+        model = build(config, BalanceConfig(), attention=attention)
+        with kept_for_backward(*model.parameters()) as kept:
+            model(take(batch(0, 0, 8), 0, 8)._replace(token_mask=None))
+        measured.append(sum(kept.values()))
+        arguments = None if attention is None else attention.arguments
         planned.append(device_memory(config, 2.0, **SETTINGS, attention=arguments).activations)
     more = planned[1] - planned[0]
     assert measured[1] - measured[0] == pytest.approx(more, rel=0.3)

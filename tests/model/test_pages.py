@@ -6,16 +6,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, build, tiny_config
+from common import (
+    COMPRESSED,
+    COMPRESSED_SHAPE,
+    LATENT,
+    LATENT_SHAPE,
+    VOCAB_SIZE,
+    build,
+    tiny_config,
+)
 
 from model.attention.base import Paging
+from model.attention.config import AttentionConfig, CompressedAttentionConfig
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.moe.budget import start_routers
 from model.request import TokenBatch
 from model.routers.config import ROUTERS
 
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4}
-ATTENTIONS: dict[str, dict | None] = {
+ATTENTIONS: dict[str, dict | AttentionConfig | None] = {
     "dense": None,
     "scc": SMALL,
     "drop": {**SMALL, "tail": "drop"},
@@ -27,10 +36,14 @@ ATTENTIONS: dict[str, dict | None] = {
     "covering": {**SMALL, "top_p": 0.7},
     "window": {**SMALL, "top_k": 0, "num_sink_blocks": 0, "tail": "drop"},
     "pattern": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
+    "index": {**SMALL, "select": "index", "index_head_dim": 6},
+    "followed index": {**SMALL, "select": "index", "index_layers": 2, "entries": "gated"},
     "dsa": {"rule": "dsa", "top_k": 5, "index_heads": 3},
     "msa": {"rule": "msa", "block_size": 3, "top_k": 2},
     "qsa": {"rule": "qsa", "block_size": 3, "top_k": 2, "index_heads": 3, "dense_layers": (0,)},
     "mla": LATENT,
+    "csa": CompressedAttentionConfig(**COMPRESSED),
+    "hca": CompressedAttentionConfig(**COMPRESSED, layer_kinds=("window", "hca", "csa")),
 }
 ROUTER_OPTIONS = {
     "top_k": {"top_k": 2},
@@ -42,10 +55,13 @@ NUM_PAGES = 64
 
 
 def model_of(name: str, **options):
-    shape = LATENT_SHAPE if name == "mla" else {}
+    shape = {"mla": LATENT_SHAPE, "csa": COMPRESSED_SHAPE, "hca": COMPRESSED_SHAPE}.get(name, {})
     model = build(tiny_config(**shape), BalanceConfig(), attention=ATTENTIONS[name], **options)
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if part.endswith("slot_bias"):
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=gen))
         for layer in model.sparse_attentions():
             for part, parameter in layer.named_parameters():
                 if part.split(".")[0] in ("offset", "sink", "trust", "gates", "entry_weights"):

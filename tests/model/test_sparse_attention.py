@@ -32,6 +32,9 @@ FORMS = {
     "covering": {**SMALL, "top_p": 0.7},
     "window": {**SMALL, "top_k": 0, "num_sink_blocks": 0, "tail": "drop"},
     "pattern": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
+    "index": {**LEARNED, "select": "index", "index_head_dim": 6},
+    "resident": {**LEARNED, "resident_blocks": 1, "resident_interval": 8},
+    "followed": {**SMALL, "select": "index", "index_layers": 2, "min_sparse_length": 12},
 }
 LENGTH = 48
 

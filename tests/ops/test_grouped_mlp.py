@@ -143,6 +143,7 @@ def test_gradients_hold_by_finite_differences():
 
 SPECIAL = {
     "clamped": ("clamped_swiglu", False),
+    "limited": ("limited_swiglu", False),
     "biased": ("swiglu", True),
     "clamped_and_biased": ("clamped_swiglu", True),
 }
@@ -209,6 +210,16 @@ def test_the_clamped_activation_is_gpt_oss(limit):
     for g, u, found in zip(gate, up, activate(gate, up, "clamped_swiglu"), strict=True):
         g, u = min(float(g), 7.0), min(max(float(u), -7.0), 7.0)
         assert float(found) == pytest.approx((u + 1) * g / (1 + math.exp(-1.702 * g)), rel=1e-12)
+
+
+@pytest.mark.parametrize("limit", [-10.0, 10.0])
+def test_the_limited_activation_is_deepseek_v4(limit):
+    """Its formula in fp64, value by value, at and around the limits."""
+    values = torch.tensor([limit - 0.1, limit, limit + 0.1, -3.0, 0.0, 2.0], dtype=torch.float64)
+    gate, up = (grid.flatten() for grid in torch.meshgrid(values, values, indexing="ij"))
+    for g, u, found in zip(gate, up, activate(gate, up, "limited_swiglu"), strict=True):
+        g, u = min(float(g), 10.0), min(max(float(u), -10.0), 10.0)
+        assert float(found) == pytest.approx(u * g / (1 + math.exp(-g)), rel=1e-12)
 
 
 def test_triton_leaves_special_experts_to_others_and_says_so(caplog):

@@ -27,7 +27,7 @@ def test_output_and_every_gradient_match_the_definition_in_half_precision(interp
 
 @pytest.mark.slow
 def test_weights_of_8_bits_are_scaled_where_their_products_end(interpret) -> None:
-    interpret("grouped_mlp_cases.py", "int8")
+    interpret("grouped_mlp_cases.py", "stored")
 
 
 @pytest.mark.slow

@@ -387,11 +387,12 @@ def test_a_wrong_text_column_is_answered_with_the_columns_there_are(tmp_path):
 def test_a_broken_file_is_refused_with_its_source(tmp_path):
     (tmp_path / "bad.json").write_text('{"text": "ok"}\n{"text": ')
     refused(
-        SourceConfig("json", data_files=str(tmp_path / "bad.json")), "source 'json' cannot be read"
+        SourceConfig("json", data_files=str(tmp_path / "bad.json")), "source 'bad' cannot be read"
     )
     path = write(tmp_path / "data.json", make_texts(3))
     refused(
-        SourceConfig("json", data_files=path, split="test"), "source 'json' cannot be read: .*test"
+        SourceConfig("json", data_files=path, split="test"),
+        "source 'data-test' cannot be read: .*test",
     )
 
 

@@ -10,7 +10,12 @@ import math
 import pytest
 import torch
 
-from model.attention.config import DenseAttentionConfig, IndexedAttentionConfig, MlaConfig
+from model.attention.config import (
+    CompressedAttentionConfig,
+    DenseAttentionConfig,
+    IndexedAttentionConfig,
+    MlaConfig,
+)
 from model.config import BalanceConfig, ModelConfig
 from model.cost.matrices import hidden_matrices
 from model.dispatch.config import LocalDispatcherConfig
@@ -337,7 +342,7 @@ def test_the_work_of_cut_matrices_is_spread():
     assert [owners.count(rank) for rank in range(4)] == [10, 10, 10, 10]
 
 
-@pytest.mark.parametrize("attention", ["dense", "mla", "dsa"])
+@pytest.mark.parametrize("attention", ["dense", "mla", "dsa", "compressed"])
 def test_the_plan_has_the_models_matrices_in_their_order(attention):
     settings = (
         MlaConfig(
@@ -346,13 +351,28 @@ def test_the_plan_has_the_models_matrices_in_their_order(attention):
         if attention == "mla"
         else IndexedAttentionConfig(index_heads=3, dense_layers=(0,))
         if attention == "dsa"
+        else CompressedAttentionConfig(
+            layer_kinds=("csa", "hca"),
+            rope_head_dim=4,
+            q_lora_rank=8,
+            output_groups=2,
+            o_lora_rank=6,
+            index_heads=3,
+            index_head_dim=6,
+        )
+        if attention == "compressed"
         else DenseAttentionConfig()
     )
     shape = dataclasses.replace(
         SHAPE,
         **(
-            {"num_kv_heads": 2, "qk_norm": "none", "attention_bias": "none"}
-            if attention == "mla"
+            {
+                "num_kv_heads": {"mla": 2, "compressed": 1}[attention],
+                "qk_norm": "none",
+                "attention_bias": "none",
+            }
+            | ({"num_mtp_layers": 0} if attention == "compressed" else {})
+            if attention in ("mla", "compressed")
             else {}
         ),
     )

@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 
-from train.pipeline.schedule import Action, Exchange, Pass, actions, in_flight
+from train.pipeline.schedule import (
+    Action,
+    Exchange,
+    Pair,
+    Pass,
+    actions,
+    actions_in_pairs,
+    in_flight,
+)
 
 SIZES = list(itertools.product(range(1, 9), (*range(1, 10), 16, 31, 32)))
 
@@ -24,12 +32,18 @@ def fits(one: Exchange, other: Action) -> bool:
     )
 
 
-def play(num_stages: int, num_micro: int) -> list[list[Pass]]:
+def passes_of(action: Pass | Pair) -> list[Pass]:
+    if isinstance(action, Pass):
+        return [action]
+    return [Pass("forward", action.forward), Pass("backward", action.backward)]
+
+
+def play(num_stages: int, num_micro: int, order=None) -> list[list[Pass]]:
     """The passes of all stages where an exchange takes place once both sides have come to it.
 
     Raises AssertionError where they wait for each other, or pass what has not come.
     """
-    plans = [list(actions(place, num_stages, num_micro)) for place in range(num_stages)]
+    plans = [list((order or actions)(place, num_stages, num_micro)) for place in range(num_stages)]
     at, done = [0] * num_stages, [list[Pass]() for _ in plans]
     there: list[set[tuple[str, int]]] = [set() for _ in plans]
     while any(at[place] < len(plan) for place, plan in enumerate(plans)):
@@ -38,10 +52,11 @@ def play(num_stages: int, num_micro: int) -> list[list[Pass]]:
             if at[place] == len(plan):
                 continue
             action = plan[at[place]]
-            if isinstance(action, Pass):
-                neighbour = place > 0 if action.kind == "forward" else place < num_stages - 1
-                assert not neighbour or (action.kind, action.number) in there[place], action
-                done[place].append(action)
+            if not isinstance(action, Exchange):
+                for one in passes_of(action):
+                    neighbour = place > 0 if one.kind == "forward" else place < num_stages - 1
+                    assert not neighbour or (one.kind, one.number) in there[place], action
+                    done[place].append(one)
             else:
                 other = partner(place, action)
                 if other < place or at[other] == len(plans[other]):
@@ -62,18 +77,20 @@ def play(num_stages: int, num_micro: int) -> list[list[Pass]]:
     return done
 
 
+@pytest.mark.parametrize("in_pairs", [False, True])
 @pytest.mark.parametrize(("num_stages", "num_micro"), SIZES)
 def test_every_micro_batch_goes_forward_and_backward_once_and_nobody_waits_for_ever(
-    num_stages, num_micro
+    num_stages, num_micro, in_pairs
 ):
-    for place, passes in enumerate(play(num_stages, num_micro)):
+    order = actions_in_pairs if in_pairs else actions
+    for place, passes in enumerate(play(num_stages, num_micro, order)):
         for kind in ("forward", "backward"):
             assert [p.number for p in passes if p.kind == kind] == list(range(num_micro))
         held = most = 0
         for one in passes:
             held += 1 if one.kind == "forward" else -1
             most = max(most, held)
-        assert held == 0 and most == in_flight(place, num_stages, num_micro)
+        assert held == 0 and most == in_flight(place, num_stages, num_micro, in_pairs)
 
 
 def test_one_stage_alone_takes_forward_and_backward_in_turn():
@@ -83,6 +100,47 @@ def test_one_stage_alone_takes_forward_and_backward_in_turn():
         Pass("forward", 1),
         Pass("backward", 1),
     ]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_all_stages_are_at_a_pair_at_once(num_stages):
+    """In the middle of a step, where an exchange with a neighbour takes no time."""
+    num_micro = 20
+    plans = [list(actions_in_pairs(place, num_stages, num_micro)) for place in range(num_stages)]
+    pairs = [sum(isinstance(a, Pair) for a in plan) for plan in plans]
+    assert pairs == [num_micro - 2 * (num_stages - place) + 1 for place in range(num_stages)]
+
+    # Rounds in which every stage goes on as far as it can without what its neighbours do in the
+    # same one.
+    at, rounds = [0] * num_stages, 0
+    there: list[set[tuple[str, int]]] = [set() for _ in plans]
+    while any(at[place] < len(plan) for place, plan in enumerate(plans)):
+        rounds += 1
+        sent: list[tuple[int, tuple[str, int]]] = []
+        for place, plan in enumerate(plans):
+            while at[place] < len(plan) and isinstance(action := plan[at[place]], Exchange):
+                at[place] += 1
+                if action.send is not None:
+                    kind = "forward" if action.with_next else "backward"
+                    sent.append((partner(place, action), (kind, action.send)))
+            if at[place] == len(plan):
+                continue
+            ready = all(
+                (place == 0 if one.kind == "forward" else place == num_stages - 1)
+                or (one.kind, one.number) in there[place]
+                for one in passes_of(plan[at[place]])
+            )
+            at[place] += ready
+        for place, plan in enumerate(plans):
+            while at[place] < len(plan) and isinstance(action := plan[at[place]], Exchange):
+                at[place] += 1
+                if action.send is not None:
+                    kind = "forward" if action.with_next else "backward"
+                    sent.append((partner(place, action), (kind, action.send)))
+        for place, what in sent:
+            there[place].add(what)
+    # Forward passes alone, pairs, backward passes alone: as long as without pairs.
+    assert rounds == num_stages + (num_micro - 1) + num_stages
 
 
 def test_an_order_in_which_stages_wait_for_each_other_is_found(monkeypatch):

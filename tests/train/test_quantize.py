@@ -10,9 +10,18 @@ import torch
 
 from model.config import BalanceConfig
 from ops.grouped_mlp import dequantized
+from ops.grouped_mlp.eight_bit import DTYPES
+from ops.grouped_mlp.fp8 import rounded_rows
 from train.files.manifest import CheckpointError
-from train.pretrained.int8 import load_int8, save_int8
-from train.trained.quantize import HeldOut, compare, expert_errors, quantized, sizes
+from train.pretrained.eight_bit import load_eight_bit, save_eight_bit
+from train.trained.quantize import (
+    HeldOut,
+    compare,
+    expert_errors,
+    left_out,
+    quantized,
+    sizes,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
 from common import VOCAB_SIZE, build, tiny_config
@@ -29,16 +38,16 @@ def logits_of(model) -> torch.Tensor:
         return model.logits(ids)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_model_with_int8_experts_is_the_model_with_what_they_stand_for(bias):
+@pytest.mark.parametrize(("stored", "bias"), [("int8", False), ("int8", True), ("fp8", False)])
+def test_a_model_with_8_bit_experts_is_the_model_with_what_they_stand_for(stored, bias):
     """Biases stay, and the sizes say what became smaller."""
     special = {"expert_bias": True, "activation": "clamped_swiglu"} if bias else {}
     shape = {"num_shared_experts": 0} if bias else {}
     model, other = (build(tiny_config(**special, **shape), BalanceConfig()).eval() for _ in "ab")
     before = sizes(model)
     for layer, rounded in zip(model.moe_layers(), other.moe_layers(), strict=True):
-        stacks = quantized(layer)
-        layer.experts.hold_int8(**stacks)
+        stacks = quantized(layer, stored)
+        layer.experts.hold_eight_bit(**stacks)
         for name in ("gate_up", "down"):
             whole = dequantized(stacks[name], stacks[f"{name}_scales"])
             getattr(rounded.experts, name).data = whole
@@ -47,7 +56,7 @@ def test_a_model_with_int8_experts_is_the_model_with_what_they_stand_for(bias):
     assert after["others"] == before["others"]
     assert 0.25 < after["experts"] / before["experts"] < 0.35
     state = model.state_dict()
-    assert state["blocks.1.mlp.experts.gate_up"].dtype == torch.int8
+    assert state["blocks.1.mlp.experts.gate_up"].dtype == DTYPES[stored]
 
 
 def test_errors_are_those_of_each_expert(model):
@@ -56,9 +65,9 @@ def test_errors_are_those_of_each_expert(model):
         layer.experts.gate_up[3] = torch.linspace(-127, 127, 255)[:16].round()  # on the grid
         layer.experts.down[3] = 127.0
         layer.experts.gate_up[5, :, 0] = 1000.0  # one large value makes a coarse grid
-    errors = expert_errors(layer, quantized(layer))
+    errors = expert_errors(layer, quantized(layer, "int8"))
     assert errors[3] == pytest.approx(0, abs=1e-6) and len(errors) == 8
-    stacks = quantized(layer)
+    stacks = quantized(layer, "int8")
     for e in (0, 5):
         pairs = [
             (
@@ -71,6 +80,31 @@ def test_errors_are_those_of_each_expert(model):
         assert errors[e] == pytest.approx(
             (off / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5
         )
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_quantize_reports_left_out_parameters(stored):
+    """Every parameter is of 8 bits, a scale, or told with its group; a stack of experts that was
+    forgotten is refused.
+    """
+    special = {"expert_bias": True, "activation": "clamped_swiglu", "num_shared_experts": 0}
+    model = build(tiny_config(**special), BalanceConfig()).eval()
+    whole = {name: p.numel() for name, p in model.named_parameters()}
+    first, *others = model.moe_layers()
+    for layer in others:
+        layer.experts.hold_eight_bit(**quantized(layer, stored))
+    with pytest.raises(ValueError, match=r"9,216 of the 18,432 numbers .* stay as they are"):
+        left_out(model)
+    first.experts.hold_eight_bit(**quantized(first, stored))
+    found = left_out(model)
+    assert set(found) == {
+        *("embedding", "head", "norm", "attention", "attention_norm", "mlp_norm"),
+        *("mlp.gate_up", "mlp.down", "mlp.router", "mlp.experts"),
+    }
+    stacks = sum(n for name, n in whole.items() if name.endswith((".gate_up", "experts.down")))
+    assert sum(group["parameters"] for group in found.values()) == sum(whole.values()) - stacks
+    assert found["mlp.experts"] == {"parameters": 2 * 8 * (48 + 16), "bytes": 4 * 2 * 8 * 64}
+    assert sum(group["bytes"] for group in found.values()) == sizes(model)["others"] + 4096
 
 
 def test_agreement_counts_experts_that_stay():
@@ -90,23 +124,36 @@ def test_agreement_counts_experts_that_stay():
     assert (found.low, found.high) == pytest.approx((0.1, 0.1))
 
 
-def test_a_file_comes_back_and_only_for_its_own_weights(model, tmp_path):
-    layers = [quantized(layer) for layer in model.moe_layers()]
+@pytest.mark.parametrize(("stored", "other"), [("int8", "fp8"), ("fp8", "int8")])
+def test_a_file_comes_back_and_only_for_its_own_weights(model, tmp_path, stored, other):
+    layers = [quantized(layer, stored) for layer in model.moe_layers()]
     path = tmp_path / "a.safetensors"
-    save_int8(path, layers, "one")
-    again = load_int8(path, len(layers), "one")
+    save_eight_bit(path, layers, "one")
+    again = load_eight_bit(path, len(layers), "one", stored)
     for before, after in zip(layers, again, strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(ValueError, match="made of other weights than the checkpoint has"):
-        load_int8(path, len(layers), "two")
-    with pytest.raises(ValueError, match="has other experts than the model"):
-        load_int8(path, 1, "one")
+        load_eight_bit(path, len(layers), "two", stored)
+    for number, kind in ((1, stored), (len(layers), other)):
+        with pytest.raises(ValueError, match=f"has other experts than the model.* weights={kind}"):
+            load_eight_bit(path, number, "one", kind)
     smaller = build(tiny_config(expert_intermediate_size=16), BalanceConfig())
-    with pytest.raises(ValueError, match=r"gate_up of int8 experts is \[8, 48, 16\], the model's"):
-        smaller.moe_layers()[0].experts.hold_int8(**again[0])
+    with pytest.raises(ValueError, match=r"gate_up of 8-bit experts is \[8, 48, 16\], the model's"):
+        smaller.moe_layers()[0].experts.hold_eight_bit(**again[0])
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
-        load_int8(path, len(layers), "one")
+        load_eight_bit(path, len(layers), "one", stored)
     path.chmod(0o666)
     with pytest.raises(CheckpointError):
-        load_int8(path, len(layers), "one")
+        load_eight_bit(path, len(layers), "one", stored)
+
+
+def test_experts_trained_by_products_of_fp8_lose_nothing_of_them():
+    """Their weights were rounded to the same numbers in every step."""
+    model = build(tiny_config(), BalanceConfig()).eval()
+    for layer in model.moe_layers():
+        for name in ("gate_up", "down"):
+            weight = getattr(layer.experts, name)
+            weight.data = rounded_rows(weight.data)
+        assert max(expert_errors(layer, quantized(layer, "fp8"))) == 0
+        assert min(expert_errors(layer, quantized(layer, "int8"))) > 0

@@ -393,7 +393,7 @@ def test_a_split_may_be_cut(tmp_path, split, expected):
 def test_a_split_there_is_not_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json_lines("one"))
     for split in ("test", "train[", "test[:10%]"):
-        refused(tmp_path / "a.jsonl", "source 'json' cannot be read: split", split=split)
+        refused(tmp_path / "a.jsonl", r"source 'a-t\S*' cannot be read: split", split=split)
 
 
 # --- what datasets finds --------------------------------------------------------------------------
@@ -618,7 +618,7 @@ def test_preparing_says_what_was_left_out_and_the_store_counts_it(tmp_path):
     source, reports = SourceConfig("json", data_files=str(tmp_path / "a.jsonl")), []
     store = TokenStore(prepare(data_config(source, tmp_path), report=reports.append))
     assert [line for line in reports if "left out" in line] == [
-        "source json: left out 1 of 301 rows (0.33%) without readable text: "
+        "source a: left out 1 of 301 rows (0.33%) without readable text: "
         f"{tmp_path}/a.jsonl row 101 'text' is null"
     ]
     (counts,) = store.manifest["sources"]
@@ -683,7 +683,7 @@ def test_a_compressed_file_that_was_cut_short_is_refused_by_name(tmp_path, form)
     whole = COMPRESSORS[form](json_lines(*TEXTS).encode())
     for size in (len(whole) // 2, len(whole) - 3):
         (tmp_path / "a.jsonl").write_bytes(whole[:size])
-        refused(tmp_path / "a.jsonl", r"source 'json' cannot be read: \S+a\.jsonl cannot be read:")
+        refused(tmp_path / "a.jsonl", r"source 'a' cannot be read: \S+a\.jsonl cannot be read:")
 
 
 def test_what_zstd_tools_leave_around_frames_is_skipped(tmp_path):
@@ -729,7 +729,7 @@ def test_a_parquet_file_that_is_none_is_refused_by_name(tmp_path):
     (tmp_path / "a.parquet").write_bytes(gzip.compress(b"PAR1"))
     refused(
         tmp_path / "a.parquet",
-        r"source 'parquet' cannot be read: \S+a\.parquet cannot be",
+        r"source 'a' cannot be read: \S+a\.parquet cannot be",
         "parquet",
     )
 

@@ -190,6 +190,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def updates_of(state: dict[str, Any]) -> int:
+    """How many updates a run's optimiser had made when this state.json was saved."""
+    return int(state["step"]) - int(state.get("skipped_steps", 0))
+
+
+def updates_before(state: dict[str, Any]) -> int:
+    """How many updates the moments had behind them that the run began with (init.moments)."""
+    return int(state.get("updates_before", 0))
+
+
 # --- whether there must be one --------------------------------------------------------------------
 
 

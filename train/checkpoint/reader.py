@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,13 +32,16 @@ from train.checkpoint.expert_stacks import EXPERT_IDS, StackLoadPlanner, Wanted,
 from train.checkpoint.folder import read_state
 from train.checkpoint.packs import members_of
 from train.engine.average import AVERAGE
-from train.engine.deepspeed import STATE_KEYS, Engine
+from train.engine.deepspeed import MUON_STATE_KEYS, STATE_KEYS, Engine
+from train.engine.frozen import write_frozen
 from train.files.manifest import CheckpointError, require_owned
 
 log = logging.getLogger("loadstone")
 LOAD_CHUNK_BYTES = 2**29
 PACKS_HELD_BYTES = 2**28
 OPTIONAL_BUFFER = ".snapshot_weight"
+MOMENTS = (*STATE_KEYS[1:], *MUON_STATE_KEYS[1:])
+"""States that an optimizer has made."""
 LORA_ALPHA = "lora_alpha"
 """Key of state.json: adapters count alpha / rank times."""
 
@@ -64,9 +68,12 @@ def load_engine(engine: Engine, checkpoint: Path, step: int) -> None:
     engine.finish_scatter()
 
 
-def fill_engine(engine: Engine, checkpoint: Path, step: int) -> None:
+def fill_engine(engine: Engine, checkpoint: Path, step: int, before: int = 0) -> None:
     """Do the part of load_engine before its ranks need each other. Nothing here is collective, and
     what is done can be done again from another checkpoint. `engine.finish_scatter` must follow.
+
+    Args:
+        step, before: updates, as Engine.prepare_scatter.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, is not ours, or belongs to another model.
@@ -82,32 +89,37 @@ def fill_engine(engine: Engine, checkpoint: Path, step: int) -> None:
     # was.
     reader.require_model(*_whole(engine.module, shapes, expert_ids))
 
-    # In pieces, since a whole model's masters and moments need not fit the host twice.
-    engine.prepare_scatter(step)
+    engine.prepare_scatter(step, before)
     begun = 0
-    for chunk in _chunks(list(engine.named_parameters()), engine):
-        keys = {
-            name: [
-                state
-                for state in engine.state_keys(parameter)
-                if state != AVERAGE or reader.has_average(name, expert_ids)
-            ]
-            for name, parameter in chunk
-        }
-        want = {
-            f"{name}/{state}": torch.empty(shapes[name]) for name in keys for state in keys[name]
-        }
-        reader.read_parameters(want, expert_ids)
+    for chunk, states in _read_states(engine, reader, expert_ids):
         for name, parameter in chunk:
             for state in engine.state_keys(parameter):
                 # A run that kept no average so far begins it with its weights.
-                held = state if state in keys[name] else "fp32"
+                held = state if f"{name}/{state}" in states else "fp32"
                 begun += held != state
-                engine.scatter_state(parameter, state, want[f"{name}/{held}"])
+                engine.scatter_state(parameter, state, states[f"{name}/{held}"])
     if begun:
         log.info("%s has no moving average of the weights: it begins with them", checkpoint)
 
     _load_buffers(engine.module, reader)
+
+
+def _read_states(
+    engine: Engine, reader: CheckpointReader, expert_ids: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[list[tuple[str, nn.Parameter]], dict[str, torch.Tensor]]]:
+    """Some parameters at a time, with "<parameter>/<state>" of every state that the engine keeps of
+    them and, of averages, the checkpoint has. In pieces, since a whole model's masters and moments
+    need not fit the host twice.
+    """
+    for chunk in _chunks(list(engine.named_parameters()), engine):
+        want = {
+            f"{name}/{state}": torch.empty(tuple(engine.parameter_shape(parameter)))
+            for name, parameter in chunk
+            for state in engine.state_keys(parameter)
+            if state != AVERAGE or reader.has_state(name, AVERAGE, expert_ids)
+        }
+        reader.read_parameters(want, expert_ids)
+        yield chunk, want
 
 
 def _whole(
@@ -172,8 +184,7 @@ def load_parameters(
     for name, parameter in parameters:
         want = torch.empty(shapes[name])
         reader.read_parameters({f"{name}/fp32": want}, expert_ids)
-        with torch.no_grad():
-            parameter.copy_(own_part(parameter, want))
+        write_frozen(parameter, own_part(parameter, want))
     return reader
 
 
@@ -204,6 +215,73 @@ def fill_masters(engine: Engine, checkpoint: Path) -> None:
         reader.read_parameters({f"{name}/fp32": want}, expert_ids)
         engine.scatter_state(parameter, "fp32", want)
     engine.finish_scatter()
+
+
+def fill_moments(engine: Engine, checkpoint: Path, updates: int) -> None:
+    """Set the master weights and the optimiser's moments of an engine that has taken no step
+    (init.moments), and leave buffers and moving averages. Collective.
+
+    Args:
+        updates: that the checkpoint's moments have behind them.
+
+    Raises:
+        CheckpointError: on every rank, naming parameters that only one of the two has moments of.
+    """
+    expert_ids = expert_ids_of(engine.module)
+    reader = CheckpointReader(checkpoint)
+
+    # A stage of a pipeline sees its own parameters alone: what one has found, all say.
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _without_moments(engine, reader, expert_ids))
+    if problem := next((problem for problem in found if problem is not None), None):
+        raise CheckpointError(f"init.moments: {checkpoint} {problem}; drop init.moments")
+
+    engine.prepare_scatter(0, updates)
+    for chunk, states in _read_states(engine, reader, expert_ids):
+        for name, parameter in chunk:
+            for state in engine.state_keys(parameter):
+                if state != AVERAGE:
+                    engine.scatter_state(parameter, state, states[f"{name}/{state}"])
+    engine.finish_scatter()
+
+
+def _without_moments(
+    engine: Engine, reader: CheckpointReader, expert_ids: dict[str, tuple[int, ...]]
+) -> str | None:
+    """Why the optimiser of a checkpoint cannot go on in an engine; None: it can."""
+    if not any(key.endswith(f"/{state}") for key in reader.stored for state in MOMENTS):
+        return "holds no moments of an optimiser"
+
+    new: list[str] = []
+    moved: list[str] = []
+    still: list[str] = []
+    for name, parameter in engine.named_parameters():
+        if not reader.has_state(name, "fp32", expert_ids):
+            new.append(name)
+        elif any(
+            state != AVERAGE and not reader.has_state(name, state, expert_ids)
+            for state in engine.state_keys(parameter)
+        ):
+            has_others = any(reader.has_state(name, state, expert_ids) for state in MOMENTS)
+            (moved if has_others else still).append(name)
+
+    shapes = {n: tuple(engine.parameter_shape(p)) for n, p in engine.named_parameters()}
+    every, ids = _whole(engine.module, shapes, expert_ids)
+    gone = [name for name in reader.names(ids) if name not in every]
+    for names, what in (
+        (new, "has no"),
+        (gone, "has parameters that this run does not have:"),
+        (moved, "has moments of another optimizer for"),
+        (still, "has no moments, since they were frozen there, of"),
+    ):
+        if names:
+            return f"{what} {_listed(names)}"
+    return None
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _shape_of_one(
@@ -540,9 +618,26 @@ class CheckpointReader:
                 raise self._of_another_model(key, self.stored.get(key), tuple(tensor.shape))
         self._fill(plain, stacks)
 
-    def has_average(self, name: str, expert_ids: dict[str, tuple[int, ...]]) -> bool:
-        """Whether a parameter was saved with a moving average (train/engine/average.py)."""
-        return self._shape(f"{_keys(name, expert_ids)[0]}/{AVERAGE}") is not None
+    def has_state(self, name: str, state: str, expert_ids: dict[str, tuple[int, ...]]) -> bool:
+        """Whether a parameter was saved with this state: a moment of an optimizer, or a moving
+        average (train/engine/average.py).
+        """
+        return self._shape(f"{_keys(name, expert_ids)[0]}/{state}") is not None
+
+    def names(self, expert_ids: dict[str, tuple[int, ...]]) -> list[str]:
+        """Every parameter that was saved, a stack of experts by its own name, whether they were
+        saved in it or one by one.
+
+        Args:
+            expert_ids: of stacks that there may be.
+        """
+        found: dict[str, None] = {}
+        for key in self._shown():
+            name, _, state = key.rpartition("/")
+            stack, _, expert = name.rpartition(".")
+            if state == "fp32":
+                found[stack if stack in expert_ids and expert.isdigit() else name] = None
+        return list(found)
 
     def _place(self, key: str) -> tuple[str, int] | None:
         """Stack and row of an expert's key. None where it is stored under its own key, or not at

@@ -5,7 +5,6 @@ is loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,14 @@ import torch.distributed as dist
 
 from train.checkpoint import verification
 from train.checkpoint.background import Background
-from train.checkpoint.folder import candidates, damage_but_tensors, no_usable_checkpoint, read_state
+from train.checkpoint.folder import (
+    candidates,
+    damage_but_tensors,
+    no_usable_checkpoint,
+    read_state,
+    updates_before,
+    updates_of,
+)
 from train.checkpoint.reader import fill_engine
 from train.checkpoint.verification import Files, Outcome
 from train.engine.deepspeed import Engine
@@ -34,18 +40,13 @@ class _Share:
     """Why it could not be loaded; None: it could."""
 
 
-def restore(
-    engine: Engine, run_dir: Path, updates_of: Callable[[dict[str, Any]], int]
-) -> tuple[Path, dict[str, Any]]:
+def restore(engine: Engine, run_dir: Path) -> tuple[Path, dict[str, Any]]:
     """Load the newest complete and undamaged checkpoint of a run into the engine. Returns its
     folder and state.json. Collective.
 
     The small files are verified first, on rank 0. The ranks share out the tensors' files and hash
     them in a thread while they load; nobody goes on before all files are known to be whole. A
     damaged checkpoint is named in the log and the one before is loaded over it.
-
-    Args:
-        updates_of: state.json -> number of updates that the optimiser has made.
 
     Raises:
         CheckpointError: on every rank: there is no such checkpoint, it is not ours, of another
@@ -62,7 +63,7 @@ def restore(
         found, files, names = from_rank_zero(look)
         if found is None:
             state = read_state(checkpoint)
-            found = _load(engine, checkpoint, updates_of(state), files, names)
+            found = _load(engine, checkpoint, state, files, names)
             if found is None:
                 engine.finish_scatter()
                 return checkpoint, state
@@ -74,9 +75,12 @@ def restore(
 
 
 def _load(
-    engine: Engine, checkpoint: Path, updates: int, files: Files, names: list[str]
+    engine: Engine, checkpoint: Path, state: dict[str, Any], files: Files, names: list[str]
 ) -> str | None:
     """Load and verify at once. Returns what is damaged, or None when all is well. Collective.
+
+    Args:
+        state: its state.json.
 
     Raises:
         CheckpointError: on every rank: the files are whole, and still some rank could not load
@@ -95,7 +99,7 @@ def _load(
     hashing = Background("verify")
     hashing.start(hash_share)
     try:
-        fill_engine(engine, checkpoint, updates)
+        fill_engine(engine, checkpoint, updates_of(state), updates_before(state))
     except CheckpointError as problem:
         error = problem
     hashing.wait()

@@ -11,6 +11,7 @@ from infer.config import EngineConfig, SamplingConfig
 from model.attention.config import AttentionConfig
 from model.config import ModelConfig
 from ops.device import known_devices, link_rates, memory_gib
+from ops.grouped_mlp.spec import Stored
 from train.config.training import ParallelConfig, problems_of_checkpoint
 
 NODE_SIZE = 8
@@ -43,9 +44,9 @@ class InferenceRouterConfig:
         return []
 
 
-Weights = Literal["native", "int8", "ema"]
-"""native: as they were saved. int8: experts of 8 bits, made by launch.quantize. ema: their moving
-average (optim.ema_decay).
+Weights = Literal["native", "int8", "fp8", "ema"]
+"""native: as they were saved. int8, fp8: experts of 8 bits, made by launch.quantize. ema: their
+moving average (optim.ema_decay).
 """
 
 
@@ -57,9 +58,9 @@ def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1
         return [] if path is None else ["weights=ema is kept by a run; give run=RUN"]
     found = []
     if path is not None:
-        found.append("weights=int8 is made for a run by launch.quantize; give run=RUN")
+        found.append(f"weights={weights} is made for a run by launch.quantize; give run=RUN")
     if num_devices > 1:
-        found.append("weights=int8 is for one process; set launch.num_devices=1")
+        found.append(f"weights={weights} is for one process; set launch.num_devices=1")
     return found
 
 
@@ -71,6 +72,16 @@ def problems_of_drafts(
         return []
     other = "path" if path is not None else "router.top_k"
     return [f"engine.draft_budget is a saved budget of a run; drop it, or drop {other}"]
+
+
+def problems_of_limit(engine: EngineConfig, num_devices: int) -> list[str]:
+    """Where the experts of a step cannot be limited: ranks would have to choose them together."""
+    if engine.max_active_experts is None or num_devices == 1:
+        return []
+    return [
+        f"engine.max_active_experts with launch.num_devices={num_devices}: it is of one process; "
+        "drop one of them"
+    ]
 
 
 def problems_of_average(average: int, path: str | None, weights: Weights = "native") -> list[str]:
@@ -227,6 +238,7 @@ def _devices_problems(
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "pipeline_split": None,
+        "overlap_experts": False,
     }
     for name, default in alone.items():
         if getattr(parallel, name) != default:
@@ -275,8 +287,10 @@ class EvaluateConfig:
     """What checkpoint=[...] and checkpoint=all fill."""
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
-    weights: Literal["native", "ema"] = "native"
-    """ema: the moving average of the weights, of a run with optim.ema_decay."""
+    weights: Weights = "native"
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
+    """
     batch_size: int = 8
     max_sequences: int | None = None
     budgets: tuple[float, ...] = ()
@@ -364,7 +378,7 @@ class EvaluateConfig:
         if len(set(self.budgets)) < len(self.budgets):
             found.append("router.budget has a budget twice in its list; name each once")
         found += problems_of_average(self.average, self.path, self.weights)
-        found += problems_of_weights(self.weights, self.path)
+        found += problems_of_weights(self.weights, self.path, self.launch.num_devices)
         if self.save_budgets and (self.average > 1 or self.weights != "native"):
             found.append(
                 "save_budgets=true keeps the table of a checkpoint's own weights, and "
@@ -448,8 +462,8 @@ class GenerateConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
-    the weights, of a run with optim.ema_decay.
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
     """
     average: int = 1
     """The mean of so many checkpoints of the run, up to the one that `checkpoint` names."""
@@ -505,9 +519,15 @@ class GenerateConfig:
         if self.prompt == "":
             found.append("prompt is empty; give some text")
         found += problems_of_drafts(self.engine, self.path, self.router)
+        found += problems_of_limit(self.engine, self.launch.num_devices)
         if self.engine.draft_budget is not None and self.input is None:
             found.append(
                 "engine.draft_budget is for the prompts of a file, whose speed is measured; give "
+                "input=FILE output=FILE, or drop it"
+            )
+        if self.engine.max_active_experts is not None and self.input is None:
+            found.append(
+                "engine.max_active_experts is for requests that are decoded together; give "
                 "input=FILE output=FILE, or drop it"
             )
         if self.engine.draft_budget is not None and self.launch.num_devices > 1:
@@ -575,6 +595,64 @@ class DriftConfig:
 
 
 @dataclass(frozen=True)
+class AttentionAuditConfig:
+    """Whether sparse attention is near dense attention on what is served: a request in so many is
+    read again when nobody asks for anything.
+    """
+
+    sample_one_in: int = 0
+    """Requests; 0: off."""
+    rows: int = 64
+    """Tokens of a request that are compared, in every sparse layer and head."""
+    limit: float = 0.3
+    """Of the relative error of a layer's output, beyond which the alarm rings."""
+    action: Literal["none", "lift_top_k"] = "none"
+    """lift_top_k: attention selects more blocks, as many as the last audits needed to stay below
+    the limit.
+    """
+    max_top_k: int | None = None
+    """That it may select; None: four times those of the model."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"serve.attention_audit.{name} is {value}; it must be at least {least}"
+            for name, value, least in (
+                ("sample_one_in", self.sample_one_in, 0),
+                ("rows", self.rows, 1),
+                ("max_top_k", self.max_top_k, 1),
+            )
+            if value is not None and value < least
+        ]
+        if not 0 < self.limit < 1:
+            found.append(f"serve.attention_audit.limit is {self.limit}; it must be between 0 and 1")
+        if not self.sample_one_in and (self.action != "none" or self.max_top_k is not None):
+            found.append(
+                "serve.attention_audit has an action and looks at no request; give "
+                "serve.attention_audit.sample_one_in=256"
+            )
+        elif self.action == "none" and self.max_top_k is not None:
+            found.append(
+                "serve.attention_audit.max_top_k is of action=lift_top_k; add that, or drop it"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ShadowConfig:
+    """What the largest saved budget and dense attention would have said of what was served: a
+    request in so many is read again when nobody asks for anything.
+    """
+
+    sample_one_in: int = 0
+    """Requests; 0: off."""
+
+    def problems(self) -> list[str]:
+        if self.sample_one_in < 0:
+            return [f"serve.shadow.sample_one_in is {self.sample_one_in}; it must be at least 0"]
+        return []
+
+
+@dataclass(frozen=True)
 class EndpointConfig:
     """Where answers are given, and to whom."""
 
@@ -602,6 +680,20 @@ class EndpointConfig:
     """
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
+    attention_audit: AttentionAuditConfig = field(default_factory=AttentionAuditConfig)
+    shadow: ShadowConfig = field(default_factory=ShadowConfig)
+    record: str | None = None
+    """A file to which prompts, seeds, budgets and generated tokens are appended, for
+    launch.generate input=FILE; None: nothing is kept.
+    """
+
+    @property
+    def looks_again(self) -> dict[str, int]:
+        """One of how many requests is looked at again when nobody asks, by setting; 0: none."""
+        return {
+            "serve.attention_audit": self.attention_audit.sample_one_in,
+            "serve.shadow": self.shadow.sample_one_in,
+        }
 
     def problems(self) -> list[str]:
         found = []
@@ -628,6 +720,11 @@ class EndpointConfig:
             found.append("serve.latency and serve.budget_min are of serve.budget=auto; add it")
         if not self.itl_ms > 0:
             found.append(f"serve.itl_ms is {self.itl_ms}; it must be positive")
+        if self.record is not None and not Path(self.record).absolute().parent.is_dir():
+            found.append(
+                f"serve.record={self.record} is in a folder that does not exist; make it first"
+            )
+        found += self.attention_audit.problems() + self.shadow.problems()
         return found + self.canary.problems() + self.drift.problems()
 
     @property
@@ -645,9 +742,11 @@ class ServeConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
-    the weights, of a run with optim.ema_decay.
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
     """
+    launch: DevicesConfig = field(default_factory=DevicesConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig | None = None
     router: InferenceRouterConfig = field(default_factory=InferenceRouterConfig)
     checkpoint: str = "best"
@@ -673,8 +772,34 @@ class ServeConfig:
     def problems(self) -> list[str]:
         found = problems_of_source(self.run, self.path, self.router) + self.router.problems()
         found += problems_of_checkpoint("checkpoint", self.checkpoint)
-        found += problems_of_weights(self.weights, self.path)
+        found += problems_of_weights(self.weights, self.path, self.launch.num_devices)
         found += self.sampling.problems() + self.serve.problems()
+        found += _devices_problems(self.launch, self.parallel, self.router, self.path)
+        if self.launch.num_devices > 1:
+            found += [
+                f"{name} with launch.num_devices={self.launch.num_devices}: {why}; drop one of them"
+                for name, is_set, why in (
+                    ("engine.draft_budget", self.engine.draft_budget, "drafting is of one process"),
+                    (
+                        "serve.budget=auto",
+                        self.serve.budget,
+                        "latencies are measured of one process",
+                    ),
+                    *(
+                        (name, is_set or None, "requests are looked at again in one process")
+                        for name, is_set in self.serve.looks_again.items()
+                    ),
+                )
+                if is_set is not None
+            ]
+        if self.engine.max_active_experts is not None:
+            again = {**self.serve.looks_again, "serve.record": self.serve.record}
+            found += [
+                f"engine.max_active_experts with {name}: a request that is made again has other "
+                "neighbours and so other experts; drop one of them"
+                for name, is_set in again.items()
+                if is_set
+            ]
         chosen = self.serve.budget is not None or self.serve.canary.budget is not None
         if chosen and (self.path is not None or self.router.top_k is not None):
             found.append(
@@ -682,6 +807,7 @@ class ServeConfig:
                 "them, or " + ("give run=RUN" if self.path is not None else "drop router.top_k")
             )
         found += problems_of_drafts(self.engine, self.path, self.router)
+        found += problems_of_limit(self.engine, self.launch.num_devices)
         if self.engine.draft_budget is not None and self.serve.budget is not None:
             found.append(
                 "serve.budget=auto holds a latency that was measured of single tokens, and "
@@ -716,8 +842,8 @@ class BenchmarkConfig:
     path: str | None = None
     """Instead of a run: a folder as the Hub has it."""
     weights: Weights = "native"
-    """int8: with the experts that launch.quantize has made for the run. ema: the moving average of
-    the weights, of a run with optim.ema_decay.
+    """int8, fp8: with the experts that launch.quantize has made for the run. ema: the moving
+    average of the weights, of a run with optim.ema_decay.
     """
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""
@@ -742,6 +868,8 @@ class BenchmarkConfig:
     slo: SloConfig = field(default_factory=SloConfig)
     price_per_hour: float | None = None
     """Of the device, in any currency; None: no cost is told."""
+    price_per_kwh: float | None = None
+    """Of energy, where the machine tells what it has used; None: its cost is not told."""
     output: str | None = None
     """A file for everything that was measured, as JSON."""
 
@@ -777,8 +905,14 @@ class BenchmarkConfig:
             )
         if not 0 < self.precision < 1:
             found.append(f"precision is {self.precision}; it must be between 0 and 1")
-        if self.price_per_hour is not None and self.price_per_hour <= 0:
-            found.append(f"price_per_hour is {self.price_per_hour}; it must be positive, or null")
+        found += [
+            f"{name} is {price}; it must be positive, or null"
+            for name, price in (
+                ("price_per_hour", self.price_per_hour),
+                ("price_per_kwh", self.price_per_kwh),
+            )
+            if price is not None and price <= 0
+        ]
         if self.output is not None and not Path(self.output).absolute().parent.is_dir():
             found.append(f"output={self.output} is in a folder that does not exist; make it first")
         return found
@@ -787,7 +921,7 @@ class BenchmarkConfig:
 @dataclass(frozen=True)
 class QuantizeConfig:
     run: str
-    weights: Literal["int8"] = "int8"
+    weights: Stored = "int8"
     """What the experts' weights become; all others stay as they are."""
     checkpoint: str = "best"
     """best, latest, or a name: step-00000250."""

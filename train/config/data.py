@@ -77,7 +77,7 @@ class SourceConfig:
     """
     max_documents: int | None = None
     label: str | None = None
-    """What metrics and tables call it; null: after its path and files."""
+    """What metrics, tables and printed lines call it; null: after its path and files."""
 
     def problems(self, path: str) -> list[str]:
         """
@@ -126,6 +126,11 @@ class SourceConfig:
         return (self.data_files,) if isinstance(self.data_files, str) else self.data_files
 
     @property
+    def told(self) -> str:
+        """What messages call it; where several sources are told apart, `labels` does."""
+        return self.label or self.default_label
+
+    @property
     def default_label(self) -> str:
         """Hub name, part and split, or the file's or folder's name, in characters of a label."""
         name = self.path.rstrip("/").rpartition("/")[2] + (f"-{self.name}" if self.name else "")
@@ -142,7 +147,7 @@ def labels(sources: tuple[SourceConfig, ...]) -> list[str]:
     """Of every source another one: equal ones get a number."""
     found: list[str] = []
     for source in sources:
-        label = name = source.label or source.default_label
+        label = name = source.told
         number = 1
         while label in found:
             number += 1

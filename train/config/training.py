@@ -25,6 +25,10 @@ class InitConfig:
     """
     checkpoint: str = "best"
     """Which checkpoint of init.run: best, latest, or a name, step-00000250."""
+    moments: bool = False
+    """Begin with the moments of init.run's optimizer as well, and with its count of updates, where
+    the optimizer and all that is trained are the same. false: they begin at zero.
+    """
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     """Make the MLPs of a dense model of init.path or init.run into experts."""
 
@@ -35,6 +39,16 @@ class InitConfig:
             found.append(
                 f"init.upcycle.num_experts is {self.upcycle.num_experts}, but there is no dense "
                 "model whose MLPs would become experts; give it as init.path or init.run"
+            )
+        if self.moments and self.run is None:
+            found.append(
+                "init.moments is true, but moments are those of another run's optimizer; give it "
+                "as init.run, or drop init.moments"
+            )
+        if self.moments and self.upcycle.num_experts:
+            found.append(
+                f"init.moments is true with init.upcycle.num_experts {self.upcycle.num_experts}, "
+                "whose experts and routers have no moments yet; drop init.moments"
             )
         return found
 
@@ -359,6 +373,11 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that share the tokens of every row, and exchange heads in attention; divides the
     key/value heads.
+    """
+    overlap_experts: bool = False
+    """While the rows of one micro-batch travel to their experts and back, compute another: the
+    forward pass of one and the backward pass of an earlier one are made by turns. Same numbers; a
+    rank holds the activations of one more micro-batch, in a pipeline of up to twice as many.
     """
     ranks_per_node: int | None = None
     """Expert groups of more ranks exchange rows within nodes first, then between them; None: in one

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from train.config.data import DataConfig, SourceConfig, TokenizerConfig
+from train.config.data import DataConfig, SourceConfig, TokenizerConfig, labels
 from train.data.chat.examples import spoken
 from train.data.chat.template import ChatTemplate, chat_template, template_facts
 from train.data.damage import MANIFEST, seal
@@ -348,6 +348,7 @@ def _assembled(
     )
 
     sources = []
+    names = labels((*config.sources, *config.validation.sources))
     for i, source in enumerate(config.sources):
         num_shards, bad_rows = counted[i]
         places: dict[str, Any] = {}
@@ -357,12 +358,12 @@ def _assembled(
             counts = assembly.add_source(i, parts, num_shards)
         if not counts.documents:
             raise ValueError(
-                f"source {source.path!r} left no training document; lower data.validation_fraction "
+                f"source {names[i]!r} left no training document; lower data.validation_fraction "
                 f"{config.validation_fraction} or give more text"
             )
-        tell(f"source {source.path}: {counts.told}{counts.share_learnt}")
+        tell(f"source {names[i]}: {counts.told}{counts.share_learnt}")
         if bad_rows.count:
-            tell(f"source {source.path}: left out {bad_rows}{bad_rows.by_kind}")
+            tell(f"source {names[i]}: left out {bad_rows}{bad_rows.by_kind}")
         sources.append(
             {
                 "path": source.path,
@@ -373,17 +374,17 @@ def _assembled(
             }
         )
 
-    for i, source in enumerate(config.validation.sources, num_sources):
+    for i in range(num_sources, len(counted)):
         num_shards, bad_rows = counted[i]
         if i in id_files:
             counts = assembly.add_validation_tokens(i, parts, num_shards, id_files[i])
         else:
             counts = assembly.add_validation(i, parts, num_shards)
         if not counts.documents:
-            raise ValueError(f"validation source {source.path!r} holds no document")
-        tell(f"validation source {source.path}: {counts.documents:,} documents")
+            raise ValueError(f"validation source {names[i]!r} holds no document")
+        tell(f"validation source {names[i]}: {counts.documents:,} documents")
         if bad_rows.count:
-            tell(f"validation source {source.path}: left out {bad_rows}{bad_rows.by_kind}")
+            tell(f"validation source {names[i]}: left out {bad_rows}{bad_rows.by_kind}")
     if assembly.dropped:
         tell(f"left out of training, for being validation text: {assembly.dropped:,} documents")
 

@@ -92,7 +92,7 @@ def _files_named(source: SourceConfig, name: str) -> list[str]:
     if not glob.has_magic(str(named)):
         return [str(named)]
 
-    about = f"source {source.path!r}: data_files {name!r}"
+    about = f"source {source.told!r}: data_files {name!r}"
     try:
         found = Path(named.anchor or ".").glob(_pattern(named))
         files = sorted({str(path) for path in found if path.is_file()})
@@ -176,7 +176,7 @@ class BadRows:
         """
         if self.fails:
             raise ValueError(
-                f"source {self.source.path!r}: {row.file} row {row.number} {odd.reason}; mend it, "
+                f"source {self.source.told!r}: {row.file} row {row.number} {odd.reason}; mend it, "
                 "or set data.on_bad_row=skip to leave out such rows"
             )
         self.count += 1
@@ -206,7 +206,7 @@ class BadRows:
             self._refuse()
 
     def _refuse(self) -> None:
-        name, column = self.source.path, self.source.text_column
+        name, column = self.source.told, self.source.text_column
         if self._columns is not None and self._lacking == self.rows:
             raise _no_column(self.source, self._columns)
         raise ValueError(
@@ -238,7 +238,7 @@ def kind_of(reason: str) -> str:
 
 def _no_column(source: SourceConfig, columns: Sequence[str]) -> ValueError:
     return ValueError(
-        f"source {source.path!r} has columns {list(columns)}, not text_column "
+        f"source {source.told!r} has columns {list(columns)}, not text_column "
         f"{source.text_column!r}; set text_column"
     )
 
@@ -319,7 +319,7 @@ def checked_files(source: SourceConfig) -> list[str]:
         missing = [f for f in files if not os.path.isfile(f)]
         if missing and os.path.isdir(missing[0]):
             raise ValueError(
-                f"source {source.path!r}: data_files {missing[0]!r} is a folder; give "
+                f"source {source.told!r}: data_files {missing[0]!r} is a folder; give "
                 f"a pattern of files in it, e.g. {os.path.join(missing[0], '*')!r}"
             )
         # of several names each has to stand for something
@@ -328,11 +328,11 @@ def checked_files(source: SourceConfig) -> list[str]:
         if folders:
             ends = ", ".join(f".{end}" for end in (source.path, *FORMATS[source.path]))
             raise ValueError(
-                f"source {source.path!r}: the folder {folders[0]!r} has no file with {ends} in its "
+                f"source {source.told!r}: the folder {folders[0]!r} has no file with {ends} in its "
                 "name; give a pattern of the files that you mean"
             )
         if missing or empty:
-            raise ValueError(f"source {source.path!r}: no file matches {(missing + empty)[0]!r}")
+            raise ValueError(f"source {source.told!r}: no file matches {(missing + empty)[0]!r}")
     return files
 
 
@@ -350,7 +350,7 @@ def _split_rows(
     Args:
         files: of every split; local: from such a file to one that can be opened meanwhile.
     """
-    about = f"source {source.path!r} cannot be read"
+    about = f"source {source.told!r} cannot be read"
     read = read_conversations if chat else read_rows
 
     def rows(split: str, first: int = 0) -> Iterator[Row]:
@@ -397,7 +397,7 @@ def _found_rows(
     datasets.disable_progress_bars()
     if os.path.isdir(source.path) and glob.has_magic(source.path):
         raise ValueError(
-            f"source {source.path!r}: datasets takes the folder's name for a pattern; rename the "
+            f"source {source.told!r}: datasets takes the folder's name for a pattern; rename the "
             f"folder, or use data=files with data_files={os.path.join(source.path, '*')!r}"
         )
 
@@ -450,7 +450,7 @@ def _explained(
     import datasets
 
     try:
-        with doing(f"reading source {source.path!r}", cpu_seconds):
+        with doing(f"reading source {source.told!r}", cpu_seconds):
             return action()
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
@@ -464,7 +464,7 @@ def _explained(
 
 def _unreadable(source: SourceConfig, cause: BaseException) -> ValueError:
     reason = (str(cause) or type(cause).__name__).splitlines()[0]
-    return ValueError(f"source {source.path!r} cannot be read: {reason}")
+    return ValueError(f"source {source.told!r} cannot be read: {reason}")
 
 
 def _format(config: Any) -> Format | None:
@@ -500,7 +500,7 @@ def _table_rows(source: SourceConfig, table: Any, chat: bool) -> Iterator[Row]:
     if not wanted:
         raise _no_column(source, names)
     rows = enumerate(table.select_columns(wanted), 1)
-    with doing(f"reading source {source.path!r}"):
+    with doing(f"reading source {source.told!r}"):
         while (found := _explained(source, lambda: next(rows, None))) is not None:
             number, row = found
             text = as_conversation(row, column) if chat else as_text(row[column], column)

@@ -36,6 +36,7 @@ from model.parallel.family import (
     family_of,
     is_expert_parameter,
     own_part,
+    own_shape,
 )
 from model.parallel.groups import ParallelGroups
 from model.parallel.topology import StageTopology
@@ -47,13 +48,14 @@ from train.engine.library import (
     _anchor,
     _join_stages,
     _one_zero_optimizer,
-    _precision_of_sums,
-    _register_family,
+    deepspeed_settings,
     import_deepspeed,
+    zero_stage_of,
 )
 from train.engine.muon.masters import matrices_of, place_matrices
 from train.engine.muon.optimizer import MOMENTUM, Muon
 from train.engine.optimizer import build_optimizer, freeze, trained_by_kind
+from train.engine.partition import mark_family, place_buffers
 from train.engine.rounding import RoundedAdamW, place_masters
 
 STATE_KEYS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -69,8 +71,8 @@ class Engine:
     then `step`.
 
     Args:
-        model: on any device; moved and wrapped. Gains one parameterless submodule when it has
-            experts.
+        model: on any device, or its weights shared out already (train/engine/partition.py); moved
+            and wrapped. Gains one parameterless submodule when it has experts.
         deepspeed_config: the user's DeepSpeed keys (zero_optimization and others), validated
             before.
         seed: of rounding masters of bf16.
@@ -87,7 +89,7 @@ class Engine:
     ):
         deepspeed = import_deepspeed()
         self.groups = groups
-        self.stage = int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+        self.stage = zero_stage_of(deepspeed_config)
         self.loss_factor = groups.stage_size if self.stage in (0, 3) else 1
         self.clip_grad_norm = train.clip_grad_norm
         self.grad_norm = 0.0
@@ -102,30 +104,11 @@ class Engine:
             if group["muon"]
             for parameter in group["params"]
         }
-        # DeepSpeed calls this the accumulation count, but the boundaries are set by hand in
-        # `backward`.
-        micro_steps = max(1, train.global_batch_size // (train.micro_batch_size * groups.rows_size))
-        config = {
-            **deepspeed_config,
-            "train_micro_batch_size_per_gpu": train.micro_batch_size,
-            "gradient_accumulation_steps": micro_steps,
-            "bf16": {
-                "enabled": train.precision == "bf16",
-                # The second would only keep DeepSpeed from asking for an optimizer of its own on
-                # the host: moments are RoundedAdamW's, in fp32.
-                "bf16_master_weights_and_grads": rounds,
-                "bf16_optimizer_states": rounds,
-            },
-            **_precision_of_sums(train, deepspeed_config),
-            "gradient_allreduce_op": "sum" if self.stage in (1, 2) else "mean",
-            "gradient_clipping": 0.0 if self.stage == 0 else train.clip_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
-        }
+        config = deepspeed_settings(groups, train, deepspeed_config)
         _one_zero_optimizer(deepspeed.DeepSpeedEngine)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [MoELayer])
+            place_buffers(model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=StageTopology(groups)
         )
@@ -148,15 +131,7 @@ class Engine:
         kinds of experts; returns its name of the routed ones, None where there are none.
         """
         apart = [p for p in model.parameters() if family_of(p) is not Family.REPLICATED]
-        names = {
-            family: _register_family(self.groups, family)
-            for family in sorted({family_of(p) for p in apart}, key=lambda family: family.value)
-        }
-        for parameter in apart:
-            name = names[family_of(parameter)]
-            parameter.group_name = name  # type: ignore[attr-defined]
-            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
+        names = {family_of(p): mark_family(p, self.groups) for p in apart}
         # Where none of them is trained there is no group of theirs, which DeepSpeed would insist
         # on.
         if any(parameter.requires_grad for parameter in apart):
@@ -259,7 +234,7 @@ class Engine:
 
     def parameter_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Of a parameter that tensor parallelism has cut, that of the whole."""
-        own = torch.Size(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+        own = own_shape(parameter)
         how = cut_of(parameter)
         return own if how is None else how.whole_shape(own)
 
@@ -350,11 +325,17 @@ class Engine:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
-    def prepare_scatter(self, step: int) -> None:
+    def prepare_scatter(self, step: int, before: int = 0) -> None:
         """Create empty state with AdamW's step counter set, to be filled by scatter_state.
 
         Every state gets a step tensor of its own: AdamW increments in place, a shared one would
         count several times.
+
+        Args:
+            step: updates of this run.
+            before: updates of the runs that its moments came from (init.moments). AdamW's bias
+                correction counts them, the moving average of the weights, which began with this
+                run, does not.
         """
         optimizer = self.deepspeed.optimizer
         inner = optimizer if self.stage == 0 else optimizer.optimizer
@@ -372,7 +353,7 @@ class Engine:
                 inner.state[master][MOMENTUM] = torch.zeros_like(master)
                 continue
             inner.state[master].update(
-                step=torch.tensor(float(step), device=master.device if fused else "cpu"),
+                step=torch.tensor(float(step + before), device=master.device if fused else "cpu"),
                 exp_avg=torch.zeros_like(master, dtype=torch.float32),
                 exp_avg_sq=torch.zeros_like(master, dtype=torch.float32),
             )

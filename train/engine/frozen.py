@@ -1,5 +1,5 @@
-"""Weights that are not trained, whole: DeepSpeed keeps no masters of them and has no way of its own
-to read or set them.
+"""Weights without masters, whole: those that are not trained, and all before there is an
+optimizer. DeepSpeed has no way of its own to read or set them.
 """
 
 from __future__ import annotations

@@ -80,6 +80,39 @@ def _precision_of_sums(train: TrainConfig, deepspeed_config: dict[str, Any]) -> 
     }
 
 
+def zero_stage_of(deepspeed_config: dict[str, Any]) -> int:
+    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def deepspeed_settings(
+    groups: ParallelGroups, train: TrainConfig, deepspeed_config: dict[str, Any]
+) -> dict[str, Any]:
+    """The user's DeepSpeed keys with those that follow from the run."""
+    stage = zero_stage_of(deepspeed_config)
+    # DeepSpeed calls this the accumulation count, but the boundaries are set by hand in
+    # Engine.backward.
+    micro_steps = max(1, train.global_batch_size // (train.micro_batch_size * groups.rows_size))
+    rounds = train.master_dtype == "bf16"
+    return {
+        **deepspeed_config,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": micro_steps,
+        "bf16": {
+            "enabled": train.precision == "bf16",
+            # The second would only keep DeepSpeed from asking for an optimizer of its own on the
+            # host: moments are RoundedAdamW's, in fp32.
+            "bf16_master_weights_and_grads": rounds,
+            "bf16_optimizer_states": rounds,
+        },
+        **_precision_of_sums(train, deepspeed_config),
+        "gradient_allreduce_op": "sum" if stage in (1, 2) else "mean",
+        "gradient_clipping": 0.0 if stage == 0 else train.clip_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
 def _one_zero_optimizer(engine_class: Any) -> None:
     """Let DeepSpeed's engine take the ZeRO optimizer of stages 1 and 2 for stage 1 whatever the
     dtype of the sums.

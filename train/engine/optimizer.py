@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
-from model.parallel.family import Family, family_of, is_expert_parameter
+from model.parallel.family import Family, family_of, is_expert_parameter, own_shape
 from model.scaling import PLAIN, Factors, factors_of
 from model.transformer import Transformer
 from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
@@ -135,7 +135,7 @@ def _together(
     for name, parameter in named:
         rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
         is_expert = is_expert_parameter(parameter)
-        is_vector = parameter.dim() < 2 + is_expert
+        is_vector = len(own_shape(parameter)) < 2 + is_expert
         by_muon = _is_moved_by_muon(name, parameter, config, rule)
         depth = 0 if config.layer_lr_decay is None else below[name]
         scaled = PLAIN if shape is None else factors_of(shape, name, not is_vector)
@@ -178,8 +178,8 @@ def _is_moved_by_muon(name: str, parameter: nn.Parameter, config: OptimConfig, r
     asked = config.groups[rule].optimizer if rule >= 0 else None
     if (asked or config.optimizer) != "muon":
         return False
-    is_matrix = parameter.dim() == 2 + is_expert_parameter(parameter)
-    is_matrix = is_matrix and min(parameter.shape[-2:]) > 1
+    shape = own_shape(parameter)
+    is_matrix = len(shape) == 2 + is_expert_parameter(parameter) and min(shape[-2:]) > 1
     return is_matrix and (asked == "muon" or is_hidden_matrix(name))
 
 

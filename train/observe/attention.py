@@ -22,10 +22,11 @@ def attention_metrics(
     numbers; detailed: write every metric for every layer.
     """
     stats = dict(zip(STATS, sums.unbind(1), strict=True))
+    of_indexes: dict[str, float] = {}
     if len(layers) and float(stats["index_tokens"].sum()):
-        return _of_indexes(stats, layers)
+        of_indexes = _of_indexes(stats, layers)
     if not len(layers) or not float(stats["queries"].sum()):
-        return {}
+        return of_indexes
     queries = stats["queries"].clamp_min(1)
     by_layer = {
         "tail_mass": stats["tail_mass"] / queries,
@@ -39,6 +40,8 @@ def attention_metrics(
         by_layer |= {
             name: stats[name] / audited for name in ("error", "certificate", "mass_kl", "coherence")
         }
+        if float(stats["candidate_mass"].min()):
+            by_layer["resident_recall"] = stats["resident_mass"] / stats["candidate_mass"]
         by_layer["certificate_coverage"] = stats["covered"] / audited
         by_layer["error_bound"] = torch.tensor(
             [
@@ -56,7 +59,7 @@ def attention_metrics(
             f"attention/{name}/layer_{layer}": float(value)
             for layer, value in zip(layers, by_layer.get(name, ()), strict=False)
         }
-    return found
+    return found | of_indexes
 
 
 def _of_indexes(stats: dict[str, torch.Tensor], layers: Sequence[int]) -> dict[str, float]:

@@ -46,10 +46,12 @@ if TYPE_CHECKING:
     from train.data.loader import Batch
     from train.engine.qk_clip import Clipped
 
-Phase = Literal["whole", "data", "forward", "backward", "step", "log", "pause", "evaluate", "save"]
+Phase = Literal[
+    "whole", "data", "forward", "backward", "pair", "step", "log", "pause", "evaluate", "save"
+]
 """What training does. "whole" is one optimisation step: "data", a "forward" and a "backward" for
-each micro-batch, and "step", the update. "pause" is what comes between two steps besides "log":
-"evaluate", entered for each held-out batch, and "save".
+each micro-batch, or both of two as a "pair", and "step", the update. "pause" is what comes between
+two steps besides "log": "evaluate", entered for each held-out batch, and "save".
 """
 
 

@@ -26,7 +26,7 @@ from model.request import ForwardRequest, TokenBatch
 from model.transformer import Transformer
 from train.engine.deepspeed import Engine
 from train.pipeline.link import Link
-from train.pipeline.schedule import Exchange, actions
+from train.pipeline.schedule import Exchange, Pair, actions, actions_in_pairs
 
 
 class Passes(Protocol):
@@ -42,15 +42,27 @@ class Passes(Protocol):
         (Engine.backward); None on the last stage. is_last: no other backward pass follows.
         """
 
+    def pair(
+        self, number: int, hidden: torch.Tensor | None, back: int, carried: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """`forward` of micro-batch `number` and `backward` of `back`, which another backward pass
+        follows, by turns.
+        """
+
 
 class Pipeline:
     """The stages as this rank sees them. One stage alone is a loop over micro-batches.
 
     Making one, and every method, is collective over the pipeline group.
+
+    Args:
+        in_pairs: rows of experts travel while another micro-batch is computed
+            (parallel.overlap_experts).
     """
 
-    def __init__(self, engine: Engine, groups: ParallelGroups):
+    def __init__(self, engine: Engine, groups: ParallelGroups, in_pairs: bool = False):
         self.engine, self.groups = engine, groups
+        self._actions = actions_in_pairs if in_pairs else actions
         self.link = Link(groups)
         model = engine.module
         self._dtype = model.any_weight.dtype
@@ -72,9 +84,17 @@ class Pipeline:
         flight = _Flight()
         lent = self._lent_sum()
 
-        for action in actions(place, size, num_micro_batches):
+        for action in self._actions(place, size, num_micro_batches):
             if isinstance(action, Exchange):
                 self._exchange(action, shape, flight)
+            elif isinstance(action, Pair):
+                hidden = flight.enter(action.forward)
+                carried = flight.carried(action.backward)
+                out = passes.pair(action.forward, hidden, action.backward, carried)
+                flight.keep(action.forward, out)
+                flight.leave(action.backward)
+                if lent is not None:
+                    self._add_lent_gradient(lent)
             elif action.kind == "forward":
                 out = passes.forward(action.number, flight.enter(action.number))
                 flight.keep(action.number, out)

@@ -106,6 +106,11 @@ def plan_export(run: RunConfig, dtype: str = "bf16") -> Export:
             f"attention=indexed (rule={run.attention.arguments['rule']}): no published family has "
             "an index over these projections, and config.json would describe dense attention"
         )
+    if run.attention.name == "compressed":
+        problems.append(
+            "attention=compressed: a published family has it with hyper-connections and layers "
+            "that route by a hash of the token, which this model has not"
+        )
     router: Settings = {}
     if run.model.num_experts:
         if isinstance(run.router, TopKConfig):

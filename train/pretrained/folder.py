@@ -15,8 +15,9 @@ from torch import nn
 from model.families.names import BIAS, further_parts, on_disk
 from model.lora import is_adapter
 from model.moe.experts import expert_ids_of
-from model.parallel.family import cut_of, own_part, whole_shape
+from model.parallel.family import own_part, whole_shape
 from train.engine.deepspeed import Engine
+from train.engine.frozen import write_frozen
 from train.pretrained.described import describe
 from train.pretrained.shards import PretrainedError
 
@@ -63,12 +64,14 @@ class PretrainedFolder:
             for name, parameter in model.named_parameters():
                 if self._is_new(name):
                     continue
-                if cut_of(parameter) is None:
+                if parameter.shape == shapes[name]:
                     self._fill_parameter(name, parameter, expert_ids)
                     continue
+                # Cut, or shared out already.
                 whole = parameter.new_empty(shapes[name])
                 self._fill_parameter(name, whole, expert_ids)
-                parameter.copy_(own_part(parameter, whole))
+                write_frozen(parameter, own_part(parameter, whole))
+                del whole
         self._require_tied(model)
         self._fill_buffers(model)
 

@@ -1,4 +1,6 @@
-"""What a new run begins with: the weights of a published folder, or of another run."""
+"""What a new run begins with: the weights of a published folder, or of another run, with the
+moments of its optimiser if asked for.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ import torch
 
 from model.moe.restart import RoutingFacts, adopt_state, state_of
 from model.transformer import Transformer
-from train.checkpoint.folder import find_checkpoint, read_state
+from train.checkpoint.folder import find_checkpoint, read_state, updates_before, updates_of
 from train.checkpoint.reader import (
     MergedReader,
     fill_masters,
+    fill_moments,
     load_parameters,
     load_router_buffers,
 )
@@ -63,6 +66,23 @@ def starting_weights(config: RunConfig, run_dir: Path) -> Weights | None:
     return None
 
 
+def fill_optimizer(weights: Weights | None, engine: Engine, config: RunConfig) -> int:
+    """Bring to an engine what it keeps beside the model that `weights` have filled: master weights
+    of a bf16 model, and with init.moments the optimiser's moments. Collective.
+
+    Returns:
+        Updates that the moments have behind them, 0 where there are none.
+
+    Raises:
+        CheckpointError: the moments do not fit what this run trains.
+    """
+    if config.init.moments and isinstance(weights, RunWeights):
+        return weights.fill_moments(engine)
+    if weights is not None and config.train.precision == "bf16":
+        weights.fill_masters(engine)
+    return 0
+
+
 class DenseCheckpoint:
     """The parameters of a dense run by name."""
 
@@ -82,15 +102,18 @@ class DenseCheckpoint:
 
 
 class RunWeights:
-    """Weights of a checkpoint, without moments, step or position in the data. Routers keep what
-    they have learned beside their weights (bias, cuts) where the new run's are of the same kind.
+    """Weights of a checkpoint, without step or position in the data, and without moments unless
+    init.moments asks for them. Routers keep what they have learned beside their weights (bias,
+    cuts) where the new run's are of the same kind.
     """
 
     def __init__(self, checkpoint: Path, config: RunConfig):
         self.checkpoint, self.config = checkpoint, config
 
     def __str__(self) -> str:
-        return str(self.checkpoint)
+        if not self.config.init.moments:
+            return str(self.checkpoint)
+        return f"{self.checkpoint}, with the moments of {self._updates():,} updates"
 
     def fill_model(self, model: Transformer) -> None:
         load_parameters(model, self.checkpoint, converts=True)
@@ -112,11 +135,26 @@ class RunWeights:
             return
         fresh = state_of(routers)
         load_router_buffers(model, self.checkpoint)
-        updates = int(state["step"]) - int(state.get("skipped_steps", 0))
-        adopt_state(routers, fresh, before, after, updates)
+        adopt_state(routers, fresh, before, after, updates_of(state))
 
     def fill_masters(self, engine: Engine) -> None:
         fill_masters(engine, self.checkpoint)
+
+    def fill_moments(self, engine: Engine) -> int:
+        """Set master weights and moments; returns the updates behind them. Collective.
+
+        Raises:
+            CheckpointError: on every rank, naming parameters that only one of the two has moments
+                of.
+        """
+        updates = self._updates()
+        fill_moments(engine, self.checkpoint, updates)
+        return updates
+
+    def _updates(self) -> int:
+        """Of the checkpoint's moments: those of its run, and those that this began with."""
+        state = read_state(self.checkpoint)
+        return updates_of(state) + updates_before(state)
 
 
 def _keep(folder: Path, run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whose error it is: one of our checks', or a library's."""
+"""Whose error it is: one of our checks', a library's, or another rank's end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("launch", "train", "infer", "model", "ops")
+
+
+class LostRank(RuntimeError):
+    """A rank is gone; the message says what is known of it."""
 
 
 def is_ours(error: BaseException) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 STORE = "LOADSTONE_STORE"
 """Variable that names the file of the ranks' rendezvous, where all of them are on one machine."""
+RANKS_KEY = "LOADSTONE_RANKS_KEY"
+"""Variable with the secret by which such ranks know each other's records (channel.py)."""
 
 
 class RendezvousError(OSError):

@@ -19,7 +19,7 @@ from train.observe.base import Observer, Phase
 
 log = logging.getLogger("loadstone")
 FOLDER = "profile"
-INSIDE: tuple[Phase, ...] = ("data", "forward", "backward", "step")
+INSIDE: tuple[Phase, ...] = ("data", "forward", "backward", "pair", "step")
 """Phases that a step is made of; what is left of it is called other: agreement of the ranks, guards
 and observers.
 """
@@ -121,7 +121,8 @@ class Profiler(Observer):
     def shares(self) -> dict[str, float]:
         """Seconds of a step by phase, `other` among them; between steps, seconds of all steps."""
         steps = max(1, self._steps)
-        inside: dict[str, float] = {name: self.seconds.get(name, 0.0) / steps for name in INSIDE}
+        names = [name for name in INSIDE if name != "pair" or name in self.seconds]
+        inside: dict[str, float] = {name: self.seconds.get(name, 0.0) / steps for name in names}
         whole = self.seconds.get("whole", 0.0) / steps
         return {**inside, "other": max(0.0, whole - sum(inside.values()))}
 

@@ -17,16 +17,18 @@ from model.moe.layer import MoELayer
 from model.request import ForwardRequest
 from model.transformer import Transformer
 from ops.grouped_mlp import dequantized, quantize_rows
+from ops.grouped_mlp.eight_bit import DTYPES
+from ops.grouped_mlp.spec import Stored
 from train.data.loader import Batch
 from train.files.manifest import MANIFEST
-from train.pretrained.int8 import load_int8
+from train.pretrained.eight_bit import load_eight_bit
 from train.trained.budgets import ratio_interval
 
 FOLDER = "quantized"
 
 
-def quantized_path(run_dir: Path, checkpoint: str) -> Path:
-    return run_dir / FOLDER / f"{checkpoint}-int8.safetensors"
+def quantized_path(run_dir: Path, checkpoint: str, stored: Stored) -> Path:
+    return run_dir / FOLDER / f"{checkpoint}-{stored}.safetensors"
 
 
 def made_of(checkpoint: Path) -> str:
@@ -34,29 +36,32 @@ def made_of(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
-def use_int8(model: Transformer, run_dir: Path, checkpoint: Path) -> None:
-    """Put the run's experts of 8 bits in place of the model's.
+def use_eight_bit(model: Transformer, run_dir: Path, checkpoint: Path, weights: str) -> None:
+    """Put the run's experts of 8 bits in place of the model's, where weights is int8 or fp8.
 
     Raises:
         ValueError: there are none, or they do not fit.
     """
-    path = quantized_path(run_dir, checkpoint.name)
+    if weights not in DTYPES:
+        return
+    path = quantized_path(run_dir, checkpoint.name, weights)
     if not path.is_file():
         raise ValueError(
-            f"weights=int8: {path} does not exist; make it: python -m launch.quantize "
+            f"weights={weights}: {path} does not exist; make it: python -m launch.quantize "
             + shlex.quote(f"run={run_dir}")
+            + f" weights={weights}"
         )
     layers = model.moe_layers()
-    kept = load_int8(path, len(layers), made_of(checkpoint))
+    kept = load_eight_bit(path, len(layers), made_of(checkpoint), weights)
     for layer, stacks in zip(layers, kept, strict=True):
-        layer.experts.hold_int8(**stacks)
+        layer.experts.hold_eight_bit(**stacks)
 
 
-def quantized(layer: MoELayer) -> dict[str, Tensor]:
-    """The experts of a layer in 8 bits, as Experts.hold_int8 takes them."""
+def quantized(layer: MoELayer, stored: Stored) -> dict[str, Tensor]:
+    """The experts of a layer in 8 bits, as Experts.hold_eight_bit takes them."""
     experts = layer.experts
-    gate_up, gate_up_scales = quantize_rows(experts.gate_up)
-    down, down_scales = quantize_rows(experts.down)
+    gate_up, gate_up_scales = quantize_rows(experts.gate_up, stored)
+    down, down_scales = quantize_rows(experts.down, stored)
     return {
         "gate_up": gate_up,
         "gate_up_scales": gate_up_scales,
@@ -169,3 +174,51 @@ def sizes(model: Transformer) -> dict[str, Any]:
     before = sum(p.numel() * p.element_size() for p in experts)
     rest = sum(p.numel() * p.element_size() for p in model.parameters() if p not in experts)
     return {"experts": before, "others": rest}
+
+
+LEAST_SHARE = 0.95
+"""Of the numbers in the experts' matrices that must have become 8 bits."""
+
+
+def left_out(model: Transformer) -> dict[str, dict[str, int]]:
+    """What stays as it is: by group of parameters, the number of them and their bytes. A
+    group is named as in the model, without the numbers of its layers.
+
+    Raises:
+        ValueError: more than a twentieth of the experts' matrices is among them: what is called
+            8 bits would be something else.
+    """
+    matrices = {
+        p for layer in model.moe_layers() for p in layer.experts.parameters() if p.dim() == 3
+    }
+    scales = {
+        getattr(layer.experts, name)
+        for layer in model.moe_layers()
+        for name in ("gate_up_scales", "down_scales")
+        if hasattr(layer.experts, name)
+    }
+    found: dict[str, dict[str, int]] = {}
+    whole = kept = 0
+    for name, parameter in model.named_parameters():
+        number = parameter.numel()
+        if parameter in scales:
+            continue
+        whole += number * (parameter in matrices)
+        if parameter.dtype in DTYPES.values():
+            continue
+        kept += number * (parameter in matrices)
+        group = found.setdefault(_group(name), {"parameters": 0, "bytes": 0})
+        group["parameters"] += number
+        group["bytes"] += number * parameter.element_size()
+    if kept > (1 - LEAST_SHARE) * whole:
+        raise ValueError(
+            f"{kept:,} of the {whole:,} numbers in the experts' matrices would stay as they are, "
+            f"more than {1 - LEAST_SHARE:.0%}: these are no experts of 8 bits; nothing was written"
+        )
+    return found
+
+
+def _group(name: str) -> str:
+    """ "blocks.3.mlp.experts.down_bias" -> "mlp.experts"."""
+    parts = [part for part in name.split(".")[:-1] if part != "blocks" and not part.isdecimal()]
+    return ".".join(parts[: 2 if parts[0] == "mlp" else 1])

@@ -95,6 +95,19 @@ def row_tile(
 
 
 @triton.jit
+def as_numbers(weight, dtype: tl.constexpr):
+    """Weights as what the rows are. uint8 are the bits of finite e4m3, for devices before sm_89,
+    which cannot convert it: as the exponent and mantissa of fp16 they are the number over 2^8,
+    exactly, since fp16 has a bias of 15 where e4m3 has one of 7.
+    """
+    if weight.dtype == tl.uint8:
+        bits = weight.to(tl.uint16)
+        half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True)
+        return (half * 256.0).to(dtype)
+    return weight.to(dtype)
+
+
+@triton.jit
 def row_product(
     rows,
     row_start,
@@ -118,7 +131,7 @@ def row_product(
     rows: pointers [ROWS] to each row; with TMA and not GATHER, a descriptor of the rows, of which
         row_start is the first.
     matrix: [experts, DEPTH, WIDTH], TRANSPOSED: [experts, WIDTH, DEPTH], PAIRS: [experts, 2, WIDTH,
-        DEPTH], the pointer or with TMA the descriptor; int8 by its pointer alone, as numbers.
+        DEPTH], the pointer or with TMA the descriptor; weights of 8 bits by their pointer alone.
     column: [COLUMNS], of the matrix; PAIRS: the first half of them of either part.
     FP8: both are e4m3; what they are scaled by is the caller's.
     """
@@ -171,15 +184,14 @@ def row_product(
         for k in range(0, DEPTH, STEP):
             if EVEN:
                 x = tl.load(x_ptr)
-                w = tl.load(w_ptr).to(x.dtype)
+                w = as_numbers(tl.load(w_ptr), x.dtype)
                 acc = tl.dot(x, w, acc, input_precision="ieee", max_num_imprecise_acc=LOW)
             else:
                 inside = step < DEPTH - k
                 x = tl.load(x_ptr, mask=inside[None, :], other=0.0)
                 w = tl.load(w_ptr, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
-                acc = tl.dot(
-                    x, w.to(x.dtype), acc, input_precision="ieee", max_num_imprecise_acc=LOW
-                )
+                w = as_numbers(w, x.dtype)
+                acc = tl.dot(x, w, acc, input_precision="ieee", max_num_imprecise_acc=LOW)
             x_ptr += STEP
             w_ptr += STEP * depth_stride
     return acc

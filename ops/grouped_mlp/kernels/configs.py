@@ -109,9 +109,9 @@ def row_config(rows: int, depth: int, dtype: torch.dtype, architecture: int) -> 
     return Config(rows, 128, _step(dtype), 4, 3, tma=True)
 
 
-def int8_config(config: Config) -> Config:
-    """The same with int8 matrices: read by pointers, and with half the columns of a large tile,
-    where converting what was read would spill.
+def eight_bit_config(config: Config) -> Config:
+    """The same with matrices of 8 bits: read by pointers, and with half the columns of a large
+    tile, where converting what was read would spill.
     """
     return config._replace(tma=False, columns=min(config.columns, max(64, config.columns // 2)))
 

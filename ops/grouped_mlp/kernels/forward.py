@@ -36,8 +36,8 @@ def up_kernel(
     None.
 
     One product of 2 * COLUMNS columns, of gate and then of up, is split in registers: a thread has
-    both. gate_up_scales: [experts, 2 * WIDTH], None where the weights are neither int8 nor, with
-    FP8, e4m3, where hidden is too and hidden_scales are [T].
+    both. gate_up_scales: [experts, 2 * WIDTH], None where the weights are not of 8 bits. FP8:
+    hidden is e4m3 as well, and hidden_scales are [T].
     """
     expert, start, row, read_row, live, column_tile = row_tile(
         tile_expert_ptr, tile_start_ptr, offsets_ptr, tl.cdiv(WIDTH, COLUMNS), GROUP, ROWS
@@ -116,8 +116,8 @@ def down_kernel(
 ):
     """Grid (row tiles * cdiv(HIDDEN, COLUMNS)). out: [R, HIDDEN] by rows; with SCATTER, for one
     slot a token, by tokens and times the weight. act: the descriptor of act_ptr, None without TMA.
-    down_scales: [experts, HIDDEN], None where the weights are neither int8 nor, with FP8, e4m3,
-    where act is too and act_scales are [R].
+    down_scales: [experts, HIDDEN], None where the weights are not of 8 bits. FP8: act is e4m3
+    as well, and act_scales are [R].
     """
     expert, start, row, read_row, live, column_tile = row_tile(
         tile_expert_ptr, tile_start_ptr, offsets_ptr, tl.cdiv(HIDDEN, COLUMNS), GROUP, ROWS

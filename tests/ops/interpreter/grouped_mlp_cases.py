@@ -17,6 +17,7 @@ from torch import Tensor
 from ops.grouped_mlp import dequantized, quantize_rows, triton_backend
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.reference import reference_grouped_mlp
+from ops.grouped_mlp.spec import Stored
 from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, assert_close, draw_expert_ids, poisoned_memory
 
@@ -27,7 +28,7 @@ NAMES = ("grad_hidden", "grad_weights", "grad_gate_up", "grad_down")
 @dataclass(frozen=True)
 class Case:
     """routing: arguments of draw_expert_ids. few_rows: of configs; 0: row tiles of 128.
-    architecture: of tile sizes.
+    architecture: of tile sizes. stored: of what 8 bits the weights are.
     """
 
     routing: tuple[int, int, int, str] = (67, 5, 3, "even")
@@ -36,6 +37,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     few_rows: int = configs.FEW_ROWS
     architecture: int = 90
+    stored: Stored = "int8"
 
 
 FLOAT32 = {name: Case(routing) for name, routing in EDGE_CASES.items()} | {
@@ -117,20 +119,27 @@ def check(case: Case) -> str:
     return ", ".join(found)
 
 
-INT8 = {
-    f"{name} {dtype}": replace(case, dtype=dtype)
-    for name, case, dtype in (
-        ("edges", Case((67, 5, 3, "unused"), 48, 40), torch.float32),
-        ("odd widths", Case((23, 3, 2, "skewed"), 37, 19), torch.float32),
-        ("one slot", Case((61, 4, 1, "unused")), torch.float32),
-        ("edges", Case((131, 5, 3, "unused"), 80, 72), torch.bfloat16),
-        ("whole tiles", Case((140, 3, 2, "skewed"), 128, 128, few_rows=0), torch.bfloat16),
-        ("one slot", Case((70, 2, 1, "even"), 64, 64), torch.float16),
+STORED = {
+    f"{stored} {name} {dtype} sm_{case.architecture}": replace(case, dtype=dtype, stored=stored)
+    for stored, name, case, dtype in (
+        ("int8", "edges", Case((67, 5, 3, "unused"), 48, 40), torch.float32),
+        ("int8", "odd widths", Case((23, 3, 2, "skewed"), 37, 19), torch.float32),
+        ("int8", "one slot", Case((61, 4, 1, "unused")), torch.float32),
+        ("int8", "edges", Case((131, 5, 3, "unused"), 80, 72), torch.bfloat16),
+        ("int8", "whole tiles", Case((140, 3, 2, "skewed"), 128, 128, few_rows=0), torch.bfloat16),
+        ("int8", "one slot", Case((70, 2, 1, "even"), 64, 64), torch.float16),
+        ("fp8", "edges", Case((67, 5, 3, "unused"), 48, 40), torch.float32),
+        ("fp8", "whole tiles", Case((70, 3, 2, "skewed"), 128, 128), torch.bfloat16),
+        ("fp8", "odd widths", Case((23, 3, 2, "skewed"), 37, 19), torch.float16),
+        # by the bits
+        ("fp8", "one slot", Case((61, 4, 1, "unused"), architecture=80), torch.float32),
+        ("fp8", "edges", Case((67, 5, 3, "unused"), 80, 72, architecture=80), torch.bfloat16),
+        ("fp8", "odd widths", Case((23, 3, 2, "skewed"), 37, 19, architecture=80), torch.float16),
     )
 }
 
 
-def check_int8(case: Case) -> str:
+def check_stored(case: Case) -> str:
     """The product of 8-bit weights against the definition on what they stand for, in fp64."""
     (num_tokens, num_experts, top_k, _), dim, width = case.routing, case.hidden_size, case.width
     generator = torch.Generator().manual_seed(num_tokens)
@@ -142,7 +151,9 @@ def check_int8(case: Case) -> str:
     # rows of very different sizes, so that a scale of another row would show
     gate_up *= torch.logspace(-1, 1, 2 * width)[:, None]
     down *= torch.logspace(1, -1, dim)[:, None]
-    (q_up, s_up), (q_down, s_down) = quantize_rows(gate_up), quantize_rows(down)
+    # values below the smallest exponent of e4m3 among them
+    gate_up[0, 0, :16] = gate_up[0, 0].abs().max() * 2.0 ** -torch.arange(16)
+    (q_up, s_up), (q_down, s_down) = (quantize_rows(w, case.stored) for w in (gate_up, down))
     with poisoned_memory():
         out, nothing = triton_backend.forward(
             hidden, weights, q_up, q_down, slots, inverse, offsets, False, (s_up, s_down)
@@ -225,8 +236,8 @@ def check_fp8(case: Case) -> str:
     return ", ".join(found)
 
 
-GROUPS = {"float32": FLOAT32, "half": HALF, "int8": INT8, "fp8": FP8}
-CHECKS = {"int8": check_int8, "fp8": check_fp8}
+GROUPS = {"float32": FLOAT32, "half": HALF, "stored": STORED, "fp8": FP8}
+CHECKS = {"stored": check_stored, "fp8": check_fp8}
 
 
 def main(groups: list[str]) -> int:

@@ -9,13 +9,14 @@ All ranks work it out by themselves, and nothing of it is written.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from train.config.data import DataConfig
+from train.config.data import DataConfig, labels
 from train.data.chat.packing import pack_epoch
 from train.data.damage import MANIFEST, Numbers, Tokens, check_file, check_split, damaged
 from train.data.store import TokenStore, TrainingSamples, ValidationRows, targets_file
@@ -126,9 +127,17 @@ def _stored_lengths(store: TokenStore, split: str) -> np.ndarray:
 class _SourceRows:
     """One source: its rows, epoch after epoch. Epochs differ in how many they have."""
 
-    def __init__(self, store: TokenStore, source: int, seq_len: int, seed: int, too_long: TooLong):
+    def __init__(
+        self,
+        store: TokenStore,
+        source: int,
+        seq_len: int,
+        seed: int,
+        too_long: TooLong,
+        name: str | None,
+    ):
         facts = store.manifest["sources"][source]
-        self.about = f"source {facts.get('path', source)}"
+        self.about = f"source {name or facts.get('path', source)}"
         self.split = _Split(
             store, f"train_{source}", facts["tokens"], seq_len, too_long, self.about
         )
@@ -153,7 +162,11 @@ class _SourceRows:
 
 
 class ChatSamples(TrainingSamples):
-    """All sources, blended by weight. Sample i is a row of conversations."""
+    """All sources, blended by weight. Sample i is a row of conversations.
+
+    Args:
+        names: of the sources, in messages; (): their kinds of files.
+    """
 
     def __init__(
         self,
@@ -162,12 +175,16 @@ class ChatSamples(TrainingSamples):
         seq_len: int,
         seed: int,
         too_long: TooLong,
+        names: Sequence[str] = (),
     ):
         found = len(store.manifest["sources"])
         if found != len(weights):
             raise damaged(store.path / MANIFEST, f"lists {found} sources instead of {len(weights)}")
         self.store, self.seq_len = store, seq_len
-        self.rows = [_SourceRows(store, i, seq_len, seed, too_long) for i in range(found)]
+        self.rows = [
+            _SourceRows(store, i, seq_len, seed, too_long, names[i] if names else None)
+            for i in range(found)
+        ]
         self.begin_blend(weights)
 
     def samples_in(self, source: int, epochs: float) -> int:
@@ -216,7 +233,7 @@ def samples_of(
     """
     weights = tuple(source.weight for source in data.sources)
     if store.holds_conversations:
-        return ChatSamples(store, weights, seq_len, seed, data.too_long)
+        return ChatSamples(store, weights, seq_len, seed, data.too_long, labels(data.sources))
     return TrainingSamples(store, weights, seq_len, seed, run_data)
 
 

@@ -111,7 +111,7 @@ class Shards:
                     meter = self._meter
                     show(
                         Progress(
-                            source.path,
+                            source.told,
                             meter.position,
                             meter.total,
                             self._done,

@@ -120,7 +120,7 @@ class Reader:
             if self._place.number_of_pass > place.number_of_pass:
                 if not trained:
                     raise ValueError(
-                        f"source {self.source.path!r} left no training document; lower "
+                        f"source {self.source.told!r} left no training document; lower "
                         f"data.validation_fraction {self.config.validation_fraction} or give more "
                         "text"
                     )
@@ -129,7 +129,7 @@ class Reader:
             made = Window(window, len(tokens), count, crc, self._place)
             if window < len(known) and known[window] != made:
                 raise ValueError(
-                    f"source {self.source.path!r} has changed since the run has read it: window "
+                    f"source {self.source.told!r} has changed since the run has read it: window "
                     f"{window} of the stream holds other tokens; put its files back, or start a "
                     "new run"
                 )
@@ -148,7 +148,7 @@ class Reader:
             number = 0
             for found in in_shards(self._of_a_window(texts)):
                 if found is not None:
-                    yield Task(number, found, self.source.path)
+                    yield Task(number, found, self.source.told)
                     number += 1
                 else:
                     yield None
@@ -191,7 +191,7 @@ class Reader:
                 self._place = Position(number, file, here)
                 yield text
             if bad_rows.count:
-                tell(f"source {self.source.path}: left out {bad_rows}{bad_rows.by_kind}")
+                tell(f"source {self.source.told}: left out {bad_rows}{bad_rows.by_kind}")
             number, skipped_files, behind = number + 1, 0, 0
             self._place = Position(number)
             yield None

@@ -137,6 +137,23 @@ ATTENTION = (
         ),
     ),
     group(
+        "A bounded cache",
+        "attention/",
+        (Need.RESIDENT,),
+        "Of sparse layers with attention.resident_blocks, on the audited rows.",
+        Metric(
+            "resident_recall",
+            "mass of resident blocks",
+            "share",
+            HIGHER,
+            "share of what dense attention gives the blocks between the first ones and the window "
+            "that is on blocks whose tokens a cache still has: what is missing was evicted",
+            STEP,
+            needs(Need.DENSE_CHECK),
+            (Level.LAYERS,),
+        ),
+    ),
+    group(
         "Attention by an index",
         "attention/",
         (Need.INDEXED,),
@@ -149,7 +166,8 @@ ATTENTION = (
             "nats",
             LOWER,
             "KL divergence of the index's softmax from the attention's own masses, over everything "
-            "in the dense steps and over what was chosen after them",
+            "in the dense steps and over what was chosen after them; with attention.select=index "
+            "over all candidates",
             STEP,
             levels=(Level.LAYERS,),
         ),
@@ -159,7 +177,8 @@ ATTENTION = (
             "share",
             HIGHER,
             "audited rows: share of dense attention's softmax on what the index chooses, mean over "
-            "heads",
+            "heads; with attention.select=index, of the part of it on candidates; with "
+            "attention=compressed, of what attention to all entries gives to entries",
             STEP,
             needs(Need.INDEX_CHECK),
             (Level.MIN, Level.LAYERS),

@@ -61,6 +61,7 @@ class Need(Enum):
     SPARSE = "attention is sparse"
     SELECTED_BLOCKS = "blocks were selected"
     DENSE_CHECK = "attention.audit_rows is above 0"
+    RESIDENT = "attention.resident_blocks is set"
     INDEXED = "attention is indexed"
     INDEX_CHECK = "attention is indexed and attention.audit_rows above 0"
     DETAILED = "tracker.metrics=detailed"

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ops.grouped_mlp.eight_bit import DTYPES
+from ops.grouped_mlp.spec import Stored
 from train.files.durable import replacing
 from train.files.manifest import require_owned
 
 NAMES = ("gate_up", "gate_up_scales", "down", "down_scales")
-"""Of a layer: int8, fp32, int8, fp32."""
+"""Of a layer: 8 bits, fp32, 8 bits, fp32."""
 
 
-def save_int8(path: Path, layers: list[dict[str, Tensor]], made_of: str) -> None:
+def save_eight_bit(path: Path, layers: list[dict[str, Tensor]], made_of: str) -> None:
     """Write the experts of all MoE layers. made_of: names the checkpoint's content."""
     from safetensors.torch import save_file
 
@@ -27,7 +29,9 @@ def save_int8(path: Path, layers: list[dict[str, Tensor]], made_of: str) -> None
         save_file(tensors, scratch, {"made_of": made_of})
 
 
-def load_int8(path: Path, num_layers: int, made_of: str) -> list[dict[str, Tensor]]:
+def load_eight_bit(
+    path: Path, num_layers: int, made_of: str, stored: Stored
+) -> list[dict[str, Tensor]]:
     """The experts of all MoE layers.
 
     Raises:
@@ -42,16 +46,17 @@ def load_int8(path: Path, num_layers: int, made_of: str) -> list[dict[str, Tenso
             found = (file.metadata() or {}).get("made_of")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {AGAIN}") from error
+        raise ValueError(f"{path} is damaged ({error}); {AGAIN} weights={stored}") from error
+    again = f"{AGAIN} weights={stored}"
     if found != made_of:
-        raise ValueError(f"{path} was made of other weights than the checkpoint has; {AGAIN}")
+        raise ValueError(f"{path} was made of other weights than the checkpoint has; {again}")
     expected = {f"layers.{i}.{name}" for i in range(num_layers) for name in NAMES}
-    kinds = {"gate_up": torch.int8, "down": torch.int8}
+    kinds = dict.fromkeys(("gate_up", "down"), DTYPES[stored])
     if set(tensors) != expected or any(
         tensor.dtype != kinds.get(name.rpartition(".")[2], torch.float32)
         for name, tensor in tensors.items()
     ):
-        raise ValueError(f"{path} has other experts than the model; {AGAIN}")
+        raise ValueError(f"{path} has other experts than the model; {again}")
     return [{name: tensors[f"layers.{i}.{name}"] for name in NAMES} for i in range(num_layers)]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops.grouped_mlp import dequantized, grouped_mlp, grouped_mlp_int8, quantize_rows
+from ops.grouped_mlp import dequantized, grouped_mlp, grouped_mlp_eight_bit, quantize_rows
+from ops.grouped_mlp.fp8 import FP8, rounded_rows, widened
 from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, draw_expert_ids, poisoned_memory
 
@@ -35,24 +36,29 @@ def case_of(routing, dtype=torch.float32, biases=False):
 @pytest.mark.parametrize("routing", EDGE_CASES.values(), ids=EDGE_CASES)
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
-def test_int8_rows_match_reference(routing, biases, backend):
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_rows_of_8_bits_match_reference(routing, biases, backend, stored):
     hidden, gates, gate_up, down, places, special = case_of(routing, biases=biases)
-    up, below = quantize_rows(gate_up), quantize_rows(down)
+    up, below = quantize_rows(gate_up, stored), quantize_rows(down, stored)
     whole = dequantized(*up), dequantized(*below)
     expected = grouped_mlp(hidden, gates, *whole, *places, backend="reference", **special)
     with poisoned_memory():
-        found = grouped_mlp_int8(hidden, gates, *up, *below, *places, backend=backend, **special)
+        found = grouped_mlp_eight_bit(
+            hidden, gates, *up, *below, *places, backend=backend, **special
+        )
     assert found.dtype == hidden.dtype
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_scales_before_it_rounds():
-    hidden, gates, gate_up, down, places, _ = case_of((67, 5, 3, "even"), torch.bfloat16)
-    up, below = quantize_rows(gate_up), quantize_rows(down)
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scales_before_it_rounds(stored, dtype):
+    hidden, gates, gate_up, down, places, _ = case_of((67, 5, 3, "even"), dtype)
+    up, below = quantize_rows(gate_up, stored), quantize_rows(down, stored)
     whole = dequantized(*up).double(), dequantized(*below).double()
     exact = grouped_mlp(hidden.double(), gates, *whole, *places, backend="reference")
-    found = grouped_mlp_int8(hidden, gates, *up, *below, *places)
-    assert found.dtype == torch.bfloat16
+    found = grouped_mlp_eight_bit(hidden, gates, *up, *below, *places)
+    assert found.dtype == dtype
     assert float((found - exact).norm() / exact.norm()) < 0.01
 
 
@@ -71,9 +77,32 @@ def test_a_row_is_rounded_to_its_own_grid():
     assert (error <= scales / 2 * (1 + 1e-5)).all() and int(values.abs().max()) == 127
 
 
-def test_a_weight_that_is_not_finite_is_refused():
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_a_weight_that_is_not_finite_is_refused(stored):
     with pytest.raises(ValueError, match="a weight is not finite"):
-        quantize_rows(torch.tensor([[1.0, float("nan")]]))
+        quantize_rows(torch.tensor([[1.0, float("nan")]]), stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_of_e4m3_is_widened_exactly(dtype):
+    """Against torch's own conversion; the two patterns that are NaN are never written."""
+    every = torch.arange(256, dtype=torch.uint8).view(FP8)
+    finite = every[every.float().isfinite()]
+    assert len(finite) == 254
+    assert torch.equal(widened(finite, dtype).double(), finite.double())
+    assert widened(finite[:0], dtype).dtype == dtype
+
+
+def test_fp8_rounds_as_the_products_of_training_do():
+    """So that experts trained with experts.precision=fp8 compute what they computed there."""
+    hidden, gates, gate_up, down, places, _ = case_of((67, 5, 3, "even"))
+    up, below = quantize_rows(gate_up, "fp8"), quantize_rows(down, "fp8")
+    assert torch.equal(dequantized(*up), rounded_rows(gate_up))
+    assert torch.equal(dequantized(*below), rounded_rows(down))
+    stored = grouped_mlp_eight_bit(hidden, gates, *up, *below, *places)
+    whole = grouped_mlp(hidden, gates, gate_up, down, *places)
+    error = float((stored - whole).norm() / whole.norm())
+    assert 0.005 < error < 0.05, "a value keeps 4 bits"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +111,7 @@ def test_a_weight_that_is_not_finite_is_refused():
         ({"gate_up": lambda t: t.float()}, "gate_up is torch.float32 with scales"),
         ({"gate_up_scales": lambda t: t[:, :-1]}, r"gate_up is torch.int8 with scales \(5, 47\)"),
         ({"down_scales": lambda t: t.half()}, r"down is torch.int8 with scales .* torch.float16"),
+        ({"down": lambda t: t.float().to(FP8)}, r"down is torch.float8_e4m3fn .* expected torch"),
         ({"hidden": lambda t: t[:, :-1]}, r"do not fit \[T, D\]"),
     ],
 )
@@ -101,6 +131,8 @@ def test_what_does_not_fit_is_refused(change, says):
     }
     given |= {name: function(given[name]) for name, function in change.items()}
     with pytest.raises(ValueError, match=says):
-        grouped_mlp_int8(**given)
-    with pytest.raises(ValueError, match="grouped_mm cannot multiply int8"):
-        grouped_mlp_int8(hidden, gates, *up, *below, slots, inverse, offsets, backend="grouped_mm")
+        grouped_mlp_eight_bit(**given)
+    with pytest.raises(ValueError, match="grouped_mm cannot multiply weights of 8"):
+        grouped_mlp_eight_bit(
+            hidden, gates, *up, *below, slots, inverse, offsets, backend="grouped_mm"
+        )

@@ -1,5 +1,5 @@
-"""The grouped MLP over experts of 8-bit weights, for inference: int8 with one fp32 scale for each
-output of a projection. A product is scaled where it ends, so no dequantised copy is made.
+"""The grouped MLP over experts of 8-bit weights, for inference: int8 or e4m3, with one fp32 scale
+for each output of a projection. A product is scaled where it ends, so no dequantised copy is made.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ops.grouped_mlp.fp8 import FP8, round_rows, widened
 from ops.grouped_mlp.interface import (
     _backend,
     _check,
@@ -15,16 +16,20 @@ from ops.grouped_mlp.interface import (
     select_backend,
 )
 from ops.grouped_mlp.reference import reference_grouped_mlp
-from ops.grouped_mlp.spec import Activation
+from ops.grouped_mlp.spec import Activation, Stored
 
 LARGEST = 127
-"""-128 is left out, so that the grid is symmetric."""
+"""Of int8. -128 is left out, so that the grid is symmetric."""
+DTYPES: dict[Stored, torch.dtype] = {"int8": torch.int8, "fp8": FP8}
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., out, in] of any float dtype -> int8 of the same shape and scales [..., out] fp32, so
-    that weight is near int8 * scale: the largest value of a row becomes 127, ties go to the even
-    number. A row of zeros has scale 0.
+def quantize_rows(weight: Tensor, stored: Stored = "int8") -> tuple[Tensor, Tensor]:
+    """[..., out, in] of any float dtype -> 8 bits of the same shape and scales [..., out] fp32, so
+    that weight is near 8 bits * scale; ties go to the even neighbour.
+
+    int8: the largest value of a row becomes 127; a row of zeros has scale 0. fp8: e4m3 with a power
+    of two (fp8.round_rows), which is what the products of experts.precision=fp8 round weights to,
+    so that experts trained by those lose nothing here.
 
     Raises:
         ValueError: a value is not finite.
@@ -32,6 +37,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     values = weight.detach().float()
     if not bool(values.isfinite().all()):
         raise ValueError("a weight is not finite; quantise a checkpoint that is sound")
+    if stored == "fp8":
+        return round_rows(values)
     scales = values.abs().amax(-1) / LARGEST
     # a row of zeros, or of values too small to divide by
     steps = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
@@ -39,12 +46,12 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantized(weight: Tensor, scales: Tensor) -> Tensor:
-    """int8 [..., out, in] and scales [..., out] -> fp32."""
-    return weight.float() * scales.unsqueeze(-1)
+    """8 bits [..., out, in] and scales [..., out] -> fp32."""
+    return widened(weight, torch.float32) * scales.unsqueeze(-1)
 
 
 @torch.no_grad()
-def grouped_mlp_int8(
+def grouped_mlp_eight_bit(
     hidden: Tensor,
     weights: Tensor,
     gate_up: Tensor,
@@ -63,7 +70,7 @@ def grouped_mlp_int8(
     """grouped_mlp with the weights `dequantized`, up to rounding; no gradients.
 
     Args:
-        gate_up: [L, 2F, D] int8; down: [L, D, F] int8.
+        gate_up: [L, 2F, D] int8 or e4m3; down: [L, D, F] of the same dtype.
         gate_up_scales: [L, 2F] fp32; down_scales: [L, D] fp32.
         backend: auto, triton, torch or reference; see interface.select_backend. The others as in
             grouped_mlp.
@@ -82,23 +89,26 @@ def grouped_mlp_int8(
     _check(hidden, weights, like_up, like_down, slots, inverse, offsets)
     _check_biases(hidden, gate_up, down, gate_up_bias, down_bias)
     _check_activation(activation)
+    kind = gate_up.dtype if gate_up.dtype in DTYPES.values() else torch.int8
     for name, weight, scales in (
         ("gate_up", gate_up, gate_up_scales),
         ("down", down, down_scales),
     ):
         if (
-            weight.dtype != torch.int8
+            weight.dtype != kind
             or scales.dtype != torch.float32
             or scales.shape != weight.shape[:2]
         ):
             raise ValueError(
                 f"{name} is {weight.dtype} with scales {tuple(scales.shape)} {scales.dtype}; "
-                f"expected int8 with {tuple(weight.shape[:2])} float32"
+                f"expected {kind} with {tuple(weight.shape[:2])} float32"
             )
 
     plain = activation == "swiglu" and gate_up_bias is None
     if backend == "grouped_mm":
-        raise ValueError("experts.backend=grouped_mm cannot multiply int8; choose auto or torch")
+        raise ValueError(
+            "experts.backend=grouped_mm cannot multiply weights of 8 bits; choose auto or torch"
+        )
     chosen = select_backend(
         backend, hidden.device, hidden.dtype, hidden.shape[1], down.shape[2], plain
     )

@@ -1,0 +1,365 @@
+"""Attention to a window and to pooled entries of everything before it, as DeepSeek-V4 has it: CSA,
+whose entries an index chooses, and HCA, which sees all of its few (ops/compressed_attention).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.attention.base import STATS, AttentionSums, SequenceLayout
+from model.attention.compressed_cache import CompressedCache, CompressedPages, Held, Widths
+from model.attention.config import CompressedAttentionConfig
+from model.config import ModelConfig
+from model.layers import RMSNorm, apply_trailing_rotary, rotary_tables
+from ops.compressed_attention import (
+    Windows,
+    attend_held,
+    audit_entries,
+    closed_windows,
+    compressed_attention,
+    gated_pool,
+    pooled,
+)
+from ops.index_attention import Index
+
+
+class GroupedLinear(nn.Linear):
+    """A block-diagonal projection: `groups` runs of features, each to out_features / groups.
+
+    weight: [out_features, in_features / groups].
+    """
+
+    def __init__(self, in_features: int, out_features: int, groups: int):
+        super().__init__(in_features // groups, out_features, bias=False)
+        self.groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        weight = self.weight.view(self.groups, -1, self.weight.shape[1])
+        runs = x.unflatten(-1, (self.groups, -1))
+        return torch.einsum("...gi,goi->...go", runs, weight).flatten(-2)
+
+
+class Turns(NamedTuple):
+    """How a layer turns positions: cosines and sines of any."""
+
+    size: int
+    theta: float
+    scaling: object
+
+    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S] int64 -> two fp32 tensors [B, S, size / 2]."""
+        return rotary_tables(positions, self.size, self.theta, self.scaling)  # type: ignore[arg-type]
+
+
+class Compressor(nn.Module):
+    """Entries of windows of `ratio` tokens: gated means of projections, normalised, turned by the
+    position of their window's first token.
+
+    Windows overlap where `overlap`: an entry is then a mean of its own window and the one before,
+    of which each token gives other channels.
+
+    Args:
+        width: channels of an entry.
+    """
+
+    def __init__(self, config: ModelConfig, width: int, ratio: int, overlap: bool, turns: Turns):
+        super().__init__()
+        self.width, self.ratio, self.overlap, self.turns = width, ratio, overlap, turns
+        self.row = width * (2 if overlap else 1)
+        self.kv_proj = nn.Linear(config.hidden_size, self.row, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, self.row, bias=False)
+        # a vector, which materialize leaves as it is
+        self.slot_bias = nn.Parameter(torch.zeros(ratio * self.row))
+        self.norm = RMSNorm(width, config.norm_eps)
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, 2 row]: contents and gates of tokens, what a cache holds of those
+        whose window is open.
+        """
+        return torch.cat((self.kv_proj(hidden), self.gate_proj(hidden)), -1)
+
+    def forward(
+        self, rows: torch.Tensor, windows: Windows, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Of packed documents: rows [B, S, 2 row], positions [B, S] -> entries [M, width]."""
+        content, gates = rows.flatten(0, 1).split(self.row, -1)
+        bias = self.slot_bias.view(self.ratio, self.row)
+        entries = gated_pool(content, gates, bias, windows, self.overlap)
+        return self._finished(entries.unsqueeze(0), positions.flatten()[windows.starts][None])[0]
+
+    def of_windows(
+        self, rows: torch.Tensor, before: torch.Tensor, number: torch.Tensor
+    ) -> torch.Tensor:
+        """Of windows at hand: rows [B, n, ratio, 2 row], those of the windows before them, and the
+        windows' numbers [B, n] in their documents -> entries [B, n, width].
+        """
+        content, gates = rows.split(self.row, -1)
+        earlier = before.split(self.row, -1) if self.overlap else None
+        bias = self.slot_bias.view(self.ratio, self.row)
+        entries = pooled(content, gates, bias, earlier, number > 0).to(rows.dtype)
+        return self._finished(entries, number * self.ratio)
+
+    def _finished(self, entries: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[B, n, width], normalised and turned by positions [B, n]."""
+        normed = self.norm(entries).unsqueeze(2)
+        return apply_trailing_rotary(normed, *self.turns(positions)).squeeze(2)
+
+
+class EntryIndexer(nn.Module):
+    """What an index makes of hidden states and of the queries' latents: queries and their weights,
+    and keys that are entries of its own.
+    """
+
+    def __init__(self, config: ModelConfig, settings: CompressedAttentionConfig, turns: Turns):
+        super().__init__()
+        self.heads, self.width = settings.index_heads, settings.index_head_dim
+        self.q_proj = nn.Linear(settings.q_lora_rank, self.heads * self.width, bias=False)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.compressor = Compressor(config, self.width, settings.csa_ratio, True, turns)
+
+    def queries(
+        self, hidden: torch.Tensor, latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, D] and [B, S, q_lora_rank] -> queries [B, S, I, w], turned, weights [B, S, I]."""
+        queries = self.q_proj(latent).unflatten(-1, (self.heads, self.width))
+        return apply_trailing_rotary(queries, cos, sin), self.weights_proj(hidden)
+
+
+class CompressedAttention(nn.Module):
+    """Causal attention of many query heads to one head whose keys are its values: a sliding window
+    of tokens, the entries of everything before, and a sink, in one softmax.
+
+    Positions turn the last rope_head_dim channels, of queries, keys and so of values; the output is
+    turned back by its own position, so that what a key gives depends on the distance to it. Before
+    step `dense_steps` every entry is seen, and the index learns from all of them; from then on it
+    chooses, and learns from what it chose (model/attention/indexed.py).
+
+    Args:
+        settings: what it does; layer_idx: its place in the model, which says its kind.
+    """
+
+    def __init__(
+        self, config: ModelConfig, settings: CompressedAttentionConfig, layer_idx: int = 0
+    ):
+        super().__init__()
+        kind = settings.kind(config, layer_idx)
+        self.spec = settings.spec(kind)
+        self.layer_idx, self.is_sparse = layer_idx, kind == "csa"
+        self.num_heads, self.head_dim = config.num_heads, config.attention_head_dim
+        self.coeff, self.audit_rows = settings.index_coeff, settings.audit_rows
+        self.dense_steps = settings.dense_steps
+        self.step = self.dense_steps  # without a trainer: the index chooses
+        self.eps = config.norm_eps
+        self.turns = Turns(settings.rope_head_dim, config.rope_theta, None)
+        if kind != "window":
+            theta = settings.compressed_rope_theta or config.rope_theta
+            self.turns = Turns(settings.rope_head_dim, theta, config.rope_scaling)
+
+        hidden, rank, heads = config.hidden_size, settings.q_lora_rank, config.num_heads
+        self.q_a_proj = nn.Linear(hidden, rank, bias=False)
+        self.q_a_norm = RMSNorm(rank, self.eps)
+        self.q_b_proj = nn.Linear(rank, heads * self.head_dim, bias=False)
+        self.kv_proj = nn.Linear(hidden, self.head_dim, bias=False)
+        self.kv_norm = RMSNorm(self.head_dim, self.eps)
+        groups, between = settings.output_groups, settings.output_groups * settings.o_lora_rank
+        # Stacked blocks are not one matrix to Muon, so the name is not that of a projection.
+        self.output_groups = GroupedLinear(heads * self.head_dim, between, groups)
+        self.o_proj = nn.Linear(between, hidden, bias=False)
+        # a vector, which materialize leaves as it is
+        self.sinks = nn.Parameter(torch.zeros(heads))
+        self.compressor: Compressor | None = None
+        if kind != "window":
+            self.compressor = Compressor(
+                config, self.head_dim, self.spec.ratio, kind == "csa", self.turns
+            )
+        self.indexer = EntryIndexer(config, settings, self.turns) if self.is_sparse else None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the index has learned for as long as it was to."""
+        return self.indexer is not None and self.step >= self.dense_steps
+
+    @property
+    def _widths(self) -> Widths:
+        row = 0 if self.compressor is None else 2 * self.compressor.row
+        if self.indexer is None:
+            return Widths(self.head_dim, row, 0)
+        index = self.indexer.compressor
+        return Widths(self.head_dim, row + 2 * index.row, index.width)
+
+    def new_cache(
+        self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> CompressedCache:
+        return CompressedCache(batch_size, max_len, self.spec, self._widths, dtype, device)
+
+    def new_pages(
+        self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> CompressedPages:
+        return CompressedPages(num_pages, page_size, self.spec, self._widths, dtype, device)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        cache: CompressedCache | CompressedPages | None = None,
+    ) -> tuple[torch.Tensor, AttentionSums | None]:
+        """hidden [B, S, D] -> [B, S, D], and the layer's sums if it has an index."""
+        assert layout.positions is not None
+        cos, sin = self._tables(layout)
+        latent = self.q_a_norm(self.q_a_proj(hidden))
+        q = self.q_b_proj(latent).unflatten(-1, (self.num_heads, self.head_dim))
+        q = F.rms_norm(q.float(), (self.head_dim,), None, self.eps).to(q.dtype)
+        q = apply_trailing_rotary(q, cos, sin)
+        kv = apply_trailing_rotary(self.kv_norm(self.kv_proj(hidden)).unsqueeze(2), cos, sin)
+        kv = kv.squeeze(2)
+
+        # What entries and index keys are made of; the index sees hidden states without a gradient.
+        rows: list[torch.Tensor] = []
+        if self.compressor is not None:
+            rows.append(self.compressor.rows(hidden))
+        hidden, latent = hidden.detach(), latent.detach()
+        if self.indexer is not None:
+            rows.append(self.indexer.compressor.rows(hidden))
+
+        teach = self.indexer is not None and cache is None and (self.training or layout.measure)
+        index = None
+        if self.indexer is not None and (teach or self.chooses):
+            index = self.indexer.queries(hidden, latent, cos, sin)
+        held = None if cache is None else self._held(cache, kv, rows, layout)
+        sums: AttentionSums | None = None
+        if held is not None:
+            keys = None
+            if index is not None and held.index_keys is not None:
+                keys = (index[0], held.index_keys, index[1])
+            out = attend_held(
+                *(q, held.kv, held.kv_position, held.entries, keys),
+                *(self.sinks, held.position, self.spec),
+            )
+        else:
+            out, sums = self._attend_packed(q, kv, rows, index, layout, teach, cache)
+        out = apply_trailing_rotary(out, cos, -sin)
+        if self.indexer is not None and sums is None:
+            sums = _nothing(out)
+        projected: torch.Tensor = self.o_proj(self.output_groups(out.flatten(2)))
+        return projected, sums
+
+    def _tables(self, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the tokens here, the same for all layers of a kind."""
+        positions = layout.positions
+        assert positions is not None
+
+        def both() -> torch.Tensor:
+            return torch.stack(self.turns(positions))
+
+        cos, sin = layout.shared(f"turns {self.turns}", both)
+        return cos, sin
+
+    def _attend_packed(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        rows: list[torch.Tensor],
+        index: tuple[torch.Tensor, torch.Tensor] | None,
+        layout: SequenceLayout,
+        teach: bool,
+        cache: CompressedCache | CompressedPages | None,
+    ) -> tuple[torch.Tensor, AttentionSums | None]:
+        """All tokens at once, documents end to end: [B, S, H, c]. What they close goes into a
+        cache.
+        """
+        bounds = layout.shared("bounds", lambda: layout.cu_seqlens.cpu()).tolist()
+        entries, keys = None, None
+        if self.compressor is not None:
+            assert layout.positions is not None
+            windows = closed_windows(bounds, self.spec.ratio, q.device)
+            entries = self.compressor(rows[0], windows, layout.positions)
+            if self.indexer is not None and (index is not None or cache is not None):
+                keys = self.indexer.compressor(rows[1], windows, layout.positions)
+            if isinstance(cache, CompressedPages):
+                assert layout.paging is not None
+                last = layout.paging.slots[windows.starts + self.spec.ratio - 1]
+                cache.write_entries(entries, keys, last)
+            elif cache is not None:
+                cache.begin(entries, keys)
+        flat_q, flat_kv = q.flatten(0, 1), kv.flatten(0, 1)
+        parts = None
+        if index is not None:
+            assert keys is not None
+            parts = Index(index[0].flatten(0, 1), keys, index[1].flatten(0, 1))
+        found = compressed_attention(
+            *(flat_q, flat_kv, entries, parts, self.sinks, bounds, self.spec),
+            dense=not self.chooses,
+            teach=teach,
+            token_mask=layout.token_mask,
+        )
+        out = found.out.view_as(q)
+        if not teach:
+            return out, None
+        sums = _nothing(out)
+        sums = AttentionSums(self.coeff * found.divergence.float(), sums.stats)
+        if layout.measure:
+            assert entries is not None and parts is not None
+            counted = len(flat_q) if layout.token_mask is None else layout.token_mask.sum()
+            stats = {
+                "index_tokens": found.divergence.detach().new_ones(()) * counted,
+                "index_loss": found.divergence.detach(),
+            }
+            if self.audit_rows > 0:
+                audited = layout.audited_rows(self.layer_idx, self.audit_rows, len(flat_q))
+                recall = audit_entries(
+                    *(flat_q, flat_kv, entries, parts, self.sinks, bounds, self.spec),
+                    audited.tolist(),
+                )
+                stats |= {
+                    "index_audited": recall.new_tensor(len(recall)),
+                    "index_recall": recall.sum(),
+                }
+            zero = sums.stats.new_zeros(())
+            measured = torch.stack([stats.get(name, zero).to(zero) for name in STATS])
+            sums = AttentionSums(sums.penalty_sum, measured)
+        return out, sums
+
+    @torch.no_grad()
+    def _held(
+        self,
+        cache: CompressedCache | CompressedPages,
+        kv: torch.Tensor,
+        rows: list[torch.Tensor],
+        layout: SequenceLayout,
+    ) -> Held | None:
+        """Put new tokens into a cache; what they see of it. None: they are all there is."""
+        together = torch.cat(rows, -1) if rows else kv[..., :0]
+        if isinstance(cache, CompressedPages):
+            assert layout.paging is not None
+            cache.write(kv, together, layout.paging.slots)
+            if layout.paging.fresh:
+                return None
+            return cache.held(layout.paging, kv.shape[1], self._entries_of)
+        if not isinstance(cache, CompressedCache):
+            raise TypeError(
+                f"{type(cache).__name__} has no entries; take caches from Transformer.new_caches"
+            )
+        return cache.append(kv, together, self._entries_of)
+
+    def _entries_of(
+        self, rows: torch.Tensor, before: torch.Tensor, number: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Entries and index keys of windows at hand, see Compressor.of_windows."""
+        assert self.compressor is not None
+        sizes = [2 * self.compressor.row]
+        sizes.append(rows.shape[-1] - sizes[0])
+        own, earlier = rows.split(sizes, -1), before.split(sizes, -1)
+        entries = self.compressor.of_windows(own[0], earlier[0], number)
+        if self.indexer is None:
+            return entries, None
+        return entries, self.indexer.compressor.of_windows(own[1], earlier[1], number)
+
+
+def _nothing(like: torch.Tensor) -> AttentionSums:
+    zeros = like.new_zeros(len(STATS), dtype=torch.float32)
+    return AttentionSums(zeros.new_zeros(()), zeros)

@@ -1,0 +1,96 @@
+"""What one tile of queries computes: which entries it sees, and one softmax over window, entries
+and sink. Batched, so that training (a document at a time) and decoding (a row each) are one
+definition.
+
+Shape letters: b rows, Q queries, H heads, c channels of a head, N tokens, E entries, I index heads,
+w their width. A key is its value, and the same for all heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.compressed_attention.spec import CompressedSpec
+from ops.index_attention.tile import block_scores, blocks_mask, choose, real_dtype
+
+NEVER = float("-inf")
+
+
+def window_mask(position: Tensor, kv_position: Tensor, window: int) -> Tensor:
+    """[b, Q, N] bool. position [b, Q], kv_position [b, N]: int64 in their documents, of keys that
+    are not there negative.
+    """
+    query, key = position.unsqueeze(-1), kv_position.unsqueeze(-2)
+    return (key <= query) & (key > query - window) & (key >= 0)
+
+
+def entries_mask(position: Tensor, num_entries: int, ratio: int) -> Tensor:
+    """[b, Q, E] bool: entries that are closed at the query."""
+    entry = torch.arange(num_entries, device=position.device)
+    return entry < ((position + 1) // ratio).unsqueeze(-1)
+
+
+class Attended(NamedTuple):
+    """Of one tile."""
+
+    out: Tensor
+    """[b, Q, H, c]."""
+    probs: Tensor
+    """[b, H, Q, N + E]; what they lack to 1 is the sink's."""
+    lse: Tensor
+    """[b, H, Q], logarithm of the softmax's denominator, the sink's part included."""
+
+
+def attend(q: Tensor, columns: Tensor, seen: Tensor, sinks: Tensor) -> Attended:
+    """q [b, Q, H, c], columns [b, N + E, c], seen [b, Q, N + E] bool, sinks [H]; of one dtype."""
+    logits = masked_logits(q, columns, seen)
+    lse = torch.logaddexp(logits.logsumexp(-1), sinks.view(1, -1, 1))
+    probs = (logits - lse.unsqueeze(-1)).exp()
+    return Attended(torch.einsum("bhqn,bnc->bqhc", probs, columns), probs, lse)
+
+
+def masked_logits(q: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
+    """[b, H, Q, N + E], -inf of what is not seen."""
+    logits: Tensor = torch.einsum("bqhc,bnc->bhqn", q, columns) * q.shape[-1] ** -0.5
+    return logits.masked_fill(~seen.unsqueeze(1), NEVER)
+
+
+@torch.no_grad()
+def attend_held(
+    q: Tensor,
+    kv: Tensor,
+    kv_position: Tensor,
+    entries: Tensor | None,
+    index: tuple[Tensor, Tensor, Tensor] | None,
+    sinks: Tensor,
+    position: Tensor,
+    spec: CompressedSpec,
+) -> Tensor:
+    """New tokens of several rows against what a cache holds: what compressed_attention gives for
+    them, up to rounding. No gradient.
+
+    Args:
+        q: [b, S, H, c]; kv: [b, N, c] of what their windows may see, at kv_position [b, N] int64,
+            below 0 for what is not there; entries: [b, E, c] from a document's first one on, and
+            after the closed ones anything finite.
+        index: queries [b, S, I, w], keys [b, E, w] and weights [b, S, I]; None: every entry is
+            seen.
+        sinks: [H]; position: [b, S] int64 of the new tokens.
+
+    Returns:
+        [b, S, H, c] in the dtype of q.
+    """
+    real = real_dtype(q.dtype)
+    columns, seen = kv.to(real), window_mask(position, kv_position, spec.window)
+    if entries is not None:
+        visible = entries_mask(position, entries.shape[1], spec.ratio)
+        if index is not None:
+            queries, keys, weights = (x.to(real) for x in index)
+            scores = block_scores(queries, keys, weights, position, spec.ranking)
+            best = choose(scores, position, spec.ranking)
+            visible = blocks_mask(best, entries.shape[1])[:, 0]
+        columns, seen = torch.cat((columns, entries.to(real)), 1), torch.cat((seen, visible), 2)
+    return attend(q.to(real), columns, seen, sinks.to(real)).out.to(q.dtype)

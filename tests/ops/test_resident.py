@@ -1,0 +1,174 @@
+"""A bounded cache: what is resident, in training and in decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops.sparse_attention import SparseAttentionSpec, audit_rows, pool_entries, sparse_attention
+from ops.sparse_attention.resident import Kept, ResidentCache, select_resident
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+SPEC = SparseAttentionSpec(
+    block_size=4,
+    coarse_block_size=2,
+    top_k=2,
+    window_size=4,
+    resident_blocks=2,
+    resident_interval=8,
+    resident_decay=0.5,
+)
+ALL = SparseAttentionSpec(
+    block_size=4,
+    coarse_block_size=2,
+    top_k=2,
+    window_size=4,
+    resident_blocks=1000,
+    resident_interval=8,
+)
+BOUNDS = [0, 45, 45, 46, 75]
+
+
+def drawn(length: int = BOUNDS[-1], rows: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    shapes = [(rows * length, h, DIM) for h in heads]
+    return [2 * torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def kept(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], spec=SPEC) -> Kept:
+    entries = pool_entries(q, k, v, torch.tensor(bounds), spec)
+    return select_resident(q, entries, bounds, spec, lists=True)
+
+
+def by_hand(q: Tensor, k: Tensor, spec: SparseAttentionSpec) -> list[list[set[int]]]:
+    """Candidates of every query of one document, by key/value head, from the rule in words."""
+    size, each = spec.block_size, spec.interval_blocks
+    number = -(-len(q) // size)
+    found: list[list[set[int]]] = []
+    for head in range(KV_HEADS):
+        pool: set[int] = set()
+        mass = [0.0] * number
+        of_head = []
+        for t in range(len(q)):
+            own = t // size
+            if t % size == 0 and own and own % each == 0:
+                held = pool | set(range(own - each, own))
+                held -= set(range(spec.num_sink_blocks))
+                best = sorted(held, key=lambda m: (-mass[m], m))
+                pool = set(best[: spec.resident_blocks])
+                mass = [m * spec.resident_decay for m in mass]
+            local = max(0, own - spec.num_local_blocks + 1)
+            recent = set(range(own // each * each, number))
+            of_head.append(
+                {m for m in pool | recent if min(spec.num_sink_blocks, local) <= m < local}
+            )
+            for g in range(HEADS // KV_HEADS) if own else ():
+                query = q[t, head * (HEADS // KV_HEADS) + g] * DIM**-0.5
+                logits = []
+                for begin in range(0, own * size, spec.coarse_block_size):
+                    keys = k[begin : begin + spec.coarse_block_size, head]
+                    mean = keys.mean(0)
+                    var = (keys - mean).square().mean(0)
+                    extra = (0.5 * query.square() @ var).clamp_max(spec.max_variance)
+                    logits.append(query @ mean + extra)
+                probs = torch.stack(logits).softmax(0).unflatten(0, (own, -1)).sum(1)
+                for m, p in enumerate(probs.tolist()):
+                    mass[m] += p
+        found.append(of_head)
+    return found
+
+
+def test_what_is_resident_is_the_rule_in_words():
+    q, k, v = drawn()
+    found = kept(q, k, v, BOUNDS)
+    assert found.candidates is not None
+    evicted = 0
+    for begin, end, first in ((0, 45, 0), (45, 46, 12), (46, 75, 13)):
+        wanted = by_hand(q[begin:end], k[begin:end], SPEC)
+        for head in range(KV_HEADS):
+            for t in range(end - begin):
+                ids = found.candidates[head, begin + t].tolist()
+                assert {m - first for m in ids if m >= 0} == wanted[head][t], (head, t)
+                selected = {int(m) - first for m in found.selected[head, begin + t] if m >= 0}
+                assert selected <= wanted[head][t]
+                assert len(selected) == min(SPEC.top_k, len(wanted[head][t]))
+                evicted += t // 4 - 1 - 1 > len(wanted[head][t])
+    assert evicted > 20
+
+
+def test_a_pool_for_all_blocks_is_sparse_attention():
+    q, k, v = drawn()
+    want = sparse_attention(q, k, v, torch.tensor(BOUNDS), ALL)
+    assert torch.equal(kept(q, k, v, BOUNDS, ALL).selected, want.selected)
+
+
+def test_later_tokens_and_other_documents_change_nothing():
+    q, k, v = drawn()
+    whole = kept(q, k, v, BOUNDS).selected
+    later = [torch.where((torch.arange(len(x)) >= 30).view(-1, 1, 1), x + 3, x) for x in (q, k, v)]
+    assert torch.equal(kept(*later, BOUNDS).selected[:, :30], whole[:, :30])
+    alone = kept(*(x[46:] for x in (q, k, v)), [0, 29]).selected
+    assert torch.equal(torch.where(alone < 0, -1, alone + 13), whole[:, 46:])
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 24, 29])
+def test_decoding_from_the_bounded_cache_is_the_packed_op(prompt):
+    """Two rows, token by token, whatever the prompt was; a cache of less than all tokens."""
+    rows, length = 2, 61
+    q, k, v = drawn(length, rows)
+    bounds = [0, length, 2 * length]
+    bias = torch.randn(rows * length, HEADS, dtype=torch.float64)
+    sink = torch.randn(HEADS, dtype=torch.float64)
+    selected = kept(q, k, v, bounds).selected
+    want = sparse_attention(
+        q, k, v, torch.tensor(bounds), SPEC, selected=selected, bias=bias, sink=sink
+    ).out.view(rows, length, HEADS, DIM)
+    by_row = [x.view(rows, length, *x.shape[1:]) for x in (q, k, v, bias)]
+    cache = ResidentCache(SPEC, rows, length, KV_HEADS, DIM, q.dtype, q.device)
+    assert cache.num_slots == 1 + 2 + 2 + SPEC.num_local_blocks - 1 < cache.max_blocks
+    if prompt:
+        first = [x[:, :prompt].flatten(0, 1) for x in by_row[:3]]
+        left = kept(*first, [0, prompt, 2 * prompt]).left
+        cache.fill(*(x[:, :prompt] for x in by_row[1:3]), left)
+    for t in range(prompt, length):
+        cache.append(by_row[1][:, t], by_row[2][:, t])
+        out, _ = cache.attend(by_row[0][:, t], by_row[3][:, t], sink)
+        torch.testing.assert_close(out, want[:, t])
+    with pytest.raises(ValueError, match="62 tokens do not fit"):
+        cache.append(by_row[1][:, 0], by_row[2][:, 0])
+
+
+def test_the_audit_measures_what_eviction_costs():
+    """The bound holds, and the share of the candidates' mass that is still resident is below 1."""
+    q, k, v = drawn()
+    cu, rows = torch.tensor(BOUNDS), torch.arange(BOUNDS[-1])
+    errors = []
+    for spec in (SPEC, ALL):
+        found = kept(q, k, v, BOUNDS, spec)
+        result = sparse_attention(q, k, v, cu, spec, selected=found.selected)
+        audit = audit_rows(q, k, v, cu, spec, result, rows, choice=found.candidates)
+        assert (audit.error <= audit.bound + audit.rounding).all()
+        share = audit.chosen_mass.sum() / audit.candidate_mass.sum()
+        assert share < 0.9 if spec is SPEC else torch.isclose(share, share.new_ones(()))
+        errors.append(audit.error.mean())
+    assert errors[0] > errors[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"resident_blocks": -1}, "must not be negative"),
+        ({"resident_interval": 6}, "multiple of block_size 4"),
+        ({"resident_decay": 1.5}, "between 0 and 1"),
+        ({"tail": "drop"}, "needs tail=coarse"),
+        ({"num_levels": 2}, "use num_levels=1"),
+        ({"top_p": 0.5}, "set top_p=null"),
+        ({"min_sparse_length": 9}, "set min_sparse_length=0"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, words):
+    asked = {"block_size": 4, "coarse_block_size": 2, "resident_blocks": 2, "resident_interval": 8}
+    with pytest.raises(ValueError, match=words):
+        SparseAttentionSpec(**(asked | settings))
