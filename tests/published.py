@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from model.attention.config import ATTENTIONS
 from model.config import BalanceConfig, ModelConfig, RopeScaling
 from model.dispatch.config import LocalDispatcherConfig
+from model.moe.experts import expert_ids_of
 from model.moe.layer import ModelParts
 from model.routers.config import TopKConfig
 from model.transformer import Transformer
-from train.checkpoint.reader import expert_ids_of
 from train.pretrained.folder import PretrainedFolder
 
 SHAPE = dict(

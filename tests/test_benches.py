@@ -119,3 +119,43 @@ def test_a_cell_that_was_stopped_is_not_done(tmp_path):
     for stopped in (True, False):
         (run / "result.json").write_text(json.dumps({"stopped": stopped}))
         assert optimizers.is_done(run) != stopped
+
+
+def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
+    tmp_path, monkeypatch, capsys
+):
+    """Its loop, with a training that only says how it was asked for."""
+
+    def pretended(words: list[str], log: Path) -> None:
+        settings = dict(word.split("=", 1) for word in words)
+        run = Path(settings.get("resume") or settings["run_dir"])
+        resumed = "resume" in settings
+        (run / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+        loss = float(run.name.split("-")[1])
+        record = {"step": 2, "train/loss": loss, "perf/tokens_per_second": 5.0}
+        (run / "metrics.jsonl").write_text(json.dumps(record))
+        # The first try of one cell is cut short.
+        stopped = run.name == "muon-0.2-7" and not resumed
+        result = {"stopped": stopped, "val_loss": loss, "step": 2, "tokens": 9}
+        (run / "result.json").write_text(json.dumps(result))
+        log.write_text(" ".join(words))
+
+    monkeypatch.setattr(optimizers, "command", pretended)
+    monkeypatch.setattr(optimizers, "preload", lambda: None)
+    words = ["optimizers", str(tmp_path / "sweep"), "--rates", "0.1", "0.2", "--seeds", "7", "8"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json", str(tmp_path / "found.json")])
+    with pytest.raises(RuntimeError, match=r"muon-0\.2-7 did not train to its end"):
+        optimizers.main()
+    assert (tmp_path / "sweep" / "adamw-0.1-7" / "processor_seconds").is_file()
+    optimizers.main()
+    said = capsys.readouterr().out
+    assert "| muon | 0.2 | 0.2000 | 0.2000 | 0.2000 |" in said and "Not run" not in said
+    results = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert results["adamw"]["0.1"].keys() == {"7", "8"}
+    # Numbers stay, weights and outputs do not.
+    assert not list((tmp_path / "sweep").glob("*/checkpoints"))
+    assert not list((tmp_path / "sweep").glob("*.log"))
+    (tmp_path / "sweep" / "muon-0.1-8" / "result.json").unlink()
+    monkeypatch.setattr(sys, "argv", [*words, "--report"])
+    optimizers.main()
+    assert "Not run: muon-0.1-8." in capsys.readouterr().out

@@ -108,7 +108,7 @@ def fit(
         weights = starting_weights(config, run_dir)
     if weights is not None:
         weights.fill_model(model)
-    engine = Engine(model, groups, config.train, config.optim, config.deepspeed)
+    engine = Engine(model, groups, config.train, config.optim, config.deepspeed, seed=config.seed)
     if config.train.compile == "blocks":
         compile_blocks(engine.module, engine.device)
     with contextlib.closing(engine):  # also where a checkpoint cannot be resumed

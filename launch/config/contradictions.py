@@ -60,6 +60,7 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
     if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
+    problems += _rounding(run)
     problems += _clipping(run) + _scaling(run) + _index(run) + _compiling(run)
     if run.model.num_experts > 0:
         problems += _components(run)
@@ -269,6 +270,49 @@ def _frozen(run: RunConfig) -> list[str]:
             problems.append(
                 f"{setting} leaves the router as it is, but {' and '.join(acting)} would move "
                 f"what it chooses, or the other weights to suit it; add balance=none{instead}"
+            )
+    return problems
+
+
+def _rounding(run: RunConfig) -> list[str]:
+    """Masters of bf16 are AdamW's, on the device, and known by the elements of whole parameters."""
+    if run.train.master_dtype != "bf16":
+        return []
+    offload = (run.deepspeed.get("zero_optimization") or {}).get("offload_optimizer")
+    asked = {
+        "optim.ema_decay": (
+            run.optim.ema_decay,
+            "its average would lose what rounding keeps; drop",
+        ),
+        "optim.qk_clip": (run.optim.qk_clip, "clipping would round its factors away; drop"),
+        "deepspeed.zero_optimization.offload_optimizer": (
+            offload,
+            "masters are rounded on the device; drop",
+        ),
+    }
+    problems = [
+        f"train.master_dtype is bf16 with {name}={value}: {why} {name}, or use "
+        "train.master_dtype=fp32"
+        for name, (value, why) in asked.items()
+        if value
+    ]
+    if run.optim.uses_muon:
+        problems.append(
+            "train.master_dtype is bf16, but Muon (optim.optimizer, optim.groups) moves masters of "
+            "fp32; use optim=adamw, or train.master_dtype=fp32"
+        )
+    if run.zero_stage == 3:
+        problems.append(
+            "train.master_dtype is bf16 with deepspeed zero stage 3, whose checkpoints would hold "
+            "moments in bf16 as well; use deepspeed=zero2, or train.master_dtype=fp32"
+        )
+    for axis in ("tensor", "pipeline"):
+        name = f"parallel.{axis}_parallel_size"
+        size = getattr(run.parallel, f"{axis}_parallel_size")
+        if size > 1:
+            problems.append(
+                f"train.master_dtype is bf16 with {name} {size}, which holds parts of what is "
+                f"rounded as a whole; use {name}=1, or train.master_dtype=fp32"
             )
     return problems
 

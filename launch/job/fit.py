@@ -76,6 +76,8 @@ def _changes(run: Any, ranks: int) -> Iterator[tuple[str, Any, int]]:
         yield "train.precision=bf16", of_train(precision="bf16"), ranks
     elif train.grad_accum_dtype == "fp32":
         yield "train.grad_accum_dtype=bf16", of_train(grad_accum_dtype="bf16"), ranks
+    if train.precision == "bf16" and train.master_dtype == "fp32":
+        yield "train.master_dtype=bf16", of_train(master_dtype="bf16"), ranks
     if model.recompute != "block":
         yield "model.recompute=block", replace(run, model=replace(model, recompute="block")), ranks
     if model.num_experts and not run.experts.recompute:

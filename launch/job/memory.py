@@ -201,6 +201,7 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
             **shared,
             recompute_experts=run.experts.recompute,
             fp8_experts=run.experts.precision == "fp8",
+            master_dtype=run.train.master_dtype,
             averaged=run.optim.ema_decay is not None,
             # Stages and parameters that are not trained do not go together.
             trained=run.trained if len(every) == 1 else None,

@@ -120,6 +120,7 @@ HELD: dict[str, dict[str, Any]] = {
         "batch_size_rampup_tokens": None,
         "precision": "fp32",
         "grad_accum_dtype": "fp32",
+        "master_dtype": "fp32",
         "mtp_coeff": 0.0,
         "z_loss_coeff": 0.0,
         "clip_grad_norm": 1.0,

@@ -82,6 +82,7 @@ def device_memory(
     recompute_experts: bool = False,
     fp8_experts: bool = False,
     grad_accum_dtype: str = "fp32",
+    master_dtype: str = "fp32",
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
     averaged: bool = False,
@@ -96,7 +97,8 @@ def device_memory(
     Dense state is shared by all ranks, what tensor parallelism cuts by those that hold the same
     part, expert state by the world_size / expert_parallel_size ranks
     that hold the same experts. Optimiser state is 12 bytes a parameter (fp32 master weight and two
-    moments), 8 at stage 0 in fp32, where the weights are the masters. Gradients are sums in
+    moments), 8 at stage 0 in fp32, where the weights are the masters; with masters of bf16 10.
+    Gradients are sums in
     grad_accum_dtype; the ones that backward makes, of the weights' dtype, live one parameter at a
     time. `one_moment` says how many dense parameters, and how many of all experts', have one moment
     instead of two, as those that Muon moves; `averaged`, that all have a moving average beside
@@ -137,6 +139,8 @@ def device_memory(
     # and the row itself, where it travelled
     row_values += config.hidden_size if expert_parallel_size > 1 else 0
     per_state = (8 if zero_stage == 0 else 12) + (4 if averaged else 0)
+    if master_dtype == "bf16":
+        per_state -= 2
     lent = 0
     if is_last and layers.start > 0 and (config.tie_embeddings or config.num_mtp_layers):
         lent = config.vocab_size * config.hidden_size // tensor_parallel_size

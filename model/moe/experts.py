@@ -243,3 +243,13 @@ class Experts(nn.Module):
                 down_bias=down_bias,
                 precision=self.settings.precision,
             )
+
+
+def expert_ids_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> global ids of the local experts stacked in it."""
+    return {
+        f"{name}.{key}": module.global_ids
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for key, _ in module.named_parameters(recurse=False)
+    }

@@ -153,11 +153,14 @@ def test_any_layout_goes_on_with_the_moments(data, tmp_path, optimizer, layout):
 
 
 @pytest.mark.nightly
-def test_master_weights_of_a_bf16_run_keep_every_digit(data, tmp_path):
+@pytest.mark.parametrize("masters", ["fp32", "bf16"])
+def test_master_weights_of_a_bf16_run_keep_every_digit(data, tmp_path, masters):
+    """Masters of bf16 are rounded as the updates are numbered, those of the other run included."""
     _, common = data
-    whole = whole_run(data, "train.precision=bf16")
+    settings = ("train.precision=bf16", f"train.master_dtype={masters}")
+    whole = whole_run(data, *settings)
     launch(
-        *("train", *common, "train.precision=bf16", "train.num_steps=5"),
+        *("train", *common, *settings, "train.num_steps=5"),
         *(f"init.run={whole}", FIVE, MOMENTS, f"run_dir={tmp_path / 'run'}"),
     )
     assert list(losses(tmp_path / "run").values()) == after(whole, 5)

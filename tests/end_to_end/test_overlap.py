@@ -53,6 +53,7 @@ def test_passes_by_turns_change_no_bit(tmp_path):
         (*CONTROLLED, "model.recompute=block", "deepspeed=zero2", "dispatcher.num_chunks=2"),
         (*CONTROLLED, "optim=muon", "model.num_mtp_layers=1", "train.mtp_coeff=0.3"),
         ("objective=self_distil", "objective.top_k=[1]"),
+        ("train.precision=bf16", "train.master_dtype=bf16"),
     ],
 )
 def test_neither_do_they_with_other_parts(tmp_path, more):

@@ -173,7 +173,7 @@ def test_a_server_over_ranks_ends_its_requests_when_it_is_asked_to_end(run):
         pieces = [json.loads(e[6:]) for e in text.split("\n\n") if e.startswith("data: {")]
         shown.add("".join(p["choices"][0]["text"] for p in pieces))
     (only,) = shown
-    single = launch("generate", f"run={run}", "prompt='the quick'", "max_new_tokens=40", GREEDY)
+    single = launch("generate", f"run={run}", "prompt=the quick", "max_new_tokens=40", GREEDY)
     assert only.startswith(last_json(single)["text"])
 
 

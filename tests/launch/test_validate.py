@@ -251,6 +251,32 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
             "checkpoints would hold them",
         ),
         ({"train__grad_accum_dtype": "bf16"}, "train.precision=fp32 has no bf16 gradients"),
+        ({"train__master_dtype": "bf16"}, "train.precision=fp32 trains the masters themselves"),
+        (
+            {"train__precision": "bf16", "train__master_dtype": "bf16", "optim__ema_decay": 0.9},
+            "train.master_dtype is bf16 with optim.ema_decay=0.9",
+        ),
+        (
+            {"train__precision": "bf16", "train__master_dtype": "bf16", "optim__optimizer": "muon"},
+            "train.master_dtype is bf16, but Muon",
+        ),
+        (
+            {
+                "train__precision": "bf16",
+                "train__master_dtype": "bf16",
+                "deepspeed__zero_optimization": {"stage": 3},
+            },
+            "train.master_dtype is bf16 with deepspeed zero stage 3",
+        ),
+        (
+            {
+                "train__precision": "bf16",
+                "train__master_dtype": "bf16",
+                "parallel__pipeline_parallel_size": 2,
+                "parallel__expert_parallel_size": 2,
+            },
+            "train.master_dtype is bf16 with parallel.pipeline_parallel_size 2",
+        ),
         ({"train__grad_accum_dtype": "fp16"}, "choose one of fp32, bf16"),
         ({"deepspeed__data_types": {"grad_accum_dtype": "fp32"}}, "set train.grad_accum_dtype"),
         ({"parallel__context_parallel_size": 0}, "parallel.context_parallel_size is 0"),

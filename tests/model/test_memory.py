@@ -157,6 +157,17 @@ def test_gradients_of_bf16_weights_take_the_dtype_they_are_added_up_in(stage, dt
     assert memory.dense_weights + memory.expert_weights == 2 * (count.dense + count.experts)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_masters_of_bf16_save_their_own_bytes(stage):
+    config, settings = tiny_config(), {**SETTINGS, "precision": "bf16", "zero_stage": stage}
+    count = count_parameters(config, 2)
+    whole, rounded = (
+        device_memory(config, 2, **settings, master_dtype=dtype) for dtype in ("fp32", "bf16")
+    )
+    assert whole.total - rounded.total == 2 * (count.dense + count.experts)
+    assert rounded.optimizer == 10 * (count.dense + count.experts)
+
+
 @pytest.mark.parametrize(
     ("stage", "dense_over", "expert_over"),
     [

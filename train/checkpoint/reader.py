@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from model.lora import adapter_names, is_adapter
-from model.moe.experts import Experts
+from model.moe.experts import expert_ids_of
 from model.parallel.family import own_part, whole_shape
 from model.transformer import Transformer
 from train.checkpoint.expert_stacks import EXPERT_IDS, StackLoadPlanner, Wanted, row_of_expert
@@ -47,16 +47,6 @@ LORA_ALPHA = "lora_alpha"
 
 
 # --- keys -----------------------------------------------------------------------------------------
-
-
-def expert_ids_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> global ids of the local experts stacked in it."""
-    return {
-        f"{name}.{key}": module.global_ids
-        for name, module in model.named_modules()
-        if isinstance(module, Experts)
-        for key, _ in module.named_parameters(recurse=False)
-    }
 
 
 def _keys(name: str, expert_ids: dict[str, tuple[int, ...]]) -> list[str]:

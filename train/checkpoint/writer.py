@@ -44,6 +44,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
+from model.moe.experts import expert_ids_of
 from model.parallel.groups import ParallelGroups
 from train.checkpoint.agreement import CheckpointWriteError, Failure, chain, describe, everyone
 from train.checkpoint.background import Background
@@ -65,7 +66,7 @@ from train.checkpoint.folder import (
 )
 from train.checkpoint.packs import BYTES_PER_MEMBER, Member, pack
 from train.checkpoint.random_state import restore_rng, rng_file, rng_state
-from train.checkpoint.reader import expert_ids_of, load_engine, load_weights
+from train.checkpoint.reader import load_engine, load_weights
 from train.config.training import CheckpointConfig
 from train.engine.deepspeed import Engine
 from train.files.durable import remove, sync_folder, write_json, write_text

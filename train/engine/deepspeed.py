@@ -56,6 +56,7 @@ from train.engine.muon.masters import matrices_of, place_matrices
 from train.engine.muon.optimizer import MOMENTUM, Muon
 from train.engine.optimizer import build_optimizer, freeze, trained_by_kind
 from train.engine.partition import mark_family, place_buffers
+from train.engine.rounding import RoundedAdamW, place_masters
 
 STATE_KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 """What a checkpoint holds per parameter: the fp32 master weight and AdamW's two moments."""
@@ -74,6 +75,7 @@ class Engine:
             and wrapped. Gains one parameterless submodule when it has experts.
         deepspeed_config: the user's DeepSpeed keys (zero_optimization and others), validated
             before.
+        seed: of rounding masters of bf16.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Engine:
         train: TrainConfig,
         optim: OptimConfig,
         deepspeed_config: dict[str, Any],
+        seed: int = 0,
     ):
         deepspeed = import_deepspeed()
         self.groups = groups
@@ -92,7 +95,8 @@ class Engine:
         self.grad_norm = 0.0
         freeze(model, optim.freeze)
         expert_group = self._mark_families(model)
-        optimizer = build_optimizer(model, optim, expert_group)
+        rounds = train.master_dtype == "bf16"
+        optimizer = build_optimizer(model, optim, expert_group, seed if rounds else None)
         # Asked before ZeRO puts flat tensors in their place.
         self._by_muon = {
             parameter
@@ -113,6 +117,8 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         if groups.pipeline_size > 1 and self.stage > 0:
             _join_stages(self.deepspeed.optimizer, groups.pipeline)
+        if isinstance(optimizer, RoundedAdamW):
+            place_masters(optimizer, self.module, self.deepspeed.optimizer)
         self.muon: Muon | None = None
         if isinstance(optimizer, Muon):
             self.muon = optimizer
@@ -306,7 +312,7 @@ class Engine:
             if key == "fp32"
             else safe_get_full_optimizer_state(parameter, key)
         )
-        return state
+        return state.float()
 
     def prepare_gather(self) -> None:
         """Call once before a round of gather_state.
@@ -348,8 +354,8 @@ class Engine:
                 continue
             inner.state[master].update(
                 step=torch.tensor(float(step + before), device=master.device if fused else "cpu"),
-                exp_avg=torch.zeros_like(master),
-                exp_avg_sq=torch.zeros_like(master),
+                exp_avg=torch.zeros_like(master, dtype=torch.float32),
+                exp_avg_sq=torch.zeros_like(master, dtype=torch.float32),
             )
         self.prepare_gather()
 

@@ -92,11 +92,18 @@ def deepspeed_settings(
     # DeepSpeed calls this the accumulation count, but the boundaries are set by hand in
     # Engine.backward.
     micro_steps = max(1, train.global_batch_size // (train.micro_batch_size * groups.rows_size))
+    rounds = train.master_dtype == "bf16"
     return {
         **deepspeed_config,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": micro_steps,
-        "bf16": {"enabled": train.precision == "bf16"},
+        "bf16": {
+            "enabled": train.precision == "bf16",
+            # The second would only keep DeepSpeed from asking for an optimizer of its own on the
+            # host: moments are RoundedAdamW's, in fp32.
+            "bf16_master_weights_and_grads": rounds,
+            "bf16_optimizer_states": rounds,
+        },
         **_precision_of_sums(train, deepspeed_config),
         "gradient_allreduce_op": "sum" if stage in (1, 2) else "mean",
         "gradient_clipping": 0.0 if stage == 0 else train.clip_grad_norm,

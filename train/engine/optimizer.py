@@ -18,6 +18,7 @@ from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatc
 from train.config.training import OptimConfig
 from train.engine.average import AveragedAdamW, MovingAverage
 from train.engine.muon.optimizer import Muon
+from train.engine.rounding import RoundedAdamW
 
 TENSOR_GROUP = "tp_shard_0"
 """DeepSpeed's name of what tensor parallelism has cut. It reads a size in the third word, and looks
@@ -218,15 +219,19 @@ def trained_by_kind(named: Iterable[tuple[str, nn.Parameter, int]]) -> dict[str,
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, expert_group: str | None
+    model: nn.Module, config: OptimConfig, expert_group: str | None, rounding: int | None = None
 ) -> AveragedAdamW | Muon:
     """AdamW, or a Muon which has AdamW for the rest, still to be told where its matrices lie; with
     a moving average of what they move if optim.ema_decay asks for one.
+
+    rounding: seed of an AdamW on masters of bf16, to be told where its parameters lie; None: fp32.
     """
     groups = parameter_groups(model, config, expert_group)
     fused = torch.cuda.is_available()
     optimizer: AveragedAdamW | Muon
-    if config.uses_muon:
+    if rounding is not None:
+        optimizer = RoundedAdamW(groups, config, rounding)
+    elif config.uses_muon:
         optimizer = Muon(groups, config, fused)
     else:
         optimizer = AveragedAdamW(

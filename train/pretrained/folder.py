@@ -14,8 +14,8 @@ from torch import nn
 
 from model.families.names import BIAS, further_parts, on_disk
 from model.lora import is_adapter
+from model.moe.experts import expert_ids_of
 from model.parallel.family import own_part, whole_shape
-from train.checkpoint.reader import expert_ids_of
 from train.engine.deepspeed import Engine
 from train.engine.frozen import write_frozen
 from train.pretrained.described import describe

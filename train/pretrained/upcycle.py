@@ -11,10 +11,10 @@ import torch
 
 from model.init import stream_of
 from model.lora import is_adapter
+from model.moe.experts import expert_ids_of
 from model.parallel.family import cut_of, own_part, whole_shape
 from model.scaling import first_std
 from model.transformer import Transformer
-from train.checkpoint.reader import expert_ids_of
 from train.config.run import RunConfig
 from train.engine.deepspeed import Engine
 from train.pretrained.shards import PretrainedError
