@@ -300,9 +300,9 @@ def _policy(
         ValueError: a budget that is asked for is not there, or nothing is known of its latency or
             of the training's loads.
     """
-    from launch.serving.budgets import LoadController, read_latency
-    from launch.serving.drift import Drift
     from launch.serving.policy import Policy
+    from launch.steering.budgets import LoadController, read_latency
+    from launch.steering.drift import Drift
 
     asked = settings.serve
     there = () if table is None else tuple(sorted(table.states))

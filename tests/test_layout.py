@@ -42,7 +42,7 @@ FLOORS = {
         ("launchers", "runs"),
         ("history",),
         ("benchmarking", "prompts", "saved", "serving"),
-        ("command", "page"),
+        ("command", "page", "steering"),
         ("config",),
         ("process",),
     ),

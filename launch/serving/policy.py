@@ -13,8 +13,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from launch.serving.budgets import LoadController
-from launch.serving.drift import Drift
+from launch.steering.budgets import LoadController
+from launch.steering.drift import Drift
 
 if TYPE_CHECKING:
     from infer.engine import Engine

@@ -277,7 +277,7 @@ def index_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> list[tu
     if is_compressed(attention):
         pools = 2 * [(2 * width, hidden)]
         return [(heads * width, attention["q_lora_rank"]), (heads, hidden), *pools]
-    weights = [(heads, hidden)] if attention["rule"] == "dsa" else []
+    weights = [(heads, hidden)] if attention.get("rule") == "dsa" else []
     return [(heads * width, hidden), (width, hidden), *weights]
 
 

@@ -26,9 +26,9 @@ from infer.config import EngineConfig, SamplingConfig
 from infer.engine import Engine
 from infer.request import Request
 from launch.serving.asked import BadRequest, read_asked
-from launch.serving.budgets import LatencyTable, LoadController, Point
-from launch.serving.drift import Drift
 from launch.serving.worker import QueueFull, Worker
+from launch.steering.budgets import LatencyTable, LoadController, Point
+from launch.steering.drift import Drift
 from model.config import BalanceConfig
 from model.routers.config import ThresholdConfig
 from train.config.commands import CanaryConfig, EndpointConfig

@@ -16,7 +16,9 @@ import torch
 import launch.serve
 from infer.config import EngineConfig, SamplingConfig
 from infer.request import Completion, Request
-from launch.serving.budgets import (
+from launch.serving.meters import Meters
+from launch.serving.policy import CANARY, CONTROL, Policy
+from launch.steering.budgets import (
     LEAST_PREFILL,
     WINDOW,
     LatencyTable,
@@ -24,9 +26,7 @@ from launch.serving.budgets import (
     Point,
     read_latency,
 )
-from launch.serving.drift import Drift, divergence
-from launch.serving.meters import Meters
-from launch.serving.policy import CANARY, CONTROL, Policy
+from launch.steering.drift import Drift, divergence
 from train.config.commands import CanaryConfig, DriftConfig, EndpointConfig, ServeConfig
 
 FEW, MANY = 4, 256
