@@ -316,7 +316,7 @@ def other_layout(job: Job) -> None:
     job.engine.close()
     destroy_parallel()
     other = Job(job.folder, expert_size=1, stage=3)
-    found, state = restore(other.engine, writer.folder.parent, lambda state: state["step"])
+    found, state = restore(other.engine, writer.folder.parent)
     again = other.save(other.writer("layout-again"), 1)
     before, after = (everything_in(path) for path in (found, again))
     report(

@@ -240,7 +240,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(saved, tmp_path, caplog,
         spoil(tmp_path / "run" / "checkpoints" / "step-00000002")
     with process_group(60):
         engine, _ = make_engine(1)
-        checkpoint, state = restore(engine, tmp_path / "run", lambda state: state["step"])
+        checkpoint, state = restore(engine, tmp_path / "run")
         assert checkpoint.name == f"step-0000000{number}" and state["step"] == number
         assert step(engine) == saved[1][number]
         engine.close()
@@ -257,7 +257,7 @@ def test_whole_files_of_another_model_are_an_error_not_damage(saved, tmp_path):
     with process_group(60):
         engine, _ = make_engine(1)
         with pytest.raises(CheckpointError, match="step-00000002/weights cannot be read"):
-            restore(engine, tmp_path / "run", lambda state: state["step"])
+            restore(engine, tmp_path / "run")
         engine.close()
 
 
