@@ -247,7 +247,9 @@ def test_an_attention_by_its_name_is_the_one_that_hydra_composes():
         found = attention_named(name)
         expected = record(OmegaConf.create({**whole, "run": "x", "prompt": "y"}), GenerateConfig)
         assert found == expected.attention
-    with pytest.raises(ValueError, match="there is no attention 'flash'; choices: dense, drop"):
+    with pytest.raises(
+        ValueError, match="there is no attention 'flash'; choices: compressed, csa, dense, drop"
+    ):
         attention_named("flash")
 
 

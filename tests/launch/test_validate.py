@@ -273,7 +273,6 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
                 "train__precision": "bf16",
                 "train__master_dtype": "bf16",
                 "parallel__pipeline_parallel_size": 2,
-                "parallel__expert_parallel_size": 2,
             },
             "train.master_dtype is bf16 with parallel.pipeline_parallel_size 2",
         ),
