@@ -48,7 +48,6 @@ def place(tmp_path_factory) -> Path:
         f"run_dir={folder / 'run'}",
     )
     shutil.copytree(folder / "run", folder / "run2")
-    (folder / "hosts").write_text("".join(f"host{i} slots=8\n" for i in range(4)))
     (folder / "data").mkdir()
     rows = [f'{{"text": "line {i} of a small corpus"}}\n' for i in range(400)]
     (folder / "data/part.jsonl").write_text("".join(rows))
@@ -112,6 +111,10 @@ def overrides_of(command: Command, place: Path) -> list[str]:
     if any(word.startswith("objective.run=") for word in words):
         # a student has its teacher's tokens, in rows that the teacher knows
         words += ["model.vocab_size=300", "train.seq_len=64"]
+    # HOSTS names as many as the command asks for
+    nodes = next((word for word in words if word.startswith("launch.num_nodes=")), "=4")
+    number = int(nodes.rpartition("=")[2])
+    (place / "hosts").write_text("".join(f"host{i} slots=8\n" for i in range(number)))
     begun = any(word.startswith("init.run=") for word in words)
     if begun and not any(word.startswith("train.seq_len=") for word in words):
         words.append("train.seq_len=64")  # what the run of this test knows

@@ -66,7 +66,9 @@ class Scripted:
 @pytest.mark.parametrize("continuation", ["not to be", "not 龍 be", ""])
 def test_the_text_shown_is_the_decoded_sequence(monkeypatch, tokenizer, continuation):
     ids = tokenizer.encode(continuation).ids
-    fake = SimpleNamespace(to=lambda device: fake, set_step=lambda step: None)
+    fake = SimpleNamespace(
+        to=lambda device: fake, set_step=lambda step: None, sparse_attentions=lambda: []
+    )
     monkeypatch.setattr(launch.saved.opened, "load_run", lambda *a, **k: None)
     monkeypatch.setattr(launch.saved.opened, "require_text", lambda config, run: None)
     store = SimpleNamespace(tokenizer=lambda: tokenizer, end_of_document=1)
