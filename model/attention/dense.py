@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 from model.attention.base import AttentionSums, SequenceLayout, has_varlen_kernel
 from model.attention.cache import KVCache, KVPages, LayerCache
@@ -236,6 +235,9 @@ def _attend_to_past(
     """The last m of L tokens, q [1, m, heads, head_dim], to all of them up to themselves."""
     new, total = q.shape[1], k.shape[1]
     if has_varlen_kernel(q.device, q.dtype):
+        # here, since importing it imports torch's compiler
+        from torch.nn.attention.bias import causal_lower_right
+
         groups = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
         out: torch.Tensor = F.scaled_dot_product_attention(

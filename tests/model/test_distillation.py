@@ -74,7 +74,8 @@ def test_all_other_tokens_are_one_outcome_of_both(words, num_ids, temperature):
     assert torch.allclose(found, oracle)
     assert torch.allclose(*(torch.autograd.grad(x, logits)[0] for x in (found, oracle)))
     whole, _ = divergence(logits, targets, Taught(temperature), theirs)
-    assert 0 <= float(found) <= float(whole)
+    # equal where nothing is left out, but for the order of sums
+    assert 0 <= float(found) <= float(whole) * (1 + 1e-12)
     assert torch.autograd.gradcheck(lambda x: divergence(x, targets, taught, None)[0], logits)
 
 
