@@ -89,6 +89,7 @@ def caches(tmp_path, monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_traced_blocks_are_eager_ones(caches, monkeypatch):
     """Forward and backward graphs as they are traced, one dense block and one of experts."""
     monkeypatch.setattr("train.engine.compiled.cache_folder", lambda: caches / "kernels")
