@@ -500,14 +500,7 @@ class SparseAttentionConfig(AttentionConfig):
             "top_p": (None, "as an index knows no masses"),
             "noise_steps": (0, "as the choice of an index has no noise"),
         }
-        for name, (value, why) in instead.items():
-            if (asked := getattr(self, name)) != value:
-                shown = "null" if value is None else value
-                found.append(
-                    f"attention.{name}={asked} does not combine with attention.select=index; set "
-                    f"attention.{name}={shown}, {why}"
-                )
-        return found
+        return found + self._uncombined("attention.select=index", instead)
 
     def _resident_problems(self) -> list[str]:
         if self.resident_blocks is None:
@@ -523,9 +516,15 @@ class SparseAttentionConfig(AttentionConfig):
             "select": ("mass", "by which blocks stay resident"),
             "noise_steps": (0, "as the choice among resident blocks has no noise"),
         }
+        return self._uncombined("attention.resident_blocks", instead)
+
+    def _uncombined(self, other: str, instead: Mapping[str, tuple[Any, str]]) -> list[str]:
+        """Settings of this attention that `other` does not go with. instead: by setting the value
+        that it goes with, and why.
+        """
         return [
-            f"attention.{name}={asked} does not combine with attention.resident_blocks; set "
-            f"attention.{name}={value}, {why}"
+            f"attention.{name}={asked} does not combine with {other}; set attention.{name}="
+            f"{'null' if value is None else value}, {why}"
             for name, (value, why) in instead.items()
             if (asked := getattr(self, name)) != value
         ]
@@ -827,14 +826,7 @@ class CompressedAttentionConfig(AttentionConfig):
             "attention_bias": ("none", "whose projections have no biases"),
             "rotary_dim": (None, "where attention.rope_head_dim says what is turned"),
         }
-        for name, (value, why) in instead.items():
-            if (asked := getattr(model, name)) != value:
-                shown = "null" if value is None else value
-                found.append(
-                    f"model.{name}={asked} does not combine with attention=compressed, {why}; set "
-                    f"model.{name}={shown}"
-                )
-        return found
+        return found + _model_uncombined(model, "compressed", instead)
 
     def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
         from model.attention.compressed import CompressedAttention
@@ -913,19 +905,26 @@ class MlaConfig(AttentionConfig):
             "attention_multiplier": (None, "whose logits are scaled by their own dimensions"),
             "rotary_dim": (None, "where attention.qk_rope_head_dim says what is turned"),
         }
-        for name, (value, why) in instead.items():
-            if (asked := getattr(model, name)) != value:
-                shown = "null" if value is None else value
-                found.append(
-                    f"model.{name}={asked} does not combine with attention=mla, {why}; set "
-                    f"model.{name}={shown}"
-                )
-        return found
+        return found + _model_uncombined(model, "mla", instead)
 
     def build(self, model: ModelConfig, layer_idx: int = 0) -> Attention:
         from model.attention.latent import LatentAttention
 
         return LatentAttention(model, self)
+
+
+def _model_uncombined(
+    model: ModelConfig, attention: str, instead: Mapping[str, tuple[Any, str]]
+) -> list[str]:
+    """Settings of the model that an attention does not go with. instead: by setting the value that
+    it goes with, and why.
+    """
+    return [
+        f"model.{name}={asked} does not combine with attention={attention}, {why}; set "
+        f"model.{name}={'null' if value is None else value}"
+        for name, (value, why) in instead.items()
+        if (asked := getattr(model, name)) != value
+    ]
 
 
 def _layer_problems(
