@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.common import find_commit
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import AllToAllConfig
 from model.moe.layer import ModelParts

@@ -20,7 +20,7 @@ import torch
 
 from bench.common import Row, main, make_row, measure
 from bench.train_step import BALANCE, OLMOE, QUICKSTART, random_batch, shape_of
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.loss import training_loss
 from model.moe.layer import ModelParts

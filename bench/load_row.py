@@ -30,7 +30,7 @@ import torch
 
 from bench.common import find_commit
 from bench.train_step import BALANCE
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import ModelConfig
 from model.cost.parameters import flops_per_token
 from model.dispatch.config import LocalDispatcherConfig

@@ -24,7 +24,7 @@ import torch.multiprocessing as multiprocessing
 
 from bench.checkpoint_scale import resident
 from bench.common import find_commit
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.moe.layer import ModelParts

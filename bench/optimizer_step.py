@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.common import Row, main, make_row, measure
 from bench.train_step import BALANCE, OLMOE, QUICKSTART
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import ModelConfig
 from model.cost.matrices import hidden_matrices
 from model.dispatch.config import LocalDispatcherConfig

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ExpertsConfig, ModelConfig
 from model.dispatch.config import AllToAllConfig
 from model.layers import GatedMLP

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from bench.common import Row, device_name, main, make_row, measure, profile
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.cost.parameters import flops_per_token
 from model.dispatch.config import LocalDispatcherConfig

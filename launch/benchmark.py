@@ -28,9 +28,9 @@ from launch.saved.run import load_folder, load_run
 
 if TYPE_CHECKING:
     from launch.benchmarking.measure import Variant
-    from model.attention.config import AttentionConfig
+    from model.attention.config.base import AttentionConfig
     from model.transformer import Transformer
-    from train.config.commands import BenchmarkConfig
+    from train.config.commands.benchmark import BenchmarkConfig
     from train.config.run import RunConfig
     from train.trained.budgets import BudgetTable
 
@@ -38,7 +38,7 @@ TRAINED = "trained"
 
 
 def main(config: DictConfig) -> None:
-    from train.config.commands import BenchmarkConfig
+    from train.config.commands.benchmark import BenchmarkConfig
 
     if config.run is None and config.path is None:
         raise ValueError("give run=RUN, or path=DIR with published weights")

@@ -23,7 +23,7 @@ from launch.config.overrides import literal, plain, typed
 from launch.saved.checkpoint import config_for
 
 if TYPE_CHECKING:
-    from train.config.commands import BranchConfig
+    from train.config.commands.export import BranchConfig
 
 COPIED = ("metrics.jsonl", "routing.jsonl")
 """Records that a branch goes on with: of steps behind the checkpoint they are cut when it is
@@ -34,7 +34,7 @@ resumed.
 def main(config: DictConfig) -> None:
     """Make the run directory; refuses before anything is written."""
     from train.checkpoint.folder import find_checkpoint, step_of
-    from train.config.commands import BranchConfig
+    from train.config.commands.export import BranchConfig
 
     if config.run is None or config.to is None or config.decay_steps is None:
         raise ValueError("give run=RUN, checkpoint=step-N, to=DIR and decay_steps=K")

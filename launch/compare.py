@@ -40,7 +40,7 @@ from launch.history.table import print_table
 from launch.job.worker import give_way, require_memory
 from launch.saved.defaults import complete
 from launch.saved.files import new_run_dir
-from train.config.commands import PlanCommandConfig
+from train.config.commands.plan import PlanCommandConfig
 from train.files.durable import write_json, write_text
 from train.files.manifest import require_owned
 

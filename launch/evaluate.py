@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from model.transformer import Transformer
-    from train.config.commands import EvaluateConfig
+    from train.config.commands.evaluate import EvaluateConfig
     from train.config.run import RunConfig
     from train.data.loader import Batch
     from train.data.store import TokenStore
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 def main(config: DictConfig) -> float:
     """Print held-out loss, perplexity, bits per byte and routing statistics; returns the loss."""
-    from train.config.commands import EvaluateConfig, require_even_experts
+    from train.config.commands.devices import require_even_experts
+    from train.config.commands.evaluate import EvaluateConfig
 
     # A list is a table.
     if isinstance(config.router.budget, ListConfig):

@@ -21,7 +21,7 @@ from launch.config.build import ConfigError, record
 from launch.saved.run import load_run, require_average, require_text
 
 if TYPE_CHECKING:
-    from train.config.commands import ExportConfig
+    from train.config.commands.export import ExportConfig
     from train.config.run import RunConfig
     from train.pretrained.export import Export, Tokenizer
     from train.pretrained.verify import AdapterComparison, Comparison
@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
     """Export a checkpoint; refuses before anything is written."""
     from model.families.reading import FamilyError
     from train.checkpoint.folder import find_last
-    from train.config.commands import ExportConfig
+    from train.config.commands.export import ExportConfig
 
     if config.run is None or config.to is None:
         raise ValueError("give run=RUN and to=DIR")

@@ -30,7 +30,7 @@ from launch.saved.run import load_run
 if TYPE_CHECKING:
     from infer.request import Request
     from launch.prompts.lines import PromptLine
-    from train.config.commands import GenerateConfig
+    from train.config.commands.generate import GenerateConfig
 
 
 def sample(
@@ -251,7 +251,8 @@ def _told(settings: GenerateConfig) -> dict[str, Any]:
 
 def main(config: DictConfig) -> None:
     from train.checkpoint.folder import find_checkpoint
-    from train.config.commands import GenerateConfig, require_even_experts
+    from train.config.commands.devices import require_even_experts
+    from train.config.commands.generate import GenerateConfig
 
     if (config.run is None and config.path is None) or (
         config.prompt is None and config.input is None

@@ -40,7 +40,7 @@ from train.files.sizes import GIB, MIB
 from train.objectives.cost import taught_flops
 
 if TYPE_CHECKING:
-    from train.config.commands import PlanCommandConfig
+    from train.config.commands.plan import PlanCommandConfig
 
 
 def main(config: DictConfig) -> None:
@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
     from launch.config.parse import parse
     from launch.job.worker import tell_changes
     from launch.saved.resume import with_saved_config
-    from train.config.commands import PlanCommandConfig
+    from train.config.commands.plan import PlanCommandConfig
 
     own = [name for name in ("device", "mfu", "price", "world") if name in config]
     asked: PlanCommandConfig = record(OmegaConf.masked_copy(config, own), PlanCommandConfig)

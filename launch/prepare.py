@@ -25,7 +25,7 @@ from train.files.strict_json import dumps
 
 def main(config: DictConfig) -> None:
     """Make the token store unless it exists, and print its counts."""
-    from train.config.commands import PrepareCommandConfig
+    from train.config.commands.prepare import PrepareCommandConfig
 
     settings = record(config.data, DataConfig, "data.")
     of_the_data = ("data", "model", "seed")

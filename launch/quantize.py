@@ -23,7 +23,7 @@ from launch.saved.opened import opened
 from launch.saved.run import load_run
 
 if TYPE_CHECKING:
-    from train.config.commands import QuantizeConfig
+    from train.config.commands.export import QuantizeConfig
     from train.config.run import RunConfig
     from train.data.loader import Batch
     from train.trained.quantize import Comparison
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def main(config: DictConfig) -> None:
     """Quantise a checkpoint's experts; refuses before anything is written."""
     from train.checkpoint.folder import find_checkpoint
-    from train.config.commands import QuantizeConfig
+    from train.config.commands.export import QuantizeConfig
 
     if config.run is None:
         raise ValueError("give run=RUN")

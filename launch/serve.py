@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from launch.serving.replays import Recorder, Replays
     from model.routers.state import RouterState
     from model.transformer import Transformer
-    from train.config.commands import ServeConfig
+    from train.config.commands.serve import ServeConfig
     from train.data.chat.template import ChatTemplate
     from train.trained.budgets import BudgetTable
     from train.trained.ranks import Place
@@ -89,7 +89,8 @@ def _require_libraries() -> None:
 
 
 def main(config: DictConfig) -> None:
-    from train.config.commands import ServeConfig, require_even_experts
+    from train.config.commands.devices import require_even_experts
+    from train.config.commands.serve import ServeConfig
 
     if config.run is None and config.path is None:
         raise ValueError("give run=RUN, or path=DIR with published weights")

@@ -27,7 +27,7 @@ from launch.saved.resume import with_saved_config
 from launch.saved.teacher import teacher_of
 
 if TYPE_CHECKING:
-    from train.config.commands import TeachCommandConfig
+    from train.config.commands.prepare import TeachCommandConfig
     from train.config.run import RunConfig
 
 OWN = ("to", "num_ids")
@@ -37,7 +37,7 @@ OWN = ("to", "num_ids")
 def main(config: DictConfig) -> None:
     """Write the cache; refuses before anything is written."""
     from launch.config.parse import check_sources, check_tokenizer, parse
-    from train.config.commands import TeachCommandConfig
+    from train.config.commands.prepare import TeachCommandConfig
 
     if config.to is None:
         raise ValueError("give to=CACHE, the folder to write")

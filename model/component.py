@@ -12,7 +12,7 @@ class Component:
     """A part of the model that a config chooses by a short name, with its knobs as fields.
 
     The records live beside the classes that they configure (model/routers/config.py,
-    model/attention/config.py, model/dispatch/config.py). Each one says with `problems` what
+    model/attention/config/, model/dispatch/config.py). Each one says with `problems` what
     contradicts the model, without torch, and imports its class only when `build` is called.
     """
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model.attention.config import ATTENTIONS
+from model.attention.config.kinds import ATTENTIONS
 from model.config import BalanceConfig, ModelConfig, RopeScaling
 from model.dispatch.config import LocalDispatcherConfig
 from model.moe.experts import expert_ids_of

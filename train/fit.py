@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.attention.config import AttentionConfig, SparseAttentionConfig
+from model.attention.config.base import AttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import ModelConfig
 from model.cost.parameters import count_parameters
 from model.parallel.groups import ParallelGroups, initialize_parallel

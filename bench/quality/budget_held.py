@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig, ModelConfig
 from model.dispatch.config import AllToAllConfig
 from model.loss import training_loss

@@ -33,7 +33,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bench.common import find_commit
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from train.config.component import renamed
 from train.files.strict_json import dumps
 

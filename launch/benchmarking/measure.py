@@ -16,7 +16,7 @@ from infer.request import Completion, Request
 from launch.benchmarking.energy import EnergyMeter
 from launch.benchmarking.kpi import Ratio, RequestTimes, Speed, ratio_of, speed_of
 from model.transformer import Transformer
-from train.config.commands import SloConfig
+from train.config.commands.benchmark import SloConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from launch.comparing.settings import SpeedSettings
 from launch.saved.opened import opened
 from launch.saved.run import load_run
 from train.checkpoint.folder import find_checkpoint
-from train.config.commands import SloConfig
+from train.config.commands.benchmark import SloConfig
 from train.files.durable import write_json
 
 BATCH_SIZE = 16

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launch.config.deepspeed import _deepspeed
 from launch.process.secrets import problems_of_env
-from model.attention.config import CompressedAttentionConfig, IndexedAttentionConfig
+from model.attention.config.compressed import CompressedAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
 from model.cost.parameters import has_index
 from model.placement.record import Placement
 from train.config.kinds import matches

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.config.build import ConfigError, build_record
 from launch.config.overrides import plain
 from launch.process.identity import ROOT
-from model.attention.config import AttentionConfig
+from model.attention.config.base import AttentionConfig
 
 
 @dataclass(frozen=True)

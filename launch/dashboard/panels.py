@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.cost.parameters import has_index, sparse_layers
 from model.routers.config import BudgetedConfig
 from train.config.run import RunConfig

@@ -12,7 +12,7 @@ from train.files.strict_json import dumps
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
-    from train.config.commands import EvaluateConfig
+    from train.config.commands.evaluate import EvaluateConfig
     from train.trained.ranks import Place
 
 NAMED = 8

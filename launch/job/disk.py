@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.cost.parameters import count_parameters, has_index, sparse_layers
 from train.config.run import RunConfig
 from train.engine.muon.planned import planned_muon

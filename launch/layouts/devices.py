@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from launch.job.fit import Device, device_of
 from ops.device import link_rates
-from train.config.commands import NODE_SIZE
+from train.config.commands.plan import NODE_SIZE
 
 LINKS = 0.7
 """Share of a link's rate that collectives reach."""

@@ -9,7 +9,7 @@ from typing import Any
 from launch.layouts.devices import LINKS, Cluster
 from launch.layouts.estimate import Estimate
 from launch.layouts.search import Found
-from train.config.commands import NODE_SIZE
+from train.config.commands.plan import NODE_SIZE
 from train.files.sizes import GIB
 
 SEARCHED = (

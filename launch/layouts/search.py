@@ -11,7 +11,7 @@ from typing import Literal
 from launch.config.contradictions import layout_problems
 from launch.layouts.devices import Cluster
 from launch.layouts.estimate import Estimate, estimated
-from train.config.commands import NODE_SIZE
+from train.config.commands.plan import NODE_SIZE
 from train.config.run import RunConfig
 
 RECOMPUTE: tuple[Literal["none", "block"], ...] = ("none", "block")

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.command.messages import fail
@@ -225,6 +224,8 @@ def _rows_in_words(run: Any) -> str:
 
 def _write_rows(folder: Path, run: Any) -> None:
     """A few long documents of drawn tokens; the last id of the vocabulary ends documents."""
+    import numpy as np  # a tenth of what a refusal takes
+
     draw = np.random.default_rng(run.seed)
     shape = (DOCUMENTS, ROWS * run.train.seq_len + 1)
     rows = draw.integers(0, max(1, run.model.vocab_size - 1), shape, dtype=np.int32)

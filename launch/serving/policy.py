@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from infer.engine import Engine
     from infer.request import Completion, Request
     from launch.serving.meters import Meters
-    from train.config.commands import CanaryConfig
+    from train.config.commands.pilot import CanaryConfig
 
 CONTROL, CANARY = "control", "canary"
 PATIENCE = 256

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from infer.request import Completion, Request
     from launch.serving.meters import Meters
     from model.routers.state import RouterState
-    from train.config.commands import AttentionAuditConfig
+    from train.config.commands.pilot import AttentionAuditConfig
 
 KEPT = 16
 """Requests that wait to be read again; one more, and the oldest is dropped."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
 from model.attention.compressed_cache import CompressedCache, CompressedPages, Held, Widths
-from model.attention.config import CompressedAttentionConfig
+from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import ModelConfig
 from model.layers import RMSNorm, apply_trailing_rotary, rotary_tables
 from ops.compressed_attention import (

@@ -9,7 +9,7 @@ from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
 from model.attention.cache import KVCache, KVPages, LayerCache
-from model.attention.config import IndexedAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
 from model.attention.dense import DenseAttention
 from model.config import ModelConfig
 from model.layers import RMSNorm, apply_rotary, rotary_tables

@@ -10,7 +10,7 @@ from torch import nn
 
 from model.attention.base import AttentionSums, SequenceLayout
 from model.attention.cache import LatentCache, LatentPages
-from model.attention.config import MlaConfig
+from model.attention.config.latent import MlaConfig
 from model.attention.dense import attend_packed
 from model.config import ModelConfig
 from model.layers import RMSNorm, apply_rotary

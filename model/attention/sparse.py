@@ -14,7 +14,7 @@ from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
 from model.attention.cache import KVCache, KVPages, LayerCache
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.attention.dense import DenseAttention
 from model.attention.indexed import Indexer
 from model.config import ModelConfig

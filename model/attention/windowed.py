@@ -8,7 +8,7 @@ from torch import nn
 
 from model.attention.base import SequenceLayout
 from model.attention.cache import KVCache, KVPages
-from model.attention.config import WindowedAttentionConfig
+from model.attention.config.windowed import WindowedAttentionConfig
 from model.attention.dense import MASKED, DenseAttention, of_runs
 from model.config import ModelConfig
 from model.parallel.deal import Run

@@ -100,7 +100,7 @@ class Family:
     is_biased: bool = False
     """What a missing attention_bias means."""
     attention: Literal["dense", "windowed", "mla"] = "dense"
-    """Name of the attention (model/attention/config.py)."""
+    """Name of the attention (model/attention/config/)."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     group_keys: int = 2
     """How many best experts a group of experts is ranked by."""

@@ -31,7 +31,7 @@ class Reading:
     router: Settings = field(default_factory=dict)
     """Fields of model.routers.config.TopKConfig; empty for a dense model."""
     attention: Settings = field(default_factory=lambda: {"name": "dense"})
-    """Name and fields of the attention (model/attention/config.py)."""
+    """Name and fields of the attention (model/attention/config/)."""
     balance: Settings = field(default_factory=dict)
     """Fields of BalanceConfig that the model was trained with."""
     notes: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from model.attention.config import AttentionConfig
+from model.attention.config.base import AttentionConfig
 from model.config import BalanceConfig, ExpertsConfig, ModelConfig
 from model.dispatch.config import DispatcherConfig
 from model.layers import GatedMLP

@@ -23,12 +23,9 @@ from infer.config import EngineConfig, SamplingConfig
 from infer.request import Completion, Drawn, Event, Request
 from launch.serving.ranks import read_event, read_request, told_event, told_request
 from tests import forked
-from train.config.commands import (
-    DevicesConfig,
-    EndpointConfig,
-    InferenceRouterConfig,
-    ServeConfig,
-)
+from train.config.commands.devices import DevicesConfig
+from train.config.commands.serve import EndpointConfig, ServeConfig
+from train.config.commands.source import InferenceRouterConfig
 from train.data.tokenizer import TextStream
 from train.files.strict_json import dumps
 from train.rank.channel import Channel, Unsealed

@@ -19,13 +19,10 @@ from launch.serving.asked import BadRequest, read_asked
 from model.config import BalanceConfig
 from model.routers.config import ThresholdConfig
 from ops.router import RouteSpec, confine, most_used, route
-from train.config.commands import (
-    DevicesConfig,
-    EndpointConfig,
-    GenerateConfig,
-    ServeConfig,
-    ShadowConfig,
-)
+from train.config.commands.devices import DevicesConfig
+from train.config.commands.generate import GenerateConfig
+from train.config.commands.pilot import ShadowConfig
+from train.config.commands.serve import EndpointConfig, ServeConfig
 
 NUM_EXPERTS, NUM_LAYERS = 8, 2
 

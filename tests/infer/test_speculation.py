@@ -18,7 +18,9 @@ from infer.speculate import PAUSE, Utility, kept
 from launch.prompts.lines import PromptLine
 from model.config import BalanceConfig
 from model.routers.config import ThresholdConfig
-from train.config.commands import DevicesConfig, EndpointConfig, GenerateConfig, ServeConfig
+from train.config.commands.devices import DevicesConfig
+from train.config.commands.generate import GenerateConfig
+from train.config.commands.serve import EndpointConfig, ServeConfig
 
 SPARSE = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4}
 DRAFT, FULL = 1.0, 3.0

@@ -32,7 +32,8 @@ from launch.process.identity import ROOT
 from model.config import BalanceConfig
 from model.cost.parameters import decode_cost, flops_per_token, prefill_flops
 from model.moe.experts import Experts
-from train.config.commands import BenchmarkConfig, GenerateConfig, SloConfig
+from train.config.commands.benchmark import BenchmarkConfig, SloConfig
+from train.config.commands.generate import GenerateConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
 from common import VOCAB_SIZE, build, tiny_config

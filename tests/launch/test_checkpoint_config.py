@@ -17,7 +17,7 @@ from launch.saved.configs import load_run_config
 from launch.saved.defaults import complete
 from launch.saved.resume import examine_restart
 from launch.saved.run import load_run
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from train.files.manifest import CheckpointError, file_facts
 
 

@@ -16,7 +16,9 @@ from launch.config.overrides import typed
 from launch.history.comparable import Measure, incomparable
 from tests.end_to_end.commandline import ROOT
 from train.checkpoint.folder import find_checkpoint
-from train.config.commands import EvaluateConfig, ExportConfig, GenerateConfig
+from train.config.commands.evaluate import EvaluateConfig
+from train.config.commands.export import ExportConfig
+from train.config.commands.generate import GenerateConfig
 from train.config.data import SourceConfig, problem_of_path
 from train.config.training import InitConfig
 from train.files.manifest import CheckpointError

@@ -31,7 +31,8 @@ from launch.steering.budgets import LatencyTable, LoadController, Point
 from launch.steering.drift import Drift
 from model.config import BalanceConfig
 from model.routers.config import ThresholdConfig
-from train.config.commands import CanaryConfig, EndpointConfig
+from train.config.commands.pilot import CanaryConfig
+from train.config.commands.serve import EndpointConfig
 from train.data.chat.template import ChatTemplate
 from train.data.tokenizer import TextInside, TextStream
 

@@ -27,7 +27,8 @@ from launch.steering.budgets import (
     read_latency,
 )
 from launch.steering.drift import Drift, divergence
-from train.config.commands import CanaryConfig, DriftConfig, EndpointConfig, ServeConfig
+from train.config.commands.pilot import CanaryConfig, DriftConfig
+from train.config.commands.serve import EndpointConfig, ServeConfig
 
 FEW, MANY = 4, 256
 TIMES = {FEW: {1.0: 10.0, 2.0: 14.0, 4.0: 20.0}, MANY: {1.0: 29.6, 2.0: 29.8, 4.0: 30.0}}

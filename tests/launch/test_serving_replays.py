@@ -32,12 +32,8 @@ from launch.serving.replays import (
 )
 from launch.serving.worker import Worker
 from model.config import BalanceConfig
-from train.config.commands import (
-    AttentionAuditConfig,
-    EndpointConfig,
-    ServeConfig,
-    ShadowConfig,
-)
+from train.config.commands.pilot import AttentionAuditConfig, ShadowConfig
+from train.config.commands.serve import EndpointConfig, ServeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
 from common import VOCAB_SIZE, build, tiny_config

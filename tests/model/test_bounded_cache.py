@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import batch, build, take, tiny_config
 
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.memory import cache_bytes, cache_bytes_per_token
 from model.generate import generate

@@ -10,7 +10,7 @@ import pytest
 import torch
 from common import tiny_config
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig
 from model.dispatch.config import AllToAllConfig
 from model.moe.layer import ModelParts

@@ -13,7 +13,7 @@ from torch import nn
 
 from model.attention.base import SequenceLayout
 from model.attention.compressed import CompressedAttention
-from model.attention.config import CompressedAttentionConfig
+from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import BalanceConfig, ModelConfig, RopeScaling
 from model.cost.memory import cache_bytes_per_token
 from model.cost.parameters import (

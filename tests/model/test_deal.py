@@ -7,14 +7,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.attention.config import (
-    CompressedAttentionConfig,
-    DenseAttentionConfig,
-    IndexedAttentionConfig,
-    MlaConfig,
-    SparseAttentionConfig,
-    WindowedAttentionConfig,
-)
+from model.attention.config.compressed import CompressedAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
+from model.attention.config.latent import MlaConfig
+from model.attention.config.sparse import SparseAttentionConfig
+from model.attention.config.windowed import WindowedAttentionConfig
 from model.config import ModelConfig
 from model.parallel.deal import BLOCKS, LEAST, Dealer, block_size, dealt, runs_of
 from model.request import TokenBatch, part_of

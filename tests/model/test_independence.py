@@ -19,15 +19,13 @@ from common import (
     tiny_config,
 )
 
-from model.attention.config import (
-    AttentionConfig,
-    CompressedAttentionConfig,
-    DenseAttentionConfig,
-    IndexedAttentionConfig,
-    MlaConfig,
-    SparseAttentionConfig,
-    WindowedAttentionConfig,
-)
+from model.attention.config.base import AttentionConfig
+from model.attention.config.compressed import CompressedAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
+from model.attention.config.latent import MlaConfig
+from model.attention.config.sparse import SparseAttentionConfig
+from model.attention.config.windowed import WindowedAttentionConfig
 from model.config import BalanceConfig, BudgetConfig, ExpertsConfig, FailSafeConfig
 from model.dispatch.config import AllToAllConfig, DispatcherConfig, LocalDispatcherConfig
 from model.generate import generate

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import VOCAB_SIZE, batch, build, take, tiny_config
 
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.memory import cache_bytes_per_token
 from model.cost.parameters import count_parameters, flops_per_token, keys_per_query

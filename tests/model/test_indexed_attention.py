@@ -12,7 +12,7 @@ from common import VOCAB_SIZE, batch, build, take, tiny_config
 from torch import nn
 
 from model.attention.base import SequenceLayout
-from model.attention.config import IndexedAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
 from model.attention.indexed import IndexedAttention
 from model.config import BalanceConfig, ModelConfig
 from model.cost.memory import cache_bytes_per_token

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from model import init
-from model.attention.config import DenseAttentionConfig, SparseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.init import stream_of

@@ -12,7 +12,7 @@ from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, batch, build, take, tiny_co
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.saved.resume import other_projections
-from model.attention.config import MlaConfig
+from model.attention.config.latent import MlaConfig
 from model.attention.latent import LatentAttention
 from model.config import BalanceConfig, RopeScaling
 from model.cost.memory import cache_bytes_per_token, device_memory

@@ -9,7 +9,7 @@ import torch
 from common import tiny_config
 
 from model.attention.base import SequenceLayout, document_mask
-from model.attention.config import MlaConfig
+from model.attention.config.latent import MlaConfig
 from model.attention.latent import LatentAttention
 from model.layers import rotary_tables
 

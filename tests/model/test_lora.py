@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model.adapters import add_adapters
-from model.attention.config import DenseAttentionConfig, MlaConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.latent import MlaConfig
 from model.config import BalanceConfig, ExpertsConfig, ModelConfig
 from model.cost.memory import device_memory
 from model.cost.parameters import Trained, count_parameters

@@ -17,11 +17,9 @@ from common import (
     tiny_config,
 )
 
-from model.attention.config import (
-    CompressedAttentionConfig,
-    IndexedAttentionConfig,
-    SparseAttentionConfig,
-)
+from model.attention.config.compressed import CompressedAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.memory import device_memory
 from model.cost.parameters import count_parameters

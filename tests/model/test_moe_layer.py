@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import tiny_config
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ExpertsConfig
 from model.dispatch.config import AllToAllConfig, DispatcherConfig, LocalDispatcherConfig
 from model.dispatch.rows import by_expert

@@ -15,7 +15,7 @@ from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.process.identity import ROOT
 from model.attention.base import SequenceLayout, document_mask
-from model.attention.config import WindowedAttentionConfig
+from model.attention.config.windowed import WindowedAttentionConfig
 from model.blocks.mtp import tokens_ahead
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.cost.memory import device_memory

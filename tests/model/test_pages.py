@@ -17,7 +17,8 @@ from common import (
 )
 
 from model.attention.base import Paging
-from model.attention.config import AttentionConfig, CompressedAttentionConfig
+from model.attention.config.base import AttentionConfig
+from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.moe.budget import start_routers
 from model.request import TokenBatch

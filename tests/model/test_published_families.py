@@ -22,13 +22,11 @@ from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.process.identity import ROOT
 from launch.saved.defaults import complete
-from model.attention.config import (
-    AttentionConfig,
-    DenseAttentionConfig,
-    MlaConfig,
-    SparseAttentionConfig,
-    WindowedAttentionConfig,
-)
+from model.attention.config.base import AttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.latent import MlaConfig
+from model.attention.config.sparse import SparseAttentionConfig
+from model.attention.config.windowed import WindowedAttentionConfig
 from model.config import BalanceConfig, ModelConfig, RopeScaling
 from model.dispatch.config import LocalDispatcherConfig
 from model.moe.layer import ModelParts

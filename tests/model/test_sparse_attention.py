@@ -9,7 +9,7 @@ import torch
 from common import VOCAB_SIZE, batch, build, take, tiny_config
 
 from model.attention.base import STATS
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.parameters import count_parameters, flops_per_token, keys_per_query
 from model.generate import generate

@@ -8,13 +8,11 @@ import itertools
 import pytest
 import torch
 
-from model.attention.config import (
-    AttentionConfig,
-    DenseAttentionConfig,
-    MlaConfig,
-    SparseAttentionConfig,
-    WindowedAttentionConfig,
-)
+from model.attention.config.base import AttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.latent import MlaConfig
+from model.attention.config.sparse import SparseAttentionConfig
+from model.attention.config.windowed import WindowedAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.cost.exchange import exchanged_bytes
 from model.cost.matrices import hidden_matrices

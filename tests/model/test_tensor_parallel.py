@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from common import LATENT, LATENT_SHAPE, build, tiny_config
 
-from model.attention.config import SparseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.memory import device_memory
 from model.cost.parameters import count_parameters

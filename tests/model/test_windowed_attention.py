@@ -16,7 +16,7 @@ from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.process.identity import ROOT
 from model.attention.base import SequenceLayout, document_mask
-from model.attention.config import WindowedAttentionConfig
+from model.attention.config.windowed import WindowedAttentionConfig
 from model.attention.windowed import WindowedAttention
 from model.config import BalanceConfig
 from model.cost.parameters import count_parameters, flops_per_token

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import train.checkpoint.writer as checkpoint
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import AllToAllConfig
 from model.moe.layer import ModelParts

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.loss import IGNORE_INDEX

@@ -20,7 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.attention.config import DenseAttentionConfig, SparseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import AllToAllConfig
 from model.moe.layer import ModelParts

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import AllToAllConfig
 from model.moe.layer import ModelParts

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.moe.layer import MoELayer

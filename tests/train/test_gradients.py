@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.train_step import BALANCE, random_batch
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import ModelConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.loss import IGNORE_INDEX, training_loss

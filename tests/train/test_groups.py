@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from model.attention.config import DenseAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
 from model.config import BalanceConfig, ModelConfig
 from model.dispatch.config import LocalDispatcherConfig
 from model.routers.config import TopKConfig

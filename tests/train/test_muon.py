@@ -10,12 +10,10 @@ import math
 import pytest
 import torch
 
-from model.attention.config import (
-    CompressedAttentionConfig,
-    DenseAttentionConfig,
-    IndexedAttentionConfig,
-    MlaConfig,
-)
+from model.attention.config.compressed import CompressedAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
+from model.attention.config.latent import MlaConfig
 from model.config import BalanceConfig, ModelConfig
 from model.cost.matrices import hidden_matrices
 from model.dispatch.config import LocalDispatcherConfig

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.attention.config import DenseAttentionConfig, IndexedAttentionConfig
+from model.attention.config.dense import DenseAttentionConfig
+from model.attention.config.indexed import IndexedAttentionConfig
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig, ModelConfig, RopeScaling
 from model.dispatch.config import AllToAllConfig, LocalDispatcherConfig
 from model.moe.budget import start_routers

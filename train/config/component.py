@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.attention.config import ATTENTIONS, AttentionConfig
+from model.attention.config.base import AttentionConfig
+from model.attention.config.kinds import ATTENTIONS
 from model.component import Component
 from model.dispatch.config import DISPATCHERS, DispatcherConfig
 from model.routers.config import ROUTERS, RouterConfig

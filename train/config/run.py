@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from model.attention.config import AttentionConfig
+from model.attention.config.base import AttentionConfig
 from model.config import (
     BalanceConfig,
     BudgetConfig,

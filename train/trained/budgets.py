@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from infer.budget import RouterState, use
-from model.attention.config import AttentionConfig
+from model.attention.config.base import AttentionConfig
 from model.loss import IGNORE_INDEX
 from model.request import ForwardRequest
 from model.transformer import Transformer

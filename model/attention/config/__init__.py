@@ -1,0 +1,3 @@
+"""What each attention can be asked for, and which requests contradict themselves or the model:
+a file a record. Imports no torch.
+"""
