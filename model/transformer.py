@@ -714,6 +714,7 @@ class Transformer(nn.Module):
             token_mask=None if batch.token_mask is None else batch.token_mask.reshape(-1),
             num_bins=int(counting),
             token_ids=None if batch.token_ids is None else batch.token_ids.reshape(-1),
+            words=batch.input_ids.reshape(-1),
             frozen=request.frozen,
             snapshot=request.snapshot,
             plain_k=request.plain_k,
@@ -751,7 +752,8 @@ class Transformer(nn.Module):
             0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device
         )
         layout = self._layout(positions, cu_seqlens, length, measure=measure_attention)
-        found = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
+        request = RoutingRequest(words=input_ids.reshape(-1))
+        found = self._backbone(input_ids, layout, request, caches=caches)
         return Read(found.last, _attention_totals(found.attentions, found.last)[1])
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -820,7 +822,9 @@ class Transformer(nn.Module):
         budgets: TokenBudgets | None,
         max_active: int | None = None,
     ) -> Decoded:
-        request = RoutingRequest(token_mask=layout.token_mask, max_active=max_active)
+        request = RoutingRequest(
+            token_mask=layout.token_mask, words=input_ids.reshape(-1), max_active=max_active
+        )
         if budgets is not None:
             request = request._replace(row_of=budgets.row_of)
         hidden = self._backbone(input_ids, layout, request, caches=pages, budgets=budgets)

@@ -193,6 +193,12 @@ def _routing(run: RunConfig) -> list[str]:
             f"{run.router.arguments.get('score_function')}; set it to 0"
         )
 
+    if (tables := run.router.arguments.get("hash_layers")) and run.experts.token_rounding:
+        problems.append(
+            f"experts.token_rounding {run.experts.token_rounding} moves tokens to other experts, "
+            f"but router.hash_layers {tables} name the experts of a token; set one of them to 0"
+        )
+
     if run.router.arguments.get("bias") and run.fail_safe.spike_zscore > 0:
         problems.append(
             f"fail_safe.spike_zscore {run.fail_safe.spike_zscore} goes back to a snapshot of the "

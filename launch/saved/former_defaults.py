@@ -350,6 +350,7 @@ HELD: dict[str, dict[str, Any]] = {
         "group_keys": None,
         "bias": False,
         "capacity_factor": None,
+        "hash_layers": 0,
     },
     "NullExpertsConfig": {
         "top_k": None,
