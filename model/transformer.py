@@ -25,6 +25,7 @@ from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block, BlockOutput
 from model.blocks.mtp import PredictionModule, tokens_ahead
+from model.blocks.streams import StreamSum
 from model.config import ModelConfig
 from model.distillation import divergence
 from model.init import materialize, matrices_on_meta
@@ -67,7 +68,7 @@ class _Hidden(NamedTuple):
 
     last: torch.Tensor
     """[B, S, D], normalised: what the head projects. Of a stage before the last: what the next one
-    goes on with.
+    goes on with, [B, S, n D] of several residual streams.
     """
     attentions: list[AttentionSums]
     """Of the sparse layers, in layer order."""
@@ -223,9 +224,12 @@ class Transformer(nn.Module):
             self.embedding = Embedding(config.vocab_size // groups.tensor_size, config.hidden_size)
             self._cut_vocabulary(self.embedding)
         self.blocks = Layers({i: Block(config, groups, parts, i) for i in self.part.layers})
+        self.streams: StreamSum | None = None
         self.norm: RMSNorm | None = None
         self.head: nn.Linear | None = None
         if self.part.is_last:
+            if config.num_residual_streams > 1:
+                self.streams = StreamSum(config)
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             if not config.tie_embeddings:
                 run = config.vocab_size // groups.tensor_size
@@ -426,7 +430,8 @@ class Transformer(nn.Module):
         """
         assert (hidden is None) == self.part.is_first, self.part
         if hidden is None:
-            hidden = self._embedded(input_ids)
+            # Every residual stream begins as the token.
+            hidden = self._embedded(input_ids).repeat(1, 1, self.config.num_residual_streams)
         attentions: list[AttentionSums] = []
         balances: list[RouterSums] = []
         routings: list[RouterOutput] = []
@@ -449,6 +454,8 @@ class Transformer(nn.Module):
             if balance is not None:
                 balances.append(balance)
                 routings.append(routing)
+        if self.streams is not None:
+            hidden = self.streams(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
         return _Hidden(hidden, attentions, balances, routings)
@@ -631,8 +638,8 @@ class Transformer(nn.Module):
         request: ForwardRequest = SUMS_ALONE,
         before: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: [B, S, D]
-        of the stage before, None on the first.
+        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: what the
+        stage before has handed on, None on the first.
         """
         layout, routing_request = self._reading(batch, request)
         ids = self._of_group(batch, batch.rows.input_ids)

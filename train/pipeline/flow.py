@@ -80,7 +80,7 @@ class Pipeline:
     def run(self, num_micro_batches: int, tokens: torch.Size, passes: Passes) -> None:
         """All passes of a step. tokens: [B, S] of every micro-batch here."""
         place, size = self.groups.pipeline_rank, self.groups.pipeline_size
-        shape = (*tokens, self.engine.module.config.hidden_size)
+        shape = (*tokens, self.engine.module.config.residual_size)
         flight = _Flight()
         lent = self._lent_sum()
 
@@ -178,7 +178,7 @@ class Pipeline:
         place, size = self.groups.pipeline_rank, self.groups.pipeline_size
         hidden = None
         if place > 0:
-            shape = (*batch.input_ids.shape, self.engine.module.config.hidden_size)
+            shape = (*batch.input_ids.shape, self.engine.module.config.residual_size)
             hidden = torch.empty(shape, dtype=self._dtype, device=self.engine.device)
             self.link.exchange(False, None, hidden)
         output = self.engine.forward(batch, request, hidden)
