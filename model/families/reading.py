@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from model.families import deepseek_v4
 from model.families.family import ALIASES, BOOKKEEPING, FAMILIES, SHAPE, TRAINING_ONLY, Family
 
 Settings = dict[str, Any]
@@ -84,7 +85,11 @@ def read(config: Mapping[str, Any]) -> Reading:
     ]
     model = _shape(config, family)
     attention: Settings = {"name": "dense"}
-    if family.attention == "mla":
+    if family.attention == "compressed":
+        attention = deepseek_v4.attention(config, model, problems)
+        model |= deepseek_v4.streams(config, problems)
+        config = deepseek_v4.with_one_rope(config, problems)
+    elif family.attention == "mla":
         attention = _latent(config, model, problems)
     elif family.attention == "windowed":
         attention = _windows(config, model)
@@ -102,9 +107,10 @@ def read(config: Mapping[str, Any]) -> Reading:
         router = _router(config, family, model, problems)
         further = _further_layers(config)
         if further:
+            unless = f", unless model.num_mtp_layers={further}"
             notes.append(
-                f"{further} layers that predict further tokens are left out, unless "
-                f"model.num_mtp_layers={further}"
+                f"{further} layers that predict further tokens are left out"
+                + (unless if family.attention != "compressed" else "")
             )
         if coefficient := config.get("router_aux_loss_coef"):
             # Theirs is a mean over layers, ours a sum.
@@ -143,6 +149,8 @@ def _unknown(config: Mapping[str, Any], family: Family) -> list[str]:
 
     if config.get("hidden_act", "silu") != "silu":
         found.append(f"hidden_act={config['hidden_act']!r} is not computed here, only 'silu'")
+    if family.attention == "compressed":
+        return found
     allowed = {"full_attention"}
     if family.attention == "windowed":
         allowed.add("sliding_attention")
@@ -233,6 +241,9 @@ def _shape(config: Mapping[str, Any], family: Family) -> Settings:
         "activation": "clamped_swiglu" if family.is_transposed else "swiglu",
         "expert_bias": family.is_transposed,
         "shared_expert_gate": False,
+        "num_residual_streams": 1,
+        "sinkhorn_steps": 20,
+        "sinkhorn_eps": 1e-6,
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_divisor": 1.0,
@@ -294,7 +305,7 @@ def _rotary(
             "partial_rotary_factor", family.defaults.get("partial_rotary_factor", 1.0)
         )
     found: Settings = {"rope_theta": float(theta), "rotary_dim": None, "rope_scaling": None}
-    if family.attention != "mla":  # there qk_rope_head_dim says it
+    if family.attention not in ("mla", "compressed"):  # there qk_rope_head_dim says it
         head_dim = model["head_dim"]
         rotary_dim = config.get("rotary_dim") if "rotary_dim" in family.known else None
         rotary_dim = int(head_dim * partial) if rotary_dim is None else int(rotary_dim)
@@ -356,6 +367,7 @@ def _router(
         "normalize_weights": normalizes,
         "scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
         "bias": family.is_transposed,
+        "hash_layers": 0,
         "num_groups": config.get("n_group") or 1,
         "top_groups": config.get("topk_group") or 1,
     }
@@ -367,7 +379,10 @@ def _router(
             problems.append(f"topk_method={method!r} is not computed here")
     if router["num_groups"] > 1:
         router["group_keys"] = family.group_keys  # whatever num_experts_per_tok is
-    _dense_layers(config, family, model, problems)
+    if family.attention == "compressed":
+        router["hash_layers"] = deepseek_v4.hash_layers(config, model, problems)
+    else:
+        _dense_layers(config, family, model, problems)
     if family.shared is not None:
         _shared_expert(config, family, model, problems)
     return router
@@ -418,7 +433,8 @@ def _shared_expert(
             )
         model["num_shared_experts"] = shared // width
     else:
-        model["num_shared_experts"] = config.get("n_shared_experts") or 0
+        usual = 1 if family.attention == "compressed" else 0
+        model["num_shared_experts"] = config.get("n_shared_experts") or usual
 
 
 def moe_layers(model: Mapping[str, Any]) -> list[int]:

@@ -18,7 +18,6 @@ import torch
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.moe.balance import histogram_bins
 from model.routers.base import Router
-from model.routers.hashed import TABLE
 from model.routers.state import RouterInputs
 
 State = list[dict[str, torch.Tensor]]
@@ -81,7 +80,7 @@ def state_of(routers: list[Router]) -> State:
     with.
     """
     return [
-        {name: buffer.clone() for name, buffer in router.named_buffers() if name != TABLE}
+        {name: buffer.clone() for name, buffer in router.named_buffers() if name != "hash_table"}
         for router in routers
     ]
 

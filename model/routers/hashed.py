@@ -12,8 +12,6 @@ from model.routers.top_k import TopKRouter
 from ops.router import RouterOutput, route
 from ops.sparse_attention.noise import token_hash, uniform
 
-TABLE = "hash_table"
-"""Name of the buffer."""
 PIECE = 2**13
 """Words whose experts are drawn at a time."""
 
@@ -39,7 +37,7 @@ class HashedRouter(TopKRouter):
         super().__init__(config, settings)
         self.hash_table: torch.Tensor
         table = hashed_experts(config.vocab_size, config.num_experts, settings.top_k, number)
-        self.register_buffer(TABLE, table)
+        self.register_buffer("hash_table", table)
 
     def keep_snapshots(self) -> None:
         """There is no choice that a snapshot could make."""

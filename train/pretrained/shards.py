@@ -81,6 +81,7 @@ class ShardedReader:
         self.fp8_block: tuple[int, int] | None = None
         self.fp8_scales = BLOCK_SCALES
         self._open: dict[str, Any] = {}
+        self._name_in_file: dict[str, str] = {}
         self._file_of = self._files()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -167,10 +168,26 @@ class ShardedReader:
         return value
 
     def _stored(self, name: str, index: int | None) -> torch.Tensor:
-        stored = self._file(self._file_of[name]).get_slice(name)
+        stored = self._file(self._file_of[name]).get_slice(self._name_in_file.get(name, name))
         value: torch.Tensor = stored[:] if index is None else stored[index]
         self.bytes_read += value.nbytes
         return value
+
+    def respell(self, spelling: Callable[[str], str]) -> None:
+        """Call tensors by other names than the files do.
+
+        Raises:
+            PretrainedError: two would have the same name.
+        """
+        for name in list(self.shapes):
+            other = spelling(name)
+            if other == name:
+                continue
+            if other in self.shapes:
+                raise PretrainedError(f"{self.folder} holds both {name} and {other}, one for both")
+            self._name_in_file[other] = self._name_in_file.pop(name, name)
+            for facts in (self.shapes, self.dtypes, self._file_of):
+                facts[other] = facts.pop(name)  # type: ignore[attr-defined]
 
     def unpack_mxfp4(self) -> None:
         """Give stacks that are stored as blocks [E, R, C / 32, 16] and scales [E, R, C / 32] the
@@ -305,6 +322,7 @@ def _header_of(
         torch.bfloat16: "BF16",
         torch.float16: "F16",
         torch.float8_e4m3fn: FP8,
+        torch.int64: "I64",
     }
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
