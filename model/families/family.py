@@ -360,6 +360,7 @@ FAMILIES: Mapping[str, Family] = {
                 r"^model\.hc_head\.hc_": "hc_head_",
                 r"^model\.": "",
                 r"\.attn\.norm\.": ".attn.kv_norm.",
+                r"\.scale$": ".weight_scale_inv",  # of stored 8- and 4-bit floats
             },
             known=COMPRESSED
             | STREAMS

@@ -41,6 +41,10 @@ class Reading:
     """Layers after the model's own that predict further tokens: left out."""
     is_mxfp4: bool = False
     """Whether stacks of experts are stored as blocks of 4-bit numbers with a scale each."""
+    has_fp4: bool = False
+    """Whether matrices of experts are stored as pairs of 4-bit floats, with a scale for each 32
+    columns.
+    """
     fp8_block: tuple[int, int] | None = None
     """Rows and columns that share a scale, where weights are stored as fp8."""
     fp8_scales: str = BLOCK_SCALES
@@ -126,6 +130,7 @@ def read(config: Mapping[str, Any]) -> Reading:
         tuple(notes),
         num_further_layers=further,
         is_mxfp4=is_mxfp4,
+        has_fp4=block is not None and _expert_dtype(config) == "fp4",
         fp8_block=block,
         fp8_scales=scales,
         is_interleaved=family.attention == "mla" and config.get("rope_interleave") is not False,
@@ -171,6 +176,10 @@ def _quantised(
         return None, False, BLOCK_SCALES
     method = stored.get("quant_method") if isinstance(stored, Mapping) else stored
     block = stored.get("weight_block_size") if isinstance(stored, Mapping) else None
+    if _expert_dtype(config) not in (None, "fp8", "fp4"):
+        problems.append(
+            f"expert_dtype={_expert_dtype(config)!r} is not read here, only 'fp8' and 'fp4'"
+        )
     if method == "fp8" and isinstance(block, list) and len(block) == 2:
         return (int(block[0]), int(block[1])), False, BLOCK_SCALES
     if method == "mxfp4" and family.is_transposed:
@@ -183,6 +192,13 @@ def _quantised(
         "dequantised weights"
     )
     return None, False, BLOCK_SCALES
+
+
+def _expert_dtype(config: Mapping[str, Any]) -> Any:
+    """What experts are stored as beside other weights of fp8 (DeepSeek-V4); None: as those."""
+    stored = config.get("quantization_config")
+    inside = stored.get("expert_dtype") if isinstance(stored, Mapping) else None
+    return inside or config.get("expert_dtype")
 
 
 def _is_fp8_by_row(stored: Mapping[str, Any]) -> bool:

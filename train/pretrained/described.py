@@ -10,7 +10,7 @@ from typing import Any
 
 from model.families.names import TABLE_THERE, Parts, differences, parts_of, respelled
 from model.families.reading import FamilyError, Reading, read
-from train.pretrained.shards import FP8, MXFP4, PretrainedError, ShardedReader, read_json
+from train.pretrained.shards import FP4, FP8, MXFP4, POWERS, PretrainedError, ShardedReader, read_json
 
 PRETRAINED = "pretrained"
 """Folder of a run that keeps the small files of the weights it began with."""
@@ -71,6 +71,8 @@ def describe(folder: Path) -> Described:
     if reading.is_mxfp4:
         shards.unpack_mxfp4()
     shards.respell(lambda name: respelled(name, reading.family))
+    if reading.has_fp4:
+        shards.unpack_fp4()
     if found := differences(shards.shapes, reading, parts):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise PretrainedError(f"{folder}: {found[0]}{more}")
@@ -80,6 +82,7 @@ def describe(folder: Path) -> Described:
         if name.endswith(TABLE_THERE) and dtype not in TABLES_AS:
             raise PretrainedError(f"{folder}: {name} is a table of {dtype}, not of whole numbers")
     dtypes = {d for name, d in shards.dtypes.items() if not name.endswith(TABLE_THERE)}
+    quantised |= {POWERS, FP4} if reading.fp8_block is not None else set()
     if others := sorted(dtypes - READ_AS - quantised - {MXFP4}):
         raise PretrainedError(
             f"{folder} holds tensors of dtype {others[0]}; only {', '.join(sorted(READ_AS))} are "
