@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 from tests.distributed.test_parity import compared
 
-STREAMS = {"num_residual_streams": 2, "sinkhorn_steps": 3}
+# Of two streams the first biases are 0, to which no error would be small.
+STREAMS = {"num_residual_streams": 3, "sinkhorn_steps": 3}
 SIGN = {"bias_update": "sign", "bias_update_rate": 0.01, "entropy_coeff": 0.0}
 
 
