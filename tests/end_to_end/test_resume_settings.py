@@ -313,6 +313,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
             "embedding_multiplier": 12.0,
             "residual_multiplier": 0.22,
             "logits_divisor": 6.0,
+            "num_residual_streams": 2,
             "norm_eps": 0.1,
             "tie_embeddings": "false",
             "init_std": 1.0,
@@ -340,6 +341,10 @@ CASES: dict[str, Acts | Reaches | Refused] = {
             ),
         }.items()
         for name in names
+    },
+    **{
+        f"model.{name}": refused(f"model.{name}={value}", "model.num_residual_streams is 1")
+        for name, value in {"sinkhorn_steps": 5, "sinkhorn_eps": 1e-5}.items()
     },
     "model.top_k": refused("model.top_k=3", "change router.top_k or router.budget instead"),
     "model.recompute": reaches("model.recompute=block"),
@@ -428,6 +433,9 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         control=("router.num_groups=2", "router.top_groups=1", "router.top_k=3"),
     ),
     "router.bias": refused("router.bias=true", "the routers' weights have no bias"),
+    "router.hash_layers": refused(
+        "router.hash_layers=1", "the checkpoint holds the tables of 0 layers"
+    ),
     "router.capacity_factor": acts("router.capacity_factor=1.0", "moe/spilled moe/dropped " + LOSS),
     "router.min_experts": acts("router.min_experts=1", ROUTED, "threshold"),
     "router.max_experts": acts("router.max_experts=2", ROUTED, "threshold"),
