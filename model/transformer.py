@@ -15,7 +15,6 @@ from model.attention.base import (
     AttentionSums,
     Paging,
     SequenceLayout,
-    document_mask,
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
@@ -341,7 +340,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
         )
-        exchange, mask, gathering, own_positions = None, None, None, positions
+        exchange, masked, gathering, own_positions = None, None, None, positions
         if whole_positions is not None:
             exchange, positions = self.exchange, whole_positions
         if exchange is not None and exchange.size == 1:
@@ -355,13 +354,13 @@ class Transformer(nn.Module):
             and not has_varlen_kernel(positions.device, dtype)
             and cu_seqlens.numel() - 1 > positions.shape[0]
         ):
-            mask = document_mask(positions)
+            masked = positions
         return SequenceLayout(
             cos=cos,
             sin=sin,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
-            mask=mask,
+            masked_positions=masked,
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             token_mask=None if token_mask is None else token_mask.reshape(-1),
             measure=measure,
