@@ -42,6 +42,7 @@ from train.engine.partition import partition_of
 from train.files.sizes import MIB
 from train.files.strict_json import dumps
 from train.pipeline.flow import Pipeline
+from train.pretrained.start import Weights, fill_optimizer
 from train.rank.runtime import process_group
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -178,16 +179,29 @@ def begun(run: RunConfig) -> ParallelGroups:
     )
 
 
-def build(run: RunConfig, groups: ParallelGroups, at_once: bool, base: int) -> Found:
-    """An engine, and bytes above `base`. at_once: as training does (train/engine/partition.py)."""
+def build(
+    run: RunConfig,
+    groups: ParallelGroups,
+    at_once: bool,
+    base: int,
+    weights: Weights | None = None,
+) -> Found:
+    """An engine, and bytes above `base`. at_once: as training does (train/engine/partition.py).
+    weights: what the run begins with; None: what was drawn.
+    """
     found = {}
     begin_peak()
     settle = partition_of(run, groups) if at_once else None
     model = build_model(run, groups, training_dtype(run), settle)
     found["model"] = resident("VmRSS") - base
     found["model_peak"] = resident("VmHWM") - base
+    if weights is not None:
+        begin_peak()
+        weights.fill_model(model)
+        found["read_peak"] = resident("VmHWM") - base
     begin_peak()
     engine = Engine(model, groups, run.train, run.optim, run.deepspeed)
+    fill_optimizer(weights, engine, run)
     found["engine"] = resident("VmRSS") - base
     found["engine_peak"] = resident("VmHWM") - base
     return engine, found
