@@ -144,11 +144,7 @@ def _components(run: RunConfig) -> list[str]:
             "experts.backend=grouped_mm has no products of 8-bit floats, which "
             f"experts.precision={low} asks for; set experts.backend=auto"
         )
-    if (
-        low != "native"
-        and run.train.precision == "fp32"
-        and (run.experts.backend == "triton")
-    ):
+    if low != "native" and run.train.precision == "fp32" and (run.experts.backend == "triton"):
         problems.append(
             f"experts.precision={low} by experts.backend=triton goes with train.precision=bf16, not "
             "fp32; set experts.backend=auto, or train.precision=bf16"
