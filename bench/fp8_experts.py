@@ -2,11 +2,11 @@
 experts.precision fp8 and fp8_all and in bf16, against fp32, by shape, by rows of an expert and by
 what stands out among them.
 
-`python -m bench.fp8_experts [--largest 4096] [--train FOLDER] [--json FILE]`. Random numbers, two experts, two to a
-token, in torch's back-end, which rounds as the kernels do: nothing is timed. Every error is the
-norm of the difference over the norm. `--largest` leaves out wider shapes. What stands out: one in
-128 columns of the tokens, one in 128 tokens, or the gradient of one in 128 tokens, so many times
-larger than the others.
+`python -m bench.fp8_experts [--largest 4096] [--train FOLDER] [--json FILE]`. Random numbers, two
+experts, two to a token, in torch's back-end, which rounds as the kernels do: nothing is timed.
+Every error is the norm of the difference over the norm. `--largest` leaves out wider shapes. What
+stands out: one in 128 columns of the tokens, one in 128 tokens, or the gradient of one in 128
+tokens, so many times larger than the others.
 
 A row that stands out fills the norm of a gradient as well, so what it does to the rows beside it is
 told apart: the error of their own part of grad^T rows, 512 rows of an expert of which the gradient

@@ -1,12 +1,12 @@
-"""Where the time of a training step goes, by part, in blocks as graphs beside eager ones and in Muon
+"""Where the time of a training step goes, by part: blocks as graphs beside eager ones, and Muon
 beside AdamW.
 
 `python -m bench.step_parts [--size quickstart] [--kinds adamw compiled muon] [--steps 10] [--rounds
-3] [--settings KEY=VALUE ...] [--json FILE]` trains the quickstart with each of the kinds in turn, --rounds times over, each in
-a process of its own: steps that warm up, then --steps that are traced by phase (profile.steps),
-then untraced ones, whose time is that of the whole step. Everything else is the
-quickstart's. Given are medians over rounds, in milliseconds of the clock, and each as a multiple of
-what the first kind takes. Tracing costs time, so that parts add up to more than the whole; a busy
+3] [--settings KEY=VALUE ...] [--json FILE]` trains the quickstart with each of the kinds in turn,
+--rounds times over, each in a process of its own: steps that warm up, then --steps that are traced
+by phase (profile.steps), then untraced ones, whose time is that of the whole step. Everything else
+is the quickstart's. Given are medians over rounds, in milliseconds of the clock, and each as a
+multiple of what the first kind takes. Tracing costs time, so that parts add up to more than the whole; a busy
 machine has nothing to say about either.
 """
 

@@ -78,8 +78,8 @@ def rows_of(tokens: torch.Tensor, starts: torch.Tensor) -> TokenBatch:
 def train_bytes(
     config: ModelConfig, rate: float, seed: int, steps: int, precision: Precision = "native"
 ) -> dict[str, Any]:
-    """Held-out loss in nats a byte, the last ten training losses, and processor seconds. A run whose
-    loss is no number any more ends there, with None.
+    """Held-out loss in nats a byte, the last ten training losses, and processor seconds. A run
+    whose loss is no number any more ends there, with None.
 
     seed: of first weights, and of the order of the text, which is the same for any model. The rate
     warms up over a tenth of the steps and falls to a tenth by a cosine.

@@ -1,5 +1,5 @@
-"""Gradients of weights from rows that are rounded to 8 bits: a kernel that rounds and turns tiles of
-rows, and the product of such tiles. Definition: rounded_tiles in fp8.py.
+"""Gradients of weights from rows that are rounded to 8 bits: a kernel that rounds tiles of rows and
+transposes them, and the product of such tiles. Definition: rounded_tiles in fp8.py.
 
 A tile is STEP rows of one expert; the last one of an expert is filled up with zeros. Expert e's
 first tile has the number offsets[e] // STEP + e, its others follow: no two experts meet, since one
