@@ -6,8 +6,8 @@ beside AdamW.
 --rounds times over, each in a process of its own: steps that warm up, then --steps that are traced
 by phase (profile.steps), then untraced ones, whose time is that of the whole step. Everything else
 is the quickstart's. Given are medians over rounds, in milliseconds of the clock, and each as a
-multiple of what the first kind takes. Tracing costs time, so that parts add up to more than the whole; a busy
-machine has nothing to say about either.
+multiple of what the first kind takes. Tracing costs time, so that parts add up to more than the
+whole; a busy machine has nothing to say about either.
 """
 
 from __future__ import annotations

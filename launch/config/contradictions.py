@@ -146,8 +146,8 @@ def _components(run: RunConfig) -> list[str]:
         )
     if low != "native" and run.train.precision == "fp32" and (run.experts.backend == "triton"):
         problems.append(
-            f"experts.precision={low} by experts.backend=triton goes with train.precision=bf16, not "
-            "fp32; set experts.backend=auto, or train.precision=bf16"
+            f"experts.precision={low} by experts.backend=triton goes with train.precision=bf16, "
+            "not fp32; set experts.backend=auto, or train.precision=bf16"
         )
     if run.experts.backend == "triton" and not run.model.plain_experts:
         problems.append(
