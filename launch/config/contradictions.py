@@ -251,6 +251,13 @@ def _frozen(run: RunConfig) -> list[str]:
         if missing.get(part)
     ]
 
+    problems += [
+        f"optim.groups[{i}].layers is {list(group.layers)}, but the model has the layers 0 to "
+        f"{model.num_layers - 1}"
+        for i, group in enumerate(run.optim.groups)
+        if group.layers is not None and group.layers[-1] >= model.num_layers
+    ]
+
     routers = [f"blocks.{layer}.mlp.router.weight" for layer in model.moe_layers]
     by_adapters = bool(run.lora.rank) and "router" not in run.lora.also_train and bool(routers)
     by_freeze = any(matches(name, part) for name in routers for part in run.optim.freeze)
