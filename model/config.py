@@ -452,6 +452,7 @@ class ExpertsConfig:
     """Of the experts' products (docs/concepts/fp8.md). native: train.precision. fp8: forward, and
     back to the tokens, of values rounded to 8-bit floats with a scale for each row; 8-bit tensor
     cores compute it from compute capability 8.9 on, other devices the same in wider products.
+    fp8_all: gradients of the experts' weights as well, with a scale for each column of 128 rows.
     """
 
     def problems(self) -> list[str]:

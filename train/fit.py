@@ -388,9 +388,10 @@ def _rounding(config: RunConfig, backend: str) -> str:
     """How the experts round, where they do."""
     if not config.model.num_experts or config.experts.precision == "native":
         return ""
+    rounded = f" in {config.experts.precision}"
     if backend == "triton":
-        return " in fp8"
-    return f" in fp8, computed in {config.train.precision}"
+        return rounded
+    return f"{rounded}, computed in {config.train.precision}"
 
 
 def nodes_line(groups: ParallelGroups, num_devices: int, num_nodes: int) -> list[str]:

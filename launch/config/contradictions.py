@@ -138,19 +138,16 @@ def _components(run: RunConfig) -> list[str]:
             f"than the {tokens:.3g} tokens an expert gets of a micro-batch, "
             "so most would get none; lower it, or raise train.micro_batch_size"
         )
-    if run.experts.precision == "fp8" and run.experts.backend == "grouped_mm":
+    low = run.experts.precision
+    if low != "native" and run.experts.backend == "grouped_mm":
         problems.append(
             "experts.backend=grouped_mm has no products of 8-bit floats, which "
-            "experts.precision=fp8 asks for; set experts.backend=auto"
+            f"experts.precision={low} asks for; set experts.backend=auto"
         )
-    if (
-        run.experts.precision == "fp8"
-        and run.train.precision == "fp32"
-        and (run.experts.backend == "triton")
-    ):
+    if low != "native" and run.train.precision == "fp32" and (run.experts.backend == "triton"):
         problems.append(
-            "experts.precision=fp8 by experts.backend=triton goes with train.precision=bf16, not "
-            "fp32; set experts.backend=auto, or train.precision=bf16"
+            f"experts.precision={low} by experts.backend=triton goes with train.precision=bf16, "
+            "not fp32; set experts.backend=auto, or train.precision=bf16"
         )
     if run.experts.backend == "triton" and not run.model.plain_experts:
         problems.append(
@@ -252,6 +249,13 @@ def _frozen(run: RunConfig) -> list[str]:
         f"{setting}: {part} means no parameter of this model, for {missing[part]}; drop it"
         for setting, part in named
         if missing.get(part)
+    ]
+
+    problems += [
+        f"optim.groups[{i}].layers is {list(group.layers)}, but the model has the layers 0 to "
+        f"{model.num_layers - 1}"
+        for i, group in enumerate(run.optim.groups)
+        if group.layers is not None and group.layers[-1] >= model.num_layers
     ]
 
     routers = [f"blocks.{layer}.mlp.router.weight" for layer in model.moe_layers]

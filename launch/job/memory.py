@@ -200,7 +200,7 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
             run.experts_per_token,
             **shared,
             recompute_experts=run.experts.recompute,
-            fp8_experts=run.experts.precision == "fp8",
+            expert_precision=run.experts.precision,
             master_dtype=run.train.master_dtype,
             averaged=run.optim.ema_decay is not None,
             # Stages and parameters that are not trained do not go together.

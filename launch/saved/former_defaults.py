@@ -164,6 +164,7 @@ HELD: dict[str, dict[str, Any]] = {
         "lr_factor": 1.0,
         "weight_decay": None,
         "optimizer": None,
+        "layers": None,
     },
     "ParallelConfig": {
         "expert_parallel_size": 1,

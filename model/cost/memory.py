@@ -80,7 +80,7 @@ def device_memory(
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
     recompute_experts: bool = False,
-    fp8_experts: bool = False,
+    expert_precision: str = "native",
     grad_accum_dtype: str = "fp32",
     master_dtype: str = "fp32",
     trained: Trained | None = None,
@@ -167,7 +167,9 @@ def device_memory(
             tensor_parallel_size,
         )
         + _adapted_bytes(config, trained, width, expert_parallel_size)
-        + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
+        + _rounded_bytes(
+            config, width, expert_parallel_size, expert_precision, tokens * experts_per_token
+        ),
         logits=_logit_bytes(config, tokens, precision, tensor_parallel_size) if is_last else 0,
         gathered=width * min(max_live, dense - others + experts) if zero_stage == 3 else 0,
         bucket=summed_width * min(bucket_size, moving - others + moving_experts)
@@ -188,12 +190,24 @@ def _adapted_bytes(
     return 2 * width * one * -(-config.num_experts // expert_parallel_size)
 
 
-def _rounded_bytes(config: ModelConfig, width: int, expert_parallel_size: int) -> int:
-    """Of one layer's gate_up at its most in backward: a copy with its columns as rows, that copy
-    scaled, and its 8-bit floats.
+def _rounded_bytes(
+    config: ModelConfig, width: int, expert_parallel_size: int, precision: str, num_rows: float
+) -> int:
+    """Of one layer's experts at their most in backward. Of gate_up a copy with its columns as rows,
+    that copy scaled, and its 8-bit floats; or with fp8_all, at another time, 8-bit floats of all
+    rows on both sides of gate_up's gradient, filled up to a tile of 128 for every expert.
     """
+    if precision == "native":
+        return 0
+    local = -(-config.num_experts // expert_parallel_size)
     values = 2 * config.hidden_size * config.expert_intermediate_size
-    return (2 * width + 1) * values * -(-config.num_experts // expert_parallel_size)
+    matrices = (2 * width + 1) * values * local
+    if precision == "fp8":
+        return matrices
+    row_values = config.hidden_size + 2 * config.expert_intermediate_size
+    # A tile of a column has an fp32 scale besides.
+    tiles = int(num_rows) // 128 + local
+    return max(matrices, tiles * (128 + 4) * row_values)
 
 
 def _logit_bytes(config: ModelConfig, tokens: int, precision: str, cut: int) -> int:

@@ -654,7 +654,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "optim.freeze": refused("optim.freeze=[embedding]", "moments of what was trained alone"),
     **{
         f"optim.groups.*.{name}": reaches(f"optim.groups=[{{match: norms, {name}: {value}}}]")
-        for name, value in (("lr_factor", 0.5), ("weight_decay", 0.5))
+        for name, value in (("lr_factor", 0.5), ("weight_decay", 0.5), ("layers", "[0, 0]"))
     },
     "optim.groups.*.match": reaches("optim.groups=[{match: norms}]"),
     # training

@@ -490,10 +490,30 @@ def test_a_config_of_an_earlier_version_means_the_same(name):
     assert parse(before, 1) == parse(config, 1)
 
 
+def test_presets_move_by_what_their_models_were_trained_with():
+    """Muon: Kimi K2 (arXiv 2507.20534) with the clip, Moonlight (2502.16982), GLM-4.5 (2508.06471).
+    DeepSeek-V3 (2412.19437) let the bias of its routers stand still for the last 500B tokens.
+    """
+    found = {}
+    for experiment in PUBLISHED:
+        optim = parse(composed(f"experiment={experiment}"), 1).optim
+        found[experiment] = (optim.optimizer, optim.qk_clip)
+    muon = {"kimi_k2": ("muon", 100)}
+    muon |= dict.fromkeys(("moonlight_16b_a3b", "glm_4_5_air"), ("muon", None))
+    assert found == {name: muon.get(name, ("adamw", None)) for name in PUBLISHED}
+
+    run = parse(composed("experiment=deepseek_v3"), 1)
+    still = run.balance.at(run.train.num_steps - 1, run.train.num_steps).bias_update_rate
+    assert (run.balance.bias_update_rate, still) == (0.001, 0)
+    start = run.balance.bias_rate_schedule.start_step(run.train.num_steps)
+    tokens = run.train.global_batch_size * run.train.seq_len
+    assert (run.train.num_steps - start) * tokens == pytest.approx(500e9, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "experiments"), with_presets(ATTENTIONS))
 def test_any_attention_goes_into_any_preset(attention, experiments):
-    """Latent and compressed attention with what their refusals ask for."""
+    """Latent and compressed attention, and Kimi K2's clip, with what their refusals ask for."""
     plain = ["rotary_dim=null", "qk_norm=none", "attention_bias=none", "attention_multiplier=null"]
     mended: list[str] = []
     if attention.startswith("mla"):
@@ -505,6 +525,7 @@ def test_any_attention_goes_into_any_preset(attention, experiments):
         more.append("++attention.output_groups=1")
     for experiment in experiments:
         overrides = (f"experiment={experiment}", "parallel=single", f"attention={attention}")
+        overrides += ("optim.qk_clip=null",) if experiment == "kimi_k2" else ()
         run = parse(composed(*overrides, *more), 1)
         assert (
             flops_per_token(

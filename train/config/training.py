@@ -201,11 +201,22 @@ class GroupConfig:
     """None: as optim.optimizer says. muon: every matrix among them moves by Muon, and vectors by
     AdamW.
     """
+    layers: tuple[int, ...] | None = None
+    """[first, last]: of those parameters the ones of these layers alone, from 0 on. None: of all
+    layers, and of none, as the embedding.
+    """
 
     def problems(self, about: str) -> list[str]:
         found = []
         if not self.match:
             found.append(f"{about}.match is empty; name a kind or a pattern of parameters")
+        if self.layers is not None and (
+            len(self.layers) != 2 or not 0 <= self.layers[0] <= self.layers[1]
+        ):
+            found.append(
+                f"{about}.layers is {list(self.layers)}; give [first, last], counted from 0, as in "
+                "[0, 3]"
+            )
         if not self.lr_factor > 0:
             found.append(
                 f"{about}.lr_factor is {self.lr_factor}; it must be positive. To leave parameters "

@@ -103,7 +103,9 @@ def _together(stages: list[PlannedMuon]) -> PlannedMuon:
 def _is_moved(run: RunConfig, kind: str) -> bool:
     if kind in run.optim.freeze:
         return False
-    rule = next((group for group in run.optim.groups if group.match in (kind, "*")), None)
+    # Rules about names or some layers are too fine for a plan.
+    whole = [group for group in run.optim.groups if group.layers is None]
+    rule = next((group for group in whole if group.match in (kind, "*")), None)
     return ((rule and rule.optimizer) or run.optim.optimizer) == "muon"
 
 
