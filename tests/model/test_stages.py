@@ -59,7 +59,8 @@ def model_of(layers: range | None, attention: str, **changes) -> Transformer:
     parts = ModelParts(
         TopKConfig(top_k=2), ATTENTIONS[attention], LocalDispatcherConfig(), BalanceConfig()
     )
-    return Transformer(config, parts, ParallelGroups.single(), 3, layers)
+    runs = None if layers is None else (layers,)
+    return Transformer(config, parts, ParallelGroups.single(), 3, runs)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -121,7 +122,7 @@ def test_stages_one_after_the_other_are_the_whole_model_to_the_last_bit(attentio
 
 def test_rows_of_a_stage_stand_at_their_layers():
     rows = LayerRows.of((1, 3, 5), [3, 5])
-    assert rows.own == range(1, 3) and rows.placed(torch.ones(2, 2)).tolist() == [
+    assert rows.own == (1, 2) and rows.placed(torch.ones(2, 2)).tolist() == [
         [0.0, 0.0],
         [1.0, 1.0],
         [1.0, 1.0],
