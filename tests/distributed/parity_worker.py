@@ -310,6 +310,10 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
         with_lent(pipeline, carried)
         return carried
 
+    def of_first_laps(flight: flow._Flight, one: Pass) -> torch.Tensor | None:
+        found = carried_to(flight, one)
+        return 0.0 * found if one.lap > 0 and found is not None else found
+
     def cut_off(exchange: TensorExchange, same: torch.Tensor) -> torch.Tensor:
         return same.chunk(exchange.size)[exchange.rank]
 
@@ -325,7 +329,7 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
     def of_one_rank(exchange: TensorExchange, shares: torch.Tensor) -> torch.Tensor:
         return exchange.size * shares.chunk(exchange.size)[exchange.rank]
 
-    with_lent = Pipeline._with_lent_gradient
+    with_lent, carried_to = Pipeline._with_lent_gradient, flow._Flight.carried
     if name == "bias on every rank":
         for module in engine.module.modules():
             if isinstance(module, RowLinear):
@@ -336,6 +340,7 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
         return nullcontext()
     return {
         "gradients carried twice": patch.object(flow, "given", twice),
+        "gradients of first laps alone": patch.object(flow._Flight, "carried", of_first_laps),
         "gradient of the loan dropped": patch.object(Pipeline, "_with_lent_gradient", kept),
         "gradients of other tokens": patch.object(_Placed, "backward", of_other_tokens),
         "gradients of own queries alone": patch.object(TensorExchange, "summed", of_one_rank),
