@@ -121,9 +121,7 @@ def _heading(estimate: Estimate) -> str:
         of = f"{parallel.context_heads_size} by heads x {parallel.context_gather_size} that gather"
         gather = f" ({of})"
     if parallel.pipeline_parallel_size > 1:
-        numbers = " ".join(
-            "+".join(str(len(part)) for part in runs) for runs in run.stage_runs
-        )
+        numbers = " ".join("+".join(str(len(part)) for part in runs) for runs in run.stage_runs)
         stages = f"{parallel.pipeline_parallel_size} stages of {numbers} layers x "
     return (
         f"{estimate.step_seconds:.3g} s a step, {estimate.tokens_per_second:,.0f} tokens/s: "
