@@ -348,12 +348,15 @@ def _told_stages(run: Any, num_ranks: int) -> dict[str, Any]:
         f"stages (parallel.pipeline_split=[{cut}], {how}; the memory above is of the fullest, "
         f"{bubble:.1%} of a step is spent filling and draining)"
     )
-    for number, stage in enumerate(stages):
-        own = " + ".join(f"{part.start} to {part.stop - 1}" for part in run.stage_runs[number])
+    owned = [
+        " + ".join(f"{part.start} to {part.stop - 1}" for part in runs) for runs in run.stage_runs
+    ]
+    width = max(12, *map(len, owned))
+    for number, (own, stage) in enumerate(zip(owned, stages, strict=True)):
         micro = f"{stage.in_flight} micro-batch" + ("es" if stage.in_flight > 1 else "")
-        micro += " of one run" * (laps > 1)
+        micro += " of one run of layers" * (laps > 1)
         print(
-            f"  {number:>3}  layers {own:12s} {stage.flops / flops:>6.1%} of the "
+            f"  {number:>3}  layers {own:{width}s} {stage.flops / flops:>6.1%} of the "
             f"FLOPs  {stage.memory.total / GIB:>9.3f} GiB  {micro} in flight"
         )
     found = [
