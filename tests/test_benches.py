@@ -25,6 +25,7 @@ SMALLEST = {
     "long_row": {"length": 4096, "ranks": 2, "gather": 2, "steps": 2},
     "reliability": {"steps": 12, "save-interval": 4},
     "plan_memory": {"size": "small", "cases": "ep2, ZeRO 3;pp2, ZeRO 1"},
+    "layout_tables": {"only": "Qwen3-30B-A3B, rows of 4,096", "page": "page.md"},
     "zero3_building": {"size": "small", "ranks": "2"},
 }
 

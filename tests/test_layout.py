@@ -97,7 +97,6 @@ CROSSINGS: dict[tuple[str, str], str] = {}
 SIZES: dict[str, str] = {
     "launch": "a command is a file or a room, and there are many of them",
     "launch/saved": "each kind of saved thing that a run can name has its file",
-    "train/config": "each section of the config has its file",
 }
 """Folder -> why it has fewer than 2 or more than 10 files."""
 CODE_IN_INIT = {

@@ -23,6 +23,7 @@ from launch.layouts.estimate import estimated
 from launch.layouts.page import command_line
 from launch.layouts.search import layouts, search, under
 from model.cost.parameters import flops_per_token
+from tests.pairwise import some_daily
 from train.config.run import RunConfig
 
 pytestmark = [pytest.mark.slow]  # seconds of a core
@@ -60,7 +61,7 @@ def test_the_command_of_a_layout_plans_to_what_the_search_says(large):
         assert planned_exchange(run, 64) == planned_exchange(estimate.run, 64)
 
 
-@pytest.mark.parametrize("world_size", [1, 4, 8])
+@pytest.mark.parametrize("world_size", some_daily([4, 8, 1], 3))
 def test_the_layouts_are_those_that_contradict_nothing_and_the_first_is_the_fastest(world_size):
     run = run_of(*SMALL)
     sizes = [2**i for i in range(5)]

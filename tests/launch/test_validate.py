@@ -67,6 +67,7 @@ PUBLISHED = {
     "mixtral_8x7b": (46.7, 12.9),
     "qwen3_30b_a3b": (30.5, 3.35),
     "qwen3_30b_a3b_128k": (30.5, 3.35),
+    "qwen3_30b_a3b_1m": (30.5, 3.35),
     "deepseek_v2_lite": (15.7, "2.4 without look-up"),
     "deepseek_v2": (236, "21 without look-up"),
     "deepseek_v3": (671, "36.7 without look-up"),
@@ -84,7 +85,7 @@ PUBLISHED = {
 }
 
 
-CONTINUED = ("qwen3_30b_a3b_128k",)
+CONTINUED = ("qwen3_30b_a3b_128k", "qwen3_30b_a3b_1m")
 """Presets that go on from a model on longer rows, and train less."""
 
 
