@@ -15,6 +15,7 @@ from train.pipeline.schedule import (
     Pair,
     Pass,
     actions,
+    forward_actions,
     in_flight,
     waiting,
 )
@@ -47,7 +48,13 @@ def passes_of(action: Pass | Pair) -> list[Pass]:
     return [action] if isinstance(action, Pass) else [action.forward, action.backward]
 
 
-def play(num_stages: int, num_micro: int, laps: int = 1, in_pairs: bool = False) -> Played:
+def play(
+    num_stages: int,
+    num_micro: int,
+    laps: int = 1,
+    in_pairs: bool = False,
+    forward_alone: bool = False,
+) -> Played:
     """The passes of all places where each does what comes next once it can: an exchange is over
     when all whom it names have come to theirs, and theirs name the same passes.
 
@@ -55,7 +62,12 @@ def play(num_stages: int, num_micro: int, laps: int = 1, in_pairs: bool = False)
     was not made.
     """
     plans = [
-        list(actions(place, num_stages, num_micro, laps, in_pairs)) for place in range(num_stages)
+        list(
+            forward_actions(place, num_stages, num_micro, laps)
+            if forward_alone
+            else actions(place, num_stages, num_micro, laps, in_pairs)
+        )
+        for place in range(num_stages)
     ]
     at, clocks = [0] * num_stages, [0] * num_stages
     done = [list[Pass]() for _ in plans]
@@ -145,6 +157,18 @@ def test_laps_shorten_the_waiting_as_the_formula_says(num_stages, num_micro, lap
         assert waits == num_stages - 1
         share = (num_stages - 1) / (num_micro * laps + num_stages - 1)
         assert (took - work) / took == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_micro", "laps"), [*((n, m, 1) for n, m in SIZES[::3]), *LAPS]
+)
+def test_held_out_batches_go_forward_alone(num_stages, num_micro, laps):
+    played = play(num_stages, num_micro, laps, forward_alone=True)
+    for passes in played.passes:
+        assert {one.kind for one in passes} == {"forward"}
+        for lap in range(laps):
+            assert [p.number for p in passes if p.lap == lap] == list(range(num_micro))
+    assert max(played.ends) == FORWARD * (num_micro * laps + waiting(num_stages, num_micro, laps))
 
 
 @pytest.mark.parametrize(("num_stages", "num_micro"), [(2, 4), (4, 8), (8, 32)])

@@ -14,7 +14,7 @@ backward pass, which takes it in as it takes the hidden states' gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from model.request import ForwardRequest, TokenBatch
 from model.transformer import Transformer
 from train.engine.deepspeed import Engine
 from train.pipeline.link import GRADIENT, HIDDEN, Link, Message
-from train.pipeline.schedule import Exchange, Pair, Pass, actions
+from train.pipeline.schedule import Exchange, Pair, Pass, actions, forward_actions
 
 
 class Passes(Protocol):
@@ -180,23 +180,34 @@ class Pipeline:
     # --- evaluation -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, batch: TokenBatch, request: ForwardRequest) -> ModelOutput:
-        """One batch, without gradients; the embedding was lent before. Stages go on with the next
-        batch while later ones are at this one, as far as they need not wait for its next lap.
+    def forward(
+        self, batches: Sequence[TokenBatch], requests: Sequence[ForwardRequest]
+    ) -> list[ModelOutput]:
+        """Of batches of one shape, which take their laps together, without gradients; the embedding
+        was lent before. Stages go on with the next ones while later stages are at these.
         """
-        model: Transformer = self.engine.module
-        shape = (*batch.input_ids.shape, model.config.hidden_size)
-        outputs = []
-        for lap, part in enumerate(model.laps):
-            one, hidden = Pass("forward", 0, lap), None
-            if not part.is_first:
-                hidden = self._empty(shape)
-                self.link.exchange([], [self._message(one, hidden, -1)])
-            output = self.engine.forward(batch, request, hidden, lap)
+        place, size = self.groups.pipeline_rank, self.groups.pipeline_size
+        shape = (*batches[0].input_ids.shape, self.engine.module.config.hidden_size)
+        flight = _Flight()
+        laps: list[list[ModelOutput]] = [[] for _ in batches]
+        for action in forward_actions(place, size, len(batches), self._laps):
+            if isinstance(action, Exchange):
+                self._exchange(action, shape, flight)
+                continue
+            assert isinstance(action, Pass)
+            hidden, number = flight.arrived.pop(action, None), action.number
+            output = self.engine.forward(batches[number], requests[number], hidden, action.lap)
             if output.handed_on is not None:
-                self.link.exchange([self._message(one, output.handed_on, 1)], [])
-            outputs.append(output)
-        return joined(outputs)
+                flight.departs[action] = output.handed_on
+            laps[number].append(output._replace(handed_on=None))
+        return [joined(outputs) for outputs in laps]
+
+    @property
+    def at_once(self) -> int:
+        """How many batches `forward` is best given: with virtual stages one alone would
+        keep all stages but one waiting.
+        """
+        return 4 * self.groups.pipeline_size if self._laps > 1 else 1
 
 
 class _Flight:

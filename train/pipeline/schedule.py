@@ -79,8 +79,15 @@ def actions(
         in_pairs: with as many pairs as there can be.
     """
     if laps > 1 or in_pairs:
-        return _by_rounds(place, num_stages, num_micro_batches, laps, in_pairs)
+        return _by_rounds(place, num_stages, num_micro_batches, laps, in_pairs, True)
     return _one_each_way(place, num_stages, num_micro_batches)
+
+
+def forward_actions(
+    place: int, num_stages: int, num_micro_batches: int, laps: int = 1
+) -> Iterator[Action]:
+    """As `actions`, of forward passes alone."""
+    return _by_rounds(place, num_stages, num_micro_batches, laps, False, False)
 
 
 def in_flight(
@@ -180,10 +187,15 @@ def _ahead(place: int, num_stages: int, more: int) -> int:
 
 
 def _by_rounds(
-    place: int, num_stages: int, num_micro_batches: int, laps: int, in_pairs: bool
+    place: int,
+    num_stages: int,
+    num_micro_batches: int,
+    laps: int,
+    in_pairs: bool,
+    comes_back: bool,
 ) -> Iterator[Action]:
     """Rounds that all stages are in together: each with at most a forward and a backward pass, and
-    behind them one exchange of what they came to.
+    behind them one exchange of what they came to. comes_back: whether there are backward passes.
     """
     assert laps == 1 or num_stages > 1, "a stage alone has no others to go round"
     groups = _groups(num_stages, num_micro_batches)
@@ -198,6 +210,7 @@ def _by_rounds(
                 is_there = number < num_micro_batches
                 forward.append(Pass("forward", number, lap) if is_there else None)
                 back = laps - 1 - lap
+                is_there = is_there and comes_back
                 backward.append(Pass("backward", number, back) if is_there else None)
         first += size
     more = (laps - 1) * groups[0] + in_pairs
