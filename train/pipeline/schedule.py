@@ -209,9 +209,8 @@ def _by_rounds(
             for number in numbers:
                 is_there = number < num_micro_batches
                 forward.append(Pass("forward", number, lap) if is_there else None)
-                back = laps - 1 - lap
                 is_there = is_there and comes_back
-                backward.append(Pass("backward", number, back) if is_there else None)
+                backward.append(Pass("backward", number, laps - 1 - lap) if is_there else None)
         first += size
     more = (laps - 1) * groups[0] + in_pairs
 
