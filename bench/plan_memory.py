@@ -42,6 +42,7 @@ from train.engine.partition import partition_of
 from train.files.sizes import MIB
 from train.files.strict_json import dumps
 from train.pipeline.flow import Pipeline
+from train.pipeline.schedule import Pass
 from train.pretrained.start import Weights, fill_optimizer
 from train.rank.runtime import process_group
 
@@ -152,17 +153,17 @@ class Passes:
                 length = shape[1] // groups.parts_size
                 batch = part_of(batch, groups.parts_rank * length, length)
             self.inputs.append(batch)
-        self.outputs: dict[int, Any] = {}
+        self.outputs: dict[tuple[int, int], Any] = {}
 
-    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def forward(self, one: Pass, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """As train.pipeline.flow.Passes."""
-        output = self.engine.forward(self.inputs[number], hidden=hidden)
-        self.outputs[number] = output
+        output = self.engine.forward(self.inputs[one.number], hidden=hidden, lap=one.lap)
+        self.outputs[one.unit] = output
         return output.handed_on
 
-    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+    def backward(self, one: Pass, carried: torch.Tensor | None, is_last: bool) -> None:
         """As train.pipeline.flow.Passes."""
-        output = self.outputs.pop(number)
+        output = self.outputs.pop(one.unit)
         tokens = self.run.train.global_batch_size * self.run.train.seq_len
         share = training_loss(output, tokens, tokens, self.run.balance)
         self.engine.backward(share, is_last, carried)

@@ -351,7 +351,7 @@ def banner(
     )
     axes = []
     if groups.pipeline_size > 1:
-        layers = ", ".join(str(len(part)) for part in config.stage_layers)
+        layers = stage_sizes(config)
         axes.append(f"{groups.pipeline_size} stages of {layers} layers")
     if groups.parts_size > 1 or axes:
         axes.append(f"rows {groups.rows_size}")
@@ -382,6 +382,11 @@ def banner(
         + attention_line(config.attention, model, device, training_dtype(config)),
         f"run      {run_dir} (step {progress.step} of {settings.num_steps})",
     ]
+
+
+def stage_sizes(config: RunConfig) -> str:
+    """Layers of each stage, those of its virtual stages apart: 8+7, 8+7."""
+    return ", ".join("+".join(str(len(layers)) for layers in runs) for runs in config.stage_runs)
 
 
 def _rounding(config: RunConfig, backend: str) -> str:

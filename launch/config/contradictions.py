@@ -584,16 +584,24 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
             f"{name} does not divide the {world_size} ranks; start a multiple of {size} "
             "(launch.num_devices x launch.num_nodes)"
         )
+    laps, parts = run.parallel.virtual_stages, run.parallel.num_parts
     if size > run.model.num_layers:
         problems.append(
             f"{name} is more than model.num_layers {run.model.num_layers}, and every stage needs "
             "a layer; lower it"
         )
-    if split is not None and len(split) == size and sum(split) != run.model.num_layers:
+    elif parts > run.model.num_layers:
+        problems.append(
+            f"{name} x parallel.virtual_stages {laps} is more than model.num_layers "
+            f"{run.model.num_layers}, and every virtual stage needs a layer; lower either"
+        )
+    if split is not None and len(split) == parts and sum(split) != run.model.num_layers:
         problems.append(
             f"parallel.pipeline_split {list(split)} has {sum(split)} layers, model.num_layers is "
             f"{run.model.num_layers}"
         )
+    if laps > 1:
+        problems += _virtual_stages(run)
     if run.zero_stage == 3:
         problems.append(
             f"{name} with deepspeed zero stage 3: every stage would gather its weights anew for "
@@ -619,6 +627,26 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
         problems.append(
             f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "
             "to train; use parallel.pipeline_parallel_size=1"
+        )
+    return problems
+
+
+def _virtual_stages(run: RunConfig) -> list[str]:
+    """Where DeepSpeed takes it that the last backward pass of a step goes through all weights."""
+    laps, zero = run.parallel.virtual_stages, run.deepspeed.get("zero_optimization", {})
+    problems = []
+    if run.zero_stage == 1 and zero.get("overlap_comm"):
+        problems.append(
+            f"parallel.virtual_stages {laps} with deepspeed.zero_optimization.overlap_comm under "
+            "zero stage 1, which then reduces what the last pass of a step goes through and no "
+            "other virtual stage's gradients; drop overlap_comm, or use deepspeed=zero2"
+        )
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if run.zero_stage == 2 and offload != "none":
+        problems.append(
+            f"parallel.virtual_stages {laps} with deepspeed.zero_optimization.offload_optimizer "
+            "under zero stage 2, which then updates with what the last pass of a step goes through "
+            "and no other virtual stage's gradients; use deepspeed=zero1"
         )
     return problems
 

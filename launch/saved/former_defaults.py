@@ -171,6 +171,7 @@ HELD: dict[str, dict[str, Any]] = {
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "pipeline_split": None,
+        "virtual_stages": 1,
         "context_parallel_size": 1,
         "context_gather_size": 1,
         "overlap_experts": False,

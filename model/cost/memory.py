@@ -5,7 +5,7 @@ torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from model.cost.parameters import (
     is_compressed,
     is_latent,
     number_in,
+    number_of_runs,
     sparse_layers,
     windowed_layers,
 )
@@ -86,8 +87,8 @@ def device_memory(
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
     averaged: bool = False,
-    layers: range | None = None,
-    in_flight: int = 1,
+    layers: Sequence[int] | None = None,
+    in_flight: float = 1,
     max_live: int = 10**9,
     bucket_size: int = 5 * 10**8,
 ) -> DeviceMemory:
@@ -107,12 +108,12 @@ def device_memory(
     that wait to be reduced.
 
     Of one stage of a pipeline `layers` are there, world_size is that of the stage, and activations
-    are of as many micro-batches as are in flight; a last stage that is lent the embedding has it
-    and an fp32 sum of its gradient besides.
+    are of as many micro-batches as are in flight (those of one lap of v count for 1 / v); a last
+    stage that is lent the embedding has it and an fp32 sum of its gradient besides.
     trained: what of it is; None: everything.
     """
     layers = range(config.num_layers) if layers is None else layers
-    is_last = layers.stop == config.num_layers
+    is_last = config.num_layers - 1 in layers
     count = count_parameters(config, experts_per_token, attention, layers)
     trained = trained or Trained(count.dense, count.all_experts)
     width = 4 if precision == "fp32" else 2
@@ -142,7 +143,7 @@ def device_memory(
     if master_dtype == "bf16":
         per_state -= 2
     lent = 0
-    if is_last and layers.start > 0 and (config.tie_embeddings or config.num_mtp_layers):
+    if is_last and 0 not in layers and (config.tie_embeddings or config.num_mtp_layers):
         lent = config.vocab_size * config.hidden_size // tensor_parallel_size
     over_dense, over_experts = (world_size, expert_data_size) if zero_stage >= 1 else (1, 1)
     return DeviceMemory(
@@ -272,7 +273,7 @@ def cache_bytes(
 
 
 def _windowed_copies(
-    config: ModelConfig, attention: Mapping[str, Any] | None, layers: range
+    config: ModelConfig, attention: Mapping[str, Any] | None, layers: Sequence[int]
 ) -> float:
     """How often windowed attention keeps a row of all heads besides, as a mean over the layers:
     keys and values, which it repeats for every query head, of the piece before as well where a
@@ -289,7 +290,7 @@ def _attention_bytes(
     config: ModelConfig,
     width: int,
     attention: Mapping[str, Any] | None,
-    layers: range,
+    layers: Sequence[int],
     seq_len: int,
 ) -> tuple[int, int]:
     """Of a token that attention keeps in its own dtype: values between its projections and its
@@ -338,7 +339,7 @@ def _compressed_bytes(
     config: ModelConfig,
     width: int,
     attention: Mapping[str, Any],
-    layers: range,
+    layers: Sequence[int],
     seq_len: int,
 ) -> tuple[int, int]:
     """Of a token in compressed attention, as a mean over the layers: latents and keys before and
@@ -390,8 +391,8 @@ def _activation_bytes(
     arguments: Mapping[str, Any] | None,
     shares_rows: bool,
     gather: int,
-    here: range,
-    in_flight: int,
+    here: Sequence[int],
+    in_flight: float,
     seq_len: int,
     cut: int,
 ) -> int:
@@ -421,7 +422,7 @@ def _activation_bytes(
     if config.shared_expert_gate:  # its sigmoid, and what that multiplies
         shared += width * (hidden + 1)
     moe = norm + 4 * hidden + routed + shared + 4 * 4 * config.num_experts
-    is_last = here.stop == config.num_layers
+    is_last = config.num_layers - 1 in here
     num_mtp = config.num_mtp_layers if is_last else 0
     num_moe = number_in(here, config.moe_layers)
     num_moe += num_mtp * config.is_moe_layer(config.num_layers)
@@ -434,5 +435,6 @@ def _activation_bytes(
         layers = (num_layers + num_mtp) * width * hidden
         at_work = attention + max(moe if num_moe else 0, dense_mlp)
     # Before the head stands a norm; what goes on to the next stage waits for its gradient.
-    layers += norm + (gathered if not config.loss_chunk_size else 0) if is_last else width * hidden
+    layers += (number_of_runs(here) - is_last) * width * hidden
+    layers += norm + (gathered if not config.loss_chunk_size else 0) if is_last else 0
     return round(tokens * (in_flight * layers + at_work))

@@ -792,6 +792,14 @@ CASES: dict[str, Acts | Reaches | Refused] = {
         "launch.num_devices=2",
         world_size=2,
     ),
+    "parallel.virtual_stages": reaches(
+        "parallel.virtual_stages=2",
+        "parallel.pipeline_parallel_size=2",
+        "model.num_layers=4",
+        "launch=deepspeed",
+        "launch.num_devices=2",
+        world_size=2,
+    ),
     "parallel.overlap_experts": reaches(
         "parallel.overlap_experts=true",
         "parallel.expert_parallel_size=2",

@@ -336,6 +336,43 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
         ),
         ({"parallel__pipeline_split": [2, 2]}, "parallel.pipeline_split is [2, 2]; it must have"),
         (
+            {"parallel__virtual_stages": 2},
+            "parallel.virtual_stages is 2; it must be at least 1, and more than 1 takes "
+            "parallel.pipeline_parallel_size of more than 1",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 0},
+            "parallel.virtual_stages is 0",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 3},
+            "parallel.pipeline_parallel_size 2 x parallel.virtual_stages 3 is more than "
+            "model.num_layers 4",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 2}
+            | {"parallel__pipeline_split": [2, 2]},
+            "at least 1, for each of 2 virtual stages of each of the "
+            "parallel.pipeline_parallel_size 2 stages, or be null",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 2}
+            | {"deepspeed__zero_optimization": {"stage": 1, "overlap_comm": True}},
+            "parallel.virtual_stages 2 with deepspeed.zero_optimization.overlap_comm under zero "
+            "stage 1",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 2}
+            | {
+                "deepspeed__zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "cpu"},
+                }
+            },
+            "parallel.virtual_stages 2 with deepspeed.zero_optimization.offload_optimizer under "
+            "zero stage 2",
+        ),
+        (
             {"parallel__pipeline_parallel_size": 2, "parallel__pipeline_split": [1, 2]},
             "parallel.pipeline_split [1, 2] has 3 layers, model.num_layers is 4",
         ),
