@@ -213,6 +213,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         ("shared experts", count.shared_experts),
         ("routed experts", count.experts),
         ("norms", count.norms),
+        *([("residual streams", count.streams)] if count.streams else []),
         *([("multi-token prediction", count.mtp + count.mtp_experts)] if count.mtp else []),
         ("total", count.total),
         ("active per token", count.active),

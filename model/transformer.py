@@ -24,6 +24,7 @@ from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block, BlockOutput
 from model.blocks.mtp import PredictionModule, tokens_ahead
+from model.blocks.streams import StreamSum
 from model.config import ModelConfig
 from model.distillation import divergence
 from model.init import materialize, matrices_on_meta
@@ -66,7 +67,7 @@ class _Hidden(NamedTuple):
 
     last: torch.Tensor
     """[B, S, D], normalised: what the head projects. Of a stage before the last: what the next one
-    goes on with.
+    goes on with, [B, S, n D] of several residual streams.
     """
     attentions: list[AttentionSums]
     """Of the sparse layers, in layer order."""
@@ -224,9 +225,12 @@ class Transformer(nn.Module):
             self.embedding = Embedding(config.vocab_size // groups.tensor_size, config.hidden_size)
             self._cut_vocabulary(self.embedding)
         self.blocks = Layers({i: Block(config, groups, parts, i) for i in self.part.layers})
+        self.streams: StreamSum | None = None
         self.norm: RMSNorm | None = None
         self.head: nn.Linear | None = None
         if self.part.is_last:
+            if config.num_residual_streams > 1:
+                self.streams = StreamSum(config)
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             if not config.tie_embeddings:
                 run = config.vocab_size // groups.tensor_size
@@ -429,7 +433,8 @@ class Transformer(nn.Module):
         part = self.laps[lap]
         assert (hidden is None) == part.is_first, part
         if hidden is None:
-            hidden = self._embedded(input_ids)
+            # Every residual stream begins as the token.
+            hidden = self._embedded(input_ids).repeat(1, 1, self.config.num_residual_streams)
         attentions: list[AttentionSums] = []
         balances: list[RouterSums] = []
         routings: list[RouterOutput] = []
@@ -454,6 +459,8 @@ class Transformer(nn.Module):
                 balances.append(balance)
                 routings.append(routing)
         if part.is_last:
+            if self.streams is not None:
+                hidden = self.streams(hidden)
             assert self.norm is not None
             hidden = self.norm(hidden)
         return _Hidden(hidden, attentions, balances, routings)
@@ -637,9 +644,9 @@ class Transformer(nn.Module):
         before: torch.Tensor | None = None,
         lap: int = 0,
     ) -> ModelOutput:
-        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: [B, S, D]
-        of the stage before, None where the model begins. lap: whose layers it goes through, of
-        which alone are the tables then.
+        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: what the
+        stage before has handed on, None where the model begins. lap: whose layers it goes through,
+        of which alone are the tables then.
         """
         part = self.laps[lap]
         layout, routing_request = self._reading(batch, request)
@@ -724,6 +731,7 @@ class Transformer(nn.Module):
             token_mask=None if batch.token_mask is None else batch.token_mask.reshape(-1),
             num_bins=int(counting),
             token_ids=None if batch.token_ids is None else batch.token_ids.reshape(-1),
+            words=batch.input_ids.reshape(-1),
             frozen=request.frozen,
             snapshot=request.snapshot,
             plain_k=request.plain_k,
@@ -761,7 +769,8 @@ class Transformer(nn.Module):
             0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device
         )
         layout = self._layout(positions, cu_seqlens, length, measure=measure_attention)
-        found = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
+        request = RoutingRequest(words=input_ids.reshape(-1))
+        found = self._backbone(input_ids, layout, request, caches=caches)
         return Read(found.last, _attention_totals(found.attentions, found.last)[1])
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -830,7 +839,9 @@ class Transformer(nn.Module):
         budgets: TokenBudgets | None,
         max_active: int | None = None,
     ) -> Decoded:
-        request = RoutingRequest(token_mask=layout.token_mask, max_active=max_active)
+        request = RoutingRequest(
+            token_mask=layout.token_mask, words=input_ids.reshape(-1), max_active=max_active
+        )
         if budgets is not None:
             request = request._replace(row_of=budgets.row_of)
         hidden = self._backbone(input_ids, layout, request, caches=pages, budgets=budgets)

@@ -62,7 +62,7 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
     problems += _rounding(run)
-    problems += _clipping(run) + _scaling(run) + _index(run) + _compiling(run)
+    problems += _clipping(run) + _scaling(run) + _index(run, trains) + _compiling(run)
     if run.model.num_experts > 0:
         problems += _components(run)
         problems += run.router.training_problems(run.model) if trains else []
@@ -188,6 +188,12 @@ def _routing(run: RunConfig) -> list[str]:
             f"balance.entropy_coeff {run.balance.entropy_coeff} acts on the softmax of the "
             "router's logits, but router.score_function is "
             f"{run.router.arguments.get('score_function')}; set it to 0"
+        )
+
+    if (tables := run.router.arguments.get("hash_layers")) and run.experts.token_rounding:
+        problems.append(
+            f"experts.token_rounding {run.experts.token_rounding} moves tokens to other experts, "
+            f"but router.hash_layers {tables} name the experts of a token; set one of them to 0"
         )
 
     if run.router.arguments.get("bias") and run.fail_safe.spike_zscore > 0:
@@ -422,7 +428,7 @@ def _clipping(run: RunConfig) -> list[str]:
     return problems
 
 
-def _index(run: RunConfig) -> list[str]:
+def _index(run: RunConfig, trains: bool) -> list[str]:
     """An index that has learned nothing would choose at random, and nobody would notice: runs that
     others reported trained for weeks so.
     """
@@ -443,7 +449,9 @@ def _index(run: RunConfig) -> list[str]:
     instead = "attention.select=mass" if inside else "attention=scc"
     # Inside sparse attention what a bad choice leaves out stays in the softmax through its entries,
     # and an index learns from all of it from the first step on.
-    if not inside and attention.arguments["dense_steps"] == 0 and run.init.run is None:
+    # The index of published weights has learned, and so has that of weights that are evaluated.
+    learned = run.init.run is not None or (is_compressed and run.init.path is not None)
+    if trains and not inside and attention.arguments["dense_steps"] == 0 and not learned:
         problems.append(
             "attention.dense_steps is 0, so that an index which has learned nothing would choose; "
             "raise it, or begin with init.run of a run whose index has learned"

@@ -57,6 +57,9 @@ HELD: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_divisor": 1.0,
+        "num_residual_streams": 1,
+        "sinkhorn_steps": 20,
+        "sinkhorn_eps": 1e-06,
         "norm_eps": 1e-05,
         "tie_embeddings": False,
         "init_std": 0.02,
@@ -352,6 +355,7 @@ HELD: dict[str, dict[str, Any]] = {
         "group_keys": None,
         "bias": False,
         "capacity_factor": None,
+        "hash_layers": 0,
     },
     "NullExpertsConfig": {
         "top_k": None,

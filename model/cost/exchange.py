@@ -131,7 +131,7 @@ def exchanged_bytes(
     reduced = summed * times * (2 if zero_stage == 0 else 1)
     gathered = width * {0: 0, 1: 1, 2: 1, 3: 2 * num_micro_batches}[zero_stage]
     neighbours = 2 * number_of_runs(layers) - is_first - is_last
-    stages = neighbours * num_micro_batches * tokens * config.hidden_size * width
+    stages = neighbours * num_micro_batches * tokens * config.residual_size * width
     if is_first != is_last and (config.tie_embeddings or config.num_mtp_layers):
         # the weight goes there, its gradient back in fp32
         table = config.vocab_size * config.hidden_size // tensor_parallel_size

@@ -383,6 +383,19 @@ def _index_bytes(
     return kept + 4 * config.num_heads, 4 * (heads + 1) * config.rotary_size
 
 
+def _stream_bytes(config: ModelConfig, width: int) -> int:
+    """Of a token that reading, writing and mixing several residual streams keeps around attention,
+    or around an MLP: the state, and in half precision as fp32; what was read and what is added; and
+    of every step to rows and columns that sum to 1, the matrix and the sums.
+    """
+    number = config.num_residual_streams
+    if number == 1:
+        return 0
+    state = (width + (4 if width < 4 else 0)) * config.residual_size
+    steps = 4 * (2 * config.sinkhorn_steps + 1) * (number * number + number)
+    return state + width * config.hidden_size + steps
+
+
 def _activation_bytes(
     config: ModelConfig,
     tokens: int,
@@ -427,14 +440,18 @@ def _activation_bytes(
     num_moe = number_in(here, config.moe_layers)
     num_moe += num_mtp * config.is_moe_layer(config.num_layers)
     num_layers = len(here) + num_mtp
+    streams = _stream_bytes(config, width)
+    attention, moe, dense_mlp = attention + streams, moe + streams, dense_mlp + streams
     layers = num_layers * attention + (num_layers - num_moe) * dense_mlp + num_moe * moe
     # A module of multi-token prediction has three norms more, two of them put side by side.
     layers += num_mtp * (3 * norm + 2 * width * hidden)
     at_work = 0.0
     if config.recompute == "block":
-        layers = (num_layers + num_mtp) * width * hidden
+        layers = (num_layers + num_mtp) * width * config.residual_size
         at_work = attention + max(moe if num_moe else 0, dense_mlp)
     # Before the head stands a norm; what goes on to the next stage waits for its gradient.
-    layers += (number_of_runs(here) - is_last) * width * hidden
+    handed_on = width * config.residual_size
+    layers += (number_of_runs(here) - is_last) * handed_on
     layers += norm + (gathered if not config.loss_chunk_size else 0) if is_last else 0
+    layers += is_last * min(1, streams) * (handed_on + 4 * config.residual_size * (width < 4))
     return round(tokens * (in_flight * layers + at_work))

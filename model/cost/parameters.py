@@ -33,6 +33,8 @@ class ParameterCount:
     """Routed experts of these modules."""
     mtp_matrices: int = 0
     """What a token multiplies with in these modules, before the head."""
+    streams: int = 0
+    """Of what reads, writes and mixes several residual streams."""
     cut: int = 0
     """What tensor parallelism splits: what belongs to heads of attention, which norms of single
     heads, the bias of its output and projections into latents do not; dense MLPs, embedding and
@@ -49,6 +51,7 @@ class ParameterCount:
             + self.shared_experts
             + self.experts
             + self.norms
+            + self.streams
             + self.mtp
             + self.mtp_experts
         )
@@ -150,6 +153,7 @@ def count_parameters(
         + hidden * is_last
         + _entry_norms(config, attention, layers)
         + index_parameters(config, attention, layers)[1],
+        streams=stream_parameters(config, layers),
         active_experts=round(num_moe * experts_per_token * (one_expert + biases_of_one)),
         mtp=num_mtp * module,
         mtp_experts=num_mtp * routed if has_experts else 0,
@@ -160,6 +164,19 @@ def count_parameters(
         + dense_mlp
         + num_mtp * of_modules,
     )
+
+
+def stream_parameters(config: ModelConfig, layers: range, vectors: bool = True) -> int:
+    """Of several residual streams (model/blocks/streams.py), in the layers here and, of the last
+    stage, behind them; vectors: biases and scales as well.
+    """
+    number = config.num_residual_streams
+    if number == 1:
+        return 0
+    rows, is_last = number * (number + 2), layers.stop == config.num_layers
+    mixer = rows * config.residual_size + (rows + 3) * vectors
+    behind = number * config.residual_size + (number + 1) * vectors
+    return 2 * len(layers) * mixer + is_last * behind
 
 
 def index_parameters(
@@ -521,7 +538,9 @@ def _matrices(
     """What is multiplied with: biases and sinks are added."""
     matrices_alone = dataclasses.replace(config, attention_bias="none", expert_bias=False)
     without_sinks = {**attention, "sinks": False} if attention else None
-    return count_parameters(matrices_alone, experts_per_token, without_sinks, layers)
+    count = count_parameters(matrices_alone, experts_per_token, without_sinks, layers)
+    here = range(config.num_layers) if layers is None else layers
+    return dataclasses.replace(count, streams=stream_parameters(config, here, vectors=False))
 
 
 def _matrices_before_head(count: ParameterCount) -> int:
@@ -531,6 +550,7 @@ def _matrices_before_head(count: ParameterCount) -> int:
         + count.dense_mlp
         + count.router
         + count.shared_experts
+        + count.streams
         + count.active_experts
     )
 

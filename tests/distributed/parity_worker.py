@@ -79,6 +79,7 @@ ROUTERS = {
     "group_limited": (TopKConfig, {"num_groups": 4, "top_groups": 2}),
     "biased": (TopKConfig, {"bias": True}),
     "capacity": (TopKConfig, {"capacity_factor": 8.0}),
+    "hashed": (TopKConfig, {"hash_layers": 1, "score_function": "sqrt_softplus"}),
 }
 BUDGET, FAIL_SAFE = BudgetConfig(warm_start_steps=1, blend_steps=2), FailSafeConfig()
 

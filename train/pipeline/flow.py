@@ -81,7 +81,7 @@ class Pipeline:
     def run(self, num_micro_batches: int, tokens: torch.Size, passes: Passes) -> None:
         """All passes of a step. tokens: [B, S] of every micro-batch here."""
         place, size = self.groups.pipeline_rank, self.groups.pipeline_size
-        shape = (*tokens, self.engine.module.config.hidden_size)
+        shape = (*tokens, self.engine.module.config.residual_size)
         flight = _Flight()
         lent = self._lent_sum()
 
@@ -187,7 +187,7 @@ class Pipeline:
         was lent before. Stages go on with the next ones while later stages are at these.
         """
         place, size = self.groups.pipeline_rank, self.groups.pipeline_size
-        shape = (*batches[0].input_ids.shape, self.engine.module.config.hidden_size)
+        shape = (*batches[0].input_ids.shape, self.engine.module.config.residual_size)
         flight = _Flight()
         laps: list[list[ModelOutput]] = [[] for _ in batches]
         for action in forward_actions(place, size, len(batches), self._laps):
