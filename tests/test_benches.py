@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.quality import optimizers
+from bench.quality import budget_table, optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
@@ -160,3 +160,120 @@ def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
     monkeypatch.setattr(sys, "argv", [*words, "--report"])
     optimizers.main()
     assert "Not run: muon-0.1-8." in capsys.readouterr().out
+
+
+def generated(budget: float, rows: int, loss: tuple[float, ...], rate: tuple[float, ...]) -> dict:
+    """What launch.benchmark says of a budget in a cell. loss: difference and its interval; rate:
+    likewise, a ratio.
+    """
+    ratio = dict(zip(("median", "low", "high"), rate, strict=True))
+    return {
+        "budget": budget,
+        "rows": rows,
+        "context": 8,
+        "decode_experts": budget,
+        "distinct_experts": 4.0,
+        "decode_flops_per_token": 2e6 + 1e6 * budget,
+        "decode_bytes_per_token": 4e6,
+        "itl_p50_ms": 5.0,
+        "ttft_p50_ms": 7.0,
+        "tokens_per_second": 100.0,
+        "ratios": {"itl_p50": ratio, "tokens_per_second": ratio},
+        "loss": {
+            "experts_per_token": budget,
+            "val_loss": 4.0,
+            "low": 3.9,
+            "high": 4.1,
+            "flops_per_token": 3e6,
+            **dict(zip(("difference", "difference_low", "difference_high"), loss, strict=True)),
+        },
+    }
+
+
+MEASURED = [
+    generated(3, 1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    generated(1, 1, (0.02, 0.01, 0.03), (1.2, 1.1, 1.3)),
+    generated(3, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    generated(1, 8, (0.02, 0.01, 0.03), (1.01, 0.99, 1.02)),
+]
+
+
+def test_a_table_of_budgets_runs_what_is_missing_and_says_what_its_intervals_say(
+    tmp_path, monkeypatch
+):
+    """Its stages, with commands that only say how they were asked for."""
+    asked: list[list[str]] = []
+
+    def pretended(command: str, words: list[str], log: Path) -> None:
+        asked.append([command, *words])
+        settings = dict(word.split("=", 1) for word in words)
+        if command == "benchmark":
+            found = {
+                "measured": MEASURED,
+                "prompts": "held-out text",
+                "device": {"device": "CPU", "flops": 1e9, "num_bytes": 1e9, "source": "measured"},
+            }
+            Path(settings["output"]).write_text(json.dumps(found))
+        if command == "train":
+            run = Path(settings.get("resume") or settings["run_dir"])
+            (run / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+            result = {"stopped": "resume" not in settings, "step": 2, "tokens": 2048}
+            (run / "result.json").write_text(json.dumps(result))
+
+    size = {"parameters": 7e6, "experts": 8, "moe_layers": 3, "shared_experts": 1, "seq_len": 256}
+    size["trained_budget"] = 2.0
+    monkeypatch.setattr(budget_table, "call", pretended)
+    monkeypatch.setattr(budget_table, "size_of", lambda run: size)
+    words = ["budget_table", str(tmp_path / "f"), "--budgets", "1", "3", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+
+    # The training is stopped on its way, and taken up by the next call.
+    with pytest.raises(RuntimeError, match=r"quickstart-2-1234 did not train to its end"):
+        budget_table.main()
+    budget_table.main()
+    assert [one[0] for one in asked] == ["train", "train", "evaluate", "benchmark"]
+    assert "router=threshold" in asked[0] and asked[1] == [
+        "train",
+        f"resume={tmp_path / 'f' / 'quickstart-2-1234'}",
+    ]
+    # Ratios are to the first variant.
+    assert "router.budget=[3,1]" in asked[2] and "budgets=[3,1]" in asked[3]
+
+    page = (tmp_path / "f" / "budgets.md").read_text()
+    assert str(tmp_path) not in page and "The upcycled real model was not run" in page
+    assert "| 1 | 1.000 | 4.0000 [3.900, 4.100] | +0.0200 [+0.0100, +0.0300] | higher |" in page
+    assert "1 instead of 3 experts changes it by +0.0200 nats [+0.0100, +0.0300]: higher." in page
+    assert "takes 0.60 of the FLOPs and 1.00 of the bytes" in page
+    assert "are 1.200 [1.100, 1.300] of those at 3: faster." in page
+    assert "are 1.010 [0.990, 1.020] of those at 3: undecided." in page
+    assert json.loads((tmp_path / "f" / "budgets.json").read_text())[0]["size"] == size
+
+    # Nothing is run twice; another question is asked anew.
+    budget_table.main()
+    assert len(asked) == 4
+    monkeypatch.setattr(sys, "argv", [*words, "--rows", "1"])
+    budget_table.main()
+    assert [one[0] for one in asked[4:]] == ["evaluate", "benchmark"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (-2.0, -1.0, "lower"),
+        (1.0, 2.0, "higher"),
+        (-1.0, 1.0, "undecided"),
+        (0.0, 1.0, "undecided"),
+        (None, None, "undecided (no interval)"),
+    ],
+)
+def test_a_verdict_is_what_its_interval_decides(low, high, told):
+    assert budget_table.verdict(low, high, 0.0, "lower", "higher") == told
+
+
+def test_a_table_of_budgets_without_its_dense_model_says_how_to_get_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["budget_table", str(tmp_path), "--dense", "nowhere"])
+    with pytest.raises(SystemExit):
+        budget_table.main()
+    assert "python -m bench.small_model --to nowhere" in capsys.readouterr().err

@@ -152,7 +152,7 @@ class WindowedAttention(DenseAttention):
             sinks = (sinks.float() / scale).to(q.dtype).view(1, 1, -1, 1)
             q = torch.cat((q, F.pad(sinks, (0, ROOM - 1)).expand(*q.shape[:3], -1)), dim=-1)
             sink_key = k.new_zeros(k.shape[0], 1, k.shape[2], self.head_dim + ROOM)
-            sink_key[..., self.head_dim] = 1
+            sink_key[..., self.head_dim].fill_(1)
             k = torch.cat((F.pad(k, (0, ROOM)), sink_key), dim=1)
             v = F.pad(v, (0, 0, 0, 0, 0, 1))
             mask = F.pad(mask, (0, 1), value=True)
