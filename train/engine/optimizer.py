@@ -68,11 +68,11 @@ def parameter_groups(
     every = found if everything is trained else _together(everything, config, below, shape)
     names = [name for name, _ in everything]
     _require_matches("optim.groups", [group.match for group in config.groups], names)
-    for i, group in enumerate(config.groups):
-        if not any(_is_meant(name, group) for name in names):
+    for i, meant in enumerate(config.groups):
+        if not any(_is_meant(name, meant) for name in names):
             raise ValueError(
-                f"optim.groups[{i}]: no parameter that {group.match!r} means is in layers "
-                f"{list(group.layers or ())}; give others, or drop the rule"
+                f"optim.groups[{i}]: no parameter that {meant.match!r} means is in layers "
+                f"{list(meant.layers or ())}; give others, or drop the rule"
             )
     _require_muon(config, {rule for rule, _, by_muon, *_ in every if by_muon})
 
