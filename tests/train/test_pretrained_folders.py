@@ -100,6 +100,88 @@ def test_what_is_not_computed_is_refused_by_name(case, key, value, said):
     assert said in str(caught.value)
 
 
+V4 = "with hyper-connections, deepseek_v4"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hc_mult", 1, "hc_mult=1 is not computed here, only 2 and more"),
+        ("swiglu_limit", 7.0, "swiglu_limit=7.0 is not computed here, only 10.0"),
+        ("norm_topk_prob", False, "norm_topk_prob=False is not computed here, only True"),
+        ("scoring_func", "sigmoid", "scoring_func='sigmoid' is not computed here"),
+        ("n_shared_experts", 2, "n_shared_experts=2 is not computed here, only 1"),
+        ("num_key_value_heads", 2, "num_key_value_heads=2 is not computed here, only 1"),
+        ("index_topk", None, "no number index_topk, which compressed attention needs"),
+        ("layer_types", ["full_attention"] * 4, "attention is 'full_attention', which is not"),
+        ("layer_types", ["sliding_attention"], "says the attention of 1 layers, not of 4"),
+        ("mlp_layer_types", ["moe", "hash_moe", "moe", "moe"], "(hash_moe) first and others"),
+        ("compress_rope_theta", 1.0, "compress_rope_theta=1.0 and rope_parameters.compress"),
+        ("first_k_dense_replace", 1, "first_k_dense_replace=1 is not computed here, only 0"),
+        ("engram_layers", [1], "engram_layers=[1] is unknown to the reader of deepseek_v4"),
+        ("quantization_config", {"quant_method": "mxfp4"}, "stored quantised (mxfp4)"),
+        (
+            "quantization_config",
+            {"quant_method": "fp8", "weight_block_size": [8, 8], "expert_dtype": "nvfp4"},
+            "expert_dtype='nvfp4' is not read here, only 'fp8' and 'fp4'",
+        ),
+    ],
+)
+def test_what_is_not_computed_of_deepseek_v4_is_refused_by_name(key, value, said):
+    with pytest.raises(FamilyError) as caught:
+        read(theirs(V4).config.to_dict() | {key: value})
+    assert said in str(caught.value)
+
+
+def test_the_keys_of_the_hub_say_what_those_of_transformers_do():
+    """compress_ratios go on with those of layers that predict further tokens."""
+    config = theirs(V4).config.to_dict()
+    expected = read(config)
+    ropes = config.pop("rope_parameters")
+    for key in ("layer_types", "mlp_layer_types", "partial_rotary_factor", "compress_rates"):
+        del config[key]
+    scaling = {key: ropes["compress"][key] for key in ("factor", "rope_type")}
+    scaling["original_max_position_embeddings"] = 16
+    of_hub = {
+        "rope_theta": ropes["main"]["rope_theta"],
+        "compress_rope_theta": ropes["compress"]["rope_theta"],
+        "rope_scaling": scaling,
+        "qk_rope_head_dim": 8,
+        "num_hash_layers": 2,
+        "compress_ratios": [128, 4, 0, 4, 0],
+        "topk_method": "noaux_tc",
+    }
+    found = read(config | of_hub)
+    assert found.model == expected.model and found.router == expected.router
+    # Of another name there is no other ratio.
+    assert found.attention == expected.attention | {"hca_ratio": 128}
+
+
+def test_a_table_of_tokens_that_is_none_is_refused(tmp_path):
+    saved(V4, tmp_path / "there")
+    found = tensors(tmp_path / "there")
+    name = next(name for name in found if name.endswith("tid2eid"))
+    twice = found | {name: torch.zeros_like(found[name])}
+    folder = rewritten(tmp_path / "there", twice, tmp_path / "twice")
+    with pytest.raises(PretrainedError, match=r"names an expert twice for token 0: \[0, 0\]"):
+        ours(PretrainedFolder(folder))
+    real = found | {name: found[name].float()}
+    with pytest.raises(PretrainedError, match="is a table of F32, not of whole numbers"):
+        describe(rewritten(tmp_path / "there", real, tmp_path / "real"))
+
+
+def test_layers_of_deepseek_v4_that_predict_further_tokens_are_left_out(tmp_path):
+    saved(V4, tmp_path / "there")
+    found = tensors(tmp_path / "there")
+    further = {"mtp.0.enorm.weight": torch.ones(32), "mtp.0.hc_head_scale": torch.ones(1)}
+    folder = rewritten(tmp_path / "there", found | further, tmp_path / "further")
+    assert "1 layers that predict further tokens are left out" in describe(folder).reading.notes
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(PretrainedError, match="is no part of what config.json describes"):
+        describe(folder)
+
+
 def test_what_acts_in_training_alone_and_what_is_left_out_is_told():
     config = theirs("deepseek_v3, moonlight").config.to_dict()
     config |= {"attention_dropout": 0.1, "num_nextn_predict_layers": 1}
@@ -305,7 +387,7 @@ def test_weights_of_deepseek_v4_are_the_numbers_that_transformers_makes_of_them(
     """
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    case, block = "with hyper-connections, deepseek_v4", (8, 16)
+    case, block = V4, (8, 16)
     with mock.patch.dict(CASES[case][1], {"intermediate_size": 32, "moe_intermediate_size": 32}):
         saved(case, tmp_path / "there")
     theirs_of = Fp8Dequantize.__new__(Fp8Dequantize)

@@ -113,6 +113,11 @@ def plan_export(run: RunConfig, dtype: str = "bf16") -> Export:
             f"attention=indexed (rule={run.attention.arguments['rule']}): no published family has "
             "an index over these projections, and config.json would describe dense attention"
         )
+    if run.attention.name == "compressed" and run.model.num_residual_streams == 1:
+        problems.append(
+            "attention=compressed: the published family that has it, DeepSeek-V4, has several "
+            "residual streams, and model.num_residual_streams is 1"
+        )
     router: Settings = {}
     if run.model.num_experts:
         if isinstance(run.router, TopKConfig):
