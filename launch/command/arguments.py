@@ -51,7 +51,7 @@ def arranged(arguments: Iterable[str], command: str = "train") -> list[str]:
     settings: list[str] = []
     waiting = False
     typed = list(arguments)
-    for argument, after in zip(typed, [*typed[1:], ""], strict=True):
+    for argument, after in zip(typed, [*typed, ""][1:], strict=True):
         if waiting:
             options.append(argument)
             waiting = False

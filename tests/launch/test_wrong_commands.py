@@ -159,6 +159,10 @@ def test_a_value_behind_its_name_is_put_beside_it(typed, told):
         arranged(typed)
 
 
+def test_a_command_without_settings_has_none():
+    assert arranged([]) == [] and arranged(["seed=1"]) == ["++seed=1"]
+
+
 def test_words_of_a_training_are_offered_to_a_training_alone():
     with pytest.raises(ArgumentError, match="--dtype is no option"):
         arranged(["--dtype"], "generate")
