@@ -54,10 +54,10 @@ def settings_of(kind: str, size: str, steps: int, more: list[str]) -> list[str]:
         *COMMON,
         *SIZES[size],
         *KINDS[kind],
-        # The first interval ends with the last traced step, the second has untraced ones alone.
+        # The trace is written before the first interval ends, the second has untraced steps alone.
         f"train.num_steps={2 * interval}",
         f"train.log_interval={interval}",
-        f"profile.steps=[{WARM_UP + 1},{interval}]",
+        f"profile.steps=[{WARM_UP},{interval - 1}]",
         *more,
     ]
 

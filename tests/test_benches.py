@@ -5,6 +5,8 @@ Those of kernels start with `make bench`; here are the ones that a CPU does in l
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import math
 import os
@@ -29,6 +31,13 @@ SMALLEST = {
     "layout_tables": {"only": "Qwen3-30B-A3B, rows of 4,096", "page": "page.md"},
     "zero3_building": {"size": "small", "ranks": "2"},
     "fp8_experts": {"largest": 256, "train": "runs", "steps": 3, "width": 32},
+    "step_parts": {
+        "size": "tiny",
+        "kinds": "adamw",
+        "steps": 2,
+        "rounds": 1,
+        "settings": "train.seq_len=32",
+    },
 }
 
 
@@ -59,10 +68,33 @@ def test_every_bench_of_a_cpu_is_run():
         "stored_experts",  # make bench
         *("generation", "small_model"),  # need a run, and a package
         # need a commit to compare with; some minutes
-        *("start_up", "optimizer_step", "compiled_blocks", "step_parts"),
+        *("start_up", "optimizer_step", "compiled_blocks"),
     }
     there = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__"}
     assert there == otherwise | set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["optimizer_step", pytest.param("compiled_blocks", marks=pytest.mark.nightly)]
+)
+def test_a_bench_of_a_step_runs_in_little(name, tmp_path, monkeypatch):
+    """Of the quickstart's shape they take minutes."""
+    bench = importlib.import_module(f"bench.{name}")
+    little = dataclasses.replace(
+        bench.QUICKSTART, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2
+    )
+    little = dataclasses.replace(little, intermediate_size=64, expert_intermediate_size=32)
+    monkeypatch.setattr(bench, "QUICKSTART", little)
+    real = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda given, device, _: real(given, device, 1))
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", "--json", str(found)])
+    bench.main(name, bench.run)
+    result = json.loads(found.read_text())
+    assert result["bench"] == name and result["rows"]
+    for row in result["rows"]:
+        assert row["device"] == "cpu" and row["commit"] and row["ours_ms"] > 0 and row["rivals"]
 
 
 def cells_of(plan: dict) -> optimizers.Results:
