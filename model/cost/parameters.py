@@ -166,14 +166,14 @@ def count_parameters(
     )
 
 
-def stream_parameters(config: ModelConfig, layers: range, vectors: bool = True) -> int:
+def stream_parameters(config: ModelConfig, layers: Sequence[int], vectors: bool = True) -> int:
     """Of several residual streams (model/blocks/streams.py), in the layers here and, of the last
     stage, behind them; vectors: biases and scales as well.
     """
     number = config.num_residual_streams
     if number == 1:
         return 0
-    rows, is_last = number * (number + 2), layers.stop == config.num_layers
+    rows, is_last = number * (number + 2), config.num_layers - 1 in layers
     mixer = rows * config.residual_size + (rows + 3) * vectors
     behind = number * config.residual_size + (number + 1) * vectors
     return 2 * len(layers) * mixer + is_last * behind
