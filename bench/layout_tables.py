@@ -41,7 +41,7 @@ HEAD = """\
 {date}, commit {commit}. What `launch.plan parallel=auto` finds for {device} devices in nodes of
 eight: the best two of each search. **Nothing here was run on such devices.** The numbers are those
 of the plan's model: {model} Its memory was compared with that of ranks on a CPU
-([numerics](../numerics.md)); its times were not compared with anything yet.
+([out of memory](../troubleshooting.md#out-of-memory)); its times were compared with nothing yet.
 
 The page is written by a command, and each search is one:
 

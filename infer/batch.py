@@ -80,15 +80,20 @@ def first_tokens(
 
 
 def next_tokens(
-    pieces: list[Piece], page_size: int, rows: int, device: torch.device
+    pieces: list[Piece],
+    page_size: int,
+    rows: int,
+    device: torch.device,
+    num_pages: int | None = None,
 ) -> tuple[torch.Tensor, Paging, torch.Tensor | None, torch.Tensor]:
     """What Transformer.step takes, for sequences of which something is held; then row_of of
     TokenBudgets. A sequence with fewer new tokens has padding before them; rows beyond the pieces
-    are idle.
+    are idle. num_pages: columns of the table of pages; None: as many as the longest row needs.
     """
     width = max((number for _, number in pieces), default=1)
-    longest = max((s.held + number for s, number in pieces), default=1)
-    num_pages = -(-longest // page_size)
+    if num_pages is None:
+        longest = max((s.held + number for s, number in pieces), default=1)
+        num_pages = -(-longest // page_size)
     places, lengths, pages = Places(rows * width, page_size), [], []
     for row, (sequence, number) in enumerate(pieces):
         end = sequence.held + number

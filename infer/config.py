@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class EngineConfig:
     """Experts of a layer that a decoding step may read: those with the largest sums of gates over
     the step's requests; others' tokens go to their next best among them. Fewer weights are read for
     large batches, and a text then depends on what is generated beside it. None: no limit.
+    """
+    cuda_graphs: Literal["auto", True, False] = "auto"
+    """Decoding steps as CUDA graphs, one for every number of requests (in powers of two) and of
+    pages: recorded when it first comes, then replayed without the host. auto: on a GPU, where
+    nothing in the model waits for the host. true: an error where they cannot be.
     """
     draft_budget: float | None = None
     """Speculation: tokens are drafted at this saved budget and verified at the request's own, which

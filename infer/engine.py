@@ -4,6 +4,7 @@ them decode together; one that ends makes room at once.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from infer.batch import Piece, first_tokens, next_tokens
 from infer.budget import BudgetRows, RouterState, capture
 from infer.config import EngineConfig
+from infer.graphs.capture import Capture, CaptureError, CudaCapture
+from infer.graphs.steps import DecodeGraphs
+from infer.graphs.waits import why_not
 from infer.pages import PagePool, next_key, root_key
 from infer.request import Completion, Drawn, Event, FinishReason, Request
 from infer.sampling import sample
@@ -23,6 +27,7 @@ from infer.speculate import Utility, kept
 from model.attention.base import has_varlen_kernel
 from model.transformer import Decoded, TokenBudgets, Transformer
 
+log = logging.getLogger("loadstone")
 SIMILAR = 0.75
 """Prompts are padded to the longest of a batch, none of which is shorter than this share of it."""
 GRAPH_ROWS = 16
@@ -70,6 +75,11 @@ class Engine:
         budgets: states of the routers that a request may ask for. Requests of different budgets
             share slots and forward passes: every token reads the state of its own. What their
             tokens leave in pages is never shared.
+        capture_with: makes graphs of decoding steps, whatever the settings say; None: CUDA does,
+            where engine.cuda_graphs and the model let it.
+
+    Attributes:
+        graphs: of decoding steps; None: there are none, and without_graphs says why.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class Engine:
         context: str = "",
         clock: Callable[[], float] = time.monotonic,
         budgets: Mapping[float, list[RouterState]] | None = None,
+        capture_with: Capture | None = None,
     ):
         settings = settings or EngineConfig()
         if problems := settings.problems():
@@ -106,12 +117,46 @@ class Engine:
         self.drafted = Drafted()
         self.limit = self._limit()
         self.confined = Confined()
+        self.without_graphs: str | None = None
+        self.graphs = self._graphs(capture_with, by_request)
 
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In the order of their admission."""
         self.num_forwards = {"prefill": 0, "continue": 0, "decode": 0}
         self.rows_decoded = 0
+
+    def _graphs(self, capture_with: Capture | None, by_request: int) -> DecodeGraphs | None:
+        """
+        Raises:
+            ValueError: they are asked for, and the model's steps cannot be graphs.
+        """
+        asked = self.settings.cuda_graphs
+        if capture_with is None:
+            reasons = why_not(self.model) if asked else ["engine.cuda_graphs is false"]
+            if reasons and asked is True:
+                raise ValueError(
+                    f"engine.cuda_graphs is true, but {'; '.join(reasons)}: set auto or false"
+                )
+            if reasons:
+                self._go_without_graphs("; ".join(reasons), told=asked == "auto")
+                return None
+            capture_with = CudaCapture(self.device)
+        return DecodeGraphs(
+            self.model,
+            self.pages,
+            None if self.budgets is None else self.budgets.tables,
+            self.settings.max_slots,
+            by_request,
+            self.limit,
+            capture_with,
+        )
+
+    def _go_without_graphs(self, reason: str, told: bool = True) -> None:
+        """On a GPU it is slower, which is said once."""
+        self.graphs, self.without_graphs = None, reason
+        if told and self.device.type == "cuda":
+            log.warning("decoding steps are no CUDA graphs, which is slower: %s", reason)
 
     def _limit(self) -> int | None:
         """Experts of a layer in a decoding step.
@@ -228,7 +273,8 @@ class Engine:
 
     def use_context(self, context: str) -> None:
         """Something that keys and values depend on has been switched, such as the budget. Pages of
-        before are not shared with what comes; they are found again when the context is.
+        before are not shared with what comes; they are found again when the context is, and so are
+        graphs of decoding steps.
 
         Raises:
             RuntimeError: requests are running, which would have been computed under both.
@@ -419,8 +465,7 @@ class Engine:
         keep = any(piece.sequence.request.keep_routing for piece in pieces)
         limit = self.limit if kind == "decode" else None
         decoded, width = self._step(pieces, keep, limit=limit)
-        rows = self._num_rows(len(pieces))
-        last = torch.arange(1, rows + 1, device=self.device) * width - 1
+        last = torch.arange(width, len(decoded.experts) + 1, width, device=self.device) - 1
         if decoded.rerouted is not None:
             self.confined.routed += len(pieces) * len(self.model.routers())
             self.confined.rerouted += int(decoded.rerouted.sum())
@@ -437,6 +482,13 @@ class Engine:
         token went; of_every_token: logits of all tokens of the pieces, not of the last of each;
         limit: experts of a layer.
         """
+        one_each = bool(pieces) and all(number == 1 for _, number in pieces)
+        replayed = None
+        if self.graphs is not None and one_each and not of_every_token and limit == self.limit:
+            replayed = self._replayed(self.graphs, pieces, keep)
+        if replayed is not None:
+            return replayed, 1
+
         rows = self._num_rows(len(pieces))
         input_ids, paging, mask, row_of = next_tokens(pieces, self.page_size, rows, self.device)
         width = input_ids.shape[1]
@@ -448,6 +500,20 @@ class Engine:
         budgets = self._token_budgets(row_of)
         decoded = self.model.step(input_ids, paging, self.pages, mask, keep, budgets, places, limit)
         return decoded, width
+
+    def _replayed(self, graphs: DecodeGraphs, pieces: list[Piece], keep: bool) -> Decoded | None:
+        """A decoding step as a graph; None: it cannot be captured, and from now on none is.
+
+        Raises:
+            RuntimeError: likewise, where graphs are asked for.
+        """
+        try:
+            return graphs.step(pieces, self.context, keep)
+        except CaptureError as error:
+            if self.settings.cuda_graphs is True:
+                raise
+            self._go_without_graphs(str(error))
+            return None
 
     def _num_rows(self, number: int) -> int:
         """Rows of a forward pass: on a GPU few different numbers, elsewhere none is idle."""

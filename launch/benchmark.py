@@ -123,12 +123,16 @@ def _measure(
             settings.new_tokens,
             settings.slo,
             energy,
+            settings.cuda_graphs,
         )
 
         def told(rounds: int, cell: Any = cell) -> None:
             print(f"{cell.rows} rows of {cell.context}: round {rounds}", file=sys.stderr)
 
         measured = bench.run(settings.min_rounds, settings.max_rounds, settings.precision, told)
+        graphs = "on" if bench.without_graphs is None else f"off: {bench.without_graphs}"
+        if not found:
+            print(f"CUDA graphs: {graphs}")
         entries = []
         for variant, one in zip(variants, measured, strict=True):
             arguments = dict(runs[variant.attention].attention.arguments)
@@ -151,6 +155,7 @@ def _measure(
                 rows = [row for row in table.rows if row.budget == variant.budget]
                 for row in rows:
                     numbers["loss"] = dataclasses.asdict(row)
+            numbers["cuda_graphs"] = graphs
             entries.append(numbers)
         print("\n".join(lines(cell, entries)) + "\n", flush=True)
         found += entries

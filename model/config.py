@@ -450,7 +450,6 @@ class ModelConfig:
                 found.append(f"model.{name} is {value}; it must be positive")
         return found
 
-
     def _stream_problems(self) -> list[str]:
         """Of the residual streams."""
         number, usual = self.num_residual_streams, ModelConfig.__dataclass_fields__
@@ -500,6 +499,7 @@ class ExpertsConfig:
     """Of the experts' products (docs/concepts/fp8.md). native: train.precision. fp8: forward, and
     back to the tokens, of values rounded to 8-bit floats with a scale for each row; 8-bit tensor
     cores compute it from compute capability 8.9 on, other devices the same in wider products.
+    fp8_all: gradients of the experts' weights as well, with a scale for each column of 128 rows.
     """
 
     def problems(self) -> list[str]:

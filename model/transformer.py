@@ -15,7 +15,6 @@ from model.attention.base import (
     AttentionSums,
     Paging,
     SequenceLayout,
-    document_mask,
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
@@ -157,12 +156,13 @@ class Transformer(nn.Module):
         groups: parallel groups; this rank builds only its own experts.
         seed: of the initial weights, which are the same under every parallel layout. None: they
             have no numbers.
-        layers: of this stage; None: all.
+        layers: of this stage, one run of neighbours for each of its laps; None: all.
         dtype: of the weights.
         settle: of model.init.materialize.
 
     Attributes:
-        part: which layers these are.
+        part: which layers these are; laps: the same, one part for each run of them, which is what
+            a forward pass goes through. One, but for virtual stages of a pipeline.
         router_kind: what all routers have in common, also where no layer with experts is on this
             stage; a router without numbers. None for a dense model.
         compiled: blocks of this part by their numbers, as one graph each, which passes in training
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         parts: ModelParts,
         groups: ParallelGroups | None = None,
         seed: int | None = 0,
-        layers: range | None = None,
+        layers: Sequence[range] | None = None,
         dtype: torch.dtype = torch.float32,
         settle: Callable[[nn.Parameter], None] | None = None,
     ):
@@ -190,11 +190,12 @@ class Transformer(nn.Module):
         every = range(config.num_layers)
         settings = parts.attention
         self.part = ModelPart.of(
-            every if layers is None else layers,
+            (every,) if layers is None else layers,
             config.num_layers,
             config.moe_layers,
             [i for i in every if settings.is_sparse(config, i)],
         )
+        self.laps = self.part.laps()
         # In a tuple, so that it is no part of the model.
         self._router_kind: tuple[Router, ...] = ()
         self.compiled: dict[int, Callable[..., BlockOutput]] = {}
@@ -345,7 +346,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
         )
-        exchange, mask, gathering, own_positions = None, None, None, positions
+        exchange, masked, gathering, own_positions = None, None, None, positions
         if whole_positions is not None:
             exchange, positions = self.exchange, whole_positions
         if exchange is not None and exchange.size == 1:
@@ -359,13 +360,13 @@ class Transformer(nn.Module):
             and not has_varlen_kernel(positions.device, dtype)
             and cu_seqlens.numel() - 1 > positions.shape[0]
         ):
-            mask = document_mask(positions)
+            masked = positions
         return SequenceLayout(
             cos=cos,
             sin=sin,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
-            mask=mask,
+            masked_positions=masked,
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             token_mask=None if token_mask is None else token_mask.reshape(-1),
             measure=measure,
@@ -424,11 +425,13 @@ class Transformer(nn.Module):
         caches: Sequence[LayerCache | Pages] | None = None,
         hidden: torch.Tensor | None = None,
         budgets: TokenBudgets | None = None,
+        lap: int = 0,
     ) -> _Hidden:
-        """[B, S] token ids (as `_embedded`) through all blocks here; hidden: what the stage before
-        has made of them. See ForwardRequest for given_ids.
+        """[B, S] token ids (as `_embedded`) through all blocks here, or those of a lap; hidden:
+        what the stage before has made of them. See ForwardRequest for given_ids.
         """
-        assert (hidden is None) == self.part.is_first, self.part
+        part = self.laps[lap]
+        assert (hidden is None) == part.is_first, part
         if hidden is None:
             # Every residual stream begins as the token.
             hidden = self._embedded(input_ids).repeat(1, 1, self.config.num_residual_streams)
@@ -437,8 +440,9 @@ class Transformer(nn.Module):
         routings: list[RouterOutput] = []
         usual = self.training and caches is None and _is_usual(layout, request, given_ids)
         compiled = self.compiled if usual else {}
-        for i, (number, block) in enumerate(zip(self.part.layers, self.blocks, strict=True)):
-            own = self._of_layer(request, given_ids, len(routings))
+        for i, number in enumerate(part.layers):
+            block = self.blocks[number]
+            own = self._of_layer(request, given_ids, len(routings), part)
             if budgets is not None and budgets.tables:
                 own = own._replace(budgets=budgets.tables[len(routings)])
             if self._recomputes():
@@ -454,9 +458,10 @@ class Transformer(nn.Module):
             if balance is not None:
                 balances.append(balance)
                 routings.append(routing)
-        if self.streams is not None:
-            hidden = self.streams(hidden)
-        if self.norm is not None:
+        if part.is_last:
+            if self.streams is not None:
+                hidden = self.streams(hidden)
+            assert self.norm is not None
             hidden = self.norm(hidden)
         return _Hidden(hidden, attentions, balances, routings)
 
@@ -479,7 +484,7 @@ class Transformer(nn.Module):
             # attends to it, no expert sees it, and nothing counts it.
             ids, there = tokens_ahead(whole, number)
             embedded, there = self._embedded(self._of_group(batch, ids)), batch.own(there)
-            own = self._of_layer(request, given_ids, len(found.routings))
+            own = self._of_layer(request, given_ids, len(found.routings), self.laps[-1])
             own = own._replace(token_mask=there.reshape(-1))
             if self._recomputes():
                 out = checkpoint(module, hidden, embedded, layout, own, use_reentrant=False)
@@ -637,14 +642,19 @@ class Transformer(nn.Module):
         batch: TokenBatch,
         request: ForwardRequest = SUMS_ALONE,
         before: torch.Tensor | None = None,
+        lap: int = 0,
     ) -> ModelOutput:
         """Sums over the micro-batch `batch`, and what `request` asks for besides. before: what the
-        stage before has handed on, None on the first.
+        stage before has handed on, None where the model begins. lap: whose layers it goes through,
+        of which alone are the tables then.
         """
+        part = self.laps[lap]
         layout, routing_request = self._reading(batch, request)
         ids = self._of_group(batch, batch.rows.input_ids)
-        hidden = self._backbone(ids, layout, routing_request, request.given_ids, hidden=before)
-        if self.part.is_last:
+        hidden = self._backbone(
+            ids, layout, routing_request, request.given_ids, hidden=before, lap=lap
+        )
+        if part.is_last:
             found = self._loss(
                 hidden.last,
                 batch.targets,
@@ -657,7 +667,7 @@ class Transformer(nn.Module):
             found = _Losses(zero, zero.new_zeros(0), zero, zero, zero)
         loss_sum = found.loss_sum
         further: list[torch.Tensor] = []
-        if self.training and self.part.is_last:
+        if self.training and part.is_last:
             further = self._predict_further(
                 hidden, batch, layout, routing_request, request.given_ids
             )
@@ -690,7 +700,7 @@ class Transformer(nn.Module):
             kl_sum=found.kl_sum,
             agreed=found.agreed,
             hidden=hidden.last.detach() if request.keep_hidden else hidden.last.new_zeros(0),
-            handed_on=None if self.part.is_last else hidden.last,
+            handed_on=None if part.is_last else hidden.last,
         )
 
     def _reading(
@@ -866,14 +876,18 @@ class Transformer(nn.Module):
         ]
 
     def _of_layer(
-        self, request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None, before: int
+        self,
+        request: RoutingRequest,
+        given_ids: tuple[torch.Tensor, ...] | None,
+        before: int,
+        part: ModelPart,
     ) -> RoutingRequest:
-        """The request for the MoE layer before which so many have routed here: a replay names the
-        experts by layer.
+        """The request for the layer of a part before which so many have routed there: a replay
+        names the experts by layer.
         """
-        if given_ids is None:
+        if given_ids is None or before == len(part.moe.own):
             return request
-        layer = self.part.moe.own.start + before
+        layer = part.moe.own[before]
         return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
 
 

@@ -5,7 +5,10 @@ Those of kernels start with `make bench`; here are the ones that a CPU does in l
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.quality import optimizers
+from bench.quality import budget_table, optimizers, widths
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
@@ -27,6 +30,14 @@ SMALLEST = {
     "plan_memory": {"size": "small", "cases": "ep2, ZeRO 3;pp2, ZeRO 1"},
     "layout_tables": {"only": "Qwen3-30B-A3B, rows of 4,096", "page": "page.md"},
     "zero3_building": {"size": "small", "ranks": "2"},
+    "fp8_experts": {"largest": 256, "train": "runs", "steps": 3, "width": 32},
+    "step_parts": {
+        "size": "tiny",
+        "kinds": "adamw",
+        "steps": 2,
+        "rounds": 1,
+        "settings": "train.seq_len=32",
+    },
 }
 
 
@@ -61,6 +72,29 @@ def test_every_bench_of_a_cpu_is_run():
     }
     there = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__"}
     assert there == otherwise | set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["optimizer_step", pytest.param("compiled_blocks", marks=pytest.mark.nightly)]
+)
+def test_a_bench_of_a_step_runs_in_little(name, tmp_path, monkeypatch):
+    """Of the quickstart's shape they take minutes."""
+    bench = importlib.import_module(f"bench.{name}")
+    little = dataclasses.replace(
+        bench.QUICKSTART, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2
+    )
+    little = dataclasses.replace(little, intermediate_size=64, expert_intermediate_size=32)
+    monkeypatch.setattr(bench, "QUICKSTART", little)
+    real = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda given, device, _: real(given, device, 1))
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", "--json", str(found)])
+    bench.main(name, bench.run)
+    result = json.loads(found.read_text())
+    assert result["bench"] == name and result["rows"]
+    for row in result["rows"]:
+        assert row["device"] == "cpu" and row["commit"] and row["ours_ms"] > 0 and row["rivals"]
 
 
 def cells_of(plan: dict) -> optimizers.Results:
@@ -160,3 +194,186 @@ def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
     monkeypatch.setattr(sys, "argv", [*words, "--report"])
     optimizers.main()
     assert "Not run: muon-0.1-8." in capsys.readouterr().out
+
+
+def generated(budget: float, rows: int, loss: tuple[float, ...], rate: tuple[float, ...]) -> dict:
+    """What launch.benchmark says of a budget in a cell. loss: difference and its interval; rate:
+    likewise, a ratio.
+    """
+    ratio = dict(zip(("median", "low", "high"), rate, strict=True))
+    return {
+        "budget": budget,
+        "rows": rows,
+        "context": 8,
+        "decode_experts": budget,
+        "distinct_experts": 4.0,
+        "decode_flops_per_token": 2e6 + 1e6 * budget,
+        "decode_bytes_per_token": 4e6,
+        "itl_p50_ms": 5.0,
+        "ttft_p50_ms": 7.0,
+        "tokens_per_second": 100.0,
+        "ratios": {"itl_p50": ratio, "tokens_per_second": ratio},
+        "loss": {
+            "experts_per_token": budget,
+            "val_loss": 4.0,
+            "low": 3.9,
+            "high": 4.1,
+            "flops_per_token": 3e6,
+            **dict(zip(("difference", "difference_low", "difference_high"), loss, strict=True)),
+        },
+    }
+
+
+MEASURED = [
+    generated(3, 1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    generated(1, 1, (0.02, 0.01, 0.03), (1.2, 1.1, 1.3)),
+    generated(3, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    generated(1, 8, (0.02, 0.01, 0.03), (1.01, 0.99, 1.02)),
+]
+
+
+def test_a_table_of_budgets_runs_what_is_missing_and_says_what_its_intervals_say(
+    tmp_path, monkeypatch
+):
+    """Its stages, with commands that only say how they were asked for."""
+    asked: list[list[str]] = []
+
+    def pretended(command: str, words: list[str], log: Path) -> None:
+        asked.append([command, *words])
+        settings = dict(word.split("=", 1) for word in words)
+        if command == "benchmark":
+            found = {
+                "measured": MEASURED,
+                "prompts": "held-out text",
+                "device": {"device": "CPU", "flops": 1e9, "num_bytes": 1e9, "source": "measured"},
+            }
+            Path(settings["output"]).write_text(json.dumps(found))
+        if command == "train":
+            run = Path(settings.get("resume") or settings["run_dir"])
+            (run / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+            result = {"stopped": "resume" not in settings, "step": 2, "tokens": 2048}
+            (run / "result.json").write_text(json.dumps(result))
+
+    size = {"parameters": 7e6, "experts": 8, "moe_layers": 3, "shared_experts": 1, "seq_len": 256}
+    size["trained_budget"] = 2.0
+    monkeypatch.setattr(budget_table, "call", pretended)
+    monkeypatch.setattr(budget_table, "size_of", lambda run: size)
+    words = ["budget_table", str(tmp_path / "f"), "--budgets", "1", "3", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+
+    # The training is stopped on its way, and taken up by the next call.
+    with pytest.raises(RuntimeError, match=r"quickstart-2-1234 did not train to its end"):
+        budget_table.main()
+    budget_table.main()
+    assert [one[0] for one in asked] == ["train", "train", "evaluate", "benchmark"]
+    assert "router=threshold" in asked[0] and asked[1] == [
+        "train",
+        f"resume={tmp_path / 'f' / 'quickstart-2-1234'}",
+    ]
+    # Ratios are to the first variant.
+    assert "router.budget=[3,1]" in asked[2] and "budgets=[3,1]" in asked[3]
+
+    page = (tmp_path / "f" / "budgets.md").read_text()
+    assert str(tmp_path) not in page and "The upcycled real model was not run" in page
+    assert "| 1 | 1.000 | 4.0000 [3.900, 4.100] | +0.0200 [+0.0100, +0.0300] | higher |" in page
+    assert "1 instead of 3 experts changes it by +0.0200 nats [+0.0100, +0.0300]: higher." in page
+    assert "takes 0.60 of the FLOPs and 1.00 of the bytes" in page
+    assert "are 1.200 [1.100, 1.300] of those at 3: faster." in page
+    assert "are 1.010 [0.990, 1.020] of those at 3: undecided." in page
+    assert json.loads((tmp_path / "f" / "budgets.json").read_text())[0]["size"] == size
+
+    # Nothing is run twice; another question is asked anew.
+    budget_table.main()
+    assert len(asked) == 4
+    monkeypatch.setattr(sys, "argv", [*words, "--rows", "1"])
+    budget_table.main()
+    assert [one[0] for one in asked[4:]] == ["evaluate", "benchmark"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (-2.0, -1.0, "lower"),
+        (1.0, 2.0, "higher"),
+        (-1.0, 1.0, "undecided"),
+        (0.0, 1.0, "undecided"),
+        (None, None, "undecided (no interval)"),
+    ],
+)
+def test_a_verdict_is_what_its_interval_decides(low, high, told):
+    assert budget_table.verdict(low, high, 0.0, "lower", "higher") == told
+
+
+def test_a_table_of_budgets_without_its_dense_model_says_how_to_get_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["budget_table", str(tmp_path), "--dense", "nowhere"])
+    with pytest.raises(SystemExit):
+        budget_table.main()
+    assert "python -m bench.small_model --to nowhere" in capsys.readouterr().err
+
+
+def test_the_best_rate_is_the_vertex_of_a_parabola_where_it_has_neighbours():
+    losses = {2.0**x: (x - 0.3) ** 2 + 1 for x in range(-3, 4)}
+    best, inside = widths.vertex(losses)
+    assert inside and best == pytest.approx(2**0.3)
+    assert widths.vertex({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == (1.0, False)
+
+
+def test_a_best_rate_that_moves_and_one_that_stays_are_told_apart():
+    """Made losses: at the first width best at 4, under the ordinary rules at 1 for four times the
+    width.
+    """
+    rates, found = [1.0, 2.0, 4.0, 8.0], {}
+    for seed in (1, 2):
+        for rule, width, best in (("mup", 64, 4), ("mup", 256, 4), ("ordinary", 256, 1)):
+            for rate in rates:
+                loss = 2 + abs(math.log2(rate / best)) / 10 + seed / 100
+                found[widths.Cell(rule, width, rate, seed)] = loss
+    rows = {(r["rule"], r["width"]): r for r in widths.summary(found, [64, 256])}
+    assert rows["ordinary", 64]["losses"] == rows["mup", 64]["losses"]
+    assert rows["mup", 256]["doublings"] == 0
+    assert rows["mup", 256]["cost_of_the_first_widths_rate"] == 0
+    assert rows["ordinary", 256]["doublings"] == pytest.approx(-2)
+    assert rows["ordinary", 256]["cost_of_the_first_widths_rate"] == pytest.approx(0.2)
+    table = widths.tables(found, [64, 256], rates)
+    assert (
+        "| ordinary | 256 | **2.0150** | 2.1150 | 2.2150 | 2.3150 | 1 or beyond | -2.00 |" in table
+    )
+
+    # A rate that one seed alone has does not change the means of the others.
+    found[widths.Cell("mup", 256, 4.0, 3)] = 9.0
+    assert widths.summary(found, [64, 256])[3]["cost_of_the_first_widths_rate"] == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_of_widths_goes_on_and_both_rules_are_one_model_at_the_first(
+    tmp_path, monkeypatch, capsys
+):
+    words = ["widths", str(tmp_path / "cells"), "--widths", "32", "64", "--rates", "4e-3", "8e-3"]
+    words += ["--steps", "2", "--seeds", "1"]
+    trained = []
+    real = widths.train
+
+    def counted(cell, base, steps):
+        trained.append(cell.name)
+        return real(cell, base, steps)
+
+    monkeypatch.setattr(widths, "train", counted)
+    monkeypatch.setattr(sys, "argv", words)
+    widths.main()
+    assert len(trained) == 6 and trained[0] == "mup-32-0.004-1"
+    (tmp_path / "cells" / "ordinary-64-0.008-1.json").unlink()
+    monkeypatch.setattr(sys, "argv", [*words, "--report"])
+    widths.main()
+    assert "Not run: ordinary-64-0.008-1." in capsys.readouterr().out
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", [*words, "--json", str(found)])
+    widths.main()
+    assert trained[6:] == ["ordinary-64-0.008-1"]
+    cells = json.loads(found.read_text())["cells"]
+    ordinary = real(widths.Cell("ordinary", 32, 4e-3, 1), 32, 2)
+    assert ordinary["val_loss"] == cells["mup-32-0.004-1"]
+    monkeypatch.setattr(sys, "argv", [*words[:-3], "3", "--seeds", "1"])
+    with pytest.raises(ValueError, match="give another folder"):
+        widths.main()

@@ -62,6 +62,7 @@ FLOORS = {
     ),
     "infer": (
         ("engine",),
+        ("graphs",),
         ("batch",),
         ("sequence",),
         ("replay", "request", "sampling"),

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 import torch
 
@@ -84,6 +85,10 @@ class Bench:
 
     Args:
         prompts: as many as rows, each of the cell's length. energy: None: nobody asks.
+        cuda_graphs: as engine.cuda_graphs.
+
+    Attributes:
+        without_graphs: why the last engine had no CUDA graphs; None: it had, or there was none.
     """
 
     def __init__(
@@ -94,7 +99,10 @@ class Bench:
         new_tokens: int,
         slo: SloConfig,
         energy: EnergyMeter | None = None,
+        cuda_graphs: Literal["auto", True, False] = "auto",
     ):
+        self.cuda_graphs: Literal["auto", True, False] = cuda_graphs
+        self.without_graphs: str | None = None
         self.energy = energy or EnergyMeter((), "not asked for")
         self.variants, self.cell, self.slo = variants, cell, slo
         self.prompts, self.new_tokens = prompts, new_tokens
@@ -153,7 +161,9 @@ class Bench:
         pages = -(-(self.cell.context + self.new_tokens) // size)
         # one more, which the engine wants to see free before it admits the last request
         room = (rows * pages + 1) * size
-        settings = EngineConfig(max_slots=rows, cache_tokens=room, prefix_reuse=False)
+        settings = EngineConfig(
+            max_slots=rows, cache_tokens=room, prefix_reuse=False, cuda_graphs=self.cuda_graphs
+        )
         return Engine(variant.model, settings)
 
     def _sampling(self, i: int) -> SamplingConfig:
@@ -174,6 +184,9 @@ class Bench:
         """Speed, bytes of the cache, the most that a GPU held, and joules."""
         engine = self._engine(variant, self.cell.rows)
         on_gpu = engine.device.type == "cuda"
+        if engine.graphs is not None:
+            # Once before the clock runs: steps are captured when they first come.
+            _finished(engine, self._requests(False))
         if on_gpu:
             torch.cuda.synchronize(engine.device)
             torch.cuda.reset_peak_memory_stats(engine.device)
@@ -182,6 +195,7 @@ class Bench:
         if on_gpu and self.energy.counters:
             torch.cuda.synchronize(engine.device)
         joules = self.energy.since(before)
+        self.without_graphs = engine.without_graphs
         times = [RequestTimes(c.arrived, tuple(c.token_times)) for c in found]
         speed = speed_of(
             times,

@@ -138,19 +138,16 @@ def _components(run: RunConfig) -> list[str]:
             f"than the {tokens:.3g} tokens an expert gets of a micro-batch, "
             "so most would get none; lower it, or raise train.micro_batch_size"
         )
-    if run.experts.precision == "fp8" and run.experts.backend == "grouped_mm":
+    low = run.experts.precision
+    if low != "native" and run.experts.backend == "grouped_mm":
         problems.append(
             "experts.backend=grouped_mm has no products of 8-bit floats, which "
-            "experts.precision=fp8 asks for; set experts.backend=auto"
+            f"experts.precision={low} asks for; set experts.backend=auto"
         )
-    if (
-        run.experts.precision == "fp8"
-        and run.train.precision == "fp32"
-        and (run.experts.backend == "triton")
-    ):
+    if low != "native" and run.train.precision == "fp32" and (run.experts.backend == "triton"):
         problems.append(
-            "experts.precision=fp8 by experts.backend=triton goes with train.precision=bf16, not "
-            "fp32; set experts.backend=auto, or train.precision=bf16"
+            f"experts.precision={low} by experts.backend=triton goes with train.precision=bf16, "
+            "not fp32; set experts.backend=auto, or train.precision=bf16"
         )
     if run.experts.backend == "triton" and not run.model.plain_experts:
         problems.append(
@@ -258,6 +255,13 @@ def _frozen(run: RunConfig) -> list[str]:
         f"{setting}: {part} means no parameter of this model, for {missing[part]}; drop it"
         for setting, part in named
         if missing.get(part)
+    ]
+
+    problems += [
+        f"optim.groups[{i}].layers is {list(group.layers)}, but the model has the layers 0 to "
+        f"{model.num_layers - 1}"
+        for i, group in enumerate(run.optim.groups)
+        if group.layers is not None and group.layers[-1] >= model.num_layers
     ]
 
     routers = [f"blocks.{layer}.mlp.router.weight" for layer in model.moe_layers]
@@ -588,16 +592,24 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
             f"{name} does not divide the {world_size} ranks; start a multiple of {size} "
             "(launch.num_devices x launch.num_nodes)"
         )
+    laps, parts = run.parallel.virtual_stages, run.parallel.num_parts
     if size > run.model.num_layers:
         problems.append(
             f"{name} is more than model.num_layers {run.model.num_layers}, and every stage needs "
             "a layer; lower it"
         )
-    if split is not None and len(split) == size and sum(split) != run.model.num_layers:
+    elif parts > run.model.num_layers:
+        problems.append(
+            f"{name} x parallel.virtual_stages {laps} is more than model.num_layers "
+            f"{run.model.num_layers}, and every virtual stage needs a layer; lower either"
+        )
+    if split is not None and len(split) == parts and sum(split) != run.model.num_layers:
         problems.append(
             f"parallel.pipeline_split {list(split)} has {sum(split)} layers, model.num_layers is "
             f"{run.model.num_layers}"
         )
+    if laps > 1:
+        problems += _virtual_stages(run)
     if run.zero_stage == 3:
         problems.append(
             f"{name} with deepspeed zero stage 3: every stage would gather its weights anew for "
@@ -623,6 +635,26 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
         problems.append(
             f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "
             "to train; use parallel.pipeline_parallel_size=1"
+        )
+    return problems
+
+
+def _virtual_stages(run: RunConfig) -> list[str]:
+    """Where DeepSpeed takes it that the last backward pass of a step goes through all weights."""
+    laps, zero = run.parallel.virtual_stages, run.deepspeed.get("zero_optimization", {})
+    problems = []
+    if run.zero_stage == 1 and zero.get("overlap_comm"):
+        problems.append(
+            f"parallel.virtual_stages {laps} with deepspeed.zero_optimization.overlap_comm under "
+            "zero stage 1, which then reduces what the last pass of a step goes through and no "
+            "other virtual stage's gradients; drop overlap_comm, or use deepspeed=zero2"
+        )
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if run.zero_stage == 2 and offload != "none":
+        problems.append(
+            f"parallel.virtual_stages {laps} with deepspeed.zero_optimization.offload_optimizer "
+            "under zero stage 2, which then updates with what the last pass of a step goes through "
+            "and no other virtual stage's gradients; use deepspeed=zero1"
         )
     return problems
 

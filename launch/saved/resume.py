@@ -216,11 +216,12 @@ def _other_optimizers(before: dict[str, Any], after: dict[str, Any]) -> list[str
 
 
 def chosen_optimizers(optim: dict[str, Any]) -> list[dict[str, Any]]:
-    """Match and optimizer of every group; none where no group chooses one."""
+    """What every group is about, and its optimizer; none where no group chooses one."""
     groups = optim.get("groups") or []
     if not any(group.get("optimizer") for group in groups):
         return []
-    return [{"match": group["match"], "optimizer": group.get("optimizer")} for group in groups]
+    names = ("match", "layers", "optimizer")
+    return [{name: group.get(name) for name in names} for group in groups]
 
 
 def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

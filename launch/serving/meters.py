@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -156,6 +159,16 @@ class Meters:
                 lambda: engine.confined.rerouted,
             ),
             (
+                "cuda_graphs",
+                "Shapes of decoding steps that are CUDA graphs.",
+                lambda: 0 if engine.graphs is None else len(engine.graphs.shapes),
+            ),
+            (
+                "cuda_graph_steps",
+                "Decoding steps that were replayed as CUDA graphs.",
+                lambda: 0 if engine.graphs is None else engine.graphs.num_replays,
+            ),
+            (
                 "speculation_utility",
                 "Tokens per second of rounds over plain steps, as last measured; 0: never.",
                 lambda: _utility(engine),
@@ -163,6 +176,7 @@ class Meters:
         ):
             gauge = Gauge(f"loadstone_{name}", text, registry=self.registry)
             gauge.set_function(value)
+        self.registry.register(_WithoutGraphs(engine))
 
     def ended(self, request: Request, done: Completion) -> None:
         """Count a request that has come to its end."""
@@ -211,6 +225,23 @@ class Meters:
             "prompt_tokens": round(_value(self.prompt_tokens)),
             "generated_tokens": round(_value(self.generation_tokens)),
         }
+
+
+class _WithoutGraphs(Collector):
+    """Says why decoding steps are no CUDA graphs, as a label: it may come up while requests run."""
+
+    def __init__(self, engine: Engine | EngineOverRanks):
+        self.engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        found = GaugeMetricFamily(
+            "loadstone_without_cuda_graphs",
+            "1 where decoding steps are no CUDA graphs, with the reason.",
+            labels=("reason",),
+        )
+        if (reason := self.engine.without_graphs) is not None:
+            found.add_metric((reason,), 1.0)
+        return (found,)
 
 
 def _share_held(free: int, pages: int) -> float:

@@ -22,6 +22,7 @@ from train.rank.channel import Channel, Watch
 
 if TYPE_CHECKING:
     from infer.engine import Confined, Drafted, Engine
+    from infer.graphs.steps import DecodeGraphs
     from infer.speculate import Utility
 
 PAUSE_SECONDS = 1.0
@@ -112,6 +113,14 @@ class EngineOverRanks:
     @property
     def confined(self) -> Confined:
         return self.own.confined
+
+    @property
+    def graphs(self) -> DecodeGraphs | None:
+        return self.own.graphs
+
+    @property
+    def without_graphs(self) -> str | None:
+        return self.own.without_graphs
 
     @property
     def has_work(self) -> bool:

@@ -783,7 +783,7 @@ class SparseKVPages(KVPages):
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         super().write(keys, values, slots)
         # A block is pooled when its last token arrives.
-        self.entries.update(self.keys, self.values, slots)
+        self.entries.update(self.keys, self.values, slots.view(keys.shape[:2]))
 
 
 def _merged(gates: torch.Tensor, branches: tuple[torch.Tensor, ...]) -> torch.Tensor:

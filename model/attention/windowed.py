@@ -57,6 +57,8 @@ class WindowedAttention(DenseAttention):
         sinks = None if self.sinks is None else layout.own_heads(self.sinks)
         if layout.gathering is not None:
             return self._attend_runs(q, k, v, layout.gathering.runs, sinks)
+        if self.window is None and (documents := layout.documents) is not None:
+            return self._attend_runs(q, k, v, documents, sinks)
         if self.window is None:
             mask = layout.shared("causal", lambda: _causal_mask(layout, *q.shape[:2]))
             return self._attend(q, k, v, mask, sinks)
@@ -150,7 +152,7 @@ class WindowedAttention(DenseAttention):
             sinks = (sinks.float() / scale).to(q.dtype).view(1, 1, -1, 1)
             q = torch.cat((q, F.pad(sinks, (0, ROOM - 1)).expand(*q.shape[:3], -1)), dim=-1)
             sink_key = k.new_zeros(k.shape[0], 1, k.shape[2], self.head_dim + ROOM)
-            sink_key[..., self.head_dim] = 1
+            sink_key[..., self.head_dim].fill_(1)
             k = torch.cat((F.pad(k, (0, ROOM)), sink_key), dim=1)
             v = F.pad(v, (0, 0, 0, 0, 0, 1))
             mask = F.pad(mask, (0, 1), value=True)

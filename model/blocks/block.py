@@ -20,7 +20,9 @@ from model.routers.base import RoutingRequest
 from ops.router import RouterOutput
 
 BlockOutput = tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]
-"""Hidden states as they came, [B, S, D] or of several streams, and what attention, the routers' losses and the routing say."""
+"""Hidden states as they came, [B, S, D] or of several streams, and what attention, the routers'
+losses and the routing say.
+"""
 
 
 class Block(nn.Module):

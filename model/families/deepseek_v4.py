@@ -1,6 +1,6 @@
-"""What the config.json of DeepSeek-V4 says that others do not: attention by layer, residual streams,
-layers that route by token id; in the keys of the Hub's files and in those that transformers writes.
-Imports no torch.
+"""What the config.json of DeepSeek-V4 says that others do not: attention by layer, residual
+streams, layers that route by token id; in the keys of the Hub's files and in those that
+transformers writes. Imports no torch.
 """
 
 from __future__ import annotations
@@ -112,14 +112,15 @@ def _kinds(config: Mapping[str, Any], number: int, problems: list[str]) -> list[
 
 def _ratios(config: Mapping[str, Any]) -> dict[str, int]:
     rates = config.get("compress_rates") or {}
-    return {kind: rates.get(name, RATIOS.get(kind)) for name, kind in KINDS.items()}
+    return {kind: rates.get(name, RATIOS.get(kind, 0)) for name, kind in KINDS.items()}
 
 
 def _rope_head_dim(config: Mapping[str, Any], head_dim: int) -> int:
     if (size := config.get("qk_rope_head_dim")) is not None:
         return int(size)
     ropes = config.get("rope_parameters") or {}
-    nested = ropes.get("main") if isinstance(ropes.get("main"), Mapping) else ropes
+    main = ropes.get("main")
+    nested = main if isinstance(main, Mapping) else ropes
     partial = config.get("partial_rotary_factor") or nested.get("partial_rotary_factor")
     return int(head_dim * (64 / 512 if partial is None else partial))
 
@@ -183,11 +184,11 @@ def streams(config: Mapping[str, Any], problems: list[str]) -> Settings:
 
 def hash_layers(config: Mapping[str, Any], model: Settings, problems: list[str]) -> int:
     """How many first layers route by token id; every layer has experts."""
-    number = model["num_layers"]
+    number = int(model["num_layers"])
     kinds = config.get("mlp_layer_types")
     if kinds is None:
         return min(number, int(config.get("num_hash_layers", 3)))
-    found = sum(kind == "hash_moe" for kind in kinds)
+    found = list(kinds).count("hash_moe")
     if list(kinds) != ["hash_moe"] * found + ["moe"] * (number - found):
         problems.append(
             "mlp_layer_types are not layers that route by token id (hash_moe) first and others "

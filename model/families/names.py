@@ -379,9 +379,7 @@ def _places(parts: Parts) -> Iterator[tuple[str, int, Place]]:
     for key, several in parts.items():
         row = 0
         for part in several:
-            place = Place(
-                key, row, part.shape[0], part.order, part.is_transposed, part.columns
-            )
+            place = Place(key, row, part.shape[0], part.order, part.is_transposed, part.columns)
             yield part.name, part.index or 0, place
             row += part.shape[0]
 

@@ -14,7 +14,7 @@ from model.dispatch.rows import lent_experts
 from model.parallel.groups import ParallelGroups
 from model.placement.record import LayerPlacement
 from ops.all_to_all import Flight, Hop, begin_rows, end_rows
-from ops.grouped_mlp import grouped_mlp, grouped_mlp_eight_bit
+from ops.grouped_mlp import grouped_mlp, grouped_mlp_eight_bit, select_backend
 
 Stack = tuple[Tensor, ...]
 """gate_up [n, 2F, D] and down [n, D, F] of n experts; of weights of 8 bits their scales, [n, 2F]
@@ -181,6 +181,15 @@ class Experts(nn.Module):
             return whole.as_strided(kept.shape, kept.stride, kept.offset)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def backend_on(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The back-end of their products for tokens of a dtype (ops.grouped_mlp)."""
+        width, hidden_size = self.down.shape[2], self.down.shape[1]
+        plain = self.activation == "swiglu" and self.gate_up_bias is None
+        precision = "native" if self.gate_up_scales is not None else self.settings.precision
+        return select_backend(
+            self.settings.backend, device, dtype, hidden_size, width, plain, precision
+        )
 
     def lend(self) -> tuple[Flight, ...] | None:
         """Send the weights that other ranks borrow, and expect those borrowed here. Collective over

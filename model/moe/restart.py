@@ -76,8 +76,8 @@ class RoutingFacts:
 
 
 def state_of(routers: list[Router]) -> State:
-    """Copies of all buffers but the tables, which belong to the weights: before a checkpoint is loaded, the state that a new run would start
-    with.
+    """Copies of all buffers but the tables, which belong to the weights: before a checkpoint is
+    loaded, the state that a new run would start with.
     """
     return [
         {name: buffer.clone() for name, buffer in router.named_buffers() if name != "hash_table"}

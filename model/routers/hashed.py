@@ -1,6 +1,8 @@
-"""Routing by a table: which experts a token visits is a matter of its id in the vocabulary alone."""
+"""Routing by a table: which experts a token visits depends on its id in the vocabulary alone."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,7 @@ class HashedRouter(TopKRouter):
             chosen = self.hash_table[request.words]
 
         logits = self._logits(hidden, self.weight)
-        options = {
+        options: dict[str, Any] = {
             "token_mask": request.token_mask,
             "token_ids": request.token_ids,
             "num_segments": request.num_segments,

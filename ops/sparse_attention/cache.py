@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ops.sparse_attention.entries import CoarseEntries, pool_groups, weigh_groups
@@ -92,13 +93,16 @@ class EntryPages:
 
     @torch.no_grad()
     def update(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """keys, values: [pages, block_size, Hk, d], the whole pool; slots: [n] int64 places
-        page * block_size + i that have just been written.
+        """keys, values: [pages, block_size, Hk, d], the whole pool; slots: [B, S] int64 places
+        page * block_size + i that have just been written, of neighbouring tokens in each row.
+
+        Nothing here waits for a device to say how many blocks are complete: what is pooled of those
+        that are not goes to page 0, which is scratch.
         """
         size = self.spec.block_size
-        full = slots[slots % size == size - 1] // size
-        if not len(full):
-            return
+        # Of so many neighbours one at most is the last token of a block.
+        full = torch.where(slots % size == size - 1, slots // size, 0)
+        full = F.pad(full, (0, -full.shape[1] % size)).unflatten(1, (-1, size)).amax(-1).flatten()
         size = self.spec.coarse_block_size
         new_keys, new_values = (x[full].unflatten(1, (-1, size)) for x in (keys, values))
         found = pooled(new_keys, new_values, self.weigh)

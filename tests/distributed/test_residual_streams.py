@@ -5,6 +5,7 @@ against one process (parity_worker.py).
 from __future__ import annotations
 
 import pytest
+
 from tests.distributed.test_parity import compared
 
 # Of two streams the first biases are 0, to which no error would be small.

@@ -1,5 +1,5 @@
-"""Layers that route by a table of the token's id: their definition, what leaves them alone, and what
-is refused.
+"""Layers that route by a table of the token's id: their definition, what leaves them alone, and
+what is refused.
 """
 
 from __future__ import annotations

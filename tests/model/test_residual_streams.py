@@ -167,7 +167,7 @@ def test_every_parameter_learns_and_recomputed_blocks_say_the_same():
 def test_two_stages_hand_on_all_streams():
     whole = model_of()
     first, second = (
-        build(config_of(), BalanceConfig(), layers=layers) for layers in (range(1), range(1, 3))
+        build(config_of(), BalanceConfig(), layers=[run]) for run in (range(1), range(1, 3))
     )
     for part in (first, second):
         names = {name for name, _ in part.named_parameters()}

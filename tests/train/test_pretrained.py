@@ -19,7 +19,6 @@ from tests.published import CASES, ours, saved, theirs
 from train.pretrained.folder import PretrainedFolder
 from train.pretrained.shards import ShardedReader
 
-
 BUFFERS = ("correction_bias", ".gate.bias", "tid2eid")
 """Endings of names of what no gradient moves."""
 

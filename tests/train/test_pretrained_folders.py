@@ -178,7 +178,7 @@ def test_layers_of_deepseek_v4_that_predict_further_tokens_are_left_out(tmp_path
     assert "1 layers that predict further tokens are left out" in describe(folder).reading.notes
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    with pytest.raises(PretrainedError, match="is no part of what config.json describes"):
+    with pytest.raises(PretrainedError, match=r"is no part of what config\.json describes"):
         describe(folder)
 
 
@@ -421,9 +421,7 @@ def test_weights_of_deepseek_v4_are_the_numbers_that_transformers_makes_of_them(
     (hub / "config.json").write_text(json.dumps(asked))
     found = ours(PretrainedFolder(hub))
     expected = ours(PretrainedFolder(rewritten(tmp_path / "there", plain, tmp_path / "plain")))
-    for (name, value), other in zip(
-        found.named_parameters(), expected.parameters(), strict=True
-    ):
+    for (name, value), other in zip(found.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(value, other), name
 
     lost = next(name for name in stored if ".experts." in name and name.endswith(".scale"))

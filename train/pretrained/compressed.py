@@ -35,8 +35,8 @@ def in_fp8(reading: Reading) -> tuple[list[str], Settings]:
     if reading.family.attention == "compressed":
         raise FamilyError(
             [
-                f"dtype=fp8: the files of {reading.family.model_type} have a layout of 8-bit floats "
-                "of their own, which is read and not written; give dtype=bf16"
+                f"dtype=fp8: the files of {reading.family.model_type} have a layout of 8-bit "
+                "floats of their own, which is read and not written; give dtype=bf16"
             ]
         )
     parts = dict(parts_of(reading))

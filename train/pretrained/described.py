@@ -10,7 +10,15 @@ from typing import Any
 
 from model.families.names import TABLE_THERE, Parts, differences, parts_of, respelled
 from model.families.reading import FamilyError, Reading, read
-from train.pretrained.shards import FP4, FP8, MXFP4, POWERS, PretrainedError, ShardedReader, read_json
+from train.pretrained.shards import (
+    FP4,
+    FP8,
+    MXFP4,
+    POWERS,
+    PretrainedError,
+    ShardedReader,
+    read_json,
+)
 
 PRETRAINED = "pretrained"
 """Folder of a run that keeps the small files of the weights it began with."""

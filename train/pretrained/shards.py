@@ -192,8 +192,9 @@ class ShardedReader:
             if other in self.shapes:
                 raise PretrainedError(f"{self.folder} holds both {name} and {other}, one for both")
             self._name_in_file[other] = self._name_in_file.pop(name, name)
-            for facts in (self.shapes, self.dtypes, self._file_of):
-                facts[other] = facts.pop(name)  # type: ignore[attr-defined]
+            self.shapes[other] = self.shapes.pop(name)
+            self.dtypes[other] = self.dtypes.pop(name)
+            self._file_of[other] = self._file_of.pop(name)
 
     def unpack_mxfp4(self) -> None:
         """Give stacks that are stored as blocks [E, R, C / 32, 16] and scales [E, R, C / 32] the

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from train.config.commands.source import (
     InferenceRouterConfig,
     Weights,
+    problems_of_graphs,
     problems_of_source,
     problems_of_weights,
 )
@@ -60,6 +62,8 @@ class BenchmarkConfig:
     """Rounds go on until the 95% interval of every ratio to the first variant is this narrow, to
     each side, as a share.
     """
+    cuda_graphs: Literal["auto", True, False] = "auto"
+    """Decoding steps as CUDA graphs, as engine.cuda_graphs of launch.serve."""
     slo: SloConfig = field(default_factory=SloConfig)
     price_per_hour: float | None = None
     """Of the device, in any currency; None: no cost is told."""
@@ -91,6 +95,7 @@ class BenchmarkConfig:
             for value in values
             if value < 1
         ]
+        found += problems_of_graphs(self.cuda_graphs, "cuda_graphs")
         if self.new_tokens < 2:
             found.append(f"new_tokens is {self.new_tokens}; time between tokens needs at least 2")
         if not 6 <= self.min_rounds <= self.max_rounds:

@@ -13,6 +13,7 @@ from train.config.commands.source import (
     Weights,
     problems_of_average,
     problems_of_drafts,
+    problems_of_graphs,
     problems_of_limit,
     problems_of_source,
     problems_of_weights,
@@ -92,6 +93,13 @@ class GenerateConfig:
         if self.engine.max_active_experts is not None and self.input is None:
             found.append(
                 "engine.max_active_experts is for requests that are decoded together; give "
+                "input=FILE output=FILE, or drop it"
+            )
+        asked, size = self.engine.cuda_graphs, self.parallel.expert_parallel_size
+        found += problems_of_graphs(asked, "engine.cuda_graphs", size)
+        if asked is True and self.input is None:
+            found.append(
+                "engine.cuda_graphs=true is for requests that are decoded together; give "
                 "input=FILE output=FILE, or drop it"
             )
         if self.engine.draft_budget is not None and self.launch.num_devices > 1:

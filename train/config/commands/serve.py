@@ -20,6 +20,7 @@ from train.config.commands.source import (
     InferenceRouterConfig,
     Weights,
     problems_of_drafts,
+    problems_of_graphs,
     problems_of_limit,
     problems_of_source,
     problems_of_weights,
@@ -183,6 +184,9 @@ class ServeConfig:
             )
         found += problems_of_drafts(self.engine, self.path, self.router)
         found += problems_of_limit(self.engine, self.launch.num_devices)
+        found += problems_of_graphs(
+            self.engine.cuda_graphs, "engine.cuda_graphs", self.parallel.expert_parallel_size
+        )
         if self.engine.draft_budget is not None and self.serve.budget is not None:
             found.append(
                 "serve.budget=auto holds a latency that was measured of single tokens, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,31 @@ def problems_of_limit(engine: EngineConfig, num_devices: int) -> list[str]:
         f"engine.max_active_experts with launch.num_devices={num_devices}: it is of one process; "
         "drop one of them"
     ]
+
+
+DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
+"""Where drivers of GPUs are: NVIDIA's, also in a container, Windows' for Linux, and AMD's."""
+
+
+def problems_of_graphs(
+    asked: Literal["auto", True, False], setting: str, expert_parallel_size: int = 1
+) -> list[str]:
+    """Where decoding steps that are asked for as CUDA graphs cannot be. setting: what it is called;
+    what the model itself may stand in the way with is seen when it is loaded.
+    """
+    if asked is not True:
+        return []
+    if not any(os.path.exists(device) for device in DEVICES):
+        return [
+            f"{setting}=true, but this machine has no GPU ({DEVICES[0]} is missing); set "
+            f"{setting}=auto or false"
+        ]
+    if expert_parallel_size > 1:
+        return [
+            f"{setting}=true with parallel.expert_parallel_size={expert_parallel_size}: ranks "
+            "agree on every step, which no graph can hold; drop one of them"
+        ]
+    return []
 
 
 def problems_of_average(average: int, path: str | None, weights: Weights = "native") -> list[str]:
