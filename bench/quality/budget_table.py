@@ -4,8 +4,9 @@
 [--rows 1 8] [--contexts 128] [--dense DIR] [--to docs/runs/budgets]` trains the quickstart with
 threshold routing, so that its budget can be changed, calibrates and evaluates every budget on
 held-out text (launch.evaluate), measures generation at each (launch.benchmark), and writes the page
-TO.md and all numbers to TO.json. --size small takes a smaller model. --dense DIR does the same with a small real model whose MLPs
-become experts: DIR is what `python -m bench.small_model --to DIR` writes.
+TO.md and all numbers to TO.json. --size small takes a smaller model. --dense DIR does the same with
+a small real model whose MLPs become experts: DIR is what `python -m bench.small_model --to DIR`
+writes.
 
 What FOLDER holds already is kept, so the same command goes on where it was stopped; `--report` runs
 nothing and writes the page of what is there. Verdicts follow from 95% intervals alone: of a loss
