@@ -24,7 +24,8 @@ from model.moe.layer import ModelParts
 from model.routers.config import TopKConfig
 from model.transformer import Transformer
 from train.config.kinds import is_hidden_matrix
-from train.config.training import OptimConfig
+from train.config.lora import LoraConfig
+from train.config.training import OptimConfig, ParallelConfig
 from train.engine.muon.masters import matrices_of, place_matrices
 from train.engine.muon.optimizer import Muon
 from train.engine.muon.planned import planned_muon
@@ -82,11 +83,13 @@ def sent_mib(config: ModelConfig, optim: OptimConfig, stage: int) -> float:
     run = SimpleNamespace(
         model=config,
         optim=optim,
+        lora=LoraConfig(),
         zero_stage=stage,
         attention=SimpleNamespace(arguments=None),
-        parallel=SimpleNamespace(expert_parallel_size=EXPERT_RANKS),
+        parallel=ParallelConfig(expert_parallel_size=EXPERT_RANKS),
     )
-    return planned_muon(run, RANKS).sent_bytes / 2**20  # type: ignore[arg-type]
+    layers = range(config.num_layers)
+    return planned_muon(run, RANKS, layers).sent_bytes / 2**20  # type: ignore[arg-type]
 
 
 def run(device: torch.device) -> list[Row]:

@@ -42,6 +42,8 @@ from train.engine.partition import partition_of
 from train.files.sizes import MIB
 from train.files.strict_json import dumps
 from train.pipeline.flow import Pipeline
+from train.pipeline.schedule import Pass
+from train.pretrained.start import Weights, fill_optimizer
 from train.rank.runtime import process_group
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -88,6 +90,10 @@ LATE = (
     *("torch._dynamo", "megatron.core.parallel_state"),
 )
 """What is imported when an engine is made."""
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
+"""What keeps torch from holding compiled products of bf16 for each shape that it has met on a CPU:
+of 160 numbers of rows x 256 x 512 they took 102 MB.
+"""
 MICRO_BATCHES = 2
 STEPS = 2
 SMALL = (
@@ -147,17 +153,17 @@ class Passes:
                 length = shape[1] // groups.parts_size
                 batch = part_of(batch, groups.parts_rank * length, length)
             self.inputs.append(batch)
-        self.outputs: dict[int, Any] = {}
+        self.outputs: dict[tuple[int, int], Any] = {}
 
-    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def forward(self, one: Pass, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """As train.pipeline.flow.Passes."""
-        output = self.engine.forward(self.inputs[number], hidden=hidden)
-        self.outputs[number] = output
+        output = self.engine.forward(self.inputs[one.number], hidden=hidden, lap=one.lap)
+        self.outputs[one.unit] = output
         return output.handed_on
 
-    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+    def backward(self, one: Pass, carried: torch.Tensor | None, is_last: bool) -> None:
         """As train.pipeline.flow.Passes."""
-        output = self.outputs.pop(number)
+        output = self.outputs.pop(one.unit)
         tokens = self.run.train.global_batch_size * self.run.train.seq_len
         share = training_loss(output, tokens, tokens, self.run.balance)
         self.engine.backward(share, is_last, carried)
@@ -174,16 +180,29 @@ def begun(run: RunConfig) -> ParallelGroups:
     )
 
 
-def build(run: RunConfig, groups: ParallelGroups, at_once: bool, base: int) -> Found:
-    """An engine, and bytes above `base`. at_once: as training does (train/engine/partition.py)."""
+def build(
+    run: RunConfig,
+    groups: ParallelGroups,
+    at_once: bool,
+    base: int,
+    weights: Weights | None = None,
+) -> Found:
+    """An engine, and bytes above `base`. at_once: as training does (train/engine/partition.py).
+    weights: what the run begins with; None: what was drawn.
+    """
     found = {}
     begin_peak()
     settle = partition_of(run, groups) if at_once else None
     model = build_model(run, groups, training_dtype(run), settle)
     found["model"] = resident("VmRSS") - base
     found["model_peak"] = resident("VmHWM") - base
+    if weights is not None:
+        begin_peak()
+        weights.fill_model(model)
+        found["read_peak"] = resident("VmHWM") - base
     begin_peak()
     engine = Engine(model, groups, run.train, run.optim, run.deepspeed)
+    fill_optimizer(weights, engine, run)
     found["engine"] = resident("VmRSS") - base
     found["engine_peak"] = resident("VmHWM") - base
     return engine, found
@@ -224,6 +243,7 @@ def work(overrides: tuple[str, ...]) -> dict[str, int]:
 def import_all() -> None:
     """What every rank would import by itself, and hold beside what it began with."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ |= CACHES
     torch.set_num_threads(1)
     import_deepspeed()
     for name in LATE:

@@ -233,9 +233,9 @@ def source_summary(
                     {"layer": layer, "expert": int(lift.argmax()), "lift": float(lift.max())}
                 )
 
-        found.append({"source": source, "path": name, "mean_k": mean_k, "experts": favourites})
+        found.append({"source": source, "name": name, "mean_k": mean_k, "experts": favourites})
         print(
-            f"source {source} {name}: "
+            f"source {name}: "
             + ("nothing sampled" if mean_k is None else f"k {mean_k:.3f}  ")
             + "  ".join(
                 f"layer {f['layer']}: expert {f['expert']} {f['lift']:.2f}x" for f in favourites
@@ -249,7 +249,7 @@ def print_record(one: AuditRecords, texts: Texts | None) -> None:
     from train.audit.format import reason_names
 
     token = int(one.token[0])
-    source = "" if texts is None else f"  source {(at := texts.source(token))} {texts.names[at]}"
+    source = "" if texts is None else f"  source {texts.names[texts.source(token)]}"
     gates = " ".join(
         f"{expert}:{gate:.3f}" for expert, gate in zip(one.experts, one.gates, strict=True)
     )

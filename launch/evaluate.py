@@ -209,7 +209,7 @@ def _model(target: _Target, place: Place) -> Transformer:
 
 def _measure(target: _Target, place: Place) -> _Measured:
     """Collective."""
-    from train.trained.evaluate import evaluate
+    from train.trained.evaluate import evaluate, one_by_one
 
     settings, run = target.settings, target.run
     store = None if settings.run is None else _store(settings, run, place)
@@ -222,7 +222,7 @@ def _measure(target: _Target, place: Place) -> _Measured:
 
     sparse = [attention.layer_idx for attention in model.measured_attentions()]
     batches = followed(held_out.batches, f"evaluating {target.label}", held_out.num_batches)
-    result = evaluate(model, batches, place.device, model.routers(), sparse)
+    result = evaluate(one_by_one(model), batches, place.device, model.routers(), sparse)
     assert result is not None
     return _Measured(result, store, held_out.problem)
 

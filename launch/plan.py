@@ -213,6 +213,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
         ("shared experts", count.shared_experts),
         ("routed experts", count.experts),
         ("norms", count.norms),
+        *([("residual streams", count.streams)] if count.streams else []),
         *([("multi-token prediction", count.mtp + count.mtp_experts)] if count.mtp else []),
         ("total", count.total),
         ("active per token", count.active),
@@ -338,28 +339,37 @@ def _told_stages(run: Any, num_ranks: int) -> dict[str, Any]:
     """Print the cut of the layers, with what each stage costs."""
     stages, bubble = planned_stages(run, num_ranks), planned_bubble(run, num_ranks)
     flops = sum(stage.flops for stage in stages)
-    cut = ",".join(str(len(stage.layers)) for stage in stages)
+    laps = run.parallel.virtual_stages
+    # In the order of the model: the first run of every stage, then the second.
+    cut = ",".join(str(len(part)) for lap in zip(*run.stage_runs, strict=True) for part in lap)
     how = "balanced" if run.parallel.pipeline_split is None else "as given"
+    if laps > 1:
+        how += f", {laps} virtual stages each"
     print(
         f"stages (parallel.pipeline_split=[{cut}], {how}; the memory above is of the fullest, "
         f"{bubble:.1%} of a step is spent filling and draining)"
     )
-    for number, stage in enumerate(stages):
-        first, last = stage.layers.start, stage.layers.stop - 1
+    owned = [
+        " + ".join(f"{part.start} to {part.stop - 1}" for part in runs) for runs in run.stage_runs
+    ]
+    width = max(12, *map(len, owned))
+    for number, (own, stage) in enumerate(zip(owned, stages, strict=True)):
         micro = f"{stage.in_flight} micro-batch" + ("es" if stage.in_flight > 1 else "")
+        micro += " of one run of layers" * (laps > 1)
         print(
-            f"  {number:>3}  layers {f'{first} to {last}':12s} {stage.flops / flops:>6.1%} of the "
+            f"  {number:>3}  layers {own:{width}s} {stage.flops / flops:>6.1%} of the "
             f"FLOPs  {stage.memory.total / GIB:>9.3f} GiB  {micro} in flight"
         )
     found = [
         {
-            "layers": [stage.layers.start, stage.layers.stop - 1],
+            "layers": [stage.layers[0], stage.layers[-1]],
+            "runs": [[part.start, part.stop - 1] for part in runs],
             "flops_per_token": stage.flops,
             "in_flight": stage.in_flight,
             "memory_bytes": stage.memory.total,
             "exchange_bytes": stage.exchange.total,
         }
-        for stage in stages
+        for stage, runs in zip(stages, run.stage_runs, strict=True)
     ]
     return {"stages": found, "bubble": bubble}
 

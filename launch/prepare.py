@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.build import record
+from launch.config.build import ConfigError, record
 from train.config.data import DataConfig, labels
+from train.config.run import RunConfig
 from train.files.strict_json import dumps
 
 
@@ -30,6 +31,15 @@ def main(config: DictConfig) -> None:
     settings = record(config.data, DataConfig, "data.")
     of_the_data = ("data", "model", "seed")
     own = [str(name) for name in config if name not in of_the_data]
+    of_training = {field.name for field in dataclasses.fields(RunConfig)}
+    if other := sorted(of_training & set(own)):
+        raise ConfigError(
+            [
+                f"{name} is read by launch.train alone; leave it out: launch.prepare reads data, "
+                "model.vocab_size, seed, inspect and prepare.workers"
+                for name in other
+            ]
+        )
     how = record(OmegaConf.masked_copy(config, own), PrepareCommandConfig)
     if how.inspect:
         _inspect(settings)

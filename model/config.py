@@ -194,6 +194,17 @@ class ModelConfig:
     """Of what attention and MLP add to the residual stream."""
     logits_divisor: float = 1.0
     """What the head's logits are divided by."""
+    num_residual_streams: int = 1
+    """Vectors of a token between layers, which read, write and mix them by learned weights of its
+    state (manifold-constrained hyper-connections, mHC, arXiv 2512.24880; DeepSeek-V4: 4). 1: a
+    layer's output is added to one, as in most models.
+    """
+    sinkhorn_steps: int = 20
+    """Of several streams: how often columns of the matrix that mixes them, and rows in between, are
+    made to sum to 1.
+    """
+    sinkhorn_eps: float = 1e-6
+    """Of several streams: what is added to their weights and to those sums."""
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02
@@ -233,6 +244,11 @@ class ModelConfig:
     def rotary_size(self) -> int:
         """Dimensions of a head that are turned."""
         return self.attention_head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def residual_size(self) -> int:
+        """Values of a token between layers, and between stages."""
+        return self.num_residual_streams * self.hidden_size
 
     @property
     def width_ratio(self) -> float:
@@ -411,6 +427,7 @@ class ModelConfig:
             )
         if self.rope_scaling is not None:
             found += self.rope_scaling.problems()
+        found += self._stream_problems()
         if self.shared_expert_gate and not (self.num_shared_experts and self.num_experts):
             found.append(
                 f"model.shared_expert_gate=true, but model.num_experts is {self.num_experts} and "
@@ -433,6 +450,36 @@ class ModelConfig:
                 found.append(f"model.{name} is {value}; it must be positive")
         return found
 
+    def _stream_problems(self) -> list[str]:
+        """Of the residual streams."""
+        number, usual = self.num_residual_streams, ModelConfig.__dataclass_fields__
+        if number < 1:
+            return [f"model.num_residual_streams is {number}; use 1 for one residual stream"]
+        if number == 1:
+            return [
+                f"model.{name} is {getattr(self, name)}, but model.num_residual_streams is 1, and "
+                "one stream is not mixed; drop it"
+                for name in ("sinkhorn_steps", "sinkhorn_eps")
+                if getattr(self, name) != usual[name].default
+            ]
+        found = []
+        if self.sinkhorn_steps < 1:
+            found.append(f"model.sinkhorn_steps is {self.sinkhorn_steps}; it must be at least 1")
+        if self.sinkhorn_eps < 0:
+            found.append(f"model.sinkhorn_eps is {self.sinkhorn_eps}; it must not be negative")
+        if self.num_mtp_layers:
+            found.append(
+                f"model.num_mtp_layers is {self.num_mtp_layers}, but what modules of multi-token "
+                f"prediction do with model.num_residual_streams {number} is not defined; set "
+                "model.num_mtp_layers=0"
+            )
+        if self.init == "mup":
+            found.append(
+                f"model.init is mup, which has no rule for what mixes model.num_residual_streams "
+                f"{number}; choose another model.init"
+            )
+        return found
+
 
 @dataclass(frozen=True)
 class ExpertsConfig:
@@ -452,6 +499,7 @@ class ExpertsConfig:
     """Of the experts' products (docs/concepts/fp8.md). native: train.precision. fp8: forward, and
     back to the tokens, of values rounded to 8-bit floats with a scale for each row; 8-bit tensor
     cores compute it from compute capability 8.9 on, other devices the same in wider products.
+    fp8_all: gradients of the experts' weights as well, with a scale for each column of 128 rows.
     """
 
     def problems(self) -> list[str]:

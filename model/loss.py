@@ -77,6 +77,36 @@ class ModelOutput(NamedTuple):
     """[B, S, D] with gradient, what the next stage goes on with; None where there is none."""
 
 
+def joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
+    """Of a stage's laps, in their order -> that of all its layers, without what was handed on. Of
+    one alone: itself.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    last = outputs[-1]
+
+    def of(name: str) -> list[torch.Tensor]:
+        return [getattr(output, name) for output in outputs]
+
+    summed = {name: torch.stack(of(name)).sum(0) for name in SUMS}
+    tables = {name: torch.cat(of(name)) for name in TABLES}
+    return last._replace(
+        **summed,
+        **tables,
+        routings=tuple(routing for output in outputs for routing in output.routings),
+        handed_on=None,
+    )
+
+
+SUMS = (
+    *("loss_sum", "aux_sum", "z_sum", "penalty_sum", "processed", "mtp_sums", "kl_sum", "agreed"),
+    "logit_z_sum",
+)
+"""Fields of ModelOutput that add up over a model's layers."""
+TABLES = ("counts", "scope_counts", "stats", "attention_stats", "largest_logits")
+"""Those with rows by layer."""
+
+
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy in fp32: logits [..., vocab_size], targets [...] int64 with
     IGNORE_INDEX.

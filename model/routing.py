@@ -83,6 +83,11 @@ def make_router(
     )
     settings = ROUTERS[kind](**knobs)
     problems = settings.problems(config)
+    if settings.arguments.get("hash_layers"):
+        problems.append(
+            "router.hash_layers is a setting of a model's first layers, which know the tokens; a "
+            "router by itself has no table, set it to 0"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     with matrices_on_meta():

@@ -15,7 +15,6 @@ from model.attention.base import (
     AttentionSums,
     Paging,
     SequenceLayout,
-    document_mask,
     has_varlen_kernel,
 )
 from model.attention.cache import LayerCache, Pages
@@ -25,6 +24,7 @@ from model.attention.largest import LargestLogits
 from model.attention.sparse import SparseAttention
 from model.blocks.block import Block, BlockOutput
 from model.blocks.mtp import PredictionModule, tokens_ahead
+from model.blocks.streams import StreamSum
 from model.config import ModelConfig
 from model.distillation import divergence
 from model.init import materialize, matrices_on_meta
@@ -67,7 +67,7 @@ class _Hidden(NamedTuple):
 
     last: torch.Tensor
     """[B, S, D], normalised: what the head projects. Of a stage before the last: what the next one
-    goes on with.
+    goes on with, [B, S, n D] of several residual streams.
     """
     attentions: list[AttentionSums]
     """Of the sparse layers, in layer order."""
@@ -156,12 +156,13 @@ class Transformer(nn.Module):
         groups: parallel groups; this rank builds only its own experts.
         seed: of the initial weights, which are the same under every parallel layout. None: they
             have no numbers.
-        layers: of this stage; None: all.
+        layers: of this stage, one run of neighbours for each of its laps; None: all.
         dtype: of the weights.
         settle: of model.init.materialize.
 
     Attributes:
-        part: which layers these are.
+        part: which layers these are; laps: the same, one part for each run of them, which is what
+            a forward pass goes through. One, but for virtual stages of a pipeline.
         router_kind: what all routers have in common, also where no layer with experts is on this
             stage; a router without numbers. None for a dense model.
         compiled: blocks of this part by their numbers, as one graph each, which passes in training
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
         parts: ModelParts,
         groups: ParallelGroups | None = None,
         seed: int | None = 0,
-        layers: range | None = None,
+        layers: Sequence[range] | None = None,
         dtype: torch.dtype = torch.float32,
         settle: Callable[[nn.Parameter], None] | None = None,
     ):
@@ -189,11 +190,12 @@ class Transformer(nn.Module):
         every = range(config.num_layers)
         settings = parts.attention
         self.part = ModelPart.of(
-            every if layers is None else layers,
+            (every,) if layers is None else layers,
             config.num_layers,
             config.moe_layers,
             [i for i in every if settings.is_sparse(config, i)],
         )
+        self.laps = self.part.laps()
         # In a tuple, so that it is no part of the model.
         self._router_kind: tuple[Router, ...] = ()
         self.compiled: dict[int, Callable[..., BlockOutput]] = {}
@@ -223,9 +225,12 @@ class Transformer(nn.Module):
             self.embedding = Embedding(config.vocab_size // groups.tensor_size, config.hidden_size)
             self._cut_vocabulary(self.embedding)
         self.blocks = Layers({i: Block(config, groups, parts, i) for i in self.part.layers})
+        self.streams: StreamSum | None = None
         self.norm: RMSNorm | None = None
         self.head: nn.Linear | None = None
         if self.part.is_last:
+            if config.num_residual_streams > 1:
+                self.streams = StreamSum(config)
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             if not config.tie_embeddings:
                 run = config.vocab_size // groups.tensor_size
@@ -341,7 +346,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(
             positions, self.rotary_size, config.rope_theta, config.rope_scaling
         )
-        exchange, mask, gathering, own_positions = None, None, None, positions
+        exchange, masked, gathering, own_positions = None, None, None, positions
         if whole_positions is not None:
             exchange, positions = self.exchange, whole_positions
         if exchange is not None and exchange.size == 1:
@@ -355,13 +360,13 @@ class Transformer(nn.Module):
             and not has_varlen_kernel(positions.device, dtype)
             and cu_seqlens.numel() - 1 > positions.shape[0]
         ):
-            mask = document_mask(positions)
+            masked = positions
         return SequenceLayout(
             cos=cos,
             sin=sin,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
-            mask=mask,
+            masked_positions=masked,
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             token_mask=None if token_mask is None else token_mask.reshape(-1),
             measure=measure,
@@ -420,20 +425,24 @@ class Transformer(nn.Module):
         caches: Sequence[LayerCache | Pages] | None = None,
         hidden: torch.Tensor | None = None,
         budgets: TokenBudgets | None = None,
+        lap: int = 0,
     ) -> _Hidden:
-        """[B, S] token ids (as `_embedded`) through all blocks here; hidden: what the stage before
-        has made of them. See ForwardRequest for given_ids.
+        """[B, S] token ids (as `_embedded`) through all blocks here, or those of a lap; hidden:
+        what the stage before has made of them. See ForwardRequest for given_ids.
         """
-        assert (hidden is None) == self.part.is_first, self.part
+        part = self.laps[lap]
+        assert (hidden is None) == part.is_first, part
         if hidden is None:
-            hidden = self._embedded(input_ids)
+            # Every residual stream begins as the token.
+            hidden = self._embedded(input_ids).repeat(1, 1, self.config.num_residual_streams)
         attentions: list[AttentionSums] = []
         balances: list[RouterSums] = []
         routings: list[RouterOutput] = []
         usual = self.training and caches is None and _is_usual(layout, request, given_ids)
         compiled = self.compiled if usual else {}
-        for i, (number, block) in enumerate(zip(self.part.layers, self.blocks, strict=True)):
-            own = self._of_layer(request, given_ids, len(routings))
+        for i, number in enumerate(part.layers):
+            block = self.blocks[number]
+            own = self._of_layer(request, given_ids, len(routings), part)
             if budgets is not None and budgets.tables:
                 own = own._replace(budgets=budgets.tables[len(routings)])
             if self._recomputes():
@@ -449,7 +458,10 @@ class Transformer(nn.Module):
             if balance is not None:
                 balances.append(balance)
                 routings.append(routing)
-        if self.norm is not None:
+        if part.is_last:
+            if self.streams is not None:
+                hidden = self.streams(hidden)
+            assert self.norm is not None
             hidden = self.norm(hidden)
         return _Hidden(hidden, attentions, balances, routings)
 
@@ -472,7 +484,7 @@ class Transformer(nn.Module):
             # attends to it, no expert sees it, and nothing counts it.
             ids, there = tokens_ahead(whole, number)
             embedded, there = self._embedded(self._of_group(batch, ids)), batch.own(there)
-            own = self._of_layer(request, given_ids, len(found.routings))
+            own = self._of_layer(request, given_ids, len(found.routings), self.laps[-1])
             own = own._replace(token_mask=there.reshape(-1))
             if self._recomputes():
                 out = checkpoint(module, hidden, embedded, layout, own, use_reentrant=False)
@@ -630,14 +642,19 @@ class Transformer(nn.Module):
         batch: TokenBatch,
         request: ForwardRequest = SUMS_ALONE,
         before: torch.Tensor | None = None,
+        lap: int = 0,
     ) -> ModelOutput:
-        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: [B, S, D]
-        of the stage before, None on the first.
+        """Sums over the micro-batch `batch`, and what `request` asks for besides. before: what the
+        stage before has handed on, None where the model begins. lap: whose layers it goes through,
+        of which alone are the tables then.
         """
+        part = self.laps[lap]
         layout, routing_request = self._reading(batch, request)
         ids = self._of_group(batch, batch.rows.input_ids)
-        hidden = self._backbone(ids, layout, routing_request, request.given_ids, hidden=before)
-        if self.part.is_last:
+        hidden = self._backbone(
+            ids, layout, routing_request, request.given_ids, hidden=before, lap=lap
+        )
+        if part.is_last:
             found = self._loss(
                 hidden.last,
                 batch.targets,
@@ -650,7 +667,7 @@ class Transformer(nn.Module):
             found = _Losses(zero, zero.new_zeros(0), zero, zero, zero)
         loss_sum = found.loss_sum
         further: list[torch.Tensor] = []
-        if self.training and self.part.is_last:
+        if self.training and part.is_last:
             further = self._predict_further(
                 hidden, batch, layout, routing_request, request.given_ids
             )
@@ -683,7 +700,7 @@ class Transformer(nn.Module):
             kl_sum=found.kl_sum,
             agreed=found.agreed,
             hidden=hidden.last.detach() if request.keep_hidden else hidden.last.new_zeros(0),
-            handed_on=None if self.part.is_last else hidden.last,
+            handed_on=None if part.is_last else hidden.last,
         )
 
     def _reading(
@@ -714,6 +731,7 @@ class Transformer(nn.Module):
             token_mask=None if batch.token_mask is None else batch.token_mask.reshape(-1),
             num_bins=int(counting),
             token_ids=None if batch.token_ids is None else batch.token_ids.reshape(-1),
+            words=batch.input_ids.reshape(-1),
             frozen=request.frozen,
             snapshot=request.snapshot,
             plain_k=request.plain_k,
@@ -751,7 +769,8 @@ class Transformer(nn.Module):
             0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device
         )
         layout = self._layout(positions, cu_seqlens, length, measure=measure_attention)
-        found = self._backbone(input_ids, layout, RoutingRequest(), caches=caches)
+        request = RoutingRequest(words=input_ids.reshape(-1))
+        found = self._backbone(input_ids, layout, request, caches=caches)
         return Read(found.last, _attention_totals(found.attentions, found.last)[1])
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -820,7 +839,9 @@ class Transformer(nn.Module):
         budgets: TokenBudgets | None,
         max_active: int | None = None,
     ) -> Decoded:
-        request = RoutingRequest(token_mask=layout.token_mask, max_active=max_active)
+        request = RoutingRequest(
+            token_mask=layout.token_mask, words=input_ids.reshape(-1), max_active=max_active
+        )
         if budgets is not None:
             request = request._replace(row_of=budgets.row_of)
         hidden = self._backbone(input_ids, layout, request, caches=pages, budgets=budgets)
@@ -855,14 +876,18 @@ class Transformer(nn.Module):
         ]
 
     def _of_layer(
-        self, request: RoutingRequest, given_ids: tuple[torch.Tensor, ...] | None, before: int
+        self,
+        request: RoutingRequest,
+        given_ids: tuple[torch.Tensor, ...] | None,
+        before: int,
+        part: ModelPart,
     ) -> RoutingRequest:
-        """The request for the MoE layer before which so many have routed here: a replay names the
-        experts by layer.
+        """The request for the layer of a part before which so many have routed there: a replay
+        names the experts by layer.
         """
-        if given_ids is None:
+        if given_ids is None or before == len(part.moe.own):
             return request
-        layer = self.part.moe.own.start + before
+        layer = part.moe.own[before]
         return request._replace(given_ids=given_ids[layer] if layer < len(given_ids) else None)
 
 

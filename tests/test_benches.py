@@ -5,7 +5,10 @@ Those of kernels start with `make bench`; here are the ones that a CPU does in l
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.quality import budget_table, optimizers
+from bench.quality import budget_table, optimizers, widths
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
@@ -25,7 +28,16 @@ SMALLEST = {
     "long_row": {"length": 4096, "ranks": 2, "gather": 2, "steps": 2},
     "reliability": {"steps": 12, "save-interval": 4},
     "plan_memory": {"size": "small", "cases": "ep2, ZeRO 3;pp2, ZeRO 1"},
+    "layout_tables": {"only": "Qwen3-30B-A3B, rows of 4,096", "page": "page.md"},
     "zero3_building": {"size": "small", "ranks": "2"},
+    "fp8_experts": {"largest": 256, "train": "runs", "steps": 3, "width": 32},
+    "step_parts": {
+        "size": "tiny",
+        "kinds": "adamw",
+        "steps": 2,
+        "rounds": 1,
+        "settings": "train.seq_len=32",
+    },
 }
 
 
@@ -60,6 +72,29 @@ def test_every_bench_of_a_cpu_is_run():
     }
     there = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__"}
     assert there == otherwise | set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["optimizer_step", pytest.param("compiled_blocks", marks=pytest.mark.nightly)]
+)
+def test_a_bench_of_a_step_runs_in_little(name, tmp_path, monkeypatch):
+    """Of the quickstart's shape they take minutes."""
+    bench = importlib.import_module(f"bench.{name}")
+    little = dataclasses.replace(
+        bench.QUICKSTART, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2
+    )
+    little = dataclasses.replace(little, intermediate_size=64, expert_intermediate_size=32)
+    monkeypatch.setattr(bench, "QUICKSTART", little)
+    real = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda given, device, _: real(given, device, 1))
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", "--json", str(found)])
+    bench.main(name, bench.run)
+    result = json.loads(found.read_text())
+    assert result["bench"] == name and result["rows"]
+    for row in result["rows"]:
+        assert row["device"] == "cpu" and row["commit"] and row["ours_ms"] > 0 and row["rivals"]
 
 
 def cells_of(plan: dict) -> optimizers.Results:
@@ -276,3 +311,69 @@ def test_a_table_of_budgets_without_its_dense_model_says_how_to_get_it(
     with pytest.raises(SystemExit):
         budget_table.main()
     assert "python -m bench.small_model --to nowhere" in capsys.readouterr().err
+
+
+def test_the_best_rate_is_the_vertex_of_a_parabola_where_it_has_neighbours():
+    losses = {2.0**x: (x - 0.3) ** 2 + 1 for x in range(-3, 4)}
+    best, inside = widths.vertex(losses)
+    assert inside and best == pytest.approx(2**0.3)
+    assert widths.vertex({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == (1.0, False)
+
+
+def test_a_best_rate_that_moves_and_one_that_stays_are_told_apart():
+    """Made losses: at the first width best at 4, under the ordinary rules at 1 for four times the
+    width.
+    """
+    rates, found = [1.0, 2.0, 4.0, 8.0], {}
+    for seed in (1, 2):
+        for rule, width, best in (("mup", 64, 4), ("mup", 256, 4), ("ordinary", 256, 1)):
+            for rate in rates:
+                loss = 2 + abs(math.log2(rate / best)) / 10 + seed / 100
+                found[widths.Cell(rule, width, rate, seed)] = loss
+    rows = {(r["rule"], r["width"]): r for r in widths.summary(found, [64, 256])}
+    assert rows["ordinary", 64]["losses"] == rows["mup", 64]["losses"]
+    assert rows["mup", 256]["doublings"] == 0
+    assert rows["mup", 256]["cost_of_the_first_widths_rate"] == 0
+    assert rows["ordinary", 256]["doublings"] == pytest.approx(-2)
+    assert rows["ordinary", 256]["cost_of_the_first_widths_rate"] == pytest.approx(0.2)
+    table = widths.tables(found, [64, 256], rates)
+    assert (
+        "| ordinary | 256 | **2.0150** | 2.1150 | 2.2150 | 2.3150 | 1 or beyond | -2.00 |" in table
+    )
+
+    # A rate that one seed alone has does not change the means of the others.
+    found[widths.Cell("mup", 256, 4.0, 3)] = 9.0
+    assert widths.summary(found, [64, 256])[3]["cost_of_the_first_widths_rate"] == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_of_widths_goes_on_and_both_rules_are_one_model_at_the_first(
+    tmp_path, monkeypatch, capsys
+):
+    words = ["widths", str(tmp_path / "cells"), "--widths", "32", "64", "--rates", "4e-3", "8e-3"]
+    words += ["--steps", "2", "--seeds", "1"]
+    trained = []
+    real = widths.train
+
+    def counted(cell, base, steps):
+        trained.append(cell.name)
+        return real(cell, base, steps)
+
+    monkeypatch.setattr(widths, "train", counted)
+    monkeypatch.setattr(sys, "argv", words)
+    widths.main()
+    assert len(trained) == 6 and trained[0] == "mup-32-0.004-1"
+    (tmp_path / "cells" / "ordinary-64-0.008-1.json").unlink()
+    monkeypatch.setattr(sys, "argv", [*words, "--report"])
+    widths.main()
+    assert "Not run: ordinary-64-0.008-1." in capsys.readouterr().out
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", [*words, "--json", str(found)])
+    widths.main()
+    assert trained[6:] == ["ordinary-64-0.008-1"]
+    cells = json.loads(found.read_text())["cells"]
+    ordinary = real(widths.Cell("ordinary", 32, 4e-3, 1), 32, 2)
+    assert ordinary["val_loss"] == cells["mup-32-0.004-1"]
+    monkeypatch.setattr(sys, "argv", [*words[:-3], "3", "--seeds", "1"])
+    with pytest.raises(ValueError, match="give another folder"):
+        widths.main()

@@ -128,7 +128,7 @@ def ids(command: Command) -> str:
 TRAINING = [pytest.param(c, id=ids(c)) for c in OURS if c.module in PLANNED]
 
 
-@pytest.mark.parametrize("command", some_daily(TRAINING))
+@pytest.mark.parametrize("command", some_daily(TRAINING, 4))
 def test_what_trains_can_be_planned(command, place):
     # how data are prepared is no setting of a run
     own = ("inspect=", "prepare.") if command.module == "launch.prepare" else ()

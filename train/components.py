@@ -75,7 +75,7 @@ def build_model(
     )
     layers = None
     if groups is not None and groups.pipeline_size > 1:
-        layers = config.stage_layers[groups.pipeline_rank]
+        layers = config.stage_runs[groups.pipeline_rank]
     transformer = Transformer(config.model, parts, groups, config.seed, layers, dtype, settle)
     start_routers(transformer.routers(), config.budget, config.fail_safe)
     adapted = ranks_of(config.lora, config.model, config.attention.arguments)

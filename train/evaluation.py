@@ -88,6 +88,7 @@ def _evaluated(run: Parts, step: Step, rows: ValidationRows) -> dict[str, Any] |
         stopped=stopped,
         # The probe is with rank 0, to whose stages' layers its tokens go.
         stage=StageOf.of(model, bool(run.config.model.num_experts) and run.groups.stage_rank == 0),
+        at_once=run.pipeline.at_once,
     )
     model.train()
     return result

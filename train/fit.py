@@ -351,7 +351,7 @@ def banner(
     )
     axes = []
     if groups.pipeline_size > 1:
-        layers = ", ".join(str(len(part)) for part in config.stage_layers)
+        layers = stage_sizes(config)
         axes.append(f"{groups.pipeline_size} stages of {layers} layers")
     if groups.parts_size > 1 or axes:
         axes.append(f"rows {groups.rows_size}")
@@ -384,13 +384,19 @@ def banner(
     ]
 
 
+def stage_sizes(config: RunConfig) -> str:
+    """Layers of each stage, those of its virtual stages apart: 8+7, 8+7."""
+    return ", ".join("+".join(str(len(layers)) for layers in runs) for runs in config.stage_runs)
+
+
 def _rounding(config: RunConfig, backend: str) -> str:
     """How the experts round, where they do."""
     if not config.model.num_experts or config.experts.precision == "native":
         return ""
+    rounded = f" in {config.experts.precision}"
     if backend == "triton":
-        return " in fp8"
-    return f" in fp8, computed in {config.train.precision}"
+        return rounded
+    return f"{rounded}, computed in {config.train.precision}"
 
 
 def nodes_line(groups: ParallelGroups, num_devices: int, num_nodes: int) -> list[str]:

@@ -122,6 +122,6 @@ def _routing_audit(
         dist.get_rank(),
         progress.step if config.resume is not None else None,
         borders=lambda: saved_steps(run_dir / "checkpoints"),
-        own=part.moe.places,
+        own=part.moe.own,
     )
     return RoutingAudit(log, config.train.seq_len)

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from model.config import BalanceConfig
-from model.loss import ModelOutput, training_loss
+from model.loss import ModelOutput, joined, training_loss
 from model.request import ForwardRequest
-from ops.all_to_all import Communication, by_turns
+from ops.all_to_all import Communication, by_turns, total_communication
 from train.agenda import Step
 from train.data.loader import Batch
 from train.engine.qk_clip import QkClip
@@ -20,6 +20,7 @@ from train.guard.step import Orders
 from train.objectives.objective import Again
 from train.observe.base import Ask, MicroBatch, StepResult
 from train.parts import Parts
+from train.pipeline.schedule import Pass
 from train.timing.communication import CommunicationMeter
 
 
@@ -131,54 +132,57 @@ class _Passes:
         self._run, self._step, self._batches, self._size = run, step, batches, size
         self._orders, self._ask, self._meter = orders, ask, meter
         self._balance, self._clip = balance, clip
-        self._scope_counts: torch.Tensor | None = None
-        self._outputs: dict[int, tuple[ModelOutput, Communication | None, Again | None]] = {}
+        # By lap; by micro-batch and lap, while it is on its way; by micro-batch, of the laps that
+        # it has been there and back.
+        self._scope_counts: dict[int, torch.Tensor] = {}
+        self._outputs: dict[tuple[int, int], _Output] = {}
+        self._returned: dict[int, list[_Output]] = {}
         self.statistics: torch.Tensor | None = None
         self.losses: list[torch.Tensor] = []
 
-    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def forward(self, one: Pass, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """As train.pipeline.flow.Passes."""
         with self._run.watch.phase(self._step, "forward"):
-            return self._forward(number, hidden)
+            return self._forward(one, hidden)
 
-    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+    def backward(self, one: Pass, carried: torch.Tensor | None, is_last: bool) -> None:
         """As train.pipeline.flow.Passes."""
         with self._run.watch.phase(self._step, "backward"):
-            self._backward(number, carried, is_last)
-        self._finish(number, is_last)
+            self._backward(one, carried, is_last)
+        self._finish(one, is_last)
 
     def pair(
-        self, number: int, hidden: torch.Tensor | None, back: int, carried: torch.Tensor | None
+        self, one: Pass, hidden: torch.Tensor | None, back: Pass, carried: torch.Tensor | None
     ) -> torch.Tensor | None:
         """As train.pipeline.flow.Passes."""
         with self._run.watch.phase(self._step, "pair"):
             handed_on, _ = by_turns(
-                lambda: self._forward(number, hidden),
+                lambda: self._forward(one, hidden),
                 lambda: self._backward(back, carried, is_last=False),
             )
         self._finish(back, is_last=False)
         return handed_on
 
-    def _forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def _forward(self, one: Pass, hidden: torch.Tensor | None) -> torch.Tensor | None:
         engine, objective = self._run.engine, self._run.objective
         request = request_for(
             self._orders,
             self._ask,
-            self._scope_counts,
+            self._scope_counts.get(one.lap),
             self._run.config.train.z_loss_coeff > 0,
             self._clip is not None,
             objective.keeps_hidden,
         )
-        batch = self._batches[number]
+        batch = self._batches[one.number]
         inputs = objective.inputs(batch, batch.inputs(engine.device))
-        output = engine.forward(inputs, request, hidden)
+        output = engine.forward(inputs, request, hidden, one.lap)
         again = objective.again(inputs, output, self._step.number)
-        self._scope_counts = output.scope_counts
-        self._outputs[number] = output, self._meter.read(), again
+        self._scope_counts[one.lap] = output.scope_counts
+        self._outputs[one.unit] = _Output(output, self._meter.read(), again)
         return output.handed_on
 
-    def _backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
-        run, (output, _, again) = self._run, self._outputs[number]
+    def _backward(self, one: Pass, carried: torch.Tensor | None, is_last: bool) -> None:
+        run, (output, _, again) = self._run, self._outputs[one.unit]
         share = training_loss(
             output,
             self._size.num_targets,
@@ -191,9 +195,15 @@ class _Passes:
         )
         run.engine.backward(share, is_last and again is None, carried)
 
-    def _finish(self, number: int, is_last: bool) -> None:
-        """A micro-batch went forward and backward."""
-        run, (output, communication, again) = self._run, self._outputs.pop(number)
+    def _finish(self, one: Pass, is_last: bool) -> None:
+        """A micro-batch went forward and backward, in its first lap or in another."""
+        run, done = self._run, self._outputs.pop(one.unit)
+        # The last lap comes back first.
+        returned = self._returned.setdefault(one.number, [])
+        returned.insert(0, done._replace(output=done.output._replace(handed_on=None)))
+        if one.lap > 0:
+            return
+        output, communication, again = _whole(self._returned.pop(one.number))
         second = None
         if again is not None:
             second = learn_again(run, self._step, again, self._size, self._orders, is_last)
@@ -204,8 +214,23 @@ class _Passes:
             self.statistics = output.stats
         else:
             self.statistics = self.statistics + output.stats
-        done = MicroBatch(self._batches[number], output, communication, second)
-        run.watch.micro_batch(self._step, done)
+        told = MicroBatch(self._batches[one.number], output, communication, second)
+        run.watch.micro_batch(self._step, told)
+
+
+class _Output(NamedTuple):
+    """What a forward pass gave."""
+
+    output: ModelOutput
+    communication: Communication | None
+    again: Again | None
+
+
+def _whole(laps: list[_Output]) -> _Output:
+    """Of all layers here, from those of every lap."""
+    counted = [one.communication for one in laps if one.communication is not None]
+    communication = total_communication(counted) if counted else None
+    return _Output(joined([one.output for one in laps]), communication, laps[0].again)
 
 
 def learn_again(

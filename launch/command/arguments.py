@@ -6,6 +6,7 @@ its own for values. People write settings in any order, and paths and sentences 
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -19,17 +20,28 @@ WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info",
 """Options of Hydra's that are followed by a value."""
 ALONE = (
     *("--multirun", "-m", "--run", "-r", "--resolve"),
-    *("--help", "-h", "--hydra-help", "--version"),
+    *("--help", "-h", "--hydra-help"),
 )
 """Options that are not."""
 KEY = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
+
+
+INDEX = re.compile(r"\[(\d+)\](?=[^=]*=)")
+OF_A_LIST = re.compile(r"((?:\w+\.)*(?:sources|groups))\.(?!\d)")
+"""A setting of an item, of which the number is left out."""
+OF_TRAINING = ("train", "plan", "compare")
+FILES_OF_SETTINGS = ("config", "config_file", "config_path", "cfg_path")
+NO_FILE = (
+    "settings are not read from a file of yours; write them as name=value, or put the file into "
+    "conf/experiment and choose it with experiment=NAME"
+)
 
 
 class ArgumentError(ValueError):
     """An argument that is no setting; the message says what to write instead."""
 
 
-def arranged(arguments: Iterable[str]) -> list[str]:
+def arranged(arguments: Iterable[str], command: str = "train") -> list[str]:
     """The arguments of a command as Hydra takes them: its options first, then the settings.
 
     Raises:
@@ -38,42 +50,66 @@ def arranged(arguments: Iterable[str]) -> list[str]:
     options: list[str] = []
     settings: list[str] = []
     waiting = False
-    for argument in arguments:
+    typed = list(arguments)
+    for argument, after in zip(typed, [*typed, ""][1:], strict=True):
         if waiting:
             options.append(argument)
             waiting = False
         elif argument.startswith("-") and not KEY.match(argument):
-            options += _option(argument)
+            options += _option(argument, after, command)
             waiting = argument in WITH_VALUE
         else:
-            settings.append(setting(argument))
+            settings.append(setting(argument, after))
     return [*options, *settings]
 
 
-def _option(argument: str) -> list[str]:
+def _option(argument: str, after: str, command: str) -> list[str]:
     name = argument.partition("=")[0]
     if name in WITH_VALUE or name in ALONE or argument.startswith("-cd"):
         return [argument]
-    if "=" in argument or re.match(r"--?[a-z_]+\.[a-z_.]+", argument):
-        name, _, value = argument.lstrip("-").partition("=")
-        meant = f"{name.replace('-', '_')}={value or 'VALUE'}"
+    from launch.config.build import ELSEWHERE
+
+    name, _, value = argument.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    if name in FILES_OF_SETTINGS:
+        raise ArgumentError(f"{argument}: {NO_FILE}")
+    # Words of other frameworks are mostly settings of a training.
+    foreign = ELSEWHERE.get(name) if command in OF_TRAINING else None
+    if "=" in argument or re.match(r"--?[a-z_]+\.[a-z_.]+", argument) or foreign:
+        meant = f"{foreign or name}={value or _value_after(after)}"
         raise ArgumentError(f"{argument}: settings have no dashes; write {meant}")
     raise ArgumentError(f"{argument} is no option; settings are written as name=value")
 
 
-def setting(argument: str) -> str:
+def _value_after(after: str) -> str:
+    """What stands behind a setting whose value was typed as an argument of its own."""
+    return "VALUE" if after.startswith("-") or "=" in after else after or "VALUE"
+
+
+def setting(argument: str, after: str = "") -> str:
     """One setting, with a plus where Hydra may need it, and with quotes around a value that its
     grammar cannot read.
 
+    Args:
+        after: the argument behind it, which may have been meant as its value.
+
     Raises:
-        ArgumentError: it has no value.
+        ArgumentError: it has no value, or chooses what cannot be a choice.
     """
-    found = KEY.fullmatch(argument)
+    # Messages name an item of a list as Python does.
+    found = KEY.fullmatch(INDEX.sub(r".\1", argument, count=2) if "[" in argument else argument)
     if found is None:
         if argument.startswith("~"):
             return argument
-        raise ArgumentError(_no_setting(argument))
+        raise ArgumentError(_no_setting(argument, after))
     sign, key, value = found.groups()
+    if key in FILES_OF_SETTINGS:
+        raise ArgumentError(f"{argument}: {NO_FILE}")
+    if without := OF_A_LIST.match(key):
+        first = f"{without[1]}.0.{key[without.end() :]}"
+        raise ArgumentError(f"{key}: {without[1]} is a list; write {first}={value} for its first")
+    if _is_group(key) and (value.isdigit() or "/" in value):
+        raise ArgumentError(_no_choice(key, value))
     if key in TEXTS:
         is_none = value == "null" and key != "prompt"
         return f"{sign}{key}={value if is_none else quoted(value)}"
@@ -91,11 +127,36 @@ def setting(argument: str) -> str:
     return f"{sign}{key}={quoted(os.path.expanduser(value))}"
 
 
-def _no_setting(argument: str) -> str:
+def _no_choice(group: str, value: str) -> str:
+    """Hydra would look for a file of that name under conf/, or end with a traceback."""
+    choices = options(group)
+    near = difflib.get_close_matches(f"{group}{value}", choices, 1, 0.4)
+    if group == "data":
+        own = f"data=files data.sources.0.path=text data.sources.0.data_files={value}"
+        hint = f"text of your own is {own}; "
+    else:
+        near += [choice for choice in choices if choice.endswith(value)]
+        hint = f"did you mean {group}={near[-1]}? " if near else ""
+    return f"{group}={value} does not exist; {hint}choices: {', '.join(choices)}"
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group of conf/; a base that others are made of is none."""
+    folder = ROOT / "conf" / group
+    if not group or not folder.is_dir():
+        return []
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "base")
+
+
+def _no_setting(argument: str, after: str) -> str:
     if argument == "=":
         return "a setting is written without spaces: name=value"
-    if re.fullmatch(r"[A-Za-z_][\w.]*", argument):
-        return f"{argument} has no value; write {argument}=VALUE"
+    if argument in ("help", "?"):
+        return f"{argument} is no setting; --help lists them"
+    if re.fullmatch(r"[A-Za-z_][\w.]*", argument) and not os.path.isfile(argument):
+        return f"{argument} has no value; write {argument}={_value_after(after)}"
+    if "=" not in argument and ("/" in argument or os.path.isfile(argument)):
+        return f"{argument} is no setting; a run is named as run={argument}, and a file likewise"
     return f"{argument} is no setting; settings are written as name=value"
 
 

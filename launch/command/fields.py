@@ -24,14 +24,14 @@ RECORDS = {
     "plan": "train.config.run:RunConfig",
     "prepare": "train.config.run:RunConfig",
     "compare": "train.config.run:RunConfig",
-    "evaluate": "train.config.commands:EvaluateConfig",
-    "generate": "train.config.commands:GenerateConfig",
-    "export": "train.config.commands:ExportConfig",
-    "branch": "train.config.commands:BranchConfig",
+    "evaluate": "train.config.commands.evaluate:EvaluateConfig",
+    "generate": "train.config.commands.generate:GenerateConfig",
+    "export": "train.config.commands.export:ExportConfig",
+    "branch": "train.config.commands.export:BranchConfig",
     "runs": "launch.runs.command:RunsConfig",
-    "serve": "train.config.commands:ServeConfig",
-    "benchmark": "train.config.commands:BenchmarkConfig",
-    "quantize": "train.config.commands:QuantizeConfig",
+    "serve": "train.config.commands.serve:ServeConfig",
+    "benchmark": "train.config.commands.benchmark:BenchmarkConfig",
+    "quantize": "train.config.commands.export:QuantizeConfig",
     "teach": "train.config.run:RunConfig",
     "report": "launch.report.command:ReportConfig",
     "place": "launch.place.settings:PlaceConfig",
@@ -43,9 +43,9 @@ OF_ONE_COMMAND = {
 }
 """Of the record of another command, what a command reads."""
 OWN = {
-    "prepare": "train.config.commands:PrepareCommandConfig",
-    "plan": "train.config.commands:PlanCommandConfig",
-    "teach": "train.config.commands:TeachCommandConfig",
+    "prepare": "train.config.commands.prepare:PrepareCommandConfig",
+    "plan": "train.config.commands.plan:PlanCommandConfig",
+    "teach": "train.config.commands.prepare:TeachCommandConfig",
     "compare": "launch.comparing.settings:CompareConfig",
 }
 """Of a command that reads another one's record, what it has beside it."""

@@ -8,8 +8,8 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
+from launch.command.arguments import options
 from launch.command.fields import OWN, RECORDS, Setting, groups_of, own_settings, settings
-from launch.command.refusals import options
 from launch.process.identity import ROOT
 
 WIDTH = 96

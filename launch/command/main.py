@@ -93,7 +93,7 @@ def run_main(
 
     try:
         arguments, notes = resolved(command_name(), arguments)
-        arguments = arranged(arguments)
+        arguments = arranged(arguments, command_name())
     except ArgumentError as error:
         fail([str(error)])
     for note in notes if rank() == 0 else ():

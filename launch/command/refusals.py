@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
+from launch.command.arguments import options
 from launch.process.identity import ROOT
 
 
@@ -33,21 +34,15 @@ def _missing(option: str) -> str:
     choices = options(group)
     if not choices:
         return f"{option} does not exist under conf/"
-    near = difflib.get_close_matches(name, choices, 1, 0.5)
+    near = difflib.get_close_matches(name, choices, 1, 0.55)
     hint = f"did you mean {group}={near[0]}? " if near else ""
     return f"{group}={name} does not exist; {hint}choices: {', '.join(choices)}"
 
 
-def options(group: str) -> list[str]:
-    """The choices of a group of conf/; a base that others are made of is none."""
-    folder = ROOT / "conf" / group
-    if not group or not folder.is_dir():
-        return []
-    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "base")
-
-
 def _unknown(key: str) -> str:
     groups = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+    if key == "model":
+        return "model is no setting of this command; run=RUN or path=DIR names one that is trained"
     if key in groups:
         return f"this command has no choice of {key}; --help lists its settings"
     near = difflib.get_close_matches(key, groups, 1, 0.6)

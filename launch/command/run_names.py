@@ -6,6 +6,7 @@ sweep and saved config holds the same ones.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 import re
@@ -29,6 +30,8 @@ READ_WHOLE = ("report", "dashboard", "audit", "place", "runs")
 """Commands that read a run and not one of its checkpoints."""
 READ_CHECKPOINT = ("branch", "evaluate", "generate", "export", "serve", "benchmark", "quantize")
 """Commands that read one of them."""
+NEED_A_RUN = (*READ_CHECKPOINT, "audit", "place")
+"""Commands that can do nothing about one run that is not there."""
 SEVERAL = ("evaluate", "report", "runs")
 """Commands whose `run` may be several."""
 CHECKPOINT_OF = {
@@ -72,6 +75,8 @@ def resolved(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
             )
         runs = [run for name in names for run in _runs_of(command, key, name, experiment)]
         several = key == "run" and command in SEVERAL
+        if len(names) == 1 and command in NEED_A_RUN:
+            _require_run(key, runs[0])
         if not several and len(runs) > 1:
             raise ArgumentError(f"{key}={value} are {len(runs)} runs, give one: {_listed(runs)}")
         if runs != names and command != "runs":
@@ -82,6 +87,19 @@ def resolved(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
         # It has said which runs `latest` is of; the run keeps its own.
         found = [argument for argument in found if not argument.startswith("experiment=")]
     return found, notes
+
+
+def _require_run(key: str, path: str) -> None:
+    """Raises ArgumentError where no directory has the name; of a checkpoint, its run's."""
+    folder = Path(path).parent.parent if _is_checkpoint(path) else Path(path)
+    if folder.is_dir():
+        return
+    close = difflib.get_close_matches(path, [LATEST], 1, 0.6)
+    hint = f"did you mean {key}={LATEST}? " if close else ""
+    what = "is a file, no run directory" if folder.is_file() else "does not exist"
+    raise ArgumentError(
+        f"{key}={path}: {folder} {what}; {hint}python -m launch.runs lists the runs"
+    )
 
 
 def _keys(command: str, of_checkpoint: bool = False) -> tuple[str, ...]:
@@ -136,7 +154,8 @@ def _reads_whole(command: str, run: str) -> str:
 
 
 def _written(name: str) -> str:
-    is_plain = all(c.isalnum() or c in "/._-" for c in name)
+    # A name such as true or 5 would not be read as text.
+    is_plain = "/" in name and all(c.isalnum() or c in "/._-" for c in name)
     return name if is_plain else quoted(name)
 
 

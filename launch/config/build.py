@@ -85,8 +85,23 @@ ELSEWHERE = {
     "output_dir": "run_dir",
     "tokenizer": "data.tokenizer.path",
     "init_from": "init.path",
+    "model_name_or_path": "init.path",
+    "tp": "parallel.tensor_parallel_size",
+    "pp": "parallel.pipeline_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_parallel_size",
+    "coef": "balance.aux_loss_coeff",
+    "router_aux_loss_coef": "balance.aux_loss_coeff",
+    "moe_aux_loss_coeff": "balance.aux_loss_coeff",
+    "lr": "optim.lr",
+    "epochs": "train.num_epochs",
+    "ckpt": "checkpoint",
+    "max_tokens": "max_new_tokens",
+    "num_samples": "max_sequences",
 }
 """What other frameworks call a setting -> what it is called here."""
+SEVERAL = {"betas": "optim.beta1 and optim.beta2", "zero_stage": "deepspeed=zero1, zero2 or zero3"}
+"""Likewise, where it is no single setting here."""
 _asked: ContextVar[type] = ContextVar("_asked")
 """The record of the whole command."""
 
@@ -118,11 +133,13 @@ def _suggest(name: Any, path: str, known: set[str]) -> str:
 def _hint(name: str, path: str, known: set[str]) -> str:
     """The same word elsewhere, another framework's word, a word like it, or what there is."""
     places = _places(_asked.get()) if _asked.get(None) is not None else {}
-    if name in places:
-        return f"did you mean {' or '.join(places[name][:3])}?"
     foreign = ELSEWHERE.get(name.lower())
     if foreign is not None and foreign in places.get(foreign.rpartition(".")[2], ()):
         return f"did you mean {foreign}?"
+    if name in SEVERAL and "optim" in places:
+        return f"did you mean {SEVERAL[name]}?"
+    if name in places:
+        return f"did you mean {' or '.join(places[name][:3])}?"
     near = difflib.get_close_matches(name, sorted(known), 1, 0.6)
     if near:
         return f"did you mean {path}{near[0]}?"
@@ -135,7 +152,9 @@ def _hint(name: str, path: str, known: set[str]) -> str:
 def build_record(node: Any, cls: type, path: str, problems: list[str]) -> Any:
     """A frozen record from plain data, or None with the reasons appended to `problems`."""
     if not isinstance(node, dict):
-        problems.append(f"{path.rstrip('.')} is {node!r}; it must be a group of settings")
+        names = ", ".join(f"{path}{field.name}" for field in dataclasses.fields(cls)[:4])
+        group = path.rstrip(".")
+        problems.append(f"{group} is {node!r}; it must be a group of settings, such as {names}")
         return None
     if path == "":
         _asked.set(cls)
@@ -194,7 +213,9 @@ def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{path} is {value}; it must be a finite number")
     if hint in (int, float, str, bool) and type(value) is not hint:
-        problems.append(f"{path} is {value!r}; it must be {hint.__name__}")
+        is_whole = hint is int and isinstance(value, float) and value.is_integer()
+        mend = f"; write {value:.0f}" if is_whole and abs(value) < 2**53 else ""
+        problems.append(f"{path} is {value!r}; it must be {hint.__name__}{mend}")
     return value
 
 

@@ -62,7 +62,7 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
     problems += _rounding(run)
-    problems += _clipping(run) + _scaling(run) + _index(run) + _compiling(run)
+    problems += _clipping(run) + _scaling(run) + _index(run, trains) + _compiling(run)
     if run.model.num_experts > 0:
         problems += _components(run)
         problems += run.router.training_problems(run.model) if trains else []
@@ -138,19 +138,16 @@ def _components(run: RunConfig) -> list[str]:
             f"than the {tokens:.3g} tokens an expert gets of a micro-batch, "
             "so most would get none; lower it, or raise train.micro_batch_size"
         )
-    if run.experts.precision == "fp8" and run.experts.backend == "grouped_mm":
+    low = run.experts.precision
+    if low != "native" and run.experts.backend == "grouped_mm":
         problems.append(
             "experts.backend=grouped_mm has no products of 8-bit floats, which "
-            "experts.precision=fp8 asks for; set experts.backend=auto"
+            f"experts.precision={low} asks for; set experts.backend=auto"
         )
-    if (
-        run.experts.precision == "fp8"
-        and run.train.precision == "fp32"
-        and (run.experts.backend == "triton")
-    ):
+    if low != "native" and run.train.precision == "fp32" and (run.experts.backend == "triton"):
         problems.append(
-            "experts.precision=fp8 by experts.backend=triton goes with train.precision=bf16, not "
-            "fp32; set experts.backend=auto, or train.precision=bf16"
+            f"experts.precision={low} by experts.backend=triton goes with train.precision=bf16, "
+            "not fp32; set experts.backend=auto, or train.precision=bf16"
         )
     if run.experts.backend == "triton" and not run.model.plain_experts:
         problems.append(
@@ -191,6 +188,12 @@ def _routing(run: RunConfig) -> list[str]:
             f"balance.entropy_coeff {run.balance.entropy_coeff} acts on the softmax of the "
             "router's logits, but router.score_function is "
             f"{run.router.arguments.get('score_function')}; set it to 0"
+        )
+
+    if (tables := run.router.arguments.get("hash_layers")) and run.experts.token_rounding:
+        problems.append(
+            f"experts.token_rounding {run.experts.token_rounding} moves tokens to other experts, "
+            f"but router.hash_layers {tables} name the experts of a token; set one of them to 0"
         )
 
     if run.router.arguments.get("bias") and run.fail_safe.spike_zscore > 0:
@@ -252,6 +255,13 @@ def _frozen(run: RunConfig) -> list[str]:
         f"{setting}: {part} means no parameter of this model, for {missing[part]}; drop it"
         for setting, part in named
         if missing.get(part)
+    ]
+
+    problems += [
+        f"optim.groups[{i}].layers is {list(group.layers)}, but the model has the layers 0 to "
+        f"{model.num_layers - 1}"
+        for i, group in enumerate(run.optim.groups)
+        if group.layers is not None and group.layers[-1] >= model.num_layers
     ]
 
     routers = [f"blocks.{layer}.mlp.router.weight" for layer in model.moe_layers]
@@ -418,7 +428,7 @@ def _clipping(run: RunConfig) -> list[str]:
     return problems
 
 
-def _index(run: RunConfig) -> list[str]:
+def _index(run: RunConfig, trains: bool) -> list[str]:
     """An index that has learned nothing would choose at random, and nobody would notice: runs that
     others reported trained for weeks so.
     """
@@ -439,7 +449,9 @@ def _index(run: RunConfig) -> list[str]:
     instead = "attention.select=mass" if inside else "attention=scc"
     # Inside sparse attention what a bad choice leaves out stays in the softmax through its entries,
     # and an index learns from all of it from the first step on.
-    if not inside and attention.arguments["dense_steps"] == 0 and run.init.run is None:
+    # The index of published weights has learned, and so has that of weights that are evaluated.
+    learned = run.init.run is not None or (is_compressed and run.init.path is not None)
+    if trains and not inside and attention.arguments["dense_steps"] == 0 and not learned:
         problems.append(
             "attention.dense_steps is 0, so that an index which has learned nothing would choose; "
             "raise it, or begin with init.run of a run whose index has learned"
@@ -580,16 +592,24 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
             f"{name} does not divide the {world_size} ranks; start a multiple of {size} "
             "(launch.num_devices x launch.num_nodes)"
         )
+    laps, parts = run.parallel.virtual_stages, run.parallel.num_parts
     if size > run.model.num_layers:
         problems.append(
             f"{name} is more than model.num_layers {run.model.num_layers}, and every stage needs "
             "a layer; lower it"
         )
-    if split is not None and len(split) == size and sum(split) != run.model.num_layers:
+    elif parts > run.model.num_layers:
+        problems.append(
+            f"{name} x parallel.virtual_stages {laps} is more than model.num_layers "
+            f"{run.model.num_layers}, and every virtual stage needs a layer; lower either"
+        )
+    if split is not None and len(split) == parts and sum(split) != run.model.num_layers:
         problems.append(
             f"parallel.pipeline_split {list(split)} has {sum(split)} layers, model.num_layers is "
             f"{run.model.num_layers}"
         )
+    if laps > 1:
+        problems += _virtual_stages(run)
     if run.zero_stage == 3:
         problems.append(
             f"{name} with deepspeed zero stage 3: every stage would gather its weights anew for "
@@ -615,6 +635,26 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
         problems.append(
             f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "
             "to train; use parallel.pipeline_parallel_size=1"
+        )
+    return problems
+
+
+def _virtual_stages(run: RunConfig) -> list[str]:
+    """Where DeepSpeed takes it that the last backward pass of a step goes through all weights."""
+    laps, zero = run.parallel.virtual_stages, run.deepspeed.get("zero_optimization", {})
+    problems = []
+    if run.zero_stage == 1 and zero.get("overlap_comm"):
+        problems.append(
+            f"parallel.virtual_stages {laps} with deepspeed.zero_optimization.overlap_comm under "
+            "zero stage 1, which then reduces what the last pass of a step goes through and no "
+            "other virtual stage's gradients; drop overlap_comm, or use deepspeed=zero2"
+        )
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if run.zero_stage == 2 and offload != "none":
+        problems.append(
+            f"parallel.virtual_stages {laps} with deepspeed.zero_optimization.offload_optimizer "
+            "under zero stage 2, which then updates with what the last pass of a step goes through "
+            "and no other virtual stage's gradients; use deepspeed=zero1"
         )
     return problems
 

@@ -107,7 +107,8 @@ def _changes(run: Any, ranks: int) -> Iterator[tuple[str, Any, int]]:
         cut = replace(parallel, tensor_parallel_size=size)
         yield f"parallel.tensor_parallel_size={size}", replace(run, parallel=cut), ranks
     size = 2 * parallel.pipeline_parallel_size
-    if ranks % size == 0 and size <= model.num_layers and parallel.pipeline_split is None:
+    enough = size * parallel.virtual_stages <= model.num_layers
+    if ranks % size == 0 and enough and parallel.pipeline_split is None:
         staged = replace(parallel, pipeline_parallel_size=size)
         yield f"parallel.pipeline_parallel_size={size}", replace(run, parallel=staged), ranks
     if run.launch.kind != "inline":

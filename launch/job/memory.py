@@ -9,7 +9,7 @@ is free now. Imports no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +27,7 @@ from train.config.run import RunConfig
 from train.engine.muon.planned import planned_muon
 from train.files.sizes import GIB, MIB
 from train.objectives.cost import taught_bytes
-from train.pipeline.schedule import in_flight
+from train.pipeline.schedule import in_flight, waiting
 
 PROGRAM_SECONDS = 20.0
 UNLIMITED = 2**60
@@ -161,13 +161,14 @@ def memory_problem(run: Any, num_ranks: int, ranks_here: int, machine: Machine) 
 class PlannedStage:
     """One stage of a pipeline, or the whole model."""
 
-    layers: range
+    layers: Sequence[int]
+    """Numbers of its layers, ascending."""
     memory: DeviceMemory
     """Bytes on each of its devices."""
     exchange: Exchange
     """Bytes that each of its devices sends in a step."""
     in_flight: int
-    """Micro-batches that it holds at most."""
+    """Micro-batches that it holds at most; with virtual stages those of single laps."""
     flops: float
     """Of a token, forward and backward."""
 
@@ -194,20 +195,21 @@ def planned_stages(run: Any, num_ranks: int) -> list[PlannedStage]:
     )
     found = []
     for place, layers in enumerate(every):
-        held = in_flight(place, len(every), num_micro, parallel.overlap_experts)
+        laps = parallel.virtual_stages
+        held = in_flight(place, len(every), num_micro, laps, parallel.overlap_experts)
         memory = device_memory(
             run.model,
             run.experts_per_token,
             **shared,
             recompute_experts=run.experts.recompute,
-            fp8_experts=run.experts.precision == "fp8",
+            expert_precision=run.experts.precision,
             master_dtype=run.train.master_dtype,
             averaged=run.optim.ema_decay is not None,
             # Stages and parameters that are not trained do not go together.
             trained=run.trained if len(every) == 1 else None,
             one_moment=planned_muon(run, num_ranks, layers).parameters,
             layers=layers,
-            in_flight=held,
+            in_flight=held / laps,
             max_live=int(zero.get("stage3_max_live_parameters", 10**9)),
             bucket_size=int(zero.get("reduce_bucket_size", 5 * 10**8)),
         )
@@ -261,5 +263,13 @@ def planned_bubble(run: RunConfig, num_ranks: int) -> float:
     stages = planned_stages(run, num_ranks)
     num_micro = run.gradient_accumulation_steps(run.parallel.rows_size(num_ranks))
     slowest = max(stage.flops for stage in stages)
-    others: float = sum(stage.flops for stage in stages) - slowest
-    return others / (num_micro * slowest + others)
+    others = sum(stage.flops for stage in stages) - slowest
+    waits = others * waited(len(stages), num_micro, run.parallel.virtual_stages)
+    return waits / (num_micro * slowest + waits)
+
+
+def waited(num_stages: int, num_micro_batches: int, laps: int) -> float:
+    """What a stage waits for in a step, of the time that one micro-batch takes on all others."""
+    if num_stages == 1:
+        return 0.0
+    return waiting(num_stages, num_micro_batches, laps) / laps / (num_stages - 1)

@@ -3,15 +3,16 @@
 The model: products take the FLOPs of the step (a third more where blocks are recomputed) over the
 rate that devices reach; every exchange takes its bytes over the rate of the link it goes by. Of a
 pipeline the slowest stage counts, and besides it once what a micro-batch takes on all others, while
-it fills and drains (bubble). Nothing overlaps, all ranks are even, and no kernel is too small to be
-fast. So times are for comparing layouts, not for promising.
+it fills and drains (bubble); with virtual stages as many times less. Nothing overlaps, all ranks
+are even, and no kernel is too small to be fast. So times are for comparing layouts, not for
+promising.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.job.memory import PlannedStage, planned_stages
+from launch.job.memory import PlannedStage, planned_stages, waited
 from launch.layouts.devices import LINKS, Cluster
 from model.cost.memory import DeviceMemory
 from model.cost.parameters import count_parameters
@@ -62,7 +63,8 @@ def estimated(run: RunConfig, world_size: int, cluster: Cluster) -> Estimate:
         num_micro = run.gradient_accumulation_steps(run.parallel.rows_size(world_size))
         others = [parts for parts in times if parts is not slowest]
         waits = sum(parts[name] for parts in others for name in BY_MICRO_BATCH)
-        seconds["bubble"] = waits / num_micro
+        share = waited(len(stages), num_micro, run.parallel.virtual_stages)
+        seconds["bubble"] = share * waits / num_micro
     return Estimate(
         run,
         world_size,

@@ -23,6 +23,7 @@ SEARCHED = (
     "parallel.context_gather_size=",
     "parallel.tensor_parallel_size=",
     "parallel.pipeline_parallel_size=",
+    "parallel.virtual_stages=",
     "model.recompute=",
     "train.micro_batch_size=",
     "deepspeed.zero_optimization.stage=",
@@ -64,6 +65,7 @@ def as_data(estimate: Estimate) -> dict[str, Any]:
     run = estimate.run
     return {
         "pipeline_parallel_size": run.parallel.pipeline_parallel_size,
+        "virtual_stages": run.parallel.virtual_stages,
         "stage_layers": [len(layers) for layers in run.stage_layers],
         "context_parallel_size": run.parallel.context_parallel_size,
         "context_gather_size": run.parallel.context_gather_size,
@@ -95,12 +97,14 @@ def command_line(estimate: Estimate, given: Sequence[str]) -> str:
             launch.insert(0, "launch=deepspeed")
             if nodes > 1 and not any(o.startswith("launch.hostfile=") for o in kept):
                 launch.append("launch.hostfile=HOSTS")
+    virtual = run.parallel.virtual_stages
     decided = [
         f"parallel.expert_parallel_size={run.parallel.expert_parallel_size}",
         f"parallel.context_parallel_size={run.parallel.context_parallel_size}",
         f"parallel.context_gather_size={run.parallel.context_gather_size}",
         f"parallel.tensor_parallel_size={run.parallel.tensor_parallel_size}",
         f"parallel.pipeline_parallel_size={run.parallel.pipeline_parallel_size}",
+        *([f"parallel.virtual_stages={virtual}"] if virtual > 1 else []),
         f"deepspeed.zero_optimization.stage={run.zero_stage}",
         f"model.recompute={run.model.recompute}",
         f"train.micro_batch_size={run.train.micro_batch_size}",
@@ -117,7 +121,7 @@ def _heading(estimate: Estimate) -> str:
         of = f"{parallel.context_heads_size} by heads x {parallel.context_gather_size} that gather"
         gather = f" ({of})"
     if parallel.pipeline_parallel_size > 1:
-        numbers = " ".join(str(len(layers)) for layers in run.stage_layers)
+        numbers = " ".join("+".join(str(len(part)) for part in runs) for runs in run.stage_runs)
         stages = f"{parallel.pipeline_parallel_size} stages of {numbers} layers x "
     return (
         f"{estimate.step_seconds:.3g} s a step, {estimate.tokens_per_second:,.0f} tokens/s: "

@@ -15,6 +15,8 @@ from train.config.commands.plan import NODE_SIZE
 from train.config.run import RunConfig
 
 RECOMPUTE: tuple[Literal["none", "block"], ...] = ("none", "block")
+VIRTUAL_STAGES = (2, 4, 8)
+"""That are tried, as far as there are layers for them."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ def search(run: RunConfig, world_size: int, cluster: Cluster, most: int = 5) -> 
     """Every layout of `world_size` devices that contradicts nothing, by its estimate."""
     every = [estimated(candidate, world_size, cluster) for candidate in layouts(run, world_size)]
     fitting = sorted((e for e in every if e.fits), key=_order)
-    kept: dict[tuple[object, ...], Estimate] = {}
-    for estimate in fitting:
-        kept.setdefault(_kind(estimate.run), estimate)
+    kept = _fastest(fitting)
+    more = _interleaved(fitting, kept[:most][-1].step_seconds, cluster) if kept else []
+    if more:
+        kept = _fastest(sorted((*fitting, *more), key=_order))
     nearest = min(every, key=lambda e: (e.num_bytes, _order(e)), default=None)
     return Found(
-        list(kept.values())[:most],
+        kept[:most],
         None if fitting else nearest,
         len(every),
         len(fitting),
@@ -50,8 +53,35 @@ def search(run: RunConfig, world_size: int, cluster: Cluster, most: int = 5) -> 
     )
 
 
+def _fastest(fitting: list[Estimate]) -> list[Estimate]:
+    """The first of every kind."""
+    kept: dict[tuple[object, ...], Estimate] = {}
+    for estimate in fitting:
+        kept.setdefault(_kind(estimate.run), estimate)
+    return list(kept.values())
+
+
+def _interleaved(fitting: list[Estimate], bound: float, cluster: Cluster) -> list[Estimate]:
+    """Pipelines with virtual stages that fit, of those whose waiting for each other is what keeps
+    them above the bound, in seconds a step.
+    """
+    found = []
+    for estimate in fitting:
+        run, waits = estimate.run, estimate.seconds.get("bubble", 0.0)
+        for number in VIRTUAL_STAGES:
+            least = estimate.step_seconds - waits + waits / number
+            parallel = replace(run.parallel, virtual_stages=number)
+            enough = parallel.num_parts <= run.model.num_layers
+            if waits > 0 and least < bound and enough and parallel.pipeline_split is None:
+                more = estimated(replace(run, parallel=parallel), estimate.world_size, cluster)
+                found += [more] if more.fits else []
+    return found
+
+
 def layouts(run: RunConfig, world_size: int) -> Iterator[RunConfig]:
-    """The run under every size of its groups, ZeRO stage, recomputation and micro-batch."""
+    """The run under every size of its groups, ZeRO stage, recomputation and micro-batch; without
+    virtual stages.
+    """
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
     stages = (0, 1, 2, 3) if run.train.precision == "fp32" else (1, 2, 3)
     batch = run.train.global_batch_size
@@ -98,6 +128,7 @@ def under(
             context_gather_size=gather,
             tensor_parallel_size=tensor,
             expert_parallel_size=expert,
+            virtual_stages=1,
         ),
         model=replace(run.model, recompute=recompute),
         train=replace(run.train, micro_batch_size=micro_batch_size),
@@ -118,4 +149,5 @@ def _kind(run: RunConfig) -> tuple[object, ...]:
 
 def _order(estimate: Estimate) -> tuple[object, ...]:
     """The fastest first; of equal ones that with more memory left, then the simpler one."""
-    return estimate.step_seconds, estimate.num_bytes, *_kind(estimate.run)
+    virtual = estimate.run.parallel.virtual_stages
+    return estimate.step_seconds, estimate.num_bytes, *_kind(estimate.run), virtual

@@ -165,7 +165,9 @@ def settings_of_trial(config: DictConfig, size: int, folder: Path) -> DictConfig
     settings = plain(config)
     run = parse(_with(settings, {"micro_batch_size": size}), world_size(config))
     rows = run.parallel.rows_size(world_size(config))
-    number = max(MICRO_BATCHES, run.parallel.pipeline_parallel_size)
+    # With virtual stages a stage is ahead by more of them than there are stages.
+    number = run.parallel.pipeline_parallel_size * (1 + (run.parallel.virtual_stages > 1))
+    number = max(MICRO_BATCHES, number)
     number = min(number, run.gradient_accumulation_steps(rows))
     settings = _with(
         settings,

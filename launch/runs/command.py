@@ -96,6 +96,7 @@ def main(config: DictConfig) -> None:
         print_result({"runs": []})
         return
 
+    _require_columns(listed, settings.columns)
     found = differences([run.settings for run in listed]) if len(listed) > 1 else {}
     if settings.compare:
         _print_comparison(listed, found, settings.columns)
@@ -157,6 +158,12 @@ def _holds(value: Any, sign: str, wanted: str) -> bool:
         return sign in ("=", "!=") and OPERATORS[sign](text, wanted)
 
 
+def _require_columns(runs: list[Past], columns: Sequence[str]) -> None:
+    """Raises ValueError where no run has one of them."""
+    for name in columns:
+        _require_known(name, [run.value(name) for run in runs], runs, "columns")
+
+
 def _sorted(runs: list[Past], by: str) -> list[Past]:
     """Those without a value last, whichever way."""
     name, downwards = by.lstrip("-"), by.startswith("-")
@@ -180,7 +187,9 @@ def _require_known(name: str, values: Sequence[Any], runs: list[Past], setting: 
     if name in known:
         return
     near = difflib.get_close_matches(name, known, 1, 0.6)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    # A setting is named with its group.
+    near += [key for key in known if key.endswith(f".{name}")][:3]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     raise ValueError(f"{setting}: no run has {name}{hint}")
 
 

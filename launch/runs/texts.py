@@ -22,13 +22,14 @@ class Texts:
     """
 
     def __init__(self, store: Any, run: Any, run_data: Path):
+        from train.config.data import labels
         from train.data.open import training_samples
         from train.data.tokenizer import TextInside
 
         self.seq_len = run.train.seq_len
         self.samples = training_samples(run, store, run_data)
         self.text = TextInside(store.tokenizer())
-        self.names = [source["path"] for source in store.manifest["sources"]]
+        self.names = labels(run.data.sources)
         self.row = lru_cache(maxsize=1024)(self._row)
 
     def _row(self, sample: int) -> np.ndarray:

@@ -182,6 +182,25 @@ def refusals(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found + _new_parameters(before, after) + _other_optimizers(before, after)
 
 
+def _other_tables(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The tables of layers that route by token id are saved, each with top_k experts of a token."""
+    old, new = (config.get("router", {}).get("hash_layers", 0) for config in (before, after))
+    if not after["model"]["num_experts"]:
+        return []
+    if old != new:
+        return [
+            f"cannot change router.hash_layers {old} -> {new}: the checkpoint holds the tables of "
+            f"{old} layers"
+        ]
+    old_k, new_k = (config.get("router", {}).get("top_k") for config in (before, after))
+    if new and old_k != new_k:
+        return [
+            f"cannot change router.top_k {old_k} -> {new_k}: the tables of router.hash_layers "
+            f"{new} name {old_k} experts of every token"
+        ]
+    return []
+
+
 def _other_optimizers(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Groups of parameters may be others, but not where one of them chooses an optimizer: the first
     that matches a parameter says which moments it has.
@@ -197,11 +216,12 @@ def _other_optimizers(before: dict[str, Any], after: dict[str, Any]) -> list[str
 
 
 def chosen_optimizers(optim: dict[str, Any]) -> list[dict[str, Any]]:
-    """Match and optimizer of every group; none where no group chooses one."""
+    """What every group is about, and its optimizer; none where no group chooses one."""
     groups = optim.get("groups") or []
     if not any(group.get("optimizer") for group in groups):
         return []
-    return [{"match": group["match"], "optimizer": group.get("optimizer")} for group in groups]
+    names = ("match", "layers", "optimizer")
+    return [{name: group.get(name) for name in names} for group in groups]
 
 
 def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -225,6 +245,7 @@ def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             f"cannot change router.bias {shown(old)} -> {shown(new)}: the routers' weights "
             + ("have no bias" if new else "have a bias")
         )
+    found += _other_tables(before, after)
 
     if refusal := other_projections(before.get("attention", {}), after["attention"]):
         return [*found, refusal]

@@ -6,17 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from model.attention.cache import LayerCache, Pages
 from model.attention.largest import LargestLogits, largest_logits
+from model.parallel.deal import Run
 from model.parallel.gather import Gathering
 from model.parallel.heads import HeadExchange
 from model.parallel.tensor import TensorExchange
 from ops.sparse_attention.audit import sample_rows
 from ops.sparse_attention.noise import token_hash
+
+Made = TypeVar("Made")
+LONGEST_MASKED = 4096
+"""Tokens of a row up to which dense attention keeps documents apart by a mask of all pairs, which
+takes S^2 bytes; documents of longer rows attend one after the other.
+"""
 
 
 class Paging(NamedTuple):
@@ -67,9 +74,10 @@ class SequenceLayout:
     """[documents + 1] int32 on the device, cumulative lengths over the flattened B * S tokens."""
     max_seqlen: int
     """Longest document of the batch."""
-    mask: torch.Tensor | None
-    """[B, 1, S, S] bool, True where attention is allowed; None when every row is one document
-    (plain causal) or when the device has a variable-length kernel that reads cu_seqlens.
+    masked_positions: torch.Tensor | None
+    """[B, S] positions of whole rows in their documents, which dense attention has to keep apart
+    itself; None when every row is one document (plain causal) or when the device has a
+    variable-length kernel that reads cu_seqlens.
     """
     token_ids: torch.Tensor | None = None
     """[B * S] int64 names of the tokens, which random selection hangs on; None: positions in the
@@ -103,7 +111,27 @@ class SequenceLayout:
     """What the index of a layer has made of these tokens (sparse.Choice), for later layers that
     follow it.
     """
-    _shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    _shared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """[B, 1, S, S] bool, True where attention is allowed; None where no mask is needed. It is
+        made for the first layer that asks for it: sparse layers do not.
+        """
+        positions = self.masked_positions
+        if positions is None:
+            return None
+        return self.shared("mask", lambda: document_mask(positions))
+
+    @property
+    def documents(self) -> tuple[Run, ...] | None:
+        """The documents of rows that are too long for a mask of all pairs; None: rows are short,
+        or need no mask.
+        """
+        positions = self.masked_positions
+        if positions is None or positions.shape[1] <= LONGEST_MASKED:
+            return None
+        return self.shared("documents", lambda: document_runs(positions))
 
     def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[B, S, heads, ...] of the tokens here -> whole rows of the heads that this rank attends
@@ -197,11 +225,12 @@ class SequenceLayout:
         """Of [heads, ...], those that this rank attends with."""
         return by_head if self.exchange is None else self.exchange.own(by_head)
 
-    def shared(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def shared(self, name: str, make: Callable[[], Made]) -> Made:
         """What follows from the layout alone, made by the first layer that asks for it."""
         if name not in self._shared:
             self._shared[name] = make()
-        return self._shared[name]
+        made: Made = self._shared[name]
+        return made
 
 
 def _documents(cu_seqlens: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -290,3 +319,13 @@ def document_mask(positions: torch.Tensor) -> torch.Tensor:
     same_document = documents.unsqueeze(2) == documents.unsqueeze(1)
     order = torch.arange(positions.shape[1], device=positions.device)
     return (same_document & (order.unsqueeze(1) >= order.unsqueeze(0))).unsqueeze(1)
+
+
+def document_runs(positions: torch.Tensor) -> tuple[Run, ...]:
+    """The documents of rows with such [B, S] positions, in their order; on the host."""
+    runs, length = [], positions.shape[1]
+    for row, starts in enumerate(positions == 0):
+        first = starts.nonzero().flatten().tolist()
+        ends = [*first[1:], length]
+        runs += [Run(row, begin, end, begin) for begin, end in zip(first, ends, strict=True)]
+    return tuple(runs)

@@ -160,6 +160,9 @@ def attend_packed(
     if layout.gathering is not None:
         return attend_runs(q, k, v, layout.gathering.runs, scale)
     if not has_varlen_kernel(q.device, q.dtype):
+        documents = layout.documents
+        if documents is not None:
+            return attend_runs(q, k, v, documents, scale)
         return _sdpa(q, k, v, layout.mask, scale)
     from torch.nn.attention.varlen import varlen_attn
 

@@ -57,6 +57,8 @@ class WindowedAttention(DenseAttention):
         sinks = None if self.sinks is None else layout.own_heads(self.sinks)
         if layout.gathering is not None:
             return self._attend_runs(q, k, v, layout.gathering.runs, sinks)
+        if self.window is None and (documents := layout.documents) is not None:
+            return self._attend_runs(q, k, v, documents, sinks)
         if self.window is None:
             mask = layout.shared("causal", lambda: _causal_mask(layout, *q.shape[:2]))
             return self._attend(q, k, v, mask, sinks)

@@ -10,6 +10,7 @@ from torch import nn
 from model.attention.base import AttentionSums, SequenceLayout
 from model.attention.cache import LayerCache, Pages
 from model.blocks.cut import config_of_part, cut_attention, cut_mlp
+from model.blocks.streams import Opened, StreamMixer, closed
 from model.config import ModelConfig
 from model.layers import GatedMLP, RMSNorm, times
 from model.moe.balance import RouterSums
@@ -19,11 +20,15 @@ from model.routers.base import RoutingRequest
 from ops.router import RouterOutput
 
 BlockOutput = tuple[torch.Tensor, AttentionSums | None, RouterSums | None, RouterOutput | None]
-"""Hidden states [B, S, D], and what attention, the routers' losses and the routing say."""
+"""Hidden states as they came, [B, S, D] or of several streams, and what attention, the routers'
+losses and the routing say.
+"""
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then a dense MLP or an MoE layer."""
+    """Pre-norm residual block: attention, then a dense MLP or an MoE layer. With several residual
+    streams (model.num_residual_streams) both read and write them by weights of their own.
+    """
 
     def __init__(
         self, config: ModelConfig, groups: ParallelGroups, parts: ModelParts, layer_idx: int
@@ -42,6 +47,10 @@ class Block(nn.Module):
             width = config.intermediate_size // groups.tensor_size
             self.mlp = GatedMLP(config.hidden_size, width, config.activation)
             cut_mlp(self.mlp, groups)
+        self.attention_streams: StreamMixer | None = None
+        self.mlp_streams: StreamMixer | None = None
+        if config.num_residual_streams > 1:
+            self.attention_streams, self.mlp_streams = StreamMixer(config), StreamMixer(config)
 
     def forward(
         self,
@@ -51,13 +60,21 @@ class Block(nn.Module):
         cache: LayerCache | Pages | None = None,
     ) -> BlockOutput:
         # What is cut wants the tokens of the tensor group, experts and norms a rank's own.
-        tokens = layout.gather_tokens(self.attention_norm(hidden))
-        attended, attention_sums = self.attention(tokens, layout, cache)
-        attended = layout.sum_own_tokens(attended)
-        hidden = hidden + times(attended, self.residual_multiplier)
-        normed = self.mlp_norm(hidden)
+        opened = None if self.attention_streams is None else self.attention_streams(hidden)
+        normed = self.attention_norm(hidden if opened is None else opened.read)
+        attended, attention_sums = self.attention(layout.gather_tokens(normed), layout, cache)
+        hidden = self._added(hidden, opened, layout.sum_own_tokens(attended))
+
+        opened = None if self.mlp_streams is None else self.mlp_streams(hidden)
+        normed = self.mlp_norm(hidden if opened is None else opened.read)
         if isinstance(self.mlp, MoELayer):
             out, sums, routing = self.mlp(normed, request)
-            return hidden + times(out, self.residual_multiplier), attention_sums, sums, routing
+            return self._added(hidden, opened, out), attention_sums, sums, routing
         out = layout.sum_own_tokens(self.mlp(layout.gather_tokens(normed)))
-        return hidden + times(out, self.residual_multiplier), attention_sums, None, None
+        return self._added(hidden, opened, out), attention_sums, None, None
+
+    def _added(
+        self, hidden: torch.Tensor, opened: Opened | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        out = times(out, self.residual_multiplier)
+        return hidden + out if opened is None else closed(hidden, opened, out)

@@ -4,12 +4,18 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
-from model.cost.parameters import count_parameters, is_latent, number_in, sparse_layers
+from model.cost.parameters import (
+    count_parameters,
+    is_latent,
+    number_in,
+    number_of_runs,
+    sparse_layers,
+)
 
 PAYLOAD_WIDTH = {"bf16": 2.0, "fp8": 1.0 + 4 / 128}
 """Bytes of a value of a row that travels rounded, with its share of a scale."""
@@ -78,7 +84,7 @@ def exchanged_bytes(
     attention: Mapping[str, Any] | None = None,
     payload: str = "native",
     grad_accum_dtype: str = "fp32",
-    layers: range | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Exchange:
     """What a layout sends. Of one stage of a pipeline: layers are there, and world_size is that of
     the stage.
@@ -89,7 +95,7 @@ def exchanged_bytes(
     every micro-batch; stage 3 gathers weights in every forward and backward pass.
     """
     layers = range(config.num_layers) if layers is None else layers
-    is_last = layers.stop == config.num_layers
+    is_first, is_last = 0 in layers, config.num_layers - 1 in layers
     num_mtp = config.num_mtp_layers if is_last else 0
     width = 4 if precision == "fp32" else 2
     tokens = micro_batch_size * seq_len // (context_parallel_size * tensor_parallel_size)
@@ -124,9 +130,9 @@ def exchanged_bytes(
     times = num_micro_batches if zero_stage >= 2 else 1
     reduced = summed * times * (2 if zero_stage == 0 else 1)
     gathered = width * {0: 0, 1: 1, 2: 1, 3: 2 * num_micro_batches}[zero_stage]
-    neighbours = (layers.start > 0) + (not is_last)
-    stages = neighbours * num_micro_batches * tokens * config.hidden_size * width
-    if neighbours == 1 and (config.tie_embeddings or config.num_mtp_layers):
+    neighbours = 2 * number_of_runs(layers) - is_first - is_last
+    stages = neighbours * num_micro_batches * tokens * config.residual_size * width
+    if is_first != is_last and (config.tie_embeddings or config.num_mtp_layers):
         # the weight goes there, its gradient back in fp32
         table = config.vocab_size * config.hidden_size // tensor_parallel_size
         stages += table * (4 if is_last else width)
@@ -150,11 +156,13 @@ exponentials, and the target's logit, which are fp32.
 """
 
 
-def _tensor_bytes(config: ModelConfig, layers: range, tokens: int, width: int, cut: int) -> int:
+def _tensor_bytes(
+    config: ModelConfig, layers: Sequence[int], tokens: int, width: int, cut: int
+) -> int:
     """Of a micro-batch of so many own tokens. Everything travels to the other `cut` - 1 ranks, or
     from them, one way forward and the other way back.
     """
-    is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+    is_first, is_last = 0 in layers, config.num_layers - 1 in layers
     num_mtp = config.num_mtp_layers if is_last else 0
     again = config.recompute == "block"
     num_dense = len(layers) - number_in(layers, config.moe_layers)

@@ -4,7 +4,7 @@ Muon orthogonalises. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from model.config import ModelConfig
@@ -37,7 +37,9 @@ class Matrices(NamedTuple):
 
 
 def hidden_matrices(
-    config: ModelConfig, attention: Mapping[str, Any] | None = None, layers: range | None = None
+    config: ModelConfig,
+    attention: Mapping[str, Any] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> list[Matrices]:
     """Every parameter that is made of such matrices. attention: arguments of sparse or latent
     attention, None or empty: dense. layers: of one stage of a pipeline; None: all.
@@ -49,7 +51,7 @@ def hidden_matrices(
     for layer in layers:
         kind = "window" if kinds is None else kinds[layer]
         found += _layer(config, config.is_moe_layer(layer), attention, layer in indexed, kind)
-    for _ in range(config.num_mtp_layers if layers.stop == config.num_layers else 0):
+    for _ in range(config.num_mtp_layers if config.num_layers - 1 in layers else 0):
         found.append(Matrices("other", 1, config.hidden_size, 2 * config.hidden_size))
         # the block of such a module attends densely, or by latents as the layers do
         inside = attention if is_latent(attention) else None

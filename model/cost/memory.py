@@ -5,7 +5,7 @@ torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from model.cost.parameters import (
     is_compressed,
     is_latent,
     number_in,
+    number_of_runs,
     sparse_layers,
     windowed_layers,
 )
@@ -80,14 +81,14 @@ def device_memory(
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
     recompute_experts: bool = False,
-    fp8_experts: bool = False,
+    expert_precision: str = "native",
     grad_accum_dtype: str = "fp32",
     master_dtype: str = "fp32",
     trained: Trained | None = None,
     one_moment: tuple[int, int] = (0, 0),
     averaged: bool = False,
-    layers: range | None = None,
-    in_flight: int = 1,
+    layers: Sequence[int] | None = None,
+    in_flight: float = 1,
     max_live: int = 10**9,
     bucket_size: int = 5 * 10**8,
 ) -> DeviceMemory:
@@ -107,12 +108,12 @@ def device_memory(
     that wait to be reduced.
 
     Of one stage of a pipeline `layers` are there, world_size is that of the stage, and activations
-    are of as many micro-batches as are in flight; a last stage that is lent the embedding has it
-    and an fp32 sum of its gradient besides.
+    are of as many micro-batches as are in flight (those of one lap of v count for 1 / v); a last
+    stage that is lent the embedding has it and an fp32 sum of its gradient besides.
     trained: what of it is; None: everything.
     """
     layers = range(config.num_layers) if layers is None else layers
-    is_last = layers.stop == config.num_layers
+    is_last = config.num_layers - 1 in layers
     count = count_parameters(config, experts_per_token, attention, layers)
     trained = trained or Trained(count.dense, count.all_experts)
     width = 4 if precision == "fp32" else 2
@@ -142,7 +143,7 @@ def device_memory(
     if master_dtype == "bf16":
         per_state -= 2
     lent = 0
-    if is_last and layers.start > 0 and (config.tie_embeddings or config.num_mtp_layers):
+    if is_last and 0 not in layers and (config.tie_embeddings or config.num_mtp_layers):
         lent = config.vocab_size * config.hidden_size // tensor_parallel_size
     over_dense, over_experts = (world_size, expert_data_size) if zero_stage >= 1 else (1, 1)
     return DeviceMemory(
@@ -167,7 +168,9 @@ def device_memory(
             tensor_parallel_size,
         )
         + _adapted_bytes(config, trained, width, expert_parallel_size)
-        + (_rounded_bytes(config, width, expert_parallel_size) if fp8_experts else 0),
+        + _rounded_bytes(
+            config, width, expert_parallel_size, expert_precision, tokens * experts_per_token
+        ),
         logits=_logit_bytes(config, tokens, precision, tensor_parallel_size) if is_last else 0,
         gathered=width * min(max_live, dense - others + experts) if zero_stage == 3 else 0,
         bucket=summed_width * min(bucket_size, moving - others + moving_experts)
@@ -188,12 +191,24 @@ def _adapted_bytes(
     return 2 * width * one * -(-config.num_experts // expert_parallel_size)
 
 
-def _rounded_bytes(config: ModelConfig, width: int, expert_parallel_size: int) -> int:
-    """Of one layer's gate_up at its most in backward: a copy with its columns as rows, that copy
-    scaled, and its 8-bit floats.
+def _rounded_bytes(
+    config: ModelConfig, width: int, expert_parallel_size: int, precision: str, num_rows: float
+) -> int:
+    """Of one layer's experts at their most in backward. Of gate_up a copy with its columns as rows,
+    that copy scaled, and its 8-bit floats; or with fp8_all, at another time, 8-bit floats of all
+    rows on both sides of gate_up's gradient, filled up to a tile of 128 for every expert.
     """
+    if precision == "native":
+        return 0
+    local = -(-config.num_experts // expert_parallel_size)
     values = 2 * config.hidden_size * config.expert_intermediate_size
-    return (2 * width + 1) * values * -(-config.num_experts // expert_parallel_size)
+    matrices = (2 * width + 1) * values * local
+    if precision == "fp8":
+        return matrices
+    row_values = config.hidden_size + 2 * config.expert_intermediate_size
+    # A tile of a column has an fp32 scale besides.
+    tiles = int(num_rows) // 128 + local
+    return max(matrices, tiles * (128 + 4) * row_values)
 
 
 def _logit_bytes(config: ModelConfig, tokens: int, precision: str, cut: int) -> int:
@@ -258,7 +273,7 @@ def cache_bytes(
 
 
 def _windowed_copies(
-    config: ModelConfig, attention: Mapping[str, Any] | None, layers: range
+    config: ModelConfig, attention: Mapping[str, Any] | None, layers: Sequence[int]
 ) -> float:
     """How often windowed attention keeps a row of all heads besides, as a mean over the layers:
     keys and values, which it repeats for every query head, of the piece before as well where a
@@ -275,7 +290,7 @@ def _attention_bytes(
     config: ModelConfig,
     width: int,
     attention: Mapping[str, Any] | None,
-    layers: range,
+    layers: Sequence[int],
     seq_len: int,
 ) -> tuple[int, int]:
     """Of a token that attention keeps in its own dtype: values between its projections and its
@@ -324,7 +339,7 @@ def _compressed_bytes(
     config: ModelConfig,
     width: int,
     attention: Mapping[str, Any],
-    layers: range,
+    layers: Sequence[int],
     seq_len: int,
 ) -> tuple[int, int]:
     """Of a token in compressed attention, as a mean over the layers: latents and keys before and
@@ -368,6 +383,19 @@ def _index_bytes(
     return kept + 4 * config.num_heads, 4 * (heads + 1) * config.rotary_size
 
 
+def _stream_bytes(config: ModelConfig, width: int) -> int:
+    """Of a token that reading, writing and mixing several residual streams keeps around attention,
+    or around an MLP: the state, and in half precision as fp32; what was read and what is added; and
+    of every step to rows and columns that sum to 1, the matrix and the sums.
+    """
+    number = config.num_residual_streams
+    if number == 1:
+        return 0
+    state = (width + (4 if width < 4 else 0)) * config.residual_size
+    steps = 4 * (2 * config.sinkhorn_steps + 1) * (number * number + number)
+    return state + width * config.hidden_size + steps
+
+
 def _activation_bytes(
     config: ModelConfig,
     tokens: int,
@@ -376,8 +404,8 @@ def _activation_bytes(
     arguments: Mapping[str, Any] | None,
     shares_rows: bool,
     gather: int,
-    here: range,
-    in_flight: int,
+    here: Sequence[int],
+    in_flight: float,
     seq_len: int,
     cut: int,
 ) -> int:
@@ -407,18 +435,23 @@ def _activation_bytes(
     if config.shared_expert_gate:  # its sigmoid, and what that multiplies
         shared += width * (hidden + 1)
     moe = norm + 4 * hidden + routed + shared + 4 * 4 * config.num_experts
-    is_last = here.stop == config.num_layers
+    is_last = config.num_layers - 1 in here
     num_mtp = config.num_mtp_layers if is_last else 0
     num_moe = number_in(here, config.moe_layers)
     num_moe += num_mtp * config.is_moe_layer(config.num_layers)
     num_layers = len(here) + num_mtp
+    streams = _stream_bytes(config, width)
+    attention, moe, dense_mlp = attention + streams, moe + streams, dense_mlp + streams
     layers = num_layers * attention + (num_layers - num_moe) * dense_mlp + num_moe * moe
     # A module of multi-token prediction has three norms more, two of them put side by side.
     layers += num_mtp * (3 * norm + 2 * width * hidden)
     at_work = 0.0
     if config.recompute == "block":
-        layers = (num_layers + num_mtp) * width * hidden
+        layers = (num_layers + num_mtp) * width * config.residual_size
         at_work = attention + max(moe if num_moe else 0, dense_mlp)
     # Before the head stands a norm; what goes on to the next stage waits for its gradient.
-    layers += norm + (gathered if not config.loss_chunk_size else 0) if is_last else width * hidden
+    handed_on = width * config.residual_size
+    layers += (number_of_runs(here) - is_last) * handed_on
+    layers += norm + (gathered if not config.loss_chunk_size else 0) if is_last else 0
+    layers += is_last * min(1, streams) * (handed_on + 4 * config.residual_size * (width < 4))
     return round(tokens * (in_flight * layers + at_work))

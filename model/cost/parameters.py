@@ -5,7 +5,7 @@ torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeGuard
@@ -33,6 +33,8 @@ class ParameterCount:
     """Routed experts of these modules."""
     mtp_matrices: int = 0
     """What a token multiplies with in these modules, before the head."""
+    streams: int = 0
+    """Of what reads, writes and mixes several residual streams."""
     cut: int = 0
     """What tensor parallelism splits: what belongs to heads of attention, which norms of single
     heads, the bias of its output and projections into latents do not; dense MLPs, embedding and
@@ -49,6 +51,7 @@ class ParameterCount:
             + self.shared_experts
             + self.experts
             + self.norms
+            + self.streams
             + self.mtp
             + self.mtp_experts
         )
@@ -93,7 +96,7 @@ def count_parameters(
     config: ModelConfig,
     experts_per_token: float,
     attention: Mapping[str, Any] | None = None,
-    layers: range | None = None,
+    layers: Sequence[int] | None = None,
 ) -> ParameterCount:
     """Count parameters; `experts_per_token` is the (mean) number of routed experts a token visits;
     attention: arguments of sparse or latent attention, None or empty: dense. layers: of one stage
@@ -102,7 +105,7 @@ def count_parameters(
     """
     hidden = config.hidden_size
     layers = range(config.num_layers) if layers is None else layers
-    is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+    is_first, is_last = 0 in layers, config.num_layers - 1 in layers
     num_layers = len(layers)
     num_moe = sum(config.is_moe_layer(layer) for layer in layers)
     num_mtp = config.num_mtp_layers if is_last else 0
@@ -150,6 +153,7 @@ def count_parameters(
         + hidden * is_last
         + _entry_norms(config, attention, layers)
         + index_parameters(config, attention, layers)[1],
+        streams=stream_parameters(config, layers),
         active_experts=round(num_moe * experts_per_token * (one_expert + biases_of_one)),
         mtp=num_mtp * module,
         mtp_experts=num_mtp * routed if has_experts else 0,
@@ -162,8 +166,21 @@ def count_parameters(
     )
 
 
+def stream_parameters(config: ModelConfig, layers: Sequence[int], vectors: bool = True) -> int:
+    """Of several residual streams (model/blocks/streams.py), in the layers here and, of the last
+    stage, behind them; vectors: biases and scales as well.
+    """
+    number = config.num_residual_streams
+    if number == 1:
+        return 0
+    rows, is_last = number * (number + 2), config.num_layers - 1 in layers
+    mixer = rows * config.residual_size + (rows + 3) * vectors
+    behind = number * config.residual_size + (number + 1) * vectors
+    return 2 * len(layers) * mixer + is_last * behind
+
+
 def index_parameters(
-    config: ModelConfig, attention: Mapping[str, Any] | None, layers: range | None = None
+    config: ModelConfig, attention: Mapping[str, Any] | None, layers: Sequence[int] | None = None
 ) -> tuple[int, int]:
     """Of the projections of all indexes, and of their norms (of queries and keys, or of keys with a
     bias), of compressed attention with their biases of places. layers: those that count; None: all.
@@ -179,7 +196,9 @@ def index_parameters(
     return number * matrices, number * vectors * index_shape(config, attention)[1]
 
 
-def _entry_norms(config: ModelConfig, attention: Mapping[str, Any] | None, layers: range) -> int:
+def _entry_norms(
+    config: ModelConfig, attention: Mapping[str, Any] | None, layers: Sequence[int]
+) -> int:
     """Of the norms of compressed attention's entries."""
     if not is_compressed(attention):
         return 0
@@ -306,7 +325,7 @@ def _latent_parameters(config: ModelConfig, attention: Mapping[str, Any]) -> tup
     return queries + latents + heads * value * hidden, (q_rank or 0) + kv_rank
 
 
-def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: range) -> int:
+def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: Sequence[int]) -> int:
     """Parameters that layers learn beside dense attention's: sinks of windowed attention; offset,
     sink, trust, gates and weights of entries of sparse layers; an index without its norms; what
     entries of compressed attention are pooled by.
@@ -442,7 +461,7 @@ def index_flops(
     config: ModelConfig,
     seq_len: int,
     attention: Mapping[str, Any] | None,
-    layers: range | None = None,
+    layers: Sequence[int] | None = None,
     trains: bool = True,
 ) -> float:
     """Of a token, for the scores of all index keys before it, and in training for the gradients of
@@ -483,7 +502,7 @@ def flops_per_token(
     experts_per_token: float,
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
-    layers: range | None = None,
+    layers: Sequence[int] | None = None,
 ) -> float:
     """Training FLOPs of one token, forward and backward: 6 per active matrix parameter plus causal
     attention.
@@ -500,7 +519,7 @@ def flops_per_token(
     count = _matrices(config, experts_per_token, attention, layers)
     matrices = _matrices_before_head(count) + count.mtp_matrices
     keys = _mean_keys(config, seq_len, attention, layers)
-    if layers.stop == config.num_layers:
+    if config.num_layers - 1 in layers:
         matrices += (1 + config.num_mtp_layers) * config.vocab_size * config.hidden_size
         # the block of a module of multi-token prediction attends densely
         keys += config.num_mtp_layers * seq_len / 2
@@ -514,12 +533,14 @@ def _matrices(
     config: ModelConfig,
     experts_per_token: float,
     attention: Mapping[str, Any] | None,
-    layers: range | None = None,
+    layers: Sequence[int] | None = None,
 ) -> ParameterCount:
     """What is multiplied with: biases and sinks are added."""
     matrices_alone = dataclasses.replace(config, attention_bias="none", expert_bias=False)
     without_sinks = {**attention, "sinks": False} if attention else None
-    return count_parameters(matrices_alone, experts_per_token, without_sinks, layers)
+    count = count_parameters(matrices_alone, experts_per_token, without_sinks, layers)
+    here = range(config.num_layers) if layers is None else layers
+    return dataclasses.replace(count, streams=stream_parameters(config, here, vectors=False))
 
 
 def _matrices_before_head(count: ParameterCount) -> int:
@@ -529,6 +550,7 @@ def _matrices_before_head(count: ParameterCount) -> int:
         + count.dense_mlp
         + count.router
         + count.shared_experts
+        + count.streams
         + count.active_experts
     )
 
@@ -537,7 +559,7 @@ def _mean_keys(
     config: ModelConfig,
     seq_len: int,
     attention: Mapping[str, Any] | None = None,
-    layers: range | None = None,
+    layers: Sequence[int] | None = None,
 ) -> float:
     """Keys of a query, as a mean over a document of seq_len tokens, summed over the layers."""
     layers = range(config.num_layers) if layers is None else layers
@@ -659,7 +681,12 @@ def compressed_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -
     return found
 
 
-def number_in(layers: range, chosen: Iterable[int]) -> int:
+def number_of_runs(layers: Sequence[int]) -> int:
+    """How many runs of neighbours there are among layers that ascend."""
+    return sum(i == 0 or layers[i - 1] + 1 != layer for i, layer in enumerate(layers))
+
+
+def number_in(layers: Sequence[int], chosen: Iterable[int]) -> int:
     """How many of the chosen layers are among `layers`."""
     return sum(layer in layers for layer in chosen)
 

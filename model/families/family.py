@@ -3,7 +3,8 @@ and how its tensors are called. Reading, writing, the check of names and the cou
 it, so that the two directions cannot drift apart. Imports no torch.
 
 Names and meanings are those of transformers 5 and of the files on the Hub (which agree but for
-experts: transformers stacks them in memory, and writes them one by one).
+experts: transformers stacks them in memory, and writes them one by one; and for DeepSeek-V4, whose
+files on the Hub are named as their authors' code is, see Family.respelled).
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ class Family:
     """Projections that have a bias where attention_bias is true."""
     is_biased: bool = False
     """What a missing attention_bias means."""
-    attention: Literal["dense", "windowed", "mla"] = "dense"
+    attention: Literal["dense", "windowed", "mla", "compressed"] = "dense"
     """Name of the attention (model/attention/config/)."""
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     group_keys: int = 2
     """How many best experts a group of experts is ranked by."""
     normalizes: bool | None = None
@@ -128,6 +129,10 @@ class Family:
     """Name of the shared expert within an MoE layer."""
     shared_gate: str | None = None
     """Name of the weight of its gate."""
+    respelled: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of names as transformers writes them -> as the Hub has them, where these differ.
+    Files of both are read, and the Hub's names are written.
+    """
     known: frozenset[str] = frozenset()
     """Further keys that reading this family looks at."""
     harmless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -170,6 +175,24 @@ LATENT = frozenset(
 """Keys of latent attention."""
 FURTHER = frozenset({"num_nextn_predict_layers", "num_mtp_layers"})
 """Keys of layers that predict further tokens."""
+COMPRESSED = frozenset(
+    {
+        "compress_rates",
+        "compress_ratios",
+        "compress_rope_theta",
+        "q_lora_rank",
+        "qk_rope_head_dim",
+        "o_groups",
+        "o_lora_rank",
+        "sliding_window",
+        "index_n_heads",
+        "index_head_dim",
+        "index_topk",
+    }
+)
+"""Keys of compressed attention."""
+STREAMS = frozenset({"hc_mult", "hc_sinkhorn_iters", "hc_eps"})
+"""Keys of several residual streams."""
 ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 """Model types that are another family's, with code of their own on the Hub."""
 
@@ -315,6 +338,54 @@ FAMILIES: Mapping[str, Family] = {
                 **NO_BIAS,
                 "scoring_func": ("sigmoid",),
                 "topk_method": ("noaux_tc",),
+                "moe_layer_freq": (1,),
+                "ep_size": (1,),
+                "seq_aux": (True, False),
+            },
+        ),
+        Family(
+            "deepseek_v4",
+            "DeepseekV4ForCausalLM",
+            attention="compressed",
+            score_function="sqrt_softplus",
+            normalizes=True,
+            num_experts_key="n_routed_experts",
+            mlp="ffn",
+            selection_bias="gate.bias",
+            experts=NUMBERED,
+            shared="shared_experts",
+            respelled={
+                r"^model\.embed_tokens\.": "embed.",
+                r"^lm_head\.": "head.",
+                r"^model\.hc_head\.hc_": "hc_head_",
+                r"^model\.": "",
+                r"\.attn\.norm\.": ".attn.kv_norm.",
+                r"\.scale$": ".weight_scale_inv",  # of stored 8- and 4-bit floats
+            },
+            known=COMPRESSED
+            | STREAMS
+            | {
+                "n_routed_experts",
+                "n_shared_experts",
+                "num_experts_per_tok",
+                "moe_intermediate_size",
+                "routed_scaling_factor",
+                "num_local_experts",
+                "num_hash_layers",
+                "mlp_layer_types",
+                "num_nextn_predict_layers",
+                "swiglu_limit",
+                "expert_dtype",
+            },
+            harmless={
+                **NO_BIAS,
+                "attention_bias": (False,),
+                "norm_topk_prob": (True,),
+                "scoring_func": ("sqrtsoftplus",),
+                "topk_method": ("noaux_tc",),
+                "n_group": (1,),
+                "topk_group": (1,),
+                "first_k_dense_replace": (0,),
                 "moe_layer_freq": (1,),
                 "ep_size": (1,),
                 "seq_aux": (True, False),

@@ -7,14 +7,22 @@ axis, at most in another order. No key needs arithmetic.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from model.families.family import Family
+from model.cost.parameters import compressed_kinds, compressed_ratio
+from model.families.family import NUMBERED, Family
 from model.families.reading import Reading, Settings, moe_layers
 
 Shape = tuple[int, ...]
 BIAS = "balance_bias"
+TABLE = "hash_table"
+"""Buffers of routers that files may hold."""
+TABLE_THERE = "tid2eid"
+USUAL_MLP = ("gate_proj", "up_proj", "down_proj")
+NUMBERED_MLP = ("w1", "w3", "w2")
+"""Gate, up and down of an MLP."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,14 @@ class Part:
     """Row i of the part is row order[i] on disk; None: they stand in the same order."""
     is_transposed: bool = False
     """Whether rows of the part are columns on disk."""
+    columns: int | None = None
+    """Columns of a matrix on disk whose rows, end to end, are the part, a vector; None: no such."""
 
     @property
     def shape_there(self) -> Shape:
         """Of the tensor on disk, or of one entry of a stacked one."""
+        if self.columns is not None:
+            return (self.shape[0] // self.columns, self.columns)
         return self.shape[::-1] if self.is_transposed else self.shape
 
 
@@ -43,6 +55,8 @@ Parts = dict[str, tuple[Part, ...]]
 
 def parts_of(reading: Reading) -> Parts:
     """Key of a checkpoint -> its parts, in the order of the layers. Buffers are "buffer/<name>"."""
+    if reading.family.attention == "compressed":
+        return _of_deepseek_v4(reading)
     model = reading.model
     hidden = model["hidden_size"]
     found: Parts = {
@@ -55,6 +69,89 @@ def parts_of(reading: Reading) -> Parts:
     found["norm.weight"] = (Part("model.norm.weight", (hidden,)),)
     if not model["tie_embeddings"]:
         found["head.weight"] = (Part("lm_head.weight", (model["vocab_size"], hidden)),)
+    return found
+
+
+def respelled(name: str, family: Family) -> str:
+    """A tensor's name as the Hub has it, of one that transformers may have written."""
+    for pattern, instead in family.respelled.items():
+        name = re.sub(pattern, instead, name)
+    return name
+
+
+def _of_deepseek_v4(reading: Reading) -> Parts:
+    """Likewise of DeepSeek-V4, whose files are named as its authors' code is."""
+    model = reading.model
+    hidden, streams = model["hidden_size"], model["num_residual_streams"]
+    found: Parts = {"embedding.weight": (Part("embed.weight", (model["vocab_size"], hidden)),)}
+    kinds = compressed_kinds(model["num_layers"], reading.attention)
+    for layer, kind in enumerate(kinds):
+        ours, theirs = f"blocks.{layer}", f"layers.{layer}"
+        for name in ("attention", "mlp"):
+            short = {"attention": "attn", "mlp": "ffn"}[name]
+            norm = Part(f"{theirs}.{short}_norm.weight", (hidden,))
+            found[f"{ours}.{name}_norm.weight"] = (norm,)
+            rows = streams * (streams + 2)
+            found |= _streams(f"{ours}.{name}_streams", f"{theirs}.hc_{short}", model, rows, 3)
+        found |= _compressed(f"{ours}.attention", f"{theirs}.attn", reading, kind)
+        experts = _experts(f"{ours}.mlp", f"{theirs}.{reading.family.mlp}", model, reading.family)
+        if layer < reading.router["hash_layers"]:
+            del experts[f"buffer/{ours}.mlp.router.{BIAS}"]
+            shape = (model["vocab_size"], model["top_k"])
+            table = Part(f"{theirs}.{reading.family.mlp}.gate.{TABLE_THERE}", shape)
+            experts[f"buffer/{ours}.mlp.router.{TABLE}"] = (table,)
+        found |= experts
+    found |= _streams("streams", "hc_head", model, streams, 1)
+    found["norm.weight"] = (Part("norm.weight", (hidden,)),)
+    if not model["tie_embeddings"]:
+        found["head.weight"] = (Part("head.weight", (model["vocab_size"], hidden)),)
+    return found
+
+
+def _streams(ours: str, theirs: str, model: Settings, rows: int, scales: int) -> Parts:
+    """What reads, writes and mixes several residual streams."""
+    width = model["num_residual_streams"] * model["hidden_size"]
+    return {
+        f"{ours}.weight": (Part(f"{theirs}_fn", (rows, width)),),
+        f"{ours}.bias": (Part(f"{theirs}_base", (rows,)),),
+        f"{ours}.scale": (Part(f"{theirs}_scale", (scales,)),),
+    }
+
+
+def _compressed(ours: str, theirs: str, reading: Reading, kind: str) -> Parts:
+    """Attention to a window and, of kinds with them, to pooled entries."""
+    model, attention = reading.model, reading.attention
+    hidden, heads, head = model["hidden_size"], model["num_heads"], model["head_dim"]
+    rank, groups = attention["q_lora_rank"], attention["output_groups"]
+    between = groups * attention["o_lora_rank"]
+    found: Parts = {f"{ours}.sinks": (Part(f"{theirs}.attn_sink", (heads,)),)}
+
+    def add(name: str, there: str, shape: Shape) -> None:
+        found[f"{ours}.{name}.weight"] = (Part(f"{theirs}.{there}.weight", shape),)
+
+    def add_pool(name: str, there: str, width: int, ratio: int, row: int) -> None:
+        add(f"{name}.kv_proj", f"{there}.wkv", (row, hidden))
+        add(f"{name}.gate_proj", f"{there}.wgate", (row, hidden))
+        slots = Part(f"{theirs}.{there}.ape", (ratio * row,), columns=row)
+        found[f"{ours}.{name}.slot_bias"] = (slots,)
+        add(f"{name}.norm", f"{there}.norm", (width,))
+
+    add("q_a_proj", "wq_a", (rank, hidden))
+    add("q_a_norm", "q_norm", (rank,))
+    add("q_b_proj", "wq_b", (heads * head, rank))
+    add("kv_proj", "wkv", (head, hidden))
+    add("kv_norm", "kv_norm", (head,))
+    add("output_groups", "wo_a", (between, heads * head // groups))
+    add("o_proj", "wo_b", (hidden, between))
+    if kind != "window":
+        ratio = compressed_ratio(attention, kind)
+        add_pool("compressor", "compressor", head, ratio, head * (2 if kind == "csa" else 1))
+    if kind == "csa":
+        width, index_heads = attention["index_head_dim"], attention["index_heads"]
+        add("indexer.q_proj", "indexer.wq_b", (index_heads * width, rank))
+        add("indexer.weights_proj", "indexer.weights_proj", (index_heads, hidden))
+        pool = "indexer.compressor"
+        add_pool(pool, pool, width, attention["csa_ratio"], 2 * width)
     return found
 
 
@@ -199,7 +296,9 @@ def _experts(ours: str, theirs: str, model: Settings, family: Family) -> Parts:
 
     if model["num_shared_experts"]:
         shared = f"{theirs}.{family.shared}"
-        found |= _swiglu(f"{ours}.shared", shared, hidden, model["num_shared_experts"] * width)
+        shared_width = model["num_shared_experts"] * width
+        names = NUMBERED_MLP if family.experts == NUMBERED else USUAL_MLP
+        found |= _swiglu(f"{ours}.shared", shared, hidden, shared_width, names)
         if model["shared_expert_gate"]:
             own = Part(f"{theirs}.{family.shared_gate}", (1, hidden))
             found[f"{ours}.shared_gate.weight"] = (own,)
@@ -222,13 +321,20 @@ def _transposed(ours: str, theirs: str, model: Settings, family: Family, expert:
     }
 
 
-def _swiglu(ours: str, theirs: str, hidden: int, width: int) -> Parts:
+def _swiglu(
+    ours: str,
+    theirs: str,
+    hidden: int,
+    width: int,
+    names: tuple[str, str, str] = USUAL_MLP,
+) -> Parts:
+    gate, up, down = names
     return {
         f"{ours}.gate_up.weight": (
-            Part(f"{theirs}.gate_proj.weight", (width, hidden)),
-            Part(f"{theirs}.up_proj.weight", (width, hidden)),
+            Part(f"{theirs}.{gate}.weight", (width, hidden)),
+            Part(f"{theirs}.{up}.weight", (width, hidden)),
         ),
-        f"{ours}.down.weight": (Part(f"{theirs}.down_proj.weight", (hidden, width)),),
+        f"{ours}.down.weight": (Part(f"{theirs}.{down}.weight", (hidden, width)),),
     }
 
 
@@ -257,6 +363,8 @@ class Place:
     """As Part.order: row order[i] on disk is row i of the place."""
     is_transposed: bool = False
     """As Part.is_transposed."""
+    columns: int | None = None
+    """As Part.columns."""
 
 
 def places(parts: Parts) -> dict[str, list[Place]]:
@@ -271,7 +379,7 @@ def _places(parts: Parts) -> Iterator[tuple[str, int, Place]]:
     for key, several in parts.items():
         row = 0
         for part in several:
-            place = Place(key, row, part.shape[0], part.order, part.is_transposed)
+            place = Place(key, row, part.shape[0], part.order, part.is_transposed, part.columns)
             yield part.name, part.index or 0, place
             row += part.shape[0]
 
@@ -301,6 +409,8 @@ def _may_be_left(name: str, reading: Reading) -> bool:
         return True
     if name.endswith(reading.fp8_scales) and reading.fp8_block is not None:
         return True
+    if reading.family.attention == "compressed" and name.startswith("mtp."):
+        return bool(reading.num_further_layers)
     if name == "lm_head.weight":
         return bool(reading.model["tie_embeddings"])
     layer = name.removeprefix("model.layers.").partition(".")[0]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from model.families import deepseek_v4
 from model.families.family import ALIASES, BOOKKEEPING, FAMILIES, SHAPE, TRAINING_ONLY, Family
 
 Settings = dict[str, Any]
@@ -40,6 +41,10 @@ class Reading:
     """Layers after the model's own that predict further tokens: left out."""
     is_mxfp4: bool = False
     """Whether stacks of experts are stored as blocks of 4-bit numbers with a scale each."""
+    has_fp4: bool = False
+    """Whether matrices of experts are stored as pairs of 4-bit floats, with a scale for each 32
+    columns.
+    """
     fp8_block: tuple[int, int] | None = None
     """Rows and columns that share a scale, where weights are stored as fp8."""
     fp8_scales: str = BLOCK_SCALES
@@ -84,7 +89,11 @@ def read(config: Mapping[str, Any]) -> Reading:
     ]
     model = _shape(config, family)
     attention: Settings = {"name": "dense"}
-    if family.attention == "mla":
+    if family.attention == "compressed":
+        attention = deepseek_v4.attention(config, model, problems)
+        model |= deepseek_v4.streams(config, problems)
+        config = deepseek_v4.with_one_rope(config, problems)
+    elif family.attention == "mla":
         attention = _latent(config, model, problems)
     elif family.attention == "windowed":
         attention = _windows(config, model)
@@ -102,9 +111,10 @@ def read(config: Mapping[str, Any]) -> Reading:
         router = _router(config, family, model, problems)
         further = _further_layers(config)
         if further:
+            unless = f", unless model.num_mtp_layers={further}"
             notes.append(
-                f"{further} layers that predict further tokens are left out, unless "
-                f"model.num_mtp_layers={further}"
+                f"{further} layers that predict further tokens are left out"
+                + (unless if family.attention != "compressed" else "")
             )
         if coefficient := config.get("router_aux_loss_coef"):
             # Theirs is a mean over layers, ours a sum.
@@ -120,6 +130,7 @@ def read(config: Mapping[str, Any]) -> Reading:
         tuple(notes),
         num_further_layers=further,
         is_mxfp4=is_mxfp4,
+        has_fp4=block is not None and _expert_dtype(config) == "fp4",
         fp8_block=block,
         fp8_scales=scales,
         is_interleaved=family.attention == "mla" and config.get("rope_interleave") is not False,
@@ -143,6 +154,8 @@ def _unknown(config: Mapping[str, Any], family: Family) -> list[str]:
 
     if config.get("hidden_act", "silu") != "silu":
         found.append(f"hidden_act={config['hidden_act']!r} is not computed here, only 'silu'")
+    if family.attention == "compressed":
+        return found
     allowed = {"full_attention"}
     if family.attention == "windowed":
         allowed.add("sliding_attention")
@@ -163,6 +176,10 @@ def _quantised(
         return None, False, BLOCK_SCALES
     method = stored.get("quant_method") if isinstance(stored, Mapping) else stored
     block = stored.get("weight_block_size") if isinstance(stored, Mapping) else None
+    if _expert_dtype(config) not in (None, "fp8", "fp4"):
+        problems.append(
+            f"expert_dtype={_expert_dtype(config)!r} is not read here, only 'fp8' and 'fp4'"
+        )
     if method == "fp8" and isinstance(block, list) and len(block) == 2:
         return (int(block[0]), int(block[1])), False, BLOCK_SCALES
     if method == "mxfp4" and family.is_transposed:
@@ -175,6 +192,13 @@ def _quantised(
         "dequantised weights"
     )
     return None, False, BLOCK_SCALES
+
+
+def _expert_dtype(config: Mapping[str, Any]) -> Any:
+    """What experts are stored as beside other weights of fp8 (DeepSeek-V4); None: as those."""
+    stored = config.get("quantization_config")
+    inside = stored.get("expert_dtype") if isinstance(stored, Mapping) else None
+    return inside or config.get("expert_dtype")
 
 
 def _is_fp8_by_row(stored: Mapping[str, Any]) -> bool:
@@ -233,6 +257,9 @@ def _shape(config: Mapping[str, Any], family: Family) -> Settings:
         "activation": "clamped_swiglu" if family.is_transposed else "swiglu",
         "expert_bias": family.is_transposed,
         "shared_expert_gate": False,
+        "num_residual_streams": 1,
+        "sinkhorn_steps": 20,
+        "sinkhorn_eps": 1e-6,
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_divisor": 1.0,
@@ -294,7 +321,7 @@ def _rotary(
             "partial_rotary_factor", family.defaults.get("partial_rotary_factor", 1.0)
         )
     found: Settings = {"rope_theta": float(theta), "rotary_dim": None, "rope_scaling": None}
-    if family.attention != "mla":  # there qk_rope_head_dim says it
+    if family.attention not in ("mla", "compressed"):  # there qk_rope_head_dim says it
         head_dim = model["head_dim"]
         rotary_dim = config.get("rotary_dim") if "rotary_dim" in family.known else None
         rotary_dim = int(head_dim * partial) if rotary_dim is None else int(rotary_dim)
@@ -356,6 +383,7 @@ def _router(
         "normalize_weights": normalizes,
         "scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
         "bias": family.is_transposed,
+        "hash_layers": 0,
         "num_groups": config.get("n_group") or 1,
         "top_groups": config.get("topk_group") or 1,
     }
@@ -367,7 +395,10 @@ def _router(
             problems.append(f"topk_method={method!r} is not computed here")
     if router["num_groups"] > 1:
         router["group_keys"] = family.group_keys  # whatever num_experts_per_tok is
-    _dense_layers(config, family, model, problems)
+    if family.attention == "compressed":
+        router["hash_layers"] = deepseek_v4.hash_layers(config, model, problems)
+    else:
+        _dense_layers(config, family, model, problems)
     if family.shared is not None:
         _shared_expert(config, family, model, problems)
     return router
@@ -418,7 +449,8 @@ def _shared_expert(
             )
         model["num_shared_experts"] = shared // width
     else:
-        model["num_shared_experts"] = config.get("n_shared_experts") or 0
+        usual = 1 if family.attention == "compressed" else 0
+        model["num_shared_experts"] = config.get("n_shared_experts") or usual
 
 
 def moe_layers(model: Mapping[str, Any]) -> list[int]:

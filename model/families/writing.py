@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from model.families import deepseek_v4
 from model.families.family import FAMILIES, Family
 from model.families.reading import FamilyError, Reading, Settings, read
 
@@ -75,6 +76,8 @@ def _differences(
     reading: Reading, shape: Settings, router: Settings, attention: Settings
 ) -> list[str]:
     left_out = NOT_COMPARED | (IGNORED_WITHOUT_EXPERTS if not shape["num_experts"] else set())
+    if reading.family.attention == "compressed":
+        left_out = left_out | {"intermediate_size"}  # every layer has experts
     found = [
         f"{key}={value} instead of {shape[key]}"
         for key, value in reading.model.items()
@@ -83,7 +86,7 @@ def _differences(
     found += [
         f"attention.{key}={value} instead of {attention.get(key)}"
         for key, value in reading.attention.items()
-        if value != attention.get(key)
+        if key != "dense_steps" and value != attention.get(key)
     ]
     return found + [
         f"router.{key}={value} instead of {router.get(key)}"
@@ -123,6 +126,11 @@ def _config(family: Family, shape: Settings, router: Settings, attention: Settin
             "residual_multiplier": shape["residual_multiplier"],
             "logits_scaling": shape["logits_divisor"],
         }
+    if family.attention == "compressed":
+        config |= deepseek_v4.config_of(shape, router, attention)
+        # One name for the width of experts and of dense layers, of which there are none.
+        for key in ("intermediate_size", "rope_parameters"):
+            del config[key]
     if family.attention == "windowed":
         config |= _windows(shape, attention)
     if family.attention == "mla":
@@ -186,7 +194,7 @@ def _experts(family: Family, shape: Settings, router: Settings) -> Settings:
         config["topk_method"] = "greedy" if router["num_groups"] == 1 else "group_limited_greedy"
     if "num_nextn_predict_layers" in family.known:
         config["num_nextn_predict_layers"] = shape.get("num_mtp_layers", 0)
-    if "mlp_layer_types" in family.known:
+    if "mlp_layer_types" in family.known and family.attention != "compressed":
         dense = shape["num_dense_layers"]
         config["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (shape["num_layers"] - dense)
     if "mlp_only_layers" in family.known:

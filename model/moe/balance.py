@@ -172,20 +172,25 @@ def histogram_bins(balance: BalanceConfig, router: Router) -> int:
 def router_sums(
     routing: RouterOutput, router: Router, balance: BalanceConfig, processed: torch.Tensor
 ) -> RouterSums:
-    """The sums of one layer from its routing."""
+    """The sums of one layer from its routing. Of a router whose choice nothing may move, what
+    presses on the choice is left out, and the z-loss, which holds its logits, is not.
+    """
     limit = RouterInputs.of(router.inputs_in_force()).limit
     stats = pack_stats(routing, limit < router.max_top_k)
     orthogonality = routing.z_sum.new_zeros(())
-    if balance.orthogonality_coeff > 0:
+    score_sums, entropy_sum = routing.score_sums, routing.entropy_sum
+    if not router.is_balanced:
+        score_sums, entropy_sum = torch.zeros_like(score_sums), torch.zeros_like(entropy_sum)
+    elif balance.orthogonality_coeff > 0:
         orthogonality = (
             orthogonality_loss(router.weight[: router.spec.num_experts]) * routing.k_histogram.sum()
         )
     return RouterSums(
         stats,
         routing.counts,
-        routing.score_sums,
+        score_sums,
         routing.z_sum,
-        routing.entropy_sum,
+        entropy_sum,
         orthogonality,
         processed,
     )

@@ -119,7 +119,8 @@ def update_routers(
     # What the step was, before anything moves: a collapsed layer's loads say nothing of balance.
     has_tokens = stats.tokens > 0
     plain = inputs.share < 1  # as the step was routed
-    collapsed = _collapsed(stats, fail_safe) & has_tokens
+    movable = torch.tensor([router.is_balanced for router in routers], device=control.device)
+    collapsed = _collapsed(stats, fail_safe) & has_tokens & movable
     frozen = (state.collapsed > 0) | collapsed
 
     # Each moves its own columns of all layers at once.
@@ -134,7 +135,7 @@ def update_routers(
         router.controller.copy_(controller[i])
         router.watch.moved()
     if not freeze_bias:
-        _update_bias(routers, stats, balance, state, has_tokens & ~frozen, plain)
+        _update_bias(routers, stats, balance, state, has_tokens & ~frozen & movable, plain)
 
 
 @torch.no_grad()

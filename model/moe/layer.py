@@ -43,7 +43,8 @@ class MoELayer(nn.Module):
     ):
         super().__init__()
         self.balance = parts.balance
-        self.router = parts.router.build(config)
+        number = config.moe_layers.index(layer_idx)
+        self.router = parts.router.build_layer(config, number)
         self.router.token_rounding = parts.experts.token_rounding
         self.router.random_steps = parts.balance.random_routing_steps
         self.router.layer_idx = layer_idx
@@ -51,7 +52,7 @@ class MoELayer(nn.Module):
         self.router.prepare_histogram(self.num_bins)
         placement = None
         if parts.placement is not None:
-            placement = parts.placement.layers[config.moe_layers.index(layer_idx)]
+            placement = parts.placement.layers[number]
         self.dispatcher = parts.dispatcher.build(config, groups, placement)
         self.experts = Experts(config, groups, parts.experts, placement)
         self.shared: GatedMLP | None = None

@@ -76,10 +76,13 @@ class RoutingFacts:
 
 
 def state_of(routers: list[Router]) -> State:
-    """Copies of all buffers: before a checkpoint is loaded, the state that a new run would start
-    with.
+    """Copies of all buffers but the tables, which belong to the weights: before a checkpoint is
+    loaded, the state that a new run would start with.
     """
-    return [{name: buffer.clone() for name, buffer in router.named_buffers()} for router in routers]
+    return [
+        {name: buffer.clone() for name, buffer in router.named_buffers() if name != "hash_table"}
+        for router in routers
+    ]
 
 
 @torch.no_grad()
@@ -105,8 +108,8 @@ def adopt_state(
     kind = (after.law, after.score_function)
     if before is not None and (before.law, before.score_function) != kind:
         for router, initial in zip(routers, fresh, strict=True):
-            for name, buffer in router.named_buffers():
-                buffer.copy_(initial[name])
+            for name, value in initial.items():
+                router.get_buffer(name).copy_(value)
         return True
 
     # Where the checkpoint does not say, the highest limit counts as one that no overload lowered.

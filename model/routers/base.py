@@ -55,6 +55,10 @@ class RoutingRequest(NamedTuple):
     """Bins of the score histogram; 0: none."""
     token_ids: torch.Tensor | None = None
     """[T] int64 names of the tokens in checksum and audit; None: none."""
+    words: torch.Tensor | None = None
+    """[T] int64 ids of the tokens in the vocabulary, by which some layers route (HashedRouter);
+    None: they are not known, which such layers refuse.
+    """
     given_ids: torch.Tensor | None = None
     """[T, K] experts to use instead of the router's own choice (replay)."""
     frozen: bool = False
@@ -163,6 +167,8 @@ class Router(nn.Module):
     """
 
     law: ControlLaw = "none"
+    is_balanced = True
+    """Whether anything may move which experts it chooses: bias, losses, fallbacks."""
 
     def __init__(
         self,
@@ -366,7 +372,7 @@ class Router(nn.Module):
         }
 
         if request.given_ids is not None:
-            return route(logits, _given(spec), given_ids=request.given_ids, **options)
+            return route(logits, as_given(spec), given_ids=request.given_ids, **options)
 
         bias = self._selection_bias(spec, state)
         choice: dict[str, Any] = {
@@ -386,7 +392,7 @@ class Router(nn.Module):
                 before = self._logits(hidden, self.snapshot_weight)
                 stale = route(self._warmed(before, request.token_ids), spec, **choice, **options)
             return _marked(
-                route(logits, _given(spec), given_ids=stale.expert_ids, **options),
+                route(logits, as_given(spec), given_ids=stale.expert_ids, **options),
                 stale,
                 Reason.FROZEN,
             )
@@ -401,7 +407,7 @@ class Router(nn.Module):
             with torch.no_grad():
                 spilled = spill(routing, logits, spec, bias, limits)
             routing = _spilled(
-                route(logits, _given(spec), given_ids=spilled.expert_ids, **options),
+                route(logits, as_given(spec), given_ids=spilled.expert_ids, **options),
                 routing,
                 spilled,
             )
@@ -410,7 +416,7 @@ class Router(nn.Module):
             with torch.no_grad():
                 spilled = round_to_tiles(routing, logits, spec, bias, self.token_rounding)
             routing = _spilled(
-                route(logits, _given(spec), given_ids=spilled.expert_ids, **options),
+                route(logits, as_given(spec), given_ids=spilled.expert_ids, **options),
                 routing,
                 spilled,
             )
@@ -430,11 +436,12 @@ class Router(nn.Module):
             return routing
         assert not self.training, "which experts may serve is not limited in training"
         confined = confine(routing, logits, spec, bias, request.max_active)
-        given = route(logits, _given(spec), given_ids=confined.expert_ids, **options)
+        given = route(logits, as_given(spec), given_ids=confined.expert_ids, **options)
         return _spilled(given, routing, confined)
 
 
-def _given(spec: RouteSpec) -> RouteSpec:
+def as_given(spec: RouteSpec) -> RouteSpec:
+    """The rule by which experts that are handed in get their gates."""
     return dataclasses.replace(spec, mode="given")
 
 

@@ -75,8 +75,15 @@ class RouterConfig(Component):
                 f"router.top_k: the scores of router={self.name} count "
                 f"{spec.num_null_experts} null experts, which plain top-k does not have"
             )
+        hash_layers = self.arguments.get("hash_layers", 0)
+        if hash_layers and top_k != spec.top_k:
+            raise ValueError(
+                f"router.top_k: the tables of router.hash_layers {hash_layers} name "
+                f"{spec.top_k} experts of every token"
+            )
         return TopKConfig(
             top_k=top_k,
+            hash_layers=hash_layers,
             score_function=spec.score_function,
             normalize_weights=spec.normalize_weights,
             scaling_factor=spec.scaling_factor,
@@ -89,6 +96,10 @@ class RouterConfig(Component):
     def build(self, model: ModelConfig) -> Router:
         """The router of one layer, with its weight still to be drawn."""
         raise NotImplementedError
+
+    def build_layer(self, model: ModelConfig, number: int) -> Router:
+        """Likewise, of MoE layer `number`, from 0, where layers differ."""
+        return self.build(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +136,10 @@ class TopKConfig(RouterConfig):
     capacity_factor: float | None = None
     """In training an expert takes at most ceil(capacity_factor * top_k * T / E) of T tokens. The
     rest goes to the next expert with room, then nowhere. None: no limit (dropless).
+    """
+    hash_layers: int = 0
+    """So many first MoE layers route by a table of the token's id instead, which is drawn once and
+    saved with the weights; scores give the gates of what it names (DeepSeek-V4: 3).
     """
 
     def experts_per_token(self, model: ModelConfig) -> float:
@@ -164,12 +179,35 @@ class TopKConfig(RouterConfig):
                 f"{model.num_experts}",
                 *rest.problems(),
             ]
-        return self.spec(model).problems() + capacity_problems(self.capacity_factor)
+        found = self.spec(model).problems() + capacity_problems(self.capacity_factor)
+        return found + self._hash_problems(model)
+
+    def _hash_problems(self, model: ModelConfig) -> list[str]:
+        number = len(model.decoder_moe_layers)
+        if not 0 <= self.hash_layers <= number:
+            return [
+                f"router.hash_layers is {self.hash_layers}; it must be between 0 and the {number} "
+                "layers with experts"
+            ]
+        if self.hash_layers and self.capacity_factor is not None:
+            return [
+                f"router.capacity_factor is {self.capacity_factor}, but router.hash_layers "
+                f"{self.hash_layers} name the experts of a token, of which none is the next one "
+                "with room; set one of them to null or 0"
+            ]
+        return []
 
     def build(self, model: ModelConfig) -> Router:
         from model.routers.top_k import TopKRouter
 
         return TopKRouter(model, self)
+
+    def build_layer(self, model: ModelConfig, number: int) -> Router:
+        if number >= self.hash_layers:
+            return self.build(model)
+        from model.routers.hashed import HashedRouter
+
+        return HashedRouter(model, self, number)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -354,9 +354,11 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
             yield from record(f"{name} few rows", 64, 2048, 768, 128, 8, dtype, stored=kind)
         yield from record(f"{kind} weights masked", 64, 2872, 2872, 8, 1, stored=kind)
     if architecture >= 89:
-        yield from record("fp8 D2048 F768 K8", 32768, 2048, 768, 128, 8, precision="fp8")
-        yield from record("fp8 few rows", 1024, 2048, 768, 128, 8, precision="fp8")
-        yield from record("fp8 masked", 8192, 2872, 2872, 8, 1, precision="fp8")
+        products: tuple[Precision, ...] = ("fp8", "fp8_all")
+        for low in products:
+            yield from record(f"{low} D2048 F768 K8", 32768, 2048, 768, 128, 8, precision=low)
+            yield from record(f"{low} few rows", 1024, 2048, 768, 128, 8, precision=low)
+            yield from record(f"{low} masked", 8192, 2872, 2872, 8, 1, precision=low)
 
 
 @functools.cache

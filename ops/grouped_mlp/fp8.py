@@ -14,6 +14,8 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """Of e4m3 (arXiv 2209.05433)."""
+TILE = 128
+"""Rows of an expert that share a scale in each column, where a product sums over rows."""
 _SHIFT = 4
 _KEPT = (0x8000 | 0x7F << _SHIFT) - 0x10000
 """Sign, and exponent with mantissa, of e4m3 where bf16 has its own; as int16."""
@@ -51,6 +53,22 @@ def rounded_rows(values: Tensor) -> Tensor:
 def rounded_columns(matrix: Tensor) -> Tensor:
     """[..., m, n], each column rounded as one vector: for products that sum over m."""
     return rounded_rows(matrix.transpose(-1, -2)).transpose(-1, -2)
+
+
+def rounded_tiles(rows: Tensor) -> Tensor:
+    """[n, m], the n rows of one expert: each column rounded in tiles of 128 rows, of which the last
+    ends with them.
+
+    For products that sum over rows, as the gradient of a weight does. One scale for all rows of an
+    expert would lie in the hands of its largest token; tiles of 128 are those of DeepSeek-V3 (arXiv
+    2412.19437, section 3.3.2).
+    """
+    if not rows.numel():
+        return rows
+    num_tiles = -(-len(rows) // TILE)
+    # Zeros that fill the last tile up round to zeros and move no scale.
+    filled = torch.nn.functional.pad(rows, (0, 0, 0, num_tiles * TILE - len(rows)))
+    return rounded_columns(filled.unflatten(0, (num_tiles, TILE))).flatten(0, 1)[: len(rows)]
 
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,8 +56,9 @@ def grouped_mlp(
         activation: see ops.grouped_mlp.spec; other than "swiglu", and biases, are for the torch,
             grouped_mm and reference back-ends.
         gate_up_bias: [L, 2F]; down_bias: [L, D]; both or none, in the dtype of `hidden`.
-        precision: see ops.grouped_mlp.spec; "fp8" is for the triton, torch and reference back-ends,
-            of which only triton has 8-bit products: the others compute the same in wider ones.
+        precision: see ops.grouped_mlp.spec; "fp8" and "fp8_all" are for the triton, torch and
+            reference back-ends, of which only triton has 8-bit products: the others compute the
+            same in wider ones.
 
     Returns:
         [T, D] in the dtype of `hidden`; a token without experts gets zeros. Every weight gets a
@@ -220,13 +221,13 @@ def _unsuited(
         try:
             triton_backend = importlib.import_module("ops.grouped_mlp.triton_backend")
             problem: str | None = triton_backend.problem(dtype, hidden_size, width)
-            if problem is None and precision == "fp8":
+            if problem is None and precision != "native":
                 problem = triton_backend.problem_of_fp8(dtype, device)
             return problem
         except ImportError as error:
             return f"triton is not installed ({error})"
     if name == "grouped_mm":
-        if precision == "fp8":
+        if precision != "native":
             return "it has no products of 8-bit floats"
         if hidden_size % 8 or width % 8:
             return f"its rows must be multiples of 8 values, not {hidden_size} and {width}"

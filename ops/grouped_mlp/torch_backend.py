@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ops.grouped_mlp.fp8 import rounded_columns, rounded_rows, widened
+from ops.grouped_mlp.fp8 import rounded_columns, rounded_rows, rounded_tiles, widened
 from ops.grouped_mlp.spec import Activation, Precision
 from ops.grouped_mlp.swiglu import activate, activation_backward
 
@@ -61,7 +61,7 @@ def forward(
     num_slots, flat_weights = inverse.shape[1], weights.reshape(-1)
     # What is rounded to 8 bits is exact in the dtype of `hidden`, so its products are products of
     # that dtype.
-    rounds = rounded_rows if precision == "fp8" else _as_it_is
+    rounds = _as_it_is if precision == "native" else rounded_rows
     hidden = rounds(hidden)
     out = torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device)
     pre = hidden.new_empty((slots.shape[0], gate_up.shape[1])) if keep else None
@@ -105,8 +105,9 @@ def backward(
     gates' is <grad_out W_down, act> (and <grad_out, b_down>): no output row is needed.
     """
     num_slots, flat_weights = inverse.shape[1], weights.reshape(-1)
-    low = precision == "fp8"
+    low = precision != "native"
     rows_of, columns_of = (rounded_rows, rounded_columns) if low else (_as_it_is, _as_it_is)
+    tiles_of = rounded_tiles if precision == "fp8_all" else _as_it_is
     rounded_grad = rows_of(grad_out)
     grad_hidden = torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device)
     grad_weights = torch.zeros_like(flat_weights)
@@ -137,8 +138,8 @@ def backward(
         if grad_gate_up_bias is not None:
             grad_gate_up_bias[expert] = grad_pre.sum(0)
         grad_weights[assigned] = grad_gates
-        torch.mm(grad_rows.t(), act, out=grad_down[expert])
-        torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
+        torch.mm(tiles_of(grad_rows).t(), tiles_of(act), out=grad_down[expert])
+        torch.mm(tiles_of(grad_pre).t(), tiles_of(x), out=grad_gate_up[expert])
         grad_x = rows_of(grad_pre) @ columns_of(gate_up[expert])
         grad_hidden.index_add_(0, tokens, grad_x.to(weights.dtype))
     biases = [g for g in (grad_gate_up_bias, grad_down_bias) if g is not None]

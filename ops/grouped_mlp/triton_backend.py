@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.compile.launch import architecture, launch
-from ops.grouped_mlp.fp8 import FP8, round_rows
+from ops.grouped_mlp.fp8 import FP8, TILE, round_rows
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.kernels.backward import (
     act_grad_kernel,
@@ -25,6 +25,7 @@ from ops.grouped_mlp.kernels.backward import (
 from ops.grouped_mlp.kernels.common import tile_map_kernel
 from ops.grouped_mlp.kernels.configs import Config
 from ops.grouped_mlp.kernels.forward import combine_kernel, down_kernel, up_kernel
+from ops.grouped_mlp.kernels.rounded import round_tiles_kernel, tiles_product_kernel
 from ops.grouped_mlp.spec import Precision
 
 __all__ = ["backward", "forward", "problem", "problem_of_fp8"]
@@ -66,7 +67,7 @@ def forward(
     """Output [T, D], and the pre-activations [R, 2F] in row order where `keep`. Arguments:
     interface.grouped_mlp. scales: of weights of 8 bits, [L, 2F] and [L, D] fp32.
     """
-    low = precision == "fp8"
+    low = precision != "native"
     num_experts, hidden_size, width = down.shape
     top_k = weights.shape[1]
     rows = configs.tile_rows(len(slots), num_experts, hidden.dtype)
@@ -133,7 +134,7 @@ def backward(
     """Gradients of hidden, weights (fp32), gate_up and down. pre: of forward; None computes it
     again.
     """
-    low = precision == "fp8"
+    low = precision != "native"
     num_tokens, top_k = weights.shape
     num_experts, hidden_size, width = down.shape
     num_rows = len(slots)
@@ -205,35 +206,51 @@ def backward(
 
     # The experts' gradients, sums over their rows; an expert without rows writes zeros.
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-    config = _fitting(configs.expert_config(True, hidden.dtype, target), act)
-    launch(
-        down_grad_kernel,
-        _expert_grid(grad_down, config),
-        grad_out,
-        act,
-        _descriptor(act, (config.step, config.columns), config),
-        slots,
-        offsets,
-        grad_down,
-        **sizes,
-        TOP_K=top_k,
-        **config.sizes,
-    )
+    if precision == "fp8_all":
+        whole = tiles if rows == TILE else _tile_map(slots, offsets, TILE)
+        places = slots, offsets, whole, top_k
+        _tiles_product(
+            _round_tiles(grad_out, True, *places),
+            _round_tiles(act, False, *places),
+            offsets,
+            grad_down,
+        )
+        _tiles_product(
+            _round_tiles(grad_pre, False, *places),
+            _round_tiles(hidden, True, *places),
+            offsets,
+            grad_gate_up,
+        )
+    else:
+        config = _fitting(configs.expert_config(True, hidden.dtype, target), act)
+        launch(
+            down_grad_kernel,
+            _expert_grid(grad_down, config),
+            grad_out,
+            act,
+            _descriptor(act, (config.step, config.columns), config),
+            slots,
+            offsets,
+            grad_down,
+            **sizes,
+            TOP_K=top_k,
+            **config.sizes,
+        )
 
-    config = _fitting(configs.expert_config(False, hidden.dtype, target), grad_pre)
-    launch(
-        gate_up_grad_kernel,
-        _expert_grid(grad_gate_up, config),
-        grad_pre,
-        _descriptor(grad_pre, (config.step, config.rows), config),
-        hidden,
-        slots,
-        offsets,
-        grad_gate_up,
-        **sizes,
-        TOP_K=top_k,
-        **config.sizes,
-    )
+        config = _fitting(configs.expert_config(False, hidden.dtype, target), grad_pre)
+        launch(
+            gate_up_grad_kernel,
+            _expert_grid(grad_gate_up, config),
+            grad_pre,
+            _descriptor(grad_pre, (config.step, config.rows), config),
+            hidden,
+            slots,
+            offsets,
+            grad_gate_up,
+            **sizes,
+            TOP_K=top_k,
+            **config.sizes,
+        )
 
     # Back to the tokens. With one slot a token the product writes to the tokens themselves.
     grad_scales: Tensor | None = None
@@ -345,6 +362,63 @@ def _rounded_columns(matrices: Tensor) -> Scaled:
     values, and scales [L, n].
     """
     return round_rows(matrices.transpose(1, 2).contiguous())
+
+
+def _round_tiles(
+    values: Tensor,
+    gather: bool,
+    slots: Tensor,
+    offsets: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """What of [R, W], with `gather` of [T, W], is summed over rows: e4m3 [tiles, W, TILE], rows
+    last, and fp32 scales [tiles, W] (kernels/rounded.py). tiles: the map of tiles of TILE rows.
+    """
+    num_tiles, width = len(slots) // TILE + len(offsets) - 1, values.shape[1]
+    low = torch.empty((num_tiles, width, TILE), dtype=FP8, device=values.device)
+    scales = torch.empty((num_tiles, width), dtype=torch.float32, device=values.device)
+    columns = configs.ROUNDED_COLUMNS
+    launch(
+        round_tiles_kernel,
+        (len(tiles[0]) * -(-width // columns),),
+        values,
+        slots,
+        offsets,
+        *tiles,
+        low,
+        scales,
+        WIDTH=width,
+        GATHER=gather,
+        TOP_K=top_k,
+        COLUMNS=columns,
+        STEP=TILE,
+        num_warps=4,
+    )
+    return low, scales
+
+
+def _tiles_product(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], offsets: Tensor, grad: Tensor
+) -> None:
+    """Write the gradient [L, left, right] of a weight from tiles of its rows."""
+    config = _fitting(configs.tiles_config(architecture(grad.device)), left[0], right[0])
+    (x, x_scales), (y, y_scales) = left, right
+    launch(
+        tiles_product_kernel,
+        _expert_grid(grad, config),
+        x,
+        _descriptor(x, (1, config.rows, TILE), config),
+        x_scales,
+        y,
+        _descriptor(y, (1, config.columns, TILE), config),
+        y_scales,
+        offsets,
+        grad,
+        LEFT=grad.shape[1],
+        RIGHT=grad.shape[2],
+        **config.sizes,
+    )
 
 
 def _row_grid(tiles: tuple[Tensor, Tensor], columns: int, config: Config) -> tuple[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def build(
     dispatcher: dict | None = None,
     experts: ExpertsConfig | None = None,
     placement: Placement | None = None,
-    layers: range | None = None,
+    layers: Sequence[range] | None = None,
     settle: Callable[[nn.Parameter], None] | None = None,
     dtype: torch.dtype = torch.float32,
     **options,

@@ -28,6 +28,7 @@ from train.config.training import OptimConfig, TrainConfig
 from train.engine.deepspeed import Engine
 from train.engine.library import import_deepspeed
 from train.pipeline.flow import Pipeline
+from train.pipeline.schedule import Pass
 
 ROWS = 4
 
@@ -39,9 +40,9 @@ def groups_of_two(stages: int) -> ParallelGroups:
 
 
 @functools.cache
-def clean_state(zero: int, precision: str, stages: int) -> dict[str, torch.Tensor]:
+def clean_state(zero: int, precision: str, stages: int, virtual: int) -> dict[str, torch.Tensor]:
     """What becomes of a run that never takes the step which the cases poison, wherever they do."""
-    case = {"zero": zero, "precision": precision, "stages": stages}
+    case = {"zero": zero, "precision": precision, "stages": stages, "virtual": virtual}
     return train(case, [(0, False), (2, False)])[1]
 
 
@@ -50,16 +51,25 @@ class Passes:
 
     def __init__(self, engine: Engine, rows: TokenBatch, balance: BalanceConfig, factor: float):
         self.engine, self.rows, self.balance, self.factor = engine, rows, balance, factor
-        self.output: ModelOutput | None = None
+        self.outputs: dict[int, ModelOutput] = {}
 
-    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        self.output = self.engine.forward(self.rows, hidden=hidden)
-        return self.output.handed_on
+    def forward(self, one: Pass, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        self.outputs[one.lap] = self.engine.forward(self.rows, hidden=hidden, lap=one.lap)
+        return self.outputs[one.lap].handed_on
 
-    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
-        assert self.output is not None
-        loss = training_loss(self.output, ROWS * 16, ROWS * 16, self.balance)
-        self.engine.backward(loss * self.factor, is_last, carried)
+    def backward(self, one: Pass, carried: torch.Tensor | None, is_last: bool) -> None:
+        loss = training_loss(self.outputs.pop(one.lap), ROWS * 16, ROWS * 16, self.balance)
+        # The first that comes back: what is not finite has all the way to go.
+        if one.lap == len(self.engine.module.laps) - 1:
+            loss = loss * self.factor
+        self.engine.backward(loss, is_last, carried)
+
+
+def runs_of(case: dict, groups: ParallelGroups) -> tuple[range, ...]:
+    """The layers of this rank."""
+    if case.get("virtual", 1) == 1:
+        return ((range(1), range(1, 3))[groups.pipeline_rank],)
+    return ((range(1), range(2, 3)), (range(1, 2), range(3, 4)))[groups.pipeline_rank]
 
 
 def train(case: dict, steps: list[tuple[int, bool]]) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -80,10 +90,10 @@ def train(case: dict, steps: list[tuple[int, bool]]) -> tuple[list[float], dict[
     engine = Engine(
         # The first stage has a dense layer alone, and so a group of parameters less.
         build(
-            tiny_config(),
+            tiny_config(num_layers=3 + case.get("virtual", 1) - 1),
             balance,
             groups,
-            layers=None if stages == 1 else (range(1), range(1, 3))[groups.pipeline_rank],
+            layers=None if stages == 1 else runs_of(case, groups),
         ),
         groups,
         settings,
@@ -124,7 +134,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     for case in json.loads(sys.argv[1]):
         norms, poisoned = train(case, [(0, False), (1, True), (2, False)])
-        clean = clean_state(case["zero"], case["precision"], case.get("stages", 1))
+        stages, virtual = case.get("stages", 1), case.get("virtual", 1)
+        clean = clean_state(case["zero"], case["precision"], stages, virtual)
         facts = (
             [math.isfinite(n) for n in norms],
             [k for k in clean if not torch.equal(clean[k], poisoned[k])],

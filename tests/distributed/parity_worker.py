@@ -39,8 +39,9 @@ from model.config import (
     FailSafeConfig,
     ModelConfig,
 )
+from model.cost.stages import ranges_of
 from model.layers import RowLinear
-from model.loss import IGNORE_INDEX, ModelOutput, targets_ahead, training_loss
+from model.loss import IGNORE_INDEX, ModelOutput, joined, targets_ahead, training_loss
 from model.moe.balance import unpack_stats
 from model.moe.budget import start_routers, update_routers
 from model.moe.experts import Experts
@@ -66,6 +67,7 @@ from train.engine.partition import Partition
 from train.guard.routing import RoutingControl
 from train.pipeline import flow
 from train.pipeline.flow import Pipeline, given
+from train.pipeline.schedule import Pass
 
 ROWS, STEPS = 8, 4  # rows of one micro-batch over all ranks
 ROUTERS = {
@@ -77,6 +79,7 @@ ROUTERS = {
     "group_limited": (TopKConfig, {"num_groups": 4, "top_groups": 2}),
     "biased": (TopKConfig, {"bias": True}),
     "capacity": (TopKConfig, {"capacity_factor": 8.0}),
+    "hashed": (TopKConfig, {"hash_layers": 1, "score_function": "sqrt_softplus"}),
 }
 BUDGET, FAIL_SAFE = BudgetConfig(warm_start_steps=1, blend_steps=2), FailSafeConfig()
 
@@ -161,13 +164,15 @@ def move_controllers(
     control.update(layers, balance)
     layers = unpack_stats(reference_stats, reference[0].spec.num_experts, reference[0].max_top_k)
     update_routers(reference, layers, balance, budget, FAIL_SAFE)
+    theirs_here = [reference[row] for row in own.part.moe.own]
     pairs = [
         (a, b)
-        for mine, theirs in zip(own.routers(), reference[own.part.moe.places], strict=True)
+        for mine, theirs in zip(own.routers(), theirs_here, strict=True)
         for (name, a), b in zip(mine.named_buffers(), theirs.buffers(), strict=True)
         if name != "histogram_range"
     ]
-    assert all(a.dtype == torch.float32 for a, _ in pairs), "a controller lost its precision"
+    floats = [a for a, _ in pairs if a.dtype != torch.int32]  # of tables
+    assert all(a.dtype == torch.float32 for a in floats), "a controller lost its precision"
     return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
 
 
@@ -205,14 +210,13 @@ def groups_for(
     )
 
 
-def layers_of(case: dict, config: ModelConfig, groups: ParallelGroups) -> range:
-    """Of this rank's stage: as many as the case says, or evenly."""
-    size = groups.pipeline_size
+def layers_of(case: dict, config: ModelConfig, groups: ParallelGroups) -> tuple[range, ...]:
+    """Of this rank's stage, by lap: as many as the case says, or evenly."""
+    size = groups.pipeline_size * case.get("virtual", 1)
     split = case.get("split") or [
         config.num_layers * (i + 1) // size - config.num_layers * i // size for i in range(size)
     ]
-    first = sum(split[: groups.pipeline_rank])
-    return range(first, first + split[groups.pipeline_rank])
+    return ranges_of(split)[groups.pipeline_rank :: groups.pipeline_size]
 
 
 class OneStep:
@@ -228,29 +232,34 @@ class OneStep:
         self.engine, self.inputs, self.asked, self.loss_of = engine, inputs, asked, loss_of
         self.loss = torch.zeros((), dtype=torch.float64)
         self.attention, self.stats, self.largest = [], [], []
-        self._previous = None
-        self._outputs: dict[int, ModelOutput] = {}
+        self._previous: dict[int, torch.Tensor] = {}
+        self._outputs: dict[tuple[int, int], ModelOutput] = {}
+        self._laps: dict[int, list[ModelOutput]] = {}
 
-    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        request = self.asked._replace(previous_counts=self._previous)
-        output = self.engine.forward(self.inputs[number], request, hidden)
-        self._previous = output.scope_counts
-        self.attention.append(output.attention_stats)
-        self.stats.append(output.stats)
-        self.largest.append(output.largest_logits)
-        self._outputs[number] = output
+    def forward(self, one: Pass, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        request = self.asked._replace(previous_counts=self._previous.get(one.lap))
+        output = self.engine.forward(self.inputs[one.number], request, hidden, one.lap)
+        self._previous[one.lap] = output.scope_counts
+        self._outputs[one.unit] = output
+        laps = self._laps.setdefault(one.number, [])
+        laps.append(output)
+        if len(laps) == len(self.engine.module.laps):
+            whole = joined(self._laps.pop(one.number))
+            self.attention.append(whole.attention_stats)
+            self.stats.append(whole.stats)
+            self.largest.append(whole.largest_logits)
         return output.handed_on
 
-    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
-        loss = self.loss_of(self._outputs.pop(number))
+    def backward(self, one: Pass, carried: torch.Tensor | None, is_last: bool) -> None:
+        loss = self.loss_of(self._outputs.pop(one.unit))
         self.engine.backward(loss, is_last, carried)
         self.loss += loss.detach().double()
 
     def pair(
-        self, number: int, hidden: torch.Tensor | None, back: int, carried: torch.Tensor | None
+        self, one: Pass, hidden: torch.Tensor | None, back: Pass, carried: torch.Tensor | None
     ) -> torch.Tensor | None:
         handed_on, _ = by_turns(
-            lambda: self.forward(number, hidden), lambda: self.backward(back, carried, False)
+            lambda: self.forward(one, hidden), lambda: self.backward(back, carried, False)
         )
         return handed_on
 
@@ -303,6 +312,10 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
         with_lent(pipeline, carried)
         return carried
 
+    def of_first_laps(flight: flow._Flight, one: Pass) -> torch.Tensor | None:
+        found = carried_to(flight, one)
+        return 0.0 * found if one.lap > 0 and found is not None else found
+
     def cut_off(exchange: TensorExchange, same: torch.Tensor) -> torch.Tensor:
         return same.chunk(exchange.size)[exchange.rank]
 
@@ -318,7 +331,7 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
     def of_one_rank(exchange: TensorExchange, shares: torch.Tensor) -> torch.Tensor:
         return exchange.size * shares.chunk(exchange.size)[exchange.rank]
 
-    with_lent = Pipeline._with_lent_gradient
+    with_lent, carried_to = Pipeline._with_lent_gradient, flow._Flight.carried
     if name == "bias on every rank":
         for module in engine.module.modules():
             if isinstance(module, RowLinear):
@@ -329,6 +342,7 @@ def fault(case: dict, engine: Engine) -> AbstractContextManager:
         return nullcontext()
     return {
         "gradients carried twice": patch.object(flow, "given", twice),
+        "gradients of first laps alone": patch.object(flow._Flight, "carried", of_first_laps),
         "gradient of the loan dropped": patch.object(Pipeline, "_with_lent_gradient", kept),
         "gradients of other tokens": patch.object(_Placed, "backward", of_other_tokens),
         "gradients of own queries alone": patch.object(TensorExchange, "summed", of_one_rank),

@@ -45,8 +45,13 @@ def trained(
     groups: ParallelGroups, precision: str, at_once: bool
 ) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor], int]:
     """Masters by name before and after, losses, and Watched.most."""
+    rows = 2 * dist.get_world_size()
     train = TrainConfig(
-        num_steps=STEPS, seq_len=16, micro_batch_size=2, global_batch_size=4, precision=precision
+        num_steps=STEPS,
+        seq_len=16,
+        micro_batch_size=2,
+        global_batch_size=rows,
+        precision=precision,
     )
     balance = BalanceConfig(aux_loss_coeff=0.01)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -64,9 +69,9 @@ def trained(
     keep()
     losses = []
     for step in range(STEPS):
-        own = take(batch(step, 0, 4), 2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        own = take(batch(step, 0, rows), 2 * dist.get_rank(), 2 * dist.get_rank() + 2)
         output = engine.forward(own)
-        engine.backward(training_loss(output, 64, 64, balance), True)
+        engine.backward(training_loss(output, rows * 16, rows * 16, balance), True)
         engine.step()
         losses.append(output.loss_sum.detach())
     keep()
@@ -76,7 +81,8 @@ def trained(
 
 def filled(groups: ParallelGroups) -> bool:
     """Whether weights that are read into a model whose own are shared out are there afterwards."""
-    train = TrainConfig(num_steps=1, seq_len=16, micro_batch_size=2, global_batch_size=4)
+    rows = 2 * dist.get_world_size()
+    train = TrainConfig(num_steps=1, seq_len=16, micro_batch_size=2, global_batch_size=rows)
     model = build(tiny_config(), BalanceConfig(), groups, settle=Partition(groups, train, ZERO))
     draw = torch.Generator().manual_seed(0)
     same = True

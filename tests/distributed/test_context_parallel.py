@@ -58,6 +58,7 @@ FOUR_RANKS = [
     case(4, 4, 0, 1, "sequence", model={"num_kv_heads": 4}, router="threshold", largest=True),
     case(4, 4, 3, 1, "sequence", gather=2, attention=LATENT, model=LATENT_SHAPE, largest=True),
 ]
+# A parameter that is learnt from zero is in proportion as far off as its gradients: 5e-6.
 MORE_ON_TWO = [
     case(2, 2, 0, 1, "sequence"),
     case(2, 1, 1, 2, "global_batch", model={"recompute": "block", "loss_chunk_size": 7}),
@@ -74,7 +75,7 @@ MORE_ON_TWO = [
     case(2, 1, 1, 2, "global_batch", gather=2, attention=LATENT, model=LATENT_SHAPE),
     case(2, 2, 3, 1, "batch", gather=2, attention=GATED),
     case(2, 2, 2, 1, "sequence", gather=2, attention=LEVELS),
-    case(2, 2, 3, 2, "sequence", gather=2, **SINKS_AHEAD),
+    case(2, 2, 3, 2, "sequence", gather=2, tolerance={"parameter": 5e-6}, **SINKS_AHEAD),
     case(2, 1, 1, 1, "batch", gather=2, model={"num_experts": 0, "num_kv_heads": 1}),
     {**muon(2, 3), "cp": 2, "gather": 2},
 ]
@@ -82,10 +83,9 @@ MORE_ON_FOUR = [
     case(4, 2, 1, 2, "sequence", gather=2, attention=LEARNED),
     case(4, 4, 3, 1, "batch", gather=4, attention=LEARNED, model={"recompute": "block"}),
     case(4, 4, 2, 1, "global_batch", gather=2, **SINKS_AHEAD),
-    case(2, 2, 1, 1, "sequence", gather=2, tp=2, largest=True),
+    case(2, 2, 1, 1, "sequence", gather=2, tp=2),
     case(2, 2, 1, 1, "sequence", gather=2, pp=2, attention=LEARNED),
 ]
-# What is learnt from zero is in proportion as far off as its gradients.
 EIGHT_RANKS = [
     case(4, 8, 3, 1, "sequence", model={"num_kv_heads": 4, "recompute": "block"}),
     case(

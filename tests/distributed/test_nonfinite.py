@@ -29,6 +29,19 @@ CASES += [
     )
 ]
 """The first stage's own gradient is the one that no later stage sees."""
+CASES += [
+    {
+        **{"zero": zero, "precision": precision, "where": where, "stages": 2, "rank": rank},
+        "virtual": 2,
+    }
+    for zero, precision, where, rank in (
+        (1, "fp32", "dense", 0),
+        (0, "fp32", "expert", 1),
+        (2, "bf16", "loss", 0),
+        (1, "bf16", "loss", 1),
+    )
+]
+"""Of two laps, the first to come back."""
 
 
 @pytest.mark.slow

@@ -49,6 +49,16 @@ TWO_RANKS = [
         balance={"bias_update": "quantile"},
         budget_scope="model",
     ),
+    # Each of two ranks has two runs of layers; micro-batches that the ranks do not divide.
+    case(
+        *(2, 1, 1, 5, "global_batch"),
+        virtual=2,
+        split=[1, 1, 1, 2],
+        model={"num_layers": 5, "tie_embeddings": True, "num_mtp_layers": 1},
+        router="top_p",
+        balance={"bias_update": "quantile"},
+        budget_scope="model",
+    ),
 ]
 FAULTS = [
     case(2, 1, 1, 2, "batch", fault="gradients carried twice"),
@@ -57,6 +67,7 @@ FAULTS = [
         fault="gradient of the loan dropped",
         model={"tie_embeddings": True},
     ),
+    case(2, 1, 1, 2, "batch", fault="gradients of first laps alone", virtual=2, model=FOUR_LAYERS),
 ]
 MORE_ON_TWO = [
     case(2, 1, 0, 1, "sequence", split=[2, 1]),
@@ -103,11 +114,64 @@ FOUR_RANKS = [
     ),
     {**muon(2, 1, 2), "pp": 2},
 ]
+# Four such layers round as far without virtual stages, and twice as far without stages.
+ROUNDED = {"tolerance": {"parameter": 3e-6}}
+VIRTUAL_ON_TWO = [
+    case(2, 1, 0, 1, "sequence", virtual=2, model=FOUR_LAYERS),
+    case(2, 1, 2, 3, "batch", virtual=2, model={**FOUR_LAYERS, "recompute": "block"}),
+    case(2, 1, 1, 4, "sequence", virtual=3, model={"num_layers": 7}),
+    case(2, 1, 0, 3, "batch", virtual=2, model={**FOUR_LAYERS, "tie_embeddings": True}),
+    case(2, 1, 1, 3, "batch", virtual=2, attention=LEARNED, model=FOUR_LAYERS, **ROUNDED),
+    case(2, 1, 1, 2, "batch", virtual=2, model={**FOUR_LAYERS, "num_experts": 0}),
+    # Routers at both ends of what a rank has, and of one rank none in its first run.
+    case(
+        *(2, 1, 1, 2, "global_batch"),
+        virtual=2,
+        router="null_experts",
+        balance={"bias_update": "quantile"},
+        budget_scope="model",
+        split=[1, 2, 1, 1],
+        model={"num_layers": 5},
+    ),
+    case(2, 1, 2, 2, "batch", virtual=2, model=FOUR_LAYERS, zero_options={"overlap_comm": True}),
+    {**muon(1, 1, 2, model=FOUR_LAYERS), "pp": 2, "virtual": 2},
+]
+VIRTUAL_ON_FOUR = [
+    case(2, 1, 1, 3, "batch", virtual=2, model=FOUR_LAYERS),
+    case(2, 2, 2, 3, "global_batch", virtual=2, model={"num_layers": 5, "num_mtp_layers": 1}),
+    case(2, 1, 1, 3, "sequence", virtual=2, cp=2, attention=LEARNED, model=FOUR_LAYERS, **ROUNDED),
+    case(2, 2, 1, 2, "batch", virtual=2, tp=2, model=FOUR_LAYERS),
+    case(2, 2, 2, 2, "batch", virtual=2, model=FOUR_LAYERS, zero_options={"overlap_comm": True}),
+    case(
+        *(2, 1, 1, 3, "batch"),
+        virtual=2,
+        model=FOUR_LAYERS,
+        zero_options={"offload_optimizer": {"device": "cpu"}},
+    ),
+    # Of four ranks in a row: groups of five, and fewer micro-batches than ranks.
+    case(4, 1, 1, 5, "batch", virtual=2, model={"num_layers": 8, "tie_embeddings": True}),
+    case(4, 1, 2, 3, "sequence", virtual=2, model={"num_layers": 8, "recompute": "block"}),
+    {**case(2, 2, 1, 4, "batch", virtual=2, model=FOUR_LAYERS), "overlap": True},
+    {**muon(2, 1, 2, model=FOUR_LAYERS), "pp": 2, "virtual": 2},
+]
+# What launch.config refuses, and why: what other laps have learnt does not reach the update.
+REFUSED = [
+    case(2, 1, 1, 3, "batch", virtual=2, model=FOUR_LAYERS, zero_options={"overlap_comm": True}),
+    case(
+        *(2, 1, 2, 3, "batch"),
+        virtual=2,
+        model=FOUR_LAYERS,
+        zero_options={"offload_optimizer": {"device": "cpu"}},
+    ),
+]
 EIGHT_RANKS = [
+    case(2, 2, 1, 3, "sequence", virtual=2, cp=2, tp=2, model=FOUR_LAYERS),
     case(2, 4, 1, 2, "sequence", cp=2),
     case(4, 2, 1, 6, "batch", model=FOUR_LAYERS, split=[1, 1, 1, 1]),
 ]
 HALF_PRECISION = [
+    case(2, 1, 1, 4, "batch", precision="bf16", virtual=2, model=FOUR_LAYERS),
+    case(2, 1, 2, 3, "batch", precision="bf16", virtual=2, model=FOUR_LAYERS),
     case(2, 1, 1, 2, "batch", precision="bf16"),
     case(2, 1, 2, 4, "batch", precision="bf16", model={"loss_chunk_size": 24}),
     case(
@@ -142,6 +206,21 @@ def test_more_in_two_stages_trains_as_one_process(run_ranks):
 @pytest.mark.nightly
 def test_stages_of_experts_and_shared_rows_train_as_one_process(run_ranks):
     check(run_ranks(WORKER, 4, json.dumps(FOUR_RANKS)), FOUR_RANKS)
+
+
+@pytest.mark.nightly
+def test_virtual_stages_train_as_one_process(run_ranks):
+    check(run_ranks(WORKER, 2, json.dumps(VIRTUAL_ON_TWO)), VIRTUAL_ON_TWO)
+
+
+@pytest.mark.nightly
+def test_virtual_stages_of_experts_and_shared_rows_train_as_one_process(run_ranks):
+    check(run_ranks(WORKER, 4, json.dumps(VIRTUAL_ON_FOUR)), VIRTUAL_ON_FOUR)
+
+
+@pytest.mark.nightly
+def test_what_is_refused_of_virtual_stages_would_be_wrong(run_ranks):
+    check_that_it_shows(run_ranks(WORKER, 4, json.dumps(REFUSED)))
 
 
 @pytest.mark.nightly

@@ -16,14 +16,14 @@ from commandline import TINY, checksums, launch, lines, losses, measured, train_
 
 from launch.config.overrides import plain
 from launch.config.parse import parse
-from launch.job.memory import planned_exchange
+from launch.job.memory import planned_stages
 from launch.saved.configs import load_run_config
 from train.checkpoint.reader import CheckpointReader
 
 # The first stage has one dense layer: no router, no experts, nothing to audit.
 SETTINGS = (
     *TINY,
-    "model.num_layers=3",
+    "model.num_layers=4",
     "model.num_dense_layers=1",
     "model.tie_embeddings=true",
     "router=top_p",
@@ -40,73 +40,100 @@ SETTINGS = (
     "optim.eps=0.1",
     "optim.lr=0.05",
 )
-STAGES = ("parallel=pp2", "parallel.pipeline_split=[1,2]")
+STAGES = ("parallel=pp2", "parallel.pipeline_split=[1,3]")
+# The same in two runs of layers each, so that the second stage has layers before the first one's.
+LAPS = ("parallel=pp2", "parallel.virtual_stages=2")
 HALF = ("train.stop_after_step=5",)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """alone: 10 steps of one process; half: 5 steps of two stages."""
+    """alone: 10 steps of one process; half, laps: 5 steps of two stages, and of virtual ones."""
     folder = tmp_path_factory.mktemp("stages")
     data = write_text(folder)
     launch("train", *SETTINGS, *data, f"run_dir={folder / 'alone'}")
-    done = train_on(2, *SETTINGS, *STAGES, *HALF, *data, f"run_dir={folder / 'half'}")
-    (folder / "half.txt").write_text(done.stdout + done.stderr)
+    for name, layout in (("half", STAGES), ("laps", LAPS)):
+        done = train_on(2, *SETTINGS, *layout, *HALF, *data, f"run_dir={folder / name}")
+        (folder / f"{name}.txt").write_text(done.stdout + done.stderr)
     return folder
 
 
 @pytest.mark.slow
-def test_stages_log_what_one_process_does(runs):
-    alone, half = measured(runs / "alone"), measured(runs / "half")
+@pytest.mark.parametrize("name", ["half", "laps"])
+def test_stages_log_what_one_process_does(runs, name):
+    alone, half = measured(runs / "alone"), measured(runs / name)
     for step in range(1, 6):
         assert set(half[step]) == set(alone[step]), step
-        for name, value in half[step].items():
-            expected = alone[step][name]
-            assert value == pytest.approx(expected, rel=2e-5, abs=1e-6), (step, name)
+        for metric, value in half[step].items():
+            expected = alone[step][metric]
+            assert value == pytest.approx(expected, rel=2e-5, abs=1e-6), (step, metric)
 
     # Which token went to which expert: the checksum is of every assignment of the step.
-    own, staged = checksums(runs / "alone"), checksums(runs / "half")
+    own, staged = checksums(runs / "alone"), checksums(runs / name)
     assert staged == {step: own[step] for step in range(1, 6)}
     tables = [
-        {r["step"]: r["counts"] for r in lines(runs / name / "routing.jsonl")}
-        for name in ("alone", "half")
+        {r["step"]: r["counts"] for r in lines(runs / run / "routing.jsonl")}
+        for run in ("alone", name)
     ]
     assert tables[1] == {step: tables[0][step] for step in range(1, 6)}
 
 
 @pytest.mark.slow
-def test_probe_and_audit_of_stages_have_all_layers(runs):
+@pytest.mark.parametrize("name", ["half", "laps"])
+def test_probe_and_audit_of_stages_have_all_layers(runs, name):
     probes = [
-        np.load(runs / name / "probe/step-00000005.npz", allow_pickle=False)
-        for name in ("alone", "half")
+        np.load(runs / run / "probe/step-00000005.npz", allow_pickle=False)
+        for run in ("alone", name)
     ]
     for key in ("expert_ids", "token"):
         assert np.array_equal(probes[0][key], probes[1][key]), key
     assert probes[1]["loss"] == pytest.approx(probes[0]["loss"], rel=1e-4, nan_ok=True)
-    told = launch("audit", f"run={runs / 'half'}")
-    assert "layer   1" in told.stdout and "layer   2" in told.stdout
+    told = launch("audit", f"run={runs / name}")
+    assert all(f"layer   {layer}" in told.stdout for layer in (1, 2, 3))
 
 
 @pytest.mark.slow
-def test_what_stages_send_is_what_the_plan_says(runs):
-    run = parse(plain(load_run_config(runs / "half/config.yaml")), 2)
-    plan = planned_exchange(run, 2)
-    sent = {r["comm/bytes"] for r in lines(runs / "half/metrics.jsonl") if "comm/bytes" in r}
+@pytest.mark.parametrize(("name", "layers"), [("half", "1, 3"), ("laps", "1+1, 1+1")])
+def test_what_stages_send_is_what_the_plan_says(runs, name, layers):
+    run = parse(plain(load_run_config(runs / name / "config.yaml")), 2)
+    plans = [stage.exchange for stage in planned_stages(run, 2)]
+    sent = {r["comm/bytes"] for r in lines(runs / name / "metrics.jsonl") if "comm/bytes" in r}
     # The mean of the two: hidden states there and gradients back, the embedding there, its back.
-    assert sent == {plan.stages} and plan.heads == plan.rows == 0
-    assert "parallel 2 ranks: 2 stages of 1, 2 layers x rows 1;" in (runs / "half.txt").read_text()
+    assert sent == {sum(plan.stages for plan in plans) / 2}
+    assert all(plan.heads == plan.rows == 0 for plan in plans)
+    told = f"parallel 2 ranks: 2 stages of {layers} layers x rows 1;"
+    assert told in (runs / f"{name}.txt").read_text()
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_where_stages_stopped(runs):
-    newest = [
-        sorted((runs / name / "checkpoints").glob("step-*"))[-1] for name in ("alone", "half")
-    ]
+@pytest.mark.parametrize("name", ["half", "laps"])
+def test_one_process_goes_on_where_stages_stopped(runs, name):
+    newest = [sorted((runs / run / "checkpoints").glob("step-*"))[-1] for run in ("alone", name)]
     assert CheckpointReader(newest[0]).shapes == CheckpointReader(newest[1]).shapes
-    shutil.copytree(runs / "half", runs / "back")
-    launch("train", f"resume={runs / 'back'}", "parallel=single")
-    alone, back = losses(runs / "alone"), losses(runs / "back")
+    shutil.copytree(runs / name, runs / f"{name}-back")
+    launch("train", f"resume={runs / f'{name}-back'}", "parallel=single")
+    alone, back = losses(runs / "alone"), losses(runs / f"{name}-back")
     assert back == {step: pytest.approx(loss, rel=2e-5) for step, loss in alone.items()}
+
+
+@pytest.mark.nightly
+def test_laps_resume_bit_for_bit_and_go_on_where_other_layouts_stopped(runs):
+    data = write_text(runs)
+    train_on(2, *SETTINGS, *LAPS, *data, f"run_dir={runs / 'round'}")
+    shutil.copytree(runs / "laps", runs / "same-laps")
+    train_on(2, f"resume={runs / 'same-laps'}")
+    assert losses(runs / "same-laps") == losses(runs / "round")
+
+    alone = losses(runs / "alone")
+    for name, begun, layout in (
+        ("laps-of-stages", "half", (*LAPS, "deepspeed=zero2")),
+        ("stages-of-laps", "laps", STAGES),
+    ):
+        shutil.copytree(runs / begun, runs / name)
+        train_on(2, f"resume={runs / name}", *layout)
+        assert losses(runs / name) == {
+            step: pytest.approx(loss, rel=2e-5) for step, loss in alone.items()
+        }, name
 
 
 @pytest.mark.nightly

@@ -654,7 +654,7 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "optim.freeze": refused("optim.freeze=[embedding]", "moments of what was trained alone"),
     **{
         f"optim.groups.*.{name}": reaches(f"optim.groups=[{{match: norms, {name}: {value}}}]")
-        for name, value in (("lr_factor", 0.5), ("weight_decay", 0.5))
+        for name, value in (("lr_factor", 0.5), ("weight_decay", 0.5), ("layers", "[0, 0]"))
     },
     "optim.groups.*.match": reaches("optim.groups=[{match: norms}]"),
     # training
@@ -788,6 +788,14 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "parallel.pipeline_split": reaches(
         "parallel.pipeline_split=[1,1]",
         "parallel.pipeline_parallel_size=2",
+        "launch=deepspeed",
+        "launch.num_devices=2",
+        world_size=2,
+    ),
+    "parallel.virtual_stages": reaches(
+        "parallel.virtual_stages=2",
+        "parallel.pipeline_parallel_size=2",
+        "model.num_layers=4",
         "launch=deepspeed",
         "launch.num_devices=2",
         world_size=2,
@@ -1037,7 +1045,7 @@ def cases(kind: type) -> list:
     ]
 
 
-@pytest.mark.parametrize(("key", "case"), some_daily(cases(Acts), 4))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Acts), 6))
 def test_it_acts_and_is_told(runs, key, case):
     override = case.override.replace("CACHE", str(runs.folder / "CACHE"))
     control = runs.resumed(case.base, *case.control, steps=case.steps)
@@ -1055,7 +1063,7 @@ def test_it_acts_and_is_told(runs, key, case):
         assert any(ours != others for ours, others in values.values()), values
 
 
-@pytest.mark.parametrize(("key", "case"), some_daily(cases(Reaches), 3))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Reaches), 5))
 def test_it_is_in_the_record_that_the_run_is_built_from(runs, key, case):
     run = runs.base("top_k")
     overrides = tuple(setting(o) for o in case.overrides[::-1])
@@ -1072,7 +1080,7 @@ def test_it_is_in_the_record_that_the_run_is_built_from(runs, key, case):
     assert parse(plain(config), case.world_size)
 
 
-@pytest.mark.parametrize(("key", "case"), some_daily(cases(Refused), 3))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Refused), 5))
 def test_it_is_refused_with_the_reason(runs, key, case):
     with pytest.raises(ValueError) as error:
         runs.asked(runs.base(case.base), case.override)

@@ -92,12 +92,19 @@ PLACES = {
     "drain": (0, "backward#4"),
 }
 """Of four micro-batches in two stages: rank 0 goes forward once, then in turn, at last backward."""
+LAPS = {
+    "warm-up of laps": (0, "forward#3"),
+    "steady state of laps": (1, "backward#3"),
+    "drain of laps": (0, "backward#8"),
+}
+"""Likewise, of two runs of layers in each stage: rank 0 goes forward four times first."""
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, *LAPS])
 def test_a_stage_killed_anywhere_in_the_pipeline_changes_nothing(tmp_path, place):
     data = write_text(tmp_path)
-    rank, phase = PLACES[place]
+    rank, phase = (PLACES | LAPS)[place]
+    laps = ("model.num_layers=4", "parallel.virtual_stages=2") if place in LAPS else ()
     overrides = [
         *data,
         "parallel=pp2",
@@ -105,6 +112,7 @@ def test_a_stage_killed_anywhere_in_the_pipeline_changes_nothing(tmp_path, place
         "deepspeed=zero1",
         "model.tie_embeddings=true",
         *ROUTERS["top_p"],
+        *laps,
     ]
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()

@@ -328,7 +328,8 @@ def test_a_limit_on_experts_and_drafts_go_through_graphs():
     engine, recorder = recording(model, budgets={1.0: low}, **drafting)
     found = said(finished(engine, requests(new_tokens=16)))
     assert found == said(finished(Engine(model, EngineConfig()), requests(new_tokens=16)))
-    assert engine.drafted.drafts and recorder.replays
+    # Drafts are graphs; what verifies them, of several tokens a row, is none.
+    assert engine.drafted.drafts and recorder.replays > engine.num_forwards["decode"]
 
 
 def test_requests_that_lose_their_pages_or_are_cancelled_leave_graphs_right():
@@ -343,10 +344,10 @@ def test_requests_that_lose_their_pages_or_are_cancelled_leave_graphs_right():
     for _ in range(3):
         engine.step()
     engine.cancel("0")
-    left = {}
+    ended = []
     while engine.has_work:
-        left |= {event.name: event.completion for event in engine.step() if event.completion}
-    assert [left[name].tokens for name in ("1", "2", "3")] == said(found)[1:]
+        ended += [event.completion for event in engine.step() if event.completion]
+    assert said(sorted(ended, key=lambda c: c.name)) == said(found[1:])
 
 
 # --- where there are none -------------------------------------------------------------------------

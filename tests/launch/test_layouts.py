@@ -4,6 +4,7 @@ nothing possible is faster.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -22,6 +23,7 @@ from launch.layouts.estimate import estimated
 from launch.layouts.page import command_line
 from launch.layouts.search import layouts, search, under
 from model.cost.parameters import flops_per_token
+from tests.pairwise import some_daily
 from train.config.run import RunConfig
 
 pytestmark = [pytest.mark.slow]  # seconds of a core
@@ -59,7 +61,7 @@ def test_the_command_of_a_layout_plans_to_what_the_search_says(large):
         assert planned_exchange(run, 64) == planned_exchange(estimate.run, 64)
 
 
-@pytest.mark.parametrize("world_size", [1, 4, 8])
+@pytest.mark.parametrize("world_size", some_daily([4, 8, 1], 3))
 def test_the_layouts_are_those_that_contradict_nothing_and_the_first_is_the_fastest(world_size):
     run = run_of(*SMALL)
     sizes = [2**i for i in range(5)]
@@ -149,9 +151,39 @@ def test_a_pipeline_takes_its_slowest_stage_and_once_a_micro_batch_of_the_others
     )
 
 
+def test_virtual_stages_divide_the_waiting_and_multiply_what_travels(large):
+    run = under(large, 4, 1, 1, 1, 8, 1, "none", 1)
+    split = dataclasses.replace(run.parallel, pipeline_split=(12,) * 4)
+    laps = dataclasses.replace(split, virtual_stages=2, pipeline_split=(6,) * 8)
+    plain, twice = (
+        estimated(dataclasses.replace(run, parallel=parallel), 64, H100).seconds
+        for parallel in (split, laps)
+    )
+    # The slowest is the last, with the head: it sends gradients back, of two runs of layers both
+    # ways between them as well.
+    assert twice["stages"] == pytest.approx(3 * plain["stages"])
+    assert twice["compute"] == pytest.approx(plain["compute"])
+    assert twice["bubble"] == pytest.approx(plain["bubble"] / 2, rel=0.1)
+
+
+def test_virtual_stages_are_found_where_stages_wait_most():
+    """Of few micro-batches, where the layers can be cut so finely."""
+    few = ("model.num_layers=64", "train.global_batch_size=8", "train.seq_len=4096")
+    found = search(run_of(*LARGE, *few), 8, H200)
+    pipelines = [e for e in found.best if e.run.parallel.pipeline_parallel_size > 1]
+    assert any(e.run.parallel.virtual_stages > 1 for e in pipelines)
+    for estimate in pipelines:
+        if estimate.run.parallel.virtual_stages > 1:
+            one = dataclasses.replace(estimate.run.parallel, virtual_stages=1)
+            alone = estimated(dataclasses.replace(estimate.run, parallel=one), 8, H200)
+            assert estimate.step_seconds < alone.step_seconds
+            words = shlex.split(command_line(estimate, [*LARGE, *few]))
+            assert f"parallel.virtual_stages={estimate.run.parallel.virtual_stages}" in words
+
+
 def test_a_published_layout_comes_first(large):
-    """Megatron-Bridge's table has Qwen3-30B-A3B under expert parallelism of 8 on H100 nodes; its
-    stages are interleaved, which ours are not.
+    """Megatron-Bridge's table has Qwen3-30B-A3B under expert parallelism of 8 on H100 nodes, or in
+    stages that are interleaved.
     """
     one_stage = (c for c in layouts(large, 64) if c.parallel.pipeline_parallel_size == 1)
     fitting = [e for e in (estimated(c, 64, H100) for c in one_stage) if e.fits]

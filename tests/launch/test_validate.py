@@ -67,6 +67,7 @@ PUBLISHED = {
     "mixtral_8x7b": (46.7, 12.9),
     "qwen3_30b_a3b": (30.5, 3.35),
     "qwen3_30b_a3b_128k": (30.5, 3.35),
+    "qwen3_30b_a3b_1m": (30.5, 3.35),
     "deepseek_v2_lite": (15.7, "2.4 without look-up"),
     "deepseek_v2": (236, "21 without look-up"),
     "deepseek_v3": (671, "36.7 without look-up"),
@@ -84,7 +85,7 @@ PUBLISHED = {
 }
 
 
-CONTINUED = ("qwen3_30b_a3b_128k",)
+CONTINUED = ("qwen3_30b_a3b_128k", "qwen3_30b_a3b_1m")
 """Presets that go on from a model on longer rows, and train less."""
 
 
@@ -122,7 +123,7 @@ def test_a_published_preset_plans_batches_that_such_a_model_is_trained_with(expe
     assert run.train.seq_len >= 4096 and run.train.seq_len <= run.model.max_seq_len
     tokens = run.train.seq_len * run.train.global_batch_size
     assert 4e6 < tokens < 7e7 and tokens * run.train.num_steps > 1e12
-    assert 1000 < run.optim.warmup_steps < run.train.num_steps / 50
+    assert 500 <= run.optim.warmup_steps < run.train.num_steps / 50
 
 
 @pytest.mark.parametrize("group", ["balance", "deepspeed", "debug", "dispatcher", "data"])
@@ -335,6 +336,43 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
         ),
         ({"parallel__pipeline_split": [2, 2]}, "parallel.pipeline_split is [2, 2]; it must have"),
         (
+            {"parallel__virtual_stages": 2},
+            "parallel.virtual_stages is 2; it must be at least 1, and more than 1 takes "
+            "parallel.pipeline_parallel_size of more than 1",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 0},
+            "parallel.virtual_stages is 0",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 3},
+            "parallel.pipeline_parallel_size 2 x parallel.virtual_stages 3 is more than "
+            "model.num_layers 4",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 2}
+            | {"parallel__pipeline_split": [2, 2]},
+            "at least 1, for each of 2 virtual stages of each of the "
+            "parallel.pipeline_parallel_size 2 stages, or be null",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 2}
+            | {"deepspeed__zero_optimization": {"stage": 1, "overlap_comm": True}},
+            "parallel.virtual_stages 2 with deepspeed.zero_optimization.overlap_comm under zero "
+            "stage 1",
+        ),
+        (
+            {"parallel__pipeline_parallel_size": 2, "parallel__virtual_stages": 2}
+            | {
+                "deepspeed__zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "cpu"},
+                }
+            },
+            "parallel.virtual_stages 2 with deepspeed.zero_optimization.offload_optimizer under "
+            "zero stage 2",
+        ),
+        (
             {"parallel__pipeline_parallel_size": 2, "parallel__pipeline_split": [1, 2]},
             "parallel.pipeline_split [1, 2] has 3 layers, model.num_layers is 4",
         ),
@@ -489,10 +527,30 @@ def test_a_config_of_an_earlier_version_means_the_same(name):
     assert parse(before, 1) == parse(config, 1)
 
 
+def test_presets_move_by_what_their_models_were_trained_with():
+    """Muon: Kimi K2 (arXiv 2507.20534) with the clip, Moonlight (2502.16982), GLM-4.5 (2508.06471).
+    DeepSeek-V3 (2412.19437) let the bias of its routers stand still for the last 500B tokens.
+    """
+    found = {}
+    for experiment in PUBLISHED:
+        optim = parse(composed(f"experiment={experiment}"), 1).optim
+        found[experiment] = (optim.optimizer, optim.qk_clip)
+    muon = {"kimi_k2": ("muon", 100)}
+    muon |= dict.fromkeys(("moonlight_16b_a3b", "glm_4_5_air"), ("muon", None))
+    assert found == {name: muon.get(name, ("adamw", None)) for name in PUBLISHED}
+
+    run = parse(composed("experiment=deepseek_v3"), 1)
+    still = run.balance.at(run.train.num_steps - 1, run.train.num_steps).bias_update_rate
+    assert (run.balance.bias_update_rate, still) == (0.001, 0)
+    start = run.balance.bias_rate_schedule.start_step(run.train.num_steps)
+    tokens = run.train.global_batch_size * run.train.seq_len
+    assert (run.train.num_steps - start) * tokens == pytest.approx(500e9, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "experiments"), with_presets(ATTENTIONS))
 def test_any_attention_goes_into_any_preset(attention, experiments):
-    """Latent and compressed attention with what their refusals ask for."""
+    """Latent and compressed attention, and Kimi K2's clip, with what their refusals ask for."""
     plain = ["rotary_dim=null", "qk_norm=none", "attention_bias=none", "attention_multiplier=null"]
     mended: list[str] = []
     if attention.startswith("mla"):
@@ -504,6 +562,7 @@ def test_any_attention_goes_into_any_preset(attention, experiments):
         more.append("++attention.output_groups=1")
     for experiment in experiments:
         overrides = (f"experiment={experiment}", "parallel=single", f"attention={attention}")
+        overrides += ("optim.qk_clip=null",) if experiment == "kimi_k2" else ()
         run = parse(composed(*overrides, *more), 1)
         assert (
             flops_per_token(

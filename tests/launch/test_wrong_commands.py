@@ -62,18 +62,36 @@ WRONG: dict[str, str] = {
     "router.top_p=0.5": "router.top_p",
     "attention.top_k=8": "attention.top_k is no setting of attention=dense, but of scc",
     "attention.block_size=64": "add attention=scc",
+    "train.steps=10": "did you mean train.num_steps?",
+    "tokenizer=gpt2": "did you mean data.tokenizer.path?",
+    "optim.betas=[0.9,0.95]": "did you mean optim.beta1 and optim.beta2?",
+    "zero_stage=3": "did you mean deepspeed=zero1, zero2 or zero3?",
+    "parallel.tp=2": "did you mean parallel.tensor_parallel_size?",
+    "balance.coef=0.01": "did you mean balance.aux_loss_coeff?",
+    "deepspeed=3": "deepspeed=3 does not exist; did you mean deepspeed=zero3?",
+    "data=/data/a.txt": "data.sources.0.path=text data.sources.0.data_files=/data/a.txt",
+    "data.sources.path=text": "data.sources is a list; write data.sources.0.path=text",
+    "resume=true": "true/config.yaml does not exist",
     # the form
+    "--nproc_per_node=8": "settings have no dashes; write launch.num_devices=8",
+    "--config=moe.yaml": "put the file into conf/experiment",
+    "config=moe.yaml": "put the file into conf/experiment",
+    "help": "--help lists them",
+    "runs/a": "a run is named as run=runs/a",
+    "--version": "--version is no option",
     "optim.lr": "optim.lr has no value; write optim.lr=VALUE",
     "train": "train has no value; write train=VALUE",
     "--optim.lr=1e-3": "settings have no dashes; write optim.lr=1e-3",
-    "--lr=1e-3": "settings have no dashes; write lr=1e-3",
-    "--epochs": "--epochs is no option; settings are written as name=value",
+    "--lr=1e-3": "settings have no dashes; write optim.lr=1e-3",
+    "--epochs": "settings have no dashes; write train.num_epochs=VALUE",
     "optim.lr=1e-3,1e-4": "-m optim.lr=1e-3,1e-4 runs a job for each",
     "~alarms.nothing": "there is no such setting to leave out",
     "=": "a setting is written without spaces",
     "5": "5 is no setting",
     # a value
     "train.num_steps=many": "train.num_steps is 'many'; it must be int",
+    "train.num_steps=1e3": "train.num_steps is 1000.0; it must be int; write 1000",
+    "tracker.wandb=off": "it must be a group of settings, such as tracker.wandb.mode",
     "train.num_steps=1.5": "train.num_steps is 1.5; it must be int",
     "train.precision=fp16": "train.precision is 'fp16'; choose one of fp32, bf16",
     "optim.lr=": "optim.lr is ''; it must be float",
@@ -108,6 +126,46 @@ def test_it_is_answered_by_a_line_with_the_mend(argument):
     assert "Traceback" not in done.stderr and "HYDRA_FULL_ERROR" not in done.stderr
     assert any(WRONG[argument] in line for line in lines), lines
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
+
+
+OF_A_RUN = {
+    ("evaluate", "run=latset"): "run=latset: latset does not exist; did you mean run=latest?",
+    ("generate", "run=README.md", "prompt=x"): "README.md is a file, no run directory;",
+    ("serve", "run=nowhere"): "nowhere does not exist; python -m launch.runs lists the runs",
+    ("evaluate", "model=a"): "run=RUN or path=DIR names one that is trained",
+    ("generate", "run=.", "prompt", "ROMEO."): "prompt has no value; write prompt=ROMEO.",
+    ("prepare", "train.num_steps=5"): "train is read by launch.train alone; leave it out",
+}
+
+
+@pytest.mark.parametrize("typed", OF_A_RUN)
+def test_other_commands_answer_likewise(typed):
+    done = launch(*typed, check=False)
+    assert done.returncode == 2 and OF_A_RUN[typed] in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["--num_gpus", "8"], "write launch.num_devices=8"),
+        (["--bf16"], "write train.precision=VALUE"),
+        (["train.num_steps", "100"], "write train.num_steps=100"),
+        (["train.num_steps", "seed=1"], "write train.num_steps=VALUE"),
+    ],
+)
+def test_a_value_behind_its_name_is_put_beside_it(typed, told):
+    with pytest.raises(ArgumentError, match=told):
+        arranged(typed)
+
+
+def test_a_command_without_settings_has_none():
+    assert arranged([]) == [] and arranged(["seed=1"]) == ["++seed=1"]
+
+
+def test_words_of_a_training_are_offered_to_a_training_alone():
+    with pytest.raises(ArgumentError, match="--dtype is no option"):
+        arranged(["--dtype"], "generate")
 
 
 @pytest.mark.slow
@@ -207,6 +265,7 @@ def test_the_config_is_printed_wherever_it_is_asked_for():
     [
         ("router=top_p", "router=top_p"),
         ("model.head_dim=32", "++model.head_dim=32"),
+        ("data.sources[0].weight=2", "++data.sources.0.weight=2"),
         ("data.sources.0.weight=2", "++data.sources.0.weight=2"),
         ("run_dir=/tmp/with space/a", "++run_dir=/tmp/with space/a"),
         ("run_dir=/tmp/a (1)", f"++run_dir={quoted('/tmp/a (1)')}"),

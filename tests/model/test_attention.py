@@ -8,8 +8,10 @@ import pytest
 import torch
 from common import VOCAB_SIZE, build, tiny_config
 
-from model.attention.base import SequenceLayout, document_mask
+from model.attention import base
+from model.attention.base import SequenceLayout
 from model.attention.cache import KVCache
+from model.attention.config.sparse import SparseAttentionConfig
 from model.attention.dense import DenseAttention
 from model.config import BalanceConfig
 from model.layers import apply_rotary, rotary_tables
@@ -73,9 +75,7 @@ def attention_of(config, seed: int = 0) -> DenseAttention:
 def layout_of(positions: torch.Tensor, config) -> SequenceLayout:
     cos, sin = rotary_tables(positions, config.attention_head_dim, config.rope_theta)
     cu_seqlens = cu_seqlens_of(positions)
-    return SequenceLayout(
-        cos, sin, cu_seqlens, int(cu_seqlens.diff().max()), document_mask(positions)
-    )
+    return SequenceLayout(cos, sin, cu_seqlens, int(cu_seqlens.diff().max()), positions)
 
 
 def plain_attention(module: DenseAttention, config, hidden: torch.Tensor) -> torch.Tensor:
@@ -263,3 +263,30 @@ def test_a_full_cache_refuses_more_and_keeps_what_it_holds():
     held_keys, held_values = cache.append(keys[:, :1], values[:, :1])
     assert torch.equal(held_keys, torch.cat((keys, keys[:, :1]), 1))
     assert torch.equal(held_values, torch.cat((values, values[:, :1]), 1))
+
+
+def test_documents_of_long_rows_attend_one_by_one_as_under_a_mask(monkeypatch):
+    """Two rows, one of a single document; outputs and gradients. A mask is made for none of it."""
+    config = tiny_config()
+    positions = torch.stack([torch.arange(24), torch.arange(24) % 9])
+    hidden = torch.randn(2, 24, config.hidden_size, generator=torch.Generator().manual_seed(3))
+    found = []
+    for longest in (24, 23):
+        monkeypatch.setattr(base, "LONGEST_MASKED", longest)
+        module, layout = attention_of(config), layout_of(positions, config)
+        given = hidden.clone().requires_grad_()
+        out = module(given, layout)[0]
+        out.square().sum().backward()
+        assert ("mask" in layout._shared) == (longest == 24)
+        found.append((out.detach(), given.grad, module.k_proj.weight.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_model_of_sparse_layers_makes_no_mask_of_all_pairs(monkeypatch):
+    """Of packed rows on a CPU: it would take S^2 bytes for nothing."""
+    monkeypatch.setattr(base, "document_mask", lambda positions: pytest.fail("a mask was made"))
+    sparse = SparseAttentionConfig(block_size=4, coarse_block_size=4, top_k=1, window_size=4)
+    model = build(tiny_config(), BalanceConfig(), attention=sparse)
+    positions = packed_positions(((5, 11),))
+    packed_logits(model, random_ids(1, 16), positions)

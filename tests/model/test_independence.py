@@ -47,7 +47,7 @@ from model.transformer import Transformer
 from ops.router import Reason, RouterOutput
 from train.config.component import KINDS as RECORDS
 from train.data.loader import Batch, pack
-from train.trained.evaluate import evaluate
+from train.trained.evaluate import evaluate, one_by_one
 
 pytestmark = [pytest.mark.slow]  # seconds of a core
 
@@ -165,7 +165,7 @@ def losses(model: Transformer, size: int) -> torch.Tensor:
 
 
 def held_out_loss(model: Transformer, size: int) -> float:
-    found = evaluate(model, batches(size), torch.device("cpu"), model.routers())
+    found = evaluate(one_by_one(model), batches(size), torch.device("cpu"), model.routers())
     return found["val_loss"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import tiny_config
 
-from model.attention.base import SequenceLayout, document_mask
+from model.attention.base import SequenceLayout
 from model.attention.config.latent import MlaConfig
 from model.attention.latent import LatentAttention
 from model.layers import rotary_tables
@@ -48,7 +48,7 @@ def layout(positions: torch.Tensor, masked: bool) -> SequenceLayout:
         *rotary_tables(positions, 64, 10000.0),
         cu_seqlens,
         int(cu_seqlens.diff().max()),
-        document_mask(positions) if masked else None,
+        positions if masked else None,
     )
 
 

@@ -26,6 +26,8 @@ from model.cost.parameters import count_parameters
 from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
 from model.request import TokenBatch, part_of
+from ops.compile.launch import record_launches
+from ops.grouped_mlp.fp8 import TILE
 from ops.testing import kept_for_backward
 
 SETTINGS = dict(
@@ -191,3 +193,28 @@ def test_zero_stages_share_weights_gradients_and_optimizer(stage, dense_over, ex
     assert memory.optimizer == pytest.approx(
         state * (count.dense / dense_over[2] + experts / expert_over[2]), abs=32
     )
+
+
+def test_rows_in_8_bits_are_counted_as_the_kernels_take_them():
+    """Of one layer, for every expert of a token once, on both sides of gate_up's gradient."""
+    backend = pytest.importorskip("ops.grouped_mlp.triton_backend")
+    config = tiny_config(num_experts=2)
+    planned = {
+        precision: device_memory(config, 2.0, **SETTINGS, expert_precision=precision).activations
+        for precision in ("native", "fp8", "fp8_all")
+    }
+    num_tokens, width = SETTINGS["micro_batch_size"] * SETTINGS["seq_len"], 4
+    slots = torch.empty(2 * num_tokens, dtype=torch.int32, device="meta")
+    offsets = torch.empty(config.num_experts + 1, dtype=torch.int32, device="meta")
+    taken = 0
+    with record_launches(90):
+        tiles = backend._tile_map(slots, offsets, TILE)
+        for values, gather in (
+            (torch.empty(num_tokens, config.hidden_size, device="meta"), True),
+            (torch.empty(len(slots), 2 * config.expert_intermediate_size, device="meta"), False),
+        ):
+            parts = backend._round_tiles(values, gather, slots, offsets, tiles, 2)
+            taken += sum(part.numel() * part.element_size() for part in parts)
+    matrix = 2 * config.hidden_size * config.expert_intermediate_size * config.num_experts
+    assert planned["fp8"] - planned["native"] == (2 * width + 1) * matrix
+    assert planned["fp8_all"] - planned["native"] == taken > (2 * width + 1) * matrix

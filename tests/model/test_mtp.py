@@ -14,7 +14,7 @@ from launch.config.build import ConfigError
 from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.process.identity import ROOT
-from model.attention.base import SequenceLayout, document_mask
+from model.attention.base import SequenceLayout
 from model.attention.config.windowed import WindowedAttentionConfig
 from model.blocks.mtp import tokens_ahead
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
@@ -61,7 +61,7 @@ def layout_of(length: int, config) -> SequenceLayout:
     positions = torch.arange(length).unsqueeze(0)
     tables = rotary_tables(positions, config.attention_head_dim, config.rope_theta)
     ends = torch.tensor([0, length], dtype=torch.int32)
-    return SequenceLayout(*tables, ends, length, document_mask(positions))
+    return SequenceLayout(*tables, ends, length, positions)
 
 
 def definition(model, inputs: TokenBatch) -> list[torch.Tensor]:

@@ -20,10 +20,11 @@ from model.cost.memory import device_memory
 from model.cost.parameters import count_parameters, flops_per_token
 from model.cost.stages import balanced_split, ranges_of
 from model.dispatch.config import LocalDispatcherConfig
+from model.loss import joined
 from model.moe.layer import ModelParts
 from model.parallel.groups import ParallelGroups
 from model.parallel.part import LayerRows
-from model.request import TokenBatch
+from model.request import ForwardRequest, TokenBatch
 from model.routers.config import TopKConfig
 from model.transformer import Transformer
 
@@ -54,12 +55,13 @@ ATTENTIONS: dict[str, AttentionConfig] = {
 CUTS = [(5,), (1, 4), (2, 1, 2), (1, 1, 1, 1, 1)]
 
 
-def model_of(layers: range | None, attention: str, **changes) -> Transformer:
+def model_of(layers: range | tuple[range, ...] | None, attention: str, **changes) -> Transformer:
     config = dataclasses.replace(SHAPE, **changes)
     parts = ModelParts(
         TopKConfig(top_k=2), ATTENTIONS[attention], LocalDispatcherConfig(), BalanceConfig()
     )
-    return Transformer(config, parts, ParallelGroups.single(), 3, layers)
+    runs = (layers,) if isinstance(layers, range) else layers
+    return Transformer(config, parts, ParallelGroups.single(), 3, runs)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -119,14 +121,104 @@ def test_stages_one_after_the_other_are_the_whole_model_to_the_last_bit(attentio
     assert torch.equal(sum(sums for _, sums in rows), expected.attention_stats)
 
 
+# Of two stages with two runs of layers each: a module of multi-token prediction behind the last.
+RUNS = ((range(1), range(2, 3)), (range(1, 2), range(3, 5)))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_laps_of_stages_are_the_whole_model_to_the_last_bit(attention, training):
+    whole = model_of(None, attention).train(training)
+    expected = whole(batch())
+    stages = [model_of(runs, attention).train(training) for runs in RUNS]
+    assert [stage.borrows_embedding for stage in stages] == [False, True]
+    stages[1].lent_embedding = whole.embedding.weight
+    hidden, outputs = None, ([], [])
+    for lap, place in itertools.product(range(2), range(2)):
+        outputs[place].append(stages[place](batch(), before=hidden, lap=lap))
+        hidden = outputs[place][-1].handed_on
+    assert hidden is None
+    found = [joined(laps) for laps in outputs]
+    for name in ("loss_sum", "mtp_sums", "processed", "agreed"):
+        assert torch.equal(sum(getattr(one, name) for one in found), getattr(expected, name)), name
+    for name in ("aux_sum", "z_sum", "penalty_sum"):
+        total = sum(getattr(one, name) for one in found)
+        assert torch.allclose(total, getattr(expected, name), rtol=1e-6), name
+    for stage, one in zip(stages, found, strict=True):
+        moe = stage.part.moe if training else stage.part.decoder_moe
+        assert torch.equal(one.stats, moe.taken(expected.stats))
+        assert torch.equal(one.counts, moe.taken(expected.counts))
+        measured = stage.part.sparse.taken(expected.attention_stats)
+        assert torch.equal(one.attention_stats, measured)
+        assert len(one.routings) == 0 and one.handed_on is None
+
+
+def test_a_replay_names_the_experts_of_every_lap():
+    whole = model_of(None, "dense")
+    routings = whole(batch(), ForwardRequest(keep_routing=True)).routings
+    ids = tuple(routing.expert_ids.roll(1, 0).contiguous() for routing in routings)
+    request = ForwardRequest(keep_routing=True, given_ids=ids)
+    expected = whole(batch(), request)
+    stages = [model_of(runs, "dense") for runs in RUNS]
+    stages[1].lent_embedding = whole.embedding.weight
+    hidden, found = None, {}
+    for lap, place in itertools.product(range(2), range(2)):
+        output = stages[place](batch(), request, hidden, lap)
+        hidden = output.handed_on
+        found |= dict(zip(stages[place].laps[lap].moe.own, output.routings, strict=True))
+    assert torch.equal(output.loss_sum, expected.loss_sum)
+    for row, routing in enumerate(expected.routings):
+        assert torch.equal(found[row].expert_ids, routing.expert_ids), row
+
+
+def test_laps_cost_what_the_runs_of_layers_cost():
+    layers = [[i for run in runs for i in run] for runs in RUNS]
+    arguments = ATTENTIONS["sparse"].arguments
+    settings = dict(
+        precision="bf16",
+        zero_stage=1,
+        world_size=2,
+        expert_parallel_size=1,
+        context_parallel_size=1,
+        micro_batch_size=1,
+        seq_len=32,
+        attention=arguments,
+    )
+    for place, runs in enumerate(RUNS):
+        count = count_parameters(SHAPE, 2.0, arguments, layers[place])
+        own = model_of(runs, "sparse").named_parameters()
+        assert count.total == sum(p.numel() for _, p in own)
+        parts = [device_memory(SHAPE, 2.0, **settings, layers=run) for run in runs]
+        both = device_memory(SHAPE, 2.0, **settings, layers=layers[place])
+        assert both.optimizer == sum(part.optimizer for part in parts)
+        assert both.activations == pytest.approx(sum(part.activations for part in parts), abs=99)
+        held = device_memory(SHAPE, 2.0, **settings, layers=layers[place], in_flight=5 / 2)
+        assert held.activations == pytest.approx(2.5 * both.activations, abs=3)
+        flops = [flops_per_token(SHAPE, 2.0, 32, arguments, run) for run in runs]
+        assert flops_per_token(SHAPE, 2.0, 32, arguments, layers[place]) == pytest.approx(
+            sum(flops)
+        )
+        sent = [
+            exchanged_bytes(SHAPE, 2.0, **settings, num_micro_batches=3, layers=part).stages
+            for part in (*runs, layers[place])
+        ]
+        # Who has one end of the model in a run of its own has it in all: the loan goes once.
+        assert sent[2] == sum(sent[:2])
+
+
 def test_rows_of_a_stage_stand_at_their_layers():
     rows = LayerRows.of((1, 3, 5), [3, 5])
-    assert rows.own == range(1, 3) and rows.placed(torch.ones(2, 2)).tolist() == [
+    assert rows.own == (1, 2) and rows.placed(torch.ones(2, 2)).tolist() == [
         [0.0, 0.0],
         [1.0, 1.0],
         [1.0, 1.0],
     ]
     assert LayerRows.of((1, 3, 5), []).placed(torch.ones(0, 2)).tolist() == [[0.0, 0.0]] * 3
+    apart = LayerRows.of((1, 3, 5, 7), [1, 5, 7])
+    table = torch.arange(1, 9).view(4, 2)
+    assert apart.taken(table).tolist() == [[1, 2], [5, 6], [7, 8]]
+    assert apart.placed(apart.taken(table)).tolist() == [[1, 2], [0, 0], [5, 6], [7, 8]]
+    assert LayerRows.of((1, 3, 5), []).taken(table[:3]).shape == (0, 2)
 
 
 def cuts_of(num_layers: int, num_stages: int) -> list[tuple[int, ...]]:

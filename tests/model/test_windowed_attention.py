@@ -38,8 +38,8 @@ def layout_of(config, masked: bool = True) -> SequenceLayout:
     """masked: as on a CPU; else as where a variable-length kernel needs no mask."""
     positions, cu_seqlens = packed()
     cos, sin = rotary_tables(positions, config.rotary_size, config.rope_theta)
-    mask = document_mask(positions) if masked else None
-    return SequenceLayout(cos, sin, cu_seqlens, int(cu_seqlens.diff().max()), mask)
+    longest = int(cu_seqlens.diff().max())
+    return SequenceLayout(cos, sin, cu_seqlens, longest, positions if masked else None)
 
 
 def attention_of(config, layer_idx: int = 0, **settings) -> WindowedAttention:

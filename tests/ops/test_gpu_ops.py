@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from model.attention.base import SequenceLayout, document_mask, has_varlen_kernel
+from model.attention.base import SequenceLayout, has_varlen_kernel
 from model.attention.dense import DenseAttention
 from model.config import ModelConfig
 from model.layers import rotary_tables
@@ -202,7 +202,7 @@ def test_varlen_attention_matches_masked_attention_in_fp32(
     )
     cu_seqlens = torch.cat((torch.zeros(1), lengths.cumsum(0))).to("cuda", torch.int32)
     cos, sin = rotary_tables(positions, head_dim, config.rope_theta)
-    masked = SequenceLayout(cos, sin, cu_seqlens, int(lengths.max()), document_mask(positions))
+    masked = SequenceLayout(cos, sin, cu_seqlens, int(lengths.max()), positions)
     hidden = normal(*positions.shape, config.hidden_size, seed=1)
     assert has_varlen_kernel(hidden.device, BF16) and not has_varlen_kernel(
         hidden.device, torch.float32

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ops.grouped_mlp import grouped_mlp
-from ops.grouped_mlp.fp8 import FP8, round_rows, rounded_columns, rounded_rows
+from ops.grouped_mlp.fp8 import FP8, TILE, round_rows, rounded_columns, rounded_rows, rounded_tiles
 from ops.grouped_mlp.interface import _unsuited
 from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, draw_expert_ids, poisoned_memory
@@ -75,6 +75,29 @@ def test_what_is_rounded_is_exact_in_its_own_dtype(dtype):
     assert torch.equal(rounded_columns(values), rounded_rows(values.t()).t())
 
 
+@pytest.mark.parametrize("num_rows", [1, TILE, TILE + 3])
+def test_a_column_is_rounded_in_tiles_that_end_with_the_rows(num_rows):
+    """Every value by brute force, under the scale of its column in its tile alone."""
+    grid = e4m3_values()
+    g = torch.Generator().manual_seed(num_rows)
+    rows = torch.randn(num_rows, 3, generator=g) * torch.tensor([1e-3, 1.0, 500.0])
+    # The first of a later tile is large: what is before it must not notice.
+    rows[-1] *= 1e6
+    found = rounded_tiles(rows)
+    for start in range(0, num_rows, TILE):
+        tile = rows[start : start + TILE]
+        for column in range(3):
+            largest = float(tile[:, column].abs().max())
+            scale = 2.0 ** (math.floor(math.log2(largest / 448)) + 1)
+            for exact, one in zip(
+                tile[:, column].tolist(),
+                found[start : start + TILE, column].tolist(),
+                strict=True,
+            ):
+                assert one == nearest(exact / scale, grid) * scale
+    assert rounded_tiles(rows[:0]).shape == (0, 3)
+
+
 def test_zeros_and_tiny_rows_stay_and_what_is_not_finite_is_seen():
     rows = torch.tensor([[0.0, 0.0], [1e-40, -1e-44], [math.inf, 1.0], [1.0, math.nan]])
     found = rounded_rows(rows)
@@ -101,7 +124,7 @@ def case_of(routing, dtype=torch.float32, biases=False):
     return [hidden, gates, gate_up, down], places, special
 
 
-def outcome(tensors, places, special, **settings):
+def outcome(tensors, places, special, precision="fp8", **settings):
     """Output and every gradient under one loss."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     special = {
@@ -109,22 +132,28 @@ def outcome(tensors, places, special, **settings):
         for k, v in special.items()
     }
     with poisoned_memory():
-        out = grouped_mlp(*leaves, *places, precision="fp8", **settings, **special)
+        out = grouped_mlp(*leaves, *places, precision=precision, **settings, **special)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
         biases = [v for v in special.values() if isinstance(v, torch.Tensor)]
         grads = torch.autograd.grad((out * weight).sum(), [*leaves, *biases])
     return [out.detach(), *grads]
 
 
-@pytest.mark.parametrize("routing", EDGE_CASES.values(), ids=EDGE_CASES)
+CASES = EDGE_CASES | {"several_tiles": (300, 2, 2, "skewed")}
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_all"])
+@pytest.mark.parametrize("routing", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(("biases", "recompute"), [(False, False), (True, True)])
-def test_the_op_is_its_definition(routing, biases, recompute):
+def test_the_op_is_its_definition(routing, biases, recompute, precision):
     given = case_of(routing, biases=biases)
-    expected = outcome(*given, backend="reference")
+    expected = outcome(*given, precision, backend="reference")
     for backend in ("torch", "auto"):
-        found = outcome(*given, backend=backend, recompute=recompute)
+        found = outcome(*given, precision, backend=backend, recompute=recompute)
         for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            if i == 1:  # of hidden: the last digit of a gradient may round to another neighbour
+            # The last digit of what is rounded may send it to another neighbour: in the gradient of
+            # hidden, and in those of weights where they are rounded.
+            if i == 1 or (precision == "fp8_all" and i > 2):
                 assert float((one - other).norm()) <= 5e-3 * float(other.norm())
             else:
                 torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
@@ -152,13 +181,26 @@ def test_the_definition_is_what_its_page_says():
     torch.testing.assert_close(grad_down[0], weight.t() @ (gates * act))
     torch.testing.assert_close(grad_up[0], grad_pre.t() @ x)
 
+    *same, grad_up, grad_down = outcome(
+        [x, gates, gate_up, down], places, {}, "fp8_all", backend="reference"
+    )
+    for one, other in zip(same, (out, grad_x, grad_gates), strict=True):
+        assert torch.equal(one, other), "only gradients of weights are rounded besides"
+    torch.testing.assert_close(
+        grad_down[0], rounded_tiles(weight).t() @ rounded_tiles(gates * act), rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(
+        grad_up[0], rounded_tiles(grad_pre).t() @ rounded_tiles(x), rtol=1e-3, atol=1e-3
+    )
 
-def test_rounding_acts_and_costs_what_four_bits_cost():
-    """Between 1% and 6% of the norm, in the output and in every gradient; the gradients of weights
-    are products of what was not rounded.
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_all"])
+def test_rounding_acts_and_costs_what_four_bits_cost(precision):
+    """Between 1% and 8% of the norm, in the output and in every gradient. Those of weights are
+    products of what was not rounded, and with fp8_all of what was.
     """
     (tensors, places, _) = case_of((200, 4, 2, "even"))
-    found = outcome(tensors, places, {}, backend="torch")
+    found = outcome(tensors, places, {}, precision, backend="torch")
     leaves = [t.clone().requires_grad_() for t in tensors]
     out = grouped_mlp(*leaves, *places)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
@@ -189,7 +231,9 @@ def test_half_precision_adds_its_own_rounding_alone():
 
 def test_what_cannot_be_is_refused():
     (tensors, places, _) = case_of((9, 5, 3, "even"))
-    with pytest.raises(ValueError, match="unknown precision 'fp4'; choose native or fp8"):
+    with pytest.raises(
+        ValueError, match="unknown precision 'fp4'; choose native or fp8 or fp8_all"
+    ):
         grouped_mlp(*tensors, *places, precision="fp4")
     gpu = torch.device("cuda")
     reason = _unsuited("triton", gpu, torch.float32, 64, 64, True, "fp8")

@@ -34,3 +34,9 @@ def test_weights_of_8_bits_are_scaled_where_their_products_end(interpret) -> Non
 @pytest.mark.parametrize("cases", some_daily(["fp8/2", "fp8"]))
 def test_products_of_8_bit_floats_match_the_definition(interpret, cases) -> None:
     interpret("grouped_mlp_cases.py", cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", some_daily(["fp8_all/3", "fp8_all"]))
+def test_rounded_tiles_and_gradients_made_of_them_match_the_definition(interpret, cases) -> None:
+    interpret("grouped_mlp_cases.py", cases)

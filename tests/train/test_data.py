@@ -409,6 +409,8 @@ def test_a_source_shorter_than_a_sample_is_refused(store):
         ValueError, match=f"has {tokens} training tokens, fewer than train.seq_len {tokens} \\+ 1"
     ):
         TrainingSamples(store, (1.0,), tokens, seed=0)
+    with pytest.raises(ValueError, match=f"data source plays has {tokens} training tokens"):
+        TrainingSamples(store, (1.0,), tokens, seed=0, names=("plays",))
     assert TrainingSamples(store, (1.0,), tokens - 1, seed=0).sources[0].per_epoch == 1
 
 

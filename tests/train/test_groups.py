@@ -154,6 +154,32 @@ def test_the_first_rule_that_matches_holds_and_the_rest_keep_the_usual_settings(
     assert found["blocks.2.mlp.experts.down"]["moe"] and base == pytest.approx(0.01)
 
 
+def test_a_rule_may_be_about_a_kind_in_some_layers():
+    ours = model()
+    rules = (GroupConfig("experts", 0.5, layers=(2, 2)), GroupConfig("*", 0.25, layers=(0, 1)))
+    optim = dataclasses.replace(OPTIM, groups=rules)
+    groups = parameter_groups(ours, optim, "ep_size_1")
+    Schedule(groups, optim, TrainConfig(100, 16, 1, 4), 1).set_step(50)
+    found = by_name(ours, groups)
+    base = found["embedding.weight"]["lr"]
+    for name, group in found.items():
+        in_low = name.startswith(("blocks.0.", "blocks.1."))
+        experts = name.startswith("blocks.2.mlp.experts.")
+        factor = 0.5 if experts else 0.25 if in_low else 1.0
+        assert group["lr"] == pytest.approx(base * factor), name
+    assert any(name.startswith("blocks.2.mlp.experts.") for name in found)
+
+    # The first layer is dense: there are no experts whose rate it could be.
+    lost = dataclasses.replace(OPTIM, groups=(GroupConfig("experts", layers=(0, 0)),))
+    with pytest.raises(
+        ValueError, match=r"no parameter that 'experts' means is in layers \[0, 0\]"
+    ):
+        parameter_groups(ours, lost, "ep_size_1")
+    for layers in ((1,), (2, 1), (-1, 0)):
+        (problem,) = GroupConfig("experts", layers=layers).problems("optim.groups[0]")
+        assert "give [first, last]" in problem
+
+
 def test_a_decay_of_its_own_holds_where_nothing_else_decays():
     ours = model()
     optim = dataclasses.replace(OPTIM, weight_decay=0.0, groups=(GroupConfig("head", 1.0, 0.4),))

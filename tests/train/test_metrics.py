@@ -333,7 +333,7 @@ def run_loop(
         routers=list,
         router_kind=None,
         rank_shares=None,
-        part=ModelPart.of(range(1), 1, (), ()),
+        part=ModelPart.of((range(1),), 1, (), ()),
     )
     engine = SimpleNamespace(module=module, device=torch.device("cpu"))
     schedule = SimpleNamespace(learning_rate=1e-3)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.families.names import respelled
 from model.families.reading import FamilyError, read
 from model.families.writing import express
-from tests.published import CASES, SHAPE, OfModel, ours, saved, theirs
+from tests.published import CASES, SHAPE, OfModel, in_fp32, ours, saved, theirs
 from train.pretrained.described import describe, end_of_text
 from train.pretrained.export import _write_weights
 from train.pretrained.folder import PretrainedFolder
@@ -99,6 +100,88 @@ def test_what_is_not_computed_is_refused_by_name(case, key, value, said):
     assert said in str(caught.value)
 
 
+V4 = "with hyper-connections, deepseek_v4"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hc_mult", 1, "hc_mult=1 is not computed here, only 2 and more"),
+        ("swiglu_limit", 7.0, "swiglu_limit=7.0 is not computed here, only 10.0"),
+        ("norm_topk_prob", False, "norm_topk_prob=False is not computed here, only True"),
+        ("scoring_func", "sigmoid", "scoring_func='sigmoid' is not computed here"),
+        ("n_shared_experts", 2, "n_shared_experts=2 is not computed here, only 1"),
+        ("num_key_value_heads", 2, "num_key_value_heads=2 is not computed here, only 1"),
+        ("index_topk", None, "no number index_topk, which compressed attention needs"),
+        ("layer_types", ["full_attention"] * 4, "attention is 'full_attention', which is not"),
+        ("layer_types", ["sliding_attention"], "says the attention of 1 layers, not of 4"),
+        ("mlp_layer_types", ["moe", "hash_moe", "moe", "moe"], "(hash_moe) first and others"),
+        ("compress_rope_theta", 1.0, "compress_rope_theta=1.0 and rope_parameters.compress"),
+        ("first_k_dense_replace", 1, "first_k_dense_replace=1 is not computed here, only 0"),
+        ("engram_layers", [1], "engram_layers=[1] is unknown to the reader of deepseek_v4"),
+        ("quantization_config", {"quant_method": "mxfp4"}, "stored quantised (mxfp4)"),
+        (
+            "quantization_config",
+            {"quant_method": "fp8", "weight_block_size": [8, 8], "expert_dtype": "nvfp4"},
+            "expert_dtype='nvfp4' is not read here, only 'fp8' and 'fp4'",
+        ),
+    ],
+)
+def test_what_is_not_computed_of_deepseek_v4_is_refused_by_name(key, value, said):
+    with pytest.raises(FamilyError) as caught:
+        read(theirs(V4).config.to_dict() | {key: value})
+    assert said in str(caught.value)
+
+
+def test_the_keys_of_the_hub_say_what_those_of_transformers_do():
+    """compress_ratios go on with those of layers that predict further tokens."""
+    config = theirs(V4).config.to_dict()
+    expected = read(config)
+    ropes = config.pop("rope_parameters")
+    for key in ("layer_types", "mlp_layer_types", "partial_rotary_factor", "compress_rates"):
+        del config[key]
+    scaling = {key: ropes["compress"][key] for key in ("factor", "rope_type")}
+    scaling["original_max_position_embeddings"] = 16
+    of_hub = {
+        "rope_theta": ropes["main"]["rope_theta"],
+        "compress_rope_theta": ropes["compress"]["rope_theta"],
+        "rope_scaling": scaling,
+        "qk_rope_head_dim": 8,
+        "num_hash_layers": 2,
+        "compress_ratios": [128, 4, 0, 4, 0],
+        "topk_method": "noaux_tc",
+    }
+    found = read(config | of_hub)
+    assert found.model == expected.model and found.router == expected.router
+    # Of another name there is no other ratio.
+    assert found.attention == expected.attention | {"hca_ratio": 128}
+
+
+def test_a_table_of_tokens_that_is_none_is_refused(tmp_path):
+    saved(V4, tmp_path / "there")
+    found = tensors(tmp_path / "there")
+    name = next(name for name in found if name.endswith("tid2eid"))
+    twice = found | {name: torch.zeros_like(found[name])}
+    folder = rewritten(tmp_path / "there", twice, tmp_path / "twice")
+    with pytest.raises(PretrainedError, match=r"names an expert twice for token 0: \[0, 0\]"):
+        ours(PretrainedFolder(folder))
+    real = found | {name: found[name].float()}
+    with pytest.raises(PretrainedError, match="is a table of F32, not of whole numbers"):
+        describe(rewritten(tmp_path / "there", real, tmp_path / "real"))
+
+
+def test_layers_of_deepseek_v4_that_predict_further_tokens_are_left_out(tmp_path):
+    saved(V4, tmp_path / "there")
+    found = tensors(tmp_path / "there")
+    further = {"mtp.0.enorm.weight": torch.ones(32), "mtp.0.hc_head_scale": torch.ones(1)}
+    folder = rewritten(tmp_path / "there", found | further, tmp_path / "further")
+    assert "1 layers that predict further tokens are left out" in describe(folder).reading.notes
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(PretrainedError, match=r"is no part of what config\.json describes"):
+        describe(folder)
+
+
 def test_what_acts_in_training_alone_and_what_is_left_out_is_told():
     config = theirs("deepseek_v3, moonlight").config.to_dict()
     config |= {"attention_dropout": 0.1, "num_nextn_predict_layers": 1}
@@ -152,14 +235,15 @@ def test_what_no_step_has_changed_comes_out_byte_for_byte_in_every_family(case, 
     """
     saved(case, tmp_path / "there", torch.bfloat16)
     found = {
-        name: value.float() + 1e-3 if "correction_bias" in name else value
+        name: value.float() + 1e-3 if in_fp32(name) else value
         for name, value in tensors(tmp_path / "there").items()
     }
     folder = rewritten(tmp_path / "there", found, tmp_path / "in")
     after = came_out(folder, tmp_path / "out")
-    assert after.keys() == found.keys()
+    family = PretrainedFolder(folder).reading.family
+    assert after.keys() == {respelled(name, family) for name in found}
     for name, tensor in found.items():
-        assert raw(after[name]) == raw(tensor), name
+        assert raw(after[respelled(name, family)]) == raw(tensor), name
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -294,6 +378,57 @@ def test_fp8_weights_are_the_numbers_that_they_stand_for(tmp_path):
     without = rewritten(tmp_path / "there", stored, tmp_path / "without")
     shutil.copyfile(fp8 / "config.json", without / "config.json")
     with pytest.raises(PretrainedError, match=f"{lost} is missing"):
+        describe(without)
+
+
+def test_weights_of_deepseek_v4_are_the_numbers_that_transformers_makes_of_them(tmp_path):
+    """As the Hub has them: fp8 in blocks with scales that are powers of two, experts in pairs of
+    4-bit floats.
+    """
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    case, block = V4, (8, 16)
+    with mock.patch.dict(CASES[case][1], {"intermediate_size": 32, "moe_intermediate_size": 32}):
+        saved(case, tmp_path / "there")
+    theirs_of = Fp8Dequantize.__new__(Fp8Dequantize)
+    generator = torch.Generator().manual_seed(0)
+    stored: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
+
+    def scales_of(*shape: int) -> torch.Tensor:
+        exponents = torch.randint(-9, -3, shape, generator=generator).float()
+        return exponents.exp2().to(torch.float8_e8m0fnu)
+
+    for name, tensor in tensors(tmp_path / "there").items():
+        base, (rows, *columns) = name.removesuffix(".weight"), tensor.shape
+        if ".ffn.experts." in name:
+            pairs = torch.randint(-128, 128, (rows, columns[0] // 2), generator=generator)
+            stored[name] = pairs.to(torch.int8)
+            stored[f"{base}.scale"] = scales_of(rows, columns[0] // 32)
+        elif ".wq_a." in name or ".wo_b." in name:
+            stored[name] = (100 * tensor).to(torch.float8_e4m3fn)
+            stored[f"{base}.scale"] = scales_of(rows // block[0], columns[0] // block[1])
+        else:
+            stored[name] = plain[name] = tensor
+            continue
+        scales = stored[f"{base}.scale"]
+        plain[name] = theirs_of._dequantize_one(stored[name], scales, torch.float32)
+
+    config = json.loads((tmp_path / "there/config.json").read_text())
+    quantised = {"quant_method": "fp8", "weight_block_size": list(block), "scale_fmt": "ue8m0"}
+    hub = rewritten(tmp_path / "there", stored, tmp_path / "hub")
+    asked = config | {"quantization_config": quantised, "expert_dtype": "fp4"}
+    (hub / "config.json").write_text(json.dumps(asked))
+    found = ours(PretrainedFolder(hub))
+    expected = ours(PretrainedFolder(rewritten(tmp_path / "there", plain, tmp_path / "plain")))
+    for (name, value), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+    lost = next(name for name in stored if ".experts." in name and name.endswith(".scale"))
+    del stored[lost]
+    without = rewritten(tmp_path / "there", stored, tmp_path / "without")
+    shutil.copyfile(hub / "config.json", without / "config.json")
+    with pytest.raises(PretrainedError, match=r"needs scales of F8_E8M0, one for each 16"):
         describe(without)
 
 

@@ -41,7 +41,7 @@ from train.data.tokenizer import (
     tokenizer_problems,
     vocabulary_size,
 )
-from train.trained.evaluate import evaluate
+from train.trained.evaluate import evaluate, one_by_one
 
 TEXT = (
     "The cat sat on the mat, and the dog's log sat on the cat; don't ask why it is so. "
@@ -520,7 +520,7 @@ def evaluated(store: TokenStore) -> dict:
 
     rows = ValidationRows(store, 16)
     return evaluate(
-        forward,
+        one_by_one(forward),
         validation_batches(rows, 3, store.end_of_document, 0, 1, None),
         torch.device("cpu"),
         [],

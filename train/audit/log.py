@@ -21,7 +21,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,8 +84,8 @@ class AuditLog:
 
     Args:
         folder: RUN/audit, on a file system that all ranks share.
-        moe_layers: transformer layer index of every layer with experts; own: those of them whose
-            routings add() gets, which on a stage of a pipeline are not all.
+        moe_layers: transformer layer index of every layer with experts; own: which of them, by
+            their places among these, add() gets routings of, on a stage of a pipeline not all.
         resume_step: what later steps left in the files is dropped, since it is about to be written
             again, and so is a record torn by a crash. None: the audit begins anew.
         num_ranks: ranks that write; None: those of torch.distributed. Files of ranks that are no
@@ -102,7 +102,7 @@ class AuditLog:
         resume_step: int | None = None,
         num_ranks: int | None = None,
         borders: Callable[[], Iterable[int]] = lambda: (),
-        own: slice = slice(None),
+        own: Sequence[int] | None = None,
     ):
         assert settings.sample_one_in > 0, "the audit is off"
         if num_ranks is None:
@@ -110,7 +110,7 @@ class AuditLog:
         self.folder = folder
         self.settings = settings
         self.moe_layers = moe_layers
-        self.own_layers = moe_layers[own]
+        self.own_layers = moe_layers if own is None else tuple(moe_layers[row] for row in own)
         self.rank = rank
         self._queue: queue.SimpleQueue[_MicroBatch | _StepEnd | threading.Event | None] = (
             queue.SimpleQueue()

@@ -39,7 +39,7 @@ from train.files.manifest import CheckpointError, require_owned
 log = logging.getLogger("loadstone")
 LOAD_CHUNK_BYTES = 2**29
 PACKS_HELD_BYTES = 2**28
-OPTIONAL_BUFFER = ".snapshot_weight"
+OPTIONAL_BUFFERS = (".snapshot_weight", ".hash_table")
 MOMENTS = (*STATE_KEYS[1:], *MUON_STATE_KEYS[1:])
 """States that an optimizer has made."""
 LORA_ALPHA = "lora_alpha"
@@ -197,6 +197,11 @@ def load_router_buffers(model: nn.Module, checkpoint: Path) -> None:
     _load_buffers(model, CheckpointReader(checkpoint))
 
 
+def load_tables(model: nn.Module, checkpoint: Path) -> None:
+    """Likewise the tables alone by which layers route whose weights were learned under them."""
+    _load_buffers(model, CheckpointReader(checkpoint), OPTIONAL_BUFFERS[1])
+
+
 def fill_masters(engine: Engine, checkpoint: Path) -> None:
     """Set the master weights of an engine that has taken no step, and leave all else, adapters and
     an index that the checkpoint does not have, too. Collective.
@@ -291,14 +296,16 @@ def _shape_of_one(
     return shapes[name][1:] if name in expert_ids else shapes[name]
 
 
-def _load_buffers(model: nn.Module, reader: CheckpointReader) -> None:
+def _load_buffers(model: nn.Module, reader: CheckpointReader, ending: str = "") -> None:
     """Fill the model's buffers. A snapshot of the router's weight is there only if spikes were
-    watched for; without one the buffer stays empty, for the next snapshot to fill.
+    watched for; without one the buffer stays empty, for the next snapshot to fill. Tables of layers
+    that route by token id stay as they were drawn where the weights are of a run without them.
     """
     buffers = {
         name: buffer
         for name, buffer in model.named_buffers()
-        if not name.endswith(OPTIONAL_BUFFER) or f"buffer/{name}" in reader.stored
+        if name.endswith(ending)
+        if not name.endswith(OPTIONAL_BUFFERS) or f"buffer/{name}" in reader.stored
     }
     want = {f"buffer/{name}": torch.empty(b.shape, dtype=b.dtype) for name, b in buffers.items()}
     reader.read(want)

@@ -40,6 +40,12 @@ def matches(name: str, part: str) -> bool:
     return kind_of(name) == part if part in KINDS else fnmatch.fnmatchcase(name, part)
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter of this name belongs to, from 0 on; None where it is in none."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return None if found is None else int(found[1])
+
+
 def unmatched(parts: Iterable[str], names: Iterable[str]) -> list[str]:
     """Those of `parts` that mean no parameter of a model."""
     known = list(names)

@@ -106,6 +106,12 @@ class SelfDistilConfig(ObjectiveConfig):
                 f"fewer experts by their scores alone; use router={', '.join(LOWERED)} without "
                 "null experts"
             ]
+        if number := router.arguments.get("hash_layers"):
+            return [
+                f"objective=self_distil sends tokens to fewer experts, but router.hash_layers "
+                f"{number} name all experts of a token; set one of them to 0, or "
+                "objective=next_token"
+            ]
         full = router.experts_per_token(model)
         found = [
             f"objective.top_k has {number}; a lower budget must be at least 1 and below the "

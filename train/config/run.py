@@ -7,6 +7,7 @@ those that span several records.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -98,8 +99,11 @@ class RunConfig:
         return replace(self, deepspeed={**self.deepspeed, "zero_optimization": zero})
 
     @property
-    def stage_layers(self) -> tuple[range, ...]:
-        """The layers of each stage of the pipeline; of the whole model without one."""
+    def stage_runs(self) -> tuple[tuple[range, ...], ...]:
+        """The layers of each stage of the pipeline, a run for each of its virtual stages; of the
+        whole model without one.
+        """
+        size, parts = self.parallel.pipeline_parallel_size, self.parallel.num_parts
         split = self.parallel.pipeline_split
         if split is None:
             split = _balanced(
@@ -107,9 +111,18 @@ class RunConfig:
                 self.experts_per_token,
                 self.train.seq_len,
                 self.attention,
-                self.parallel.pipeline_parallel_size,
+                parts,
             )
-        return ranges_of(split)
+        runs = ranges_of(split)
+        return tuple(runs[place::size] for place in range(size))
+
+    @property
+    def stage_layers(self) -> tuple[Sequence[int], ...]:
+        """Numbers of the layers of each stage, ascending."""
+        return tuple(
+            runs[0] if len(runs) == 1 else [layer for run in runs for layer in run]
+            for runs in self.stage_runs
+        )
 
     def gradient_accumulation_steps(self, rows_size: int) -> int:
         """rows_size: ranks with rows of their own (ParallelConfig.rows_size)."""

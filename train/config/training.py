@@ -201,11 +201,22 @@ class GroupConfig:
     """None: as optim.optimizer says. muon: every matrix among them moves by Muon, and vectors by
     AdamW.
     """
+    layers: tuple[int, ...] | None = None
+    """[first, last]: of those parameters the ones of these layers alone, from 0 on. None: of all
+    layers, and of none, as the embedding.
+    """
 
     def problems(self, about: str) -> list[str]:
         found = []
         if not self.match:
             found.append(f"{about}.match is empty; name a kind or a pattern of parameters")
+        if self.layers is not None and (
+            len(self.layers) != 2 or not 0 <= self.layers[0] <= self.layers[1]
+        ):
+            found.append(
+                f"{about}.layers is {list(self.layers)}; give [first, last], counted from 0, as in "
+                "[0, 3]"
+            )
         if not self.lr_factor > 0:
             found.append(
                 f"{about}.lr_factor is {self.lr_factor}; it must be positive. To leave parameters "
@@ -367,8 +378,14 @@ class ParallelConfig:
     after the other; with ZeRO 0, 1 or 2.
     """
     pipeline_split: tuple[int, ...] | None = None
-    """Layers of each stage, such as [9, 9, 8, 6]. None: so that the slowest stage is as fast as it
-    can be (python -m launch.plan prints them).
+    """Layers of each stage, such as [9, 9, 8, 6], and of each virtual stage where there are such,
+    in the order of the model. None: so that the slowest one is as fast as it can be (python -m
+    launch.plan prints them).
+    """
+    virtual_stages: int = 1
+    """Runs of layers that each stage of a pipeline has (interleaved 1F1B): a micro-batch goes round
+    all stages so many times. Stages wait for each other as many times less, send each other as many
+    times more, and hold more activations.
     """
     context_parallel_size: int = 1
     """Ranks that share the tokens of every row, and exchange heads in attention; divides the
@@ -406,6 +423,11 @@ class ParallelConfig:
         """Ranks that share the tokens of a row."""
         return self.context_parallel_size * self.tensor_parallel_size
 
+    @property
+    def num_parts(self) -> int:
+        """Runs of layers that the model is cut into, over all stages."""
+        return self.pipeline_parallel_size * self.virtual_stages
+
     def stage_size(self, world_size: int) -> int:
         """Of so many ranks, those that hold the same layers: what ZeRO and experts share."""
         return world_size // self.pipeline_parallel_size
@@ -423,11 +445,19 @@ class ParallelConfig:
                 f"parallel.context_parallel_size {context}"
             )
         split, size = self.pipeline_split, self.pipeline_parallel_size
-        if split is not None and (len(split) != size or min(split, default=0) < 1):
+        if self.virtual_stages < 1 or (self.virtual_stages > 1 and size == 1):
+            found.append(
+                f"parallel.virtual_stages is {self.virtual_stages}; it must be at least 1, and "
+                "more than 1 takes parallel.pipeline_parallel_size of more than 1"
+            )
+        if split is not None and (len(split) != self.num_parts or min(split, default=0) < 1):
+            virtual = f"{self.virtual_stages} virtual stages of each of " * (
+                self.virtual_stages > 1
+            )
             found.append(
                 f"parallel.pipeline_split is {list(split)}; it must have a number of layers, at "
-                f"least 1, for each of the parallel.pipeline_parallel_size {size} stages, or be "
-                "null"
+                f"least 1, for each of {virtual}the parallel.pipeline_parallel_size {size} stages, "
+                "or be null"
             )
         if self.ranks_per_node is not None and (
             self.ranks_per_node < 1

@@ -8,7 +8,7 @@ says. So a run can be continued, extended or split over other ranks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,13 @@ class _SourceSamples:
     """One source: sample j is sample j % per_epoch of the shuffled epoch j // per_epoch."""
 
     def __init__(
-        self, store: TokenStore, source: int, seq_len: int, seed: int, run_data: Path | None
+        self,
+        store: TokenStore,
+        source: int,
+        seq_len: int,
+        seed: int,
+        run_data: Path | None,
+        name: str | None,
     ):
         self.run_data = run_data
         self.store, self.prefix = store, str(store.path / f"train_{source}")
@@ -171,8 +177,8 @@ class _SourceSamples:
         self.per_epoch = (tokens - 1) // seq_len
         if self.per_epoch < 1:
             raise ValueError(
-                f"data source {source} has {tokens} training tokens, fewer than train.seq_len "
-                f"{seq_len} + 1; give more text or lower train.seq_len"
+                f"data source {name or source} has {tokens} training tokens, fewer than "
+                f"train.seq_len {seq_len} + 1; give more text or lower train.seq_len"
             )
         self._epochs: dict[int, Any] = {}
 
@@ -272,6 +278,7 @@ class TrainingSamples:
     Args:
         run_data: RUN/data, which all ranks share: gets the order of the samples where the store is
             read-only.
+        names: of the sources, in messages; (): their numbers.
     """
 
     def __init__(
@@ -281,6 +288,7 @@ class TrainingSamples:
         seq_len: int,
         seed: int,
         run_data: Path | None = None,
+        names: Sequence[str] = (),
     ):
         found = len(store.manifest["sources"])
         if found != len(weights):
@@ -289,7 +297,8 @@ class TrainingSamples:
             check_file(store.path, name, store.manifest)
         self.store, self.seq_len = store, seq_len
         self.sources = [
-            _SourceSamples(store, i, seq_len, seed, run_data) for i in range(len(weights))
+            _SourceSamples(store, i, seq_len, seed, run_data, names[i] if names else None)
+            for i in range(len(weights))
         ]
         self.begin_blend(weights)
 

@@ -150,10 +150,11 @@ class Engine:
         batch: TokenBatch,
         request: ForwardRequest = SUMS_ALONE,
         hidden: torch.Tensor | None = None,
+        lap: int = 0,
     ) -> ModelOutput:
         """Transformer.forward of this rank's micro-batch."""
         # By keyword: ZeRO-3 would wrap every positional tensor, and these need no gradient.
-        output: ModelOutput = self.deepspeed(batch=batch, request=request, before=hidden)
+        output: ModelOutput = self.deepspeed(batch=batch, request=request, before=hidden, lap=lap)
         return output
 
     def backward(

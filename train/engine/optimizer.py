@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ from model.config import ModelConfig
 from model.parallel.family import Family, family_of, is_expert_parameter, own_shape
 from model.scaling import PLAIN, Factors, factors_of
 from model.transformer import Transformer
-from train.config.kinds import KINDS, is_hidden_matrix, kind_of, matches, unmatched
-from train.config.training import OptimConfig
+from train.config.kinds import KINDS, is_hidden_matrix, kind_of, layer_of, matches, unmatched
+from train.config.training import GroupConfig, OptimConfig
 from train.engine.average import AveragedAdamW, MovingAverage
 from train.engine.muon.optimizer import Muon
 from train.engine.rounding import RoundedAdamW
@@ -67,9 +66,14 @@ def parameter_groups(
     shape = model.config if isinstance(model, Transformer) else None
     found = _together(trained, config, below, shape)
     every = found if everything is trained else _together(everything, config, below, shape)
-    _require_matches(
-        "optim.groups", [group.match for group in config.groups], [name for name, _ in everything]
-    )
+    names = [name for name, _ in everything]
+    _require_matches("optim.groups", [group.match for group in config.groups], names)
+    for i, meant in enumerate(config.groups):
+        if not any(_is_meant(name, meant) for name in names):
+            raise ValueError(
+                f"optim.groups[{i}]: no parameter that {meant.match!r} means is in layers "
+                f"{list(meant.layers or ())}; give others, or drop the rule"
+            )
     _require_muon(config, {rule for rule, _, by_muon, *_ in every if by_muon})
 
     groups: list[dict[str, Any]] = []
@@ -130,10 +134,9 @@ def _together(
     of each by layers, from the last one down, where these differ; by muP's factors on learning rate
     and epsilon; routers, where their learning rate rises by itself. below: layers_below_the_top.
     """
-    own = [group.match for group in config.groups]
     found: dict[_Key, list[nn.Parameter]] = {}
     for name, parameter in named:
-        rule = next((i for i, part in enumerate(own) if matches(name, part)), -1)
+        rule = next((i for i, group in enumerate(config.groups) if _is_meant(name, group)), -1)
         is_expert = is_expert_parameter(parameter)
         is_vector = len(own_shape(parameter)) < 2 + is_expert
         by_muon = _is_moved_by_muon(name, parameter, config, rule)
@@ -156,7 +159,7 @@ def layers_below_the_top(names: list[str]) -> dict[str, int]:
     the head and multi-token prediction, 1 for the last layer, one more than the first layer's for
     the embedding, tied or not (Clark et al., ELECTRA, arXiv 2003.10555, appendix A).
     """
-    layers = {n: int(m[1]) for n in names if (m := re.match(r"blocks\.(\d+)\.", n))}
+    layers = {n: layer for n in names if (layer := layer_of(n)) is not None}
     number = max(layers.values(), default=-1) + 1
     return {
         name: number - layers[name]
@@ -166,6 +169,15 @@ def layers_below_the_top(names: list[str]) -> dict[str, int]:
         else 0
         for name in names
     }
+
+
+def _is_meant(name: str, group: GroupConfig) -> bool:
+    """Whether a rule of optim.groups is about the parameter of this name."""
+    if group.layers is not None:
+        layer = layer_of(name)
+        if layer is None or not group.layers[0] <= layer <= group.layers[1]:
+            return False
+    return matches(name, group.match)
 
 
 def _is_moved_by_muon(name: str, parameter: nn.Parameter, config: OptimConfig, rule: int) -> bool:

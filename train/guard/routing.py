@@ -60,16 +60,15 @@ class RoutingControl:
         budget.scope is "model".
         """
         assert self._kind is not None
-        places = self._rows.places
-        shares = self._rank_shares
+        rows, shares = self._rows, self._rank_shares
         if self._routers:
             update_routers(
                 self._routers,
-                LayerStats(*(part[places] for part in layers)),
+                LayerStats(*map(rows.taken, layers)),
                 balance,
                 self._budget,
                 self._fail_safe,
-                None if shares is None else shares[places],
+                None if shares is None else rows.taken(shares),
                 "freeze_bias" in self._actions,
                 self._of_all_layers,
             )

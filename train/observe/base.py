@@ -50,8 +50,8 @@ Phase = Literal[
     "whole", "data", "forward", "backward", "pair", "step", "log", "pause", "evaluate", "save"
 ]
 """What training does. "whole" is one optimisation step: "data", a "forward" and a "backward" for
-each micro-batch, or both of two as a "pair", and "step", the update. "pause" is what comes between
-two steps besides "log": "evaluate", entered for each held-out batch, and "save".
+each micro-batch and lap, or both of two as a "pair", and "step", the update. "pause" is what comes
+between two steps besides "log": "evaluate", entered for each held-out batch, and "save".
 """
 
 

@@ -52,8 +52,8 @@ class RoutingSample(Observer):
     def _of_all_stages(
         self, layers: list[dict[str, float]], tiles: list[tuple[int, int]]
     ) -> tuple[list[dict[str, float]], list[tuple[int, int]]]:
-        """What the stages of a pipeline have of their layers, put together in layer order.
-        Collective over the ranks that have parts of the same sample.
+        """What the stages of a pipeline have of their layers, put together. Collective over the
+        ranks that have parts of the same sample.
         """
         if self._pipeline is None or not self.wanted:
             return layers, tiles

@@ -14,39 +14,39 @@ backward pass, which takes it in as it takes the hidden states' gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from model.loss import ModelOutput
+from model.loss import ModelOutput, joined
 from model.parallel.groups import ParallelGroups
 from model.request import ForwardRequest, TokenBatch
 from model.transformer import Transformer
 from train.engine.deepspeed import Engine
-from train.pipeline.link import Link
-from train.pipeline.schedule import Exchange, Pair, actions, actions_in_pairs
+from train.pipeline.link import GRADIENT, HIDDEN, Link, Message
+from train.pipeline.schedule import Exchange, Pair, Pass, actions, forward_actions
 
 
 class Passes(Protocol):
     """What a stage does with a micro-batch of a step."""
 
-    def forward(self, number: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        """Of micro-batch `number`, from the hidden states [B, S, D] of the stage before (None on
-        the first) to those that the next one gets (None on the last).
+    def forward(self, one: Pass, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """From the hidden states [B, S, D] of the stage before (None where the model begins) to
+        those that the next one gets (None where it ends).
         """
 
-    def backward(self, number: int, carried: torch.Tensor | None, is_last: bool) -> None:
+    def backward(self, one: Pass, carried: torch.Tensor | None, is_last: bool) -> None:
         """carried: a zero that takes the gradient of what was handed on, to be added to the loss
-        (Engine.backward); None on the last stage. is_last: no other backward pass follows.
+        (Engine.backward); None where the model ends. is_last: no other backward pass follows.
         """
 
     def pair(
-        self, number: int, hidden: torch.Tensor | None, back: int, carried: torch.Tensor | None
+        self, one: Pass, hidden: torch.Tensor | None, back: Pass, carried: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """`forward` of micro-batch `number` and `backward` of `back`, which another backward pass
-        follows, by turns.
+        """`forward` of `one` and `backward` of `back`, which another backward pass follows, by
+        turns.
         """
 
 
@@ -62,9 +62,10 @@ class Pipeline:
 
     def __init__(self, engine: Engine, groups: ParallelGroups, in_pairs: bool = False):
         self.engine, self.groups = engine, groups
-        self._actions = actions_in_pairs if in_pairs else actions
+        self._in_pairs = in_pairs
         self.link = Link(groups)
         model = engine.module
+        self._laps = len(model.laps)
         self._dtype = model.any_weight.dtype
         config = model.config
         self._shares_embedding = groups.pipeline_size > 1 and (
@@ -80,11 +81,12 @@ class Pipeline:
     def run(self, num_micro_batches: int, tokens: torch.Size, passes: Passes) -> None:
         """All passes of a step. tokens: [B, S] of every micro-batch here."""
         place, size = self.groups.pipeline_rank, self.groups.pipeline_size
-        shape = (*tokens, self.engine.module.config.hidden_size)
+        shape = (*tokens, self.engine.module.config.residual_size)
         flight = _Flight()
         lent = self._lent_sum()
 
-        for action in self._actions(place, size, num_micro_batches):
+        last = Pass("backward", num_micro_batches - 1)
+        for action in actions(place, size, num_micro_batches, self._laps, self._in_pairs):
             if isinstance(action, Exchange):
                 self._exchange(action, shape, flight)
             elif isinstance(action, Pair):
@@ -96,16 +98,16 @@ class Pipeline:
                 if lent is not None:
                     self._add_lent_gradient(lent)
             elif action.kind == "forward":
-                out = passes.forward(action.number, flight.enter(action.number))
-                flight.keep(action.number, out)
+                out = passes.forward(action, flight.enter(action))
+                flight.keep(action, out)
             else:
                 # The last pass of the first stage takes in what the last one gathered for it.
-                is_last = action.number == num_micro_batches - 1
-                carried = flight.carried(action.number)
+                is_last = action == last
+                carried = flight.carried(action)
                 if is_last:
                     carried = self._with_lent_gradient(carried)
-                passes.backward(action.number, carried, is_last)
-                flight.leave(action.number)
+                passes.backward(action, carried, is_last)
+                flight.leave(action)
                 if lent is not None:
                     self._add_lent_gradient(lent)
 
@@ -113,13 +115,20 @@ class Pipeline:
             self.link.send_to(0, lent)
 
     def _exchange(self, action: Exchange, shape: tuple[int, ...], flight: _Flight) -> None:
-        send = None if action.send is None else flight.departs.pop(action.send)
-        if action.receive is None:
-            self.link.exchange(action.with_next, send, None)
-            return
-        received = torch.empty(shape, dtype=self._dtype, device=self.engine.device)
-        self.link.exchange(action.with_next, send, received)
-        flight.arrived[action.receive] = received
+        sends = [self._message(one, flight.departs.pop(one), 1) for one in action.sends]
+        for one in action.receives:
+            flight.arrived[one] = self._empty(shape)
+        receives = [self._message(one, flight.arrived[one], -1) for one in action.receives]
+        self.link.exchange(sends, receives)
+
+    def _message(self, one: Pass, tensor: torch.Tensor, step: int) -> Message:
+        """step: 1 for what a pass has made, -1 for what it goes on with."""
+        if one.kind == "forward":
+            return Message(tensor, self.link.neighbour(step), HIDDEN)
+        return Message(tensor, self.link.neighbour(-step), GRADIENT)
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self.engine.device)
 
     # --- what the last stage is lent --------------------------------------------------------------
 
@@ -171,61 +180,75 @@ class Pipeline:
     # --- evaluation -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, batch: TokenBatch, request: ForwardRequest) -> ModelOutput:
-        """One batch, without gradients; the embedding was lent before. Stages go on with the next
-        batch while later ones are at this one.
+    def forward(
+        self, batches: Sequence[TokenBatch], requests: Sequence[ForwardRequest]
+    ) -> list[ModelOutput]:
+        """Of batches of one shape, which take their laps together, without gradients; the embedding
+        was lent before. Stages go on with the next ones while later stages are at these.
         """
         place, size = self.groups.pipeline_rank, self.groups.pipeline_size
-        hidden = None
-        if place > 0:
-            shape = (*batch.input_ids.shape, self.engine.module.config.hidden_size)
-            hidden = torch.empty(shape, dtype=self._dtype, device=self.engine.device)
-            self.link.exchange(False, None, hidden)
-        output = self.engine.forward(batch, request, hidden)
-        if place < size - 1:
-            self.link.exchange(True, output.handed_on, None)
-        return output
+        shape = (*batches[0].input_ids.shape, self.engine.module.config.residual_size)
+        flight = _Flight()
+        laps: list[list[ModelOutput]] = [[] for _ in batches]
+        for action in forward_actions(place, size, len(batches), self._laps):
+            if isinstance(action, Exchange):
+                self._exchange(action, shape, flight)
+                continue
+            assert isinstance(action, Pass)
+            hidden, number = flight.arrived.pop(action, None), action.number
+            output = self.engine.forward(batches[number], requests[number], hidden, action.lap)
+            if output.handed_on is not None:
+                flight.departs[action] = output.handed_on
+            laps[number].append(output._replace(handed_on=None))
+        return [joined(outputs) for outputs in laps]
+
+    @property
+    def at_once(self) -> int:
+        """How many batches `forward` is best given: with virtual stages one alone would
+        keep all stages but one waiting.
+        """
+        return 4 * self.groups.pipeline_size if self._laps > 1 else 1
 
 
 class _Flight:
-    """Hidden states and gradients of the micro-batches that a stage holds, by their numbers.
+    """Hidden states and gradients of the micro-batches that a stage holds.
 
     Attributes:
-        arrived: hidden states to go on with, or the gradient that came back; departs: what is to be
-            sent.
+        arrived: hidden states, or the gradient that came back, for the pass that goes on with them;
+            departs: what is to be sent, by the pass that made it.
     """
 
     def __init__(self) -> None:
-        self.arrived: dict[int, torch.Tensor] = {}
-        self.departs: dict[int, torch.Tensor] = {}
-        self._held: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self.arrived: dict[Pass, torch.Tensor] = {}
+        self.departs: dict[Pass, torch.Tensor] = {}
+        self._held: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self._entered: torch.Tensor | None = None
 
-    def enter(self, number: int) -> torch.Tensor | None:
-        """Hidden states that a forward pass goes on with; None on the first stage."""
-        hidden = self.arrived.pop(number, None)
+    def enter(self, one: Pass) -> torch.Tensor | None:
+        """Hidden states that a forward pass goes on with; None where the model begins."""
+        hidden = self.arrived.pop(one, None)
         self._entered = None if hidden is None else hidden.requires_grad_()
         return self._entered
 
-    def keep(self, number: int, out: torch.Tensor | None) -> None:
-        """What the pass has made of them, None on the last stage."""
-        self._held[number], self._entered = (self._entered, out), None
+    def keep(self, one: Pass, out: torch.Tensor | None) -> None:
+        """What the pass has made of them, None where the model ends."""
+        self._held[one.unit], self._entered = (self._entered, out), None
         if out is not None:
-            self.departs[number] = out
+            self.departs[one] = out
 
-    def carried(self, number: int) -> torch.Tensor | None:
-        """A zero with the gradient that came back; None on the last stage."""
-        out = self._held[number][1]
-        return None if out is None else given(out, self.arrived.pop(number))
+    def carried(self, one: Pass) -> torch.Tensor | None:
+        """A zero with the gradient that came back; None where the model ends."""
+        out = self._held[one.unit][1]
+        return None if out is None else given(out, self.arrived.pop(one))
 
-    def leave(self, number: int) -> None:
+    def leave(self, one: Pass) -> None:
         """After the backward pass: its gradient goes to the stage before, and all else is let
         go.
         """
-        hidden, _ = self._held.pop(number)
+        hidden, _ = self._held.pop(one.unit)
         if hidden is not None:
-            assert hidden.grad is not None, f"no gradient has reached micro-batch {number}"
-            self.departs[number], hidden.grad = hidden.grad, None
+            assert hidden.grad is not None, f"no gradient has reached {one}"
+            self.departs[one], hidden.grad = hidden.grad, None
 
 
 def given(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

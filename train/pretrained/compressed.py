@@ -32,6 +32,13 @@ def in_fp8(reading: Reading) -> tuple[list[str], Settings]:
     Raises:
         FamilyError: the layout cannot say it of this family.
     """
+    if reading.family.attention == "compressed":
+        raise FamilyError(
+            [
+                f"dtype=fp8: the files of {reading.family.model_type} have a layout of 8-bit "
+                "floats of their own, which is read and not written; give dtype=bf16"
+            ]
+        )
     parts = dict(parts_of(reading))
     for number in range(reading.num_further_layers):
         parts |= further_parts(reading, number)

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.families.names import Parts, differences, parts_of
+from model.families.names import TABLE_THERE, Parts, differences, parts_of, respelled
 from model.families.reading import FamilyError, Reading, read
-from train.pretrained.shards import FP8, MXFP4, PretrainedError, ShardedReader, read_json
+from train.pretrained.shards import (
+    FP4,
+    FP8,
+    MXFP4,
+    POWERS,
+    PretrainedError,
+    ShardedReader,
+    read_json,
+)
 
 PRETRAINED = "pretrained"
 """Folder of a run that keeps the small files of the weights it began with."""
@@ -30,6 +38,8 @@ KEPT = (
 """Those files: an export gives them on as they are, and a resumed run reads its tokenizer there."""
 READ_AS = {"F64", "F32", "F16", "BF16"}
 """Dtypes whose numbers are read."""
+TABLES_AS = {"I32", "I64"}
+"""Likewise, of tables of token ids."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +78,20 @@ def describe(folder: Path) -> Described:
     shards = ShardedReader(folder)
     if reading.is_mxfp4:
         shards.unpack_mxfp4()
+    shards.respell(lambda name: respelled(name, reading.family))
+    if reading.has_fp4:
+        shards.unpack_fp4()
     if found := differences(shards.shapes, reading, parts):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise PretrainedError(f"{folder}: {found[0]}{more}")
     shards.fp8_block, shards.fp8_scales = reading.fp8_block, reading.fp8_scales
     quantised = {FP8} if reading.fp8_block is not None else set()
-    if others := sorted(set(shards.dtypes.values()) - READ_AS - quantised - {MXFP4}):
+    for name, dtype in shards.dtypes.items():
+        if name.endswith(TABLE_THERE) and dtype not in TABLES_AS:
+            raise PretrainedError(f"{folder}: {name} is a table of {dtype}, not of whole numbers")
+    dtypes = {d for name, d in shards.dtypes.items() if not name.endswith(TABLE_THERE)}
+    quantised |= {POWERS, FP4} if reading.fp8_block is not None else set()
+    if others := sorted(dtypes - READ_AS - quantised - {MXFP4}):
         raise PretrainedError(
             f"{folder} holds tensors of dtype {others[0]}; only {', '.join(sorted(READ_AS))} are "
             "read: give a folder with dequantised weights"

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from model.families.deepseek_v4 import as_read
 from model.families.names import (
     BIAS,
+    TABLE,
     Place,
     further_copies,
     further_parts,
@@ -41,6 +43,11 @@ DTYPES = {
     "fp8": torch.bfloat16,
 }
 """Of fp8 what is no linear layer."""
+FINE = (
+    *("streams.weight", "streams.bias", "streams.scale"),
+    *(".sinks", ".slot_bias"),
+)
+"""Endings of our names of what DeepSeek-V4's files hold in fp32."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +113,10 @@ def plan_export(run: RunConfig, dtype: str = "bf16") -> Export:
             f"attention=indexed (rule={run.attention.arguments['rule']}): no published family has "
             "an index over these projections, and config.json would describe dense attention"
         )
-    if run.attention.name == "compressed":
+    if run.attention.name == "compressed" and run.model.num_residual_streams == 1:
         problems.append(
-            "attention=compressed: a published family has it with hyper-connections and layers "
-            "that route by a hash of the token, which this model has not"
+            "attention=compressed: the published family that has it, DeepSeek-V4, has several "
+            "residual streams, and model.num_residual_streams is 1"
         )
     router: Settings = {}
     if run.model.num_experts:
@@ -134,6 +141,8 @@ def plan_export(run: RunConfig, dtype: str = "bf16") -> Export:
     }
     if run.attention.name in ("mla", "windowed"):
         attention = {"name": run.attention.name, **run.attention.arguments}
+    if run.attention.name == "compressed":
+        attention = as_read({"name": "compressed", **run.attention.arguments}, shape)
     if run.attention.name == "mla":
         shape["head_dim"] = None
     if shape["rope_scaling"] is not None:
@@ -225,11 +234,14 @@ def _write_weights(
     where, shapes = places(parts), on_disk(parts)
     where |= {name: where[original] for name, original in copies.items()}
     shapes |= {name: shapes[original] for name, original in copies.items()}
-    # The selection bias decides between experts that are nearly equal: it stays fp32.
-    biases = {
-        part.name for key, several in parts.items() if key.startswith("buffer/") for part in several
-    }
-    dtypes = {name: torch.float32 if name in biases else DTYPES[dtype] for name in shapes}
+    dtypes = {name: DTYPES[dtype] for name in shapes}
+    for key, several in parts.items():
+        # The selection bias decides between experts that are nearly equal: it stays fp32.
+        if key.startswith("buffer/"):
+            kind = torch.int64 if key.endswith(TABLE) else torch.float32
+            dtypes |= {part.name: kind for part in several}
+        elif reading.family.attention == "compressed" and key.endswith(FINE):
+            dtypes |= {part.name: torch.float32 for part in several}
 
     dtypes_of_fp8 = dtypes_of(fp8)
     shapes, dtypes = with_scales(shapes, fp8), dtypes | dtypes_of_fp8
@@ -241,13 +253,16 @@ def _write_weights(
         nonlocal last
         stored = place.key if place.key.startswith("buffer/") else f"{place.key}/fp32"
         if last is None or last[0] != stored:
-            last = (stored, torch.empty(reader.shapes[stored]))
+            kind = torch.int32 if stored.endswith(TABLE) else torch.float32
+            last = (stored, torch.empty(reader.shapes[stored], dtype=kind))
             reader.read({stored: last[1]})
         value = last[1][place.first_row : place.first_row + place.num_rows]
         if place.order is not None:
             ordered = torch.empty_like(value)
             ordered[list(place.order)] = value
             value = ordered
+        if place.columns is not None:
+            value = value.view(-1, place.columns)
         return value.T if place.is_transposed else value
 
     # A weight is read once, and its scales are asked for next.

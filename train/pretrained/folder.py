@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.families.names import BIAS, further_parts, on_disk
+from model.families.names import BIAS, TABLE, further_parts, on_disk
 from model.lora import is_adapter
 from model.moe.experts import expert_ids_of
 from model.parallel.family import own_part, whole_shape
+from model.routers.hashed import table_problems
 from train.engine.deepspeed import Engine
 from train.engine.frozen import write_frozen
 from train.pretrained.described import describe
@@ -183,6 +184,8 @@ class PretrainedFolder:
                 stored = stored.T
             if part.order is not None:
                 stored = stored[list(part.order)]
+            if part.columns is not None:
+                stored = stored.flatten()
             value[row : row + part.shape[0]].copy_(stored)
             row += part.shape[0]
 
@@ -202,9 +205,18 @@ class PretrainedFolder:
 
     def _fill_buffers(self, model: nn.Module) -> None:
         """The selection bias stays fp32 whatever the weights are stored in: near 7, as in published
-        models, bf16 would leave a handful of values.
+        models, bf16 would leave a handful of values. Tables of token ids are whole numbers.
+
+        Raises:
+            PretrainedError: a table names an expert that there is not, or one twice.
         """
         for name, buffer in model.named_buffers():
-            if name.endswith(f".router.{BIAS}") and f"buffer/{name}" in self._parts:
-                (part,) = self._parts[f"buffer/{name}"]
-                buffer.copy_(self._shards.tensor(part.name).to(buffer.dtype))
+            ends = (f".router.{BIAS}", f".router.{TABLE}")
+            if not name.endswith(ends) or f"buffer/{name}" not in self._parts:
+                continue
+            (part,) = self._parts[f"buffer/{name}"]
+            value = self._shards.tensor(part.name)
+            if name.endswith(TABLE):
+                for problem in table_problems(value, self.reading.model["num_experts"]):
+                    raise PretrainedError(f"{self.folder}: {part.name} {problem}")
+            buffer.copy_(value.to(buffer.dtype))

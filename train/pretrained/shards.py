@@ -33,9 +33,13 @@ MAX_HEADER = 100_000_000
 FP8 = "F8_E4M3"
 MXFP4 = "MXFP4"
 """A name of ours: files hold its blocks and scales as bytes."""
+FP4 = "FP4"
+"""A name of ours: files hold pairs of numbers as signed bytes, and scales as powers of two."""
+POWERS = "F8_E8M0"
+"""Of scales that are powers of two."""
 BLOCK = 32
 """Numbers of MXFP4 that share a scale."""
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1, MXFP4: 0.5 + 1 / BLOCK}
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1, MXFP4: 0.5 + 1 / BLOCK, FP4: 0.5}
 """Bytes of a number, of the dtypes that are read."""
 
 
@@ -81,6 +85,7 @@ class ShardedReader:
         self.fp8_block: tuple[int, int] | None = None
         self.fp8_scales = BLOCK_SCALES
         self._open: dict[str, Any] = {}
+        self._name_in_file: dict[str, str] = {}
         self._file_of = self._files()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -161,16 +166,35 @@ class ShardedReader:
         if self.dtypes[name] == MXFP4:
             blocks, scales = (self._stored(f"{name}{end}", index) for end in MXFP4_ENDS)
             return _from_mxfp4(blocks, scales)
+        if self.dtypes[name] == FP4:
+            return self._from_pairs(name)
         value = self._stored(name, index)
         if self.dtypes[name] == FP8:
             return self._dequantised(value, self.tensor(name + self.fp8_scales))
         return value
 
     def _stored(self, name: str, index: int | None) -> torch.Tensor:
-        stored = self._file(self._file_of[name]).get_slice(name)
+        stored = self._file(self._file_of[name]).get_slice(self._name_in_file.get(name, name))
         value: torch.Tensor = stored[:] if index is None else stored[index]
         self.bytes_read += value.nbytes
         return value
+
+    def respell(self, spelling: Callable[[str], str]) -> None:
+        """Call tensors by other names than the files do.
+
+        Raises:
+            PretrainedError: two would have the same name.
+        """
+        for name in list(self.shapes):
+            other = spelling(name)
+            if other == name:
+                continue
+            if other in self.shapes:
+                raise PretrainedError(f"{self.folder} holds both {name} and {other}, one for both")
+            self._name_in_file[other] = self._name_in_file.pop(name, name)
+            self.shapes[other] = self.shapes.pop(name)
+            self.dtypes[other] = self.dtypes.pop(name)
+            self._file_of[other] = self._file_of.pop(name)
 
     def unpack_mxfp4(self) -> None:
         """Give stacks that are stored as blocks [E, R, C / 32, 16] and scales [E, R, C / 32] the
@@ -191,6 +215,33 @@ class ShardedReader:
                 del self.shapes[name + end], self.dtypes[name + end]
             self.shapes[name] = (blocks[0], blocks[2] * BLOCK, blocks[1])
             self.dtypes[name] = MXFP4
+
+    def unpack_fp4(self) -> None:
+        """Give matrices that are stored as pairs of numbers [R, C / 2], with scales [R, C / 32]
+        beside them, the shape [R, C] that they stand for.
+
+        Raises:
+            PretrainedError: pairs and scales are not of each other.
+        """
+        for name in [name for name, dtype in self.dtypes.items() if dtype == "I8"]:
+            pairs, of_scales = self.shapes[name], name + BLOCK_SCALES
+            scales = self.shapes.get(of_scales)
+            is_of_powers = self.dtypes.get(of_scales) == POWERS
+            if len(pairs) != 2 or scales != (pairs[0], 2 * pairs[1] / BLOCK) or not is_of_powers:
+                raise PretrainedError(
+                    f"{self.folder}: {name} of shape {list(pairs)} needs scales of {POWERS}, one "
+                    f"for each {BLOCK // 2} of its columns, and {of_scales} is "
+                    + ("missing" if scales is None else f"{list(scales)}")
+                )
+            self.shapes[name], self.dtypes[name] = (pairs[0], 2 * pairs[1]), FP4
+
+    def _from_pairs(self, name: str) -> torch.Tensor:
+        """A matrix of unpack_fp4, as fp32."""
+        import torch
+
+        pairs = self._stored(name, None).view(torch.uint8)
+        scales = self._stored(name + BLOCK_SCALES, None).view(torch.uint8)
+        return _from_mxfp4(pairs.unflatten(-1, (-1, BLOCK // 2)), scales).T
 
     def _file(self, file: str) -> Any:
         """A file, opened. The last few stay open: the parts of an expert may stand in two."""
@@ -305,6 +356,7 @@ def _header_of(
         torch.bfloat16: "BF16",
         torch.float16: "F16",
         torch.float8_e4m3fn: FP8,
+        torch.int64: "I64",
     }
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0

@@ -20,6 +20,7 @@ from train.checkpoint.reader import (
     fill_moments,
     load_parameters,
     load_router_buffers,
+    load_tables,
 )
 from train.config.run import RunConfig
 from train.engine.deepspeed import Engine
@@ -127,6 +128,7 @@ class RunWeights:
         )
         if after is None:
             return
+        load_tables(model, self.checkpoint)
         state = read_state(self.checkpoint)
         before = RoutingFacts.read(state.get("routing"))
         kind = (after.law, after.score_function)

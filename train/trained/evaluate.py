@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +73,18 @@ def placed(rows: LayerRows | None, values: torch.Tensor) -> torch.Tensor:
     return values if rows is None else rows.placed(values)
 
 
+Forward = Callable[[Sequence[TokenBatch], Sequence[ForwardRequest]], Sequence[ModelOutput]]
+"""Of batches, and what is asked of each."""
+
+
+def one_by_one(forward: Callable[[TokenBatch, ForwardRequest], ModelOutput]) -> Forward:
+    """Of what takes a batch at a time, such as a model."""
+    return lambda batches, requests: list(map(forward, batches, requests))
+
+
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[TokenBatch, ForwardRequest], ModelOutput],
+    forward: Forward,
     batches: Iterable[Batch],
     device: torch.device,
     routers: list[Router],
@@ -82,6 +92,7 @@ def evaluate(
     probe: RoutingProbe | None = None,
     stopped: Callable[[], bool] = lambda: False,
     stage: StageOf | None = None,
+    at_once: int = 1,
 ) -> dict[str, Any] | None:
     """Sums over every rank's batches, divided once at the end. Collective: all ranks have as many
     batches.
@@ -92,6 +103,7 @@ def evaluate(
         evaluation is left: a share of the batches is no result. Stages of a pipeline would wait for
         each other there, so they ask before every few batches.
     stage: what of the model is here; None: all of it.
+    at_once: how many batches `forward` is given.
 
     Returns:
         None when it was left, else
@@ -119,32 +131,33 @@ def evaluate(
     of_sources: dict[int, torch.Tensor] = {}
     stats: torch.Tensor | None = None
     asks = 1 if groups.pipeline_size == 1 else 4 * groups.pipeline_size
-    for number, batch in enumerate(batches):
+    plain = ForwardRequest(measure_attention=bool(sparse_layers))
+    number, left = 0, iter(batches)
+    while group := list(itertools.islice(left, at_once)):
         if number % asks == 0 and stopped():
             return None
-        output = forward(
-            batch.inputs(device),
-            ForwardRequest(
-                measure_attention=bool(sparse_layers),
-                keep_routing=stage.keeps_routing and number == 0,
-            ),
-        )
-        if stage.keeps_routing and number == 0:
-            ids, losses = stage.whole_routing(output, batch.targets.shape)
-            if probe is not None:
-                probe.add(batch, ids, losses)
-        if sparse_layers:
-            measured += placed(stage.sparse, output.attention_stats)
-        places = [sums]
-        if batch.source is not None:
-            places.append(of_sources.setdefault(batch.source, torch.zeros_like(sums)))
-        # The stage that makes the losses counts what they are of.
-        for place in places if groups.is_last_stage else ():
-            place[0] += output.loss_sum
-            place[1] += batch.num_targets
-            place[2] += batch.target_bytes or 0
-        own = placed(stage.moe, output.stats)
-        stats = own if stats is None else stats + own
+        requests = [plain] * len(group)
+        if number == 0:
+            requests[0] = plain._replace(keep_routing=stage.keeps_routing)
+        outputs = forward([batch.inputs(device) for batch in group], requests)
+        for batch, output in zip(group, outputs, strict=True):
+            if stage.keeps_routing and number == 0:
+                ids, losses = stage.whole_routing(output, batch.targets.shape)
+                if probe is not None:
+                    probe.add(batch, ids, losses)
+            if sparse_layers:
+                measured += placed(stage.sparse, output.attention_stats)
+            places = [sums]
+            if batch.source is not None:
+                places.append(of_sources.setdefault(batch.source, torch.zeros_like(sums)))
+            # The stage that makes the losses counts what they are of.
+            for place in places if groups.is_last_stage else ():
+                place[0] += output.loss_sum
+                place[1] += batch.num_targets
+                place[2] += batch.target_bytes or 0
+            own = placed(stage.moe, output.stats)
+            stats = own if stats is None else stats + own
+            number += 1
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
         for of_source in of_sources.values():

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ops.grouped_mlp.fp8 import TILE
+
 FEW_ROWS = 256
 """Rows of an average expert below which tiles have 64 rows: of 128, a quarter or more would be
 empty. Tiles of 64 already wait for the weights to arrive, so that smaller ones would save nothing;
@@ -135,6 +137,17 @@ def expert_config(gathers_left: bool, dtype: torch.dtype, architecture: int) -> 
     if not _large(architecture):
         return Config(128, 128, 64, 8, 5)
     return Config(128, 256, 64, 8, 5) if gathers_left else Config(128, 128, 64, 4, 4, tma=True)
+
+
+ROUNDED_COLUMNS = 64
+"""Of a tile of rows that one program rounds."""
+
+
+def tiles_config(architecture: int) -> Config:
+    """The experts' gradients from 8-bit tiles of 128 rows: a step's product and the sum are two
+    accumulators, as in the others of 8 bits.
+    """
+    return Config(128, 128, TILE, 8, 4 if _large(architecture) else 3, tma=_large(architecture))
 
 
 def combine_config(hidden_size: int) -> tuple[int, int]:

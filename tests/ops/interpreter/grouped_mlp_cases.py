@@ -5,6 +5,8 @@ cases; prints one line per case and failure.
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 import time
 import traceback
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ops.grouped_mlp import dequantized, quantize_rows, triton_backend
+from ops.grouped_mlp.fp8 import TILE, round_rows, rounded_tiles
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.reference import reference_grouped_mlp
-from ops.grouped_mlp.spec import Stored
+from ops.grouped_mlp.spec import Precision, Stored
 from ops.permute import group_by_expert
 from ops.testing import EDGE_CASES, assert_close, draw_expert_ids, poisoned_memory
 
@@ -177,7 +180,7 @@ FP8 = {
 }
 
 
-def check_fp8(case: Case) -> str:
+def check_fp8(case: Case, precision: Precision = "fp8") -> str:
     """The products of 8-bit floats against their definition in the same dtype: what differs is the
     order of sums and, where that moves a value over the middle of two neighbours, its rounding. In
     bf16, whose own rounding does that to one value in twenty, the bound is half of what rounding to
@@ -201,16 +204,16 @@ def check_fp8(case: Case) -> str:
     weights = torch.rand(num_tokens, top_k, generator=generator)
     given = (hidden, weights, gate_up, down, *places)
     with poisoned_memory():
-        out, pre = triton_backend.forward(*given, keep=True, precision="fp8")
-        again, _ = triton_backend.forward(*given, keep=False, precision="fp8")
-        grads = triton_backend.backward(grad_out, *given, pre, "fp8")
-        recomputed = triton_backend.backward(grad_out, *given, None, "fp8")
+        out, pre = triton_backend.forward(*given, keep=True, precision=precision)
+        again, _ = triton_backend.forward(*given, keep=False, precision=precision)
+        grads = triton_backend.backward(grad_out, *given, pre, precision)
+        recomputed = triton_backend.backward(grad_out, *given, None, precision)
     assert torch.equal(out, again)
     for one, other in zip(grads, recomputed, strict=True):
         assert torch.equal(one, other)
 
     leaves = [x.detach().requires_grad_() for x in given[:4]]
-    expected = reference_grouped_mlp(*leaves, *places, precision="fp8")
+    expected = reference_grouped_mlp(*leaves, *places, precision=precision)
     theirs = torch.autograd.grad(expected, leaves, grad_out)
     plain = [x.detach().requires_grad_() for x in given[:4]]
     unrounded = reference_grouped_mlp(*plain, *places)
@@ -236,8 +239,83 @@ def check_fp8(case: Case) -> str:
     return ", ".join(found)
 
 
-GROUPS = {"float32": FLOAT32, "half": HALF, "stored": STORED, "fp8": FP8}
-CHECKS = {"stored": check_stored, "fp8": check_fp8}
+FP8_ALL = FP8 | {
+    "several tiles": Case((300, 2, 2, "skewed"), 80, 72),
+    "whole tiles": Case((280, 3, 2, "skewed"), 256, 128),
+    "without TMA": Case((150, 3, 2, "unused"), 64, 72, architecture=89),
+}
+
+
+def check_fp8_all(case: Case) -> str:
+    """With gradients of weights in 8 bits too; and the tiles that these are made of, to the bit."""
+    return f"{check_fp8(case, 'fp8_all')}; {check_tiles(case)}"
+
+
+def check_tiles(case: Case) -> str:
+    """Rounded tiles against fp8.round_rows, expert by expert and to the bit, and their product
+    where every sum is exact, whatever its order.
+    """
+    (num_tokens, num_experts, top_k, _), dim, width = case.routing, case.hidden_size, case.width
+    generator = torch.Generator().manual_seed(num_tokens)
+    slots, inverse, offsets = group_by_expert(draw_expert_ids(*case.routing), num_experts)
+    tokens = torch.randn(num_tokens, dim, generator=generator)
+    rows = torch.randn(len(slots), width, generator=generator)
+    # Every exponent, both sides of what a scale holds, and what has no scale.
+    tokens *= torch.logspace(-37, 37, dim)
+    rows *= 2.0 ** torch.randint(-8, 8, rows.shape, generator=generator)
+    for values, place in ((448.0, 0), (448.0 * (1 + 2**-23), 1), (1e-44, 2), (0.0, 3)):
+        rows[:, place] = values
+    rows[: len(rows) // 2, 4], rows[: len(rows) // 3, 5] = math.inf, math.nan
+    tokens, rows = tokens.to(case.dtype), rows.to(case.dtype)
+    with poisoned_memory():
+        tiles = triton_backend._tile_map(slots, offsets, TILE)
+        places = slots, offsets, tiles, top_k
+        found = [
+            triton_backend._round_tiles(values, gather, *places)
+            for values, gather in ((tokens, True), (rows, False))
+        ]
+    gathered = tokens[slots.clamp(min=0).long() // top_k] if num_tokens else tokens
+    num_tiles = 0
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        for tile, start in enumerate(range(begin, end, TILE)):
+            stop, place = min(start + TILE, end), begin // TILE + expert + tile
+            for values, (low, scales) in zip((gathered, rows), found, strict=True):
+                expected, factors = round_rows(values[start:stop].t())
+                torch.testing.assert_close(scales[place], factors, rtol=0, atol=0, equal_nan=True)
+                bits, theirs = low[place].view(torch.uint8), expected.view(torch.uint8)
+                told = ~factors.isnan()
+                assert torch.equal(bits[told, : stop - start], theirs[told]), (expert, tile)
+                assert not bits[told, stop - start :].any(), "rows behind the last are not zeros"
+            num_tiles += 1
+
+    # Of 1, 2 and 3 times powers of two all sums are exact, and so are bf16's of few terms.
+    left = 2.0 ** (torch.arange(dim) % 20 - 10) * torch.randint(
+        -3, 4, (num_tokens, dim), generator=generator
+    )
+    right = 2.0 ** (torch.arange(width) % 15) * torch.randint(
+        -3, 4, (len(slots), width), generator=generator
+    )
+    gradient = torch.full((num_experts, dim, width), math.nan)
+    sides = [
+        triton_backend._round_tiles(values, gather, *places)
+        for values, gather in ((left, True), (right, False))
+    ]
+    triton_backend._tiles_product(sides[0], sides[1], offsets, gradient)
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        of_rows = left[slots[begin:end].long() // top_k]
+        expected = rounded_tiles(of_rows).t() @ rounded_tiles(right[begin:end])
+        assert torch.equal(gradient[expert], expected), expert
+    return f"{num_tiles} tiles to the bit"
+
+
+GROUPS = {
+    "float32": FLOAT32,
+    "half": HALF,
+    "stored": STORED,
+    "fp8": FP8,
+    "fp8_all": FP8_ALL,
+}
+CHECKS = {"stored": check_stored, "fp8": check_fp8, "fp8_all": check_fp8_all}
 
 
 def main(groups: list[str]) -> int:

@@ -4,7 +4,8 @@ TRITON_INTERPRET=1 set.
 The interpreter keeps bf16 as uint16 bit patterns and computes on the patterns: products, sums and
 comparisons are silently wrong, conversions from fp32 truncate (triton issue 11584, closed unfixed).
 Here operands become fp32, and results are rounded to the nearest even bf16. It can go when
-tests/ops/test_sparse_attention_triton.py::test_the_shim_is_needed fails.
+tests/ops/test_sparse_attention_triton.py::test_the_shim_is_needed fails. Conversions of fp32 to
+e4m3 round ties away from zero there, and lose a carry (triton issue 8322); here torch rounds.
 
 Two more: tl is patched anew for every nested @jit call, a quarter of the run time, which is left
 out; and Triton 3.6 turns loop bounds into integers in a way that numpy >= 2.4 refuses.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -88,6 +90,10 @@ def _fix_arithmetic() -> None:
 
     def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         types = (src.dtype.scalar, dst_type.scalar)
+        if types == (tl.float32, tl.float8e4nv):
+            low = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+            bits = low.view(torch.uint8).numpy().reshape(src.data.shape)
+            return Handle(bits.view(interpreter._get_np_dtype(dst_type)), tl.float8e4nv)
         plain = rounding_mode in (None, interpreter._ir.ROUNDING_MODE.RTNE)
         if tl.bfloat16 in types and plain and all(t.primitive_bitwidth >= 16 for t in types):
             return cast_impl(self, src, dst_type)

@@ -39,6 +39,7 @@ def devices_problems(
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "pipeline_split": None,
+        "virtual_stages": 1,
         "overlap_experts": False,
     }
     for name, default in alone.items():

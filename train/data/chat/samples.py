@@ -234,7 +234,7 @@ def samples_of(
     weights = tuple(source.weight for source in data.sources)
     if store.holds_conversations:
         return ChatSamples(store, weights, seq_len, seed, data.too_long, labels(data.sources))
-    return TrainingSamples(store, weights, seq_len, seed, run_data)
+    return TrainingSamples(store, weights, seq_len, seed, run_data, labels(data.sources))
 
 
 class ChatValidationRows(ValidationRows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.cost.matrices import Matrices, hidden_matrices
@@ -43,7 +44,9 @@ class PlannedMuon:
 NONE = PlannedMuon((0, 0), 0, 0, 0, 0, 0)
 
 
-def planned_muon(run: RunConfig, num_ranks: int, layers: range | None = None) -> PlannedMuon:
+def planned_muon(
+    run: RunConfig, num_ranks: int, layers: Sequence[int] | None = None
+) -> PlannedMuon:
     """Muon's share of a run; NONE where AdamW moves everything. layers: of one stage of a pipeline;
     None: of all stages together, where a rank's share is that of the busiest.
 
@@ -103,7 +106,9 @@ def _together(stages: list[PlannedMuon]) -> PlannedMuon:
 def _is_moved(run: RunConfig, kind: str) -> bool:
     if kind in run.optim.freeze:
         return False
-    rule = next((group for group in run.optim.groups if group.match in (kind, "*")), None)
+    # Rules about names or some layers are too fine for a plan.
+    whole = [group for group in run.optim.groups if group.layers is None]
+    rule = next((group for group in whole if group.match in (kind, "*")), None)
     return ((rule and rule.optimizer) or run.optim.optimizer) == "muon"
 
 
