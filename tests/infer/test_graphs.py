@@ -6,6 +6,7 @@ test_graphs_gpu.py has the real ones.
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,8 @@ ROUTERS = {
     "relu": {"router": ReLUConfig, "budget": 2.0},
     "null_experts": {"router": NullExpertsConfig, "budget": 2.0, "num_null_experts": 4},
     "expert_choice": {"router": ExpertChoiceConfig, "top_k": 2},
+    "hash layers": {"top_k": 2, "hash_layers": 1},
+    "residual streams": {"shape": {"num_residual_streams": 2}},
     "no experts": {"shape": {"num_experts": 0}},
 }
 
@@ -376,6 +379,28 @@ def test_on_a_cpu_there_are_none_and_asking_for_them_is_an_error():
     with pytest.raises(ValueError, match="cuda_graphs is true, but the model is on cpu"):
         Engine(model, EngineConfig(cuda_graphs=True))
     assert why_not(model) == ["the model is on cpu, and graphs are of a CUDA device"]
+
+
+def test_metrics_say_how_many_there_are_or_why_there_are_none():
+    pytest.importorskip("prometheus_client")
+    from launch.serving.meters import Meters
+
+    def text_of(engine: Engine) -> str:
+        meters = Meters()
+        meters.watch(SimpleNamespace(engine=engine, num_running=0, num_waiting=0))
+        return meters.text().decode()
+
+    model = model_of()
+    engine, recorder = recording(model)
+    finished(engine, requests((5,), new_tokens=4))
+    text = text_of(engine)
+    assert f"loadstone_cuda_graphs {float(len(recorder.tapes))}" in text
+    assert f"loadstone_cuda_graph_steps {float(recorder.replays)}" in text
+    assert "loadstone_without_cuda_graphs{" not in text
+    text = text_of(Engine(model, EngineConfig()))
+    assert "loadstone_cuda_graphs 0.0" in text
+    reason = "the model is on cpu, and graphs are of a CUDA device"
+    assert f'loadstone_without_cuda_graphs{{reason="{reason}"}} 1.0' in text
 
 
 def test_what_waits_for_the_host_is_named():
