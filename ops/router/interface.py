@@ -409,10 +409,11 @@ def _check(
     if num_bins < 0 or num_bins == 1 or (num_bins > 0 and histogram_range is None):
         raise ValueError(f"num_bins is {num_bins}; give 0, or at least 2 with histogram_range")
 
-    # Reading them would make a GPU wait, so only a CPU's are checked.
+    # Reading them would make a GPU wait, and has no place in a graph, so only a CPU's are checked.
     if (
         given_ids is not None
         and given_ids.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         and given_ids.numel()
         and (int(given_ids.min()) < -1 or int(given_ids.max()) >= spec.num_experts)
     ):

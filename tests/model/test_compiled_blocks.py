@@ -110,6 +110,16 @@ def test_traced_blocks_are_eager_ones(caches, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 0
 
 
+@pytest.mark.nightly
+def test_traced_blocks_of_tables_and_several_streams_are_eager_ones(caches, monkeypatch):
+    monkeypatch.setattr("train.engine.compiled.cache_folder", lambda: caches / "kernels")
+    router = TopKConfig(top_k=2, score_function="sqrt_softplus", hash_layers=1)
+    model = built(router, num_residual_streams=3, sinkhorn_steps=3)
+    compile_blocks(model, CPU, "aot_eager")
+    require_equal(model, [rows(), rows(seed=1)], 1e-5)
+    assert set(model.compiled) == {0, 1, 2}
+
+
 def test_only_the_usual_passes_of_training_are_compiled(caches):
     model = built(num_layers=2)
     called: list[int] = []
