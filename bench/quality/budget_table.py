@@ -432,23 +432,33 @@ def main() -> None:
     )
 
     subjects = subjects_of(arguments)
+    target = arguments.to or arguments.folder / "budgets"
     if not arguments.report:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         for subject in subjects:
             log = subject.run.with_name(subject.run.name + ".log")
             train(subject, log)
             measure(subject, how, log)
+            write(subjects, words_of(arguments), target)
             print(f"{subject.run.name}: measured", file=sys.stderr, flush=True)
 
+    write(subjects, words_of(arguments), target)
+    print(target.with_suffix(".md").read_text())
+
+
+def write(subjects: Sequence[Subject], words: str, target: Path) -> None:
+    """The page of what is there, and its numbers.
+
+    Raises:
+        SystemExit: there is nothing.
+    """
     there = [subject.measured for subject in subjects if subject.measured.is_file()]
     if not there:
-        raise SystemExit(f"{arguments.folder} holds nothing that was measured")
+        raise SystemExit("nothing of these models was measured yet; leave --report out")
     measured = [json.loads(path.read_text()) for path in there]
-    target = arguments.to or arguments.folder / "budgets"
     date = datetime.date.fromtimestamp(max(path.stat().st_mtime for path in there)).isoformat()
-    target.with_suffix(".md").write_text(page(measured, words_of(arguments), date))
+    target.with_suffix(".md").write_text(page(measured, words, date))
     target.with_suffix(".json").write_text(dumps(measured, indent=1) + "\n")
-    print(target.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":
