@@ -353,8 +353,9 @@ def test_a_benchmark_measures_every_variant_in_every_cell(trained, tmp_path):
         (["path=x"], {}, "run and path are both set; drop one"),
     ],
 )
-def test_a_server_that_cannot_be_is_refused_before_anything_is_read(settings, env, says):
-    done = launch("serve", "run=nowhere", *settings, check=False, env=env)
+def test_a_server_that_cannot_be_is_refused_before_anything_is_read(settings, env, says, tmp_path):
+    """Nothing could be read in an empty directory."""
+    done = launch("serve", f"run={tmp_path}", *settings, check=False, env=env)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert "short" not in done.stderr.replace("shorter", "") and "Traceback" not in done.stderr
 
