@@ -68,6 +68,51 @@ HELD = {
         "test_two_ranks_that_share_matrices_train_as_one_process",
         "distributed/test_context_parallel.py::test_two_ranks_that_share_rows_train_as_one_process",
     ),
+    "verl 6609, DeepSpeed 5248: norms and gradients that grow with the ranks that share a row": (
+        "distributed/test_context_parallel.py::test_two_ranks_that_share_rows_train_as_one_process",
+        "distributed/test_context_parallel.py::"
+        "test_four_ranks_that_share_rows_train_as_one_process",
+    ),
+    "DeepSpeed 7833: rows shared by heads that crash at ZeRO stage 0": (
+        "distributed/test_context_parallel.py::"
+        "test_four_ranks_that_share_rows_train_as_one_process",
+    ),
+    "verl 1226: no more ranks to a row than key/value heads": (
+        "distributed/test_context_parallel.py::"
+        "test_more_on_four_ranks_that_gather_trains_as_one_process",
+        "end_to_end/test_context_parallel.py::"
+        "test_ranks_that_gather_are_as_one_process_and_send_what_the_plan_says",
+    ),
+    "DeepSpeed 6714, 1522, torchtitan 1689: a stage without experts hangs, or stops the bias": (
+        "distributed/test_pipeline_parallel.py::test_two_stages_train_as_one_process",
+    ),
+    "Megatron-LM 6616: a hang where stages order their groups of parameters differently": (
+        "distributed/test_pipeline_parallel.py::test_two_stages_train_as_one_process",
+    ),
+    "megablocks 85: a balance loss that changes with the number of stages": (
+        "distributed/test_pipeline_parallel.py::test_two_stages_train_as_one_process",
+        "end_to_end/test_pipeline_parallel.py::test_stages_log_what_one_process_does",
+    ),
+    "pytorch 160285: gradients of experts that are doubled over two ranks": (
+        "distributed/test_parity.py::test_two_ranks_train_as_one_process",
+    ),
+    "Megatron-LM 1517, KempnerForge 202: a checkpoint of one layout that another cannot read": (
+        "end_to_end/test_pipeline_parallel.py::"
+        "test_stages_resume_bit_for_bit_and_from_other_layouts",
+        "end_to_end/test_pipeline_parallel.py::test_one_process_goes_on_where_stages_stopped",
+    ),
+    "pytorch 144530, 166577: a schedule that skips the hooks which reduce gradients": (
+        "train/test_pipeline_schedule.py::"
+        "test_every_micro_batch_makes_every_pass_once_and_nobody_waits_for_ever",
+        "distributed/test_pipeline_parallel.py::"
+        "test_what_is_refused_of_virtual_stages_would_be_wrong",
+    ),
+    "Megatron-DeepSpeed 151: experts, tensor parallelism and stages together": (
+        "distributed/test_pipeline_parallel.py::"
+        "test_stages_of_experts_and_shared_rows_train_as_one_process",
+        "distributed/test_tensor_parallel.py::"
+        "test_four_ranks_that_share_matrices_train_as_one_process",
+    ),
     "DeepSpeed 8438: parameters that end in another optimizer than was asked for": (
         "train/test_groups.py::test_what_is_frozen_is_in_no_group_and_is_counted",
         "distributed/test_lora.py::test_adapters_are_trained_and_nothing_else_is",
