@@ -74,3 +74,46 @@ def balanced_split(
         split.append(end - first)
         first = end
     return tuple(split)
+
+
+def even_split(
+    config: ModelConfig,
+    experts_per_token: float,
+    seq_len: int,
+    attention: Mapping[str, Any] | None,
+    num_runs: int,
+) -> tuple[int, ...]:
+    """How many layers each run has where stages have several, at least one.
+
+    The runs are as even in FLOPs as they can be (least sum of squares), with the head in the last:
+    whichever of their runs stages are at, the slowest sets the pace.
+
+    Raises:
+        ValueError: there are more runs than layers.
+    """
+    num_layers = config.num_layers
+    if not 1 <= num_runs <= num_layers:
+        raise ValueError(f"{num_layers} layers are not enough for {num_runs} runs")
+    cost = [
+        flops_per_token(config, experts_per_token, seq_len, attention, range(i, i + 1))
+        for i in range(num_layers)
+    ]
+    before = [0.0, *itertools.accumulate(cost)]
+
+    # Of so many runs over the first layers: sum of squares by number of layers, where the last of
+    # them begins.
+    least = [0.0, *[float("inf")] * num_layers]
+    begins: list[list[int]] = []
+    for _ in range(num_runs):
+        found = [
+            min(((least[i] + (before[j] - before[i]) ** 2, i) for i in range(j)), default=None)
+            for j in range(num_layers + 1)
+        ]
+        least = [float("inf") if one is None else one[0] for one in found]
+        begins.append([0 if one is None else one[1] for one in found])
+
+    split, end = [], num_layers
+    for starts in reversed(begins):
+        split.append(end - starts[end])
+        end = starts[end]
+    return tuple(reversed(split))

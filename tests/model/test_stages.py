@@ -18,7 +18,7 @@ from model.cost.exchange import exchanged_bytes
 from model.cost.matrices import hidden_matrices
 from model.cost.memory import device_memory
 from model.cost.parameters import count_parameters, flops_per_token
-from model.cost.stages import balanced_split, ranges_of
+from model.cost.stages import balanced_split, even_split, ranges_of
 from model.dispatch.config import LocalDispatcherConfig
 from model.loss import joined
 from model.moe.layer import ModelParts
@@ -245,6 +245,22 @@ def test_the_balanced_cut_is_the_best_of_all(num_stages, vocab_size):
     assert found == min(even)
     with pytest.raises(ValueError, match="not enough for 8 stages"):
         balanced_split(config, 2.0, 32, arguments, 8)
+
+
+@pytest.mark.parametrize("num_runs", range(1, 8))
+@pytest.mark.parametrize("vocab_size", [16, 4096])
+def test_the_even_cut_has_the_least_squares_of_all(num_runs, vocab_size):
+    config = dataclasses.replace(SHAPE, num_layers=7, num_mtp_layers=0, vocab_size=vocab_size)
+    arguments = ATTENTIONS["sparse"].arguments
+
+    def squares(cut: tuple[int, ...]) -> float:
+        return sum(flops_per_token(config, 2.0, 32, arguments, p) ** 2 for p in ranges_of(cut))
+
+    found = even_split(config, 2.0, 32, arguments, num_runs)
+    assert sum(found) == 7 and min(found) >= 1
+    assert squares(found) == pytest.approx(min(map(squares, cuts_of(7, num_runs))))
+    with pytest.raises(ValueError, match="not enough for 8 runs"):
+        even_split(config, 2.0, 32, arguments, 8)
 
 
 def test_memory_of_stages_adds_up_and_grows_with_micro_batches_in_flight():

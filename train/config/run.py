@@ -21,7 +21,7 @@ from model.config import (
     ModelConfig,
 )
 from model.cost.parameters import Trained, count_parameters
-from model.cost.stages import balanced_split, ranges_of
+from model.cost.stages import balanced_split, even_split, ranges_of
 from model.dispatch.config import DispatcherConfig
 from model.routers.config import RouterConfig
 from train.config.data import DataConfig
@@ -112,6 +112,7 @@ class RunConfig:
                 self.train.seq_len,
                 self.attention,
                 parts,
+                self.parallel.virtual_stages > 1,
             )
         runs = ranges_of(split)
         return tuple(runs[place::size] for place in range(size))
@@ -135,7 +136,9 @@ def _balanced(
     experts_per_token: float,
     seq_len: int,
     attention: AttentionConfig,
-    num_stages: int,
+    num_parts: int,
+    is_virtual: bool,
 ) -> tuple[int, ...]:
     """Remembered: a search for a layout asks thousands of times."""
-    return balanced_split(model, experts_per_token, seq_len, attention.arguments, num_stages)
+    cut = even_split if is_virtual else balanced_split
+    return cut(model, experts_per_token, seq_len, attention.arguments, num_parts)
