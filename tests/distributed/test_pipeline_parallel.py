@@ -165,7 +165,13 @@ REFUSED = [
     ),
 ]
 EIGHT_RANKS = [
-    case(2, 2, 1, 3, "sequence", virtual=2, cp=2, tp=2, model=FOUR_LAYERS),
+    case(
+        *(2, 2, 1, 3, "sequence"),
+        virtual=2,
+        cp=2,
+        tp=2,
+        model={**FOUR_LAYERS, "num_kv_heads": 4},
+    ),
     case(2, 4, 1, 2, "sequence", cp=2),
     case(4, 2, 1, 6, "batch", model=FOUR_LAYERS, split=[1, 1, 1, 1]),
 ]
