@@ -433,8 +433,9 @@ class Transformer(nn.Module):
         part = self.laps[lap]
         assert (hidden is None) == part.is_first, part
         if hidden is None:
-            # Every residual stream begins as the token.
-            hidden = self._embedded(input_ids).repeat(1, 1, self.config.num_residual_streams)
+            hidden = self._embedded(input_ids)
+            if self.config.num_residual_streams > 1:  # each begins as the token
+                hidden = hidden.repeat(1, 1, self.config.num_residual_streams)
         attentions: list[AttentionSums] = []
         balances: list[RouterSums] = []
         routings: list[RouterOutput] = []

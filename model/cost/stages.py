@@ -37,11 +37,7 @@ def balanced_split(
     num_layers = config.num_layers
     if not 1 <= num_stages <= num_layers:
         raise ValueError(f"{num_layers} layers are not enough for {num_stages} stages")
-    cost = [
-        flops_per_token(config, experts_per_token, seq_len, attention, range(i, i + 1))
-        for i in range(num_layers)
-    ]
-    before = [0.0, *itertools.accumulate(cost)]
+    before = _flops_before(config, experts_per_token, seq_len, attention)
 
     # most[k][i]: of the slowest of k stages that have the layers from i on.
     inf = float("inf")
@@ -94,11 +90,7 @@ def even_split(
     num_layers = config.num_layers
     if not 1 <= num_runs <= num_layers:
         raise ValueError(f"{num_layers} layers are not enough for {num_runs} runs")
-    cost = [
-        flops_per_token(config, experts_per_token, seq_len, attention, range(i, i + 1))
-        for i in range(num_layers)
-    ]
-    before = [0.0, *itertools.accumulate(cost)]
+    before = _flops_before(config, experts_per_token, seq_len, attention)
 
     # Of so many runs over the first layers: sum of squares by number of layers, where the last of
     # them begins.
@@ -117,3 +109,17 @@ def even_split(
         split.append(end - starts[end])
         end = starts[end]
     return tuple(reversed(split))
+
+
+def _flops_before(
+    config: ModelConfig,
+    experts_per_token: float,
+    seq_len: int,
+    attention: Mapping[str, Any] | None,
+) -> list[float]:
+    """Of a token in the layers before each one, and at last in all of them with the head."""
+    cost = (
+        flops_per_token(config, experts_per_token, seq_len, attention, range(i, i + 1))
+        for i in range(config.num_layers)
+    )
+    return [0.0, *itertools.accumulate(cost)]
