@@ -10,8 +10,9 @@ The task: a context of pairs (key, value) in random order, every key once, and f
 then questions, keys whose values must be named. Every question needs one token of 96, blocks hold 8
 tokens, and a query sees 5 of the 16 blocks exactly: the first one, its own, the one before, and two
 that it selects by pooled keys. Guessing gives 1/16. There are no positions: where a pair stands
-says nothing, and longer contexts are nothing new. The variants dsa, msa and qsa attend to as many
-tokens by a learned index (ops/index_attention), after a fifth of their steps with dense attention.
+says nothing, and longer contexts are nothing new. The other attentions of this project see as much
+by their own rules (bench/quality/rules.py), those with an index after a fifth of their steps in
+which it learns alone.
 """
 
 from __future__ import annotations
@@ -31,13 +32,7 @@ from torch import Tensor, nn
 
 from bench.common import find_commit
 from bench.quality.optimizers import interval
-from ops.index_attention import (
-    Index,
-    IndexSpec,
-    group_means,
-    group_starts,
-    indexed_attention,
-)
+from bench.quality.rules import HEADS, KV_HEADS, RULES, Rule, RuleLayer
 from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, sparse_attention
 from train.files.strict_json import dumps
 
@@ -52,13 +47,13 @@ NOISY_SHARE = 0.7
 @dataclass(frozen=True)
 class Variant:
     """spec: None is dense attention. noisy: Gumbel noise on the selection in training. gated:
-    entries under learned weights (attention.entries=gated). index: what a learned index chooses.
+    entries under learned weights (attention.entries=gated). rule: one of bench/quality/rules.py.
     """
 
     spec: SparseAttentionSpec | None
     noisy: bool = False
     gated: bool = False
-    index: IndexSpec | None = None
+    rule: Rule | None = None
 
 
 SPEC = SparseAttentionSpec(
@@ -76,14 +71,10 @@ VARIANTS = {
     "order0_gated": Variant(replace(SPEC, order=0), gated=True),
     "order2_gated": Variant(SPEC, gated=True),
     "order2_sub2": Variant(replace(SPEC, coarse_block_size=4)),
-    "dsa": Variant(None, index=IndexSpec("dsa", 1, 40)),
-    "msa": Variant(None, index=IndexSpec("msa", 8, 5)),
-    "qsa": Variant(None, index=IndexSpec("qsa", 4, 10)),
+    **{name: Variant(None, rule=rule) for name, rule in RULES.items()},
 }
-INDEX_HEADS, INDEX_WIDTH, DENSE_SHARE = 2, 16, 0.2
-"""Of an index (msa: a head for each key/value head); and of the steps, those in which it learns
-beside dense attention.
-"""
+LEARNING_SHARE = 0.2
+"""Of the steps: those in which an index learns and does not choose yet."""
 
 
 class Sample(NamedTuple):
@@ -115,35 +106,22 @@ def draw(batch_size: int, length: int, generator: torch.Generator) -> Sample:
 
 
 class Layer(nn.Module):
-    def __init__(
-        self,
-        spec: SparseAttentionSpec | None,
-        hidden_size: int = 64,
-        num_heads: int = 2,
-        num_kv_heads: int = 1,
-        gated: bool = False,
-        index: IndexSpec | None = None,
-    ):
+    def __init__(self, variant: Variant, hidden_size: int = 64):
         super().__init__()
-        self.spec, self.num_heads, self.num_kv_heads = spec, num_heads, num_kv_heads
-        self.head_dim = hidden_size // num_heads
+        self.spec, self.num_heads, self.num_kv_heads = variant.spec, HEADS, KV_HEADS
+        self.head_dim = hidden_size // HEADS
         self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
-        self.qkv = nn.Linear(
-            hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False
-        )
-        # as SparseAttention.entry_weights: from values to weights in an entry's key and value
-        self.entry_weights = (
-            nn.Parameter(torch.zeros(num_kv_heads, self.head_dim, 2 * self.head_dim))
-            if gated
-            else None
-        )
-        self.index, self.dense_now, self.divergence = index, False, torch.zeros(())
-        if index is not None:
-            self.index_heads = num_kv_heads if index.by_head else INDEX_HEADS
-            self.index_q = nn.Linear(hidden_size, self.index_heads * INDEX_WIDTH, bias=False)
-            self.index_k = nn.Linear(hidden_size, INDEX_WIDTH, bias=False)
-            self.index_w = nn.Linear(hidden_size, self.index_heads, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.learning, self.penalty = False, torch.zeros(())
+        self.rule = None if variant.rule is None else RuleLayer(variant.rule, hidden_size)
+        if self.rule is None:
+            self.qkv = nn.Linear(hidden_size, (HEADS + 2 * KV_HEADS) * self.head_dim, bias=False)
+            # as SparseAttention.entry_weights: from values to weights in an entry's key and value
+            self.entry_weights = (
+                nn.Parameter(torch.zeros(KV_HEADS, self.head_dim, 2 * self.head_dim))
+                if variant.gated
+                else None
+            )
+            self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.mlp = nn.Sequential(
             nn.Linear(hidden_size, 2 * hidden_size),
             nn.GELU(),
@@ -151,14 +129,19 @@ class Layer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, noise: SelectionNoise | None, first_token_id: int) -> Tensor:
-        batch_size, length, _ = hidden.shape
         normed = self.attention_norm(hidden)
+        if self.rule is not None:
+            attended, self.penalty = self.rule(normed, self.learning)
+        else:
+            attended = self._by_op(normed, noise, first_token_id)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def _by_op(self, normed: Tensor, noise: SelectionNoise | None, first_token_id: int) -> Tensor:
+        batch_size, length, _ = normed.shape
         heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
-        if self.index is not None:
-            flat = [x.flatten(0, 1) for x in (q, k, v)]
-            attended = self._by_index(normed.detach(), flat[0], flat[1], flat[2])
-        elif self.spec is None:
+        if self.spec is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             attended = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=True
@@ -183,33 +166,8 @@ class Layer(nn.Module):
                 noise=noise,
                 token_ids=token_ids,
             ).out
-        hidden = hidden + self.out(attended.reshape(batch_size, length, -1))
-        return hidden + self.mlp(self.mlp_norm(hidden))
-
-    def _by_index(self, normed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """normed [B, N, hidden], q [T, heads, dim], k and v [T, kv_heads, dim] -> as q. Leaves what
-        the index has to learn in `divergence`, a mean over tokens.
-        """
-        assert self.index is not None
-        bounds = [*range(0, len(q) + 1, normed.shape[1])]
-        queries = self.index_q(normed).flatten(0, 1).unflatten(-1, (self.index_heads, -1))
-        keys = self.index_k(normed).flatten(0, 1)
-        if self.index.pools_keys:
-            size = self.index.block_size
-            keys = group_means(keys, group_starts(bounds, size), size)
-        weights = self.index_w(normed).flatten(0, 1) if self.index.rule == "dsa" else None
-        found = indexed_attention(
-            q,
-            k,
-            v,
-            Index(queries, keys, weights),
-            bounds,
-            self.index,
-            dense=self.dense_now,
-            teach=torch.is_grad_enabled(),
-        )
-        self.divergence = found.divergence / len(q)
-        return found.out
+        found: Tensor = self.out(attended.reshape(batch_size, length, -1))
+        return found
 
 
 class RecallModel(nn.Module):
@@ -221,10 +179,7 @@ class RecallModel(nn.Module):
         )
         for table in (self.keys, self.values):
             nn.init.normal_(table.weight, std=0.3)
-        self.layers = nn.ModuleList(
-            Layer(variant.spec, hidden_size, gated=variant.gated, index=variant.index)
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(Layer(variant, hidden_size) for _ in range(num_layers))
         self.norm, self.head = (
             nn.RMSNorm(hidden_size),
             nn.Linear(hidden_size, NUM_VALUES, bias=False),
@@ -270,12 +225,12 @@ def train(
         sample = draw(BATCH_SIZE, length, generator)
         temperature = max(0.0, 1 - step / (NOISY_SHARE * steps)) if VARIANTS[variant].noisy else 0.0
         for layer in model.layers:
-            layer.dense_now = step < DENSE_SHARE * steps
+            layer.learning = step < LEARNING_SHARE * steps
         logits = model(
             sample.tokens, temperature, first_token_id=step * sample.tokens[..., 0].numel()
         )
         loss = F.cross_entropy(logits.flatten(0, 1), sample.answers.flatten())
-        objective = loss + sum(layer.divergence for layer in model.layers)
+        objective = loss + sum(layer.penalty for layer in model.layers)
         optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
