@@ -15,8 +15,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from bench.quality import budget_table, optimizers, widths
+from bench.quality import attentions, budget_table, optimizers, recall, widths
+from launch.command.arguments import setting
+from launch.config.overrides import plain
+from launch.config.parse import parse
+from launch.saved.defaults import complete
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
@@ -194,6 +199,42 @@ def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
     monkeypatch.setattr(sys, "argv", [*words, "--report"])
     optimizers.main()
     assert "Not run: muon-0.1-8." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", attentions.VARIANTS)
+def test_every_attention_that_is_compared_can_be_trained(variant):
+    words = attentions.words_of(variant, 1, 100)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        asked = complete(compose("train", overrides=[setting(word) for word in words]))
+    run = parse(plain(asked), 1)
+    assert (run.train.num_steps, run.train.seq_len) == (100, 2048)
+    # What an index learns before it chooses is a fifth.
+    told = run.attention.arguments
+    learning = told.get("index_steps") or told.get("dense_steps", 0)
+    assert learning == (20 if variant in ("scc_index", "dsa", "msa", "qsa", "csa", "v4") else 0)
+
+
+def test_attentions_are_compared_over_the_seeds_that_both_have():
+    numbers = {"processor_seconds": 2.0}
+    found: attentions.Results = {
+        "dense": {7: {"val_loss": 2.0, **numbers}, 8: {"val_loss": 2.2, **numbers}},
+        "scc": {7: {"val_loss": 1.9, **numbers}, 8: {"val_loss": 2.0, **numbers}},
+        "dsa": {7: {"val_loss": 2.5, **numbers}},
+    }
+    # Differences -0.1 and -0.2, as above.
+    table = attentions.table(found, [7, 8])
+    assert "| scc | 1.9000 | 2.0000 | 1.9500 | -0.1500 ± 0.6353 | 2 |" in table
+    assert "| dsa | 2.5000 |  | 2.5000 | +0.5000 (one seed) | 2 |" in table
+    assert attentions.missing(found, list(found), [7, 8]) == [("dsa", 8)]
+
+
+@pytest.mark.parametrize("variant", recall.RULES)
+def test_every_rule_learns_the_recall_task(variant, monkeypatch):
+    """Both stages of an index, in little: each step changes every parameter that it should."""
+    monkeypatch.setattr(recall, "BATCH_SIZE", 1)
+    ((model, found),) = recall.train(variant, 0, 2, length=96, eval_sequences=1)
+    assert math.isfinite(found["loss"]) and model.layers[0].rule is not None
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def generated(budget: float, rows: int, loss: tuple[float, ...], rate: tuple[float, ...]) -> dict:

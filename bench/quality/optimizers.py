@@ -119,26 +119,32 @@ def missing(results: Results, rates: list[float], seeds: list[int], every: bool)
     return lacking
 
 
-def train(run: Path, optimizer: str, rate: float, seed: int, settings: list[str]) -> None:
+def words_of(optimizer: str, rate: float, seed: int, settings: list[str]) -> list[str]:
+    """What a cell is asked for."""
+    return [
+        f"optim={optimizer}",
+        *COMMON,
+        *settings,
+        f"optim.lr={rate}",
+        f"optim.min_lr={rate / 10}",
+        f"seed={seed}",
+    ]
+
+
+def train(run: Path, words: list[str]) -> None:
     """Train a cell to its end, or go on with one that was stopped and has a checkpoint. Its numbers
     stay, its weights do not.
 
     Raises:
         RuntimeError: it failed; its output is in RUN.log.
     """
+    before = spent()
+    run.parent.mkdir(parents=True, exist_ok=True)
     if any((run / "checkpoints").glob("step-*")):
         words = [f"resume={run}"]
     else:
         shutil.rmtree(run, ignore_errors=True)
-        words = [
-            f"optim={optimizer}",
-            *COMMON,
-            *settings,
-            f"optim.lr={rate}",
-            f"optim.min_lr={rate / 10}",
-            f"seed={seed}",
-            f"run_dir={run}",
-        ]
+        words = [*words, f"run_dir={run}"]
     log = run.with_name(run.name + ".log")
     # A fork has torch and DeepSpeed already, which cost as much as a short cell.
     process = multiprocessing.get_context("fork").Process(target=command, args=(words, log))
@@ -148,6 +154,7 @@ def train(run: Path, optimizer: str, rate: float, seed: int, settings: list[str]
         raise RuntimeError(f"{run.name} did not train to its end; see {log}")
     log.unlink()
     shutil.rmtree(run / "checkpoints")
+    (run / "processor_seconds").write_text(str(spent() - before))
 
 
 def command(words: list[str], log: Path) -> None:
@@ -284,12 +291,10 @@ def main() -> None:
             break
         preload()
         name, rate, seed = todo[0]
-        run, before = cell(folder, name, rate, seed), spent()
-        folder.mkdir(parents=True, exist_ok=True)
+        run = cell(folder, name, rate, seed)
         settings = [*SIZES[arguments.size], f"train.num_steps={arguments.steps}"]
         settings += FOR_MUON.get(arguments.size, []) if name == "muon" else []
-        train(run, name, rate, seed, settings)
-        (run / "processor_seconds").write_text(str(spent() - before))
+        train(run, words_of(name, rate, seed, settings))
         print(f"{run.name}: {read(run)['val_loss']:.4f}", file=sys.stderr, flush=True)
 
     results = gather(folder, rates, seeds)

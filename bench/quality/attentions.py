@@ -1,0 +1,178 @@
+"""Every attention on real text, at equal columns: held-out loss of the quickstart in rows of 2,048
+tokens, over seeds.
+
+`python -m bench.quality.attentions FOLDER [--steps 300] [--seeds 1234 1 2] [--variants scc dsa]`
+trains what FOLDER/<variant>-<seed> does not hold yet, a seed after the other, and prints a table as
+Markdown. The same command goes on where it was stopped, a run that was cut short included;
+`--processor-seconds N` begins no run once so many were spent, `--report` trains nothing. Runs that
+are missing are named.
+
+A query attends to 416 tokens exactly, or to as many tokens and entries, in whatever way its rule
+chooses them; `scc` and its kin see the rest pooled. Where an index chooses, a fifth of the steps
+teaches it first. What differs is said against dense attention with the same seeds, with Student's
+95% interval over them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.common import find_commit
+from bench.quality.optimizers import interval, is_done, preload, read, spent, train
+from train.files.strict_json import dumps
+
+COLUMNS = 416
+"""Thirteen blocks of 32: conf/attention/scc_short.yaml."""
+COMMON = [
+    "experiment=quickstart_sparse",
+    "parallel=single",
+    "tracker.wandb.mode=disabled",
+    "train.eval_interval=0",
+    "train.eval_max_sequences=32",
+    "train.sample_prompt=null",
+    "checkpoint.keep_last=1",
+]
+SHORT = [
+    *("attention.block_size=32", "attention.coarse_block_size=16"),
+    *("attention.top_k=4", "attention.window_size=193"),
+]
+INDEX = ["attention.index_heads=4", "attention.index_head_dim=64"]
+# One head of keys that are values, as wide as both of the quickstart's.
+SHARED = [
+    *("model.num_kv_heads=1", "model.head_dim=128", "model.qk_norm=none"),
+    *("attention.q_lora_rank=256", "attention.output_groups=2", "attention.o_lora_rank=128"),
+    *("attention.rope_head_dim=32", "attention.index_heads=4", "attention.index_head_dim=32"),
+    "attention.sliding_window=128",
+]
+VARIANTS = {
+    "dense": ["attention=dense"],
+    "window": ["attention=sliding_window", "attention.block_size=32", "attention.window_size=385"],
+    "drop": [
+        *("attention=drop", "attention.block_size=32"),
+        *("attention.top_k=4", "attention.window_size=193"),
+    ],
+    "nsa": ["attention=nsa", *SHORT],
+    "scc": ["attention=scc_short"],
+    "scc_gated": ["attention=scc_short", "attention.entries=gated"],
+    "scc_index": [
+        *("attention=scc_short", "attention.select=index"),
+        *("attention.index_head_dim=64", "attention.index_steps={learning}"),
+    ],
+    "scc_e": [
+        *("attention=scc_short", "attention.entries=gated"),
+        *("attention.resident_blocks=8", "attention.resident_interval=128"),
+    ],
+    "dsa": [
+        *("attention=dsa", f"attention.top_k={COLUMNS}", *INDEX),
+        "attention.dense_steps={learning}",
+    ],
+    "msa": [
+        *("attention=msa", "attention.block_size=32", "attention.top_k=13"),
+        *("attention.index_head_dim=64", "attention.dense_steps={learning}"),
+    ],
+    "qsa": ["attention=qsa", "attention.top_k=104", *INDEX, "attention.dense_steps={learning}"],
+    "csa": ["attention=csa", "attention.top_k=288", *SHARED, "attention.dense_steps={learning}"],
+    "v4": [
+        *("attention=v4", "attention.top_k=288", "attention.hca_ratio=32", *SHARED),
+        "attention.dense_steps={learning}",
+    ],
+}
+"""Name -> settings; {learning}: steps before an index chooses."""
+BASE = "dense"
+Results = dict[str, dict[int, dict[str, float]]]
+"""Variant -> seed -> numbers of the run."""
+
+
+def cell(folder: Path, variant: str, seed: int) -> Path:
+    return folder / f"{variant}-{seed}"
+
+
+def words_of(variant: str, seed: int, steps: int) -> list[str]:
+    """What a run is asked for."""
+    learning = steps // 5
+    settings = [word.format(learning=learning) for word in VARIANTS[variant]]
+    return [*settings, *COMMON, f"train.num_steps={steps}", f"seed={seed}"]
+
+
+def gather(folder: Path, variants: Sequence[str], seeds: Sequence[int]) -> Results:
+    """The numbers of every run that is done."""
+    return {
+        variant: {seed: read(run) for seed in seeds if is_done(run := cell(folder, variant, seed))}
+        for variant in variants
+    }
+
+
+def missing(
+    results: Results, variants: Sequence[str], seeds: Sequence[int]
+) -> list[tuple[str, int]]:
+    """What is still to be run: all of a seed before the next one."""
+    return [(v, s) for s in seeds for v in variants if s not in results[v]]
+
+
+def table(results: Results, seeds: Sequence[int]) -> str:
+    """Markdown of what there is."""
+    lines = [
+        "| attention | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | mean | less dense, 95% | processor seconds |",
+        "|---" * (len(seeds) + 4) + "|",
+    ]
+    base = results.get(BASE, {})
+    for variant, by_seed in results.items():
+        if not by_seed:
+            continue
+        losses = [f"{by_seed[s]['val_loss']:.4f}" if s in by_seed else "" for s in seeds]
+        middle = statistics.mean(numbers["val_loss"] for numbers in by_seed.values())
+        cost = statistics.mean(numbers["processor_seconds"] for numbers in by_seed.values())
+        pairs = [by_seed[s]["val_loss"] - base[s]["val_loss"] for s in by_seed if s in base]
+        told = ""
+        if pairs and variant != BASE:
+            mean, half = interval(pairs)
+            told = f"{mean:+.4f} ± {half:.4f}" if len(pairs) > 1 else f"{mean:+.4f} (one seed)"
+        lines.append(f"| {variant} | {' | '.join(losses)} | {middle:.4f} | {told} | {cost:,.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.attentions")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 1, 2])
+    parser.add_argument("--processor-seconds", type=float, default=math.inf)
+    parser.add_argument("--report", action="store_true", help="of what there is; train nothing")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    arguments = parser.parse_args()
+    folder, variants, seeds = arguments.folder, arguments.variants, arguments.seeds
+    while not arguments.report and spent() < arguments.processor_seconds:
+        todo = missing(gather(folder, variants, seeds), variants, seeds)
+        if not todo:
+            break
+        preload()
+        variant, seed = todo[0]
+        run = cell(folder, variant, seed)
+        train(run, words_of(variant, seed, arguments.steps))
+        print(f"{run.name}: {read(run)['val_loss']:.4f}", file=sys.stderr, flush=True)
+
+    results = gather(folder, variants, seeds)
+    print(table(results, seeds))
+    if todo := missing(results, variants, seeds):
+        print("\nNot run: " + ", ".join(cell(folder, *one).name for one in todo) + ".")
+    if arguments.json:
+        found: Any = {
+            "bench": "quality.attentions",
+            "commit": find_commit(),
+            "steps": arguments.steps,
+            "results": results,
+        }
+        arguments.json.write_text(dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
