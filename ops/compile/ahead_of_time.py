@@ -8,12 +8,13 @@ under a hash of source, configuration and compiler.
     python -m ops.compile.ahead_of_time          # make compile-kernels
     python -m ops.compile.ahead_of_time 90       # one architecture
 
-It fails on spills and on too much shared memory.
+It fails on spills, on too much shared memory, and on accumulators that are transposed in registers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -68,6 +69,7 @@ class Usage:
     spilled: int  # bytes of registers that were moved to memory, stores and loads
     shared: int  # bytes of a block
     products: str  # tensor core instructions in the PTX
+    transposed: int  # accumulators of products that are transposed where they lie
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Job:
 
     def key(self, architecture: int) -> str:
         parts = (
+            [field.name for field in dataclasses.fields(Usage)],
             triton.__version__,
             self.kernel.cache_key,
             self.signature,
@@ -410,7 +413,18 @@ def _compile(job: Job, architecture: int) -> Usage:
         spilled,
         binary.metadata.shared,
         " ".join(f"{n} {name}" for name, n in products.items() if n),
+        transposed_accumulators(binary.asm["ttgir"]),
     )
+
+
+def transposed_accumulators(program: str) -> int:
+    """How often a compiled program (Triton's GPU dialect) transposes what a product left in its
+    registers. Since Triton 3.4 such a transposed accumulator is stored wrongly on Hopper, without a
+    word (flash-linear-attention 640, 826, 984): kernels compute the transposed product instead.
+    """
+    layouts = re.findall(r"(#\w+) = #ttg\.nvidia_mma<", program)
+    transposed = re.findall(r"= tt\.trans .*: tensor<[^<>]*, (#\w+)> ->", program)
+    return sum(layout in layouts for layout in transposed)
 
 
 def _registers(cubin: bytes) -> int:
@@ -425,7 +439,9 @@ def _registers(cubin: bytes) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Print a table; 1 if a kernel spills, takes too much shared memory or does not compile."""
+    """Print a table; 1 if a kernel spills, takes too much shared memory, transposes an accumulator
+    or does not compile.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print(
             "TRITON_INTERPRET=1 is set: kernels are interpreted in this process and cannot be "
@@ -457,15 +473,11 @@ def main(arguments: list[str]) -> int:
                     failed, row = True, f"{row} | {usage}"
                     continue
                 fits = usage.shared <= SHARED_MEMORY[architecture]
-                failed |= usage.spilled > 0 or not fits
+                failed |= usage.spilled > 0 or usage.transposed > 0 or not fits
                 row += f" |{usage.registers:4}{usage.shared / 1024:6.1f} {usage.products:11}"
-                row += (
-                    f"SPILLS {usage.spilled} BYTES"
-                    if usage.spilled
-                    else ""
-                    if fits
-                    else "TOO MUCH SHARED MEMORY"
-                )
+                row += f"SPILLS {usage.spilled} BYTES" if usage.spilled else ""
+                row += "" if fits else "TOO MUCH SHARED MEMORY"
+                row += f"TRANSPOSES {usage.transposed} ACCUMULATORS" if usage.transposed else ""
             print(row.rstrip(), flush=True)
     return int(failed)
 

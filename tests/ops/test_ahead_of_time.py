@@ -1,0 +1,71 @@
+"""What compiling ahead of time refuses beside spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KERNEL = """
+import json
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ops.compile.ahead_of_time import transposed_accumulators
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, TRANSPOSED: tl.constexpr):
+    i = tl.arange(0, 64)
+    places = i[:, None] * 64 + i[None, :]
+    a, b = tl.load(a_ptr + places), tl.load(b_ptr + places)
+    c = tl.dot(a, tl.trans(b)) if TRANSPOSED == "operand" else tl.dot(a, b)
+    if TRANSPOSED == "accumulator":
+        c = tl.trans(c)
+    tl.store(out_ptr + places, c)
+
+
+found = {}
+for architecture in (80, 90):
+    for what in ("nothing", "operand", "accumulator"):
+        signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32"}
+        pointers = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+        source = ASTSource(
+            fn=product_kernel,
+            signature={**signature, "TRANSPOSED": "constexpr"},
+            constexprs={(3,): what},
+            attrs=pointers,
+        )
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+        found[f"{architecture} {what}"] = transposed_accumulators(binary.asm["ttgir"])
+print(json.dumps(found))
+"""
+
+
+def test_a_transposed_accumulator_is_seen_and_a_transposed_operand_is_let_pass(tmp_path):
+    """The rule hangs on how Triton's GPU dialect is spelt, so the compiler itself is asked."""
+    pytest.importorskip("triton")
+    script = tmp_path / "kernel.py"
+    script.write_text(KERNEL)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, number in found.items() if number} == {
+        "80 accumulator",
+        "90 accumulator",
+    }
