@@ -15,13 +15,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from bench.quality import attentions, budget_table, optimizers, recall, widths
+from bench.sparse_attention import slowly
 from launch.command.arguments import setting
 from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.saved.defaults import complete
+from ops.sparse_attention import SparseAttentionSpec, sparse_attention
+from ops.sparse_attention.ranking import union_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {
@@ -235,6 +239,23 @@ def test_every_rule_learns_the_recall_task(variant, monkeypatch):
     ((model, found),) = recall.train(variant, 0, 2, length=96, eval_sequences=1)
     assert math.isfinite(found["loss"]) and model.layers[0].rule is not None
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("span", "low", "high"), [(0, 6, 16), (9, 2.2, 3.2), (22, 1.5, 2.1)])
+def test_queries_that_turn_slowly_select_as_those_of_trained_models_do(span, low, high):
+    """The rows of the bench that are called alike, on a document of 8,192 tokens."""
+    generator, length = torch.Generator().manual_seed(1), 8192
+    q = torch.randn(length, 8, 64, generator=generator)
+    k, v = torch.randn(2, length, 1, 64, generator=generator)
+    if span:
+        q = slowly(q, span)
+        # Blends keep the size of what they are made of.
+        assert 0.95 < float(q.std()) < 1.05
+    last = torch.arange(length - 512, length)
+    bounds = torch.tensor([0, length])
+    found = sparse_attention(q[last], k, v, bounds, SparseAttentionSpec(), queries=last)
+    different, of_one = union_counts(found.selected, 16)
+    assert low < float(different / of_one) < high
 
 
 def generated(budget: float, rows: int, loss: tuple[float, ...], rate: tuple[float, ...]) -> dict:
