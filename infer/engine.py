@@ -152,6 +152,28 @@ class Engine:
             capture_with,
         )
 
+    def capture_steps(self) -> Iterator[None]:
+        """Make the graphs of every shape that a decoding step can have, one at a time, so that no
+        request waits for one. Nothing where steps are no graphs.
+
+        Raises:
+            RuntimeError: one cannot be captured, and graphs are asked for.
+        """
+        if self.graphs is None:
+            return
+        for shape in self.graphs.every_shape(self.context):
+            try:
+                self.graphs.prepare(shape)
+            except CaptureError as error:
+                self._cannot_capture(error)
+                return
+            yield
+
+    def _cannot_capture(self, error: CaptureError) -> None:
+        if self.settings.cuda_graphs is True:
+            raise error
+        self._go_without_graphs(str(error))
+
     def _go_without_graphs(self, reason: str, told: bool = True) -> None:
         """On a GPU it is slower, which is said once."""
         self.graphs, self.without_graphs = None, reason
@@ -510,9 +532,7 @@ class Engine:
         try:
             return graphs.step(pieces, self.context, keep)
         except CaptureError as error:
-            if self.settings.cuda_graphs is True:
-                raise
-            self._go_without_graphs(str(error))
+            self._cannot_capture(error)
             return None
 
     def _num_rows(self, number: int) -> int:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 
 from launch.command.main import run_main
 from launch.command.messages import fail, failure_of, print_result
+from launch.command.progress import followed
 from launch.config.build import record
 from launch.config.overrides import typed
 from launch.process.exits import FAILED
@@ -155,7 +156,20 @@ def _opened(
 
     budgets = None if table is None else table.on(device)
     engine = Engine(model, settings.engine, store.end_of_document, budgets=budgets)
+    _capture(engine)
     return model, store, engine, table
+
+
+def _capture(engine: Engine) -> None:
+    """Decoding steps become CUDA graphs before the first request, where they can."""
+    if engine.graphs is None:
+        return
+    began, number = time.monotonic(), len(engine.graphs.every_shape(engine.context))
+    for _ in followed(engine.capture_steps(), "capturing decoding steps", number):
+        pass
+    if engine.graphs is not None and rank() == 0:
+        seconds = time.monotonic() - began
+        print(f"decoding steps are {number} CUDA graphs, captured in {seconds:.0f} s", flush=True)
 
 
 def _serve_with_others(settings: ServeConfig, token: str | None, began: float) -> None:

@@ -30,6 +30,14 @@ def doubled(number: int, least: int, most: int) -> int:
     return min(size, most)
 
 
+def _sizes(least: int, most: int) -> list[int]:
+    """All that `doubled` may give."""
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return sizes
+
+
 class DecodeGraphs:
     """A graph for every shape of a step that has come so far. A shape is the number of rows, in
     powers of two up to the slots, and the width of the table of pages.
@@ -83,6 +91,22 @@ class DecodeGraphs:
     def shapes(self) -> list[Shape]:
         """Those that have been captured, in their order."""
         return list(self._replays)
+
+    def every_shape(self, context: str) -> list[Shape]:
+        """Those that steps under a context can have, the smallest first."""
+        rows = _sizes(1, self.max_slots)
+        return [(context, n, width) for width in _sizes(LEAST_PAGES, self.max_pages) for n in rows]
+
+    def prepare(self, shape: Shape) -> None:
+        """Capture a shape before a step has it, with rows that have no request.
+
+        Raises:
+            CaptureError: the device cannot record it.
+        """
+        _, rows, num_pages = shape
+        if shape not in self._replays:
+            self._fill([], rows, num_pages)
+            self._replays[shape] = self.capture(lambda: self._run(rows, num_pages))
 
     def step(self, pieces: list[Piece], context: str, keep_routing: bool) -> Decoded:
         """The next token of every piece, as Transformer.step computes it. What comes back is valid

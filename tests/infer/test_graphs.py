@@ -163,6 +163,32 @@ def test_rows_without_a_request_touch_no_page_but_the_scratch_page(name):
             torch.testing.assert_close(now[held], usual[held], rtol=1e-5, atol=1e-6)
 
 
+def test_steps_that_are_captured_before_any_request_are_those_that_requests_need(monkeypatch):
+    """And with no request in any row no page changes but the scratch page."""
+    monkeypatch.setattr(steps, "LEAST_PAGES", 1)
+    model = model_of(**ATTENTIONS["sparse"])
+    engine, recorder = recording(model, max_slots=3)
+    for one in engine.pages:
+        for tensor in one.tensors():
+            tensor[1:] = torch.nan
+    made = list(engine.capture_steps())
+    assert engine.graphs is not None
+    shapes = engine.graphs.shapes
+    assert len(made) == len(shapes) == len(recorder.tapes) and recorder.replays == 0
+    assert {rows for _, rows, _ in shapes} == {1, 2, 3}
+    widths = sorted({width for *_, width in shapes})
+    assert widths[:3] == [1, 2, 4] and widths[-1] == engine.graphs.max_pages
+    for one in engine.pages:
+        for tensor in one.tensors():
+            assert tensor[0].isfinite().all() and tensor[1:].isnan().all()
+            tensor[1:] = 0
+
+    told = said(finished(engine, requests()))
+    assert len(recorder.tapes) == len(shapes) and recorder.replays > 0
+    assert told == said(finished(Engine(model, EngineConfig(max_slots=3)), requests()))
+    assert list(engine.capture_steps()) == [None] * len(shapes)  # they are there
+
+
 def test_the_first_step_of_a_shape_is_captured_and_later_ones_copy_and_replay(monkeypatch):
     monkeypatch.setattr(steps, "LEAST_PAGES", 1)
     model = model_of()
@@ -369,6 +395,12 @@ def test_a_capture_that_fails_leaves_plain_decoding_with_the_reason():
     assert engine.graphs is None and "not permitted" in engine.without_graphs
     with pytest.raises(CaptureError, match="not permitted"):
         finished(Engine(model, EngineConfig(cuda_graphs=True), capture_with=failing), requests())
+
+    # Likewise where it fails before the first request.
+    engine = Engine(model, EngineConfig(), capture_with=failing)
+    assert list(engine.capture_steps()) == [] and "not permitted" in engine.without_graphs
+    with pytest.raises(CaptureError, match="not permitted"):
+        list(Engine(model, EngineConfig(cuda_graphs=True), capture_with=failing).capture_steps())
 
 
 def test_on_a_cpu_there_are_none_and_asking_for_them_is_an_error():
