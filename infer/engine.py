@@ -19,17 +19,20 @@ from infer.config import EngineConfig
 from infer.graphs.capture import Capture, CaptureError, CudaCapture
 from infer.graphs.steps import DecodeGraphs
 from infer.graphs.waits import why_not
-from infer.pages import PagePool, next_key, root_key
+from infer.pages import PagePool, Places, next_key, root_key
 from infer.request import Completion, Drawn, Event, FinishReason, Request
 from infer.sampling import sample
 from infer.sequence import Sequence
 from infer.speculate import Utility, kept
 from model.attention.base import has_varlen_kernel
+from model.attention.cache import LivePages
 from model.transformer import Decoded, TokenBudgets, Transformer
 
 log = logging.getLogger("loadstone")
 SIMILAR = 0.75
 """Prompts are padded to the longest of a batch, none of which is shorter than this share of it."""
+USUAL_PAGE = 16
+"""Tokens of a page, where nothing asks for another size."""
 GRAPH_ROWS = 16
 """On a GPU rows come in multiples of this, beyond the first powers of two: few shapes."""
 
@@ -52,9 +55,22 @@ class Confined:
 
 
 def page_size_of(model: Transformer) -> int:
-    """Tokens of a page: a block of the sparse layers, whose pooled entries live with it."""
+    """Tokens of a page: a block of the sparse layers, whose pooled entries live with it; of
+    compressed layers the tokens of the longest entry, where these are more than usual.
+    """
     sparse = model.sparse_attentions()
-    return sparse[0].spec.block_size if sparse else 16
+    if sparse:
+        return sparse[0].spec.block_size
+    return max(USUAL_PAGE, model.longest_entry)
+
+
+def num_live(window: int, page_size: int, settings: EngineConfig) -> int:
+    """Pages that need room for their tokens' own keys at most at a time, and a scratch page: what
+    every slot reads to decode, drafts included, and one step's piece of prompts.
+    """
+    of_slot = -(-(window + settings.draft_tokens) // page_size) + 2
+    of_piece = -(-settings.prefill_tokens // page_size)
+    return 1 + settings.max_slots * of_slot + of_piece
 
 
 class Engine:
@@ -106,7 +122,14 @@ class Engine:
         room = settings.cache_tokens
         num_pages = settings.max_slots * by_request if room is None else -(-room // self.page_size)
         self.pool = PagePool(1 + num_pages, self.page_size)
-        self.pages = model.new_pages(1 + num_pages, self.page_size)
+        self.places: Places | None = None
+        self.live: LivePages | None = None
+        self.live_window = model.live_window or 0
+        if model.live_window is not None:
+            number = min(1 + num_pages, num_live(model.live_window, self.page_size, settings))
+            self.places = Places(number)
+            self.live = LivePages(1 + num_pages, number, self.device)
+        self.pages = model.new_pages(1 + num_pages, self.page_size, self.live)
         self.packed = has_varlen_kernel(self.device, model.any_weight.dtype)
 
         self.budgets: BudgetRows | None = None
@@ -387,8 +410,10 @@ class Engine:
                 return
 
             self.waiting.popleft()
-            sequence.pages = shared + [self.pool.allocate() for _ in range(needed)]
+            sequence.pages = list(shared)
             sequence.held = len(shared) * self.page_size
+            self._read(sequence, sequence.held)  # before others need their room
+            sequence.pages += [self._allocate() for _ in range(needed)]
             sequence.last_key, sequence.num_registered = key, len(shared)
             if not sequence.result.started:
                 sequence.result.started = self.clock()
@@ -399,17 +424,25 @@ class Engine:
         """Pages that hold the beginning of the sequence already, and the key of the last one. At
         least one token is left to compute, for its logits.
         """
-        key, found = self._root(sequence), []
+        keys, found = [self._root(sequence)], list[int]()
         size = self.page_size
         if self.settings.prefix_reuse and not sequence.request.keep_routing:
             for begin in range(0, len(sequence.tokens) - size, size):
-                following = next_key(key, sequence.tokens[begin : begin + size])
+                following = next_key(keys[-1], sequence.tokens[begin : begin + size])
                 page = self.pool.find(following)
                 if page is None:
                     break
                 found.append(page)
-                key = following
-        return found, key
+                keys.append(following)
+        # The last of them must still have their tokens' own keys, which the next token reads.
+        if self.places is not None:
+            while found and any(
+                page not in self.places.place
+                for page in found[self._first_live(len(found) * size) :]
+            ):
+                found.pop()
+                keys.pop()
+        return found, keys[-1]
 
     def _ready(self) -> list[Piece]:
         """The sequences that decode, each with a page for its token. Where there is none, the
@@ -423,7 +456,7 @@ class Engine:
                 sequence in self.running and len(sequence.pages) * self.page_size == sequence.held
             ):
                 if self.pool.available:
-                    sequence.pages.append(self.pool.allocate())
+                    sequence.pages.append(self._allocate())
                 else:
                     self._preempt(self.running[-1])
             if sequence in self.running:
@@ -437,8 +470,58 @@ class Engine:
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._read_on(sequence, len(sequence.pages))
         for page in sequence.pages:
             self.pool.release(page)
+
+    def _allocate(self) -> int:
+        """A page that holds nothing yet."""
+        page = self.pool.allocate()
+        if self.places is not None:
+            self.places.drop(page)
+        return page
+
+    # --- pages whose tokens' own keys are read ----------------------------------------------------
+
+    def _first_live(self, held: int) -> int:
+        """The first page of a sequence of so many tokens whose own keys its next token reads."""
+        return max(0, held - self.live_window) // self.page_size
+
+    def _read(self, sequence: Sequence, end: int) -> None:
+        """Room for the tokens before `end` that a sequence reads or writes. Of a first piece, in
+        which all tokens see each other, that is what the next token reads.
+        """
+        if self.places is None:
+            return
+        first = self._first_live(sequence.held or end)
+        live = sequence.live or range(first, first)
+        pages = range(live.start, max(live.stop, -(-end // self.page_size)))
+        for i in range(live.stop, pages.stop):
+            self.places.enter(sequence.pages[i])
+        sequence.live = pages
+
+    def _read_on(self, sequence: Sequence, first: int) -> None:
+        """Pages before the first one are read no longer."""
+        if self.places is None:
+            return
+        passed = range(sequence.live.start, min(first, sequence.live.stop))
+        for i in passed:
+            page = sequence.pages[i]
+            self.places.leave(page, page in self.pool.key_of)
+        sequence.live = range(passed.stop, sequence.live.stop)
+
+    def _place(self, pieces: list[Piece]) -> None:
+        """Room for what a pass over the pieces reads and writes, told to the device."""
+        if self.places is None or self.live is None:
+            return
+        for sequence, number in pieces:
+            self._read(sequence, sequence.held + number)
+        if changed := self.places.take_changed():
+            pages, places = (
+                torch.tensor(values, device=self.device)
+                for values in (list(changed), list(changed.values()))
+            )
+            self.live.place[pages] = places
 
     def _similar(self, sequences: list[Sequence]) -> list[Piece]:
         """The first of the sequences, and those that fit beside it into one forward pass."""
@@ -476,6 +559,7 @@ class Engine:
                 group, self.page_size, self.packed, self.device
             )
             keep = any(piece.sequence.request.keep_routing for piece in group)
+            self._place(group)
             decoded = self.model.prefill(
                 batch, paging, self.pages, last, keep, self._token_budgets(row_of)
             )
@@ -504,6 +588,7 @@ class Engine:
         token went; of_every_token: logits of all tokens of the pieces, not of the last of each;
         limit: experts of a layer.
         """
+        self._place(pieces)
         one_each = bool(pieces) and all(number == 1 for _, number in pieces)
         replayed = None
         if self.graphs is not None and one_each and not of_every_token and limit == self.limit:
@@ -556,6 +641,7 @@ class Engine:
         for piece, visited in zip(pieces, experts, strict=True):
             piece.sequence.computed(piece.number, visited)
             self._register(piece.sequence)
+            self._read_on(piece.sequence, self._first_live(piece.sequence.held))
         if decoded.expert_ids is not None:
             for piece, end in zip(pieces, last.tolist(), strict=False):
                 if piece.sequence.request.keep_routing:
@@ -632,6 +718,7 @@ class Engine:
                 text, taken = text + piece, taken + 1
             sequence.computed(taken, sum(experts[begin : begin + taken]))
             self._register(sequence)
+            self._read_on(sequence, self._first_live(sequence.held))
             if decoded.expert_ids is not None and sequence.request.keep_routing:
                 sequence.routed.append(decoded.expert_ids[begin : begin + taken].cpu())
             self.drafted.kept += min(number_kept, taken)
@@ -682,7 +769,7 @@ class Engine:
         while len(sequence.pages) * self.page_size - len(sequence.tokens) < number:
             if not self.pool.available:
                 break
-            sequence.pages.append(self.pool.allocate())
+            sequence.pages.append(self._allocate())
         return max(0, min(number, len(sequence.pages) * self.page_size - len(sequence.tokens)))
 
     @staticmethod

@@ -74,6 +74,62 @@ class PagePool:
         return self.keys.get(key)
 
 
+class Places:
+    """Rooms 1 to num_places - 1 (0 is scratch), given to the pages whose tokens' own keys running
+    sequences read. A page that can be found again keeps its room after its last reader, until it is
+    needed: the page that has been idle for longest loses it first.
+
+    Attributes:
+        place: of each page that has a room.
+        changed: pages whose room has changed since this was last taken, and what it is now; 0:
+            none.
+    """
+
+    def __init__(self, num_places: int):
+        self.free = deque(range(1, num_places))
+        self.place: dict[int, int] = {}
+        self.readers: dict[int, int] = {}
+        self.idle: OrderedDict[int, None] = OrderedDict()
+        self.changed: dict[int, int] = {}
+
+    def enter(self, page: int) -> None:
+        """One reader more.
+
+        Raises:
+            IndexError: no room is left.
+        """
+        if page not in self.place:
+            if not self.free:
+                if not self.idle:
+                    raise IndexError("no room is left")
+                self.drop(next(iter(self.idle)))
+            self.place[page] = self.changed[page] = self.free.popleft()
+        self.idle.pop(page, None)
+        self.readers[page] = self.readers.get(page, 0) + 1
+
+    def leave(self, page: int, stays: bool) -> None:
+        """One reader less. stays: the page can be found again."""
+        self.readers[page] -= 1
+        if self.readers[page]:
+            return
+        del self.readers[page]
+        self.idle[page] = None
+        if not stays:
+            self.drop(page)
+
+    def drop(self, page: int) -> None:
+        """Take the room of a page that nobody reads, if it has one."""
+        if page in self.place:
+            assert page not in self.readers, page
+            del self.idle[page]
+            self.free.append(self.place.pop(page))
+            self.changed[page] = 0
+
+    def take_changed(self) -> dict[int, int]:
+        changed, self.changed = self.changed, {}
+        return changed
+
+
 def root_key(context: str) -> bytes:
     """What the keys of a document's pages begin with: `context` names everything that keys and
     values depend on besides the tokens and the weights (the budget, the attention's settings).

@@ -21,6 +21,8 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.held = 0
         self.pages: list[int] = []
+        self.live = range(0)
+        """Of its pages, those whose tokens' own keys it reads, where not all keep them."""
         self.last_key: bytes | None = None
         self.num_registered = 0
         self.stop = StopStrings(request.sampling.stop)
@@ -45,6 +47,7 @@ class Sequence:
     def forget(self) -> None:
         """It has lost its pages, and begins again with all its tokens as a prompt."""
         self.held, self.pages, self.last_key, self.num_registered = 0, [], None, 0
+        self.live = range(0)
         self.routed = []
         self.result.num_preemptions += 1
 

@@ -17,7 +17,7 @@ from model.attention.base import (
     SequenceLayout,
     has_varlen_kernel,
 )
-from model.attention.cache import LayerCache, Pages
+from model.attention.cache import LayerCache, LivePages, Pages
 from model.attention.compressed import CompressedAttention
 from model.attention.indexed import IndexedAttention
 from model.attention.largest import LargestLogits
@@ -860,11 +860,39 @@ class Transformer(nn.Module):
         logits = self._project(hidden.last.flatten(0, 1)[last])
         return Decoded(logits, used / max(1, len(hidden.routings)), expert_ids, rerouted)
 
-    def new_pages(self, num_pages: int, page_size: int) -> list[Pages]:
-        """Empty pools of pages, one per layer; see model/attention/cache.py."""
+    @property
+    def live_window(self) -> int | None:
+        """Tokens before a new one whose own keys some layer reads, where pooled entries stand for
+        all before; None: some layer reads those of every token.
+        """
+        windows = [
+            block.attention.live_window
+            for block in self.blocks
+            if isinstance(block.attention, CompressedAttention)
+        ]
+        return max(windows) if len(windows) == len(self.blocks) else None
+
+    @property
+    def longest_entry(self) -> int:
+        """Tokens of the longest pooled entry of compressed layers; 0: there are none."""
+        attentions = (block.attention for block in self.blocks)
+        return max(
+            (a.spec.ratio for a in attentions if isinstance(a, CompressedAttention)), default=0
+        )
+
+    def new_pages(
+        self, num_pages: int, page_size: int, live: LivePages | None = None
+    ) -> list[Pages]:
+        """Empty pools of pages, one per layer; see model/attention/cache.py. live: pages that have
+        room for tokens' own keys, of a model with a live_window; None: all.
+        """
         weight = self.any_weight
         return [
-            block.attention.new_pages(num_pages, page_size, weight.dtype, weight.device)
+            cast(CompressedAttention, block.attention).new_pages(
+                num_pages, page_size, weight.dtype, weight.device, live
+            )
+            if live is not None
+            else block.attention.new_pages(num_pages, page_size, weight.dtype, weight.device)
             for block in self.blocks
         ]
 

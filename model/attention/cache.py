@@ -99,6 +99,29 @@ class Pages:
             tensor[pages] = 0
 
 
+class LivePages:
+    """Which pages have room for what a layer reads of recent tokens alone, such as the keys of a
+    window; all others have pooled entries. One table for all layers of a model.
+
+    Args:
+        num_places: pages that can have room at a time, and place 0, which is scratch.
+
+    Attributes:
+        place: [num_pages] int64, where the room of a page is; 0: it has none.
+    """
+
+    def __init__(self, num_pages: int, num_places: int, device: torch.device):
+        self.num_places = num_places
+        self.place = torch.zeros(num_pages, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def every(num_pages: int, device: torch.device) -> LivePages:
+        """All pages have room, for good."""
+        live = LivePages(num_pages, num_pages, device)
+        live.place.copy_(torch.arange(num_pages))
+        return live
+
+
 class KVPages(Pages):
     """Keys and values [num_pages, page_size, kv_heads, head_dim] of one layer."""
 

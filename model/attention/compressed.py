@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
+from model.attention.cache import LivePages
 from model.attention.compressed_cache import CompressedCache, CompressedPages, Held, Widths
 from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import ModelConfig
@@ -197,10 +198,22 @@ class CompressedAttention(nn.Module):
     ) -> CompressedCache:
         return CompressedCache(batch_size, max_len, self.spec, self._widths, dtype, device)
 
+    @property
+    def live_window(self) -> int:
+        """Tokens before a new one whose own keys and rows are read; entries stand for those before:
+        the others of its window, and those of the pooled window that is open and the one before.
+        """
+        return max(self.spec.window - 1, 2 * self.spec.ratio - 1)
+
     def new_pages(
-        self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        live: LivePages | None = None,
     ) -> CompressedPages:
-        return CompressedPages(num_pages, page_size, self.spec, self._widths, dtype, device)
+        return CompressedPages(num_pages, page_size, self.spec, self._widths, dtype, device, live)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model.attention.base import Paging
-from model.attention.cache import LayerCache, Pages
+from model.attention.cache import LayerCache, LivePages, Pages
 from ops.compressed_attention.spec import CompressedSpec
 
 Pool = Callable[
@@ -127,11 +127,11 @@ class CompressedCache(LayerCache):
 
 
 class CompressedPages(Pages):
-    """Of a pool's tokens, [num_pages, page_size, ...]: keys and rows. A page has the entries and
-    index keys of windows that close in it, [num_pages, places, ...].
+    """Of a pool's pages, [num_pages, places, ...]: the entries and index keys of windows that close
+    in them. Keys and rows of tokens, [num_places, page_size, ...], are there for live pages.
 
-    A page may be any part of a document, so that it has room for rows of all its tokens: what
-    saves memory, as it saves time, is the number of entries that are read.
+    Args:
+        live: the pages whose tokens' own numbers are kept; None: those of all pages.
     """
 
     def __init__(
@@ -142,25 +142,38 @@ class CompressedPages(Pages):
         widths: Widths,
         dtype: torch.dtype,
         device: torch.device,
+        live: LivePages | None = None,
     ):
         super().__init__(num_pages, page_size)
         self.spec = spec
+        self.live = LivePages.every(num_pages, device) if live is None else live
         self.places = -(-page_size // spec.ratio) if spec.ratio else 0
 
-        def empty(places: int, width: int) -> torch.Tensor:
-            return torch.zeros((num_pages, places, width), dtype=dtype, device=device)
+        def empty(number: int, places: int, width: int) -> torch.Tensor:
+            return torch.zeros((number, places, width), dtype=dtype, device=device)
 
-        self.kv, self.rows = empty(page_size, widths.key), empty(page_size, widths.row)
-        self.entries = empty(self.places, widths.key)
-        self.index_keys = empty(self.places, widths.index_key)
+        self.kv = empty(self.live.num_places, page_size, widths.key)
+        self.rows = empty(self.live.num_places, page_size, widths.row)
+        self.entries = empty(num_pages, self.places, widths.key)
+        self.index_keys = empty(num_pages, self.places, widths.index_key)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.kv, self.rows, self.entries, self.index_keys
 
+    def clear(self, pages: list[int]) -> None:
+        places = self.live.place[pages]
+        for of_tokens in (self.kv, self.rows):
+            of_tokens[places] = 0
+        for pooled in (self.entries, self.index_keys):
+            pooled[pages] = 0
+
     def write(self, kv: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Store [B, S, ...] at slots [B * S] int64 = page * page_size + place."""
+        """Store [B, S, ...] at slots [B * S] int64 = page * page_size + place; those of pages that
+        are not live go into the scratch page.
+        """
+        at = self.live.place[slots // self.page_size], slots % self.page_size
         for pool, new in ((self.kv, kv), (self.rows, rows)):
-            pool.flatten(0, 1)[slots] = new.flatten(0, 1).to(pool.dtype)
+            pool[at] = new.flatten(0, 1).to(pool.dtype)
 
     def write_entries(
         self, entries: torch.Tensor, index_keys: torch.Tensor | None, last: torch.Tensor
@@ -183,7 +196,7 @@ class CompressedPages(Pages):
 
         seen = torch.arange(1 - self.spec.window, new, device=device)
         kv_position = begun + seen
-        kv = self.kv[self._at(paging, kv_position.clamp(0, total - 1))]
+        kv = self.kv[self._of_tokens(paging, kv_position.clamp(0, total - 1))]
         entries = index_keys = None
         if self.spec.ratio:
             number = torch.arange(total // self.spec.ratio, device=device)
@@ -199,17 +212,27 @@ class CompressedPages(Pages):
         """[B, n] positions -> their pages, and their places in these."""
         return paging.pages.gather(1, position // self.page_size), position % self.page_size
 
+    def _of_tokens(
+        self, paging: Paging, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where keys and rows of [B, n] positions are."""
+        page, place = self._at(paging, position)
+        return self.live.place[page], place
+
     def _close(self, paging: Paging, begun: torch.Tensor, new: int, total: int, pool: Pool) -> None:
-        """Pool every window that may have closed among the last `new` tokens. What has not goes
-        into the scratch page.
+        """Pool every window that may have closed among the last `new` tokens. What has not, or not
+        now, goes into the scratch page.
         """
         size = self.spec.ratio
         number = begun.clamp_min(0) // size + torch.arange(new // size + 1, device=begun.device)
         slots = torch.arange(-size, size, device=begun.device)
         tokens = (number * size).unsqueeze(-1) + slots
         is_closed = (number + 1) * size <= paging.lengths.unsqueeze(1)
-        flat = tokens.clamp(0, total - 1).flatten(1)
-        rows = self.rows[self._at(paging, flat)].unflatten(1, (-1, 2, size))
+        room, place = self._of_tokens(paging, tokens.clamp(0, total - 1).flatten(1))
+        # Padding before a shorter row meets windows that were pooled before: where their tokens
+        # have no room any more, their entries stay as they are.
+        is_closed &= (room != 0).unflatten(1, (-1, 2 * size)).all(-1)
+        rows = self.rows[room, place].unflatten(1, (-1, 2, size))
         entries, keys = pool(rows[:, :, 1], rows[:, :, 0], number)
         page, place = self._at(paging, tokens[..., -1].clamp(0, total - 1))
         last = torch.where(is_closed, page * self.page_size + place, 0).flatten()

@@ -6,7 +6,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import LATENT, LATENT_SHAPE, VOCAB_SIZE, build, tiny_config
+from common import (
+    COMPRESSED,
+    COMPRESSED_SHAPE,
+    LATENT,
+    LATENT_SHAPE,
+    VOCAB_SIZE,
+    build,
+    tiny_config,
+)
 
 from infer.budget import capture, use
 from infer.config import EngineConfig, SamplingConfig
@@ -19,7 +27,14 @@ from model.routers.config import ThresholdConfig
 
 SPARSE = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4}
 WINDOWED = {"window": 5, "sinks": True}
-ATTENTIONS = {"dense": None, "scc": SPARSE, "mla": LATENT, "windowed": WINDOWED}
+ATTENTIONS = {
+    "dense": None,
+    "scc": SPARSE,
+    "mla": LATENT,
+    "windowed": WINDOWED,
+    "compressed": COMPRESSED | {"layer_kinds": ("csa", "hca", "window")},
+}
+SHAPES = {"mla": LATENT_SHAPE, "compressed": COMPRESSED_SHAPE}
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 
 
@@ -34,8 +49,7 @@ def dense():
 
 
 def model_of(name: str):
-    shape = LATENT_SHAPE if name == "mla" else {}
-    model = build(tiny_config(**shape), BalanceConfig(), attention=ATTENTIONS[name])
+    model = build(tiny_config(**SHAPES.get(name, {})), BalanceConfig(), attention=ATTENTIONS[name])
     with torch.no_grad():
         model.head.weight *= 10  # far from uniform, so that texts differ
         for name, parameter in model.named_parameters():
@@ -70,6 +84,7 @@ def run(model, requests: list[Request], **settings) -> dict[str, Completion]:
     held = [h for h in engine.pool.holders if h]
     assert not held, "pages of requests that have ended are held"
     assert engine.pool.available == engine.pool.num_pages - 1
+    assert engine.places is None or not engine.places.readers
     return found
 
 

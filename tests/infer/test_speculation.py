@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import VOCAB_SIZE, build, tiny_config
+from common import COMPRESSED, COMPRESSED_SHAPE, VOCAB_SIZE, build, tiny_config
 
 from infer.budget import RouterState, capture
 from infer.config import EngineConfig, SamplingConfig
@@ -120,9 +120,9 @@ def assert_same(found: dict[str, Completion], plain: dict[str, Completion]) -> N
             assert torch.equal(ours.routed_experts, expected.routed_experts)
 
 
-@pytest.mark.parametrize("attention", [None, SPARSE], ids=["dense", "scc"])
+@pytest.mark.parametrize("attention", [None, SPARSE, COMPRESSED], ids=["dense", "scc", "csa"])
 def test_speculation_keeps_the_greedy_text(attention):
-    model = model_of(attention)
+    model = model_of(attention, **(COMPRESSED_SHAPE if attention is COMPRESSED else {}))
     plain, _ = run(model, requests_of())
     for drafts, slots in ((1, 8), (4, 3)):
         found, engine = run(model, requests_of(), drafts, max_slots=slots)
