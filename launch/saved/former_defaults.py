@@ -394,6 +394,7 @@ HELD: dict[str, dict[str, Any]] = {
         "order": 2,
         "max_variance": 4.0,
         "score": "prob",
+        "rank_lse": "exact",
         "tail": "coarse",
         "top_p": None,
         "min_sparse_length": 0,

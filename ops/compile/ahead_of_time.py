@@ -297,6 +297,20 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
         coarse_block_size=16,
         score="error_gain",
     )
+    for head_dim, num_heads in ((64, 16), (128, 32), (256, 32)):
+        title = f"d{head_dim} G{num_heads // 4} B64 one pass"
+        yield from record(title, num_heads, 4, head_dim, only=("rank",), rank_lse="super")
+    yield from record(
+        "d128 G16 B128 r8 one pass",
+        16,
+        1,
+        128,
+        only=("rank",),
+        block_size=128,
+        coarse_block_size=16,
+        score="error_gain",
+        rank_lse="super",
+    )
     yield from record(
         "d128 G1 B32 order 0",
         2,

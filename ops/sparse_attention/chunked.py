@@ -16,16 +16,17 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ops.sparse_attention.blocks import BlockTable
-from ops.sparse_attention.entries import CoarseEntries, pool_groups
+from ops.sparse_attention.blocks import BlockTable, block_table
+from ops.sparse_attention.entries import CoarseEntries, merge_keys, pool_groups
 from ops.sparse_attention.noise import drawing_heads, gumbel, selection_counter
 from ops.sparse_attention.problem import DecodeProblem, Problem
-from ops.sparse_attention.ranking import choose_blocks, rank_keys, rank_values
+from ops.sparse_attention.ranking import choose_blocks, rank_keys, rank_values, shares
 from ops.sparse_attention.spec import SelectionNoise, SparseAttentionSpec
 
 _NEVER = float("-inf")
@@ -88,6 +89,43 @@ def complete_blocks(table: BlockTable, spec: SparseAttentionSpec) -> Tensor:
 def token_spans(start: Tensor, length: int) -> Tensor:
     """[n] first tokens -> [n * length] tokens."""
     return (start.long().unsqueeze(1) + torch.arange(length, device=start.device)).flatten()
+
+
+class SuperBlocks(NamedTuple):
+    """What rank_lse="super" reads in the place of the entries (README, One pass): super-blocks as
+    blocks of one entry each.
+    """
+
+    entries: CoarseEntries
+    """[Hk, S, d] means and variances of keys; of values nothing is read, keys stand for them."""
+    table: BlockTable
+    spec: SparseAttentionSpec
+    """With the super-block as its block and entry."""
+
+
+def super_blocks(
+    entries: CoarseEntries, table: BlockTable, spec: SparseAttentionSpec
+) -> SuperBlocks | None:
+    """Those of the call; None with rank_lse="exact". Of incomplete ones they are finite and unused.
+    Nothing here waits for the device.
+
+    entries: [Hk, M * r, d].
+    """
+    if spec.rank_lse == "exact":
+        return None
+    span = spec.super_block_size
+    above = replace(spec, block_size=span, coarse_block_size=span)
+    num_tokens, num_entries = len(table.block_of), entries.key_mean.shape[1]
+    supers = block_table(table.cu_seqlens, num_tokens, above)
+
+    # Super-blocks begin where blocks do, and the blocks of one follow each other.
+    number = spec.fanout * spec.entries_per_block
+    first = table.block_of[supers.start.long().clamp_max(num_tokens - 1)].long()
+    at = first.unsqueeze(1) * spec.entries_per_block + torch.arange(number, device=first.device)
+    at = at.clamp_max(num_entries - 1).flatten()
+    merged = merge_keys(entries.key_mean[:, at], entries.key_var[:, at], number)
+    mean, var = (x.to(entries.key_mean.dtype) for x in merged)
+    return SuperBlocks(CoarseEntries(mean, mean, var), supers, above)
 
 
 class Chunk(NamedTuple):
@@ -565,6 +603,56 @@ def attend_backward(
     )
 
 
+def _ranked_rows(
+    q: Tensor,
+    entries: CoarseEntries,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+    queries: Tensor | None,
+) -> Rows:
+    """Queries [n, H, d] against all entries of their past. Keys and values of tokens have no part
+    in it; slices of the queries stand for them.
+    """
+    kv_heads = entries.key_mean.shape[0]
+    return Rows(
+        Problem(
+            q=q,
+            k=q[:, :kv_heads],
+            v=q[:, :kv_heads],
+            bias=None,
+            sink=None,
+            selected=q.new_empty(kv_heads, len(q), 0),
+            entries=entries,
+            table=table,
+            spec=spec,
+            exact=False,
+            coarse=True,
+            queries=queries,
+        )
+    )
+
+
+def _estimated_lse(p: Rows, coarser: Rows, chunk: Chunk, z: Tensor) -> Tensor:
+    """[Hk, n, G, 1]: log-sum-exp over the past of a chunk's queries, whole super-blocks of it being
+    one entry each. coarser: the same queries against super-blocks; z: [Hk, n, G, (high - low) * r]
+    logits of the chunk's blocks.
+    """
+    rows = chunk.rows
+    limits = coarser.limits
+    whole = (limits.tail_high[rows] - limits.tail_low[rows]) * p.spec.fanout
+
+    # Blocks behind the last whole super-block count by their own entries.
+    block = torch.arange(chunk.low, chunk.high, device=z.device)
+    merged = block < (p.limits.tail_low[rows] + whole).unsqueeze(1)
+    merged = merged.repeat_interleave(p.spec.entries_per_block, 1)[None, :, None]
+    logits = [z.masked_fill(merged, _NEVER)]
+
+    above = _chunk(limits, chunk.begin, chunk.end)
+    if above.high > above.low:
+        logits.append(coarser.logits(coarser._tail(above), rows)[0])
+    return torch.logsumexp(torch.cat(logits, -1), -1, keepdim=True)
+
+
 def rank(
     q: Tensor,
     entries: CoarseEntries,
@@ -576,23 +664,9 @@ def rank(
 ) -> tuple[Tensor, Tensor]:
     """See interface.Backend.rank."""
     num_queries, kv_heads = len(q), entries.key_mean.shape[0]
-    # Keys and values have no part in it; slices of the queries stand for them.
-    p = Rows(
-        Problem(
-            q=q,
-            k=q[:, :kv_heads],
-            v=q[:, :kv_heads],
-            bias=None,
-            sink=None,
-            selected=q.new_empty(kv_heads, num_queries, 0),
-            entries=entries,
-            table=table,
-            spec=spec,
-            exact=False,
-            coarse=True,
-            queries=queries,
-        )
-    )
+    p = _ranked_rows(q, entries, table, spec, queries)
+    above = super_blocks(entries, table, spec)
+    coarser = None if above is None else _ranked_rows(q, *above, queries)
 
     keys = torch.full((kv_heads, num_queries, spec.top_k), -1, dtype=torch.int64, device=q.device)
     candidate_mass = torch.zeros(kv_heads, num_queries, device=q.device)
@@ -610,8 +684,11 @@ def rank(
         # The estimate normalises over every past entry; candidates are only part of them.
         block = torch.arange(chunk.low, chunk.high, device=q.device)
         candidate = (block >= low[rows].unsqueeze(1)) & (block < high[rows].unsqueeze(1))
-        lse = torch.logsumexp(z, -1, keepdim=True)
-        probs = torch.where(part.mask, (z - lse).exp(), 0.0)
+        if coarser is None:
+            probs = (z - torch.logsumexp(z, -1, keepdim=True)).exp()
+        else:
+            probs = shares(z, _estimated_lse(p, coarser, chunk, z))
+        probs = torch.where(part.mask, probs, 0.0)
         values, mass = rank_values(z, kappa, probs, spec)
         candidate_mass[:, rows] = torch.where(candidate, mass, 0.0).sum(-1)
 
@@ -675,7 +752,12 @@ def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
         # column behind the last one, which is cut off.
         if exact and spec.top_k:
             if selected is None:
-                chosen = choose_blocks(c, kappa, block, sink_end, local, spec)  # [N, Hk, K]
+                denominator = None
+                if spec.rank_lse == "super":
+                    denominator = decode_denominator(rows, entries, c, own, spec)
+                chosen = choose_blocks(
+                    c, kappa, block, sink_end, local, spec, denominator
+                )  # [N, Hk, K]
             else:
                 chosen = selected.long()
             taken = torch.zeros(num_rows, kv_heads, own + 1, dtype=torch.bool, device=q.device)
@@ -710,6 +792,39 @@ def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
     for z, v in parts:
         out += torch.matmul((z - lse).exp(), v)
     return out.reshape(num_rows, heads, dim).to(q.dtype), lse.reshape(num_rows, heads)
+
+
+def decode_denominator(
+    rows: Tensor, entries: CoarseEntries, logits: Tensor, own: int, spec: SparseAttentionSpec
+) -> Tensor:
+    """[N, Hk, G, 1]: the estimate with rank_lse="super" of the log-sum-exp over `own` past blocks.
+
+    rows: [N, Hk, G, d] queries; entries: [N, Hk, at least own * r, d]; logits: [N, Hk, G, own * r].
+    """
+    number = spec.fanout * spec.entries_per_block
+    whole = own // spec.fanout
+    found = logits[..., whole * number :]
+    if whole:
+        mean, var = (x[:, :, : whole * number] for x in (entries.key_mean, entries.key_var))
+        merged = super_logits(rows, mean, var, entries.key_mean.dtype, spec)
+        found = torch.cat([merged, found], -1)
+    return torch.logsumexp(found, -1, keepdim=True)
+
+
+def super_logits(
+    rows: Tensor, mean: Tensor, var: Tensor, dtype: torch.dtype, spec: SparseAttentionSpec
+) -> Tensor:
+    """[N, Hk, G, S] of queries [N, Hk, G, d] with super-blocks, of whose entries the means and
+    variances [N, Hk, S * fanout * r, d] are given. dtype: that super-blocks are rounded to, as
+    super_blocks does it.
+    """
+    scale = rows.shape[-1] ** -0.5
+    mean, var = (x.to(dtype) for x in merge_keys(mean, var, spec.fanout * spec.entries_per_block))
+    z = torch.matmul(rows, mean.to(rows.dtype).transpose(2, 3)) * scale
+    if spec.order == 2:
+        kappa = torch.matmul(rows.square() * (0.5 * scale**2), var.to(rows.dtype).transpose(2, 3))
+        z = z + kappa.clamp_max(spec.max_variance)
+    return z + math.log(spec.super_block_size)
 
 
 def decode_limits(length: int, spec: SparseAttentionSpec) -> tuple[int, int, int]:

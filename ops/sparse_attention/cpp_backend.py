@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ops.compile.cuda import BuildError, build_ops
 from ops.sparse_attention.blocks import BlockTable, of_queries
-from ops.sparse_attention.chunked import decode, real_dtype
+from ops.sparse_attention.chunked import decode, real_dtype, super_blocks
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.noise import drawing_heads
 from ops.sparse_attention.problem import Problem
@@ -121,6 +122,14 @@ def rank(
     mass = torch.empty(kv_heads, len(q))
     # A ranking is over everything in the past, as the coarse branch alone is.
     settings, numbers = _settings(spec, q.shape[-1], exact=False, coarse=True)
+    above = super_blocks(entries, table, spec)
+    supers: tuple[Any, ...] = ([], [], [], [])
+    if above is not None:
+        supers = (
+            [_plain(above.entries.key_mean), _plain(above.entries.key_var)],
+            _tables(above.table, queries),
+            *_settings(above.spec, q.shape[-1], exact=False, coarse=True),
+        )
     torch.ops.loadstone.attention_rank(
         _plain(q),
         _plain(entries.key_mean),
@@ -129,7 +138,8 @@ def rank(
         hashed if noise.temperature > 0 else None,
         settings,
         [*numbers, float(noise.temperature), TRUST],
-        [spec.top_k, SCORES.index(spec.score), *drawing_heads(noise, kv_heads)],
+        [spec.top_k, SCORES.index(spec.score), *drawing_heads(noise, kv_heads), spec.fanout],
+        *supers,
         keys,
         mass,
     )

@@ -27,6 +27,19 @@ def pool_groups(keys: Tensor, values: Tensor) -> CoarseEntries:
     return CoarseEntries(mean, values.mean(2), (keys - mean.unsqueeze(2)).square().mean(2))
 
 
+def merge_keys(mean: Tensor, var: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the keys of `number` entries in a row, which count equally: of means and
+    variances [..., n * number, d], [..., n, d] each in fp32 (fp64).
+    """
+    real = torch.promote_types(mean.dtype, torch.float32)
+    means = mean.to(real).unflatten(-2, (-1, number))
+    variances = var.to(real).unflatten(-2, (-1, number))
+    merged = means.mean(-2)
+    # A variance is that within the parts and that between them.
+    between = (means - merged.unsqueeze(-2)).square().mean(-2)
+    return merged, variances.mean(-2) + between
+
+
 def weigh_groups(
     keys: Tensor, values: Tensor, logits: Tensor, means: CoarseEntries
 ) -> CoarseEntries:

@@ -11,11 +11,17 @@ import math
 import torch
 from torch import Tensor
 
-from ops.sparse_attention.chunked import real_dtype
+from ops.sparse_attention.chunked import real_dtype, super_logits
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.hierarchy import decode_in_two_levels
 from ops.sparse_attention.problem import DecodeProblem
-from ops.sparse_attention.ranking import block_of_key, rank_keys, rank_values, until_covered
+from ops.sparse_attention.ranking import (
+    block_of_key,
+    rank_keys,
+    rank_values,
+    shares,
+    until_covered,
+)
 from ops.sparse_attention.spec import SparseAttentionSpec
 
 _NEVER = float("-inf")
@@ -102,7 +108,11 @@ def decode_pages(
         if exact and spec.top_k:
             if selected is None:
                 z = c.masked_fill(~past, _NEVER)
-                chosen = _choose(z, kappa, block, candidate, spec)
+                denominator = None
+                if spec.rank_lse == "super":
+                    dtype = entries.key_mean.dtype
+                    denominator = _denominator(rows, mean, var, dtype, z, own, spec)
+                chosen = _choose(z, kappa, block, candidate, spec, denominator)
             else:
                 chosen = selected.long()
             at = torch.where(chosen >= 0, chosen, num_pages)
@@ -157,13 +167,46 @@ def decode_pages(
     return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:2])
 
 
+def _denominator(
+    rows: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dtype: torch.dtype,
+    z: Tensor,
+    own: Tensor,
+    spec: SparseAttentionSpec,
+) -> Tensor:
+    """[N, Hk, G, 1]: chunked.decode_denominator for rows that differ in their numbers `own` [N, 1]
+    of past blocks. mean, var: [N, Hk, P * r, d], of entries that are held in `dtype`; z: [N, Hk, G,
+    P * r], -inf beyond the past.
+    """
+    number = spec.fanout * spec.entries_per_block
+    whole = own // spec.fanout
+    reach = mean.shape[2] // number
+
+    # Pages behind the past are anything, but they are in no whole super-block.
+    mean, var = (x[:, :, : reach * number] for x in (mean, var))
+    merged = super_logits(rows, mean, var, dtype, spec)
+    there = torch.arange(reach, device=z.device) < whole
+    merged = merged.masked_fill(~there[:, None, None], _NEVER)
+
+    single = torch.arange(z.shape[-1], device=z.device) >= whole * number
+    alone = z.masked_fill(~single[:, None, None], _NEVER)
+    return torch.logsumexp(torch.cat([merged, alone], -1), -1, keepdim=True)
+
+
 def _choose(
-    z: Tensor, kappa: Tensor | None, block: Tensor, candidate: Tensor, spec: SparseAttentionSpec
+    z: Tensor,
+    kappa: Tensor | None,
+    block: Tensor,
+    candidate: Tensor,
+    spec: SparseAttentionSpec,
+    denominator: Tensor | None,
 ) -> Tensor:
     """Selected blocks [N, Hk, K], -1 for none: ranking.choose_blocks for rows that differ in their
     candidates [N, P] bool. z: [N, Hk, G, P * r], -inf for entries that are not yet there.
     """
-    probs = z.softmax(-1).nan_to_num(0.0)
+    probs = shares(z, denominator).nan_to_num(0.0)
     value, mass = rank_values(z, kappa, probs, spec)
     candidate = candidate.unsqueeze(1)
     packed = torch.where(candidate, rank_keys(value, block), -1)

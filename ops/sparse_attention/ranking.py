@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.sparse_attention.spec import SMALLEST, TRUST, SparseAttentionSpec
+from ops.sparse_attention.spec import LARGEST, SMALLEST, TRUST, SparseAttentionSpec
 
 
 def rank_values(
@@ -69,6 +69,15 @@ def value_of_key(keys: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
 
 
+def shares(logits: Tensor, denominator: Tensor | None) -> Tensor:
+    """Of the softmax over the last dimension of logits: under an estimate [..., 1] of its
+    denominator's logarithm, where one is given, and then no larger than e^LARGEST.
+    """
+    if denominator is None:
+        return logits.softmax(-1)
+    return (logits - denominator).clamp_max(LARGEST).exp()
+
+
 def choose_blocks(
     c: Tensor,
     kappa: Tensor | None,
@@ -76,11 +85,12 @@ def choose_blocks(
     sink_end: int,
     local: int,
     spec: SparseAttentionSpec,
+    denominator: Tensor | None = None,
 ) -> Tensor:
     """Selected blocks [N, Hk, K] of one query a row, from the logits [N, Hk, G, E] of all its
-    complete past blocks.
+    complete past blocks. denominator: as `shares` takes it.
     """
-    value, mass = rank_values(c, kappa, c.softmax(-1), spec)
+    value, mass = rank_values(c, kappa, shares(c, denominator), spec)
     packed = torch.where((block >= sink_end) & (block < local), rank_keys(value, block), -1)
     keys = packed.topk(min(spec.top_k, local - sink_end), -1).values
     chosen = block_of_key(keys)

@@ -17,7 +17,7 @@ from ops.sparse_attention.noise import (
     selection_counter,
     token_hash,
 )
-from ops.sparse_attention.spec import SMALLEST, TRUST, SelectionNoise, SparseAttentionSpec
+from ops.sparse_attention.spec import LARGEST, SMALLEST, TRUST, SelectionNoise, SparseAttentionSpec
 
 _NEVER = float("-inf")
 
@@ -115,12 +115,12 @@ def rank_values(
 ) -> tuple[Tensor, Tensor]:
     """Rank value and mass of every block, [Hk, T, M] fp32 each. logits, kappa: [Hk, T, G, M * r];
     seen: [T, M * r] or [Hk, T, 1, M * r], the entries of the softmax; normaliser: its logarithm
-    [Hk, T, G, 1] where it has more entries.
+    [Hk, T, G, 1] where it has more entries, or is estimated.
     """
     seen = seen if seen.dim() == 4 else seen[None, :, None]
     logits = logits.masked_fill(~seen, _NEVER)
     lse = torch.logsumexp(logits, -1, keepdim=True) if normaliser is None else normaliser
-    probs = torch.where(seen, (logits - lse).exp(), 0.0)
+    probs = torch.where(seen, (logits - lse).clamp_max(LARGEST).exp(), 0.0)
     blocks = (-1, spec.entries_per_block)
     mass = probs.sum(2).unflatten(-1, blocks).sum(-1).float()
     if spec.score == "max":
@@ -130,6 +130,47 @@ def rank_values(
             (probs * (1 - torch.exp(-kappa) + TRUST)).sum(2).unflatten(-1, blocks).sum(-1).float()
         )
     return mass.clamp_min(SMALLEST).log(), mass
+
+
+def super_blocks(blocks: Blocks, spec: SparseAttentionSpec) -> list[Tensor]:
+    """The blocks [fanout] of every super-block: runs of `fanout` from a document's first one on."""
+    members: list[Tensor] = []
+    for first in blocks.first.unique().tolist():
+        of_document = (blocks.first == first).nonzero()[:, 0]
+        members += [chunk for chunk in of_document.split(spec.fanout) if len(chunk) == spec.fanout]
+    return members
+
+
+def estimated_lse(
+    q: Tensor,
+    logits: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    past: Tensor,
+    blocks: Blocks,
+    spec: SparseAttentionSpec,
+) -> Tensor:
+    """[Hk, T, G, 1]: log-sum-exp over the past, of which every whole super-block is one entry.
+
+    q: [Hk, T, G, d]; entries mean, var: [Hk, M * r, d] and their logits [Hk, T, G, M * r]; past:
+    [T, M] bool.
+    """
+    r = spec.entries_per_block
+    single = past.clone()
+    merged = []
+    for chunk in super_blocks(blocks, spec):
+        at = (chunk.unsqueeze(1) * r + torch.arange(r)).flatten()
+        centre = mean[:, at].mean(1, keepdim=True)
+        spread = (var[:, at] + (mean[:, at] - centre).square()).mean(1, keepdim=True)
+        z, _ = coarse_logits(q, centre, spread, spec.super_block_size, spec)
+
+        # Where all of its blocks are past it stands for them, and else they for themselves.
+        whole = past[:, chunk].all(1)
+        single[:, chunk] &= ~whole.unsqueeze(1)
+        merged.append(z.masked_fill(~whole[None, :, None, None], _NEVER))
+
+    alone = logits.masked_fill(~single.repeat_interleave(r, -1)[None, :, None], _NEVER)
+    return torch.logsumexp(torch.cat([alone, *merged], -1), -1, keepdim=True)
 
 
 def reference_attention(
@@ -192,6 +233,8 @@ def reference_attention(
             c_seen = c.masked_fill(~seen[:, :, None], _NEVER)
             c_closed = c_super.masked_fill(~closed[:, :, None], _NEVER)
             normaliser = torch.logsumexp(torch.cat([c_seen, c_closed], -1), -1, keepdim=True)
+            if spec.rank_lse == "super":
+                normaliser = estimated_lse(grouped, c, mean, var, past, blocks, spec)
             values, mass = rank_values(c, kappa, seen[:, :, None], spec, normaliser)
             forced_mass = torch.where(forced[None], mass, 0.0).sum(-1)
             selected = _choose(
@@ -307,14 +350,7 @@ def _close_super_blocks(
     their logits [Hk, T, G, S] and mean values [Hk, S, d]. Without a second level S = 0.
     """
     kv_heads, length, group, dim = q.shape
-    members = []
-    if spec.num_levels == 2:
-        for first in blocks.first.unique().tolist():
-            of_document = (blocks.first == first).nonzero()[:, 0]
-            members += [
-                chunk for chunk in of_document.split(spec.fanout) if len(chunk) == spec.fanout
-            ]
-
+    members = super_blocks(blocks, spec) if spec.num_levels == 2 else []
     holds = torch.zeros(len(members), len(blocks.start), dtype=torch.bool)
     means, variances, values = [], [], []
     for i, chunk in enumerate(members):

@@ -10,6 +10,10 @@ SMALLEST = 2.0**-126
 """Masses are raised to this, the smallest normal fp32, before their logarithm, so that blocks of no
 mass keep the order of their ids.
 """
+LARGEST = 64.0
+"""Natural logarithm of the largest share of a softmax whose denominator is an estimate
+(rank_lse=super), so that no sum of shares overflows.
+"""
 TRUST = 1e-3
 """Floor of the share of a coarse entry's mass that score=error_gain ranks by (README, Select)."""
 
@@ -37,6 +41,11 @@ class SparseAttentionSpec:
     (largest logit), or "error_gain" (estimated mass times the share of it that the variance term
     made).
     """
+    rank_lse: Literal["exact", "super"] = "exact"
+    """Which denominator the shares that rank blocks have: that of the softmax over all past entries
+    ("exact"), which takes a pass over them before the shares can be had, or an estimate from
+    super-blocks of `fanout` blocks as one entry each ("super").
+    """
     tail: Literal["coarse", "drop", "ht", "ht_cv"] = "coarse"
     """What becomes of the blocks that are not selected: they are "coarse" (pooled), "drop"ped, or
     estimated from sampled blocks, by "ht" (Horvitz-Thompson) or by "ht_cv" (with the coarse
@@ -56,7 +65,7 @@ class SparseAttentionSpec:
     num_levels: Literal[1, 2] = 1
     """2 selects among super-blocks first, and then among the blocks of those that it opened."""
     fanout: int = 8
-    """Blocks of a super-block."""
+    """Blocks of a super-block, for num_levels=2 and for rank_lse="super"."""
     num_expanded: int = 4
     """Super-blocks that are opened per query and key/value head."""
 
@@ -97,6 +106,7 @@ class SparseAttentionSpec:
         for name, allowed in (
             ("order", (0, 2)),
             ("score", ("prob", "max", "error_gain")),
+            ("rank_lse", ("exact", "super")),
             ("tail", ("coarse", "drop", "ht", "ht_cv")),
             ("num_levels", (1, 2)),
         ):
@@ -130,6 +140,7 @@ class SparseAttentionSpec:
             found.append("top_p is defined over one level of blocks; use num_levels=1")
 
         found += self._resident_problems() if self.resident_blocks is not None else []
+        found += self._estimate_problems() if self.rank_lse == "super" else []
         if found:
             raise ValueError("\n".join(found))
 
@@ -167,6 +178,37 @@ class SparseAttentionSpec:
                 f"{self.min_sparse_length} asks for all of it; set min_sparse_length=0"
             )
         return found
+
+    def _estimate_problems(self) -> list[str]:
+        """Where an estimated denominator would be wrong, or not be read."""
+        against = {
+            f"score={self.score}": (
+                self.score == "max",
+                "ranks by logits, which have no denominator",
+            ),
+            f"top_p={self.top_p}": (
+                self.top_p is not None,
+                "covers true shares of the mass",
+            ),
+            f"resident_blocks={self.resident_blocks}": (
+                self.resident_blocks is not None,
+                "adds up true shares of the mass over queries",
+            ),
+            f"num_levels={self.num_levels}": (
+                self.num_levels == 2,
+                "reads few entries and has closed super-blocks in the denominator already",
+            ),
+        }
+        return [
+            f"rank_lse=super estimates what {setting} does not take: it {why}; use rank_lse=exact"
+            for setting, (present, why) in against.items()
+            if present
+        ]
+
+    @property
+    def super_block_size(self) -> int:
+        """Tokens of a super-block."""
+        return self.fanout * self.block_size
 
     @property
     def interval_blocks(self) -> int:

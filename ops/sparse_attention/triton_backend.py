@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ops.compile.launch import architecture, launch
 from ops.sparse_attention.blocks import BlockTable, query_tiles
-from ops.sparse_attention.chunked import decode_limits
+from ops.sparse_attention.chunked import decode_denominator, decode_limits, super_blocks
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.kernels import configs
 from ops.sparse_attention.kernels.backward import (
@@ -106,6 +106,11 @@ def rank(
     config = configs.rank_config(dim, group, spec.block_size, r, q.dtype)
 
     tiles = _tiles_of(table, num_tokens, config.queries, queries)
+    above = super_blocks(entries, table, spec)
+    of_tile = None
+    if above is not None:
+        # a tile lies in one block, and so in one super-block
+        of_tile = above.table.block_of[tiles.start.long().clamp_max(num_tokens - 1)]
     keys = torch.empty(kv_heads, num_tokens, spec.top_k, dtype=torch.int64, device=q.device)
     mass = torch.empty(kv_heads, num_tokens, dtype=torch.float32, device=q.device)
 
@@ -115,8 +120,12 @@ def rank(
         q,
         entries.key_mean,
         entries.key_var,
+        None if above is None else above.entries.key_mean,
+        None if above is None else above.entries.key_var,
         hashed if noise.temperature > 0 else None,
         *tiles,
+        of_tile,
+        None if above is None else above.table.first,
         table.first,
         table.sink_end,
         table.local_start,
@@ -124,10 +133,12 @@ def rank(
         mass,
         num_tokens,
         len(table.start),
+        0 if above is None else len(above.table.start),
         kv_heads,
         dim**-0.5,
         spec.max_variance,
         math.log2(spec.coarse_block_size),
+        math.log2(spec.super_block_size),
         float(noise.temperature),
         *drawing_heads(noise, kv_heads),
         TRUST,
@@ -137,6 +148,7 @@ def rank(
         DIM=dim,
         ENTRIES=r,
         BLOCKS=config.columns // r,
+        FANOUT=0 if above is None else spec.fanout,
         ORDER=spec.order,
         SCORE=spec.score,
         TOP_K=spec.top_k,
@@ -773,13 +785,19 @@ def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
         if exact and spec.top_k:
             heads = (kv_heads, group)
             if selected is None:
+                by_group = logits.unflatten(1, heads)
+                denominator = None
+                if spec.rank_lse == "super":
+                    rows = q.float().unflatten(1, heads)
+                    denominator = decode_denominator(rows, entries, by_group, own, spec)
                 chosen = choose_blocks(
-                    logits.unflatten(1, heads),
+                    by_group,
                     None if kappa is None else kappa.unflatten(1, heads),
                     torch.arange(own, device=q.device),
                     low,
                     high,
                     spec,
+                    denominator,
                 )
             else:
                 chosen = selected.long()

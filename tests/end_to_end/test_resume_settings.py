@@ -529,6 +529,17 @@ CASES: dict[str, Acts | Reaches | Refused] = {
             ("order", 0, ()),
             ("max_variance", 1e-6, ()),
             ("score", "error_gain", ()),
+            (
+                "rank_lse",
+                "super",
+                (
+                    "attention.fanout=2",
+                    "attention.block_size=2",
+                    "attention.coarse_block_size=2",
+                    "attention.window_size=2",
+                    "attention.top_k=1",
+                ),
+            ),
             ("tail", "drop", ()),
             ("top_p", 0.01, ()),
             ("min_sparse_length", 28, ()),

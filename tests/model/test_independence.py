@@ -88,6 +88,7 @@ SPARSE: dict[str, dict] = {
     "covering": {**SMALL, "top_p": 0.7},
     "dense so far": {**SMALL, "dense_steps": 100},
     "regularised": {**SMALL, "mass_kl_coeff": 0.1},
+    "one pass": {**SMALL, "rank_lse": "super", "fanout": 2},
     "two levels": {**SMALL, "num_levels": 2, "fanout": 2, "num_expanded": 1},
     "mixed": {**SMALL, "dense_layers": (0,), "min_sparse_length": 12},
     "max": {**SMALL, "score": "max"},

@@ -31,6 +31,7 @@ ATTENTIONS: dict[str, dict | AttentionConfig | None] = {
     "drop": {**SMALL, "tail": "drop"},
     "learned": {**SMALL, "offset": True, "trust": True, "sink": True, "entries": "gated"},
     "gated": {**SMALL, "merge": "gated"},
+    "one pass": {**SMALL, "rank_lse": "super", "fanout": 2},
     "two levels": {**SMALL, "num_levels": 2, "fanout": 2, "num_expanded": 1},
     "max": {**SMALL, "score": "max", "order": 0},
     "error gain": {**SMALL, "score": "error_gain"},

@@ -27,6 +27,7 @@ FORMS = {
     "drop": {**SMALL, "tail": "drop"},
     "learned": LEARNED,
     "gated": GATED,
+    "one pass": {**SMALL, "rank_lse": "super", "fanout": 2},
     "two levels": {**SMALL, "num_levels": 2, "fanout": 2, "num_expanded": 1},
     "max": {**SMALL, "score": "max", "order": 0},
     "covering": {**SMALL, "top_p": 0.7},

@@ -688,6 +688,7 @@ LEAK_SPECS = [
     replace(SMALL, num_sink_blocks=0, window_size=0),
     replace(SMALL, top_p=0.7, top_k=4),
     replace(SMALL, min_sparse_length=40, tail="drop"),
+    replace(SMALL, rank_lse="super", fanout=2),
 ]
 NOISE = SelectionNoise(3, temperature=1.0, min_top_k=0)
 
@@ -1069,6 +1070,7 @@ DECODE_SPECS = [
     replace(SMALL, num_sink_blocks=3, window_size=20),
     replace(SMALL, block_size=1, coarse_block_size=1),
     replace(SMALL, top_k=100, tail="drop"),
+    replace(SMALL, rank_lse="super", fanout=2, window_size=0),
 ]
 
 
@@ -1211,6 +1213,11 @@ def test_decoding_refuses_a_length_the_cache_does_not_hold(length):
         ({"top_p": math.nan}, "top_p is nan"),
         ({"top_p": 0.5, "score": "max"}, "score=max"),
         ({"score": "error_gain", "order": 0}, "order=2"),
+        ({"rank_lse": "half"}, "rank_lse is 'half'.*exact, super"),
+        ({"rank_lse": "super", "score": "max"}, "score=max does not take"),
+        ({"rank_lse": "super", "top_p": 0.5}, "top_p=0.5 does not take"),
+        ({"rank_lse": "super", "resident_blocks": 3}, "resident_blocks=3 does not take"),
+        ({"rank_lse": "super", "num_levels": 2}, "num_levels=2 does not take"),
         ({"num_levels": 2, "tail": "drop"}, "not drop"),
         ({"num_levels": 2, "top_p": 0.5}, "num_levels=1"),
         ({"top_k": -1, "fanout": 0}, "(?s)top_k is -1.*fanout is 0"),
@@ -1306,6 +1313,7 @@ AUDITED = [
     replace(SMALL, tail="drop"),
     replace(SMALL, coarse_block_size=2, top_k=0),
     replace(SMALL, block_size=4, coarse_block_size=1, window_size=0),
+    replace(SMALL, rank_lse="super", fanout=2),
 ]
 
 

@@ -25,6 +25,7 @@ CHANGES = {
     "order 0": {"order": 0},
     "max": {"score": "max"},
     "error gain": {"score": "error_gain"},
+    "one pass": {"rank_lse": "super"},
     "covering": {"top_p": 0.6},
     "dense start": {"min_sparse_length": 700},
 }

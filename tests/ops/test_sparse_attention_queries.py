@@ -21,6 +21,7 @@ CASES = {
     "exact alone": {"coarse": False},
     "noise": {"noise": NOISE},
     "learned entries": {"pool": True},
+    "one pass": {"spec": replace(SMALL, rank_lse="super", fanout=2), "noise": NOISE, "pool": True},
     "two levels": {"spec": replace(SMALL, num_levels=2, fanout=2, num_expanded=1), "noise": NOISE},
 }
 

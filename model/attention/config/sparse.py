@@ -55,6 +55,11 @@ class SparseAttentionConfig(AttentionConfig):
     """Rank of a block: its estimated mass, its largest logit, or the part of its estimated mass
     that the variance term made.
     """
+    rank_lse: Literal["exact", "super"] = "exact"
+    """What the masses of a head's blocks are shares of, when `score` ranks them. exact: the whole
+    softmax of the past, for which its entries are read once more. super: an estimate of it from
+    super-blocks of `fanout` blocks, which reads a part of them.
+    """
     select: Literal["mass", "index"] = "mass"
     """What chooses the blocks. mass: the rank that `score` gives. index: a small learned index,
     with a query for each key/value head and a key for each token, which learns from the masses of
@@ -94,7 +99,7 @@ class SparseAttentionConfig(AttentionConfig):
     num_levels: int = 1
     """2 selects among super-blocks first."""
     fanout: int = 8
-    """Blocks of a super-block."""
+    """Blocks of a super-block, which num_levels=2 and rank_lse=super have."""
     num_expanded: int = 4
     """Super-blocks that a query opens."""
     merge: Literal["lse", "gated"] = "lse"
@@ -326,6 +331,7 @@ class SparseAttentionConfig(AttentionConfig):
             "merge": ("lse", "whose masses teach the index"),
             "num_levels": (1, "as the index has no super-blocks"),
             "score": ("prob", "as the index ranks"),
+            "rank_lse": ("exact", "as the index ranks"),
             "top_p": (None, "as an index knows no masses"),
             "noise_steps": (0, "as the choice of an index has no noise"),
         }

@@ -44,6 +44,7 @@ template <class Real>
 struct RankScratch {
   Buffer<Real> logits, kappa;  // [rows, tiles * width]
   Buffer<Real> sums;           // [tiles * width]
+  Buffer<Real> top, total;     // [rows] of a running softmax over super-blocks
   Buffer<float> values, mass;  // [blocks in reach]
 };
 

@@ -114,7 +114,8 @@ void pool_backward(Tensor k, Tensor v, std::vector<Tensor> table, std::vector<in
 }
 
 void rank(Tensor q, Tensor mean, Tensor variance, std::vector<Tensor> table, MaybeTensor hashed, std::vector<int64_t> settings,
-          std::vector<double> numbers, std::vector<int64_t> choice, Tensor keys, Tensor mass) {
+          std::vector<double> numbers, std::vector<int64_t> choice, std::vector<Tensor> supers, std::vector<Tensor> super_table,
+          std::vector<int64_t> super_settings, std::vector<double> super_numbers, Tensor keys, Tensor mass) {
   by_type(q, [&](auto zero) {
     using Real = decltype(zero);
     Problem<Real> p = read_problem<Real>(q, mean.size(0), table, settings, numbers);
@@ -122,11 +123,17 @@ void rank(Tensor q, Tensor mean, Tensor variance, std::vector<Tensor> table, May
     const Ranking ranking{(int)choice[0], (int)choice[1],          (float)numbers[3],       (float)numbers[4],   choice[2],
                           choice[3],      pointer<int64_t>(hashed), pointer<int64_t>(keys), pointer<float>(mass)};
     const Packed<Real> packed(p, false, each);
+    std::unique_ptr<SuperBlocks<Real>> above;
+    if (!supers.empty()) {
+      Problem<Real> s = read_problem<Real>(q, mean.size(0), super_table, super_settings, super_numbers);
+      s.mean = pointer<Real>(supers[0]), s.variance = pointer<Real>(supers[1]);
+      above.reset(new SuperBlocks<Real>{s, Packed<Real>(s, false, each), (int)choice[4]});
+    }
     // The logits of a task stay in a core's own cache, until documents are too long for that.
     int64_t longest = 1;
     for (int64_t m = 0; m < p.table.num_blocks; ++m) longest = std::max<int64_t>(longest, m - p.table.first[m] + 1);
     const int rows = (int)std::clamp<int64_t>((1 << 17) / (longest * p.entries_per_block), ROWS / 2, 4 * ROWS);
-    each_task(p, packed, task_queries(rows, p.group), [&](Task<Real>& task, int64_t) { rank_task(task, ranking); });
+    each_task(p, packed, task_queries(rows, p.group), [&](Task<Real>& task, int64_t) { rank_task(task, ranking, above.get()); });
   });
 }
 
@@ -197,7 +204,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(loadstone, m) {
       "Tensor dvariance, Tensor(a!) dk, Tensor(b!) dv) -> ()");
   m.def(
       "attention_rank(Tensor q, Tensor mean, Tensor variance, Tensor[] table, Tensor? hashed, int[] settings, float[] numbers, int[] choice, "
-      "Tensor(a!) keys, Tensor(b!) mass) -> ()");
+      "Tensor[] supers, Tensor[] super_table, int[] super_settings, float[] super_numbers, Tensor(a!) keys, Tensor(b!) mass) -> ()");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sink, Tensor selected, Tensor[] entries, Tensor[] table, "
       "int[] settings, float[] numbers, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) tail_mass, Tensor(d!) selected_mass) -> ()");

@@ -7,6 +7,16 @@ namespace loadstone::attention {
 
 enum Score { PROB = 0, MAX = 1, ERROR_GAIN = 2 };
 
+constexpr float LARGEST = 64;  // spec.py
+
+// Whole super-blocks as blocks of one entry each, in a table of their own; the queries are the same.
+template <class Real>
+struct SuperBlocks {
+  Problem<Real> p;
+  Packed<Real> packed;
+  int fanout;  // blocks of a super-block
+};
+
 struct Ranking {
   int top_k, score;
   float temperature, trust;
@@ -55,9 +65,36 @@ class Best {
   std::vector<int64_t> block_;
 };
 
-// The problem has exact = false, so that its tail is all that is past.
+// Of every row of the task, the running sum over the whole super-blocks in its query's past.
 template <class Real>
-void rank_task(Task<Real>& task, const Ranking& ranking) {
+void add_super_blocks(const Task<Real>& task, const SuperBlocks<Real>& supers) {
+  constexpr int W = WIDTH<Real>;
+  RankScratch<Real>& s = task.s.ranking;
+  s.top.resize(task.rows), s.total.resize(task.rows);
+  std::fill_n(s.top.data(), task.rows, NEVER<Real>);
+  std::fill_n(s.total.data(), task.rows, (Real)0);
+
+  // It takes the scratch of the task, which has not begun.
+  Task<Real> above(supers.p, supers.packed, task.s, task.kv_head, task.begin, task.end);
+  above.each_tile([](int64_t) {}, [&](int tile, const RowSet<Real>& set) {
+    const int width = above.entry_logits(tile, set);
+    for (int i = 0; i < set.count; ++i) {
+      const Real* const z = task.s.pointer[0][i];
+      Vector<Real> highest = load(z), sums = {};
+      for (int x = W; x < width; x += W) highest = larger<Real>(highest, load(z + x));
+      Real& top = s.top[set.row[i]];
+      const Real before = top;
+      top = std::max(top, maximum<Real>(highest));
+      for (int x = 0; x < width; x += W) sums += exponential(load(z + x) - all(top));
+      Real& total = s.total[set.row[i]];
+      total = total * std::exp(before - top) + sum<Real>(sums);
+    }
+  });
+}
+
+// The problem has exact = false, so that its tail is all that is past. supers: null where shares have their true denominator.
+template <class Real>
+void rank_task(Task<Real>& task, const Ranking& ranking, const SuperBlocks<Real>* supers) {
   using V = Vector<Real>;
   constexpr int W = WIDTH<Real>;
   RankScratch<Real>& s = task.s.ranking;
@@ -77,6 +114,7 @@ void rank_task(Task<Real>& task, const Ranking& ranking) {
     ranking.mass[task.kv_head * t.num_queries + i] = 0;
   }
   if (!chooses) return;
+  if (supers) add_super_blocks(task, *supers);
   const int first_tile = low / step, tiles = (high + step - 1) / step - first_tile;
   const int64_t row_size = (int64_t)tiles * width;
   s.logits.resize(row_size * task.rows), s.sums.resize(row_size);
@@ -110,6 +148,17 @@ void rank_task(Task<Real>& task, const Ranking& ranking) {
           if (block >= from && block < to) fn(block, row + (int64_t)tile * width + b * r);
         }
     };
+    // Log-sum-exp of `top` with its sum `total` and of the blocks [low, high).
+    const auto with_single = [&](const Real* row, int64_t low, int64_t high, Real top, Real total) {
+      const auto entries = [&](int64_t block) { return row + (block / step - first_tile) * width + block % step * r; };
+      const Real before = top;
+      for (int64_t block = low; block < high; ++block)
+        for (int e = 0; e < r; ++e) top = std::max(top, entries(block)[e]);
+      total *= std::exp(before - top);
+      for (int64_t block = low; block < high; ++block)
+        for (int e = 0; e < r; ++e) total += std::exp(entries(block)[e] - top);
+      return top + std::log(total);
+    };
     if (ranking.score == MAX) std::fill_n(values + from, to - from, NEVER<float>);
 
     // Probabilities of every head, added up over the group.
@@ -122,6 +171,19 @@ void rank_task(Task<Real>& task, const Ranking& ranking) {
           for (int e = 0; e < r; ++e) total += std::exp(z[e] - top);
           values[block] = std::max(values[block], (float)(top + std::log(total)));
         });
+      if (supers) {
+        // The estimate needs no sum over the row: super-blocks, and the blocks behind the last whole one.
+        const Table& above = supers->p.table;
+        const int64_t whole = above.block_of[i] - above.first[above.block_of[i]];
+        const Real denominator = with_single(row, t.first[own] + whole * supers->fanout, own, s.top[first_row + g], s.total[first_row + g]);
+        const V lse = all(denominator), most = all((Real)LARGEST);
+        for (int64_t x = 0; x < row_size; x += W) {
+          const V probs = exponential(smaller<Real>(load(row + x) - lse, most));
+          store(row + x, probs);
+          store(&s.sums[x], load(&s.sums[x]) + probs);
+        }
+        continue;
+      }
       V highest = load(row), total = {};
       for (int64_t x = W; x < row_size; x += W) highest = larger<Real>(highest, load(row + x));
       const V top = all(maximum<Real>(highest));

@@ -12,6 +12,7 @@ from ops.sparse_attention.kernels.common import LN2, LOG2E, entry_logits, load_r
 NO_KEY: tl.constexpr = tl.constexpr(-(2**62))
 FULL: tl.constexpr = tl.constexpr(2**62 + (2**62 - 1))
 LAST_BLOCK: tl.constexpr = tl.constexpr(2**31 - 1)
+LOG2_LARGEST: tl.constexpr = tl.constexpr(92.33248261689366)
 SMALLEST: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -42,14 +43,52 @@ def _sortable(x):
 
 
 @triton.jit
+def _add_to_denominator(
+    q,
+    q_squared,
+    key_mean_ptr,
+    key_var_ptr,
+    entry,
+    seen,
+    peak,
+    denominator,
+    scale,
+    max_variance,
+    log2_tokens,
+    DIM: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """Take the entries `entry` that are `seen` into the running sums of the rows; at least one
+    is.
+    """
+    key_mean = load_rows(key_mean_ptr, entry, seen, DIM)
+    key_var = key_mean
+    if ORDER == 2:
+        key_var = load_rows(key_var_ptr, entry, seen, DIM)
+    logits, _ = entry_logits(
+        q, q_squared, key_mean, key_var, scale, max_variance, log2_tokens, ORDER
+    )
+    logits = tl.where(seen[None, :], logits, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    denominator = denominator * tl.exp2(peak - new_peak) + tl.sum(
+        tl.exp2(logits - new_peak[:, None]), 1
+    )
+    return new_peak, denominator
+
+
+@triton.jit
 def rank_kernel(
     q_ptr,
     key_mean_ptr,
     key_var_ptr,
+    super_mean_ptr,
+    super_var_ptr,
     hashed_ptr,
     tile_start_ptr,
     tile_end_ptr,
     tile_block_ptr,
+    tile_super_ptr,
+    super_first_ptr,
     first_ptr,
     sink_end_ptr,
     local_start_ptr,
@@ -57,10 +96,12 @@ def rank_kernel(
     mass_ptr,
     num_tokens,
     num_blocks,
+    num_supers,
     num_kv_heads,
     scale,
     max_variance,
     log2_tokens,
+    log2_super_tokens,
     temperature,
     first_drawing_head,
     num_drawing_heads,
@@ -71,6 +112,7 @@ def rank_kernel(
     DIM: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FANOUT: tl.constexpr,
     ORDER: tl.constexpr,
     SCORE: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -81,7 +123,8 @@ def rank_kernel(
 
     Two passes over the entries, BLOCKS blocks of ENTRIES at a time: the softmax's denominator, then
     scores, which are put into the SLOTS >= TOP_K best seen so far one by one while a row has a
-    better one than its worst.
+    better one than its worst. With FANOUT > 0 the first pass has super-blocks of so many blocks in
+    the place of their entries, and the denominator is an estimate.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -115,22 +158,48 @@ def rank_kernel(
     if low < high:
         peak = tl.full([QUERIES * HEADS], float("-inf"), tl.float32)
         denominator = tl.zeros([QUERIES * HEADS], tl.float32)
-        for block in range(first, own, BLOCKS):
+        single = first
+        if FANOUT > 0:
+            # Whole super-blocks of the past; what follows the last one counts block by block.
+            super_own = tl.load(tile_super_ptr + tile)
+            super_first = tl.load(super_first_ptr + super_own)
+            single = first + (super_own - super_first) * FANOUT
+            super_offset = kv_head.to(tl.int64) * num_supers
+            for begin in range(super_first, super_own, BLOCKS * ENTRIES):
+                entry = begin + column
+                peak, denominator = _add_to_denominator(
+                    q,
+                    q_squared,
+                    super_mean_ptr,
+                    super_var_ptr,
+                    super_offset + entry,
+                    entry < super_own,
+                    peak,
+                    denominator,
+                    scale,
+                    max_variance,
+                    log2_super_tokens,
+                    DIM,
+                    ORDER,
+                )
+
+        for block in range(single, own, BLOCKS):
             entry = block * ENTRIES + column
-            seen = entry < own * ENTRIES
-            key_mean = load_rows(key_mean_ptr, head_offset + entry, seen, DIM)
-            key_var = key_mean
-            if ORDER == 2:
-                key_var = load_rows(key_var_ptr, head_offset + entry, seen, DIM)
-            logits, _ = entry_logits(
-                q, q_squared, key_mean, key_var, scale, max_variance, log2_tokens, ORDER
+            peak, denominator = _add_to_denominator(
+                q,
+                q_squared,
+                key_mean_ptr,
+                key_var_ptr,
+                head_offset + entry,
+                entry < own * ENTRIES,
+                peak,
+                denominator,
+                scale,
+                max_variance,
+                log2_tokens,
+                DIM,
+                ORDER,
             )
-            logits = tl.where(seen[None, :], logits, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logits, 1))
-            denominator = denominator * tl.exp2(peak - new_peak) + tl.sum(
-                tl.exp2(logits - new_peak[:, None]), 1
-            )
-            peak = new_peak
 
         log2_sum = peak + tl.log2(denominator)
         if hashed_ptr is not None:
@@ -149,7 +218,10 @@ def rank_kernel(
             )
 
             counts = seen[None, :] & live[:, None]
-            probs = tl.where(counts, tl.exp2(logits - log2_sum[:, None]), 0.0)
+            log2_share = logits - log2_sum[:, None]
+            if FANOUT > 0:
+                log2_share = tl.minimum(log2_share, LOG2_LARGEST)
+            probs = tl.where(counts, tl.exp2(log2_share), 0.0)
             mass = tl.sum(tl.reshape(probs, [QUERIES, HEADS, BLOCKS, ENTRIES]), 3)
             mass = tl.sum(mass, 1)
             candidate_mass += tl.sum(mass, 1)

@@ -116,6 +116,11 @@ RANK = {
     "prob, order 0": Case(spec=spec(order=0, top_k=5), heads=3),
     "max": Case((131, 5, 60), 4, 2, spec=spec(score="max", top_k=3)),
     "error_gain": Case(spec=spec(score="error_gain", max_variance=0.5), heads=4),
+    "one pass": Case((131, 90, 300), 4, 2, spec=spec(rank_lse="super", fanout=2, top_k=3)),
+    "one pass, error_gain": Case(
+        (290,), heads=4, spec=spec(rank_lse="super", fanout=3, score="error_gain")
+    ),
+    "one pass, order 0": Case((5, 700), 3, 1, spec=spec(rank_lse="super", order=0, top_k=5)),
     "all of them": Case(spec=spec(top_k=64, window_size=0, num_sink_blocks=0)),
     "many blocks": Case((700,), 1, 1, spec=spec(top_k=7, coarse_block_size=16)),
     "one entry a token": Case(spec=spec(coarse_block_size=1, order=0)),
@@ -125,6 +130,9 @@ RANK = {
         (270, 37), 4, 1, 64, spec(block_size=64, coarse_block_size=32, window_size=64, top_k=1)
     ),
     "prob bf16": Case((131, 90), 4, 2, dtype=torch.bfloat16),
+    "one pass bf16": Case(
+        (131, 90), 4, 2, dtype=torch.bfloat16, spec=spec(rank_lse="super", fanout=2)
+    ),
 }
 DECODE = {
     "prime": Case((131, 131), 4, 2),
@@ -132,6 +140,7 @@ DECODE = {
     "error_gain": Case((150, 150), 2, 2, spec=spec(score="error_gain", top_k=3), bias=True),
     "max, top 5": Case((200,), 2, 1, spec=spec(score="max", top_k=5)),
     "top_p": Case((250,), 2, 1, spec=spec(top_p=0.6, top_k=6)),
+    "one pass": Case((250,), 4, 2, spec=spec(rank_lse="super", fanout=3, top_k=4)),
     "drop": Case((131,), 2, 1, spec=spec(tail="drop"), bias=True),
     "short": Case((90,), 2, 1, spec=spec(min_sparse_length=1000), sink=True),
     "first token": Case((1, 1), 2, 1),
@@ -295,8 +304,12 @@ def check_rank(case: Case) -> None:
     own, block = table.block_of.long().unsqueeze(1), torch.arange(len(blocks.start))
     past = (block >= table.first[own]) & (block < own)
     seen = past.repeat_interleave(case.spec.entries_per_block, -1)
-    values, _ = reference.rank_values(logits, kappa, seen, case.spec)
-    _, mass = reference.rank_values(logits, kappa, seen, replace(case.spec, score="prob"))
+    denominator = None
+    if case.spec.rank_lse == "super":
+        denominator = reference.estimated_lse(grouped, logits, mean, var, past, blocks, case.spec)
+    values, _ = reference.rank_values(logits, kappa, seen, case.spec, denominator)
+    by_mass = replace(case.spec, score="prob")
+    _, mass = reference.rank_values(logits, kappa, seen, by_mass, denominator)
     candidate = ((block >= table.sink_end[own]) & (block < table.local_start[own])).expand_as(
         values
     )
@@ -474,7 +487,13 @@ GROUPS: dict[str, tuple[Callable[[Case], None], dict[str, Case]]] = {
     "half": (check_attend, HALF),
     "ties": (check_ties, {"equal keys": Case((300,), spec=spec(top_k=4))}),
     "rank": (check_rank, RANK),
-    "queries": (check_queries, {"two sets": Case((83, 40, 1), 4, 2)}),
+    "queries": (
+        check_queries,
+        {
+            "two sets": Case((83, 40, 1), 4, 2),
+            "one pass": Case((83, 40, 1), 4, 2, spec=spec(rank_lse="super", fanout=2)),
+        },
+    ),
     "pool": (check_pool, RANK),
     "decode": (check_decode, DECODE),
 }
