@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.command.arguments import ArgumentError, arranged
+from launch.command.arguments import ArgumentError, arranged, refuse_two_values
 from launch.command.help import command_name, page
 from launch.command.interrupt import Interrupts
 from launch.command.messages import fail, failure_of
@@ -92,6 +92,7 @@ def run_main(
         return
 
     try:
+        refuse_two_values(arguments)
         arguments, notes = resolved(command_name(), arguments)
         arguments = arranged(arguments, command_name())
     except ArgumentError as error:
