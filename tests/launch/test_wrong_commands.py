@@ -242,6 +242,15 @@ def test_it_takes_less_than_two_seconds_of_a_processor(argument):
     assert b"error: " in process.stderr.read()
 
 
+def test_a_host_that_nobody_knows_is_told_before_a_run_directory_is_made(tmp_path):
+    (tmp_path / "hosts").write_text("nobody.invalid slots=2\nother.invalid slots=2\n")
+    job = ("launch=deepspeed", "launch.num_nodes=2", "launch.num_devices=2")
+    where = (f"launch.hostfile={tmp_path / 'hosts'}", f"run_dir={tmp_path / 'run'}")
+    done = launch("train", *job, *where, check=False)
+    assert done.returncode == 2 and "host nobody.invalid has no address (" in done.stderr
+    assert "Errno" not in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_a_sweep_of_mistakes_ends_as_each_of_them_would(tmp_path):
     done = launch("train", "-m", "seed=x,y", f"hydra.sweep.dir={tmp_path}", check=False)
     assert done.returncode == 2 and done.stderr.count("it must be a whole number") == 2
