@@ -142,9 +142,8 @@ def _print(
             if i < len(found.agreement)
             else "  (predicts further tokens, and is not asked here)"
         )
-        print(
-            f"{layer:5d}  {min(row):11.5f}, {sum(row) / len(row):.5f}, {max(row):.5f}    {routed}{told}"
-        )
+        took = f"{min(row):11.5f}, {sum(row) / len(row):.5f}, {max(row):.5f}"
+        print(f"{layer:5d}  {took}    {routed}{told}")
     print(
         f"held-out loss {found.loss:.5f} -> {found.quantized_loss:.5f}: {found.difference:+.5f} "
         f"[{found.low:+.5f}, {found.high:+.5f}]"

@@ -206,7 +206,6 @@ def test_what_is_misspelt_is_told_beside_what_is_missing(command):
         (["--num_gpus", "8"], "write launch.num_devices=8"),
         (["--bf16"], "write train.precision=VALUE"),
         (["--resume", "latest"], "write resume=latest"),
-        (["--run", "latest"], "write run=latest"),
         (["--router", "top_p"], "write router=top_p"),
         (["train.num_steps", "100"], "write train.num_steps=100"),
         (["train.num_steps", "seed=1"], "write train.num_steps=VALUE"),
@@ -224,6 +223,8 @@ def test_a_command_without_settings_has_none():
 def test_words_of_a_training_are_offered_to_a_training_alone():
     with pytest.raises(ArgumentError, match="--dtype is no option"):
         arranged(["--dtype"], "generate")
+    with pytest.raises(ArgumentError, match="write run=latest"):
+        arranged(["--run", "latest"], "generate")
 
 
 @pytest.mark.slow
