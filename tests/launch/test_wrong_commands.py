@@ -256,6 +256,8 @@ def test_a_sweep_of_mistakes_ends_as_each_of_them_would(tmp_path):
     done = launch("train", "-m", "seed=x,y", f"hydra.sweep.dir={tmp_path}", check=False)
     assert done.returncode == 2 and done.stderr.count("it must be a whole number") == 2
     assert "2 job(s) of the sweep failed" in done.stderr
+    told = [line for line in done.stderr.splitlines() if "seed=" in line]
+    assert told == ["job 0 of the sweep: seed=x", "job 1 of the sweep: seed=y"]
 
 
 # --- right ones -----------------------------------------------------------------------------------
