@@ -35,8 +35,12 @@ $(STAMP): requirements.txt requirements-serve.txt Makefile
 	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $(STAMP)
 
+# A setting is given once: what ARGS sets takes the place of what stands here.
+QUICKSTART := experiment=quickstart launch=deepspeed launch.num_devices=2
+NAME_OF = $(firstword $(subst =, ,$(1)))=
+
 train: setup  ## install, then train the quickstart on real text with two expert-parallel ranks (ARGS="key=value ...")
-	$(PY) -m launch.train experiment=quickstart launch=deepspeed launch.num_devices=2 $(ARGS)
+	$(PY) -m launch.train $(foreach setting,$(QUICKSTART),$(if $(filter $(call NAME_OF,$(setting))%,$(ARGS)),,$(setting))) $(ARGS)
 
 test: setup  ## install, then run the checks and all tests but the nightly ones; 25 slowest in .cache (ARGS="-k name")
 	$(MAKE) --jobs=2 --output-sync=target ready

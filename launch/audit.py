@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.saved.run import load_run
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def main(config: DictConfig) -> None:
     from train.audit.records import AuditLogConfig, read_records, read_steps
     from train.checkpoint.folder import newest_complete
 
-    if config.run is None:
-        raise ValueError("give run=DIR")
+    require_given(config, AuditLogConfig, config.run is not None, "give run=DIR")
     settings: AuditLogConfig = record(config, AuditLogConfig)
     run = load_run(settings.run, checkpoint=newest_complete(Path(settings.run)))
     folder = Path(settings.run) / FOLDER

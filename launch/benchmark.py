@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.config.options import attention_named
 from launch.config.overrides import typed
 from launch.saved.opened import checkpoint_name, opened
@@ -40,8 +40,9 @@ TRAINED = "trained"
 def main(config: DictConfig) -> None:
     from train.config.commands.benchmark import BenchmarkConfig
 
-    if config.run is None and config.path is None:
-        raise ValueError("give run=RUN, or path=DIR with published weights")
+    is_given = config.run is not None or config.path is not None
+    give = "give run=RUN, or path=DIR with published weights"
+    require_given(config, BenchmarkConfig, is_given, give)
     settings: BenchmarkConfig = record(config, BenchmarkConfig)
     settings = dataclasses.replace(
         settings, checkpoint=checkpoint_name(settings.run, settings.checkpoint)

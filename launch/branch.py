@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.config.overrides import literal, plain, typed
 from launch.saved.checkpoint import config_for
 
@@ -36,8 +36,12 @@ def main(config: DictConfig) -> None:
     from train.checkpoint.folder import find_checkpoint, step_of
     from train.config.commands.export import BranchConfig
 
-    if config.run is None or config.to is None or config.decay_steps is None:
-        raise ValueError("give run=RUN, checkpoint=step-N, to=DIR and decay_steps=K")
+    require_given(
+        config,
+        BranchConfig,
+        None not in (config.run, config.to, config.decay_steps),
+        "give run=RUN, checkpoint=step-N, to=DIR and decay_steps=K",
+    )
     settings: BranchConfig = record(config, BranchConfig)
     run, to = Path(settings.run), Path(settings.to).expanduser()
     if to.exists():

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig
 
+from launch.command.arguments import replaced
 from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.command.progress import followed, working
@@ -64,7 +65,7 @@ def main(config: DictConfig) -> float:
         # All ranks read one checkpoint, also of a run that goes on saving others.
         checkpoint = targets[0].checkpoint
         if checkpoint is not None and not (settings.runs or settings.checkpoints):
-            arguments = [*arguments, f"checkpoint={checkpoint.name}"]
+            arguments = replaced(arguments, "checkpoint", checkpoint.name)
         if code := run_on_ranks(settings.launch.num_devices, "launch.evaluate", arguments):
             raise SystemExit(code)
         return math.nan
@@ -222,7 +223,14 @@ def _measure(target: _Target, place: Place) -> _Measured:
 
     sparse = [attention.layer_idx for attention in model.measured_attentions()]
     batches = followed(held_out.batches, f"evaluating {target.label}", held_out.num_batches)
-    result = evaluate(one_by_one(model), batches, place.device, model.routers(), sparse)
+    result = evaluate(
+        one_by_one(model),
+        batches,
+        place.device,
+        model.routers(),
+        sparse,
+        run.model.moe_layers,
+    )
     assert result is not None
     return _Measured(result, store, held_out.problem)
 

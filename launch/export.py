@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.build import ConfigError, record
+from launch.config.build import ConfigError, record, require_given
 from launch.saved.run import load_run, require_average, require_text
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def main(config: DictConfig) -> None:
     from train.checkpoint.folder import find_last
     from train.config.commands.export import ExportConfig
 
-    if config.run is None or config.to is None:
-        raise ValueError("give run=RUN and to=DIR")
+    is_given = config.run is not None and config.to is not None
+    require_given(config, ExportConfig, is_given, "give run=RUN and to=DIR")
     settings = record(config, ExportConfig)
     to = Path(settings.to).expanduser()
     if to.exists():

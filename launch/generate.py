@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from launch.command.arguments import replaced
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
 from launch.saved.opened import checkpoint_name, opened, saved_budgets
@@ -254,10 +255,10 @@ def main(config: DictConfig) -> None:
     from train.config.commands.devices import require_even_experts
     from train.config.commands.generate import GenerateConfig
 
-    if (config.run is None and config.path is None) or (
-        config.prompt is None and config.input is None
-    ):
-        raise ValueError("give run=RUN (or path=DIR) and prompt='...', or input=FILE output=FILE")
+    has_model = config.run is not None or config.path is not None
+    has_prompt = config.prompt is not None or config.input is not None
+    give = "give run=RUN (or path=DIR) and prompt='...', or input=FILE output=FILE"
+    require_given(config, GenerateConfig, has_model and has_prompt, give)
     if config.prompt is not None:
         config.prompt = str(config.prompt)  # Hydra reads prompt=5 as a number
     settings = record(config, GenerateConfig)
@@ -265,7 +266,7 @@ def main(config: DictConfig) -> None:
         folder = find_checkpoint(Path(str(settings.run)), prefer=settings.checkpoint)
         run = load_run(str(settings.run), settings.attention, folder, settings.router.top_k)
         require_even_experts(run.model, settings.parallel)
-        arguments = [*sys.argv[1:], f"checkpoint={folder.name}"]
+        arguments = replaced(sys.argv[1:], "checkpoint", folder.name)
         if code := run_on_ranks(settings.launch.num_devices, "launch.generate", arguments):
             raise SystemExit(code)
         return

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.saved.opened import opened
 from launch.saved.run import load_run
 
@@ -34,8 +34,7 @@ def main(config: DictConfig) -> None:
     from train.checkpoint.folder import find_checkpoint
     from train.config.commands.export import QuantizeConfig
 
-    if config.run is None:
-        raise ValueError("give run=RUN")
+    require_given(config, QuantizeConfig, config.run is not None, "give run=RUN")
     settings: QuantizeConfig = record(config, QuantizeConfig)
     checkpoint = find_checkpoint(Path(settings.run), prefer=settings.checkpoint)
     run: RunConfig = load_run(settings.run, None, checkpoint)
@@ -77,7 +76,7 @@ def _quantize(settings: QuantizeConfig, run: RunConfig, checkpoint: Path) -> Non
         sizes(model),
     )
     others = left_out(model)
-    _print(found, errors, bytes_before, bytes_after, others)
+    _print(found, run.model.moe_layers, errors, bytes_before, bytes_after, others)
     if found.high > settings.max_loss_increase:
         raise ValueError(
             f"{settings.weights} experts may raise the held-out loss by {found.high:.4f} nats "
@@ -128,13 +127,14 @@ def _held_out(settings: QuantizeConfig, run: RunConfig) -> Iterator[Batch]:
 
 def _print(
     found: Comparison,
+    moe_layers: tuple[int, ...],
     errors: list[list[float]],
     before: dict[str, int],
     after: dict[str, int],
     others: dict[str, dict[str, int]],
 ) -> None:
     print("layer  error of experts (least, mean, most)  chosen experts that stay  tokens all same")
-    for i, row in enumerate(errors):
+    for i, (layer, row) in enumerate(zip(moe_layers, errors, strict=True)):
         idle = sum(not n for n in found.tokens_of_experts[i]) if i < len(found.agreement) else 0
         told = f"  {idle} experts saw no held-out token" if idle else ""
         routed = (
@@ -142,9 +142,8 @@ def _print(
             if i < len(found.agreement)
             else "  (predicts further tokens, and is not asked here)"
         )
-        print(
-            f"{i:5d}  {min(row):11.5f}, {sum(row) / len(row):.5f}, {max(row):.5f}    {routed}{told}"
-        )
+        took = f"{min(row):11.5f}, {sum(row) / len(row):.5f}, {max(row):.5f}"
+        print(f"{layer:5d}  {took}    {routed}{told}")
     print(
         f"held-out loss {found.loss:.5f} -> {found.quantized_loss:.5f}: {found.difference:+.5f} "
         f"[{found.low:+.5f}, {found.high:+.5f}]"

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from launch.command.arguments import replaced
 from launch.command.main import run_main
 from launch.command.messages import fail, failure_of, print_result
 from launch.command.progress import followed
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.config.overrides import typed
 from launch.process.exits import FAILED
 from launch.process.identity import is_worker, rank
@@ -93,8 +94,9 @@ def main(config: DictConfig) -> None:
     from train.config.commands.devices import require_even_experts
     from train.config.commands.serve import ServeConfig
 
-    if config.run is None and config.path is None:
-        raise ValueError("give run=RUN, or path=DIR with published weights")
+    is_given = config.run is not None or config.path is not None
+    give = "give run=RUN, or path=DIR with published weights"
+    require_given(config, ServeConfig, is_given, give)
     settings: ServeConfig = record(config, ServeConfig)
     token = _token(settings)
     _require_libraries()
@@ -108,7 +110,7 @@ def main(config: DictConfig) -> None:
         folder = find_checkpoint(Path(str(settings.run)), prefer=settings.checkpoint)
         run = load_run(str(settings.run), settings.attention, folder, settings.router.top_k)
         require_even_experts(run.model, settings.parallel)
-        arguments = [*sys.argv[1:], f"checkpoint={folder.name}"]
+        arguments = replaced(sys.argv[1:], "checkpoint", folder.name)
         number = settings.launch.num_devices
         if code := run_on_ranks(number, "launch.serve", arguments, patience=PATIENCE_SECONDS):
             raise SystemExit(code)

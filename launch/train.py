@@ -103,6 +103,7 @@ def train(config: DictConfig) -> float | None:
     if run.launch.starts_here:
         require_memory(run, world_size(config), run.launch.num_devices)
     hosts.refuse_taken_port(run.launch)
+    hosts.require_way(run.launch)
 
     # The command on node 0 supervises; those on other nodes obey it.
     if node > 0:

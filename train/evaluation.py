@@ -84,6 +84,7 @@ def _evaluated(run: Parts, step: Step, rows: ValidationRows) -> dict[str, Any] |
         batches,
         run.engine.device,
         model.routers(),
+        moe_layers=run.config.model.moe_layers,
         probe=run.probe,
         stopped=stopped,
         # The probe is with rank 0, to whose stages' layers its tokens go.

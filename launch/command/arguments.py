@@ -63,9 +63,42 @@ def arranged(arguments: Iterable[str], command: str = "train") -> list[str]:
     return [*options, *settings]
 
 
+def key_of(argument: str) -> str | None:
+    """The setting that an argument gives a value to, however it is written; None: to none."""
+    found = KEY.fullmatch(_dotted(argument))
+    return None if found is None or found[1] == "~" else found[2]
+
+
+def replaced(arguments: Iterable[str], key: str, value: str) -> list[str]:
+    """The arguments with another value of a setting, for a command that starts itself again."""
+    return [*(a for a in arguments if key_of(a) != key), f"{key}={value}"]
+
+
+def _dotted(argument: str) -> str:
+    """data.sources[0].path=x as data.sources.0.path=x: messages name items as Python does."""
+    return INDEX.sub(r".\1", argument, count=2) if "[" in argument else argument
+
+
+def refuse_two_values(arguments: Iterable[str]) -> None:
+    """Hydra would take the last one and say nothing.
+
+    Raises:
+        ArgumentError: a setting is given twice, with different values.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key = key_of(argument)
+        if key is None:
+            continue
+        first = given.setdefault(key, argument)
+        if first.partition("=")[2] != argument.partition("=")[2]:
+            raise ArgumentError(f"{first} and {argument} give {key} two values; drop one")
+
+
 def _option(argument: str, after: str, command: str) -> list[str]:
     name = argument.partition("=")[0]
-    if name in WITH_VALUE or name in ALONE or argument.startswith("-cd"):
+    names_a_run = name == "--run" and re.match(r"[^-=]+$", after)  # as no option of Hydra's
+    if name in WITH_VALUE or (name in ALONE and not names_a_run) or argument.startswith("-cd"):
         return [argument]
     from launch.config.build import ELSEWHERE
 
@@ -75,10 +108,17 @@ def _option(argument: str, after: str, command: str) -> list[str]:
         raise ArgumentError(f"{argument}: {NO_FILE}")
     # Words of other frameworks are mostly settings of a training.
     foreign = ELSEWHERE.get(name) if command in OF_TRAINING else None
-    if "=" in argument or re.match(r"--?[a-z_]+\.[a-z_.]+", argument) or foreign:
+    ours = foreign or _is_group(name) or name in _top_level(command)
+    if "=" in argument or re.match(r"--?[a-z_]+\.[a-z_.]+", argument) or ours:
         meant = f"{foreign or name}={value or _value_after(after)}"
         raise ArgumentError(f"{argument}: settings have no dashes; write {meant}")
     raise ArgumentError(f"{argument} is no option; settings are written as name=value")
+
+
+def _top_level(command: str) -> list[str]:
+    """Settings of a command that stand in no group."""
+    file = ROOT / "conf" / f"{command}.yaml"
+    return re.findall(r"^(\w+):", file.read_text(), re.M) if file.is_file() else []
 
 
 def _value_after(after: str) -> str:
@@ -96,8 +136,7 @@ def setting(argument: str, after: str = "") -> str:
     Raises:
         ArgumentError: it has no value, or chooses what cannot be a choice.
     """
-    # Messages name an item of a list as Python does.
-    found = KEY.fullmatch(INDEX.sub(r".\1", argument, count=2) if "[" in argument else argument)
+    found = KEY.fullmatch(_dotted(argument))
     if found is None:
         if argument.startswith("~"):
             return argument
@@ -108,7 +147,8 @@ def setting(argument: str, after: str = "") -> str:
     if without := OF_A_LIST.match(key):
         first = f"{without[1]}.0.{key[without.end() :]}"
         raise ArgumentError(f"{key}: {without[1]} is a list; write {first}={value} for its first")
-    if _is_group(key) and (value.isdigit() or "/" in value):
+    is_file = "/" in value or (key == "data" and "." in value)
+    if _is_group(key) and (value.isdigit() or is_file):
         raise ArgumentError(_no_choice(key, value))
     if key in TEXTS:
         is_none = value == "null" and key != "prompt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.command.arguments import ArgumentError, arranged
+from launch.command.arguments import ArgumentError, arranged, refuse_two_values
 from launch.command.help import command_name, page
 from launch.command.interrupt import Interrupts
 from launch.command.messages import fail, failure_of
@@ -92,6 +93,7 @@ def run_main(
         return
 
     try:
+        refuse_two_values(arguments)
         arguments, notes = resolved(command_name(), arguments)
         arguments = arranged(arguments, command_name())
     except ArgumentError as error:
@@ -119,6 +121,10 @@ def run_main(
     def guarded(config: DictConfig) -> Any:
         overrides = tuple(HydraConfig.get().overrides.task)
         started = time.time()
+        if multirun:
+            own = [override.lstrip("+") for override in overrides if override not in arguments]
+            told = redact_text(" ".join(own))
+            print(f"job {len(jobs)} of the sweep: {told}", file=sys.stderr, flush=True)
         try:
             result = _explained(function, config, interrupts)
         except SystemExit as error:
@@ -129,6 +135,9 @@ def run_main(
             return math.nan
         jobs.append(Job(overrides, started, result))
         return result
+
+    # Hydra's launcher tells all jobs but the first, with every setting.
+    logging.getLogger("hydra").setLevel(logging.WARNING)
 
     # Without it Hydra prints an error of its own and ends with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"

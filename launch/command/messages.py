@@ -15,7 +15,7 @@ from train.rank.errors import is_ours
 
 def failure_of(error: BaseException) -> str:
     """Which kind of failure (launch/process/exits.py) an exception means for the job."""
-    from train.checkpoint.folder import CheckpointsGoneError
+    from train.checkpoint.folder import CheckpointsGoneError, NoSuchCheckpointError
     from train.files.manifest import CheckpointError
     from train.guard.alarms import AlarmStop
     from train.rank.lock import RunLocked
@@ -34,6 +34,8 @@ def failure_of(error: BaseException) -> str:
 
     if isinstance(error, CheckpointsGoneError):
         return "gone"
+    if isinstance(error, NoSuchCheckpointError):
+        return "config"
     if isinstance(error, CheckpointError):
         return "checkpoint"
     if isinstance(error, RunLocked):

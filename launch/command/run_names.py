@@ -75,7 +75,7 @@ def resolved(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
             )
         runs = [run for name in names for run in _runs_of(command, key, name, experiment)]
         several = key == "run" and command in SEVERAL
-        if len(names) == 1 and command in NEED_A_RUN:
+        if len(names) == 1 and (command in NEED_A_RUN or (command, key) == ("train", "resume")):
             _require_run(key, runs[0])
         if not several and len(runs) > 1:
             raise ArgumentError(f"{key}={value} are {len(runs)} runs, give one: {_listed(runs)}")

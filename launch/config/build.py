@@ -37,8 +37,26 @@ def record(config: DictConfig, cls: type, path: str = "") -> Any:
     return settings
 
 
+def require_given(config: DictConfig, cls: type, is_given: bool, give: str) -> None:
+    """Refuse a command that lacks what it needs, and name what was misspelt, which may be why.
+
+    Args:
+        cls: the record of the command's settings. give: what to give, as a sentence.
+
+    Raises:
+        ConfigError: keys that the record does not have, then `give`.
+    """
+    if is_given:
+        return
+    _asked.set(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    raise ConfigError([*(_suggest(key, "", known) for key in config if key not in known), give])
+
+
 LARGEST = {"model.num_layers": 10_000, "model.num_mtp_layers": 10_000}
 """Above these, the checks themselves would take for ever."""
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+"""What a person calls a type."""
 MAX_LINE = 600
 """Characters of a problem: a config may hold anything, and messages repeat its values."""
 
@@ -83,6 +101,7 @@ ELSEWHERE = {
     "gradient_checkpointing": "model.recompute",
     "max_grad_norm": "train.clip_grad_norm",
     "output_dir": "run_dir",
+    "output": "to",
     "tokenizer": "data.tokenizer.path",
     "init_from": "init.path",
     "model_name_or_path": "init.path",
@@ -130,6 +149,18 @@ def _suggest(name: Any, path: str, known: set[str]) -> str:
     return f"unknown key {path}{name}: {_hint(name[:100], path, known)}"
 
 
+def _of_an_item(key: Any, path: str, hints: Mapping[str, Any]) -> str | None:
+    """What to say of data.path, a setting of the items of data.sources; None: of no list beside
+    it.
+    """
+    for name, hint in hints.items():
+        (item, *_) = get_args(hint) or (None,)
+        is_list = get_origin(hint) is tuple and dataclasses.is_dataclass(item)
+        if is_list and key in {field.name for field in dataclasses.fields(item)}:
+            return f"unknown key {path}{key}: did you mean {path}{name}.0.{key}?"
+    return None
+
+
 def _hint(name: str, path: str, known: set[str]) -> str:
     """The same word elsewhere, another framework's word, a word like it, or what there is."""
     places = _places(_asked.get()) if _asked.get(None) is not None else {}
@@ -160,7 +191,11 @@ def build_record(node: Any, cls: type, path: str, problems: list[str]) -> Any:
         _asked.set(cls)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    problems += [_suggest(key, path, set(fields)) for key in node if key not in fields]
+    problems += [
+        _of_an_item(key, path, hints) or _suggest(key, path, set(fields))
+        for key in node
+        if key not in fields
+    ]
     values = {}
     for name, field in fields.items():
         if name in node:
@@ -212,10 +247,10 @@ def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
         value = float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{path} is {value}; it must be a finite number")
-    if hint in (int, float, str, bool) and type(value) is not hint:
+    if hint in WORDS and type(value) is not hint:
         is_whole = hint is int and isinstance(value, float) and value.is_integer()
         mend = f"; write {value:.0f}" if is_whole and abs(value) < 2**53 else ""
-        problems.append(f"{path} is {value!r}; it must be {hint.__name__}{mend}")
+        problems.append(f"{path} is {value!r}; it must be {WORDS[hint]}{mend}")
     return value
 
 

@@ -580,6 +580,13 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
+def _start(size: int, world_size: int) -> str:
+    """How to have ranks that a size divides."""
+    if world_size == 1:  # most likely nobody said that there are to be ranks
+        return f"start {size}: launch=deepspeed launch.num_devices={size}; or give parallel=single"
+    return f"start a multiple of {size} (launch.num_devices x launch.num_nodes)"
+
+
 def _stages(run: RunConfig, world_size: int) -> list[str]:
     """What stages of a pipeline do not go together with."""
     size, split = run.parallel.pipeline_parallel_size, run.parallel.pipeline_split
@@ -589,8 +596,7 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
     name = f"parallel.pipeline_parallel_size {size}"
     if world_size % size:
         problems.append(
-            f"{name} does not divide the {world_size} ranks; start a multiple of {size} "
-            "(launch.num_devices x launch.num_nodes)"
+            f"{name} does not divide the {world_size} ranks; {_start(size, world_size)}"
         )
     laps, parts = run.parallel.virtual_stages, run.parallel.num_parts
     if size > run.model.num_layers:
@@ -761,9 +767,8 @@ def _parallel(run: RunConfig, world_size: int) -> list[str]:
         if ranks % number and not world_size % run.parallel.pipeline_parallel_size:
             problems.append(
                 f"parallel.{name}_parallel_size {number} does not divide the {ranks} "
-                f"ranks{of_stage}; start a multiple of "
-                f"{number * run.parallel.pipeline_parallel_size} "
-                "(launch.num_devices x launch.num_nodes)"
+                f"ranks{of_stage}; "
+                f"{_start(number * run.parallel.pipeline_parallel_size, world_size)}"
             )
     gather = run.parallel.context_gather_size
     problems += run.attention.sharing_problems(run.model, context, gather)

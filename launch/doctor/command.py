@@ -77,6 +77,7 @@ def checks(settings: DoctorConfig) -> dict[str, Check]:
     return {
         "packages": lambda: machine.python_and_packages((ROOT / "requirements.txt").read_text()),
         "device": lambda: torch_says(launch),
+        "load": lambda: [machine.load()],
         "disk": lambda: [machine.disk_space(run_dir)],
         "write speed": lambda: [machine.write_speed(run_dir)],
         "shared memory": lambda: [machine.shared_memory()],

@@ -171,6 +171,20 @@ def _cores(launch: LaunchConfig) -> Finding:
     return ok("device", text)
 
 
+def load() -> Finding:
+    """Whether others want the cores, so that a check may have no answer in time for that alone."""
+    # the load is that of the whole machine, whatever part of it is ours
+    running, cores = os.getloadavg()[0], os.cpu_count() or 1
+    text = f"{running:.1f} processes want {cores} cores (mean of the last minute)"
+    if running <= 2 * cores:
+        return ok("load", text)
+    return warn(
+        "load",
+        text,
+        "ask again when others are done: what has no answer in time may be slow and not broken",
+    )
+
+
 def compilers(facts: dict[str, Any]) -> list[Finding]:
     """g++ for the CPU ops of router and sparse attention (and Triton's launchers), nvcc for the
     router's CUDA kernels.

@@ -97,6 +97,17 @@ def parse_hostfile(path: str | Path) -> tuple[Host, ...]:
     return tuple(hosts.values())
 
 
+def require_way(launch: LaunchConfig) -> None:
+    """Look, before anything is written, whether the hosts can talk back to this machine, as the
+    supervisor will need it.
+
+    Raises:
+        ValueError: the first host's name has no address, or no way leads there.
+    """
+    if launch.hostfile is not None and launch.listen_addr is None:
+        facing_address(parse_hostfile(launch.hostfile)[0].name)
+
+
 def refuse_taken_port(launch: LaunchConfig) -> None:
     """Look, before anything is started, whether rank 0 will be able to listen on
     launch.master_port, where it runs on this machine. Ranks of one machine meet without a port.
@@ -245,7 +256,7 @@ def facing_address(host: str) -> str:
         found = _addresses(host)
     except OSError as error:
         raise ValueError(
-            f"host {host} has no address ({error}); mend launch.hostfile or its DNS entry"
+            f"host {host} has no address ({error.strerror}); mend launch.hostfile or its DNS entry"
         ) from error
 
     # To connect a datagram socket sends nothing, but makes the system choose the way and its

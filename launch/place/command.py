@@ -14,7 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from launch.command.messages import print_result
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.config.overrides import typed
 from launch.place.measure import Measured, measure
 from launch.place.settings import Layout, PlaceConfig
@@ -28,8 +28,7 @@ def main(config: DictConfig) -> None:
     from model.placement.record import Placement
     from train.checkpoint.folder import newest_complete
 
-    if config.run is None:
-        raise ValueError("give run=DIR")
+    require_given(config, PlaceConfig, config.run is not None, "give run=DIR")
     settings: PlaceConfig = record(config, PlaceConfig)
 
     checkpoint = newest_complete(Path(settings.run))

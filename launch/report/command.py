@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from launch.command.messages import print_result
 from launch.command.progress import followed, working
-from launch.config.build import record
+from launch.config.build import record, require_given
 from launch.process.secrets import redact_text
 from train.files.durable import replacing
 
@@ -51,8 +51,8 @@ class ReportConfig:
 
 def main(config: DictConfig) -> None:
     """Write the page and its pictures; with watch, again whenever the runs' files change."""
-    if config.run is None:
-        raise ValueError("give run=DIR, or run=[DIR,DIR2]")
+    is_given = config.run is not None
+    require_given(config, ReportConfig, is_given, "give run=DIR, or run=[DIR,DIR2]")
     if not isinstance(config.run, ListConfig):
         config = OmegaConf.merge(config, {"run": [str(config.run)]})
     settings: ReportConfig = record(config, ReportConfig)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
+from launch.command.arguments import key_of
 from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -53,6 +55,18 @@ def write_text(folder: Path) -> list[str]:
     ]
 
 
+def last_of_each(overrides: Iterable[str]) -> list[str]:
+    """The overrides with the last value of each setting: a command refuses two, and tests change
+    settings of TINY.
+    """
+    kept: dict[str, str] = {}
+    for override in overrides:
+        key = key_of(override) or override
+        kept.pop(key, None)
+        kept[key] = override
+    return list(kept.values())
+
+
 def launch(
     command: str, *overrides: str, check: bool = True, env: dict | None = None, timeout: int = 300
 ) -> subprocess.CompletedProcess:
@@ -60,7 +74,7 @@ def launch(
     has imported torch.
     """
     result = forked.run(
-        f"launch.{command}", list(overrides), {**_environment(), **(env or {})}, timeout
+        f"launch.{command}", last_of_each(overrides), {**_environment(), **(env or {})}, timeout
     )
     assert not check or result.returncode == 0, (
         f"{overrides}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -75,7 +89,9 @@ def train_on(number: int, *overrides: str, timeout: int = 300) -> subprocess.Com
     """
     if number == 1:
         return launch("train", *overrides, timeout=timeout)
-    done = forked.run_ranks("launch.train", number, list(overrides), _environment(), timeout)
+    done = forked.run_ranks(
+        "launch.train", number, last_of_each(overrides), _environment(), timeout
+    )
     assert not any(rank.returncode for rank in done), f"{overrides}\n" + "\n".join(
         f"--- rank {i}\n{rank.stdout[-1500:]}\n{rank.stderr[-1500:]}" for i, rank in enumerate(done)
     )

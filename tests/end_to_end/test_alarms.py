@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.end_to_end.commandline import ROOT, TINY, last_json, launch, write_text
+from tests.end_to_end.commandline import ROOT, TINY, last_json, last_of_each, launch, write_text
 
 pytestmark = pytest.mark.slow
 PLANTED_AT = 6
 
 
 def train(folder: Path, fault: str, *overrides: str) -> subprocess.CompletedProcess:
-    arguments = [
-        fault,
+    settings = (
         *TINY,
         *write_text(folder),
         "train.num_steps=30",
         "train.eval_max_sequences=2",
         f"run_dir={folder / 'run'}",
         *overrides,
-    ]
+    )
+    arguments = [fault, *last_of_each(settings)]
     return forked.run(
         ROOT / "tests/end_to_end/planted.py", arguments, {**os.environ, "OMP_NUM_THREADS": "1"}, 300
     )

@@ -21,7 +21,7 @@ from tests import forked
 from tests.pairwise import some_daily
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commandline import ROOT, TINY, last_json, launch, losses, ranks, write_text
+from commandline import ROOT, TINY, last_json, last_of_each, launch, losses, ranks, write_text
 
 pytestmark = [pytest.mark.slow]
 
@@ -120,6 +120,7 @@ def test_evaluate_repeats_the_loss_of_training(trained):
     evaluated = last_json(launch("evaluate", f"run={run}", "checkpoint=latest", "max_sequences=16"))
     assert evaluated["val_loss"] == pytest.approx(last_json(result)["val_loss"], rel=1e-5)
     assert evaluated["perplexity"] > 1 and evaluated["bits_per_byte"] > 0
+    assert evaluated["moe/max_load_layer"] == 1  # layers are called what the model calls them
     assert len(evaluated["checkpoint"]) and "load/mean" in launch("evaluate", f"run={run}").stdout
 
 
@@ -298,6 +299,8 @@ def test_experts_of_8_bits_are_measured_before_they_are_kept(trained, stored, er
     result = last_json(done)
     assert result["low"] <= result["difference"] <= result["high"] <= 0.05
     assert len(result["agreement"]) == 1 and min(result["agreement"]) > 0.9
+    (row,) = [line for line in done.stdout.splitlines() if line.endswith("%")]
+    assert row.split()[0] == "1"  # the layer, as evaluate and audit number it
     assert len(result["expert_errors"]) == 1 and 0 < max(map(max, result["expert_errors"])) < error
     assert result["bytes_after"]["experts"] < 0.4 * result["bytes_before"]["experts"]
     assert result["bytes_after"]["others"] == result["bytes_before"]["others"]
@@ -437,11 +440,9 @@ def test_a_job_whose_parent_is_killed_saves_and_ends(trained):
             "ignore",
             "-m",
             "launch.train",
-            *TINY,
-            *data,
-            *ranks(2, 2),
-            f"run_dir='{run}'",
-            "train.num_steps=100000",
+            *last_of_each(
+                (*TINY, *data, *ranks(2, 2), f"run_dir='{run}'", "train.num_steps=100000")
+            ),
         ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -492,14 +493,16 @@ def start(command: list[str], env: dict[str, str] | None = None) -> subprocess.C
 def test_foreign_launchers_can_start_the_ranks(trained, launcher):
     folder, data, _, _ = trained
     python, port = sys.executable, str(29000 + os.getpid() % 900)
-    overrides = [
-        *TINY,
-        *data,
-        "parallel.expert_parallel_size=2",
-        f"experiment_name=foreign-{folder.name}-{launcher}",
-        "train.num_steps=3",
-        "optim.warmup_steps=1",
-    ]
+    overrides = last_of_each(
+        (
+            *TINY,
+            *data,
+            "parallel.expert_parallel_size=2",
+            f"experiment_name=foreign-{folder.name}-{launcher}",
+            "train.num_steps=3",
+            "optim.warmup_steps=1",
+        )
+    )
     if launcher == "deepspeed":
         result = start(
             [
@@ -635,12 +638,9 @@ def test_sigterm_saves_and_ends_with_zero(trained, kind):
             "ignore",
             "-m",
             "launch.train",
-            *TINY,
-            *data,
-            *ranks(number, number),
-            f"run_dir={run}",
-            "train.num_steps=100000",
-            "train.log_interval=1",
+            *last_of_each(
+                (*TINY, *data, *ranks(number, number), f"run_dir={run}", "train.num_steps=100000")
+            ),
         ],
         cwd=ROOT,
         text=True,

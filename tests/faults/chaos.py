@@ -39,7 +39,7 @@ import psutil
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE.parent / "end_to_end")]
-from commandline import TINY  # noqa: E402
+from commandline import TINY, last_of_each  # noqa: E402
 
 PR_SET_CHILD_SUBREAPER = 36
 NUM_STEPS = 36
@@ -50,24 +50,26 @@ END_SECONDS = 600.0
 """After this long without an end a command that was asked to end, or lost a process, counts as
 hanging.
 """
-SETTINGS = (
-    *TINY,
-    f"train.num_steps={NUM_STEPS}",
-    "train.eval_interval=6",
-    "checkpoint.save_interval=4",
-    "checkpoint.keep_last=3",
-    f"checkpoint.grace_seconds={GRACE:g}",
-    f"watchdog.timeout_seconds={TIMEOUT:g}",
-    "watchdog.startup_seconds=900",
-    "launch.num_devices=2",
-    "parallel.expert_parallel_size=2",
-    "launch.max_restarts=50",
-    "launch.restart_delay_seconds=0.3",
-    "router=threshold",
-    "balance=none",
-    "router.budget=1.5",
-    "budget.warm_start_steps=3",
-    "budget.blend_steps=4",
+SETTINGS = last_of_each(
+    (
+        *TINY,
+        f"train.num_steps={NUM_STEPS}",
+        "train.eval_interval=6",
+        "checkpoint.save_interval=4",
+        "checkpoint.keep_last=3",
+        f"checkpoint.grace_seconds={GRACE:g}",
+        f"watchdog.timeout_seconds={TIMEOUT:g}",
+        "watchdog.startup_seconds=900",
+        "launch.num_devices=2",
+        "parallel.expert_parallel_size=2",
+        "launch.max_restarts=50",
+        "launch.restart_delay_seconds=0.3",
+        "router=threshold",
+        "balance=none",
+        "router.budget=1.5",
+        "budget.warm_start_steps=3",
+        "budget.blend_steps=4",
+    )
 )
 LAUNCHERS = ("torchrun", "deepspeed", "torchrun")
 """Of the cycles, in turn: torchrun starts in half the time."""

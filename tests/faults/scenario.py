@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "end_to_end")]
-from commandline import TINY, losses  # noqa: E402
+from commandline import TINY, last_of_each, losses  # noqa: E402
 from lab import Cluster, Process  # noqa: E402
 
 NUM_STEPS, SAVE_INTERVAL = 14, 4
@@ -32,17 +32,19 @@ SETTLE = 1.5 + 1.0
 """What a verdict may take beyond the evidence: the judge waits for a better cause, and reports are
 periodic.
 """
-SETTINGS = (
-    *TINY,
-    f"train.num_steps={NUM_STEPS}",
-    "train.global_batch_size=4",
-    "parallel.expert_parallel_size=2",
-    f"checkpoint.save_interval={SAVE_INTERVAL}",
-    "checkpoint.keep_last=4",
-    "checkpoint.grace_seconds=30",
-    f"watchdog.timeout_seconds={TIMEOUT:g}",
-    "watchdog.startup_seconds=60",
-    "launch.restart_delay_seconds=0.5",
+SETTINGS = last_of_each(
+    (
+        *TINY,
+        f"train.num_steps={NUM_STEPS}",
+        "train.global_batch_size=4",
+        "parallel.expert_parallel_size=2",
+        f"checkpoint.save_interval={SAVE_INTERVAL}",
+        "checkpoint.keep_last=4",
+        "checkpoint.grace_seconds=30",
+        f"watchdog.timeout_seconds={TIMEOUT:g}",
+        "watchdog.startup_seconds=60",
+        "launch.restart_delay_seconds=0.5",
+    )
 )
 SUPERVISED = Path("launch/job/supervisor.py")
 
@@ -210,7 +212,9 @@ def run(
         environment: variables of the shell that starts the command.
     """
     run_dir = run_dir or folder / "run"
-    arguments = [*command(cluster, folder, data, fault, pace, max_restarts), *overrides]
+    arguments = last_of_each(
+        (*command(cluster, folder, data, fault, pace, max_restarts), *overrides)
+    )
     if any(a.startswith("resume=") for a in overrides) and not fault and not pace:
         # the saved one holds a PYTHONPATH, which needs a word of ours
         arguments.append("launch.env={}")
@@ -331,12 +335,16 @@ def reference(folder: Path, data: tuple[str, ...], *overrides: str) -> dict[int,
         sys.executable,
         "-m",
         "launch.train",
-        *SETTINGS,
-        *data,
-        "launch=deepspeed",
-        "launch.num_devices=2",
-        f"run_dir={folder / name}",
-        *overrides,
+        *last_of_each(
+            (
+                *SETTINGS,
+                *data,
+                "launch=deepspeed",
+                "launch.num_devices=2",
+                f"run_dir={folder / name}",
+                *overrides,
+            )
+        ),
     ]
     done = subprocess.run(
         line,

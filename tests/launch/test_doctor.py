@@ -175,6 +175,14 @@ def test_a_full_disk_fails(monkeypatch, tmp_path):
     assert machine.shared_memory().level == "warn"
 
 
+@pytest.mark.parametrize(("running", "level"), [(4.0, "ok"), (4.1, "warn")])
+def test_a_busy_machine_is_told_from_a_broken_one(monkeypatch, running, level):
+    monkeypatch.setattr(os, "getloadavg", lambda: (running, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    found = machine.load()
+    assert found.level == level and f"{running} processes want 2 cores" in found.found
+
+
 def test_write_speed_is_measured_and_leaves_nothing_behind(tmp_path, monkeypatch):
     found = machine.write_speed(tmp_path / "run")
     assert (

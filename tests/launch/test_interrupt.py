@@ -17,7 +17,7 @@ from launch import prepare
 from launch.command.interrupt import Interrupts
 from launch.command.main import run_main
 from launch.process.identity import ROOT
-from tests.end_to_end.commandline import TINY, write_text
+from tests.end_to_end.commandline import TINY, last_of_each, write_text
 from tests.lone import without_place
 from train.data.shards.parts import Parts
 from train.files.durable import replacing
@@ -282,10 +282,9 @@ def test_ctrl_c_saves_a_run_in_this_process_and_ends_with_zero(tmp_path):
             "ignore",
             "-m",
             "launch.train",
-            *TINY,
-            *write_text(tmp_path),
-            f"run_dir={run}",
-            "train.num_steps=100000",
+            *last_of_each(
+                (*TINY, *write_text(tmp_path), f"run_dir={run}", "train.num_steps=100000")
+            ),
         ],
         cwd=ROOT,
         text=True,

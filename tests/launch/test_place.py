@@ -258,7 +258,7 @@ def test_torn_lines_are_skipped(run, tmp_path):
         ({"replicas_per_rank": -1}, "must not be negative"),
         ({"last_steps": 1}, "last_steps is 1; it must be at least 2"),
         ({"replicas": 1}, "unknown key replicas: did you mean replicas_per_rank"),
-        ({"last_steps": "x"}, "last_steps is 'x'; it must be int"),
+        ({"last_steps": "x"}, "last_steps is 'x'; it must be a whole number"),
         ({"output": "/nowhere/p.json"}, "output=/nowhere/p.json cannot be written"),
     ],
 )

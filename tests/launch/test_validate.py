@@ -166,7 +166,7 @@ def test_unknown_keys_get_a_suggestion(base, place, suggestion):
         ({"router__top_k": 1}, "normalize_weights"),
         ({"train__seq_len": 4096}, "train.seq_len 4096 exceeds model.max_seq_len"),
         ({"train__precision": "fp16"}, "train.precision is 'fp16'; choose one of fp32, bf16"),
-        ({"train__num_steps": "many"}, "train.num_steps is 'many'; it must be int"),
+        ({"train__num_steps": "many"}, "train.num_steps is 'many'; it must be a whole number"),
         ({"train__num_steps": 10}, "warmup_steps 20 must be below"),
         ({"train__batch_size_rampup": [8, 8]}, "must be [start, increment, samples]"),
         ({"train__batch_size_rampup": [6, 8, 100]}, "must be multiples"),

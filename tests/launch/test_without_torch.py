@@ -34,7 +34,7 @@ EIGHT = ("launch=deepspeed", "launch.num_devices=8", "train.micro_batch_size=1")
         (("launch.train", "train.num_steps=-1"), "train.num_steps is -1"),
         (("launch.train", "router.top_k=99"), "router.top_k is 99; it must be between 1 and"),
         (("launch.train", *EIGHT, "launch.dry_run=true"), '"dry_run": true'),
-        (("launch.train", "resume=nowhere"), "nowhere/config.yaml does not exist"),
+        (("launch.train", "resume=nowhere"), "nowhere does not exist"),
         (("launch.evaluate", "run=nowhere"), "run=nowhere: nowhere does not exist; python -m"),
         (
             ("launch.generate", "run=nowhere", "prompt=x"),

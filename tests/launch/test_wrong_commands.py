@@ -5,14 +5,22 @@ and the mend, with exit code 2, without a traceback. And right ones that Hydra a
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import psutil
 import pytest
 
-from launch.command.arguments import ArgumentError, arranged, setting
+from launch.command.arguments import (
+    ArgumentError,
+    arranged,
+    refuse_two_values,
+    replaced,
+    setting,
+)
 from launch.config.overrides import quoted
+from tests import forked
 from tests.end_to_end.commandline import ROOT, launch
 
 WRONG: dict[str, str] = {
@@ -71,7 +79,11 @@ WRONG: dict[str, str] = {
     "deepspeed=3": "deepspeed=3 does not exist; did you mean deepspeed=zero3?",
     "data=/data/a.txt": "data.sources.0.path=text data.sources.0.data_files=/data/a.txt",
     "data.sources.path=text": "data.sources is a list; write data.sources.0.path=text",
-    "resume=true": "true/config.yaml does not exist",
+    "resume=true": "resume=true: true does not exist; python -m launch.runs lists the runs",
+    "data=my.txt": "data.sources.0.path=text data.sources.0.data_files=my.txt",
+    "data.path=my.txt": "unknown key data.path: did you mean data.sources.0.path?",
+    "resume=latset": "resume=latset: latset does not exist; did you mean resume=latest?",
+    "parallel=ep2": "start 2: launch=deepspeed launch.num_devices=2; or give parallel=single",
     # the form
     "--nproc_per_node=8": "settings have no dashes; write launch.num_devices=8",
     "--config=moe.yaml": "put the file into conf/experiment",
@@ -89,14 +101,14 @@ WRONG: dict[str, str] = {
     "=": "a setting is written without spaces",
     "5": "5 is no setting",
     # a value
-    "train.num_steps=many": "train.num_steps is 'many'; it must be int",
-    "train.num_steps=1e3": "train.num_steps is 1000.0; it must be int; write 1000",
+    "train.num_steps=many": "train.num_steps is 'many'; it must be a whole number",
+    "train.num_steps=1e3": "train.num_steps is 1000.0; it must be a whole number; write 1000",
     "tracker.wandb=off": "it must be a group of settings, such as tracker.wandb.mode",
-    "train.num_steps=1.5": "train.num_steps is 1.5; it must be int",
+    "train.num_steps=1.5": "train.num_steps is 1.5; it must be a whole number",
     "train.precision=fp16": "train.precision is 'fp16'; choose one of fp32, bf16",
-    "optim.lr=": "optim.lr is ''; it must be float",
-    "train.deterministic=maybe": "train.deterministic is 'maybe'; it must be bool",
-    "model.num_heads=[4,4]": "model.num_heads is [4, 4]; it must be int",
+    "optim.lr=": "optim.lr is ''; it must be a number",
+    "train.deterministic=maybe": "train.deterministic is 'maybe'; it must be true or false",
+    "model.num_heads=[4,4]": "model.num_heads is [4, 4]; it must be a whole number",
     "data.sources=json": "data.sources is 'json'; it must be a list",
     "train=5": "train is 5; it must be a group of settings",
     "optim.lr=inf": "optim.lr is inf; it must be a finite number",
@@ -104,7 +116,7 @@ WRONG: dict[str, str] = {
     "data.sources.0.path=jsonl": "data.sources[0].path is 'jsonl', no format; did you mean json?",
     "resume=runs/none/latest": "resume=runs/none/latest: there is no run under runs/none",
     "init.checkpoint=newest": "init.checkpoint is 'newest'; choose one of best, latest, or a name",
-    "train.num_tokens=lots": "train.num_tokens is 'lots'; it must be int",
+    "train.num_tokens=lots": "train.num_tokens is 'lots'; it must be a whole number",
     "optim.warmup_fraction=5": "optim.warmup_fraction is 5.0; it must be at least 0 and below 1",
     "train.global_batch_size=33": "train.global_batch_size 33 is not a multiple of",
 }
@@ -135,6 +147,9 @@ OF_A_RUN = {
     ("evaluate", "model=a"): "run=RUN or path=DIR names one that is trained",
     ("generate", "run=.", "prompt", "ROMEO."): "prompt has no value; write prompt=ROMEO.",
     ("prepare", "train.num_steps=5"): "train is read by launch.train alone; leave it out",
+    ("evaluate", "run=tests", "path=y"): "run and path are both set; drop one",
+    ("branch", "run=.", "checkpoint=step-9"): "give run=RUN, checkpoint=step-N, to=DIR and",
+    ("export", "run=.", "to=new", "checkpoint=step-9"): "checkpoints has no step-00000009;",
 }
 
 
@@ -146,10 +161,52 @@ def test_other_commands_answer_likewise(typed):
 
 
 @pytest.mark.parametrize(
+    "typed",
+    [
+        ("train.num_steps=5", "train.num_steps=6"),
+        ("data.sources.0.path=json", "data.sources[0].path=text"),
+        ("alarms.mine.above=1", "+alarms.mine.above=2"),
+        ("router=top_k", "optim.lr=1", "router=top_p"),
+        ("-m", "seed=1,2", "seed=3,4"),
+        ("prompt=a=b", "prompt=a=c"),
+    ],
+)
+def test_a_setting_has_one_value(typed):
+    first, second = typed[0 if "=" in typed[0] else 1], typed[-1]
+    with pytest.raises(ArgumentError, match=re.escape(f"{first} and {second} give")):
+        refuse_two_values(typed)
+
+
+def test_a_command_refuses_two_values_of_a_setting():
+    # launch() would leave out the first one
+    done = forked.run("launch.train", ["seed=5", "seed=6"], {**os.environ}, 120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: seed=5 and seed=6 give seed two values; drop one\n"
+
+
+def test_what_is_given_once_or_twice_alike_is_taken():
+    taken = ["-m", "seed=1,2", "router=top_p", "router.top_p=0.5", "~alarms.budget", "-m", "a=1"]
+    refuse_two_values([*taken, "a=1", "~alarms.budget"])
+    again = replaced(["++run=x", "++checkpoint=latest", "checkpoints=1"], "checkpoint", "step-4")
+    assert again == ["++run=x", "checkpoints=1", "checkpoint=step-4"]
+
+
+@pytest.mark.parametrize("command", ["export", "quantize", "generate", "serve", "report", "place"])
+def test_what_is_misspelt_is_told_beside_what_is_missing(command):
+    done = launch(command, "outputs=x", check=False)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 2, lines
+    assert lines[0].startswith("error: unknown key outputs: ")
+    assert lines[1].startswith("error: give run=")
+
+
+@pytest.mark.parametrize(
     ("typed", "told"),
     [
         (["--num_gpus", "8"], "write launch.num_devices=8"),
         (["--bf16"], "write train.precision=VALUE"),
+        (["--resume", "latest"], "write resume=latest"),
+        (["--router", "top_p"], "write router=top_p"),
         (["train.num_steps", "100"], "write train.num_steps=100"),
         (["train.num_steps", "seed=1"], "write train.num_steps=VALUE"),
     ],
@@ -166,6 +223,8 @@ def test_a_command_without_settings_has_none():
 def test_words_of_a_training_are_offered_to_a_training_alone():
     with pytest.raises(ArgumentError, match="--dtype is no option"):
         arranged(["--dtype"], "generate")
+    with pytest.raises(ArgumentError, match="write run=latest"):
+        arranged(["--run", "latest"], "generate")
 
 
 @pytest.mark.slow
@@ -184,10 +243,21 @@ def test_it_takes_less_than_two_seconds_of_a_processor(argument):
     assert b"error: " in process.stderr.read()
 
 
+def test_a_host_that_nobody_knows_is_told_before_a_run_directory_is_made(tmp_path):
+    (tmp_path / "hosts").write_text("nobody.invalid slots=2\nother.invalid slots=2\n")
+    job = ("launch=deepspeed", "launch.num_nodes=2", "launch.num_devices=2")
+    where = (f"launch.hostfile={tmp_path / 'hosts'}", f"run_dir={tmp_path / 'run'}")
+    done = launch("train", *job, *where, check=False)
+    assert done.returncode == 2 and "host nobody.invalid has no address (" in done.stderr
+    assert "Errno" not in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_a_sweep_of_mistakes_ends_as_each_of_them_would(tmp_path):
     done = launch("train", "-m", "seed=x,y", f"hydra.sweep.dir={tmp_path}", check=False)
-    assert done.returncode == 2 and done.stderr.count("it must be int") == 2
+    assert done.returncode == 2 and done.stderr.count("it must be a whole number") == 2
     assert "2 job(s) of the sweep failed" in done.stderr
+    told = [line for line in done.stderr.splitlines() if "seed=" in line]
+    assert told == ["job 0 of the sweep: seed=x", "job 1 of the sweep: seed=y"]
 
 
 # --- right ones -----------------------------------------------------------------------------------

@@ -183,7 +183,9 @@ def test_layers_are_words_or_a_list_on_the_command_line():
     assert composed("[0,-1]").attention.window_layers == (0, -1)
     with pytest.raises(ConfigError, match="window_layers is 'some'; choose one of alternate, all"):
         composed("some")
-    with pytest.raises(ConfigError, match=r"window_layers\[0\] is 'first'; it must be int"):
+    with pytest.raises(
+        ConfigError, match=r"window_layers\[0\] is 'first'; it must be a whole number"
+    ):
         composed("[first]")
 
 

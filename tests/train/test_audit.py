@@ -708,7 +708,7 @@ def test_a_run_without_audit_is_told_how_to_get_one(run, tmp_path, capsys):
         ({"layer": 9}, "choose one of 0, 1"),
         ({"limit": -1}, "limit is -1"),
         ({"expert": 4}, "experts 0 to 3"),
-        ({"step": "x"}, "step is 'x'; it must be int"),
+        ({"step": "x"}, "step is 'x'; it must be a whole number"),
     ],
 )
 def test_bad_settings_get_a_sentence(run, capsys, settings, words):

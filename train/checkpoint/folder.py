@@ -236,6 +236,10 @@ def begins_anew(run_dir: Path) -> bool:
 # --- which one is read ----------------------------------------------------------------------------
 
 
+class NoSuchCheckpointError(CheckpointError):
+    """A checkpoint that was asked for by its name is not there: the asker's slip, and no damage."""
+
+
 def find_checkpoint(run_dir: Path, prefer: str = "latest") -> Path:
     """Find the newest complete and undamaged checkpoint of a run. Damaged ones are named in the log
     and passed over.
@@ -299,8 +303,8 @@ def candidates(run_dir: Path, prefer: str = "latest") -> list[Path]:
     Whoever reads one asks first whether it is ours.
 
     Raises:
-        CheckpointError: the folder they are in belongs to another user, or everybody can write it;
-            or there is none of the name.
+        NoSuchCheckpointError: there is none of the name.
+        CheckpointError: the folder they are in belongs to another user, or everybody can write it.
     """
     folder = run_dir / "checkpoints"
     names = steps(folder)[::-1]
@@ -308,9 +312,10 @@ def candidates(run_dir: Path, prefer: str = "latest") -> list[Path]:
         require_owned(run_dir)
         require_owned(folder)
     if STEP.fullmatch(prefer):
-        if names and prefer not in names:
-            raise CheckpointError(f"{folder} has no {prefer}; it has {', '.join(names[::-1])}")
-        return [folder / prefer] if names else []
+        if prefer not in names:
+            there = f"it has {', '.join(names[::-1])}" if names else _none_saved(run_dir)
+            raise NoSuchCheckpointError(f"{folder} has no {prefer}; {there}")
+        return [folder / prefer]
     _check_latest(folder)
     best = read_best(folder)
     if prefer == "best" and best:
@@ -320,12 +325,18 @@ def candidates(run_dir: Path, prefer: str = "latest") -> list[Path]:
 
 def no_usable_checkpoint(run_dir: Path, reasons: list[str]) -> CheckpointError:
     """reasons: "<name>: <damage>" of each that was tried."""
-    why = (
-        f" ({'; '.join(reasons[:3])})"
-        if reasons
-        else f"; is {run_dir} a run directory of launch.train?"
-    )
+    why = f" ({'; '.join(reasons[:3])})" if reasons else f"; {_none_saved(run_dir)}"
     return CheckpointError(f"no usable checkpoint under {run_dir / 'checkpoints'}{why}")
+
+
+def _none_saved(run_dir: Path) -> str:
+    """Why there may be no checkpoint at all."""
+    if not (run_dir / "config.yaml").is_file():
+        return f"is {run_dir} a run directory of launch.train?"
+    return (
+        "the run has saved none yet: it does so at its end, when it is asked to stop, and every "
+        "checkpoint.save_interval steps"
+    )
 
 
 def newest_complete(run_dir: Path) -> Path | None:

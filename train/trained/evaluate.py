@@ -89,6 +89,7 @@ def evaluate(
     device: torch.device,
     routers: list[Router],
     sparse_layers: list[int] | None = None,
+    moe_layers: tuple[int, ...] | None = None,
     probe: RoutingProbe | None = None,
     stopped: Callable[[], bool] = lambda: False,
     stage: StageOf | None = None,
@@ -98,6 +99,7 @@ def evaluate(
     batches.
 
     routers: of the MoE layers here.
+    moe_layers: the numbers of all MoE layers, for moe/max_load_layer.
     probe: sees this rank's first batch.
     stopped: asked before every batch, with the same answer on all ranks; when it is True, the
         evaluation is left: a share of the batches is no result. Stages of a pipeline would wait for
@@ -185,7 +187,7 @@ def evaluate(
         result.update(attention_metrics(measured.cpu(), sparse_layers))
     if stats is not None and kind is not None:
         layers = unpack_stats(stats.cpu(), kind.spec.num_experts, kind.max_top_k)
-        result.update(balance_metrics(layers.counts))
+        result.update(balance_metrics(layers.counts, moe_layers))
         result["experts_per_token"] = float(layers.experts_per_token.mean())
         result["experts_per_token_by_layer"] = layers.experts_per_token.tolist()
         result["counts"] = layers.counts.tolist()

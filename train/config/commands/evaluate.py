@@ -99,7 +99,8 @@ class EvaluateConfig:
             found.append(
                 "a list of budgets is measured of one checkpoint; name one run and one checkpoint"
             )
-        if self.path is not None and self.text is None and not self.tasks:
+        is_folder = self.path is not None and self.run is None
+        if is_folder and self.text is None and not self.tasks:
             found.append("path=DIR has no held-out text; give text=FILE, or tasks=[...]")
         if self.seq_len is not None and self.text is None:
             found.append(f"seq_len={self.seq_len} cuts the rows of text=FILE, which is not given")
