@@ -15,6 +15,7 @@ from model.attention.base import SequenceLayout
 from model.attention.compressed import CompressedAttention
 from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import BalanceConfig, ModelConfig, RopeScaling
+from model.cost.entries import entry_layers
 from model.cost.memory import cache_bytes_per_token
 from model.cost.parameters import (
     closed_entries,
@@ -346,10 +347,10 @@ def test_what_the_plan_counts_is_what_the_model_has(form):
     assert compressed_cache_values(config, arguments) * 48 == held
 
     # Against what the masks of the op let through.
-    for kind, spec in (("csa", (3, 2)), ("hca", (6, 99)), ("window", (99, 0))):
-        ratio, most = spec
+    every = entry_layers(3, arguments | {"layer_kinds": ("csa", "hca", "window")})
+    for layer, (ratio, most) in zip(every, ((3, 2), (6, 99), (99, 0)), strict=True):
         seen = [min(t, 5) + min(t // ratio, most) for t in range(1, 38)]
-        found = compressed_keys(37, arguments, kind)
+        found = compressed_keys(37, arguments, layer)
         assert found == pytest.approx(sum(seen) / 37 - 0.5)
     assert closed_entries(37, 3) == pytest.approx(sum(t // 3 for t in range(1, 38)) / 37)
 
