@@ -82,7 +82,7 @@ def reference_attention(
                 assert index_keys is not None and index_weights is not None
                 products = (index_queries[t] @ index_keys[places].T).relu()
                 scores = (index_weights[t] @ products) * index_queries[t].numel() ** -0.5
-                value = [float(score) for score in scores]
+                value = scores.tolist()
                 eligible: Sequence[int] = range(closed)
                 if spec.top_k_blocks is not None:
                     size = spec.index_block_size
