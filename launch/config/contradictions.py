@@ -461,7 +461,7 @@ def _index(run: RunConfig, trains: bool) -> list[str]:
             f"lora.rank is {run.lora.rank}, but adapters leave the index of {kind} as it is, while "
             f"what it has to find moves; set lora.rank=0, or use {instead}"
         )
-    follows = attention.arguments.get("index_layers", 1) > 1
+    follows = not is_compressed and attention.arguments.get("index_layers", 1) > 1
     if follows and run.parallel.pipeline_parallel_size > 1:
         problems.append(
             f"attention.index_layers {attention.arguments['index_layers']} lets layers follow the "
@@ -642,6 +642,13 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
             f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "
             "to train; use parallel.pipeline_parallel_size=1"
         )
+    attention = run.attention
+    if problems or not isinstance(attention, CompressedAttentionConfig):
+        return problems
+    # What a layer reads of an earlier one is not handed on, between virtual stages neither.
+    if not attention.problems(run.model):
+        every = [part for runs in run.stage_runs for part in runs]
+        problems += attention.parted_problems(run.model, every)
     return problems
 
 

@@ -8,7 +8,10 @@ from model.cost.parameters import has_index, is_compressed, is_indexed
 
 SHAPING = ("rule", "index_heads", "index_head_dim", "interval", "dense_layers")
 """Settings that say which tensors an index has, and where."""
-SHAPING_ENTRIES = ("layer_kinds", "csa_ratio", "index_heads", "index_head_dim")
+SHAPING_ENTRIES = (
+    *("layer_kinds", "csa_ratio", "index_heads", "index_head_dim", "late_csa_ratio"),
+    *("csa_overlap", "slot_bias", "entry_layers", "index_layers", "index_keys"),
+)
 """Likewise, of compressed attention."""
 INSIDE = ("select", "index_head_dim", "index_layers", "interval", "dense_layers")
 """Those of an index inside sparse attention."""

@@ -263,7 +263,8 @@ def _new_parameters(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 SHAPING_PROJECTIONS = (
     *("layer_kinds", "csa_ratio", "hca_ratio", "q_lora_rank", "output_groups", "o_lora_rank"),
-    *("index_heads", "index_head_dim"),
+    *("index_heads", "index_head_dim", "late_csa_ratio", "csa_overlap", "slot_bias"),
+    *("entry_layers", "index_layers", "index_keys"),
 )
 """Settings of compressed attention that say which tensors there are."""
 

@@ -108,8 +108,12 @@ class SequenceLayout:
     largest: LargestLogits | None = None
     """Where dense layers say their largest logits; None: nobody asks."""
     choices: dict[int, Any] = field(default_factory=dict)
-    """What the index of a layer has made of these tokens (sparse.Choice), for later layers that
-    follow it.
+    """What the index of a layer has made of these tokens (sparse.Choice, compressed.Choice), for
+    later layers that follow it.
+    """
+    entries: dict[int, Any] = field(default_factory=dict)
+    """What a layer has pooled of these tokens (compressed.Entries), for later layers that read
+    it. Gradients go back through it, from blocks that are computed again as well.
     """
     _shared: dict[str, Any] = field(default_factory=dict)
 

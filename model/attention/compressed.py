@@ -15,11 +15,14 @@ from model.attention.cache import LivePages
 from model.attention.compressed_cache import CompressedCache, CompressedPages, Held, Widths
 from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import ModelConfig
+from model.cost.entries import EntryLayer
 from model.layers import RMSNorm, apply_trailing_rotary, rotary_tables
 from ops.compressed_attention import (
+    CompressedSpec,
     Windows,
     attend_held,
     audit_entries,
+    choose_held,
     closed_windows,
     compressed_attention,
     gated_pool,
@@ -58,70 +61,116 @@ class Turns(NamedTuple):
 
 
 class Compressor(nn.Module):
-    """Entries of windows of `ratio` tokens: gated means of projections, normalised, turned by the
-    position of their window's first token.
+    """Entries of windows of so many tokens: gated means of projections, normalised, turned by the
+    position of their window's first token. Windows of one token have nothing to weigh.
 
-    Windows overlap where `overlap`: an entry is then a mean of its own window and the one before,
-    of which each token gives other channels.
+    Windows overlap where the layer says so: an entry is then a mean of its own window and the one
+    before, of which each token gives other channels.
 
     Args:
         width: channels of an entry.
+        slot_bias: whether gates have a bias for a token's place in the window.
     """
 
-    def __init__(self, config: ModelConfig, width: int, ratio: int, overlap: bool, turns: Turns):
+    def __init__(
+        self, config: ModelConfig, width: int, layer: EntryLayer, slot_bias: bool, turns: Turns
+    ):
         super().__init__()
-        self.width, self.ratio, self.overlap, self.turns = width, ratio, overlap, turns
-        self.row = width * (2 if overlap else 1)
+        self.width, self.ratio, self.overlap, self.turns = width, layer.ratio, layer.overlaps, turns
+        self.row = width * (1 + self.overlap)
         self.kv_proj = nn.Linear(config.hidden_size, self.row, bias=False)
-        self.gate_proj = nn.Linear(config.hidden_size, self.row, bias=False)
-        # a vector, which materialize leaves as it is
-        self.slot_bias = nn.Parameter(torch.zeros(ratio * self.row))
+        self.gate_proj: nn.Linear | None = None
+        self.slot_bias: nn.Parameter | None = None
+        if layer.is_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, self.row, bias=False)
+        if layer.is_gated and slot_bias:
+            # a vector, which materialize leaves as it is
+            self.slot_bias = nn.Parameter(torch.zeros(self.ratio * self.row))
         self.norm = RMSNorm(width, config.norm_eps)
 
+    @property
+    def row_width(self) -> int:
+        """Values of a token that its entry is pooled from."""
+        return self.row * (1 + (self.gate_proj is not None))
+
     def rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, S, D] -> [B, S, 2 row]: contents and gates of tokens, what a cache holds of those
+        """[B, S, D] -> [B, S, row_width]: contents and gates of tokens, what a cache holds of those
         whose window is open.
         """
-        return torch.cat((self.kv_proj(hidden), self.gate_proj(hidden)), -1)
+        content: torch.Tensor = self.kv_proj(hidden)
+        if self.gate_proj is None:
+            return content
+        return torch.cat((content, self.gate_proj(hidden)), -1)
 
     def forward(
         self, rows: torch.Tensor, windows: Windows, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Of packed documents: rows [B, S, 2 row], positions [B, S] -> entries [M, width]."""
-        content, gates = rows.flatten(0, 1).split(self.row, -1)
-        bias = self.slot_bias.view(self.ratio, self.row)
-        entries = gated_pool(content, gates, bias, windows, self.overlap)
-        return self._finished(entries.unsqueeze(0), positions.flatten()[windows.starts][None])[0]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of packed documents: rows [B, S, row_width], positions [B, S] -> entries [M, width], and
+        what they were before they were turned.
+        """
+        flat = rows.flatten(0, 1)
+        if self.gate_proj is None:
+            entries = flat[windows.starts]
+        else:
+            content, gates = flat.split(self.row, -1)
+            entries = gated_pool(content, gates, self._biases(content), windows, self.overlap)
+        own = positions.flatten()[windows.starts][None]
+        turned, normed = self._finished(entries.unsqueeze(0), own)
+        return turned[0], normed[0]
 
     def of_windows(
         self, rows: torch.Tensor, before: torch.Tensor, number: torch.Tensor
-    ) -> torch.Tensor:
-        """Of windows at hand: rows [B, n, ratio, 2 row], those of the windows before them, and the
-        windows' numbers [B, n] in their documents -> entries [B, n, width].
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of windows at hand: rows [B, n, ratio, row_width], those of the windows before them, and
+        the windows' numbers [B, n] in their documents -> [B, n, width] twice, as forward does.
         """
+        if self.gate_proj is None:
+            return self._finished(rows[:, :, 0], number * self.ratio)
         content, gates = rows.split(self.row, -1)
         earlier = before.split(self.row, -1) if self.overlap else None
-        bias = self.slot_bias.view(self.ratio, self.row)
-        entries = pooled(content, gates, bias, earlier, number > 0).to(rows.dtype)
-        return self._finished(entries, number * self.ratio)
+        entries = pooled(content, gates, self._biases(content), earlier, number > 0)
+        return self._finished(entries.to(rows.dtype), number * self.ratio)
 
-    def _finished(self, entries: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[B, n, width], normalised and turned by positions [B, n]."""
-        normed = self.norm(entries).unsqueeze(2)
-        return apply_trailing_rotary(normed, *self.turns(positions)).squeeze(2)
+    def _biases(self, like: torch.Tensor) -> torch.Tensor:
+        """[ratio, row], added to gates."""
+        if self.slot_bias is None:
+            return like.new_zeros((self.ratio, self.row))
+        return self.slot_bias.view(self.ratio, self.row)
+
+    def _finished(
+        self, entries: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, n, width], normalised, and before that turned by positions [B, n]."""
+        normed = self.norm(entries)
+        turned = apply_trailing_rotary(normed.unsqueeze(2), *self.turns(positions)).squeeze(2)
+        return turned, normed
 
 
 class EntryIndexer(nn.Module):
-    """What an index makes of hidden states and of the queries' latents: queries and their weights,
-    and keys that are entries of its own.
+    """What an index makes of hidden states and of the queries' latents: queries and their weights
+    and, in a layer that makes entries, a key for each of these: an entry of its own, or a
+    projection of the layer's, normalised and turned by the same position.
     """
 
-    def __init__(self, config: ModelConfig, settings: CompressedAttentionConfig, turns: Turns):
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: CompressedAttentionConfig,
+        layer: EntryLayer,
+        turns: Turns,
+    ):
         super().__init__()
         self.heads, self.width = settings.index_heads, settings.index_head_dim
+        self.turns = turns
         self.q_proj = nn.Linear(settings.q_lora_rank, self.heads * self.width, bias=False)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        self.compressor = Compressor(config, self.width, settings.csa_ratio, True, turns)
+        self.compressor: Compressor | None = None
+        self.key_proj: nn.Linear | None = None
+        if layer.makes_entries and settings.index_keys == "pooled":
+            self.compressor = Compressor(config, self.width, layer, settings.slot_bias, turns)
+        elif layer.makes_entries:
+            self.key_proj = nn.Linear(config.attention_head_dim, self.width, bias=False)
+            self.key_norm = RMSNorm(self.width, config.norm_eps)
 
     def queries(
         self, hidden: torch.Tensor, latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -129,6 +178,36 @@ class EntryIndexer(nn.Module):
         """[B, S, D] and [B, S, q_lora_rank] -> queries [B, S, I, w], turned, weights [B, S, I]."""
         queries = self.q_proj(latent).unflatten(-1, (self.heads, self.width))
         return apply_trailing_rotary(queries, cos, sin), self.weights_proj(hidden)
+
+    def projected_keys(self, entries: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[B, n, c] before they were turned, at positions [B, n] -> [B, n, w]. No gradient reaches
+        the entries.
+        """
+        assert self.key_proj is not None
+        keys = self.key_norm(self.key_proj(entries.detach())).unsqueeze(2)
+        return apply_trailing_rotary(keys, *self.turns(positions)).squeeze(2)
+
+
+class Entries(NamedTuple):
+    """What a layer has pooled, for itself and for later layers that read it."""
+
+    entries: torch.Tensor
+    """[M, c] of packed rows, or of a cache [B, E, c]."""
+    index_keys: torch.Tensor | None
+    """[M, w] or [B, E, w]; None where nobody asks."""
+
+
+class Choice(NamedTuple):
+    """What an index has made of the tokens, for itself and for the layers that follow it, which
+    teach it as well.
+    """
+
+    queries: torch.Tensor
+    """[B, S, I, w]."""
+    weights: torch.Tensor
+    """[B, S, I]."""
+    chosen: torch.Tensor | None = None
+    """As compressed_attention or attend_held takes it; None before there is a choice."""
 
 
 class CompressedAttention(nn.Module):
@@ -148,16 +227,22 @@ class CompressedAttention(nn.Module):
         self, config: ModelConfig, settings: CompressedAttentionConfig, layer_idx: int = 0
     ):
         super().__init__()
-        kind = settings.kind(config, layer_idx)
-        self.spec = settings.spec(kind)
-        self.layer_idx, self.is_sparse = layer_idx, kind == "csa"
+        layers = settings.layers(config)
+        self.layer = layer = layers[layer_idx]
+        self.spec = settings.spec(layer)
+        # Layers that read another one's entries hold none of their own.
+        self.cached = self.spec if layer.makes_entries else CompressedSpec(self.spec.window)
+        self.is_read = sum(other.maker == layer_idx for other in layers) > 1
+        self.layer_idx, self.is_sparse = layer_idx, layer.chooser is not None
         self.num_heads, self.head_dim = config.num_heads, config.attention_head_dim
-        self.coeff, self.audit_rows = settings.index_coeff, settings.audit_rows
+        self.audit_rows = settings.audit_rows
+        # Layers that choose as one teach their index as a mean.
+        self.coeff = settings.index_coeff / max(1, layer.num_chosen_for)
         self.dense_steps = settings.dense_steps
         self.step = self.dense_steps  # without a trainer: the index chooses
         self.eps = config.norm_eps
         self.turns = Turns(settings.rope_head_dim, config.rope_theta, None)
-        if kind != "window":
+        if layer.ratio:
             theta = settings.compressed_rope_theta or config.rope_theta
             self.turns = Turns(settings.rope_head_dim, theta, config.rope_scaling)
 
@@ -174,36 +259,39 @@ class CompressedAttention(nn.Module):
         # a vector, which materialize leaves as it is
         self.sinks = nn.Parameter(torch.zeros(heads))
         self.compressor: Compressor | None = None
-        if kind != "window":
+        self.indexer: EntryIndexer | None = None
+        if layer.makes_entries:
             self.compressor = Compressor(
-                config, self.head_dim, self.spec.ratio, kind == "csa", self.turns
+                config, self.head_dim, layer, settings.slot_bias, self.turns
             )
-        self.indexer = EntryIndexer(config, settings, self.turns) if self.is_sparse else None
+        if layer.chooses:
+            self.indexer = EntryIndexer(config, settings, layer, self.turns)
 
     @property
     def chooses(self) -> bool:
-        """Whether the index has learned for as long as it was to."""
-        return self.indexer is not None and self.step >= self.dense_steps
+        """Whether an index chooses for the layer, which has learned for as long as it was to."""
+        return self.is_sparse and self.step >= self.dense_steps
 
     @property
     def _widths(self) -> Widths:
-        row = 0 if self.compressor is None else 2 * self.compressor.row
-        if self.indexer is None:
+        row = 0 if self.compressor is None else self.compressor.row_width
+        if self.indexer is None or self.compressor is None:
             return Widths(self.head_dim, row, 0)
-        index = self.indexer.compressor
-        return Widths(self.head_dim, row + 2 * index.row, index.width)
+        pool = self.indexer.compressor
+        row += 0 if pool is None else pool.row_width
+        return Widths(self.head_dim, row, self.indexer.width)
 
     def new_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> CompressedCache:
-        return CompressedCache(batch_size, max_len, self.spec, self._widths, dtype, device)
+        return CompressedCache(batch_size, max_len, self.cached, self._widths, dtype, device)
 
     @property
     def live_window(self) -> int:
         """Tokens before a new one whose own keys and rows are read; entries stand for those before:
         the others of its window, and those of the pooled window that is open and the one before.
         """
-        return max(self.spec.window - 1, 2 * self.spec.ratio - 1)
+        return max(self.cached.window - 1, 2 * self.cached.ratio - 1)
 
     def new_pages(
         self,
@@ -213,7 +301,8 @@ class CompressedAttention(nn.Module):
         device: torch.device,
         live: LivePages | None = None,
     ) -> CompressedPages:
-        return CompressedPages(num_pages, page_size, self.spec, self._widths, dtype, device, live)
+        widths = self._widths
+        return CompressedPages(num_pages, page_size, self.cached, widths, dtype, device, live)
 
     def forward(
         self,
@@ -236,27 +325,24 @@ class CompressedAttention(nn.Module):
         if self.compressor is not None:
             rows.append(self.compressor.rows(hidden))
         hidden, latent = hidden.detach(), latent.detach()
-        if self.indexer is not None:
+        if self.indexer is not None and self.indexer.compressor is not None:
             rows.append(self.indexer.compressor.rows(hidden))
 
-        teach = self.indexer is not None and cache is None and (self.training or layout.measure)
-        index = None
+        teach = self.is_sparse and cache is None and (self.training or layout.measure)
+        choice: Choice | None = None
         if self.indexer is not None and (teach or self.chooses):
-            index = self.indexer.queries(hidden, latent, cos, sin)
+            choice = Choice(*self.indexer.queries(hidden, latent, cos, sin))
+        elif self.is_sparse and (teach or self.chooses):
+            assert self.layer.chooser is not None
+            choice = layout.choices[self.layer.chooser]
         held = None if cache is None else self._held(cache, kv, rows, layout)
         sums: AttentionSums | None = None
         if held is not None:
-            keys = None
-            if index is not None and held.index_keys is not None:
-                keys = (index[0], held.index_keys, index[1])
-            out = attend_held(
-                *(q, held.kv, held.kv_position, held.entries, keys),
-                *(self.sinks, held.position, self.spec),
-            )
+            out = self._attend_held(q, held, choice, layout)
         else:
-            out, sums = self._attend_packed(q, kv, rows, index, layout, teach, cache)
+            out, sums = self._attend_packed(q, kv, rows, choice, layout, teach, cache)
         out = apply_trailing_rotary(out, cos, -sin)
-        if self.indexer is not None and sums is None:
+        if self.is_sparse and sums is None:
             sums = _nothing(out)
         projected: torch.Tensor = self.o_proj(self.output_groups(out.flatten(2)))
         return projected, sums
@@ -272,12 +358,75 @@ class CompressedAttention(nn.Module):
         cos, sin = layout.shared(f"turns {self.turns}", both)
         return cos, sin
 
+    def _attend_held(
+        self, q: torch.Tensor, held: Held, choice: Choice | None, layout: SequenceLayout
+    ) -> torch.Tensor:
+        """New tokens [B, S, H, c] against what a cache holds, or the cache of the layer whose
+        entries are read.
+        """
+        made: Entries | None = None
+        if held.entries is not None:
+            made = self._made(Entries(held.entries, held.index_keys), layout)
+        elif self.layer.maker is not None:
+            made = layout.entries[self.layer.maker]
+        chosen = None
+        if choice is not None and self.indexer is not None:
+            assert made is not None and made.index_keys is not None
+            chosen = choose_held(
+                choice.queries, made.index_keys, choice.weights, held.position, self.spec
+            )
+            self._chose(choice._replace(chosen=chosen), layout)
+        elif choice is not None:
+            chosen = choice.chosen
+        return attend_held(
+            *(q, held.kv, held.kv_position, None if made is None else made.entries),
+            *(chosen, self.sinks, held.position, self.spec),
+        )
+
+    def _made(self, made: Entries, layout: SequenceLayout) -> Entries:
+        """Entries of this layer, left for those that read them."""
+        if self.is_read:
+            layout.entries[self.layer_idx] = made
+        return made
+
+    def _chose(self, choice: Choice, layout: SequenceLayout) -> None:
+        """The choice of this layer, left for those that follow it."""
+        if self.layer.num_chosen_for > 1:
+            layout.choices[self.layer_idx] = choice
+
+    def _pooled(
+        self,
+        rows: list[torch.Tensor],
+        with_keys: bool,
+        bounds: list[int],
+        layout: SequenceLayout,
+        cache: CompressedCache | CompressedPages | None,
+    ) -> Entries:
+        """Of packed rows, whose entries and index keys go into a cache."""
+        assert self.compressor is not None and layout.positions is not None
+        windows = closed_windows(bounds, self.spec.ratio, rows[0].device)
+        entries, before_turned = self.compressor(rows[0], windows, layout.positions)
+        keys = None
+        if self.indexer is not None and with_keys:
+            if self.indexer.compressor is not None:
+                keys = self.indexer.compressor(rows[1], windows, layout.positions)[0]
+            else:
+                at = layout.positions.flatten()[windows.starts][None]
+                keys = self.indexer.projected_keys(before_turned[None], at)[0]
+        if isinstance(cache, CompressedPages):
+            assert layout.paging is not None
+            last = layout.paging.slots[windows.starts + self.spec.ratio - 1]
+            cache.write_entries(entries, keys, last)
+        elif cache is not None:
+            cache.begin(entries, keys)
+        return self._made(Entries(entries, keys), layout)
+
     def _attend_packed(
         self,
         q: torch.Tensor,
         kv: torch.Tensor,
         rows: list[torch.Tensor],
-        index: tuple[torch.Tensor, torch.Tensor] | None,
+        choice: Choice | None,
         layout: SequenceLayout,
         teach: bool,
         cache: CompressedCache | CompressedPages | None,
@@ -286,30 +435,32 @@ class CompressedAttention(nn.Module):
         cache.
         """
         bounds = layout.shared("bounds", lambda: layout.cu_seqlens.cpu()).tolist()
-        entries, keys = None, None
+        made: Entries | None = None
         if self.compressor is not None:
-            assert layout.positions is not None
-            windows = closed_windows(bounds, self.spec.ratio, q.device)
-            entries = self.compressor(rows[0], windows, layout.positions)
-            if self.indexer is not None and (index is not None or cache is not None):
-                keys = self.indexer.compressor(rows[1], windows, layout.positions)
-            if isinstance(cache, CompressedPages):
-                assert layout.paging is not None
-                last = layout.paging.slots[windows.starts + self.spec.ratio - 1]
-                cache.write_entries(entries, keys, last)
-            elif cache is not None:
-                cache.begin(entries, keys)
+            with_keys = choice is not None or cache is not None
+            made = self._pooled(rows, with_keys, bounds, layout, cache)
+        elif self.layer.maker is not None:
+            made = layout.entries[self.layer.maker]
+        entries = None if made is None else made.entries
         flat_q, flat_kv = q.flatten(0, 1), kv.flatten(0, 1)
-        parts = None
-        if index is not None:
-            assert keys is not None
-            parts = Index(index[0].flatten(0, 1), keys, index[1].flatten(0, 1))
+
+        # Who follows has the choice, and needs the index to teach it alone.
+        parts, chosen = None, None
+        if choice is not None and self.indexer is None and self.chooses:
+            chosen = choice.chosen
+        if choice is not None and (teach or chosen is None):
+            assert made is not None and made.index_keys is not None
+            queries, weights = choice.queries.flatten(0, 1), choice.weights.flatten(0, 1)
+            parts = Index(queries, made.index_keys, weights)
         found = compressed_attention(
             *(flat_q, flat_kv, entries, parts, self.sinks, bounds, self.spec),
             dense=not self.chooses,
             teach=teach,
             token_mask=layout.token_mask,
+            chosen=chosen,
         )
+        if choice is not None and self.indexer is not None:
+            self._chose(choice._replace(chosen=found.chosen), layout)
         out = found.out.view_as(q)
         if not teach:
             return out, None
@@ -327,6 +478,7 @@ class CompressedAttention(nn.Module):
                 recall = audit_entries(
                     *(flat_q, flat_kv, entries, parts, self.sinks, bounds, self.spec),
                     audited.tolist(),
+                    chosen,
                 )
                 stats |= {
                     "index_audited": recall.new_tensor(len(recall)),
@@ -364,13 +516,16 @@ class CompressedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Entries and index keys of windows at hand, see Compressor.of_windows."""
         assert self.compressor is not None
-        sizes = [2 * self.compressor.row]
+        sizes = [self.compressor.row_width]
         sizes.append(rows.shape[-1] - sizes[0])
         own, earlier = rows.split(sizes, -1), before.split(sizes, -1)
-        entries = self.compressor.of_windows(own[0], earlier[0], number)
+        entries, before_turned = self.compressor.of_windows(own[0], earlier[0], number)
         if self.indexer is None:
             return entries, None
-        return entries, self.indexer.compressor.of_windows(own[1], earlier[1], number)
+        if self.indexer.compressor is None:
+            at = number * self.spec.ratio
+            return entries, self.indexer.projected_keys(before_turned, at)
+        return entries, self.indexer.compressor.of_windows(own[1], earlier[1], number)[0]
 
 
 def _nothing(like: torch.Tensor) -> AttentionSums:

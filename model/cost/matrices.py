@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from model.config import ModelConfig
+from model.cost.entries import EntryLayer, entry_layers, pool_shapes
 from model.cost.parameters import (
-    compressed_kinds,
     compressed_matrices,
+    entry_index_matrices,
     has_index,
     index_layers,
     index_matrices,
     is_compressed,
     is_latent,
-    pooling_matrices,
 )
 
 
@@ -47,10 +47,10 @@ def hidden_matrices(
     layers = range(config.num_layers) if layers is None else layers
     found: list[Matrices] = []
     indexed = index_layers(config.num_layers, attention) if has_index(attention) else []
-    kinds = compressed_kinds(config.num_layers, attention) if is_compressed(attention) else None
+    every = entry_layers(config.num_layers, attention) if is_compressed(attention) else None
     for layer in layers:
-        kind = "window" if kinds is None else kinds[layer]
-        found += _layer(config, config.is_moe_layer(layer), attention, layer in indexed, kind)
+        entries = None if every is None else every[layer]
+        found += _layer(config, config.is_moe_layer(layer), attention, layer in indexed, entries)
     for _ in range(config.num_mtp_layers if config.num_layers - 1 in layers else 0):
         found.append(Matrices("other", 1, config.hidden_size, 2 * config.hidden_size))
         # the block of such a module attends densely, or by latents as the layers do
@@ -64,20 +64,27 @@ def _layer(
     has_experts: bool,
     attention: Mapping[str, Any] | None,
     indexes: bool = False,
-    kind: str = "window",
+    entries: EntryLayer | None = None,
 ) -> Iterator[Matrices]:
-    """indexes: the layer has what an index learns; kind: of a layer of compressed attention."""
+    """indexes: the layer has what an index learns; entries: of a layer of compressed attention."""
     hidden = config.hidden_size
     if is_compressed(attention):
+        assert entries is not None
         # Outputs by groups are stacked blocks, which Muon leaves to AdamW.
         *into, _, back = compressed_matrices(config, attention)
-        projections = [*into, back, *pooling_matrices(config, attention, kind)]
+        projections = [*into, back]
+        if entries.makes_entries:
+            projections += pool_shapes(config.attention_head_dim, hidden, entries)
     else:
         projections = _latent(config, attention) if is_latent(attention) else _grouped_query(config)
     for rows, columns in projections:
         yield Matrices("attention", 1, rows, columns)
     if indexes and has_index(attention):
-        for rows, columns in index_matrices(config, attention):
+        shapes = index_matrices(config, attention)
+        if is_compressed(attention):
+            assert entries is not None
+            shapes = entry_index_matrices(config, attention, entries)
+        for rows, columns in shapes:
             yield Matrices("indexer", 1, rows, columns)
     if not has_experts:
         yield Matrices("mlp", 2, config.intermediate_size, hidden)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
+from model.cost.entries import entry_layers
 from model.cost.parameters import (
     Trained,
     compressed_cache_values,
-    compressed_kinds,
     count_parameters,
+    entry_index_matrices,
     has_index,
     index_layers,
     index_shape,
@@ -350,18 +351,23 @@ def _compressed_bytes(
     dim, rank, heads = config.attention_head_dim, attention["q_lora_rank"], config.num_heads
     between = attention["output_groups"] * attention["o_lora_rank"]
     kept = width * (2 * rank + 5 * heads * dim + 3 * dim + between) + 4 * heads
-    kinds = compressed_kinds(config.num_layers, attention)
     more = 0.0
-    for kind in (kinds[layer] for layer in layers):
-        ratio = {"csa": attention["csa_ratio"], "hca": attention["hca_ratio"]}.get(kind)
-        if ratio is None:
+    for layer in entry_layers(config.num_layers, attention):
+        if layer.number not in layers:
             continue
-        more += width * dim * ((4 if kind == "csa" else 2) + 3 / ratio)
-        if kind == "csa":
-            queries = attention["index_heads"] * (attention["index_head_dim"] + 1)
-            keys = attention["index_head_dim"] / ratio
-            more += width * (queries + 4 * attention["index_head_dim"] + 3 * keys)
-            more += 4 * (queries + keys + min(attention["top_k"], seq_len // ratio))
+        if layer.makes_entries:
+            more += width * dim * ((1 + layer.is_gated) * (1 + layer.overlaps) + 3 / layer.ratio)
+        if layer.chooser is None:
+            continue
+        queries = attention["index_heads"] * (attention["index_head_dim"] + 1)
+        keys = attention["index_head_dim"] / layer.ratio
+        if layer.chooses:
+            more += width * queries + 4 * min(attention["top_k"], seq_len // layer.ratio)
+        if layer.chooses and layer.makes_entries:
+            shapes = entry_index_matrices(config, attention, layer)[2:]
+            more += width * (sum(rows for rows, _ in shapes) + 3 * keys)
+        # Every layer teaches, and has the gradients of what it taught.
+        more += 4 * (queries + keys)
     return round(kept + more / len(layers)), 0
 
 

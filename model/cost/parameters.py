@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, TypeGuard
 
 from model.config import ModelConfig
+from model.cost.entries import EntryLayer, compressed_kinds, entry_layers, pool_shapes
 
 
 @dataclass(frozen=True)
@@ -188,12 +189,34 @@ def index_parameters(
     if not has_index(attention):
         return 0, 0
     layers = range(config.num_layers) if layers is None else layers
+    if is_compressed(attention):
+        return _entry_index_parameters(config, attention, layers)
     number = number_in(layers, index_layers(config.num_layers, attention))
     matrices = sum(rows * columns for rows, columns in index_matrices(config, attention))
-    vectors = 2
-    if is_compressed(attention):
-        vectors = 1 + 2 * attention["csa_ratio"]
-    return number * matrices, number * vectors * index_shape(config, attention)[1]
+    return number * matrices, number * 2 * index_shape(config, attention)[1]
+
+
+def _entry_index_parameters(
+    config: ModelConfig, attention: Mapping[str, Any], layers: Sequence[int]
+) -> tuple[int, int]:
+    """Likewise of compressed attention, where index keys are made with the entries."""
+    width, matrices, vectors = attention["index_head_dim"], 0, 0
+    for layer in entry_layers(config.num_layers, attention):
+        if layer.number not in layers or not layer.chooses:
+            continue
+        shapes = entry_index_matrices(config, attention, layer)
+        matrices += sum(rows * columns for rows, columns in shapes)
+        if layer.makes_entries:
+            vectors += width
+            if attention["index_keys"] == "pooled":
+                vectors += _slot_biases(width, attention, layer)
+    return matrices, vectors
+
+
+def _slot_biases(width: int, attention: Mapping[str, Any], layer: EntryLayer) -> int:
+    """Of a pool to `width` channels."""
+    has_biases = attention["slot_bias"] and layer.is_gated
+    return width * (1 + layer.overlaps) * layer.ratio * has_biases
 
 
 def _entry_norms(
@@ -202,8 +225,8 @@ def _entry_norms(
     """Of the norms of compressed attention's entries."""
     if not is_compressed(attention):
         return 0
-    kinds = compressed_kinds(config.num_layers, attention)
-    return config.attention_head_dim * sum(kinds[layer] != "window" for layer in layers)
+    every = entry_layers(config.num_layers, attention)
+    return config.attention_head_dim * sum(every[layer].makes_entries for layer in layers)
 
 
 def is_latent(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
@@ -219,22 +242,6 @@ def is_indexed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, An
 def is_compressed(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Whether these are the arguments of attention to a window and to pooled entries."""
     return attention is not None and "csa_ratio" in attention
-
-
-def compressed_kinds(num_layers: int, attention: Mapping[str, Any]) -> list[str]:
-    """Of compressed attention: csa, hca or window, by layer."""
-    chosen = attention["layer_kinds"]
-    if chosen in ("csa", "hca"):
-        return [chosen] * num_layers
-    if chosen == "v4":
-        # two that see everything roughly, then one after the other
-        return ["csa" if i >= 2 and i % 2 else "hca" for i in range(num_layers)]
-    return list(chosen)
-
-
-def compressed_ratio(attention: Mapping[str, Any], kind: str) -> int:
-    """Tokens of an entry in layers of a kind; 0: they have none."""
-    return int({"csa": attention["csa_ratio"], "hca": attention["hca_ratio"]}.get(kind, 0))
 
 
 def compressed_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -254,16 +261,6 @@ def compressed_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> li
     ]
 
 
-def pooling_matrices(
-    config: ModelConfig, attention: Mapping[str, Any], kind: str
-) -> list[tuple[int, int]]:
-    """Shapes of a layer's projections to what entries are pooled from, and to its gates."""
-    if kind == "window":
-        return []
-    width = config.attention_head_dim * (2 if kind == "csa" else 1)
-    return 2 * [(width, config.hidden_size)]
-
-
 def has_index(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Whether some layers choose by a learned index: those of is_indexed, compressed attention with
     layers that choose entries, or sparse attention inside of which one chooses.
@@ -276,6 +273,8 @@ def has_index(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any
 
 def index_layers(num_layers: int, attention: Mapping[str, Any]) -> list[int]:
     """The layers with an index of their own, of an attention that has_index."""
+    if is_compressed(attention):
+        return [layer.number for layer in entry_layers(num_layers, attention) if layer.chooses]
     return sparse_layers(num_layers, attention)[:: attention.get("index_layers", 1)]
 
 
@@ -288,16 +287,26 @@ def index_shape(config: ModelConfig, attention: Mapping[str, Any]) -> tuple[int,
 
 
 def index_matrices(config: ModelConfig, attention: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Shapes of a layer's projections to index queries, index keys and, with rule=dsa, weights; of
-    compressed attention, to queries, weights, and what keys are pooled from, with its gates.
-    """
+    """Shapes of a layer's projections to index queries, index keys and, with rule=dsa, weights."""
     heads, width = index_shape(config, attention)
     hidden = config.hidden_size
-    if is_compressed(attention):
-        pools = 2 * [(2 * width, hidden)]
-        return [(heads * width, attention["q_lora_rank"]), (heads, hidden), *pools]
     weights = [(heads, hidden)] if attention.get("rule") == "dsa" else []
     return [(heads * width, hidden), (width, hidden), *weights]
+
+
+def entry_index_matrices(
+    config: ModelConfig, attention: Mapping[str, Any], layer: EntryLayer
+) -> list[tuple[int, int]]:
+    """Of a layer of compressed attention that chooses: to queries, weights and, where it makes
+    entries, to index keys, or to what these are pooled from and its gates.
+    """
+    heads, width = index_shape(config, attention)
+    found = [(heads * width, attention["q_lora_rank"]), (heads, config.hidden_size)]
+    if not layer.makes_entries:
+        return found
+    if attention["index_keys"] == "projected":
+        return [*found, (width, config.attention_head_dim)]
+    return found + pool_shapes(width, config.hidden_size, layer)
 
 
 def _grouped_query_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -331,14 +340,17 @@ def _corrections(config: ModelConfig, attention: Mapping[str, Any], layers: Sequ
     entries of compressed attention are pooled by.
     """
     if is_compressed(attention):
-        kinds = compressed_kinds(config.num_layers, attention)
+        head_dim = config.attention_head_dim
         found = index_parameters(config, attention, layers)[0]
-        for layer in layers:
-            shapes = pooling_matrices(config, attention, kinds[layer])
-            found += sum(rows * columns for rows, columns in shapes)
-            if attention.get("sinks", True):  # with what is added, not multiplied
-                bias = shapes[0][0] * compressed_ratio(attention, kinds[layer]) if shapes else 0
-                found += config.num_heads + bias
+        for layer in entry_layers(config.num_layers, attention):
+            if layer.number not in layers:
+                continue
+            adds = attention.get("sinks", True)  # what is added, not multiplied
+            found += config.num_heads * adds
+            if layer.makes_entries:
+                shapes = pool_shapes(head_dim, config.hidden_size, layer)
+                found += sum(rows * columns for rows, columns in shapes)
+                found += _slot_biases(head_dim, attention, layer) * adds
         return found
     if is_indexed(attention):
         return index_parameters(config, attention, layers)[0]
@@ -438,15 +450,15 @@ def closed_entries(seq_len: int, ratio: int, most: int | None = None) -> float:
     return total / seq_len
 
 
-def compressed_keys(seq_len: int, attention: Mapping[str, Any], kind: str) -> float:
+def compressed_keys(seq_len: int, attention: Mapping[str, Any], layer: EntryLayer) -> float:
     """Mean tokens and entries that a query of compressed attention attends to, likewise; half a key
     less, as the mean of all is taken for seq_len / 2.
     """
     keys = window_keys(seq_len, attention["sliding_window"])
-    if kind == "window":
+    if not layer.ratio:
         return keys
-    most = attention["top_k"] if kind == "csa" else None
-    return keys + closed_entries(seq_len, compressed_ratio(attention, kind), most)
+    most = None if layer.chooser is None else attention["top_k"]
+    return keys + closed_entries(seq_len, layer.ratio, most)
 
 
 def window_keys(seq_len: int, window: int) -> float:
@@ -477,11 +489,16 @@ def index_flops(
     heads, width = index_shape(config, attention)
     number = number_in(layers, sparse_layers(config.num_layers, attention))
     if is_compressed(attention):
-        ratio = attention["csa_ratio"]
-        by_layer = 2.0 * closed_entries(seq_len, ratio)
-        if trains:
-            by_layer += 4.0 * closed_entries(seq_len, ratio, attention["top_k"])
-        return by_layer * heads * width * number
+        scored = 0.0
+        for layer in entry_layers(config.num_layers, attention):
+            if layer.number not in layers or layer.chooser is None:
+                continue
+            # Layers that follow another one's choice score in training alone, to teach.
+            if layer.chooses or trains:
+                scored += 2.0 * closed_entries(seq_len, layer.ratio)
+            if trains:
+                scored += 4.0 * closed_entries(seq_len, layer.ratio, attention["top_k"])
+        return scored * heads * width
     if not is_indexed(attention):
         scored = seq_len / 2 * (1 + 2 * trains / attention["block_size"])
         there = (sparse_layers if trains else index_layers)(config.num_layers, attention)
@@ -564,8 +581,8 @@ def _mean_keys(
     """Keys of a query, as a mean over a document of seq_len tokens, summed over the layers."""
     layers = range(config.num_layers) if layers is None else layers
     if is_compressed(attention):
-        kinds = compressed_kinds(config.num_layers, attention)
-        return sum(compressed_keys(seq_len, attention, kinds[layer]) for layer in layers)
+        every = entry_layers(config.num_layers, attention)
+        return sum(compressed_keys(seq_len, attention, every[layer]) for layer in layers)
     num_sparse = num_windowed = 0
     if attention:
         num_sparse = number_in(layers, sparse_layers(config.num_layers, attention))
@@ -647,37 +664,46 @@ def decode_cost(
     experts = len(config.decoder_moe_layers) * distinct_experts * one_expert
     weights = dense * weight_bytes + experts * (expert_bytes or weight_bytes)
     cache = cache_bytes_per_token / config.num_layers * keys
-    if has_index(attention):
+    if is_compressed(attention):
+        # What is seen, and of every entry its index key, by the layers that choose.
+        of_a_value = cache_bytes_per_token / compressed_cache_values(config, attention)
+        every = entry_layers(config.num_layers, attention)
+        scored = sum(length // layer.ratio for layer in every if layer.chooses)
+        width = attention["index_head_dim"]
+        cache = of_a_value * (config.attention_head_dim * keys + width * scored)
+    elif has_index(attention):
         # Index keys are read of every token, keys and values of the chosen ones.
         width, own = index_shape(config, attention)[1], 2 * config.num_kv_heads
         number = len(index_layers(config.num_layers, attention))
         values = config.num_layers * own * config.attention_head_dim + number * width
         of_a_value = cache_bytes_per_token / values
         cache = of_a_value * (own * config.attention_head_dim * keys + number * width * length)
-    elif is_compressed(attention):
-        # What is seen, and of every entry its index key.
-        of_a_value = cache_bytes_per_token / compressed_cache_values(config, attention)
-        scored = width = 0
-        if number := len(sparse_layers(config.num_layers, attention)):
-            width = index_shape(config, attention)[1]
-            scored = number * (length // attention["csa_ratio"])
-        cache = of_a_value * (config.attention_head_dim * keys + width * scored)
     return GenerationCost(float(flops), float(weights / rows + cache))
 
 
 def compressed_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -> float:
     """Values that a token of compressed attention takes in the pages of all layers: its key, what
-    it is pooled from, and its share of entries and index keys.
+    it is pooled from, and its share of entries and index keys. A cache of one row has the last ones
+    alone, beside what does not grow (entry_cache_values).
     """
-    found, head_dim = 0.0, config.attention_head_dim
-    for kind in compressed_kinds(config.num_layers, attention):
-        shapes = pooling_matrices(config, attention, kind)
-        own = head_dim + sum(rows for rows, _ in shapes)
-        entry = head_dim if shapes else 0
-        if kind == "csa":
-            width = index_shape(config, attention)[1]
-            own, entry = own + 4 * width, entry + width
-        found += own + entry / max(1, compressed_ratio(attention, kind))
+    found = config.num_layers * float(config.attention_head_dim)
+    for layer in entry_layers(config.num_layers, attention):
+        if layer.makes_entries:
+            found += sum(rows for rows, _ in pool_shapes(config.attention_head_dim, 1, layer))
+            if layer.chooses and attention["index_keys"] == "pooled":
+                found += sum(rows for rows, _ in pool_shapes(attention["index_head_dim"], 1, layer))
+    return found + entry_cache_values(config, attention)
+
+
+def entry_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -> float:
+    """A token's share of the entries and index keys of all layers, each of which is there once,
+    however many layers read it.
+    """
+    found = 0.0
+    for layer in entry_layers(config.num_layers, attention):
+        if layer.makes_entries:
+            values = config.attention_head_dim + attention["index_head_dim"] * layer.chooses
+            found += values / layer.ratio
     return found
 
 

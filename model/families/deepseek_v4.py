@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import ModelConfig
-from model.cost.parameters import compressed_kinds
+from model.cost.entries import compressed_kinds
 
 Settings = dict[str, Any]
 KINDS = {
@@ -42,6 +42,14 @@ def attention(config: Mapping[str, Any], model: Settings, problems: list[str]) -
         "compressed_rope_theta": compressed_theta(config),
         # its index has learned
         "dense_steps": 0,
+        # Every layer has entries and an index of its own.
+        "csa_overlap": True,
+        "slot_bias": True,
+        "late_csa_ratio": None,
+        "entry_layers": 1,
+        "index_layers": 1,
+        "index_keys": "pooled",
+        "top_k_blocks": None,
     }
     keys = {
         "index_topk": "top_k",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from model.cost.parameters import compressed_kinds, compressed_ratio
+from model.cost.entries import compressed_kinds
 from model.families.family import NUMBERED, Family
 from model.families.reading import Reading, Settings, moe_layers
 
@@ -144,7 +144,7 @@ def _compressed(ours: str, theirs: str, reading: Reading, kind: str) -> Parts:
     add("output_groups", "wo_a", (between, heads * head // groups))
     add("o_proj", "wo_b", (hidden, between))
     if kind != "window":
-        ratio = compressed_ratio(attention, kind)
+        ratio = attention[f"{kind}_ratio"]
         add_pool("compressor", "compressor", head, ratio, head * (2 if kind == "csa" else 1))
     if kind == "csa":
         width, index_heads = attention["index_head_dim"], attention["index_heads"]

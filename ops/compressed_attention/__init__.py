@@ -12,7 +12,7 @@ if TYPE_CHECKING:
         compressed_attention,
     )
     from ops.compressed_attention.pool import Windows, closed_windows, gated_pool, pooled
-    from ops.compressed_attention.tile import attend_held
+    from ops.compressed_attention.tile import attend_held, choose_held
 
 __all__ = [
     "CompressedOutput",
@@ -20,6 +20,7 @@ __all__ = [
     "Windows",
     "attend_held",
     "audit_entries",
+    "choose_held",
     "closed_windows",
     "compressed_attention",
     "gated_pool",
@@ -33,6 +34,7 @@ __getattr__ = lazily(
         "Windows": "pool",
         "attend_held": "tile",
         "audit_entries": "interface",
+        "choose_held": "tile",
         "closed_windows": "pool",
         "compressed_attention": "interface",
         "gated_pool": "pool",

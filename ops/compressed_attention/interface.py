@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from ops.compressed_attention.spec import CompressedSpec
-from ops.compressed_attention.tile import attend, entries_mask, masked_logits, window_mask
+from ops.compressed_attention.tile import (
+    attend,
+    choose_entries,
+    entries_mask,
+    masked_logits,
+    window_mask,
+)
 from ops.index_attention.interface import Index
-from ops.index_attention.tile import block_scores, blocks_mask, choose, divergence, real_dtype
+from ops.index_attention.tile import block_scores, blocks_mask, divergence, real_dtype
 
 TILE_VALUES = 2**22
 """Numbers of a tile's largest tensors, which bounds what the op needs beside its inputs."""
@@ -32,6 +38,10 @@ class CompressedOutput(NamedTuple):
     gave to entries, summed over the tokens that count; 0 where it was not asked for. Its gradient
     reaches the index alone.
     """
+    chosen: Tensor
+    """[T, K] int32: the entries that were chosen for each query, numbered within its document, -1
+    for none; K is 0 where every entry is seen.
+    """
 
 
 def compressed_attention(
@@ -46,6 +56,7 @@ def compressed_attention(
     dense: bool = False,
     teach: bool = False,
     token_mask: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> CompressedOutput:
     """Causal attention of packed documents to a window of tokens and to entries of closed windows.
 
@@ -59,6 +70,8 @@ def compressed_attention(
         dense: see every closed entry; the index learns from all of them. Implied without
             spec.top_k.
         teach: compute the divergence. token_mask: [T] bool, tokens that count in it; None: all.
+        chosen: [T, K] int32 as the output has them, of another layer whose choice is followed;
+            None: the index chooses.
 
     Returns:
         CompressedOutput; gradients flow from out to q, kv, entries and sinks, and from the
@@ -68,12 +81,15 @@ def compressed_attention(
         ValueError: shapes do not fit.
     """
     dense = dense or spec.top_k is None
-    _check(q, kv, entries, index, sinks, bounds, spec, dense, teach)
+    if chosen is not None and (chosen.dim() != 2 or len(chosen) != len(q)):
+        raise ValueError(f"chosen {tuple(chosen.shape)} must be [{len(q)}, entries of a query]")
+    _check(q, kv, entries, index, sinks, bounds, spec, dense or chosen is not None, teach)
     parts: tuple[Tensor | None, ...] = (None, None, None) if index is None else tuple(index)
-    found = _Compressed.apply(  # type: ignore[no-untyped-call]
-        q, kv, entries, sinks, *parts, token_mask, tuple(bounds), spec, dense, teach
+    followed = None if dense else chosen
+    out, divergence, picked = _Compressed.apply(  # type: ignore[no-untyped-call]
+        q, kv, entries, sinks, *parts, token_mask, tuple(bounds), spec, dense, teach, followed
     )
-    return CompressedOutput(*found)
+    return CompressedOutput(out, divergence, picked if followed is None else followed)
 
 
 @torch.no_grad()
@@ -86,9 +102,11 @@ def audit_entries(
     bounds: Sequence[int],
     spec: CompressedSpec,
     rows: Sequence[int],
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """[R] fp32: of the audited rows that see an entry, the share of what attention to all of them
-    would give to entries which went to those that the index chooses; all heads together.
+    would give to entries which went to those that the index chooses; all heads together. chosen:
+    as compressed_attention takes it.
     """
     tiles = _Tiles(q, kv, entries, index, bounds, spec)
     documents = [d for d in tiles.documents() if d.end > d.begin]
@@ -98,13 +116,16 @@ def audit_entries(
         tile = tiles.tile(document, row, row + 1)
         if not tile.num_entries:
             continue
-        scores = block_scores(*tiles.of_index(tile), tile.position, spec.ranking)
-        best = choose(scores, tile.position, spec.ranking)
-        chosen = blocks_mask(best, tile.num_entries)[0, 0, 0]
+        if chosen is None:
+            scores = block_scores(*tiles.of_index(tile), tile.position, spec.ranking)
+            best = choose_entries(scores, tile.position, spec)
+        else:
+            best = chosen[tile.rows].unsqueeze(0)
+        is_chosen = blocks_mask(best, tile.num_entries)[0, 0]
         everything = tiles.seen(tile, None)
         probs = attend(tiles.queries(tile), tiles.columns(tile), everything, sinks.to(tiles.real))
         masses = probs.probs[0, :, 0, -tile.num_entries :].sum(0)
-        share = (masses * chosen).sum() / masses.sum().clamp_min(torch.finfo(masses.dtype).tiny)
+        share = (masses * is_chosen).sum() / masses.sum().clamp_min(torch.finfo(masses.dtype).tiny)
         found.append(share.view(1).float())
     return torch.cat(found)
 
@@ -208,7 +229,7 @@ class _Tiles:
 
 
 class _Compressed(torch.autograd.Function):
-    """apply(q, kv, entries, sinks, *index, token_mask, bounds, spec, dense, teach).
+    """apply(q, kv, entries, sinks, *index, token_mask, bounds, spec, dense, teach, chosen).
 
     The gradient of the divergence is known as soon as its value is, but for a factor: it is
     computed with it, so that the masses of a tile are made once.
@@ -218,7 +239,7 @@ class _Compressed(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
         q, kv, entries, sinks = given[:4]
         index = None if given[4] is None else Index(*given[4:7])
-        token_mask, bounds, spec, dense, teach = given[7:]
+        token_mask, bounds, spec, dense, teach, followed = given[7:]
         tiles = _Tiles(q, kv, entries, index, bounds, spec)
         learns = teach and any(ctx.needs_input_grad[4:7])
         out, total = torch.empty_like(q), q.new_zeros((), dtype=tiles.real)
@@ -231,21 +252,24 @@ class _Compressed(torch.autograd.Function):
         if not dense:
             longest = max((e - b for b, e in itertools.pairwise(bounds)), default=0)
             most = min(spec.top_k, longest // spec.ratio)
-        picked = q.new_full((len(q), most), -1, dtype=torch.int32)
+        picked = followed
+        if picked is None:
+            picked = q.new_full((len(q), most), -1, dtype=torch.int32)
         real_sinks = sinks.to(tiles.real)
 
         for tile in tiles.all():
             scores, chosen = None, None
-            if index is not None and (teach or not dense):
+            if index is not None and (teach or not (dense or followed is not None)):
                 parts = tiles.of_index(tile)
                 if learns:
                     parts = tuple(x.detach().requires_grad_() for x in parts)  # type: ignore
                 with torch.set_grad_enabled(learns):
                     scores = block_scores(*parts, tile.position, spec.ranking)
-                if not dense:
-                    best = choose(scores, tile.position, spec.ranking)
-                    picked[tile.rows, : best.shape[-1]] = best[0, 0].to(torch.int32)
-                    chosen = blocks_mask(best, tile.num_entries)[:, 0]
+                if not dense and followed is None:
+                    best = choose_entries(scores, tile.position, spec)
+                    picked[tile.rows, : best.shape[-1]] = best[0].to(torch.int32)
+            if not dense:
+                chosen = blocks_mask(picked[tile.rows].unsqueeze(0), tile.num_entries)
             found = attend(
                 tiles.queries(tile), tiles.columns(tile), tiles.seen(tile, chosen), real_sinks
             )
@@ -271,18 +295,20 @@ class _Compressed(torch.autograd.Function):
 
         ctx.save_for_backward(q, kv, entries, sinks, *given[4:7], out, lse, picked, *grads)
         ctx.bounds, ctx.spec, ctx.dense = bounds, spec, dense
-        return out, total
+        own = picked if followed is None else picked.new_empty(0)
+        ctx.mark_non_differentiable(own)
+        return out, total, own
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dout, dtotal = grads
+        dout, dtotal, _ = grads
         q, kv, entries, sinks, *rest = ctx.saved_tensors
         index, (out, lse, picked), made = rest[:3], rest[3:6], rest[6:]
         of_index = [
             None if g is None else (g * dtotal).to(x.dtype)
             for g, x in zip(made, index, strict=True)
         ]
-        none = (None,) * 5
+        none = (None,) * 6
         if not any(ctx.needs_input_grad[:4]):
             return (None, None, None, None, *of_index, *none)
 

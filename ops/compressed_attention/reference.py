@@ -63,9 +63,11 @@ def reference_attention(
     bounds: Sequence[int],
     spec: CompressedSpec,
     dense: bool = False,
+    given: Tensor | None = None,
 ) -> Reference:
     """q [T, H, c], kv [T, c], entries [M, c]; index_queries [T, I, w], index_keys [M, w],
-    index_weights [T, I] where spec.top_k is set. dense: everything is chosen.
+    index_weights [T, I] where spec.top_k is set. dense: everything is chosen. given: [T, K], what
+    is chosen by another layer, numbered within documents, -1 for none.
     """
     outs, divergences, recalls = [], [], []
     chosen = torch.zeros(len(q), 0 if entries is None else len(entries), dtype=torch.bool)
@@ -80,8 +82,17 @@ def reference_attention(
                 assert index_keys is not None and index_weights is not None
                 products = (index_queries[t] @ index_keys[places].T).relu()
                 scores = (index_weights[t] @ products) * index_queries[t].numel() ** -0.5
-                order = sorted(range(closed), key=lambda j: (-float(scores[j]), j))
+                value = scores.tolist()
+                eligible: Sequence[int] = range(closed)
+                if spec.top_k_blocks is not None:
+                    size = spec.index_block_size
+                    blocks = [eligible[j : j + size] for j in eligible[::size]]
+                    blocks.sort(key=lambda block: (-max(value[j] for j in block), block[0]))
+                    eligible = [j for block in blocks[: spec.top_k_blocks] for j in block]
+                order = sorted(eligible, key=lambda j: (-value[j], j))
                 best = sorted(order[: spec.top_k])
+                if given is not None:
+                    best = sorted(j for j in given[t].tolist() if j >= 0)
                 if not dense:
                     taken = [first + j for j in best]
             chosen[t, taken] = True

@@ -17,6 +17,10 @@ class CompressedSpec:
     """Tokens of an entry; 0: there are no entries, the window is all."""
     top_k: int | None = None
     """Entries that an index chooses for a query. None: every entry is seen, without an index."""
+    top_k_blocks: int | None = None
+    """Blocks of neighbouring entries out of which these are chosen. None: out of all."""
+    index_block_size: int = 8
+    """Entries of such a block."""
 
     def __post_init__(self) -> None:
         found = []
@@ -28,6 +32,12 @@ class CompressedSpec:
             found.append(f"top_k is {self.top_k}; it must be at least 1, or None")
         if self.top_k is not None and self.ratio == 0:
             found.append(f"top_k is {self.top_k}, but with ratio=0 there are no entries to choose")
+        if self.top_k_blocks is not None and self.top_k_blocks < 1:
+            found.append(f"top_k_blocks is {self.top_k_blocks}; it must be at least 1, or None")
+        if self.top_k_blocks is not None and self.top_k is None:
+            found.append(f"top_k_blocks is {self.top_k_blocks}, but top_k=None chooses none")
+        if self.index_block_size < 1:
+            found.append(f"index_block_size is {self.index_block_size}; it must be at least 1")
         if found:
             raise ValueError("\n".join(found))
 

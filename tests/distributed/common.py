@@ -31,6 +31,11 @@ COMPRESSED = dict(
     **dict(sliding_window=4, csa_ratio=3, hca_ratio=5, top_k=2, q_lora_rank=12),
     **dict(output_groups=2, o_lora_rank=8, rope_head_dim=4, index_heads=3, index_head_dim=6),
 )
+SHARED = COMPRESSED | dict(
+    **dict(csa_ratio=2, late_csa_ratio=1, csa_overlap=False, slot_bias=False, entry_layers=2),
+    **dict(index_layers=2, index_keys="projected", top_k_blocks=2, index_block_size=2),
+)
+"""Of three layers, the second reads the entries and the choice of the first."""
 COMPRESSED_SHAPE = dict(num_kv_heads=1, qk_norm="none")
 """Likewise, of CompressedAttentionConfig."""
 

@@ -273,6 +273,11 @@ ENTRIES = {
     "audit_rows": 0.5,
     "layer_kinds": ["csa", "window", "hca"],
 }
+SHARED = {
+    **{**ENTRIES, "layer_kinds": "csa"},
+    **dict(late_csa_ratio=1, csa_overlap=False, slot_bias=False, entry_layers=2, index_layers=2),
+    **dict(index_keys="projected", top_k_blocks=2, index_block_size=2),
+}
 ENTRIES_SHAPE = {"num_kv_heads": 1, "qk_norm": "none"}
 COMPRESSED = [
     {
@@ -289,6 +294,15 @@ COMPRESSED = [
         "attention": {**ENTRIES, "layer_kinds": "csa"},
         "model": {**ENTRIES_SHAPE, "recompute": "block"},
     },
+    # The second layer reads the entries and the choice of the first.
+    {
+        **ATTENTIONS[0],
+        "zero": 3,
+        "attention": SHARED,
+        "model": {**ENTRIES_SHAPE, "recompute": "block"},
+        "zero_options": {"stage3_param_persistence_threshold": 0},
+    },
+    {**ATTENTIONS[0], "zero": 1, "attention": SHARED, "model": ENTRIES_SHAPE},
 ]
 
 

@@ -616,8 +616,19 @@ CASES: dict[str, Acts | Reaches | Refused] = {
             "hca_ratio": 8,
             "output_groups": 1,
             "o_lora_rank": 6,
+            "late_csa_ratio": 4,
+            "csa_overlap": "false",
+            "slot_bias": "false",
+            "entry_layers": 2,
+            "index_keys": "projected",
         }.items()
     },
+    "attention.top_k_blocks": acts(
+        "attention.top_k_blocks=2 attention.index_block_size=2", LOSS, "compressed"
+    ),
+    "attention.index_block_size": acts(
+        "attention.index_block_size=4", LOSS, "compressed", ("attention.top_k_blocks=2",)
+    ),
     "attention.sinks": refused("attention.sinks=true", "does not hold", "windowed"),
     "attention.merge": refused("attention.merge=gated", "does not hold", "scc"),
     "attention.entries": refused("attention.entries=gated", "does not hold", "scc"),

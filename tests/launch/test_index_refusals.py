@@ -76,7 +76,7 @@ def compressed() -> dict:
     return composed("attention=csa", *ENTRIES)
 
 
-@pytest.mark.parametrize("preset", ["compressed", "csa", "hca", "v4"])
+@pytest.mark.parametrize("preset", ["compressed", "csa", "hca", "v4", "csa2"])
 def test_every_preset_of_compressed_attention_is_valid(preset):
     assert problems(composed(f"attention={preset}", *ENTRIES)) == []
 
@@ -112,7 +112,8 @@ def test_entries_fit_no_other_attention_and_no_other_shape(compressed, base):
     for old, new in ((own, base["attention"]), ({"name": "dense"}, own)):
         assert "compressed attention are others" in str(other_projections(old, new))
     assert other_projections(own, {**own, "top_k": 9}) is None
-    for key, value in (("csa_ratio", 8), ("layer_kinds", "hca"), ("o_lora_rank", 4)):
+    others = {"csa_ratio": 8, "layer_kinds": "hca", "o_lora_rank": 4}
+    for key, value in (others | {"entry_layers": 2, "index_keys": "projected"}).items():
         assert f"attention.{key}" in str(other_projections(own, {**own, key: value}))
     assert without_index(own, own) is None
     assert "do not have" in str(without_index(base["attention"], own))
@@ -159,6 +160,32 @@ def test_layers_that_follow_an_index_are_on_its_stage():
     with pytest.raises(ConfigError) as refused:
         parse(config, 2)
     assert any("set attention.index_layers=1" in text for text in refused.value.problems)
+
+
+def test_layers_that_read_entries_are_where_these_are_made():
+    """In the stage and the run of layers of their source, wherever the cuts are."""
+    asked = ("attention.layer_kinds=csa", "model.num_layers=8", "parallel=single", *ENTRIES)
+    for more, size, laps, words in (
+        ("attention.entry_layers=4", 2, 1, None),
+        ("attention.entry_layers=4", 2, 2, "entry_layers 4 lets layer 2 read the entries"),
+        ("attention.entry_layers=8", 2, 1, "layer 4 begin anew (attention.entry_layers)"),
+        ("attention.entry_layers=[0,4]", 2, 1, None),
+        ("attention.entry_layers=[0,3]", 2, 1, "lets layer 4 read the entries of layer 3"),
+    ):
+        config = composed("attention=csa", more, *asked)
+        config["parallel"] |= {
+            "pipeline_parallel_size": size,
+            "virtual_stages": laps,
+            "pipeline_split": [8 // (size * laps)] * (size * laps),
+        }
+        try:
+            parse(config, 2)
+            found = []
+        except ConfigError as refused:
+            found = refused.problems
+        about = [text for text in found if "pipeline stages are cut" in text]
+        assert len(about) == (words is not None), found
+        assert words is None or words in about[0]
 
 
 def test_only_weights_with_the_same_index_inside_may_choose():

@@ -555,7 +555,7 @@ def test_any_attention_goes_into_any_preset(attention, experiments):
     mended: list[str] = []
     if attention.startswith("mla"):
         mended = ["num_kv_heads=${model.num_heads}", "head_dim=192", *plain]
-    elif attention in ("compressed", "csa", "hca", "v4"):
+    elif attention in ("compressed", "csa", "csa2", "hca", "v4"):
         mended = ["num_kv_heads=1", "head_dim=64", *plain, "num_mtp_layers=0", "rope_scaling=null"]
     more = [f"++model.{override}" for override in mended]
     if mended and not attention.startswith("mla"):

@@ -14,6 +14,7 @@ from common import (
     COMPRESSED_SHAPE,
     LATENT,
     LATENT_SHAPE,
+    SHARED,
     VOCAB_SIZE,
     batch,
     tiny_config,
@@ -107,9 +108,14 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "compressed": CompressedAttentionConfig(
         **COMPRESSED, dense_steps=0, layer_kinds=("window", "hca", "csa")
     ),
+    "csa2": CompressedAttentionConfig(**SHARED, dense_steps=0),
     **{name: SparseAttentionConfig(**arguments) for name, arguments in SPARSE.items()},
 }
-SHAPES: dict[str, dict] = {"mla": LATENT_SHAPE, "compressed": COMPRESSED_SHAPE}
+SHAPES: dict[str, dict] = {
+    "mla": LATENT_SHAPE,
+    "compressed": COMPRESSED_SHAPE,
+    "csa2": COMPRESSED_SHAPE,
+}
 """Of the model, where an attention asks for another."""
 
 

@@ -11,6 +11,7 @@ from common import (
     COMPRESSED_SHAPE,
     LATENT,
     LATENT_SHAPE,
+    SHARED,
     batch,
     build,
     take,
@@ -129,11 +130,10 @@ def test_an_index_keeps_what_the_plan_says(rule):
     assert measured[1] - measured[0] == pytest.approx(more, rel=0.3)
 
 
-@pytest.mark.parametrize("kind", ["csa", "hca", "window"])
+@pytest.mark.parametrize("kind", ["csa", "hca", "window", "csa2"])
 def test_compressed_attention_keeps_what_the_plan_says(kind):
-    settings = CompressedAttentionConfig(
-        **COMPRESSED, dense_steps=0, audit_rows=0.0, layer_kinds=(kind,) * 4
-    )
+    chosen = SHARED if kind == "csa2" else {**COMPRESSED, "layer_kinds": (kind,) * 4}
+    settings = CompressedAttentionConfig(**chosen, dense_steps=0, audit_rows=0.0)
     config = tiny_config(hidden_size=64, num_layers=4, **COMPRESSED_SHAPE)
     measured, planned = [], []
     for attention in (None, settings):

@@ -11,6 +11,7 @@ from common import (
     COMPRESSED_SHAPE,
     LATENT,
     LATENT_SHAPE,
+    SHARED,
     VOCAB_SIZE,
     build,
     tiny_config,
@@ -46,6 +47,10 @@ ATTENTIONS: dict[str, dict | AttentionConfig | None] = {
     "mla": LATENT,
     "csa": CompressedAttentionConfig(**COMPRESSED),
     "hca": CompressedAttentionConfig(**COMPRESSED, layer_kinds=("window", "hca", "csa")),
+    "csa2": CompressedAttentionConfig(**SHARED),
+    "csa2, one index each": CompressedAttentionConfig(
+        **SHARED | {"entry_layers": 3, "late_csa_ratio": None, "index_layers": 1}
+    ),
 }
 ROUTER_OPTIONS = {
     "top_k": {"top_k": 2},
@@ -57,7 +62,9 @@ NUM_PAGES = 64
 
 
 def model_of(name: str, **options):
-    shape = {"mla": LATENT_SHAPE, "csa": COMPRESSED_SHAPE, "hca": COMPRESSED_SHAPE}.get(name, {})
+    shape = {"mla": LATENT_SHAPE}.get(name, {})
+    if isinstance(ATTENTIONS[name], CompressedAttentionConfig):
+        shape = COMPRESSED_SHAPE
     model = build(tiny_config(**shape), BalanceConfig(), attention=ATTENTIONS[name], **options)
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from ops.compressed_attention import (
     CompressedSpec,
     attend_held,
     audit_entries,
+    choose_held,
     closed_windows,
     compressed_attention,
     gated_pool,
@@ -29,6 +30,8 @@ SPECS = {
     "csa": CompressedSpec(4, 3, 2),
     "hca": CompressedSpec(3, 4),
     "window": CompressedSpec(5),
+    "tokens": CompressedSpec(3, 1, 4),
+    "two steps": CompressedSpec(3, 2, 3, 2, 2),
 }
 by_kind = pytest.mark.parametrize("kind", SPECS)
 
@@ -195,20 +198,68 @@ def test_new_tokens_see_of_a_cache_what_they_see_in_the_row(kind):
             pads = [t.clone() for t in (entries, ik if ik is not None else entries)]
             for t in pads:
                 t[number:] = 5.0
-        index = None if iq is None else (iq[None, new], pads[1][None], iw[None, new])
+        position, chosen = torch.arange(length)[None, new], None
+        if iq is not None:
+            chosen = choose_held(iq[None, new], pads[1][None], iw[None, new], position, spec)
         out = attend_held(
             q[None, new],
             keys[None],
             places[None],
             None if pads is None else pads[0][None],
-            index,
+            chosen,
             sinks,
-            torch.arange(length)[None, new],
+            position,
             spec,
         )
         rows.append((out[0], whole[new]))
     for found, want in rows:
         torch.testing.assert_close(found, want)
+
+
+def test_a_choice_is_followed_and_taught_by_what_it_gave_another_layer():
+    """Values and gradients of the definition with what was chosen elsewhere."""
+    spec = SPECS["two steps"]
+    chosen = attended(drawn(spec), BOUNDS, spec).chosen
+    assert chosen.shape == (BOUNDS[-1], 3) and chosen[:2].max() == 0
+    ours, theirs = leaves(drawn(spec)), leaves(drawn(spec))
+    for x in (ours, theirs):
+        for i in (0, 3):
+            x[i] = x[i].detach().flip(0).requires_grad_()  # it would have chosen otherwise
+    own = attended(ours, BOUNDS, spec).chosen
+    assert not torch.equal(own, chosen)
+    found = attended(ours, BOUNDS, spec, teach=True, chosen=chosen)
+    assert found.chosen is chosen
+    want = reference_attention(*theirs, BOUNDS, spec, given=chosen)
+    torch.testing.assert_close(found.out, want.out)
+    torch.testing.assert_close(found.divergence, want.divergence.sum())
+    into = torch.randn_like(found.out)
+    ((found.out * into).sum() + found.divergence).backward()
+    ((want.out * into).sum() + want.divergence.sum()).backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+    # Without teaching there is no need of an index, and before it chooses all entries are seen.
+    alone = attended([*ours[:3], None, None, None, ours[6]], BOUNDS, spec, chosen=chosen)
+    assert torch.equal(alone.out, found.out)
+    everything = attended(ours, BOUNDS, spec, dense=True, chosen=chosen)
+    assert torch.equal(everything.out, attended(ours, BOUNDS, spec, dense=True).out)
+    rows = [3, 9, 16, 32]
+    recall = audit_entries(*ours[:3], Index(*ours[3:6]), ours[6], BOUNDS, spec, rows, chosen)
+    torch.testing.assert_close(recall.double(), want.recall[rows], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="chosen"):
+        attended(ours, BOUNDS, spec, chosen=chosen[1:])
+
+
+def test_two_steps_that_open_every_block_are_one():
+    one, x = CompressedSpec(3, 2, 3), drawn(SPECS["two steps"])
+    found = attended(x, BOUNDS, CompressedSpec(3, 2, 3, 4, 2))
+    assert torch.equal(found.chosen, attended(x, BOUNDS, one).chosen)
+    assert not torch.equal(found.chosen, attended(x, BOUNDS, SPECS["two steps"]).chosen)
+
+    # Blocks whose best entries are equal: the lower ones are opened.
+    x[3] = torch.zeros_like(x[3])
+    chosen = attended(x, BOUNDS, CompressedSpec(3, 2, 8, 2, 2)).chosen
+    assert sorted(chosen[16].tolist())[-4:] == [0, 1, 2, 3] and (chosen[16] < 0).sum() == 4
 
 
 def test_equal_scores_go_to_the_lower_entry_and_the_audit_counts_what_is_lost():
@@ -241,7 +292,14 @@ def test_half_precision_rounds_at_the_end_alone(kind, dtype):
 
 
 def test_what_does_not_fit_is_refused():
-    for options in ({"window": 0}, {"window": 2, "ratio": -1}, {"window": 2, "top_k": 3}):
+    for options in (
+        {"window": 0},
+        {"window": 2, "ratio": -1},
+        {"window": 2, "top_k": 3},
+        {"window": 2, "top_k_blocks": 3},
+        {"window": 2, "ratio": 1, "top_k": 2, "top_k_blocks": 0},
+        {"window": 2, "index_block_size": 0},
+    ):
         with pytest.raises(ValueError, match="is"):
             CompressedSpec(**options)
     q, kv, entries, iq, ik, iw, sinks = drawn(SPECS["csa"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from model.attention.config.base import AttentionConfig, model_uncombined
 from model.config import ModelConfig
-from model.cost.parameters import compressed_kinds, compressed_ratio
+from model.cost.entries import EntryLayer, compressed_kinds, entry_layers
 from ops.compressed_attention.spec import CompressedSpec
 
 if TYPE_CHECKING:
@@ -30,11 +31,27 @@ class CompressedAttentionConfig(AttentionConfig):
     sliding_window: int = 128
     """Tokens up to and with the query that are exact."""
     csa_ratio: int = 4
-    """Tokens of an entry in layers of csa, whose entries reach over the window before as well."""
+    """Tokens of an entry in layers of csa."""
+    late_csa_ratio: int | None = None
+    """The same from the middle of the layers on. None: csa_ratio there as well."""
+    csa_overlap: bool = True
+    """Whether entries in layers of csa reach over the window before as well."""
+    slot_bias: bool = True
+    """Whether what tokens weigh in an entry has a bias for their place in the window."""
+    entry_layers: int | tuple[int, ...] = 1
+    """Entries for so many layers of csa: the first one makes them, and the next ones read them. Or
+    the layers that make them.
+    """
     hca_ratio: int = 128
     """Tokens of an entry in layers of hca."""
     top_k: int = 512
     """Entries that a query attends to in layers of csa."""
+    top_k_blocks: int | None = None
+    """Blocks of neighbouring entries, the best by their best entry, out of which these are chosen.
+    None: out of all.
+    """
+    index_block_size: int = 8
+    """Entries of such a block."""
     q_lora_rank: int = 1024
     """Width of the latent that queries come from."""
     output_groups: int = 8
@@ -51,6 +68,14 @@ class CompressedAttentionConfig(AttentionConfig):
     """Heads of the index."""
     index_head_dim: int = 128
     """Dimensions of an index head."""
+    index_layers: int | tuple[int, ...] = 1
+    """An index for so many layers of csa with the same entries: it chooses in the first one, and
+    the next ones follow. Or the layers that choose.
+    """
+    index_keys: Literal["pooled", "projected"] = "pooled"
+    """What an entry is known by to an index. pooled: an entry of its own, by weights of its own.
+    projected: a projection of the entry.
+    """
     index_coeff: float = 1.0
     """Weight of the index's loss, its divergence in nats from the masses that attention gave to
     entries, as a mean over tokens, summed over layers.
@@ -68,14 +93,41 @@ class CompressedAttentionConfig(AttentionConfig):
         """csa, hca or window."""
         return compressed_kinds(model.num_layers, self.arguments)[layer_idx]
 
-    def spec(self, kind: str) -> CompressedSpec:
-        """What the op is asked for in layers of a kind.
+    def layers(self, model: ModelConfig) -> list[EntryLayer]:
+        """What every layer sees, and of whom."""
+        return entry_layers(model.num_layers, self.arguments)
+
+    def spec(self, layer: EntryLayer) -> CompressedSpec:
+        """What the op is asked for in a layer.
 
         Raises:
             ValueError: a number is not possible.
         """
-        ratio = compressed_ratio(self.arguments, kind)
-        return CompressedSpec(self.sliding_window, ratio, self.top_k if kind == "csa" else None)
+        if layer.chooser is None:
+            return CompressedSpec(self.sliding_window, layer.ratio)
+        return CompressedSpec(
+            self.sliding_window, layer.ratio, self.top_k, self.top_k_blocks, self.index_block_size
+        )
+
+    def parted_problems(self, model: ModelConfig, parts: Sequence[Sequence[int]]) -> list[str]:
+        """What keeps layers from being cut into these parts, each a run of neighbours: what a layer
+        reads of an earlier one is where both are.
+        """
+        part_of = {i: n for n, part in enumerate(parts) for i in part}
+        for layer in self.layers(model):
+            for name, what, source in (
+                ("entry_layers", "entries", layer.maker),
+                ("index_layers", "choice", layer.chooser),
+            ):
+                if source is None or part_of.get(source) == part_of.get(layer.number):
+                    continue
+                return [
+                    f"attention.{name} {_shown(getattr(self, name))} lets layer {layer.number} "
+                    f"read the {what} of layer {source}, but pipeline stages are cut between them; "
+                    f"let layer {layer.number} begin anew (attention.{name}), or move the cut "
+                    "(parallel.pipeline_split)"
+                ]
+        return []
 
     def rotary_size(self, model: ModelConfig) -> int:
         return self.rope_head_dim
@@ -100,12 +152,16 @@ class CompressedAttentionConfig(AttentionConfig):
         numbers = (
             *("sliding_window", "csa_ratio", "hca_ratio", "top_k", "q_lora_rank"),
             *("output_groups", "o_lora_rank", "rope_head_dim", "index_heads", "index_head_dim"),
+            "index_block_size",
         )
         found = [
             f"attention.{name} is {value}; it must be at least 1"
             for name in numbers
             if (value := getattr(self, name)) < 1
         ]
+        for name in ("late_csa_ratio", "top_k_blocks"):
+            if (asked := getattr(self, name)) is not None and asked < 1:
+                found.append(f"attention.{name} is {asked}; it must be at least 1, or null")
         if self.dense_steps < 0:
             found.append(f"attention.dense_steps is {self.dense_steps}; it must not be negative")
         if self.compressed_rope_theta is not None and self.compressed_rope_theta <= 0:
@@ -119,6 +175,7 @@ class CompressedAttentionConfig(AttentionConfig):
                 "and 1"
             )
         found += self._kind_problems(model)
+        found += [] if found else self._sharing_problems(model) + self._choice_problems()
         if not found and "csa" in compressed_kinds(model.num_layers, self.arguments):
             if self.index_coeff <= 0:
                 found.append(
@@ -143,6 +200,47 @@ class CompressedAttentionConfig(AttentionConfig):
         return [
             f"attention.layer_kinds has {kind}; choose csa, hca or window for each layer"
             for kind in sorted({*self.layer_kinds} - {"csa", "hca", "window"})
+        ]
+
+    def _sharing_problems(self, model: ModelConfig) -> list[str]:
+        """Of which layers make entries, and of which choose."""
+        found, kinds = [], compressed_kinds(model.num_layers, self.arguments)
+        csa = [i for i, kind in enumerate(kinds) if kind == "csa"]
+        for name in ("entry_layers", "index_layers"):
+            asked = getattr(self, name)
+            if isinstance(asked, int):
+                if asked < 1:
+                    found.append(f"attention.{name} is {asked}; it must be at least 1")
+            elif others := sorted({*asked} - {*csa}):
+                found.append(
+                    f"attention.{name} names layer {others[0]}, which is not one of csa; name some "
+                    f"of {csa}"
+                )
+        if found:
+            return found
+        entries, index = self.entry_layers, self.index_layers
+        for layer in self.layers(model):
+            makes = layer.makes_entries and layer.kind == "csa"
+            if makes and isinstance(entries, tuple) and layer.number not in entries:
+                return [
+                    f"attention.entry_layers {_shown(entries)} does not name layer {layer.number}, "
+                    f"before which no layer makes entries of {layer.ratio} tokens; name it"
+                ]
+            if layer.chooses and isinstance(index, tuple) and layer.number not in index:
+                return [
+                    f"attention.index_layers {_shown(index)} does not name layer {layer.number}, "
+                    "whose entries no layer before has chosen among; name it"
+                ]
+        return []
+
+    def _choice_problems(self) -> list[str]:
+        blocks = self.top_k_blocks
+        if blocks is None or blocks * self.index_block_size >= self.top_k:
+            return []
+        return [
+            f"attention.top_k_blocks {blocks} x attention.index_block_size "
+            f"{self.index_block_size} are fewer entries than attention.top_k {self.top_k}; raise "
+            "it, or lower attention.top_k"
         ]
 
     def _shape_problems(self, model: ModelConfig) -> list[str]:
@@ -192,3 +290,8 @@ class CompressedAttentionConfig(AttentionConfig):
         from model.attention.compressed import CompressedAttention
 
         return CompressedAttention(model, self, layer_idx)
+
+
+def _shown(layers: int | tuple[int, ...]) -> int | list[int]:
+    """As a config has them."""
+    return list(layers) if isinstance(layers, tuple) else layers
