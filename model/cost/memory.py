@@ -13,14 +13,16 @@ from model.config import ModelConfig
 from model.cost.entries import entry_layers
 from model.cost.parameters import (
     Trained,
-    compressed_cache_values,
     count_parameters,
+    entry_cache_values,
     entry_index_matrices,
     has_index,
     index_layers,
     index_shape,
     is_compressed,
     is_latent,
+    live_cache_tokens,
+    live_cache_values,
     number_in,
     number_of_runs,
     sparse_layers,
@@ -229,13 +231,14 @@ def cache_bytes_per_token(
     config: ModelConfig, width: int, attention: Mapping[str, Any] | None = None
 ) -> int:
     """What a token takes in the caches of all layers when generating, index keys included; sparse
-    layers keep pooled entries besides. Of compressed attention, in pages.
+    layers keep pooled entries besides. Of compressed attention, its share of entries and their
+    keys.
 
     width: bytes of a value; attention: arguments of sparse, indexed, compressed or latent
         attention.
     """
     if is_compressed(attention):
-        return int(width * compressed_cache_values(config, attention))
+        return int(width * entry_cache_values(config, attention))
     if is_latent(attention):
         values = attention["kv_lora_rank"] + attention["qk_rope_head_dim"]
     else:
@@ -252,11 +255,15 @@ def cache_bytes(
 ) -> int:
     """Of the caches of all layers for a document of `length` tokens, the pooled entries of sparse
     layers included. Where attention.resident_blocks bounds them, sparse layers keep the tokens of
-    so many blocks, of those of the window and of one interval, and of the first ones.
+    so many blocks, of those of the window and of one interval, and of the first ones. Of compressed
+    attention what its last tokens need is part of it.
 
     width, attention: as cache_bytes_per_token takes them.
     """
     found = length * cache_bytes_per_token(config, width, attention)
+    if attention is not None and is_compressed(attention):
+        live = min(length, 1 + live_cache_tokens(config, attention))
+        return int(found + width * live * live_cache_values(config, attention))
     if attention is None or "coarse_block_size" not in attention:
         return found
     layers = len(sparse_layers(config.num_layers, attention))

@@ -666,7 +666,7 @@ def decode_cost(
     cache = cache_bytes_per_token / config.num_layers * keys
     if is_compressed(attention):
         # What is seen, and of every entry its index key, by the layers that choose.
-        of_a_value = cache_bytes_per_token / compressed_cache_values(config, attention)
+        of_a_value = cache_bytes_per_token / entry_cache_values(config, attention)
         every = entry_layers(config.num_layers, attention)
         scored = sum(length // layer.ratio for layer in every if layer.chooses)
         width = attention["index_head_dim"]
@@ -681,10 +681,10 @@ def decode_cost(
     return GenerationCost(float(flops), float(weights / rows + cache))
 
 
-def compressed_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -> float:
-    """Values that a token of compressed attention takes in the pages of all layers: its key, what
-    it is pooled from, and its share of entries and index keys. A cache of one row has the last ones
-    alone, beside what does not grow (entry_cache_values).
+def live_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -> float:
+    """Values that a token of compressed attention takes in the caches of all layers as long as new
+    ones read its own: its key, and what entries and index keys are pooled from. After that it has
+    its share of these (entry_cache_values).
     """
     found = config.num_layers * float(config.attention_head_dim)
     for layer in entry_layers(config.num_layers, attention):
@@ -692,7 +692,16 @@ def compressed_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -
             found += sum(rows for rows, _ in pool_shapes(config.attention_head_dim, 1, layer))
             if layer.chooses and attention["index_keys"] == "pooled":
                 found += sum(rows for rows, _ in pool_shapes(attention["index_head_dim"], 1, layer))
-    return found + entry_cache_values(config, attention)
+    return found
+
+
+def live_cache_tokens(config: ModelConfig, attention: Mapping[str, Any]) -> int:
+    """Tokens before a new one whose own values some layer reads: of its window, and of the pooled
+    window that is open and the one before (CompressedAttention.live_window).
+    """
+    layers = entry_layers(config.num_layers, attention)
+    longest = max((layer.ratio for layer in layers if layer.makes_entries), default=0)
+    return int(max(attention["sliding_window"] - 1, 2 * longest - 1))
 
 
 def entry_cache_values(config: ModelConfig, attention: Mapping[str, Any]) -> float:

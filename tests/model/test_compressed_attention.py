@@ -17,14 +17,15 @@ from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import BalanceConfig, ModelConfig, RopeScaling
 from model.cost.entries import entry_layers
 from model.cost.matrices import hidden_matrices
-from model.cost.memory import cache_bytes_per_token
+from model.cost.memory import cache_bytes, cache_bytes_per_token
 from model.cost.parameters import (
     closed_entries,
-    compressed_cache_values,
     compressed_keys,
     count_parameters,
     entry_cache_values,
     flops_per_token,
+    live_cache_tokens,
+    live_cache_values,
 )
 from model.layers import GatedMLP, rotary_tables
 from model.loss import training_loss
@@ -531,9 +532,18 @@ def test_what_the_plan_counts_is_what_the_model_has(form):
     counted = {m for m in planned if m.kind in ("attention", "indexer")}
     assert {(m.rows, m.columns) for m in counted} <= there
     pools = model.new_pages(7, 12)
-    held = sum(t[0].numel() * t.element_size() for p in pools for t in p.tensors())
-    assert cache_bytes_per_token(config, 4, arguments) * 12 == held
-    assert compressed_cache_values(config, arguments) * 48 == held
+    pooled, own = (
+        sum(t[0].numel() for p in pools for t in tensors(p))
+        for tensors in (lambda p: p.tensors()[2:], lambda p: p.tensors()[:2])
+    )
+    assert cache_bytes_per_token(config, 4, arguments) * 12 == 4 * pooled
+    assert live_cache_values(config, arguments) * 12 == own
+    assert live_cache_tokens(config, arguments) == model.live_window
+    # The last tokens of a row have room for their own, all others their share of entries.
+    for length, live in ((5, 5), (60, model.live_window + 1)):
+        whole = length * cache_bytes_per_token(config, 4, arguments)
+        whole += 4 * live * live_cache_values(config, arguments)
+        assert cache_bytes(config, 4, length, arguments) == whole
 
     # Against what the masks of the op let through.
     kinds = {"layer_kinds": ("csa", "hca", "window"), "csa_ratio": 3, "top_k": 2}
