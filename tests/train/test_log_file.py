@@ -116,14 +116,14 @@ def test_a_log_stays_below_its_limit_with_exact_sums_and_its_newest_records_as_t
 def test_a_kill_at_any_moment_of_a_thinning_loses_nothing(tmp_path):
     path = tmp_path / "routing.jsonl"
     log, last = routing_log(path), 0
-    while log._thinning is None:
+    while not log._thinning.is_on:
         last += 1
         write(log, [last])
     killed_in = 0
-    while log._thinning is not None:
+    while log._thinning.is_on:
         copy = tmp_path / f"killed-{last}"
         copy.mkdir()
-        for file in (path, log._scratch):
+        for file in (path, log._thinning.scratch):
             (copy / file.name).write_bytes(file.read_bytes())
         again = routing_log(copy / path.name, resume_step=last)
         assert [p.name for p in copy.iterdir()] == [path.name]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.files.log_file import KEEP, START
+from train.files.thinning import KEEP, Thinning
 
 log = logging.getLogger("loadstone")
 
@@ -116,11 +116,8 @@ class RecordFile:
 
     def __init__(self, path: Path, max_bytes: int = 0):
         self.path, self.max_bytes = path, max_bytes
-        self._scratch = path.with_name(f".{path.name}.tmp")
-        self._scratch.unlink(missing_ok=True)
+        self._thinning = Thinning(path, max_bytes)
         self._file = path.open("ab")
-        self._thinning: Generator[None] | None = None
-        self._size_after = 0
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
@@ -129,8 +126,7 @@ class RecordFile:
         self._file.flush()
 
     def close(self) -> None:
-        if self._thinning is not None:
-            self._give_up()
+        self._thinning.give_up()
         self._file.close()
 
     def end_step(self) -> None:
@@ -139,28 +135,7 @@ class RecordFile:
         """
         self._file.flush()
         size = self._file.tell()
-        if not self.max_bytes:
-            return
-        if self._thinning is None:
-            if size <= max(START * self.max_bytes, 1.25 * self._size_after):
-                return
-            self._thinning = self._leaving_out(size)
-        try:
-            next(self._thinning)
-        except StopIteration:
-            self._thinning = None
-        except OSError as error:
-            log.warning(
-                "%s could not be thinned (%s) and stays as it is", self.path, error.strerror
-            )
-            self._give_up()
-            self._size_after = size
-
-    def _give_up(self) -> None:
-        if self._thinning is not None:
-            self._thinning.close()
-            self._thinning = None
-        self._scratch.unlink(missing_ok=True)
+        self._thinning.go_on(size, lambda: self._leaving_out(size))
 
     def _leaving_out(self, size: int) -> Generator[None]:
         """One thinning of the first `size` bytes, which hold whole steps."""
@@ -181,7 +156,7 @@ class RecordFile:
         per_step = KEEP * self.max_bytes / max(1, last - newest)
         while (newest - first + 1) / stride * per_step > KEEP * self.max_bytes:
             stride *= 2
-        with self._scratch.open("wb") as target:
+        with self._thinning.scratch.open("wb") as target:
             for data, starts, end in pieces(self.path, size):
                 steps = headers(data, starts)["step"]
                 kept = (steps > newest) | (steps % stride == 0)
@@ -198,9 +173,9 @@ class RecordFile:
                 shutil.copyfileobj(source, target)
             target.flush()
             os.fsync(target.fileno())
-            self._size_after = target.tell()
+            self._thinning.size_after = target.tell()
         self._file.close()
-        self._scratch.replace(self.path)
+        self._thinning.scratch.replace(self.path)
         self._file = self.path.open("ab")
 
 

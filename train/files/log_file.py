@@ -23,15 +23,12 @@ from typing import IO, Any, BinaryIO
 
 from train.files.followed import followed
 from train.files.strict_json import dumps
+from train.files.thinning import KEEP, Thinning
 
 log = logging.getLogger("loadstone")
 Record = dict[str, Any]
 MERGED = "records"
 """Key of a merged record: how many records it stands for."""
-START, KEEP = 0.75, 0.2
-"""Shares of the limit: where thinning begins; what then stays of the newest records, untouched, and
-of the old ones.
-"""
 LINES, HURRY = 4, 64
 """Old records that are read with every write; and where the file is beyond its limit already."""
 BLOCK = 1 << 18
@@ -75,8 +72,7 @@ class LogFile:
         self._whole = whole
         self._borders = borders
 
-        self._scratch = path.with_name(f".{path.name}.tmp")
-        self._scratch.unlink(missing_ok=True)  # of a thinning that was killed
+        self._thinning = Thinning(path, max_bytes)
 
         # A run that begins, or resumes from its beginning, has no records to lose.
         if resume_step is not None and resume_step > 0 and not path.exists():
@@ -87,11 +83,6 @@ class LogFile:
             cut_after(path, resume_step, made_again)
 
         self._file: IO[bytes] | None = None
-        self._thinning: Generator[None] | None = None
-        self._size_after = 0
-        """Of the last thinning: the next begins when the file has grown by a quarter, whatever the
-        limit.
-        """
 
     def open(self) -> LogFile:
         """Make the file now and not with the first record."""
@@ -105,44 +96,19 @@ class LogFile:
         assert file is not None
         again = followed(file, self.path)
         if again is not file:
-            if self._thinning is not None:  # of a file that is no longer there
-                self._give_up()
+            self._thinning.give_up()  # of a file that is no longer there
             file = self._file = again
         file.write(_line(record))
         file.flush()
-        if self._merge is not None and self.max_bytes:
-            self._thin(file.tell())
+        if self._merge is not None:
+            size = file.tell()
+            pieces = LINES if size <= self.max_bytes else HURRY
+            self._thinning.go_on(size, self._merging, pieces)
 
     def close(self) -> None:
-        if self._thinning is not None:
-            self._give_up()
+        self._thinning.give_up()
         if self._file is not None:
             self._file.close()
-
-    # --- thinning ---------------------------------------------------------------------------------
-
-    def _thin(self, size: int) -> None:
-        if self._thinning is None:
-            if size <= max(START * self.max_bytes, 1.25 * self._size_after):
-                return
-            self._thinning = self._merging()
-        try:
-            for _ in range(LINES if size <= self.max_bytes else HURRY):
-                next(self._thinning)
-        except StopIteration:
-            self._thinning = None
-        except OSError as error:
-            log.warning(
-                "%s could not be thinned (%s) and stays as it is", self.path, error.strerror
-            )
-            self._give_up()
-            self._size_after = size
-
-    def _give_up(self) -> None:
-        if self._thinning is not None:
-            self._thinning.close()
-            self._thinning = None
-        self._scratch.unlink(missing_ok=True)
 
     def _merging(self) -> Generator[None]:
         """One thinning, an old record at a time; at the end it is in place."""
@@ -154,7 +120,7 @@ class LogFile:
         held: Record | None = None
         place: tuple[int, int] | None = None
 
-        with self.path.open("rb") as source, self._scratch.open("wb") as target:
+        with self.path.open("rb") as source, self._thinning.scratch.open("wb") as target:
             while source.tell() < end:
                 record = parsed(source.readline())
                 if record is not None:
@@ -185,10 +151,10 @@ class LogFile:
             shutil.copyfileobj(source, target)
             target.flush()
             os.fsync(target.fileno())
-            self._size_after = target.tell()
+            self._thinning.size_after = target.tell()
 
         file = self._file
-        self._scratch.replace(self.path)
+        self._thinning.scratch.replace(self.path)
         self._file = self.path.open("ab")
         if file is not None:
             file.close()
