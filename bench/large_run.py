@@ -21,8 +21,9 @@ import numpy as np
 
 from bench.common import ROOT, find_commit
 from launch.runs.lines import LineIndex
-from train.files.log_file import KEEP, MERGED, START
+from train.files.log_file import MERGED
 from train.files.strict_json import dumps
+from train.files.thinning import KEEP, START
 from train.observe.catalogue.names import metric_names
 
 TOKENS = 1 << 20
