@@ -25,7 +25,7 @@ from launch.saved.checkpoint import config_for
 if TYPE_CHECKING:
     from train.config.commands.export import BranchConfig
 
-COPIED = ("metrics.jsonl", "routing.jsonl")
+COPIED = ("metrics.jsonl", "routing.jsonl", "alarms.jsonl", "audit/steps.jsonl")
 """Records that a branch goes on with: of steps behind the checkpoint they are cut when it is
 resumed.
 """
@@ -123,6 +123,7 @@ def make(run: Path, checkpoint: Path, saved: DictConfig, to: Path) -> None:
                 shutil.copytree(run / name, scratch / name)
         for name in COPIED:
             if (run / name).is_file():
+                (scratch / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(run / name, scratch / name)
         folder = scratch / "checkpoints"
         shutil.copytree(checkpoint, folder / checkpoint.name, copy_function=_linked)
