@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from train.config.commands.export import BranchConfig
 
 COPIED = ("metrics.jsonl", "routing.jsonl", "alarms.jsonl", "audit/*.jsonl")
-"""Patterns of the records that a branch goes on with: of steps behind the checkpoint they are cut when it is
-resumed.
+"""Patterns of the records that a branch goes on with: of steps behind the checkpoint they are cut
+when it is resumed.
 """
 
 
