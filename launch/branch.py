@@ -25,9 +25,9 @@ from launch.saved.checkpoint import config_for
 if TYPE_CHECKING:
     from train.config.commands.export import BranchConfig
 
-COPIED = ("metrics.jsonl", "routing.jsonl")
-"""Records that a branch goes on with: of steps behind the checkpoint they are cut when it is
-resumed.
+COPIED = ("metrics.jsonl", "routing.jsonl", "alarms.jsonl", "audit/*.jsonl")
+"""Patterns of the records that a branch goes on with: of steps behind the checkpoint they are cut
+when it is resumed.
 """
 
 
@@ -121,9 +121,10 @@ def make(run: Path, checkpoint: Path, saved: DictConfig, to: Path) -> None:
         for name in ("data", PRETRAINED):
             if (run / name).is_dir():
                 shutil.copytree(run / name, scratch / name)
-        for name in COPIED:
-            if (run / name).is_file():
-                shutil.copyfile(run / name, scratch / name)
+        for path in (path for pattern in COPIED for path in run.glob(pattern)):
+            target = scratch / path.relative_to(run)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
         folder = scratch / "checkpoints"
         shutil.copytree(checkpoint, folder / checkpoint.name, copy_function=_linked)
         _forget_tracker(folder / checkpoint.name)

@@ -2,6 +2,7 @@
 
 python -m launch.prepare [data=... data.sources.0...=...] [prepare.workers=N]
 python -m launch.prepare [data=... data.sources.0...=...] inspect=true
+python -m launch.prepare init.path=MODEL data=chat [...]
 
 Ended at any moment, it goes on where it was when it is started again.
 """
@@ -19,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from launch.command.main import run_main
 from launch.command.messages import print_result
 from launch.config.build import ConfigError, record
+from launch.saved.initial import with_their_tokenizer
 from train.config.data import DataConfig, labels
 from train.config.run import RunConfig
+from train.config.training import InitConfig
 from train.files.strict_json import dumps
 
 
@@ -28,15 +31,17 @@ def main(config: DictConfig) -> None:
     """Make the token store unless it exists, and print its counts."""
     from train.config.commands.prepare import PrepareCommandConfig
 
+    record(config.init, InitConfig, "init.")
+    config = with_their_tokenizer(config)
     settings = record(config.data, DataConfig, "data.")
-    of_the_data = ("data", "model", "seed")
+    of_the_data = ("data", "model", "seed", "init")
     own = [str(name) for name in config if name not in of_the_data]
     of_training = {field.name for field in dataclasses.fields(RunConfig)}
     if other := sorted(of_training & set(own)):
         raise ConfigError(
             [
                 f"{name} is read by launch.train alone; leave it out: launch.prepare reads data, "
-                "model.vocab_size, seed, inspect and prepare.workers"
+                "model.vocab_size, init.path, init.run, seed, inspect and prepare.workers"
                 for name in other
             ]
         )

@@ -38,7 +38,10 @@ RECORDS = {
 }
 """Command -> the record of its settings; those of others stand in their YAML."""
 OF_ONE_COMMAND = {
-    "prepare": ("data", "prepare", "model.vocab_size", "seed"),
+    "prepare": (
+        *("data", "prepare", "model.vocab_size", "seed"),
+        *("init.path", "init.run", "init.checkpoint"),
+    ),
     "teach": ("objective",),
 }
 """Of the record of another command, what a command reads."""

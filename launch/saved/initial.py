@@ -69,17 +69,10 @@ def with_initial_weights(config: DictConfig, overrides: list[str] | None = None)
         PretrainedError: the folder's config.json cannot be read or expressed.
         FileNotFoundError: the run has no checkpoint.
     """
-    path, run = (OmegaConf.select(config, f"init.{key}") for key in ("path", "run"))
-    if path is None and run is None:
+    given = _given(config)
+    if given is None:
         return config
-    if path is not None and run is not None:
-        raise ConfigError(["init.path and init.run are both set; a run begins with one of them"])
-    given = of_folder(path) if path is not None else _of_run(run, config.init.checkpoint)
-
-    if overrides is None:
-        overrides = list(HydraConfig.get().overrides.task)
-    typed = {override.lstrip("+~").split("=", 1)[0] for override in overrides}
-    typed = {name.split("@")[0].replace("/", ".") for name in typed}
+    typed = _typed(overrides)
     chosen = _chosen(typed)
     given = _upcycled(config, given, typed)
 
@@ -110,6 +103,41 @@ def with_initial_weights(config: DictConfig, overrides: list[str] | None = None)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def with_their_tokenizer(config: DictConfig, overrides: list[str] | None = None) -> DictConfig:
+    """A config of data alone with the tokenizer that init.path or init.run brings, in place: what a
+    run that begins with them reads.
+
+    Args, Raises: as with_initial_weights.
+    """
+    given = _given(config)
+    if given is None:
+        return config
+    typed = _typed(overrides)
+    with open_dict(config):
+        if not _is_typed("model.vocab_size", typed):
+            config.model.vocab_size = given.model["vocab_size"]
+        _set_tokenizer(config, given, typed)
+    return config
+
+
+def _given(config: DictConfig) -> Given | None:
+    """What init.path or init.run brings; None: neither is set."""
+    path, run = (OmegaConf.select(config, f"init.{key}") for key in ("path", "run"))
+    if path is None and run is None:
+        return None
+    if path is not None and run is not None:
+        raise ConfigError(["init.path and init.run are both set; a run begins with one of them"])
+    return of_folder(path) if path is not None else _of_run(run, config.init.checkpoint)
+
+
+def _typed(overrides: list[str] | None) -> set[str]:
+    """Names of the settings that were given; overrides: None: on this process's command line."""
+    if overrides is None:
+        overrides = list(HydraConfig.get().overrides.task)
+    names = {override.lstrip("+~").split("=", 1)[0] for override in overrides}
+    return {name.split("@")[0].replace("/", ".") for name in names}
 
 
 def _upcycled(config: DictConfig, given: Given, typed: set[str]) -> Given:

@@ -61,6 +61,7 @@ def test_a_branch_takes_the_steps_of_a_run_that_decays_and_leaves_its_run_alone(
     assert last_json(made)["step"] == 6 and f"resume={folder / 'new'}" in made.stdout
     resumed = launch("train", f"resume={folder / 'new'}")
     assert "changed: optim.decay_style constant -> WSD" in resumed.stdout + resumed.stderr
+    assert "is gone" not in resumed.stderr  # all records that a resumed run goes on with
     assert content(folder / "run") == before
 
     launch("train", *settings, *DECAY, f"run_dir={folder / 'whole'}")

@@ -66,6 +66,15 @@ def begun(qwen, text, tmp_path_factory) -> Path:
     return run
 
 
+def test_what_is_prepared_ahead_is_what_the_run_reads(qwen, text, begun):
+    ahead = last_json(launch("prepare", f"init.path={qwen}", *text))
+    read = json.loads((begun / "data/manifest.json").read_text())
+    assert ahead["fingerprint"] == read["fingerprint"]
+    # the same tokenizer without the end-of-text token of the model's config.json
+    alone = last_json(launch("prepare", f"data.tokenizer.path={qwen}", *text))
+    assert alone["end_of_document"] != read["end_of_document"]
+
+
 LAYOUTS = [(1, 2, 1), (2, 2, 2), (0, 2, 1), (3, 2, 2)]
 """ZeRO stage, ranks, expert-parallel size: each stage once, each expert-parallel size twice."""
 
