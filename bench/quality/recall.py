@@ -76,6 +76,7 @@ VARIANTS = {
     "order0_gated": Variant(replace(SPEC, order=0), gated=True),
     "order2_gated": Variant(SPEC, gated=True),
     "order2_sub2": Variant(replace(SPEC, coarse_block_size=4)),
+    "order2_super": Variant(replace(SPEC, rank_lse="super", fanout=4)),
     "dsa": Variant(None, index=IndexSpec("dsa", 1, 40)),
     "msa": Variant(None, index=IndexSpec("msa", 8, 5)),
     "qsa": Variant(None, index=IndexSpec("qsa", 4, 10)),
