@@ -4,16 +4,17 @@
 
 cpu: forward and backward of one document of 2k to 32k tokens in one thread, with what they add to
     the memory that their inputs are in (a fresh process each), for the default spec, the same with
-    a dropped tail, the default spec in plain torch, and torch's SDPA; and the exponents of N that
-    fit them. Times are of the process, not of the clock, so that other work on the machine counts
-    less.
+    a dropped tail, ranked in one pass (rank_lse=super), with entries of 64 tokens and with both,
+    the default spec in plain torch, and torch's SDPA; and the exponents of N that fit them. Times
+    are of the process, not of the clock, so that other work on the machine counts less.
 
 cuda: bf16, random inputs, which is the worst case for the union factor (blocks that the queries of
     a kernel's tile select together, over those that one selects: 1 is best). The core shapes fit
     the time that bench/gpu.sh gives; --all adds the rest:
 
     model      32 heads, 4 key/value heads, d 128, block 64, top 16, window 512, one document of 8k
-               to 128k tokens
+               to 128k tokens; at 64k tokens also ranked in one pass (rank_lse=super), with entries
+               of 64 tokens, and both
     alike      the same at 64k, with queries that change along the document as slowly as those of
                trained models do: neighbours share 87 to 94% of what they select (Qwen's and
                MiniMax's models, union factors 1.8 to 2.9)
@@ -79,6 +80,9 @@ CPU_RIVALS = ("chunked", "sdpa")
 CPU_SPECS = {
     "scc": SPEC,
     "drop": replace(SPEC, tail="drop", order=0, coarse_block_size=SPEC.block_size),
+    "one_pass": replace(SPEC, rank_lse="super"),
+    "coarse_64": replace(SPEC, coarse_block_size=64),
+    "one_pass_64": replace(SPEC, rank_lse="super", coarse_block_size=64),
 }
 
 
@@ -151,7 +155,7 @@ def exponent(lengths: list[int], values: list[float]) -> float:
 
 
 def run_cpu() -> list[Row]:
-    device, names = torch.device("cpu"), ("scc", "drop", *CPU_RIVALS)
+    device, names = torch.device("cpu"), (*CPU_SPECS, *CPU_RIVALS)
     times: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, list[float]] = {name: [] for name in names}
     for length, repeats in CPU_REPEATS.items():
@@ -161,7 +165,7 @@ def run_cpu() -> list[Row]:
             peaks[name].append(peak)
             print(f"{name} N={length}: {milliseconds:.1f} ms, {peak:.1f} MiB", flush=True)
     found, lengths = [], list(CPU_REPEATS)
-    for name in ("scc", "drop"):
+    for name in CPU_SPECS:
         for i, length in enumerate(lengths):
             extra: dict[str, float | str | None] = {
                 "backend": "cpp",
@@ -209,8 +213,8 @@ class Shape:
     """Tokens in which a query turns into another direction; 0: each is drawn by itself."""
 
 
-def model_shape(length: int, flex: bool = False) -> Shape:
-    return Shape("model", (length,), 32, 4, SPEC, flex=flex)
+def model_shape(length: int, flex: bool = False, spec: SparseAttentionSpec = SPEC) -> Shape:
+    return Shape("model", (length,), 32, 4, spec, flex=flex)
 
 
 SPANS = (22, 9)
@@ -219,6 +223,10 @@ CORE = (
     model_shape(8192),
     model_shape(32768, flex=True),
     model_shape(65536),
+    *(
+        model_shape(65536, spec=CPU_SPECS[name])
+        for name in ("one_pass", "coarse_64", "one_pass_64")
+    ),
     *(replace(model_shape(65536), name="alike", span=span) for span in SPANS),
     model_shape(131072),
 )
@@ -464,6 +472,8 @@ def bench_shape(device: torch.device, shape: Shape) -> list[Row]:
         "top_k": spec.top_k,
         "window": spec.window_size,
         "span": shape.span,
+        "coarse": spec.coarse_block_size,
+        "rank_lse": spec.rank_lse,
     }
     element = q.element_size() * shape.head_dim * num_tokens
     read = element * (shape.num_heads + 2 * shape.num_kv_heads)

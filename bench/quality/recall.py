@@ -71,6 +71,7 @@ VARIANTS = {
     "order0_gated": Variant(replace(SPEC, order=0), gated=True),
     "order2_gated": Variant(SPEC, gated=True),
     "order2_sub2": Variant(replace(SPEC, coarse_block_size=4)),
+    "order2_super": Variant(replace(SPEC, rank_lse="super", fanout=4)),
     **{name: Variant(None, rule=rule) for name, rule in RULES.items()},
 }
 LEARNING_SHARE = 0.2

@@ -379,7 +379,8 @@ def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
     attention: arguments of model.attention.sparse.SparseAttention. Of the six products of dense
         attention for a key (scores and values, forward and twice backward) a coarse entry costs as
         many with order 0 and three more with order 2, and ranking the entries of all past blocks
-        one or two. Dense attention has seq_len / 2.
+        one or two; with rank_lse=super a super-block costs as much as an entry, and those entries
+        are read that are candidates or behind the last whole one. Dense attention has seq_len / 2.
     """
     block = attention["block_size"]
     return _keys_per_query(
@@ -392,6 +393,7 @@ def keys_per_query(seq_len: int, attention: Mapping[str, Any]) -> float:
         block / attention["coarse_block_size"],
         attention["order"] == 2,
         attention["tail"] == "drop",
+        attention["fanout"] if attention.get("rank_lse") == "super" else None,
     )
 
 
@@ -406,9 +408,11 @@ def _keys_per_query(
     per_block: float,
     second_order: bool,
     drops: bool,
+    fanout: int | None,
 ) -> float:
     """Remembered, since it goes through all blocks of a row and is asked for every stage of every
-    layout. local: blocks of the window; per_block: coarse entries of a block.
+    layout. local: blocks of the window; per_block: coarse entries of a block; fanout: blocks of the
+    super-blocks that a ranking in one pass reads, None where it reads the past.
     """
     total = 0.0
     for own in range(-(-seq_len // block)):
@@ -419,7 +423,11 @@ def _keys_per_query(
         if not drops:
             keys += (own - forced - selected) * per_block * (1.5 if second_order else 1.0)
         if top_k > 0 and own > forced:
-            keys += own * per_block * (2 if second_order else 1) / 6
+            ranked = own * per_block
+            if fanout is not None:
+                behind = min(own % fanout, local - 1)
+                ranked = (own - forced + behind) * per_block + own // fanout
+            keys += ranked * (2 if second_order else 1) / 6
         total += keys * queries
     return total / seq_len
 

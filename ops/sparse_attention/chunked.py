@@ -820,7 +820,7 @@ def super_logits(
     """
     scale = rows.shape[-1] ** -0.5
     mean, var = (x.to(dtype) for x in merge_keys(mean, var, spec.fanout * spec.entries_per_block))
-    z = torch.matmul(rows, mean.to(rows.dtype).transpose(2, 3)) * scale
+    z: Tensor = torch.matmul(rows, mean.to(rows.dtype).transpose(2, 3)) * scale
     if spec.order == 2:
         kappa = torch.matmul(rows.square() * (0.5 * scale**2), var.to(rows.dtype).transpose(2, 3))
         z = z + kappa.clamp_max(spec.max_variance)

@@ -275,6 +275,15 @@ def test_a_dense_model_reports_no_sparse_layer():
     assert output.attention_stats.shape == (0, len(STATS))
 
 
+def read_for_ranking(own: int, spec: SparseAttentionSpec) -> int:
+    """Entries and super-blocks that a query in block `own` reads."""
+    if spec.rank_lse == "exact":
+        return own * spec.entries_per_block
+    candidates = set(range(spec.num_sink_blocks, own - spec.num_local_blocks + 1))
+    alone = candidates | set(range(own // spec.fanout * spec.fanout, own))
+    return len(alone) * spec.entries_per_block + own // spec.fanout
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -284,6 +293,7 @@ def test_a_dense_model_reports_no_sparse_layer():
         {"top_k": 0},
         {"min_sparse_length": 16},
         {"num_sink_blocks": 3, "coarse_block_size": 4},
+        {"rank_lse": "super", "fanout": 3},
     ],
     ids=str,
 )
@@ -300,13 +310,12 @@ def test_flops_count_the_keys_that_queries_see(changes):
     blocks = reference_blocks(torch.tensor([0, length]), 4)
     ranked = (
         sum(
-            int(own)
+            read_for_ranking(int(own), spec)
             for own in blocks.of_token
             if spec.top_k
             and int(own) > min(int(own), spec.num_local_blocks - 1 + spec.num_sink_blocks)
             and int(own) * 4 >= spec.min_sparse_length
         )
-        * spec.entries_per_block
         / length
     )
     order = 1 if spec.order == 2 else 0
