@@ -90,6 +90,8 @@ def compressed_kinds(num_layers: int, attention: Mapping[str, Any]) -> list[str]
     if chosen == "v4":
         # two that see everything roughly, then one after the other
         return ["csa" if i >= 2 and i % 2 else "hca" for i in range(num_layers)]
+    if chosen == "v4_flash":
+        return ["window" if i < 2 else ("csa", "hca")[i % 2] for i in range(num_layers)]
     return list(chosen)
 
 

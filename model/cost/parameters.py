@@ -267,7 +267,7 @@ def has_index(attention: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any
     """
     if is_compressed(attention):
         kinds = attention["layer_kinds"]
-        return kinds in ("csa", "v4") or (not isinstance(kinds, str) and "csa" in kinds)
+        return kinds in ("csa", "v4", "v4_flash") or (not isinstance(kinds, str) and "csa" in kinds)
     return attention is not None and (is_indexed(attention) or attention.get("select") == "index")
 
 

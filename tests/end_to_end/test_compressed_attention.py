@@ -33,11 +33,23 @@ ENTRIES = (
     "model.num_kv_heads=1",
     "model.qk_norm=none",
 )
+SHARED = (
+    "attention.layer_kinds=[csa,csa]",
+    "attention.csa_overlap=false",
+    "attention.slot_bias=false",
+    "attention.entry_layers=2",
+    "attention.index_layers=2",
+    "attention.index_keys=projected",
+    "attention.top_k_blocks=2",
+    "attention.index_block_size=2",
+)
+"""The second layer reads the entries of the first, and follows its choice."""
 
 
-def test_a_run_resumes_bit_for_bit_logs_its_index_and_generates(tmp_path):
+@pytest.mark.parametrize("more", [(), SHARED], ids=["own", "shared"])
+def test_a_run_resumes_bit_for_bit_logs_its_index_and_generates(tmp_path, more):
     """On two expert-parallel ranks, all entries seen for 11 of 14 steps, stopped after 10."""
-    full_and_half(tmp_path, *ENTRIES, "attention.dense_steps=11", "train.num_steps=14")
+    full_and_half(tmp_path, *ENTRIES, *more, "attention.dense_steps=11", "train.num_steps=14")
     shutil.copytree(tmp_path / "half", tmp_path / "resumed")
     train_on(2, f"resume={tmp_path / 'resumed'}")
     assert losses(tmp_path / "resumed") == losses(tmp_path / "full")

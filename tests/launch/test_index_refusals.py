@@ -76,7 +76,7 @@ def compressed() -> dict:
     return composed("attention=csa", *ENTRIES)
 
 
-@pytest.mark.parametrize("preset", ["compressed", "csa", "hca", "v4", "csa2"])
+@pytest.mark.parametrize("preset", ["compressed", "csa", "hca", "v4", "v4_flash", "csa2"])
 def test_every_preset_of_compressed_attention_is_valid(preset):
     assert problems(composed(f"attention={preset}", *ENTRIES)) == []
 

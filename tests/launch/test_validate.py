@@ -71,6 +71,7 @@ PUBLISHED = {
     "deepseek_v2_lite": (15.7, "2.4 without look-up"),
     "deepseek_v2": (236, "21 without look-up"),
     "deepseek_v3": (671, "36.7 without look-up"),
+    "deepseek_v4_flash": (284, "13 without look-up"),
     "moonlight_16b_a3b": (15.96, "2.24 without embeddings"),
     "kimi_k2": (1040, 32.6),
     "llama_3_1_8b": (8_030_261_248, None),
@@ -536,7 +537,7 @@ def test_presets_move_by_what_their_models_were_trained_with():
         optim = parse(composed(f"experiment={experiment}"), 1).optim
         found[experiment] = (optim.optimizer, optim.qk_clip)
     muon = {"kimi_k2": ("muon", 100)}
-    muon |= dict.fromkeys(("moonlight_16b_a3b", "glm_4_5_air"), ("muon", None))
+    muon |= dict.fromkeys(("moonlight_16b_a3b", "glm_4_5_air", "deepseek_v4_flash"), ("muon", None))
     assert found == {name: muon.get(name, ("adamw", None)) for name in PUBLISHED}
 
     run = parse(composed("experiment=deepseek_v3"), 1)
@@ -555,7 +556,7 @@ def test_any_attention_goes_into_any_preset(attention, experiments):
     mended: list[str] = []
     if attention.startswith("mla"):
         mended = ["num_kv_heads=${model.num_heads}", "head_dim=192", *plain]
-    elif attention in ("compressed", "csa", "csa2", "hca", "v4"):
+    elif attention in ("compressed", "csa", "csa2", "hca", "v4", "v4_flash"):
         mended = ["num_kv_heads=1", "head_dim=64", *plain, "num_mtp_layers=0", "rope_scaling=null"]
     more = [f"++model.{override}" for override in mended]
     if mended and not attention.startswith("mla"):

@@ -11,7 +11,7 @@ import torch
 from common import VOCAB_SIZE, batch, build, take, tiny_config
 from torch import nn
 
-from model.attention.base import SequenceLayout
+from model.attention.base import STATS, SequenceLayout
 from model.attention.compressed import CompressedAttention
 from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import BalanceConfig, ModelConfig, RopeScaling
@@ -357,6 +357,18 @@ def test_layers_read_the_entries_and_the_choice_of_earlier_ones():
     names = [{name.partition(".")[0] for name in own} for own in weights]
     assert ["compressor" in own for own in names] == [True, False, False, True, False]
     assert ["indexer" in own for own in names] == [True, False, True, True, False]
+
+
+def test_layers_that_choose_as_one_teach_as_a_mean():
+    """Of the divergences that are logged, by layers that follow as well."""
+    model = model_of("shared", index_coeff=3.0)
+    hidden, ends = torch.randn(1, 20, 16), torch.tensor([0, 20], dtype=torch.int32)
+    layout = model._layout(torch.arange(20)[None], ends, 20, measure=True)
+    for block, number in zip(model.blocks, (2, 2, 1, 2, 2), strict=True):
+        sums = block.attention(hidden, layout)[1]
+        loss = sums.stats[STATS.index("index_loss")]
+        assert loss > 0
+        torch.testing.assert_close(sums.penalty_sum, 3 * loss / number)
 
 
 def test_what_shares_nothing_is_csa_without_overlap_and_biases():

@@ -73,6 +73,17 @@ def test_a_config_that_was_read_is_written_as_one_that_reads_the_same(case):
 
 
 @pytest.mark.parametrize(
+    "changes", [{"entry_layers": 2}, {"csa_overlap": False}, {"index_keys": "projected"}]
+)
+def test_what_deepseek_v4_does_not_have_is_not_written_as_such(changes):
+    """Layers that share entries, and entries and index keys of another make."""
+    reading = read(theirs(V4).config.to_dict())
+    attention = {**reading.attention, **changes}
+    with pytest.raises(FamilyError, match=f"attention.{next(iter(changes))}="):
+        express(reading.model, reading.router, attention)
+
+
+@pytest.mark.parametrize(
     ("case", "key", "value", "said"),
     [
         ("llama", "new_scale", 2.0, "new_scale=2.0 is unknown to the reader of llama"),

@@ -23,10 +23,10 @@ class CompressedAttentionConfig(AttentionConfig):
 
     name = "compressed"
 
-    layer_kinds: Literal["csa", "hca", "v4"] | tuple[str, ...] = "csa"
+    layer_kinds: Literal["csa", "hca", "v4", "v4_flash"] | tuple[str, ...] = "csa"
     """What layers see beside the window. csa: entries that an index chooses. hca: all of their few
-    entries. v4: two layers of hca, then hca and csa by turns. Or a kind for each layer, where
-    window sees nothing else.
+    entries. v4: two layers of hca, then hca and csa by turns. v4_flash: two of window, which sees
+    nothing else, then csa and hca by turns. Or a kind for each layer.
     """
     sliding_window: int = 128
     """Tokens up to and with the query that are exact."""
@@ -195,7 +195,7 @@ class CompressedAttentionConfig(AttentionConfig):
         if len(self.layer_kinds) != model.num_layers:
             return [
                 f"attention.layer_kinds names {len(self.layer_kinds)} layers, but the model has "
-                f"{model.num_layers}; name each, or choose csa, hca or v4"
+                f"{model.num_layers}; name each, or choose csa, hca, v4 or v4_flash"
             ]
         return [
             f"attention.layer_kinds has {kind}; choose csa, hca or window for each layer"
