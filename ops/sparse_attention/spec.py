@@ -181,28 +181,17 @@ class SparseAttentionSpec:
 
     def _estimate_problems(self) -> list[str]:
         """Where an estimated denominator would be wrong, or not be read."""
-        against = {
-            f"score={self.score}": (
-                self.score == "max",
-                "ranks by logits, which have no denominator",
-            ),
-            f"top_p={self.top_p}": (
-                self.top_p is not None,
-                "covers true shares of the mass",
-            ),
-            f"resident_blocks={self.resident_blocks}": (
-                self.resident_blocks is not None,
-                "adds up true shares of the mass over queries",
-            ),
-            f"num_levels={self.num_levels}": (
-                self.num_levels == 2,
-                "reads few entries and has closed super-blocks in the denominator already",
-            ),
+        without = {
+            "score": (self.score == "max", "ranks by logits, which have none"),
+            "top_p": (self.top_p is not None, "covers true shares of the mass"),
+            "resident_blocks": (self.resident_blocks is not None, "adds up true shares"),
+            "num_levels": (self.num_levels == 2, "has closed super-blocks in it already"),
         }
         return [
-            f"rank_lse=super estimates what {setting} does not take: it {why}; use rank_lse=exact"
-            for setting, (present, why) in against.items()
-            if present
+            f"rank_lse=super estimates a denominator, but {name}={getattr(self, name)} {why}; use "
+            "rank_lse=exact"
+            for name, (asked, why) in without.items()
+            if asked
         ]
 
     @property
