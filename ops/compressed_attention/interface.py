@@ -22,7 +22,13 @@ from ops.compressed_attention.tile import (
     window_mask,
 )
 from ops.index_attention.interface import Index
-from ops.index_attention.tile import block_scores, blocks_mask, divergence, real_dtype
+from ops.index_attention.tile import (
+    block_scores,
+    blocks_mask,
+    divergence,
+    own_graph,
+    real_dtype,
+)
 
 TILE_VALUES = 2**22
 """Numbers of a tile's largest tensors, which bounds what the op needs beside its inputs."""
@@ -263,7 +269,7 @@ class _Compressed(torch.autograd.Function):
                 parts = tiles.of_index(tile)
                 if learns:
                     parts = tuple(x.detach().requires_grad_() for x in parts)  # type: ignore
-                with torch.set_grad_enabled(learns):
+                with own_graph(learns):
                     scores = block_scores(*parts, tile.position, spec.ranking)
                 if not dense and followed is None:
                     best = choose_entries(scores, tile.position, spec)
@@ -280,7 +286,7 @@ class _Compressed(torch.autograd.Function):
 
             masses = found.probs[..., -tile.num_entries :].sum(1, keepdim=True)
             candidates = scores.detach() > -torch.inf if chosen is None else chosen.unsqueeze(1)
-            with torch.set_grad_enabled(learns):
+            with own_graph(learns):
                 by_query = divergence(scores, masses, candidates)[0, 0]
                 if token_mask is not None:
                     by_query = by_query * token_mask[tile.rows].to(by_query.dtype)

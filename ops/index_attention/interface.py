@@ -21,6 +21,7 @@ from ops.index_attention.tile import (
     blocks_mask,
     choose,
     divergence,
+    own_graph,
     real_dtype,
     tokens_mask,
 )
@@ -227,7 +228,7 @@ class _Indexed(torch.autograd.Function):
                 parts = tiles.of_index(document, start, stop)
                 if learns:
                     parts = _leaves(parts)
-                with torch.set_grad_enabled(learns):
+                with own_graph(learns):
                     scores = None if dense and not teach else block_scores(*parts, position, spec)
 
                 # The choice, then what it lets through.
@@ -251,7 +252,7 @@ class _Indexed(torch.autograd.Function):
                 assert scores is not None
                 masses = block_masses(found.probs, scores.shape[-1], spec)
                 candidates = scores.detach() > -torch.inf if blocks is None else blocks
-                with torch.set_grad_enabled(learns):
+                with own_graph(learns):
                     by_query = divergence(scores, masses, candidates)[0].mean(0)
                     share = (by_query * counts.to(by_query.dtype)).sum()
                 total += share.detach()

@@ -7,6 +7,8 @@ with rule=msa, else 1), I index heads, w their width, M blocks.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,21 @@ NEVER = float("-inf")
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """What is computed in: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def own_graph(learns: bool) -> Iterator[None]:
+    """Gradients, if it learns, of a graph that is gone before its op has returned.
+
+    What it keeps is kept as it is. Hooks that are there when blocks are to be computed again
+    (torch.utils.checkpoint) would compute the whole block for every such graph: as often as a rank
+    has tiles, so that under ZeRO 3 ranks would wait for each other's weights forever.
+    """
+    with (
+        torch.set_grad_enabled(learns),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ):
+        yield
 
 
 def block_scores(

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from ops.index_attention.spec import IndexSpec
-from ops.index_attention.tile import block_scores, blocks_mask, divergence, real_dtype
+from ops.index_attention.tile import (
+    block_scores,
+    blocks_mask,
+    divergence,
+    own_graph,
+    real_dtype,
+)
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.ranking import block_of_key, rank_keys
 from ops.sparse_attention.spec import SparseAttentionSpec
@@ -280,7 +286,7 @@ class _Teach(torch.autograd.Function):
                 parts = tuple(x.detach().requires_grad_() for x in parts)
             candidates = tile.candidates(spec, queries)
             masses = _masses(teacher, tile, candidates, spec)
-            with torch.set_grad_enabled(learns):
+            with own_graph(learns):
                 scores = _scores(*parts, tile, spec)
                 among = candidates.expand_as(scores)
                 by_query = divergence(scores, masses, among).mean(0)

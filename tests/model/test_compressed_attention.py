@@ -454,9 +454,15 @@ def test_recomputing_blocks_changes_no_gradient(form, step):
     """Also where a layer's entries and choice have gone to later ones."""
     given = inputs()
     kept, again = model_of(form), model_of(form, recompute="block")
-    for model in (kept, again):
+    for model, times in ((kept, 1), (again, 2)):
         model.set_step(step)
+        calls: list[str] = []
+        for name, module in model.named_modules():
+            if name.endswith(".q_a_proj"):
+                module.register_forward_hook(lambda *_, to=calls, of=name: to.append(of))
         learned(model, given)
+        # Once more each, whatever the number of tiles that taught an index.
+        assert len(calls) == times * len({*calls}) == times * len(model.blocks)
     for (name, a), b in zip(kept.named_parameters(), again.parameters(), strict=True):
         bound = 5e-6 * max(float(a.grad.abs().max()), 0.02)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=bound, msg=name)
