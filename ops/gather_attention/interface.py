@@ -8,9 +8,12 @@ import logging
 import torch
 
 BACKENDS = ("triton", "torch")
-HEAD_DIMS = (64, 128, 256, 512)
-"""What the kernels are compiled for ahead of time."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = {
+    torch.bfloat16: (64, 128, 256, 512),
+    torch.float16: (64, 128, 256, 512),
+    torch.float32: (64, 128),
+}
+"""What the kernels are built for; fp32, whose products take no tensor cores, spills beyond."""
 log = logging.getLogger("loadstone")
 
 
@@ -32,14 +35,14 @@ def pick_backend(
             f"backend is {asked!r}; choose one of {', '.join(BACKENDS)}, or None for the device's"
         )
     reason = None
-    if dtype not in DTYPES:
+    if dtype not in HEAD_DIMS:
         reason = f"{str(dtype).removeprefix('torch.')} is not what the kernels compute in"
     elif span & (span - 1):
         reason = f"{span} rows are chosen together, and the kernels take powers of two"
     elif head_dim & (head_dim - 1) or head_dim < 16:
         reason = f"head_dim is {head_dim}, and the kernels take powers of two from 16 on"
-    elif asked is None and head_dim not in HEAD_DIMS:
-        reason = f"head_dim is {head_dim}, and the kernels are built for {HEAD_DIMS}"
+    elif asked is None and head_dim not in HEAD_DIMS[dtype]:
+        reason = f"head_dim is {head_dim}, and the kernels are built for {HEAD_DIMS[dtype]}"
     if asked == "triton" and reason is not None:
         raise ValueError(f"backend=triton cannot take this call: {reason}; use backend=torch")
     if asked is not None:

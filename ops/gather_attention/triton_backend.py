@@ -96,7 +96,7 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
     """
     num_tokens, kv_heads, group, dim, by_head = _shape(problem)
     choices, _, list_size = problem.chosen.shape
-    config = configs.attend_config(dim, group, problem.q.dtype)
+    config = configs.masses_config(dim, group, problem.q.dtype)
     found = torch.zeros(
         choices, stop - start, list_size, dtype=torch.float32, device=problem.q.device
     )

@@ -27,26 +27,29 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": 255}
 
 
-def _heads(group: int, most: int) -> int:
-    """Heads of a product, which needs 16 rows."""
-    return min(most, max(16, next_power_of_two(group)))
+def _heads(group: int) -> int:
+    """Heads of a product, which needs 16 rows; more than 32 go in several programs."""
+    return min(32, max(16, next_power_of_two(group)))
 
 
 def attend_config(head_dim: int, group: int, dtype: torch.dtype) -> Config:
-    """Forward, and the masses of what was chosen."""
     if dtype == torch.float32:
         return Config(16, 16, 8, 1)
     if head_dim > 256:
-        return Config(_heads(group, 64), 32, 8, 2)
-    return Config(_heads(group, 64), 64 if head_dim <= 128 else 32, 4, 2)
+        return Config(_heads(group), 32, 8, 2)
+    return Config(_heads(group), 64 if head_dim <= 128 else 32, 4, 2)
+
+
+def masses_config(head_dim: int, group: int, dtype: torch.dtype) -> Config:
+    """As the forward pass, but queries are read again in every step: one stage of wide heads."""
+    config = attend_config(head_dim, group, dtype)
+    return config._replace(num_stages=1) if head_dim > 256 else config
 
 
 def query_grad_config(head_dim: int, group: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return Config(16, 16, 8, 1)
-    if head_dim > 256:
-        return Config(_heads(group, 32), 32, 8, 2)
-    return Config(_heads(group, 64), 32, 4, 2)
+    return Config(_heads(group), 32, 8 if head_dim > 256 else 4, 2)
 
 
 def key_grad_config(head_dim: int, dtype: torch.dtype) -> Config:

@@ -11,12 +11,15 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import shim  # noqa: F401
 import torch
 from torch import Tensor
 
+from ops.compressed_attention import CompressedSpec, compressed_attention
 from ops.gather_attention import Gather, reference_gather, triton_backend
+from ops.index_attention import Index, IndexSpec, group_means, group_starts, indexed_attention
 from ops.testing import assert_close, poisoned_memory
 
 torch.set_num_threads(1)
@@ -159,9 +162,90 @@ def check_kernels(case: Case) -> None:
             assert_close(name, grad, next(expected), case.dtype)
 
 
-GROUPS: dict[str, tuple[Callable[[Case], None], dict[str, Case]]] = {
+@dataclass(frozen=True)
+class Op:
+    """A call of an op whose index chooses and learns; attention is by 4 heads of 16."""
+
+    spec: IndexSpec | CompressedSpec
+    bounds: tuple[int, ...] = (0, 13, 13, 14, 37)
+    dtype: torch.dtype = torch.float32
+    limits: dict[str, int] = field(default_factory=dict)
+
+
+OPS = {
+    "dsa": Op(IndexSpec("dsa", 1, 4)),
+    "qsa": Op(IndexSpec("qsa", 4, 2), dtype=torch.bfloat16),
+    "csa": Op(CompressedSpec(5, 4, 2)),
+    "msa": Op(IndexSpec("msa", 8, 2)),
+    "dsa bf16": Op(IndexSpec("dsa", 1, 4), dtype=torch.bfloat16),
+    "csa bf16": Op(CompressedSpec(5, 4, 2), dtype=torch.bfloat16),
+    "csa, no window is closed": Op(CompressedSpec(5, 4, 2), (0, 3, 5)),
+}
+
+
+def run_op(case: Op, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients by name, of inputs in the case's dtype, computed in `dtype`."""
+    generator = torch.Generator().manual_seed(3)
+    length, spec = case.bounds[-1], case.spec
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator).to(case.dtype).to(dtype)
+        leaves[name] = x.requires_grad_()
+        return leaves[name]
+
+    counts = torch.arange(length) % 5 != 2
+    options = {"teach": True, "token_mask": counts, "backend": backend}
+    q, width = leaf("q", length, 4, 16), 8
+    if isinstance(spec, IndexSpec):
+        keys = leaf("index keys", length, width)
+        if spec.pools_keys:
+            starts = group_starts(case.bounds, spec.block_size)
+            keys = group_means(keys.detach(), starts, spec.block_size)
+            leaves["index keys"] = keys.requires_grad_()
+        index = Index(
+            leaf("index queries", length, 2 if spec.by_head else 9, width),
+            keys,
+            leaf("index weights", length, 9) if spec.rule == "dsa" else None,
+        )
+        kv = leaf("k", length, 2, 16), leaf("v", length, 2, 16)
+        found = indexed_attention(q, *kv, index, case.bounds, spec, **options)
+    else:
+        number = sum((e - b) // spec.ratio for b, e in itertools.pairwise(case.bounds))
+        kv, entries = leaf("kv", length, 16), leaf("entries", number, 16)
+        index = Index(
+            leaf("index queries", length, 9, width),
+            leaf("index keys", number, width),
+            leaf("index weights", length, 9),
+        )
+        sinks = leaf("sinks", 4)
+        found = compressed_attention(q, kv, entries, index, sinks, case.bounds, spec, **options)
+    into = torch.randn(found.out.shape, generator=generator).to(case.dtype).to(dtype)
+    loss = (found.out * into).sum() + 0.7 * found.divergence
+    grads = torch.autograd.grad(loss, leaves.values(), allow_unused=True, materialize_grads=True)
+    return {
+        **{name: x.detach() for name, x in found._asdict().items()},
+        **{f"d {name}": grad for name, grad in zip(leaves, grads, strict=True)},
+    }
+
+
+def check_op(case: Op) -> None:
+    """The kernels against plain torch in fp64, which other tests hold to the definition."""
+    with poisoned_memory():
+        ours = run_op(case, "triton", case.dtype)
+    theirs = run_op(case, "torch", torch.float64)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if name == "num_chosen":
+            assert int(value) == int(theirs[name]) > 0
+        else:
+            assert_close(name, value, theirs[name], case.dtype)
+
+
+GROUPS: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
     "kernels": (check_kernels, KERNELS),
     "half": (check_kernels, HALF),
+    "ops": (check_op, OPS),
 }
 
 
