@@ -351,25 +351,45 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
 
 
 def gather_attention_jobs(architecture: int) -> Iterator[Job]:
-    """The shapes of the table, one for each rule and the widths at the extremes."""
+    """The shapes of the table, one for each rule and the widths at the extremes: of each what is
+    not in those before it.
+    """
 
     def record(
-        title: str, num_heads: int, num_kv_heads: int, head_dim: int, **settings: Any
+        title: str,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        only: tuple[str, ...],
+        **settings: Any,
     ) -> Iterator[Job]:
         for launch in gather_attention_launches(
             architecture, num_heads, num_kv_heads, head_dim, **settings
         ):
-            # the others are those of sparse attention
-            if launch.kernel.__name__.startswith(("gather", "mark_rows")):
+            if launch.kernel.__name__.removesuffix("_kernel") in only:
                 yield job_of(launch, title)
 
-    yield from record("d128 G8 tokens", 32, 4, 128, span=1, top_k=2048)
-    yield from record("d64 G4 tokens", 16, 4, 64, span=1, top_k=2048)
-    yield from record("d128 G8 fp32", 32, 4, 128, span=1, top_k=2048, dtype=torch.float32)
-    yield from record("d256 G12 blocks of 4", 24, 2, 256, span=4, top_k=512, window=True)
-    yield from record("d128 G16 blocks of 128", 64, 4, 128, span=128, top_k=16, by_head=True)
-    yield from record("d128 G64 tokens", 64, 1, 128, span=1, top_k=2048)
-    yield from record("d512 G64 entries", 64, 1, 512, span=1, top_k=512, window=True, shared=True)
+    heavy = ("gather_attend", "gather_query_grad", "gather_key_grad")
+    every = (*heavy, "gather_masses", "mark_rows")
+    by_token: dict[str, Any] = {"span": 1, "top_k": 2048}
+    yield from record("d128 G8 tokens", 32, 4, 128, every, **by_token)
+    yield from record("d64 G4 tokens", 16, 4, 64, heavy, **by_token)
+    yield from record("d128 G8 fp32", 32, 4, 128, heavy, **by_token, dtype=torch.float32)
+    yield from record("d128 G64 tokens", 64, 1, 128, heavy[:2], **by_token)
+    yield from record("d256 G12 blocks of 4", 24, 2, 256, every, span=4, top_k=512, window=True)
+    yield from record(
+        "d128 G16 blocks of 128",
+        64,
+        4,
+        128,
+        every[:2] + every[3:],
+        span=128,
+        top_k=16,
+        by_head=True,
+    )
+    yield from record(
+        "d512 G64 entries", 64, 1, 512, every, span=1, top_k=512, window=True, shared=True
+    )
 
 
 def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:

@@ -376,7 +376,7 @@ def _gather_of(
     token = torch.arange(len(q), device=q.device, dtype=torch.int32)
     return Gather(
         q.contiguous(),
-        torch.cat((entries, kv)).unsqueeze(1),
+        torch.cat((entries, kv)).to(q.dtype).unsqueeze(1),
         None,
         picked.unsqueeze(0),
         firsts[:-1].repeat_interleave(lengths).to(q.device),

@@ -32,8 +32,8 @@ def gather_of(
         window_start = token + 1 - (token - base + 1) % spec.block_size
     return Gather(
         q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+        k.to(q.dtype).contiguous(),
+        v.to(q.dtype).contiguous(),
         chosen,
         base,
         spec.block_size,

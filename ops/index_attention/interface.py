@@ -243,16 +243,17 @@ class _Indexed(torch.autograd.Function):
                     scores = None if dense and not teach else block_scores(*parts, position, spec)
 
                 # The choice, then what it lets through.
-                best, counts = None, _counts(token_mask, start, stop, q)
+                best, blocks, counts = None, None, _counts(token_mask, start, stop, q)
                 if not dense:
                     assert scores is not None
                     best = choose(scores, position, spec)
                     chosen[:, start:stop, : best.shape[-1]] = best[0]
                     num_chosen += ((best[0] >= 0).sum((0, 2)) * counts.long()).sum()
+                    if not gathers:
+                        blocks = blocks_mask(best, scores.shape[-1])
                 if gathers:
                     triton_backend.attend(gather, out, lse, start, stop)
                 else:
-                    blocks = None if best is None else blocks_mask(best, scores.shape[-1])
                     queries, keys, values = tiles.of_attention(document, start, stop)
                     seen = tokens_mask(blocks, position, keys.shape[1], spec)
                     found = attend(queries, keys, values, seen)
