@@ -98,6 +98,7 @@ compile-kernels: setup  ## compile every CUDA kernel for all architectures; fail
 	$(MAKE) $(EVERY_KERNEL)
 
 bench: setup  ## run the CPU benches
+	$(PY) -m bench.gather_attention --device cpu
 	$(PY) -m bench.grouped_mlp --device cpu
 	$(PY) -m bench.moe_layer --device cpu
 	$(PY) -m bench.router --device cpu

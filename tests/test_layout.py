@@ -84,6 +84,7 @@ FLOORS = {
     "ops": (
         ("compile/ahead_of_time", "compressed_attention"),
         ("index_attention",),
+        ("gather_attention",),
         ("all_to_all", "grouped_mlp", "router", "sparse_attention", "testing"),
         ("permute",),
         ("compile",),

@@ -210,6 +210,48 @@ def sparse_attention_launches(
     return launches
 
 
+def gather_attention_launches(
+    architecture: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    span: int,
+    top_k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    by_head: bool = False,
+    window: bool = False,
+    shared: bool = False,
+) -> list[Launch]:
+    """What a forward and backward of 512 tokens would start. by_head: every key/value head chooses;
+    shared: keys are values, and heads have sinks.
+    """
+    from ops.gather_attention import triton_backend
+    from ops.gather_attention.problem import Gather
+
+    num_tokens = 512
+    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
+    k = torch.zeros(2 * num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    of_tokens = torch.zeros(num_tokens, dtype=torch.int32)
+    choices = num_kv_heads if by_head else 1
+    problem = Gather(
+        q=q,
+        k=k,
+        v=None if shared else k,
+        chosen=torch.full((choices, num_tokens, top_k), -1, dtype=torch.int32),
+        base=of_tokens,
+        span=span,
+        own_row=num_tokens if shared else 0,
+        window_start=of_tokens if window else None,
+        sink=torch.zeros(num_heads) if shared else None,
+    )
+    lse = torch.zeros(num_tokens, num_heads)
+    with record_launches(architecture) as launches:
+        triton_backend.attend(problem, q, lse, 0, num_tokens)
+        triton_backend.masses(problem, lse, 0, num_tokens)
+        triton_backend.attend_backward(problem, out=q, lse=lse, dout=q)
+    return launches
+
+
 def grouped_mlp_launches(
     architecture: int,
     sizes: tuple[int, int, int, int, int],
@@ -325,6 +367,48 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
     )
 
 
+def gather_attention_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table, one for each rule and the widths at the extremes: of each what is
+    not in those before it.
+    """
+
+    def record(
+        title: str,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        only: tuple[str, ...],
+        **settings: Any,
+    ) -> Iterator[Job]:
+        for launch in gather_attention_launches(
+            architecture, num_heads, num_kv_heads, head_dim, **settings
+        ):
+            if launch.kernel.__name__.removesuffix("_kernel") in only:
+                yield job_of(launch, title)
+
+    heavy = ("gather_attend", "gather_query_grad", "gather_key_grad")
+    every = (*heavy, "gather_masses", "mark_rows")
+    by_token: dict[str, Any] = {"span": 1, "top_k": 2048}
+    yield from record("d128 G8 tokens", 32, 4, 128, every, **by_token)
+    yield from record("d64 G4 tokens", 16, 4, 64, heavy, **by_token)
+    yield from record("d128 G8 fp32", 32, 4, 128, heavy, **by_token, dtype=torch.float32)
+    yield from record("d128 G64 tokens", 64, 1, 128, heavy[:2], **by_token)
+    yield from record("d256 G12 blocks of 4", 24, 2, 256, every, span=4, top_k=512, window=True)
+    yield from record(
+        "d128 G16 blocks of 128",
+        64,
+        4,
+        128,
+        every[:2] + every[3:],
+        span=128,
+        top_k=16,
+        by_head=True,
+    )
+    yield from record(
+        "d512 G64 entries", 64, 1, 512, every, span=1, top_k=512, window=True, shared=True
+    )
+
+
 def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
     """The shapes of the table, tensors without memory: every kernel for the first, the products for
     the others.
@@ -382,7 +466,11 @@ def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
 def jobs_of(architecture: int) -> dict[str, Job]:
     """Jobs by title; a kernel that one call launches several times counts once."""
     jobs: dict[str, Job] = {}
-    for job in itertools.chain(sparse_attention_jobs(architecture), grouped_mlp_jobs(architecture)):
+    for job in itertools.chain(
+        sparse_attention_jobs(architecture),
+        gather_attention_jobs(architecture),
+        grouped_mlp_jobs(architecture),
+    ):
         jobs.setdefault(job.title, job)
     return jobs
 

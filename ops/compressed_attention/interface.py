@@ -21,6 +21,8 @@ from ops.compressed_attention.tile import (
     masked_logits,
     window_mask,
 )
+from ops.gather_attention import Gather, pick_backend
+from ops.index_attention.gathered import document_starts
 from ops.index_attention.interface import Index
 from ops.index_attention.tile import (
     block_scores,
@@ -63,6 +65,7 @@ def compressed_attention(
     teach: bool = False,
     token_mask: Tensor | None = None,
     chosen: Tensor | None = None,
+    backend: str | None = None,
 ) -> CompressedOutput:
     """Causal attention of packed documents to a window of tokens and to entries of closed windows.
 
@@ -78,22 +81,26 @@ def compressed_attention(
         teach: compute the divergence. token_mask: [T] bool, tokens that count in it; None: all.
         chosen: [T, K] int32 as the output has them, of another layer whose choice is followed;
             None: the index chooses.
+        backend: who attends to entries that are chosen: "triton" gathers them, "torch" masks the
+            rest; None: see ops.gather_attention.pick_backend. `dense` is for torch.
 
     Returns:
         CompressedOutput; gradients flow from out to q, kv, entries and sinks, and from the
         divergence to the index. Deterministic.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or the back-end does not take them.
     """
     dense = dense or spec.top_k is None
     if chosen is not None and (chosen.dim() != 2 or len(chosen) != len(q)):
         raise ValueError(f"chosen {tuple(chosen.shape)} must be [{len(q)}, entries of a query]")
     _check(q, kv, entries, index, sinks, bounds, spec, dense or chosen is not None, teach)
+    gathers = pick_backend(backend, q.device, q.dtype, q.shape[2], 1) == "triton" and not dense
     parts: tuple[Tensor | None, ...] = (None, None, None) if index is None else tuple(index)
     followed = None if dense else chosen
+    how = tuple(bounds), spec, dense, teach, followed, gathers
     out, divergence, picked = _Compressed.apply(  # type: ignore[no-untyped-call]
-        q, kv, entries, sinks, *parts, token_mask, tuple(bounds), spec, dense, teach, followed
+        q, kv, entries, sinks, *parts, token_mask, *how
     )
     return CompressedOutput(out, divergence, picked if followed is None else followed)
 
@@ -235,7 +242,8 @@ class _Tiles:
 
 
 class _Compressed(torch.autograd.Function):
-    """apply(q, kv, entries, sinks, *index, token_mask, bounds, spec, dense, teach, chosen).
+    """apply(q, kv, entries, sinks, *index, token_mask, bounds, spec, dense, teach, chosen,
+    gathers).
 
     The gradient of the divergence is known as soon as its value is, but for a factor: it is
     computed with it, so that the masses of a tile are made once.
@@ -245,11 +253,12 @@ class _Compressed(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
         q, kv, entries, sinks = given[:4]
         index = None if given[4] is None else Index(*given[4:7])
-        token_mask, bounds, spec, dense, teach, followed = given[7:]
+        token_mask, bounds, spec, dense, teach, followed, gathers = given[7:]
         tiles = _Tiles(q, kv, entries, index, bounds, spec)
         learns = teach and any(ctx.needs_input_grad[4:7])
-        out, total = torch.empty_like(q), q.new_zeros((), dtype=tiles.real)
-        lse = q.new_empty((q.shape[1], len(q)), dtype=tiles.real)
+        out, total = q.new_empty(q.shape), q.new_zeros((), dtype=tiles.real)
+        by_head = (q.shape[1], len(q))
+        lse = q.new_empty(by_head[::-1] if gathers else by_head, dtype=tiles.real)
         grads = [
             torch.zeros_like(x, dtype=tiles.real) if learns and x is not None else None
             for x in (index or (None, None, None))
@@ -262,6 +271,10 @@ class _Compressed(torch.autograd.Function):
         if picked is None:
             picked = q.new_full((len(q), most), -1, dtype=torch.int32)
         real_sinks = sinks.to(tiles.real)
+        if gathers:
+            from ops.gather_attention import triton_backend
+
+            gather = _gather_of(q, kv, entries, sinks, picked, bounds, spec)
 
         for tile in tiles.all():
             scores, chosen = None, None
@@ -274,19 +287,29 @@ class _Compressed(torch.autograd.Function):
                 if not dense and followed is None:
                     best = choose_entries(scores, tile.position, spec)
                     picked[tile.rows, : best.shape[-1]] = best[0].to(torch.int32)
-            if not dense:
-                chosen = blocks_mask(picked[tile.rows].unsqueeze(0), tile.num_entries)
-            found = attend(
-                tiles.queries(tile), tiles.columns(tile), tiles.seen(tile, chosen), real_sinks
-            )
-            out[tile.rows] = found.out[0].to(out.dtype)
-            lse[:, tile.rows] = found.lse[0]
+            own = picked[tile.rows].unsqueeze(0)
+            if gathers:
+                triton_backend.attend(gather, out, lse, tile.rows.start, tile.rows.stop)
+            else:
+                chosen = None if dense else blocks_mask(own, tile.num_entries)
+                found = attend(
+                    tiles.queries(tile), tiles.columns(tile), tiles.seen(tile, chosen), real_sinks
+                )
+                out[tile.rows] = found.out[0].to(out.dtype)
+                lse[:, tile.rows] = found.lse[0]
             if not teach or scores is None or not tile.num_entries:
                 continue
 
-            masses = found.probs[..., -tile.num_entries :].sum(1, keepdim=True)
-            candidates = scores.detach() > -torch.inf if chosen is None else chosen.unsqueeze(1)
+            # What the index is taught: of gathered entries, what was chosen is all there is.
+            if gathers:
+                masses = triton_backend.masses(gather, lse, tile.rows.start, tile.rows.stop)
+                masses, candidates = masses.unsqueeze(0), own.unsqueeze(1) >= 0
+            else:
+                masses = found.probs[..., -tile.num_entries :].sum(1, keepdim=True)
+                candidates = scores.detach() > -torch.inf if chosen is None else chosen.unsqueeze(1)
             with own_graph(learns):
+                if gathers:
+                    scores = scores.gather(-1, own.unsqueeze(1).clamp_min(0).long())
                 by_query = divergence(scores, masses, candidates)[0, 0]
                 if token_mask is not None:
                     by_query = by_query * token_mask[tile.rows].to(by_query.dtype)
@@ -300,7 +323,7 @@ class _Compressed(torch.autograd.Function):
                     gradient[at] += more[0]
 
         ctx.save_for_backward(q, kv, entries, sinks, *given[4:7], out, lse, picked, *grads)
-        ctx.bounds, ctx.spec, ctx.dense = bounds, spec, dense
+        ctx.bounds, ctx.spec, ctx.dense, ctx.gathers = bounds, spec, dense, gathers
         own = picked if followed is None else picked.new_empty(0)
         ctx.mark_non_differentiable(own)
         return out, total, own
@@ -314,9 +337,16 @@ class _Compressed(torch.autograd.Function):
             None if g is None else (g * dtotal).to(x.dtype)
             for g, x in zip(made, index, strict=True)
         ]
-        none = (None,) * 6
+        none = (None,) * 7
         if not any(ctx.needs_input_grad[:4]):
             return (None, None, None, None, *of_index, *none)
+        if ctx.gathers:
+            from ops.gather_attention import triton_backend
+
+            gather = _gather_of(q, kv, entries, sinks, picked, ctx.bounds, ctx.spec)
+            found = triton_backend.attend_backward(gather, out, lse, dout.contiguous())
+            by_row, number = found.dk[:, 0], gather.own_row
+            return (found.dq, by_row[number:], by_row[:number], found.dsink, *of_index, *none)
 
         tiles = _Tiles(q, kv, entries, None, ctx.bounds, ctx.spec)
         if index[0] is not None:  # tiles as the forward pass had them
@@ -356,6 +386,36 @@ class _Compressed(torch.autograd.Function):
             *of_index,
             *none,
         )
+
+
+def _gather_of(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor,
+    sinks: Tensor,
+    picked: Tensor,
+    bounds: Sequence[int],
+    spec: CompressedSpec,
+) -> Gather:
+    """The op as the kernels are asked for it: entries can be chosen, tokens after them are the
+    window. picked: [T, K] int32; it may be filled in later.
+    """
+    begin = document_starts(bounds, q.device)
+    closed = [(e - b) // spec.ratio for b, e in itertools.pairwise(bounds)]
+    firsts = torch.tensor([0, *itertools.accumulate(closed)], dtype=torch.int32)
+    lengths = torch.tensor(bounds).diff()
+    token = torch.arange(len(q), device=q.device, dtype=torch.int32)
+    return Gather(
+        q.contiguous(),
+        torch.cat((entries, kv)).to(q.dtype).unsqueeze(1),
+        None,
+        picked.unsqueeze(0),
+        firsts[:-1].repeat_interleave(lengths).to(q.device),
+        1,
+        len(entries),
+        len(entries) + torch.maximum(begin, token - spec.window + 1),
+        sinks,
+    )
 
 
 def _check(

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ops.gather_attention import pick_backend
+from ops.index_attention.gathered import gather_of
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import (
     attend,
@@ -75,6 +77,7 @@ def indexed_attention(
     dense: bool = False,
     teach: bool = False,
     token_mask: Tensor | None = None,
+    backend: str | None = None,
 ) -> IndexedOutput:
     """Causal grouped-query attention over packed documents, to the tokens that the index chooses.
 
@@ -83,17 +86,21 @@ def indexed_attention(
         bounds: where documents begin, and T.
         dense: attend to everything; the index learns from all of it.
         teach: compute the divergence. token_mask: [T] bool, tokens that count in it; None: all.
+        backend: who attends to what is chosen: "triton" gathers it, "torch" masks the rest; None:
+            see ops.gather_attention.pick_backend. `dense` is for torch.
 
     Returns:
         IndexedOutput; gradients flow from out to q, k, v and from the divergence to the index.
         Deterministic. Equal to dense attention for documents up to spec.dense_length tokens.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or the back-end does not take them.
     """
     _check(q, k, v, index, bounds, spec)
+    chosen = pick_backend(backend, q.device, q.dtype, q.shape[2], spec.block_size)
+    gathers = chosen == "triton" and not dense
     found = _Indexed.apply(  # type: ignore[no-untyped-call]
-        q, k, v, *index, token_mask, tuple(bounds), spec, dense, teach
+        q, k, v, *index, token_mask, tuple(bounds), spec, dense, teach, gathers
     )
     return IndexedOutput(*found)
 
@@ -197,7 +204,7 @@ class _Tiles:
 
 
 class _Indexed(torch.autograd.Function):
-    """apply(q, k, v, *index, token_mask, bounds, spec, dense, teach) -> IndexedOutput.
+    """apply(q, k, v, *index, token_mask, bounds, spec, dense, teach, gathers) -> IndexedOutput.
 
     The gradient of the divergence is known as soon as its value is, but for a factor: it is
     computed with it, so that the masses of a tile are made once.
@@ -207,11 +214,12 @@ class _Indexed(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
         q, k, v = given[:3]
         index, token_mask, bounds = Index(*given[3:6]), given[6], given[7]
-        spec, dense, teach = given[8:]
+        spec, dense, teach, gathers = given[8:]
         tiles = _Tiles(q, k, v, index, bounds, spec)
         learns = teach and any(ctx.needs_input_grad[3:6])
-        out, total = torch.empty_like(q), q.new_zeros((), dtype=tiles.real)
-        lse = q.new_empty((q.shape[1], len(q)), dtype=tiles.real)
+        out, total = q.new_empty(q.shape), q.new_zeros((), dtype=tiles.real)
+        by_head = (q.shape[1], len(q))
+        lse = q.new_empty(by_head[::-1] if gathers else by_head, dtype=tiles.real)
         grads = [
             torch.zeros_like(x, dtype=tiles.real) if learns and x is not None else None
             for x in index
@@ -221,6 +229,10 @@ class _Indexed(torch.autograd.Function):
         choices = k.shape[1] if spec.by_head else 1
         chosen = q.new_full((choices, len(q), 0 if dense else most), -1, dtype=torch.int32)
         num_chosen = q.new_zeros((), dtype=torch.int64)
+        if gathers:
+            from ops.gather_attention import triton_backend
+
+            gather = gather_of(q, k, v, chosen, bounds, spec)
 
         for document in tiles.documents():
             for start, stop in tiles.ranges(document):
@@ -232,27 +244,37 @@ class _Indexed(torch.autograd.Function):
                     scores = None if dense and not teach else block_scores(*parts, position, spec)
 
                 # The choice, then what it lets through.
-                blocks = None
+                best, blocks, counts = None, None, _counts(token_mask, start, stop, q)
                 if not dense:
                     assert scores is not None
                     best = choose(scores, position, spec)
                     chosen[:, start:stop, : best.shape[-1]] = best[0]
-                    blocks = blocks_mask(best, scores.shape[-1])
-                queries, keys, values = tiles.of_attention(document, start, stop)
-                seen = tokens_mask(blocks, position, keys.shape[1], spec)
-                found = attend(queries, keys, values, seen)
-                out[start:stop] = found.out[0].flatten(1, 2)
-                lse[:, start:stop] = found.lse[0].flatten(0, 1)
-
-                counts = _counts(token_mask, start, stop, q)
-                if blocks is not None:
-                    num_chosen += (blocks[0].sum((0, 2)) * counts.long()).sum()
+                    num_chosen += ((best[0] >= 0).sum((0, 2)) * counts.long()).sum()
+                    if not gathers:
+                        blocks = blocks_mask(best, scores.shape[-1])
+                if gathers:
+                    triton_backend.attend(gather, out, lse, start, stop)
+                else:
+                    queries, keys, values = tiles.of_attention(document, start, stop)
+                    seen = tokens_mask(blocks, position, keys.shape[1], spec)
+                    found = attend(queries, keys, values, seen)
+                    out[start:stop] = found.out[0].flatten(1, 2)
+                    lse[:, start:stop] = found.lse[0].flatten(0, 1)
                 if not teach:
                     continue
+
+                # What the index is taught: of gathered blocks, what was chosen is all there is.
                 assert scores is not None
-                masses = block_masses(found.probs, scores.shape[-1], spec)
-                candidates = scores.detach() > -torch.inf if blocks is None else blocks
+                if gathers and best is not None:
+                    masses = triton_backend.masses(gather, lse, start, stop)
+                    masses = masses[..., : best.shape[-1]].unsqueeze(0)
+                    candidates = best >= 0
+                else:
+                    masses = block_masses(found.probs, scores.shape[-1], spec)
+                    candidates = scores.detach() > -torch.inf if blocks is None else blocks
                 with own_graph(learns):
+                    if gathers and best is not None:
+                        scores = scores.gather(-1, best.clamp_min(0))
                     by_query = divergence(scores, masses, candidates)[0].mean(0)
                     share = (by_query * counts.to(by_query.dtype)).sum()
                 total += share.detach()
@@ -260,7 +282,7 @@ class _Indexed(torch.autograd.Function):
                     _add(grads, parts, share, tiles.key_range(document, stop), start, stop)
 
         ctx.save_for_backward(q, k, v, *index, out, lse, chosen, *grads)
-        ctx.bounds, ctx.spec, ctx.dense = bounds, spec, dense
+        ctx.bounds, ctx.spec, ctx.dense, ctx.gathers = bounds, spec, dense, gathers
         ctx.mark_non_differentiable(num_chosen)
         return out, total, num_chosen
 
@@ -272,9 +294,15 @@ class _Indexed(torch.autograd.Function):
         index = [
             None if g is None else g.to(x.dtype) for g, x in zip(index, (iq, ik, iw), strict=True)
         ]
-        none = (None,) * 5
+        none = (None,) * 6
         if not any(ctx.needs_input_grad[:3]):
             return (None, None, None, *index, *none)
+        if ctx.gathers:
+            from ops.gather_attention import triton_backend
+
+            gather = gather_of(q, k, v, chosen, ctx.bounds, ctx.spec)
+            made = triton_backend.attend_backward(gather, out, lse, dout.contiguous())
+            return (made.dq, made.dk, made.dv, *index, *none)
 
         tiles = _Tiles(q, k, v, Index(iq, ik, iw), ctx.bounds, ctx.spec)
         dq = torch.empty_like(q)

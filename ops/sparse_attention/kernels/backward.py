@@ -31,7 +31,7 @@ def delta_kernel(
 
 
 @triton.jit
-def _query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad):
+def query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad):
     """Add sum_j dz k_j of one step's tokens to grad [rows, DIM]."""
     logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
     probs = tl.where(seen, tl.exp2(logits - denominator[:, None]), 0.0)
@@ -185,7 +185,7 @@ def query_grad_kernel(
             keys = load_rows(k_ptr, row, key < end, DIM)
             values = load_rows(v_ptr, row, key < end, DIM)
             seen = ((((word >> query) & 1) == 1) & live)[:, None]
-            grad = _query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad)
+            grad = query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad)
 
     # Third phase, the first blocks and then the window in one loop.
     if EXACT:
@@ -203,7 +203,7 @@ def query_grad_kernel(
             keys = load_rows(k_ptr, row, key < end, DIM)
             values = load_rows(v_ptr, row, key < end, DIM)
             seen = (key[None, :] <= token[:, None]) & live[:, None]
-            grad = _query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad)
+            grad = query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad)
 
     # The scale is one factor of all that came through the keys: once, at the end.
     tl.store(

@@ -1,0 +1,1 @@
+"""Triton kernels that gather chosen rows, one file per direction; triton_backend.py starts them."""

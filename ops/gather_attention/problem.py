@@ -1,0 +1,40 @@
+"""What the kernels are asked for, in one record.
+
+Shape letters: T queries, H heads, Hk key/value heads, d head dimension, N rows of keys, C choices
+(Hk where every key/value head has its own, else 1), K spans that a query may choose.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Gather(NamedTuple):
+    """Every query t sees
+
+        rows base_t + span * chosen_ti + 0 .. span - 1   of the spans that it chose, and
+        rows window_start_t .. own_row + t               where there is a window,
+
+    none beyond own_row + t and none twice, in one softmax with its head's sink.
+    """
+
+    q: Tensor
+    """[T, H, d] in fp32, bf16 or fp16, contiguous like all tensors here."""
+    k: Tensor
+    """[N, Hk, d] in the dtype of q."""
+    v: Tensor | None
+    """[N, Hk, d] in the dtype of q; None: keys are values."""
+    chosen: Tensor
+    """[C, T, K] int32, numbers of spans; those that are there come first, then -1."""
+    base: Tensor
+    """[T] int32, first row of span 0 of the query's document; rises."""
+    span: int
+    """Rows of a span, a power of two."""
+    own_row: int = 0
+    """Row of the first query's own token; those of the others follow it."""
+    window_start: Tensor | None = None
+    """[T] int32, first row of the window; own_row + t + 1 where it is empty; rises."""
+    sink: Tensor | None = None
+    """[H], logits without a value."""

@@ -1,0 +1,273 @@
+"""Worker of tests/ops/test_gather_attention_triton.py, run by path with TRITON_INTERPRET=1: the
+kernels that gather, in Triton's interpreter, against the definition. Arguments: names of groups of
+cases; prints one line per failure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import shim  # noqa: F401
+import torch
+from torch import Tensor
+
+from ops.compressed_attention import CompressedSpec, compressed_attention
+from ops.gather_attention import Gather, reference_gather, triton_backend
+from ops.index_attention import Index, IndexSpec, group_means, group_starts, indexed_attention
+from ops.testing import assert_close, poisoned_memory
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...] = (13, 0, 1, 30)
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    span: int = 1
+    most: int = 5
+    """Spans that a query chooses; ratio: tokens of an entry, of which spans are; 0: of tokens."""
+    ratio: int = 0
+    window: int = 0
+    by_head: bool = False
+    sink: bool = False
+    shared: bool = False
+    dtype: torch.dtype = torch.float32
+    # of triton_backend, to cut small inputs into parts and runs
+    limits: dict[str, int] = field(default_factory=dict)
+
+
+KERNELS = {
+    "tokens": Case(),
+    "tokens, parts and runs": Case(
+        (61,), 3, 1, most=7, limits={"PART_QUERIES": 16, "SCRATCH": 2**14}
+    ),
+    "blocks of four, and a window": Case(span=4, most=2, window=4, sink=True),
+    "blocks of 32 by head, the own one cut": Case((70, 9), span=32, most=2, by_head=True),
+    "many heads": Case((9,), 70, 1, most=3),
+    "entries, a window and sinks": Case(
+        (17, 0, 3, 29), 6, 1, ratio=4, most=3, window=5, sink=True, shared=True
+    ),
+    "entries, parts and runs": Case(
+        (50, 2),
+        *(3, 1),
+        ratio=2,
+        most=4,
+        window=3,
+        sink=True,
+        shared=True,
+        limits={"PART_QUERIES": 8, "SCRATCH": 1},
+    ),
+    "a window alone": Case((17, 5), 2, 1, most=0, window=6, sink=True, shared=True),
+    "nothing seen": Case((9,), most=0),
+    "no tokens": Case((0,), sink=True),
+}
+HALF = {
+    f"{name} {dtype}": replace(KERNELS[name], dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float16)
+    for name in ("tokens", "entries, a window and sinks")
+}
+
+
+def problem_of(case: Case) -> Gather:
+    """Random choices: some queries choose fewer than they may, some nothing."""
+    generator = torch.Generator().manual_seed(sum(case.lengths) + case.heads)
+    num_tokens = sum(case.lengths)
+    ratio = case.ratio or 1
+    entries = [length // ratio if case.ratio else 0 for length in case.lengths]
+    own_row = sum(entries)
+    choices = case.kv_heads if case.by_head else 1
+    chosen = torch.full((choices, num_tokens, case.most), -1, dtype=torch.int32)
+    base, window_start = [], []
+    begin = first = 0
+    for length, closed in zip(case.lengths, entries, strict=True):
+        for at in range(length):
+            token = begin + at
+            base.append(first if case.ratio else begin)
+            # spans that lie before the window, whole where there is one
+            free = max(0, at - case.window + 1) if case.window else at + 1
+            window_start.append(own_row + (begin + free if case.window else token + 1))
+            candidates = (at + 1) // ratio if case.ratio else free // case.span
+            if not case.ratio and not case.window:
+                candidates = -(-free // case.span)
+            for choice in range(choices):
+                drawn = torch.randperm(candidates, generator=generator)[: case.most]
+                drawn = drawn[: len(drawn) if token % 7 else token % 3]
+                chosen[choice, token, : len(drawn)] = drawn.int()
+        begin, first = begin + length, first + closed
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    keys = (own_row + num_tokens, case.kv_heads, case.dim)
+    q, k = 1.5 * normal(num_tokens, case.heads, case.dim), normal(*keys)
+    return Gather(
+        q.to(case.dtype),
+        k.to(case.dtype),
+        None if case.shared else normal(*keys).to(case.dtype),
+        chosen,
+        torch.tensor(base, dtype=torch.int32),
+        case.span,
+        own_row,
+        torch.tensor(window_start, dtype=torch.int32) if case.window else None,
+        normal(case.heads) if case.sink else None,
+    )
+
+
+def check_kernels(case: Case) -> None:
+    problem = problem_of(case)
+    num_tokens = len(problem.q)
+    generator = torch.Generator().manual_seed(7)
+    dout = torch.randn(problem.q.shape, generator=generator).to(case.dtype)
+    with poisoned_memory():
+        out, lse = torch.empty_like(problem.q), torch.empty(problem.q.shape[:2])
+        # a call for some of the queries writes theirs alone
+        cuts = [0, num_tokens // 3, num_tokens]
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            triton_backend.attend(problem, out, lse, start, stop)
+            parts.append(triton_backend.masses(problem, lse, start, stop))
+        grads = triton_backend.attend_backward(problem, out, lse, dout)
+        again = triton_backend.attend_backward(problem, out, lse, dout)
+    for name, one, two in zip(grads._fields, grads, again, strict=True):
+        assert (one is None) == (two is None) and (one is None or torch.equal(one, two)), name
+
+    exact = [problem.q, problem.k, problem.v, problem.sink]
+    exact = [None if x is None else x.double().requires_grad_() for x in exact]
+    theirs = problem._replace(q=exact[0], k=exact[1], v=exact[2], sink=exact[3])
+    want_out, want_lse, want_masses = reference_gather(theirs)
+    nothing = want_lse.isinf()
+    assert torch.equal(nothing, lse.isinf()), "rows that see nothing differ"
+    assert_close("out", out, want_out, case.dtype)
+    finite = [x.masked_fill(nothing, 0.0) for x in (lse, want_lse)]
+    assert_close("lse", *finite, case.dtype)
+    assert_close("masses", torch.cat(parts, 1), want_masses, case.dtype)
+
+    inputs = [x for x in exact if x is not None]
+    expected = iter(
+        torch.autograd.grad(
+            (want_out * dout).sum(), inputs, allow_unused=True, materialize_grads=True
+        )
+    )
+    for name, grad, given in zip(grads._fields, grads, exact, strict=True):
+        assert (grad is None) == (given is None), f"{name} is missing"
+        if grad is not None:
+            assert_close(name, grad, next(expected), case.dtype)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A call of an op whose index chooses and learns; attention is by 4 heads of 16."""
+
+    spec: IndexSpec | CompressedSpec
+    bounds: tuple[int, ...] = (0, 13, 13, 14, 37)
+    dtype: torch.dtype = torch.float32
+    limits: dict[str, int] = field(default_factory=dict)
+
+
+OPS = {
+    "dsa": Op(IndexSpec("dsa", 1, 4)),
+    "qsa": Op(IndexSpec("qsa", 4, 2), dtype=torch.bfloat16),
+    "csa": Op(CompressedSpec(5, 4, 2)),
+    "msa": Op(IndexSpec("msa", 8, 2)),
+    "dsa bf16": Op(IndexSpec("dsa", 1, 4), dtype=torch.bfloat16),
+    "csa bf16": Op(CompressedSpec(5, 4, 2), dtype=torch.bfloat16),
+    "csa, no window is closed": Op(CompressedSpec(5, 4, 2), (0, 3, 5)),
+}
+
+
+def run_op(case: Op, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients by name, of inputs in the case's dtype, computed in `dtype`."""
+    generator = torch.Generator().manual_seed(3)
+    length, spec = case.bounds[-1], case.spec
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator).to(case.dtype).to(dtype)
+        leaves[name] = x.requires_grad_()
+        return leaves[name]
+
+    counts = torch.arange(length) % 5 != 2
+    options = {"teach": True, "token_mask": counts, "backend": backend}
+    q, width = leaf("q", length, 4, 16), 8
+    if isinstance(spec, IndexSpec):
+        keys = leaf("index keys", length, width)
+        if spec.pools_keys:
+            starts = group_starts(case.bounds, spec.block_size)
+            keys = group_means(keys.detach(), starts, spec.block_size)
+            leaves["index keys"] = keys.requires_grad_()
+        index = Index(
+            leaf("index queries", length, 2 if spec.by_head else 9, width),
+            keys,
+            leaf("index weights", length, 9) if spec.rule == "dsa" else None,
+        )
+        kv = leaf("k", length, 2, 16), leaf("v", length, 2, 16)
+        found = indexed_attention(q, *kv, index, case.bounds, spec, **options)
+    else:
+        number = sum((e - b) // spec.ratio for b, e in itertools.pairwise(case.bounds))
+        kv, entries = leaf("kv", length, 16), leaf("entries", number, 16)
+        index = Index(
+            leaf("index queries", length, 9, width),
+            leaf("index keys", number, width),
+            leaf("index weights", length, 9),
+        )
+        sinks = leaf("sinks", 4)
+        found = compressed_attention(q, kv, entries, index, sinks, case.bounds, spec, **options)
+    into = torch.randn(found.out.shape, generator=generator).to(case.dtype).to(dtype)
+    loss = (found.out * into).sum() + 0.7 * found.divergence
+    grads = torch.autograd.grad(loss, leaves.values(), allow_unused=True, materialize_grads=True)
+    return {
+        **{name: x.detach() for name, x in found._asdict().items()},
+        **{f"d {name}": grad for name, grad in zip(leaves, grads, strict=True)},
+    }
+
+
+def check_op(case: Op) -> None:
+    """The kernels against plain torch in fp64, which other tests hold to the definition."""
+    with poisoned_memory():
+        ours = run_op(case, "triton", case.dtype)
+    theirs = run_op(case, "torch", torch.float64)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if name == "num_chosen":
+            assert int(value) == int(theirs[name]) > 0
+        else:
+            assert_close(name, value, theirs[name], case.dtype)
+
+
+GROUPS: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
+    "kernels": (check_kernels, KERNELS),
+    "half": (check_kernels, HALF),
+    "ops": (check_op, OPS),
+}
+
+
+def main(groups: list[str]) -> int:
+    failed = False
+    for asked in groups:
+        group, _, one_in = asked.partition("/")  # kernels/2: every second case
+        check, cases = GROUPS[group]
+        for name, case in list(cases.items())[:: int(one_in or 1)]:
+            before = {limit: getattr(triton_backend, limit) for limit in case.limits}
+            start = time.process_time()
+            try:
+                vars(triton_backend).update(case.limits)
+                check(case)
+            except Exception as error:
+                failed = True
+                print(f"FAILED {group} / {name}: {error}\n{traceback.format_exc()}", flush=True)
+            finally:
+                vars(triton_backend).update(before)
+            print(f"{group} / {name}: {time.process_time() - start:.1f} s", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
