@@ -309,6 +309,13 @@ COMPRESSED = [
         "model": ENTRIES_SHAPE,
         "tolerance": {"parameter": 5e-6},  # sinks are learnt from zero
     },
+    {
+        **ATTENTIONS[0],
+        **{"ep": 1, "zero": 1, "pp": 2, "split": [2, 1]},
+        "attention": SHARED,
+        "model": {**ENTRIES_SHAPE, "recompute": "block"},
+        "tolerance": {"parameter": 5e-6},
+    },
 ]
 
 
