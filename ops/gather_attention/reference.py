@@ -22,8 +22,7 @@ def reference_gather(problem: Gather) -> tuple[Tensor, Tensor, Tensor]:
         for head in range(num_heads):
             kv_head = head * kv_heads // num_heads
             choice = kv_head if choices > 1 else 0
-            own, slots = own_row + t, list[int]()
-            rows: list[int] = []
+            own, slots, rows = own_row + t, list[int](), list[int]()
             for slot, number in enumerate(chosen[choice, t].tolist()):
                 first = int(base[t]) + span * number
                 new = range(first, min(first + span, own + 1)) if number >= 0 else ()

@@ -16,7 +16,11 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", some_daily([("kernels/5", "ops/3"), ("kernels", "half", "ops")]))
+@pytest.mark.parametrize(
+    "cases",
+    some_daily([pytest.param(("kernels/5", "ops/3")), pytest.param(("kernels", "half", "ops"))]),
+    ids=" ".join,
+)
 def test_attention_masses_and_every_gradient_match_the_definition(interpret, cases) -> None:
     interpret("gather_cases.py", *cases)
 
