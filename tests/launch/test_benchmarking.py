@@ -249,7 +249,8 @@ def test_an_attention_by_its_name_is_the_one_that_hydra_composes():
         expected = record(OmegaConf.create({**whole, "run": "x", "prompt": "y"}), GenerateConfig)
         assert found == expected.attention
     with pytest.raises(
-        ValueError, match="there is no attention 'flash'; choices: compressed, csa, dense, drop"
+        ValueError,
+        match="there is no attention 'flash'; choices: compressed, csa, csa2, dense",
     ):
         attention_named("flash")
 

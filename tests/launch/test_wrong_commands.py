@@ -60,7 +60,7 @@ WRONG: dict[str, str] = {
     "router=switch": "choices: expert_choice, group_limited",
     "experiment=quick": "did you mean experiment=quickstart?",
     "model=llama": "model=llama does not exist;",
-    "attention=flash": "choices: compressed, csa, dense, drop",
+    "attention=flash": "choices: compressed, csa, csa2, dense",
     "launch=mpirun": "choices: deepspeed, inline, slurm, torchrun",
     "parallel=ep3": "did you mean parallel=ep8?",
     "deepspeed=zero4": "deepspeed=zero4 does not exist; did you mean",

@@ -284,8 +284,14 @@ def test_recomputing_blocks_changes_no_gradient(form):
     given = inputs()
     kept = model_of(form)
     again = build(tiny_config(recompute="block"), BalanceConfig(), attention=FORMS[form])
+    calls: list[str] = []
+    for name, module in again.named_modules():
+        if name.endswith(".attention.q_proj"):
+            module.register_forward_hook(lambda *_, of=name: calls.append(of))
     for model in (kept, again):
         learned(model, given)
+    # Once more each, whatever the number of tiles that taught an index.
+    assert len(calls) == 2 * len({*calls}) == 2 * len(again.blocks)
     for (name, a), b in zip(kept.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=name)
 
