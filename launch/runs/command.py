@@ -91,8 +91,10 @@ def main(config: DictConfig) -> None:
             annotate(run, settings.tag, settings.untag, settings.note)
     listed = runs[: settings.limit]
     if not listed:
-        where = f" with where={list(settings.where)}" if settings.where else ""
-        print(f"no run under {', '.join(settings.run) or RUNS}{where}")
+        asked = f" with where={list(settings.where)}" if settings.where else ""
+        named = len(settings.run)
+        place = f"among the {named} that were named" if named else f"under {RUNS}"
+        print(f"no run{asked} {place}")
         print_result({"runs": []})
         return
 

@@ -120,6 +120,13 @@ def test_conditions_are_of_columns_metrics_and_settings(runs, capsys, where, fou
     assert listed(capsys, where=where) == (everything if found is None else found)
 
 
+def test_conditions_that_nothing_meets_are_told_and_not_the_runs_that_do_not(runs, capsys):
+    _, out = told(capsys, where="val_loss<1")
+    assert out.startswith("no run with where=['val_loss<1'] under runs\n")
+    _, out = told(capsys, where="val_loss<1", run=["runs/q/a", "runs/d"])
+    assert out.startswith("no run with where=['val_loss<1'] among the 2 that were named\n")
+
+
 def test_conditions_that_the_grammar_of_lists_does_not_know_are_read(runs, capsys):
     """As the command line hands them on: a text with brackets."""
     assert listed(capsys, where="[val_loss<4, optim.lr=2e-3]") == ["runs/q/b"]
