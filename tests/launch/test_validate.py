@@ -560,7 +560,7 @@ def test_any_attention_goes_into_any_preset(attention, experiments):
         mended = ["num_kv_heads=1", "head_dim=64", *plain, "num_mtp_layers=0", "rope_scaling=null"]
     more = [f"++model.{override}" for override in mended]
     if mended and not attention.startswith("mla"):
-        more.append("++attention.output_groups=1")
+        more += ["++attention.output_groups=1", "train.mtp_coeff=0"]
     for experiment in experiments:
         overrides = (f"experiment={experiment}", "parallel=single", f"attention={attention}")
         overrides += ("optim.qk_clip=null",) if experiment == "kimi_k2" else ()
