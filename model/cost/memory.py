@@ -319,9 +319,8 @@ def _attention_bytes(
         if has_index(attention):
             # layers that follow another one's choice score again, to teach it
             sparse = number_in(layers, sparse_layers(config.num_layers, attention))
-            kept, turned = _index_bytes(config, width, attention, seq_len)
+            kept = _index_bytes(config, width, attention, seq_len)
             copies += round(kept * sparse / len(layers))
-            rotary += round(turned * sparse / len(layers))
         return width * (2 * q_width + 2 * kv_width) + copies, rotary
 
     nope, rope = attention["qk_nope_head_dim"], attention["qk_rope_head_dim"]
@@ -380,20 +379,20 @@ def _compressed_bytes(
 
 def _index_bytes(
     config: ModelConfig, width: int, attention: Mapping[str, Any], seq_len: int
-) -> tuple[int, int]:
-    """Of a token in a layer with an index: its queries and keys before and after their norms and
-    rotation, their gradients in fp32, the blocks that were chosen, and the softmax's denominators;
-    and rotary's fp32 copies.
+) -> int:
+    """Of a token in a layer with an index: its queries and keys, what their norms were given and
+    (RMSNorm) have made of it, their gradients in fp32, the blocks that were chosen, and the
+    softmax's denominators.
     """
     heads, dim = index_shape(config, attention)
     rule = attention.get("rule", "msa")
     has_weights = rule == "dsa"
     values = (heads + 1) * dim + heads * has_weights
-    norms = (1 if has_weights else heads + 1) * dim
+    norms = dim if has_weights else 2 * (heads + 1) * dim
     choices = config.num_kv_heads if rule == "msa" else 1
     chosen = min(attention["top_k"], -(-seq_len // attention["block_size"]))
-    kept = width * (values + 2 * norms) + 4 * values + 4 * choices * chosen
-    return kept + 4 * config.num_heads, 4 * (heads + 1) * config.rotary_size
+    kept: int = width * (values + norms) + 4 * values + 4 * choices * chosen
+    return kept + 4 * config.num_heads
 
 
 def _stream_bytes(config: ModelConfig, width: int) -> int:
