@@ -125,10 +125,11 @@ def ids(command: Command) -> str:
     return f"{Path(command.page).stem}: {command.text}"
 
 
+OTHERS = [pytest.param(c, id=ids(c)) for c in OURS if c.module not in PLANNED]
 TRAINING = [pytest.param(c, id=ids(c)) for c in OURS if c.module in PLANNED]
 
 
-@pytest.mark.parametrize("command", some_daily(TRAINING, 4))
+@pytest.mark.parametrize("command", some_daily(TRAINING, 8))
 def test_what_trains_can_be_planned(command, place):
     # how data are prepared is no setting of a run
     own = ("inspect=", "prepare.") if command.module == "launch.prepare" else ()
@@ -138,7 +139,7 @@ def test_what_trains_can_be_planned(command, place):
     assert last_json(planned)["problems"] == []
 
 
-@pytest.mark.parametrize("command", [c for c in OURS if c.module not in PLANNED], ids=ids)
+@pytest.mark.parametrize("command", some_daily(OTHERS, 3))
 def test_the_settings_of_other_commands_exist(command, place):
     if command.module.startswith("bench."):
         path = documented.ROOT / command.module.replace(".", "/")

@@ -1075,7 +1075,7 @@ def cases(kind: type) -> list:
     ]
 
 
-@pytest.mark.parametrize(("key", "case"), some_daily(cases(Acts), 6))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Acts), 12))
 def test_it_acts_and_is_told(runs, key, case):
     override = case.override.replace("CACHE", str(runs.folder / "CACHE"))
     control = runs.resumed(case.base, *case.control, steps=case.steps)
@@ -1093,7 +1093,7 @@ def test_it_acts_and_is_told(runs, key, case):
         assert any(ours != others for ours, others in values.values()), values
 
 
-@pytest.mark.parametrize(("key", "case"), some_daily(cases(Reaches), 5))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Reaches), 8))
 def test_it_is_in_the_record_that_the_run_is_built_from(runs, key, case):
     run = runs.base("top_k")
     overrides = tuple(setting(o) for o in case.overrides[::-1])
@@ -1110,7 +1110,7 @@ def test_it_is_in_the_record_that_the_run_is_built_from(runs, key, case):
     assert parse(plain(config), case.world_size)
 
 
-@pytest.mark.parametrize(("key", "case"), some_daily(cases(Refused), 5))
+@pytest.mark.parametrize(("key", "case"), some_daily(cases(Refused), 8))
 def test_it_is_refused_with_the_reason(runs, key, case):
     with pytest.raises(ValueError) as error:
         runs.asked(runs.base(case.base), case.override)

@@ -131,7 +131,7 @@ def test_other_seeds_draw_other_tokens(dense):
 def test_a_long_prompt_in_pieces_gives_the_same(model):
     given = requests_of(prompts(longest=50))
     expected = tokens(run(model, given))
-    for size in (1, 3, 8, 17):
+    for size in (3, 17):
         assert tokens(run(model, given, prefill_tokens=size, max_slots=3)) == expected
 
 

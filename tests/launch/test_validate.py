@@ -485,8 +485,8 @@ ATTENTIONS = sorted(p.stem for p in (Path(CONF) / "attention").glob("*.yaml"))
 
 
 def with_presets(options: list[str]) -> list:
-    """Each option with every fourth preset, all of which are met; nightly with every one."""
-    few = [(option, tuple(EXPERIMENTS[i % 4 :: 4])) for i, option in enumerate(options)]
+    """Each option with every eighth preset, all of which are met; nightly with every one."""
+    few = [(option, tuple(EXPERIMENTS[i % 8 :: 8])) for i, option in enumerate(options)]
     every = [
         pytest.param(o, tuple(EXPERIMENTS), id=f"{o}-all", marks=pytest.mark.nightly)
         for o in options

@@ -24,6 +24,7 @@ from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.moe.budget import start_routers
 from model.request import TokenBatch
 from model.routers.config import ROUTERS
+from tests.pairwise import some_daily
 
 SMALL = {"block_size": 4, "coarse_block_size": 2, "top_k": 2, "window_size": 4}
 ATTENTIONS: dict[str, dict | AttentionConfig | None] = {
@@ -160,7 +161,9 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "padded", some_daily([pytest.param(True, id="padded"), pytest.param(False, id="packed")])
+)
 def test_rows_of_different_lengths_decode_to_what_each_is_alone(name, padded):
     rows = Rows(model_of(name), [13, 1, 8, 21])
     assert_same(rows.prefill(padded), rows.expected())
