@@ -576,7 +576,7 @@ def test_muon_on_four_ranks_trains_as_one_process(run_ranks):
     compared(run_ranks, 4, [muon(ep, zero) for ep in (2, 4) for zero in (0, 1, 2, 3)])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_eight_ranks_route_and_train_as_one_process(run_ranks):
     compared(run_ranks, 8, [{**ROUTERS[2], "ep": 8}])
 

@@ -14,13 +14,13 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", some_daily(["float32/2", "float32"]))
+@pytest.mark.parametrize("cases", some_daily(["float32/4", "float32"]))
 def test_output_and_every_gradient_match_the_definition(interpret, cases) -> None:
     interpret("grouped_mlp_cases.py", cases)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", some_daily(["half/2", "half"]))
+@pytest.mark.parametrize("cases", some_daily(["half/4", "half"]))
 def test_output_and_every_gradient_match_the_definition_in_half_precision(interpret, cases) -> None:
     interpret("grouped_mlp_cases.py", cases)
 
@@ -31,7 +31,7 @@ def test_weights_of_8_bits_are_scaled_where_their_products_end(interpret) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", some_daily(["fp8/2", "fp8"]))
+@pytest.mark.parametrize("cases", some_daily(["fp8/4", "fp8"]))
 def test_products_of_8_bit_floats_match_the_definition(interpret, cases) -> None:
     interpret("grouped_mlp_cases.py", cases)
 

@@ -14,13 +14,13 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", some_daily(["attend/2", "attend"]))
+@pytest.mark.parametrize("cases", some_daily(["attend/4", "attend"]))
 def test_attention_and_every_gradient_match_the_definition(interpret, cases) -> None:
     interpret("attention_cases.py", cases)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", some_daily(["half/2", "half"]))
+@pytest.mark.parametrize("cases", some_daily(["half/4", "half"]))
 def test_attention_matches_the_definition_in_half_precision(interpret, cases) -> None:
     interpret("attention_cases.py", cases)
 
