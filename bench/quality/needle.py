@@ -30,14 +30,17 @@ from bench.quality.recall import (
     NUM_KEYS,
     NUM_QUESTIONS,
     NUM_VALUES,
+    VARIANTS,
     RecallModel,
     Sample,
     add_arguments,
     draw,
     is_right,
+    print_differences,
     steps_of,
     trained,
 )
+from bench.quality.rules import cached_numbers
 from train.files.strict_json import dumps
 
 DEPTHS = 8
@@ -170,6 +173,17 @@ def main() -> None:
                 for rate in RATES
             ]
     print(tables(arguments.variants, needles, noise))
+    accuracies = {
+        (row["variant"], row["seed"]): row["accuracy"]
+        for row in needles
+        if row["length"] == arguments.length
+    }
+    print()
+    print_differences(accuracies, arguments.baseline)
+    for variant in arguments.variants:
+        if (rule := VARIANTS[variant].rule) is not None:
+            numbers = cached_numbers(rule.attention, MULTIPLES[-1] * arguments.length)
+            print(f"{variant} sees {rule.columns}; a token takes {numbers:g} numbers in a cache")
     if arguments.output:
         found = {"needles": needles, "noise": noise}
         arguments.output.write_text(

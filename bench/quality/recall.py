@@ -299,16 +299,28 @@ def add_arguments(parser: argparse.ArgumentParser, variants: list[str], seeds: l
     parser.add_argument(
         "--models", type=Path, help="keep trained models here, and take those that are here"
     )
+    parser.add_argument(
+        "--baseline", choices=VARIANTS, help="a variant that the others are compared with by seed"
+    )
     parser.add_argument("--output", type=Path, help="also write all numbers to this file")
+
+
+def print_differences(accuracies: dict[tuple[str, int], float], baseline: str | None) -> None:
+    """Accuracies by variant and seed, less those of a variant with the same seeds: means with
+    intervals, where there are several seeds.
+    """
+    seeds = [seed for variant, seed in accuracies if variant == baseline]
+    for variant in dict.fromkeys(variant for variant, _ in accuracies):
+        if variant == baseline or baseline is None or len(seeds) < 2:
+            continue
+        mean, half = interval([accuracies[variant, s] - accuracies[baseline, s] for s in seeds])
+        print(f"{variant} less {baseline}: {mean:+.4f} +- {half:.4f} (95%)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality.recall")
     add_arguments(parser, ["drop", "order0", "order2", "dense"], [0, 1, 2])
     parser.add_argument("--eval-interval", type=int, default=250)
-    parser.add_argument(
-        "--baseline", choices=VARIANTS, help="a variant that the others are compared with by seed"
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -331,14 +343,8 @@ def main() -> None:
             f"| {variant} | {steps_of(variant, arguments)} | {statistics.mean(by_seed):.4f} | "
             f"{' '.join(f'{x:.4f}' for x in by_seed)} |"
         )
-    for variant in arguments.variants if arguments.baseline in arguments.variants else ():
-        if variant != arguments.baseline and len(arguments.seeds) > 1:
-            differences = [
-                final[variant, seed]["accuracy"] - final[arguments.baseline, seed]["accuracy"]
-                for seed in arguments.seeds
-            ]
-            mean, half = interval(differences)
-            print(f"{variant} less {arguments.baseline}: {mean:+.4f} +- {half:.4f} (95%)")
+    accuracies = {key: row["accuracy"] for key, row in final.items()}
+    print_differences(accuracies, arguments.baseline)
     if arguments.output:
         arguments.output.write_text(
             dumps(

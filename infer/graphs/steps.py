@@ -32,10 +32,7 @@ def doubled(number: int, least: int, most: int) -> int:
 
 def _sizes(least: int, most: int) -> list[int]:
     """All that `doubled` may give."""
-    sizes = [min(least, most)]
-    while sizes[-1] < most:
-        sizes.append(min(2 * sizes[-1], most))
-    return sizes
+    return sorted({doubled(number, least, most) for number in range(1, most + 1)})
 
 
 class DecodeGraphs:
@@ -103,10 +100,15 @@ class DecodeGraphs:
         Raises:
             CaptureError: the device cannot record it.
         """
-        _, rows, num_pages = shape
         if shape not in self._replays:
-            self._fill([], rows, num_pages)
-            self._replays[shape] = self.capture(lambda: self._run(rows, num_pages))
+            self._fill([], *shape[1:])
+            self._replay_of(shape)
+
+    def _replay_of(self, shape: Shape) -> Replay:
+        """Captured where it has not been, with what is in the buffers."""
+        if shape not in self._replays:
+            self._replays[shape] = self.capture(lambda: self._run(*shape[1:]))
+        return self._replays[shape]
 
     def step(self, pieces: list[Piece], context: str, keep_routing: bool) -> Decoded:
         """The next token of every piece, as Transformer.step computes it. What comes back is valid
@@ -117,10 +119,7 @@ class DecodeGraphs:
         num_pages = doubled(-(-longest // self.page_size), LEAST_PAGES, self.max_pages)
         self._fill(pieces, rows, num_pages)
 
-        shape = (context, rows, num_pages)
-        if shape not in self._replays:
-            self._replays[shape] = self.capture(lambda: self._run(rows, num_pages))
-        self._replays[shape]()
+        self._replay_of((context, rows, num_pages))()
         self.num_replays += 1
         out = self._outputs[rows]
         ids = out.expert_ids
