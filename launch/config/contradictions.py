@@ -643,10 +643,8 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
             "to train; use parallel.pipeline_parallel_size=1"
         )
     attention = run.attention
-    if problems or not isinstance(attention, CompressedAttentionConfig):
-        return problems
     # What a layer reads of an earlier one is not handed on, between virtual stages neither.
-    if not attention.problems(run.model):
+    if not problems and not attention.problems(run.model):
         every = [part for runs in run.stage_runs for part in runs]
         problems += attention.parted_problems(run.model, every)
     return problems

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +42,10 @@ class AttentionConfig(Component):
             f"attention={self.name} does not say how ranks share out its heads; set "
             "parallel.context_parallel_size=1"
         ]
+
+    def parted_problems(self, model: ModelConfig, parts: Sequence[Sequence[int]]) -> list[str]:
+        """What keeps layers from being cut into these parts, each a run of neighbours."""
+        return []
 
     gathers: ClassVar[bool] = False
     """Whether some of the tokens can attend to whole rows (SequenceLayout.to_keys)."""
