@@ -642,11 +642,12 @@ def _stages(run: RunConfig, world_size: int) -> list[str]:
             f"{name} with optim.freeze {list(run.optim.freeze)}: a stage may be left with nothing "
             "to train; use parallel.pipeline_parallel_size=1"
         )
-    attention = run.attention
-    # What a layer reads of an earlier one is not handed on, between virtual stages neither.
-    if not problems and not attention.problems(run.model):
+    # What a layer reads of an earlier one is not handed on, between virtual stages neither; asked
+    # once the layers can be dealt out at all.
+    sections = (run.parallel.problems(), run.model.problems(), run.attention.problems(run.model))
+    if not problems and not any(sections):
         every = [part for runs in run.stage_runs for part in runs]
-        problems += attention.parted_problems(run.model, every)
+        problems += run.attention.parted_problems(run.model, every)
     return problems
 
 
