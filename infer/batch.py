@@ -39,7 +39,7 @@ class Places:
 def first_tokens(
     pieces: list[Piece], page_size: int, packed: bool, device: torch.device
 ) -> tuple[TokenBatch, Paging, torch.Tensor, torch.Tensor]:
-    """What Transformer.prefill takes, for sequences of which nothing is held; then row_of of
+    """What prefill_pages takes, for sequences of which nothing is held; then row_of of
     TokenBudgets.
 
     packed: documents end to end in one row, for kernels that read cu_seqlens; else one a row, with
@@ -86,7 +86,7 @@ def next_tokens(
     device: torch.device,
     num_pages: int | None = None,
 ) -> tuple[torch.Tensor, Paging, torch.Tensor | None, torch.Tensor]:
-    """What Transformer.step takes, for sequences of which something is held; then row_of of
+    """What step_pages takes, for sequences of which something is held; then row_of of
     TokenBudgets. A sequence with fewer new tokens has padding before them; rows beyond the pieces
     are idle. num_pages: columns of the table of pages; None: as many as the longest row needs.
     """

@@ -26,7 +26,16 @@ from infer.sequence import Sequence
 from infer.speculate import Utility, kept
 from model.attention.base import has_varlen_kernel
 from model.attention.cache import LivePages
-from model.transformer import Decoded, TokenBudgets, Transformer
+from model.paging import (
+    Decoded,
+    TokenBudgets,
+    live_window,
+    longest_entry,
+    new_pages,
+    prefill_pages,
+    step_pages,
+)
+from model.transformer import Transformer
 
 log = logging.getLogger("loadstone")
 SIMILAR = 0.75
@@ -61,7 +70,7 @@ def page_size_of(model: Transformer) -> int:
     sparse = model.sparse_attentions()
     if sparse:
         return sparse[0].spec.block_size
-    return max(USUAL_PAGE, model.longest_entry)
+    return max(USUAL_PAGE, longest_entry(model))
 
 
 def num_live(window: int, page_size: int, settings: EngineConfig) -> int:
@@ -124,12 +133,13 @@ class Engine:
         self.pool = PagePool(1 + num_pages, self.page_size)
         self.places: Places | None = None
         self.live: LivePages | None = None
-        self.live_window = model.live_window or 0
-        if model.live_window is not None:
-            number = min(1 + num_pages, num_live(model.live_window, self.page_size, settings))
+        window = live_window(model)
+        self.live_window = window or 0
+        if window is not None:
+            number = min(1 + num_pages, num_live(window, self.page_size, settings))
             self.places = Places(number)
             self.live = LivePages(1 + num_pages, number, self.device)
-        self.pages = model.new_pages(1 + num_pages, self.page_size, self.live)
+        self.pages = new_pages(model, 1 + num_pages, self.page_size, self.live)
         self.packed = has_varlen_kernel(self.device, model.any_weight.dtype)
 
         self.budgets: BudgetRows | None = None
@@ -560,8 +570,8 @@ class Engine:
             )
             keep = any(piece.sequence.request.keep_routing for piece in group)
             self._place(group)
-            decoded = self.model.prefill(
-                batch, paging, self.pages, last, keep, self._token_budgets(row_of)
+            decoded = prefill_pages(
+                self.model, batch, paging, self.pages, last, keep, self._token_budgets(row_of)
             )
             events += self._advance("prefill", group, decoded, last)
             taken = {id(piece.sequence) for piece in group}
@@ -605,7 +615,9 @@ class Engine:
             every = [begin + i for begin, (_, number) in begins for i in range(number)]
             places = torch.tensor(every, device=self.device)
         budgets = self._token_budgets(row_of)
-        decoded = self.model.step(input_ids, paging, self.pages, mask, keep, budgets, places, limit)
+        decoded = step_pages(
+            self.model, input_ids, paging, self.pages, mask, keep, budgets, places, limit
+        )
         return decoded, width
 
     def _replayed(self, graphs: DecodeGraphs, pieces: list[Piece], keep: bool) -> Decoded | None:

@@ -17,7 +17,7 @@ from model.attention.base import (
     SequenceLayout,
     has_varlen_kernel,
 )
-from model.attention.cache import LayerCache, LivePages, Pages
+from model.attention.cache import LayerCache, Pages
 from model.attention.compressed import CompressedAttention
 from model.attention.indexed import IndexedAttention
 from model.attention.largest import LargestLogits
@@ -26,16 +26,11 @@ from model.blocks.block import Block, BlockOutput
 from model.blocks.mtp import PredictionModule, tokens_ahead
 from model.blocks.streams import StreamSum
 from model.config import ModelConfig
-from model.distillation import divergence
 from model.init import materialize, matrices_on_meta
 from model.layers import RMSNorm, rotary_tables, times
 from model.loss import (
     ModelOutput,
-    cross_entropy_and_z_sums,
-    cross_entropy_sum,
-    shared_cross_entropy,
     targets_ahead,
-    token_cross_entropy,
 )
 from model.moe.balance import (
     BalanceSums,
@@ -54,15 +49,16 @@ from model.parallel.groups import ParallelGroups
 from model.parallel.heads import HeadExchange
 from model.parallel.part import ModelPart
 from model.parallel.tensor import TensorExchange
-from model.request import SUMS_ALONE, ForwardRequest, Taught, TokenBatch, run_of
+from model.request import SUMS_ALONE, ForwardRequest, TokenBatch, run_of
 from model.routers.base import Router, RoutingRequest
 from model.routers.state import RouterState
-from model.weight_sums import Embedding, looked_up, uses_of
+from model.target_loss import TargetLoss, TargetSums
+from model.weight_sums import Embedding, looked_up
 from ops.all_to_all import Communication, total_communication
-from ops.router import Reason, RouterOutput
+from ops.router import RouterOutput
 
 
-class _Hidden(NamedTuple):
+class Hidden(NamedTuple):
     """What the blocks leave behind."""
 
     last: torch.Tensor
@@ -75,40 +71,6 @@ class _Hidden(NamedTuple):
     """Of the MoE layers, in layer order; those of multi-token prediction come after."""
     routings: list[RouterOutput]
     """Likewise."""
-
-
-class _Losses(NamedTuple):
-    """Of the targets: fields of ModelOutput."""
-
-    loss_sum: torch.Tensor
-    token_losses: torch.Tensor
-    logit_z_sum: torch.Tensor
-    kl_sum: torch.Tensor
-    agreed: torch.Tensor
-
-
-class TokenBudgets(NamedTuple):
-    """Budgets of the tokens of a forward pass over pages."""
-
-    tables: tuple[RouterState, ...]
-    """By MoE layer: balance_bias [P, C] and control [P, 4] of P budgets."""
-    row_of: torch.Tensor
-    """[B * S] int32, that each token has."""
-
-
-class Decoded(NamedTuple):
-    """What a forward pass over pages gives."""
-
-    logits: torch.Tensor
-    """[R, vocab_size] of the tokens that were asked for."""
-    experts: torch.Tensor
-    """[B * S] fp32, experts that each token visited, as a mean over the MoE layers."""
-    expert_ids: torch.Tensor | None
-    """[B * S, MoE layers, K] int16 where they are kept, -1 for a slot without an expert."""
-    rerouted: torch.Tensor | None = None
-    """[B * S] int64, MoE layers in which a token has other experts than its own choice; None where
-    max_active does not limit them.
-    """
 
 
 class Read(NamedTuple):
@@ -324,7 +286,7 @@ class Transformer(nn.Module):
         for router in self.routers():
             router.step = step
 
-    def _layout(
+    def layout(
         self,
         positions: torch.Tensor,
         cu_seqlens: torch.Tensor,
@@ -416,7 +378,7 @@ class Transformer(nn.Module):
         length = batch.input_ids.shape[1] * self.groups.tensor_size
         return run_of(whole, batch.deal, batch.first // length * length, length)
 
-    def _backbone(
+    def backbone(
         self,
         input_ids: torch.Tensor,
         layout: SequenceLayout,
@@ -424,9 +386,9 @@ class Transformer(nn.Module):
         given_ids: tuple[torch.Tensor, ...] | None = None,
         caches: Sequence[LayerCache | Pages] | None = None,
         hidden: torch.Tensor | None = None,
-        budgets: TokenBudgets | None = None,
+        tables: Sequence[RouterState] = (),
         lap: int = 0,
-    ) -> _Hidden:
+    ) -> Hidden:
         """[B, S] token ids (as `_embedded`) through all blocks here, or those of a lap; hidden:
         what the stage before has made of them. See ForwardRequest for given_ids.
         """
@@ -444,8 +406,8 @@ class Transformer(nn.Module):
         for i, number in enumerate(part.layers):
             block = self.blocks[number]
             own = self._of_layer(request, given_ids, len(routings), part)
-            if budgets is not None and budgets.tables:
-                own = own._replace(budgets=budgets.tables[len(routings)])
+            if tables:
+                own = own._replace(budgets=tables[len(routings)])
             if self._recomputes():
                 found = checkpoint(block, hidden, layout, own, use_reentrant=False)
             elif number in compiled:
@@ -464,14 +426,14 @@ class Transformer(nn.Module):
                 hidden = self.streams(hidden)
             assert self.norm is not None
             hidden = self.norm(hidden)
-        return _Hidden(hidden, attentions, balances, routings)
+        return Hidden(hidden, attentions, balances, routings)
 
     def _recomputes(self) -> bool:
         return self.config.recompute == "block" and self.training and torch.is_grad_enabled()
 
     def _predict_further(
         self,
-        found: _Hidden,
+        found: Hidden,
         batch: TokenBatch,
         layout: SequenceLayout,
         request: RoutingRequest,
@@ -497,120 +459,33 @@ class Transformer(nn.Module):
                 found.routings.append(routing)
 
             targets = batch.own(targets_ahead(whole.targets, whole.positions, number))
-            sums.append(self._loss(hidden, targets, by_token=False).loss_sum)
+            sums.append(self._loss()(hidden, targets, by_token=False).loss_sum)
         return sums
 
-    def _project(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [..., vocab_size]. weight: a use of the head's, as uses_of gives them."""
+    def project(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states that the blocks leave, or some of their tokens [..., D] -> logits [...,
+        vocab_size]. weight: a use of the head's, as uses_of gives them.
+        """
         hidden = times(hidden, 1 / self.config.whole_logits_divisor)
         if weight is None and self.head is not None:
             logits: torch.Tensor = self.head(hidden)
             return logits
-        return F.linear(hidden, self._embedding_weight if weight is None else weight)
+        return F.linear(hidden, self._head_weight() if weight is None else weight)
 
-    def _loss(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        by_token: bool,
-        taught: Taught | None = None,
-        with_z: bool = False,
-    ) -> _Losses:
-        """What ModelOutput says of the targets, with the logits of model.loss_chunk_size tokens in
-        memory at a time.
-        """
+    def _head_weight(self) -> torch.Tensor:
+        """[V, D], its own or the embedding's."""
+        return self._embedding_weight if self.head is None else self.head.weight
 
-        def of_chunk(
-            hidden: torch.Tensor,
-            targets: torch.Tensor,
-            weight: torch.Tensor | None = None,
-            taught: Taught | None = None,
-        ) -> _Losses:
-            if self.tensor is not None:
-                return self._shared_loss(self.tensor, hidden, targets, by_token, with_z, weight)
-            logits = self._project(hidden, weight)
-            by_tokens = (
-                token_cross_entropy(logits, targets)
-                if by_token
-                else logits.new_empty(0, dtype=torch.float32)
-            )
-            if with_z:
-                loss_sum, z_sum = cross_entropy_and_z_sums(logits, targets)
-            else:
-                loss_sum = cross_entropy_sum(logits, targets)
-                z_sum = loss_sum.new_zeros(())
-            kl_sum, agreed = loss_sum.new_zeros(()), targets.new_zeros(())
-            if taught is not None:
-                kl_sum, agreed = divergence(logits, targets, taught, self._teacher_logits(taught))
-            return _Losses(loss_sum, by_tokens, z_sum, kl_sum, agreed)
-
+    def _loss(self) -> TargetLoss:
+        """What makes losses of hidden states that the blocks leave."""
         size = self.config.loss_chunk_size
-        if not 0 < size < targets.numel():
-            return of_chunk(hidden, targets, None, taught)
-        hiddens, parts = hidden.flatten(0, 1).split(size), targets.flatten().split(size)
-        teachings = [None] * len(parts) if taught is None else taught.chunks(size)
-
-        # In bf16 a weight that many chunks use would add up its gradient in bf16: see uses_of.
-        weights: list[torch.Tensor] | list[None] = [None] * len(parts)
-        if torch.is_grad_enabled() and hidden.dtype != torch.float32:
-            weights = uses_of(
-                self._embedding_weight if self.head is None else self.head.weight, len(parts)
-            )
-
-        sums, by_tokens, z_sums, divergences, agreed = zip(
-            *(
-                checkpoint(of_chunk, *chunk, use_reentrant=False)
-                if torch.is_grad_enabled()
-                else of_chunk(*chunk)
-                for chunk in zip(hiddens, parts, weights, teachings, strict=True)
-            ),
-            strict=True,
-        )
-        return _Losses(
-            torch.stack(sums).sum(),
-            torch.cat(by_tokens).view(targets.shape if by_token else 0),
-            torch.stack(z_sums).sum(),
-            torch.stack(divergences).sum(),
-            torch.stack(agreed).sum(),
-        )
-
-    def _shared_loss(
-        self,
-        tensor: TensorExchange,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        by_token: bool,
-        with_z: bool,
-        weight: torch.Tensor | None,
-    ) -> _Losses:
-        """Of own tokens, whose logits are made on all ranks of the tensor group, which has the
-        head's rows in parts. Collective.
-        """
-        tokens = tensor.gather(hidden.reshape(-1, hidden.shape[-1]))
-        logits = self._project(tokens, weight)
-        losses, normalizers = shared_cross_entropy(
-            logits, tensor.gathered(targets.reshape(-1)), tensor
-        )
-        zero = losses.new_zeros(())
-        by_tokens = losses.view_as(targets) if by_token else losses.new_empty(0)
-        z_sum = normalizers.square().sum() if with_z else zero
-        return _Losses(losses.sum(), by_tokens, z_sum, zero, targets.new_zeros(()))
-
-    @torch.no_grad()
-    def _teacher_logits(self, taught: Taught) -> torch.Tensor | None:
-        """[..., vocab_size] of a teacher that is known by its hidden states; None: by its words."""
-        if taught.hidden is None:
-            return None
-        if taught.weight is None:
-            return self._project(taught.hidden)
-        return F.linear(taught.hidden, taught.weight)
+        return TargetLoss(self.project, self._head_weight, self.tensor, size)
 
     def output_projection(self) -> torch.Tensor:
         """[vocab_size, D] of the weights, what the last hidden states are multiplied by to be
         logits, model.logits_divisor and muP's divisor included.
         """
-        weight = self._embedding_weight if self.head is None else self.head.weight
-        return times(weight, 1 / self.config.whole_logits_divisor)
+        return times(self._head_weight(), 1 / self.config.whole_logits_divisor)
 
     @torch.no_grad()
     def last_hidden(self, batch: TokenBatch) -> torch.Tensor:
@@ -619,7 +494,7 @@ class Transformer(nn.Module):
         """
         layout, request = self._reading(batch, SUMS_ALONE)
         ids = self._of_group(batch, batch.rows.input_ids)
-        return self._backbone(ids, layout, request).last
+        return self.backbone(ids, layout, request).last
 
     def _balance_sums(
         self,
@@ -652,11 +527,11 @@ class Transformer(nn.Module):
         part = self.laps[lap]
         layout, routing_request = self._reading(batch, request)
         ids = self._of_group(batch, batch.rows.input_ids)
-        hidden = self._backbone(
+        hidden = self.backbone(
             ids, layout, routing_request, request.given_ids, hidden=before, lap=lap
         )
         if part.is_last:
-            found = self._loss(
+            found = self._loss()(
                 hidden.last,
                 batch.targets,
                 request.keep_routing and not self.training,
@@ -665,7 +540,7 @@ class Transformer(nn.Module):
             )
         else:
             zero = hidden.last.new_zeros((), dtype=torch.float32)
-            found = _Losses(zero, zero.new_zeros(0), zero, zero, zero)
+            found = TargetSums(zero, zero.new_zeros(0), zero, zero, zero)
         loss_sum = found.loss_sum
         further: list[torch.Tensor] = []
         if self.training and part.is_last:
@@ -716,7 +591,7 @@ class Transformer(nn.Module):
         assert (batch.deal is not None) == (self.gather is not None), (
             f"{self.groups.gather_size} ranks gather, to whom rows are to be dealt out"
         )
-        layout = self._layout(
+        layout = self.layout(
             self._of_group(batch, whole.positions),
             batch.cu_seqlens,
             batch.max_seqlen,
@@ -769,132 +644,10 @@ class Transformer(nn.Module):
         cu_seqlens = torch.arange(
             0, (batch + 1) * length, length, dtype=torch.int32, device=input_ids.device
         )
-        layout = self._layout(positions, cu_seqlens, length, measure=measure_attention)
+        layout = self.layout(positions, cu_seqlens, length, measure=measure_attention)
         request = RoutingRequest(words=input_ids.reshape(-1))
-        found = self._backbone(input_ids, layout, request, caches=caches)
+        found = self.backbone(input_ids, layout, request, caches=caches)
         return Read(found.last, _attention_totals(found.attentions, found.last)[1])
-
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What `read` gives, or some of its tokens [..., D] -> logits [..., vocab_size]."""
-        return self._project(hidden)
-
-    @torch.no_grad()
-    def prefill(
-        self,
-        batch: TokenBatch,
-        paging: Paging,
-        pages: list[Pages],
-        last: torch.Tensor,
-        keep_routing: bool = False,
-        budgets: TokenBudgets | None = None,
-    ) -> Decoded:
-        """The first tokens of documents, by the training forward, into pages.
-
-        batch: packed rows, or one document a row with padding behind it (token_mask); its targets
-        are not read. last: [R] int64, places among the B * S tokens whose logits are wanted.
-        """
-        layout = self._layout(
-            batch.positions,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            token_mask=batch.token_mask,
-            paging=paging,
-        )
-        return self._decoded(batch.input_ids, layout, pages, last, keep_routing, budgets)
-
-    @torch.no_grad()
-    def step(
-        self,
-        input_ids: torch.Tensor,
-        paging: Paging,
-        pages: list[Pages],
-        token_mask: torch.Tensor | None = None,
-        keep_routing: bool = False,
-        budgets: TokenBudgets | None = None,
-        places: torch.Tensor | None = None,
-        max_active: int | None = None,
-    ) -> Decoded:
-        """The next S tokens [B, S] of B documents whose earlier ones are in the pages; logits of
-        the last of each, or of `places` [R] int64 among the B * S tokens. token_mask: [B, S] bool,
-        False for idle rows and for padding before a row that has fewer new tokens, which visit no
-        expert. max_active: as in RoutingRequest, of this pass.
-        """
-        batch, length = input_ids.shape
-        device = input_ids.device
-        positions = paging.lengths.unsqueeze(1) - length + torch.arange(length, device=device)
-        positions = positions.clamp_min(0)
-        cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-        layout = self._layout(positions, cu_seqlens, length, token_mask=token_mask, paging=paging)
-        last = places
-        if last is None:
-            last = torch.arange(1, batch + 1, device=device) * length - 1
-        return self._decoded(input_ids, layout, pages, last, keep_routing, budgets, max_active)
-
-    def _decoded(
-        self,
-        input_ids: torch.Tensor,
-        layout: SequenceLayout,
-        pages: list[Pages],
-        last: torch.Tensor,
-        keep_routing: bool,
-        budgets: TokenBudgets | None,
-        max_active: int | None = None,
-    ) -> Decoded:
-        request = RoutingRequest(
-            token_mask=layout.token_mask, words=input_ids.reshape(-1), max_active=max_active
-        )
-        if budgets is not None:
-            request = request._replace(row_of=budgets.row_of)
-        hidden = self._backbone(input_ids, layout, request, caches=pages, budgets=budgets)
-        used = hidden.last.new_zeros(input_ids.numel(), dtype=torch.float32)
-        for routing in hidden.routings:
-            used += (routing.expert_ids >= 0).sum(-1)
-        expert_ids = None
-        if keep_routing and hidden.routings:
-            expert_ids = torch.stack([r.expert_ids for r in hidden.routings], 1).to(torch.int16)
-        rerouted = None
-        if max_active is not None:
-            rerouted = torch.zeros_like(used, dtype=torch.int64)
-            for routing in hidden.routings:
-                rerouted += (routing.reasons & int(Reason.OVERFLOW)) != 0
-        logits = self._project(hidden.last.flatten(0, 1)[last])
-        return Decoded(logits, used / max(1, len(hidden.routings)), expert_ids, rerouted)
-
-    @property
-    def live_window(self) -> int | None:
-        """Tokens before a new one whose own keys some layer reads, where pooled entries stand for
-        all before; None: some layer reads those of every token.
-        """
-        windows = [
-            block.attention.live_window
-            for block in self.blocks
-            if isinstance(block.attention, CompressedAttention)
-        ]
-        return max(windows) if len(windows) == len(self.blocks) else None
-
-    @property
-    def longest_entry(self) -> int:
-        """Tokens of the longest pooled entry of compressed layers; 0: there are none."""
-        attentions = (block.attention for block in self.blocks)
-        return max(
-            (a.spec.ratio for a in attentions if isinstance(a, CompressedAttention)), default=0
-        )
-
-    def new_pages(
-        self, num_pages: int, page_size: int, live: LivePages | None = None
-    ) -> list[Pages]:
-        """Empty pools of pages, one per layer; see model/attention/cache.py. live: pages that have
-        room for tokens' own keys, of a model with a live_window; None: all.
-        """
-        weight = self.any_weight
-        return [
-            cast(CompressedAttention, block.attention).new_pages(
-                num_pages, page_size, weight.dtype, weight.device, live
-            )
-            if live is not None
-            else block.attention.new_pages(num_pages, page_size, weight.dtype, weight.device)
-            for block in self.blocks
-        ]
 
     def new_caches(self, batch_size: int, max_len: int) -> list[LayerCache]:
         """Empty caches, one per layer."""

@@ -12,8 +12,9 @@ from infer.batch import Piece, next_tokens
 from infer.graphs.capture import Capture, Replay
 from model.attention.base import Paging
 from model.attention.cache import Pages
+from model.paging import Decoded, TokenBudgets, step_pages
 from model.routers.state import RouterState
-from model.transformer import Decoded, TokenBudgets, Transformer
+from model.transformer import Transformer
 
 LEAST_PAGES = 8
 """Columns of the narrowest table of pages. Beyond it they double: each width is a graph more."""
@@ -111,7 +112,7 @@ class DecodeGraphs:
         return self._replays[shape]
 
     def step(self, pieces: list[Piece], context: str, keep_routing: bool) -> Decoded:
-        """The next token of every piece, as Transformer.step computes it. What comes back is valid
+        """The next token of every piece, as step_pages computes it. What comes back is valid
         until the next step, but for the routing.
         """
         rows = doubled(len(pieces), 1, self.max_slots)
@@ -149,7 +150,8 @@ class DecodeGraphs:
         budgets = None
         if self.tables is not None:
             budgets = TokenBudgets(self.tables, self._rows[:rows])
-        found = self.model.step(
+        found = step_pages(
+            self.model,
             self._ids[:rows].view(rows, 1),
             paging,
             self.pages,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from common import VOCAB_SIZE, build, tiny_config
 
+import infer.engine as engines
 from infer.budget import capture
 from infer.config import EngineConfig, SamplingConfig
 from infer.engine import Engine
@@ -17,6 +18,7 @@ from infer.request import Request
 from launch.serving.answers import Answer
 from launch.serving.asked import BadRequest, read_asked
 from model.config import BalanceConfig
+from model.paging import step_pages
 from model.routers.config import ThresholdConfig
 from ops.router import RouteSpec, confine, most_used, route
 from train.config.commands.devices import DevicesConfig
@@ -97,16 +99,16 @@ def test_equal_sums_of_gates_prefer_the_lower_id():
 
 def test_a_decoding_step_reads_no_more_experts_and_counts_what_it_changed(model, monkeypatch):
     engine = Engine(model, EngineConfig(max_active_experts=3))
-    step, distinct, rows = model.step, [], []
+    distinct, rows = [], []
 
     def looked(*given):
-        decoded = step(*given[:4], True, *given[5:])
+        decoded = step_pages(*given[:5], True, *given[6:])
         ids = decoded.expert_ids.long()
         distinct.append([len(set(ids[:, i].flatten().tolist()) - {-1}) for i in range(NUM_LAYERS)])
         rows.append(len(ids))
         return decoded
 
-    monkeypatch.setattr(model, "step", looked)
+    monkeypatch.setattr(engines, "step_pages", looked)
     confined = texts(engine, requests())
     assert len(distinct) >= 6 and max(map(max, distinct)) == 3
     assert engine.confined.routed == sum(rows) * NUM_LAYERS

@@ -30,6 +30,7 @@ from infer.graphs.waits import waits, why_not
 from infer.replay import use_top_k
 from infer.request import Completion, Request
 from model.config import BalanceConfig, ExpertsConfig
+from model.paging import step_pages
 from model.routers.config import (
     ExpertChoiceConfig,
     NullExpertsConfig,
@@ -193,13 +194,12 @@ def test_the_first_step_of_a_shape_is_captured_and_later_ones_copy_and_replay(mo
     monkeypatch.setattr(steps, "LEAST_PAGES", 1)
     model = model_of()
     calls = []
-    step = model.step
 
     def counted(*args, **options):
-        calls.append(len(args[0]))
-        return step(*args, **options)
+        calls.append(len(args[1]))
+        return step_pages(*args, **options)
 
-    monkeypatch.setattr(model, "step", counted)
+    monkeypatch.setattr(steps, "step_pages", counted)
     engine, recorder = recording(model, max_slots=3)
     assert engine.page_size == 16
     # Prompts of 5, 9 and 14 tokens: three rows of one page, of two from the third token on, then

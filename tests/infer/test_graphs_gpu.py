@@ -6,12 +6,14 @@ import pytest
 import torch
 from common import COMPRESSED, COMPRESSED_SHAPE, LATENT, LATENT_SHAPE, build, tiny_config
 
+import infer.graphs.steps as steps
 from infer.budget import capture, use
 from infer.config import EngineConfig, SamplingConfig
 from infer.engine import Engine
 from infer.graphs.capture import CudaCapture
 from infer.request import Completion, Request
 from model.config import BalanceConfig
+from model.paging import step_pages
 from model.routers.config import ThresholdConfig, TopPConfig
 
 pytestmark = [
@@ -96,20 +98,19 @@ def test_graphs_are_on_by_themselves_and_a_budget_is_copied_under_them():
     assert [c.tokens for c in found[0]] == [c.tokens for c in found[2]]
 
 
-def test_what_waits_for_the_host_ends_a_capture_with_its_reason():
+def test_what_waits_for_the_host_ends_a_capture_with_its_reason(monkeypatch):
     model = model_of("dense", torch.bfloat16)
-    step = model.step
 
     def waiting(*args, **options):
-        found = step(*args, **options)
+        found = step_pages(*args, **options)
         found.experts.sum().item()
         return found
 
-    model.step = waiting
+    monkeypatch.setattr(steps, "step_pages", waiting)
     engine = Engine(model, EngineConfig(max_slots=4))
     texts = [c.tokens for c in finished(engine)]
     assert engine.graphs is None and "the capture failed" in engine.without_graphs
-    model.step = step
+    monkeypatch.undo()
     usual = Engine(model, EngineConfig(max_slots=4, cuda_graphs=False))
     assert texts == [c.tokens for c in finished(usual)]
 

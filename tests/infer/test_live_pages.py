@@ -15,6 +15,7 @@ from infer.pages import Places
 from infer.request import Request
 from model.config import BalanceConfig
 from model.generate import generate
+from model.paging import live_window
 
 LENGTH, PAGE = 64, 5
 """Of the model; tokens of a page, as many as the longest entry has."""
@@ -87,7 +88,7 @@ def test_long_texts_need_the_room_of_their_last_tokens(model):
         request("whole", prompt(9, 2), 54),
     ]
     engine = Engine(model, SETTINGS)
-    assert model.live_window == max(4 - 1, 2 * 5 - 1) and engine.page_size == PAGE
+    assert live_window(model) == max(4 - 1, 2 * 5 - 1) and engine.page_size == PAGE
     assert engine.live.num_places == 13 < engine.pool.num_pages == 53
     assert all(len(p.kv) == len(p.rows) == 13 and len(p.entries) == 53 for p in engine.pages)
     assert run(engine, given) == expected(model, given)

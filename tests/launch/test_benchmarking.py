@@ -32,6 +32,7 @@ from launch.process.identity import ROOT
 from model.config import BalanceConfig
 from model.cost.parameters import decode_cost, flops_per_token, prefill_flops
 from model.moe.experts import Experts
+from model.paging import new_pages
 from train.config.commands.benchmark import BenchmarkConfig, SloConfig
 from train.config.commands.generate import GenerateConfig
 
@@ -134,7 +135,7 @@ def test_a_bench_sees_where_tokens_go_and_stops_when_it_is_sure():
     assert rounds == [1, 2, 3, 4, 5, 6] and len(found.rounds) == 6
     assert found.routing.prefill_experts == found.routing.decode_experts == 2.0
     assert 2.0 <= found.routing.distinct_experts <= 6.0
-    pages = sum(t[0].numel() * 4 for pool in model.new_pages(1, 16) for t in pool.tensors())
+    pages = sum(t[0].numel() * 4 for pool in new_pages(model, 1, 16) for t in pool.tensors())
     assert found.cache_bytes == (3 * 1 + 2) * pages  # with the scratch page, and one to spare
     assert found.ratio(found, "itl_p50").median == 1.0
 

@@ -29,6 +29,7 @@ from model.cost.parameters import (
 )
 from model.layers import GatedMLP, rotary_tables
 from model.loss import training_loss
+from model.paging import live_window, new_pages
 from model.request import ForwardRequest, TokenBatch
 from train.observe.attention import attention_metrics
 
@@ -335,7 +336,7 @@ def test_layers_read_the_entries_and_the_choice_of_earlier_ones():
         for _ in layers
     ]
     ends = torch.tensor([0, 13], dtype=torch.int32)
-    layout = model._layout(torch.arange(13)[None], ends, 13)
+    layout = model.layout(torch.arange(13)[None], ends, 13)
     found = [layer(x.unsqueeze(0), layout)[0][0] for layer, x in zip(layers, hiddens, strict=True)]
     weights = [
         {name.removesuffix(".weight"): p for name, p in layer.named_parameters()}
@@ -363,7 +364,7 @@ def test_layers_that_choose_as_one_teach_as_a_mean():
     """Of the divergences that are logged, by layers that follow as well."""
     model = model_of("shared", index_coeff=3.0)
     hidden, ends = torch.randn(1, 20, 16), torch.tensor([0, 20], dtype=torch.int32)
-    layout = model._layout(torch.arange(20)[None], ends, 20, measure=True)
+    layout = model.layout(torch.arange(20)[None], ends, 20, measure=True)
     for block, number in zip(model.blocks, (2, 2, 1, 2, 2), strict=True):
         sums = block.attention(hidden, layout)[1]
         loss = sums.stats[STATS.index("index_loss")]
@@ -478,7 +479,7 @@ def test_documents_and_later_tokens_reach_nothing(form):
     ends = torch.tensor([0, 19, 40], dtype=torch.int32)
 
     def outs(of: torch.Tensor) -> list[torch.Tensor]:
-        layout = model._layout(positions, ends, 21)
+        layout = model.layout(positions, ends, 21)
         return [block.attention(of, layout)[0][0] for block in model.blocks]
 
     base = outs(hidden)
@@ -549,16 +550,16 @@ def test_what_the_plan_counts_is_what_the_model_has(form):
     planned = hidden_matrices(config, arguments)
     counted = {m for m in planned if m.kind in ("attention", "indexer")}
     assert {(m.rows, m.columns) for m in counted} <= there
-    pools = model.new_pages(7, 12)
+    pools = new_pages(model, 7, 12)
     pooled, own = (
         sum(t[0].numel() for p in pools for t in tensors(p))
         for tensors in (lambda p: p.tensors()[2:], lambda p: p.tensors()[:2])
     )
     assert cache_bytes_per_token(config, 4, arguments) * 12 == 4 * pooled
     assert live_cache_values(config, arguments) * 12 == own
-    assert live_cache_tokens(config, arguments) == model.live_window
+    assert live_cache_tokens(config, arguments) == live_window(model)
     # The last tokens of a row have room for their own, all others their share of entries.
-    for length, live in ((5, 5), (60, model.live_window + 1)):
+    for length, live in ((5, 5), (60, live_window(model) + 1)):
         whole = length * cache_bytes_per_token(config, 4, arguments)
         whole += 4 * live * live_cache_values(config, arguments)
         assert cache_bytes(config, 4, length, arguments) == whole

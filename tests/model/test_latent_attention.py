@@ -94,7 +94,7 @@ def test_the_layer_is_its_definition(attention):
             parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0.0, 0.4)
     hidden = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(9).unsqueeze(0)
-    layout = model._layout(positions, torch.tensor([0, 9], dtype=torch.int32), 9)
+    layout = model.layout(positions, torch.tensor([0, 9], dtype=torch.int32), 9)
     expected = definition(module, hidden[0], model.config.rope_theta)
     torch.testing.assert_close(
         module(hidden, layout)[0][0].double(), expected, rtol=1e-4, atol=1e-5

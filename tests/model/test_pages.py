@@ -22,6 +22,7 @@ from model.attention.config.base import AttentionConfig
 from model.attention.config.compressed import CompressedAttentionConfig
 from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.moe.budget import start_routers
+from model.paging import new_pages, prefill_pages, step_pages
 from model.request import TokenBatch
 from model.routers.config import ROUTERS
 from tests.pairwise import some_daily
@@ -86,7 +87,7 @@ class Rows:
         gen = torch.Generator().manual_seed(1)
         self.model, self.lengths = model, list(lengths)
         self.ids = torch.randint(0, VOCAB_SIZE, (len(lengths), total), generator=gen)
-        self.pools = model.new_pages(NUM_PAGES, SIZE)
+        self.pools = new_pages(model, NUM_PAGES, SIZE)
         # What is not written must not be read: NaN would show in everything.
         for pool in self.pools:
             for tensor in pool.tensors():
@@ -120,7 +121,7 @@ class Rows:
             last, mask = cu_seqlens[1:].long() - 1, None
         paging = Paging(slots.flatten(), self.pages, torch.tensor(lengths), True)
         batch = TokenBatch(ids, ids, positions, cu_seqlens, longest, mask)
-        return self.model.prefill(batch, paging, self.pools, last).logits
+        return prefill_pages(self.model, batch, paging, self.pools, last).logits
 
     def step(self, number: int = 1, idle: int | None = None) -> torch.Tensor:
         """number tokens more for every row but the idle one."""
@@ -142,7 +143,7 @@ class Rows:
             mask = torch.ones(len(slots), number, dtype=torch.bool)
             mask[idle] = False
         paging = Paging(torch.cat(slots), pages, torch.tensor(ends), False)
-        return self.model.step(torch.stack(ids), paging, self.pools, mask).logits
+        return step_pages(self.model, torch.stack(ids), paging, self.pools, mask).logits
 
     def expected(self) -> torch.Tensor:
         """Logits of the last token of every row, of the whole row in one forward pass."""
@@ -225,7 +226,7 @@ def test_experts_per_token_are_counted_by_token():
         False,
     )
     mask = torch.tensor([[True], [False]])
-    decoded = model.step(torch.zeros(2, 1, dtype=torch.int64), paging, rows.pools, mask)
+    decoded = step_pages(model, torch.zeros(2, 1, dtype=torch.int64), paging, rows.pools, mask)
     assert decoded.experts.tolist() == [2.0, 0.0]
 
 
@@ -238,4 +239,4 @@ def test_logits_of_the_last_position_alone_are_the_same():
 
 def test_pages_that_are_no_blocks_are_refused():
     with pytest.raises(ValueError, match=r"page_size 8 must be attention\.block_size 4"):
-        model_of("scc").new_pages(4, 8)
+        new_pages(model_of("scc"), 4, 8)

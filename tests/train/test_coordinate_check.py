@@ -106,7 +106,7 @@ def changes_of(config: ModelConfig, optimizer: str, seed: int) -> dict[str, floa
         if isinstance(block.mlp, MoELayer):
             block.mlp.router.register_forward_pre_hook(keep_router)
     model.norm.register_forward_hook(
-        lambda _, __, out: seen.update(logits=model._project(out).detach())
+        lambda _, __, out: seen.update(logits=model.project(out).detach())
     )
 
     for step in range(NUM_STEPS + 1):
