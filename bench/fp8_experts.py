@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from bench.common import find_commit
-from bench.quality.optimizers import interval
 from bench.quality.small import byte_model, train_bytes
+from bench.quality.sweep import interval
 from ops.grouped_mlp import grouped_mlp
 from ops.grouped_mlp.fp8 import rounded_columns, rounded_tiles
 from ops.grouped_mlp.spec import Precision

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench.common import device_name, find_commit
-from bench.quality.optimizers import command, preload
+from bench.quality.sweep import command, preload
 from train.files.strict_json import dumps
 
 KINDS = {

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from bench.quality import attentions, budget_table, optimizers, recall, widths
+from bench.quality import attentions, budget_table, optimizers, recall, sweep, widths
 from bench.sparse_attention import slowly
 from launch.command.arguments import setting
 from launch.config.overrides import plain
@@ -158,11 +158,11 @@ def test_a_table_of_optimizers_takes_the_best_from_rates_with_all_seeds_and_says
 
 def test_a_cell_that_was_stopped_is_not_done(tmp_path):
     run = optimizers.cell(tmp_path, "muon", 2e-3, 1)
-    assert run.name == "muon-0.002-1" and not optimizers.is_done(run)
+    assert run.name == "muon-0.002-1" and not sweep.is_done(run)
     run.mkdir()
     for stopped in (True, False):
         (run / "result.json").write_text(json.dumps({"stopped": stopped}))
-        assert optimizers.is_done(run) != stopped
+        assert sweep.is_done(run) != stopped
 
 
 def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
@@ -184,8 +184,8 @@ def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
         (run / "result.json").write_text(json.dumps(result))
         log.write_text(" ".join(words))
 
-    monkeypatch.setattr(optimizers, "command", pretended)
-    monkeypatch.setattr(optimizers, "preload", lambda: None)
+    monkeypatch.setattr(sweep, "command", pretended)
+    monkeypatch.setattr(sweep, "preload", lambda: None)
     words = ["optimizers", str(tmp_path / "sweep"), "--rates", "0.1", "0.2", "--seeds", "7", "8"]
     monkeypatch.setattr(sys, "argv", [*words, "--json", str(tmp_path / "found.json")])
     with pytest.raises(RuntimeError, match=r"muon-0\.2-7 did not train to its end"):
@@ -203,6 +203,17 @@ def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
     monkeypatch.setattr(sys, "argv", [*words, "--report"])
     optimizers.main()
     assert "Not run: muon-0.1-8." in capsys.readouterr().out
+
+
+def test_a_sweep_of_attentions_takes_over_what_was_trained_elsewhere(tmp_path):
+    told = {"steps": 100, "results": {"scc": {"7": {"val_loss": 1.5}, "9": {"val_loss": 1.0}}}}
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    earlier = attentions.known(tmp_path / "told.json", 100)
+    found = attentions.gather(tmp_path, ["dense", "scc"], [7, 8], earlier)
+    assert found == {"dense": {}, "scc": {7: {"val_loss": 1.5}}}
+    assert ("scc", 7) not in attentions.missing(found, list(found), [7, 8])
+    with pytest.raises(SystemExit, match="of runs of 100 steps, these have 300"):
+        attentions.known(tmp_path / "told.json", 300)
 
 
 @pytest.mark.parametrize("variant", attentions.VARIANTS)

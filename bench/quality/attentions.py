@@ -4,8 +4,8 @@ tokens, over seeds.
 `python -m bench.quality.attentions FOLDER [--steps 300] [--seeds 1234 1 2] [--variants scc dsa]`
 trains what FOLDER/<variant>-<seed> does not hold yet, a seed after the other, and prints a table as
 Markdown. The same command goes on where it was stopped, a run that was cut short included;
-`--processor-seconds N` begins no run once so many were spent, `--report` trains nothing. Runs that
-are missing are named.
+`--processor-seconds N` begins no run once so many were spent, `--report` trains nothing, `--known
+FILE` takes over what `--json FILE` wrote elsewhere. Runs that are missing are named.
 
 A query attends to 416 tokens exactly, or to as many tokens and entries, in whatever way its rule
 chooses them; `scc` and its kin see the rest pooled. Where an index chooses, a fifth of the steps
@@ -15,16 +15,14 @@ teaches it first. What differs is said against dense attention with the same see
 
 from __future__ import annotations
 
-import argparse
-import math
+import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.common import find_commit
-from bench.quality.optimizers import interval, is_done, preload, read, spent, train
+from bench.quality.sweep import Todo, go_on, interval, is_done, parser_of, print_missing, read
 from train.files.strict_json import dumps
 
 COLUMNS = 416
@@ -100,10 +98,32 @@ def words_of(variant: str, seed: int, steps: int) -> list[str]:
     return [*settings, *COMMON, f"train.num_steps={steps}", f"seed={seed}"]
 
 
-def gather(folder: Path, variants: Sequence[str], seeds: Sequence[int]) -> Results:
-    """The numbers of every run that is done."""
+def known(path: Path | None, steps: int) -> Results:
+    """The numbers of a file of an earlier sweep.
+
+    Raises:
+        SystemExit: its runs had another number of steps.
+    """
+    if path is None:
+        return {}
+    told = json.loads(path.read_text())
+    if told["steps"] != steps:
+        raise SystemExit(f"{path} is of runs of {told['steps']} steps, these have {steps}")
     return {
-        variant: {seed: read(run) for seed in seeds if is_done(run := cell(folder, variant, seed))}
+        variant: {int(seed): numbers for seed, numbers in by_seed.items()}
+        for variant, by_seed in told["results"].items()
+    }
+
+
+def gather(
+    folder: Path, variants: Sequence[str], seeds: Sequence[int], earlier: Results
+) -> Results:
+    """The numbers of every run that is done, here or in an earlier sweep."""
+    return {
+        variant: {
+            seed: numbers for seed, numbers in earlier.get(variant, {}).items() if seed in seeds
+        }
+        | {seed: read(run) for seed in seeds if is_done(run := cell(folder, variant, seed))}
         for variant in variants
     }
 
@@ -140,30 +160,23 @@ def table(results: Results, seeds: Sequence[int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality.attentions")
-    parser.add_argument("folder", type=Path)
+    parser = parser_of("bench.quality.attentions")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 1, 2])
-    parser.add_argument("--processor-seconds", type=float, default=math.inf)
-    parser.add_argument("--report", action="store_true", help="of what there is; train nothing")
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    parser.add_argument("--known", type=Path, help="what --json wrote of runs that are elsewhere")
     arguments = parser.parse_args()
     folder, variants, seeds = arguments.folder, arguments.variants, arguments.seeds
-    while not arguments.report and spent() < arguments.processor_seconds:
-        todo = missing(gather(folder, variants, seeds), variants, seeds)
-        if not todo:
-            break
-        preload()
-        variant, seed = todo[0]
-        run = cell(folder, variant, seed)
-        train(run, words_of(variant, seed, arguments.steps))
-        print(f"{run.name}: {read(run)['val_loss']:.4f}", file=sys.stderr, flush=True)
+    earlier = known(arguments.known, arguments.steps)
 
-    results = gather(folder, variants, seeds)
+    def todo() -> Todo:
+        return [
+            (cell(folder, *one), words_of(*one, arguments.steps))
+            for one in missing(gather(folder, variants, seeds, earlier), variants, seeds)
+        ]
+
+    go_on(arguments, todo)
+    results = gather(folder, variants, seeds, earlier)
     print(table(results, seeds))
-    if todo := missing(results, variants, seeds):
-        print("\nNot run: " + ", ".join(cell(folder, *one).name for one in todo) + ".")
+    print_missing(todo())
     if arguments.json:
         found: Any = {
             "bench": "quality.attentions",

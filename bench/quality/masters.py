@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import train.engine.rounding
-from bench.quality.optimizers import command, interval, is_done, preload, read
+from bench.quality.sweep import command, interval, is_done, preload, read
 from train.files.strict_json import dumps
 
 MASTERS = {

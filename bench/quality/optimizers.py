@@ -14,26 +14,14 @@ cell that was cut short included. `--processor-seconds N` begins no cell once so
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import json
-import math
-import multiprocessing
-import os
-import resource
-import runpy
-import shutil
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-from train.engine.library import import_deepspeed
+from bench.quality.sweep import Todo, go_on, interval, is_done, parser_of, print_missing, read
 from train.files.strict_json import dumps
 
 OPTIMIZERS = ("adamw", "muon")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""Number of differences -> how many standard errors a 95% interval has on each side."""
 SIZES = {
     "small": [
         "model.hidden_size=128",
@@ -77,12 +65,6 @@ Cell = tuple[str, float, int]
 
 def cell(folder: Path, optimizer: str, rate: float, seed: int) -> Path:
     return folder / f"{optimizer}-{rate:g}-{seed}"
-
-
-def is_done(run: Path) -> bool:
-    """Whether it trained to its end; a run that was asked to stop has a result as well."""
-    result = run / "result.json"
-    return result.is_file() and not json.loads(result.read_text())["stopped"]
 
 
 def from_the_middle(rates: list[float]) -> list[float]:
@@ -131,63 +113,6 @@ def words_of(optimizer: str, rate: float, seed: int, settings: list[str]) -> lis
     ]
 
 
-def train(run: Path, words: list[str]) -> None:
-    """Train a cell to its end, or go on with one that was stopped and has a checkpoint. Its numbers
-    stay, its weights do not.
-
-    Raises:
-        RuntimeError: it failed; its output is in RUN.log.
-    """
-    before = spent()
-    run.parent.mkdir(parents=True, exist_ok=True)
-    if any((run / "checkpoints").glob("step-*")):
-        words = [f"resume={run}"]
-    else:
-        shutil.rmtree(run, ignore_errors=True)
-        words = [*words, f"run_dir={run}"]
-    log = run.with_name(run.name + ".log")
-    # A fork has torch and DeepSpeed already, which cost as much as a short cell.
-    process = multiprocessing.get_context("fork").Process(target=command, args=(words, log))
-    process.start()
-    process.join()
-    if process.exitcode != 0 or not is_done(run):
-        raise RuntimeError(f"{run.name} did not train to its end; see {log}")
-    log.unlink()
-    shutil.rmtree(run / "checkpoints")
-    (run / "processor_seconds").write_text(str(spent() - before))
-
-
-def command(words: list[str], log: Path) -> None:
-    """launch.train in this process, which is a fork."""
-    with log.open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    sys.argv = ["launch.train", *words]
-    runpy.run_module("launch.train", run_name="__main__")
-
-
-def read(run: Path) -> dict[str, float]:
-    """Held-out loss at the end, training loss over the last tenth, the median speed, and what it
-    cost, where it ran in one go.
-    """
-    result = json.loads((run / "result.json").read_text())
-    records = [
-        r
-        for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if "train/loss" in r
-    ]
-    late = [r["train/loss"] for r in records if r["step"] > 0.9 * result["step"]]
-    speeds = [r["perf/tokens_per_second"] for r in records if r.get("perf/tokens_per_second")]
-    cost = run / "processor_seconds"
-    return {
-        "val_loss": result["val_loss"],
-        "train_loss": statistics.mean(late),
-        "tokens_per_second": statistics.median(speeds),
-        "tokens": result["tokens"],
-        "processor_seconds": float(cost.read_text()) if cost.is_file() else 0.0,
-    }
-
-
 def best_rate(by_rate: dict[float, dict[int, dict[str, float]]]) -> float:
     """Of those with the most seeds: one lucky seed at a rate is no mean."""
     most = max(map(len, by_rate.values()))
@@ -197,15 +122,6 @@ def best_rate(by_rate: dict[float, dict[int, dict[str, float]]]) -> float:
 
 def mean(by_seed: dict[int, dict[str, float]], name: str) -> float:
     return statistics.mean(numbers[name] for numbers in by_seed.values())
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95% interval."""
-    number = len(differences)
-    if number < 2:
-        return differences[0], math.inf
-    error = statistics.stdev(differences) / math.sqrt(number)
-    return statistics.mean(differences), STUDENT.get(number, 2.0) * error
 
 
 def tables(results: Results) -> str:
@@ -266,53 +182,29 @@ def gather(folder: Path, rates: list[float], seeds: list[int]) -> Results:
     return found
 
 
-def spent() -> float:
-    """Processor seconds of the cells that this process has trained."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality.optimizers")
-    parser.add_argument("folder", type=Path)
+    parser = parser_of("bench.quality.optimizers")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
     parser.add_argument("--every-cell", action="store_true", help="all seeds at all rates")
-    parser.add_argument("--processor-seconds", type=float, default=math.inf)
-    parser.add_argument("--report", action="store_true", help="of what there is; train nothing")
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     arguments = parser.parse_args()
     rates, seeds, folder = arguments.rates, arguments.seeds, arguments.folder
-    while not arguments.report and spent() < arguments.processor_seconds:
-        todo = missing(gather(folder, rates, seeds), rates, seeds, arguments.every_cell)
-        if not todo:
-            break
-        preload()
-        name, rate, seed = todo[0]
-        run = cell(folder, name, rate, seed)
-        settings = [*SIZES[arguments.size], f"train.num_steps={arguments.steps}"]
-        settings += FOR_MUON.get(arguments.size, []) if name == "muon" else []
-        train(run, words_of(name, rate, seed, settings))
-        print(f"{run.name}: {read(run)['val_loss']:.4f}", file=sys.stderr, flush=True)
+    common = [*SIZES[arguments.size], f"train.num_steps={arguments.steps}"]
 
+    def todo() -> Todo:
+        found = []
+        for one in missing(gather(folder, rates, seeds), rates, seeds, arguments.every_cell):
+            settings = common + (FOR_MUON.get(arguments.size, []) if one[0] == "muon" else [])
+            found.append((cell(folder, *one), words_of(*one, settings)))
+        return found
+
+    go_on(arguments, todo)
     results = gather(folder, rates, seeds)
     print(tables(results))
-    if todo := missing(results, rates, seeds, arguments.every_cell):
-        print("\nNot run: " + ", ".join(cell(folder, *one).name for one in todo) + ".")
+    print_missing(todo())
     if arguments.json:
         found: Any = {"size": arguments.size, "steps": arguments.steps, "results": results}
         arguments.json.write_text(dumps(found) + "\n")
-
-
-def preload() -> None:
-    """What cells import, before the first fork."""
-    if not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in ("launch.config.contradictions", "train.loop"):
-        importlib.import_module(name)
-    import_deepspeed()
 
 
 if __name__ == "__main__":

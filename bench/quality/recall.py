@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.common import find_commit
-from bench.quality.optimizers import interval
 from bench.quality.rules import HEADS, KV_HEADS, RULES, Rule, RuleLayer
+from bench.quality.sweep import interval
 from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, sparse_attention
 from train.files.strict_json import dumps
 
