@@ -310,10 +310,9 @@ class ModelConfig:
         every = range(self.num_layers + self.num_mtp_layers)
         return tuple(i for i in every if self.is_moe_layer(i))
 
-    def problems(self) -> list[str]:
-        """Every contradiction in the shape, as sentences that name the value and the way out."""
-        found = []
-        for name in (
+    def size_problems(self) -> list[str]:
+        """Sizes below one, with which nothing can be computed of the shape."""
+        sizes = (
             "vocab_size",
             "hidden_size",
             "num_layers",
@@ -322,9 +321,16 @@ class ModelConfig:
             "intermediate_size",
             "max_seq_len",
             "moe_layer_interval",
-        ):
-            if getattr(self, name) < 1:
-                found.append(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        )
+        return [
+            f"model.{name} is {size}; it must be at least 1"
+            for name in sizes
+            if (size := getattr(self, name)) < 1
+        ]
+
+    def problems(self) -> list[str]:
+        """Every contradiction in the shape, as sentences that name the value and the way out."""
+        found = self.size_problems()
         if found:
             return found
         if self.head_dim is not None and self.head_dim < 2:

@@ -58,7 +58,9 @@ def contradictions(run: RunConfig, world_size: int, trains: bool = True) -> list
 
     axes = ("expert", "tensor", "context", "pipeline")
     sizes = (*(f"parallel.{axis}_parallel_size" for axis in axes), "parallel.context_gather_size")
-    if any(p.startswith((*sizes, "train.", "deepspeed.")) for p in problems):
+    if run.model.size_problems() or any(
+        p.startswith((*sizes, "train.", "deepspeed.")) for p in problems
+    ):
         return problems
     problems += run.attention.problems(run.model) + _frozen(run) + _adapters(run)
     problems += _rounding(run)

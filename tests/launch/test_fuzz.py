@@ -41,6 +41,31 @@ CONFIGS = (
             "train.global_batch_size=64",
         ),
     ),
+    (
+        2,
+        (
+            "parallel=pp2",
+            "parallel.virtual_stages=2",
+            "attention=csa",
+            "attention.output_groups=2",
+            "model.num_kv_heads=1",
+            "model.qk_norm=none",
+            "balance=quantile",
+        ),
+    ),
+    (4, ("parallel=cp4_gather", "attention=scc", "attention.entries=gated", "optim=muon")),
+    (
+        2,
+        (
+            "attention=mla_lite",
+            "model.num_kv_heads=4",
+            "model.qk_norm=none",
+            "optim.decay_style=WSD",
+            "optim.wsd_decay_steps=10",
+            "profile.steps=[2,3]",
+        ),
+    ),
+    (2, ("parallel=tp2", "attention=dense", "train.batch_size_rampup=[8,8,64]")),
 )
 EXECUTING = (
     "os.system",
@@ -228,7 +253,7 @@ def test_any_config_is_accepted_or_refused_with_lines_that_name_keys(configs, mu
     check(mutate(config, steps), size)
 
 
-KINDS_OF_VALUES = (None, True, -1, 2**31, 0.5, math.nan, "", "???", [], [{}], {}, {1: 2})
+KINDS_OF_VALUES = (None, True, 0, -1, 2**31, 0.5, math.nan, "", "???", [], [{}], {}, {1: 2})
 
 
 def every_place(config: dict, size: int, values_of: Callable[[int], Sequence]) -> None:
@@ -253,8 +278,9 @@ def test_every_place_takes_two_kinds_of_values_or_says_so(configs):
 
 
 @pytest.mark.nightly
-def test_every_place_takes_every_kind_of_value_or_says_so(configs):
-    size, config = configs[0]
+@pytest.mark.parametrize("index", range(len(CONFIGS)))
+def test_every_place_takes_every_kind_of_value_or_says_so(configs, index):
+    size, config = configs[index]
     every_place(config, size, lambda number: KINDS_OF_VALUES)
 
 
