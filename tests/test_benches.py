@@ -18,7 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from bench.quality import attentions, budget_table, optimizers, recall, sweep, widths
+from bench.quality import adapted, attentions, budget_table, optimizers, recall, sweep, widths
 from bench.sparse_attention import slowly
 from launch.command.arguments import setting
 from launch.config.overrides import plain
@@ -227,6 +227,20 @@ def test_every_attention_that_is_compared_can_be_trained(variant):
     told = run.attention.arguments
     learning = told.get("index_steps") or told.get("dense_steps", 0)
     assert learning == (20 if variant in ("scc_index", "dsa", "msa", "qsa", "csa", "v4") else 0)
+
+
+@pytest.mark.parametrize("variant", adapted.VARIANTS)
+def test_every_attention_that_a_published_model_is_adapted_to_can_be_trained(variant):
+    words = adapted.words_of(variant, 1, 100, Path("model"))
+    assert {"init.path=model", "seed=1", "train.num_steps=100"} <= {*words}
+    rest = [setting(word) for word in words if not word.startswith("init.")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        asked = complete(compose("train", overrides=[*rest, "model.max_seq_len=1024"]))
+    arguments = parse(plain(asked), 1).attention.arguments
+    if variant != "dense":
+        window = SparseAttentionSpec(block_size=32, window_size=arguments["window_size"])
+        blocks = window.num_local_blocks + arguments["top_k"] + arguments["num_sink_blocks"]
+        assert blocks * 32 == 256
 
 
 def test_attentions_are_compared_over_the_seeds_that_both_have():

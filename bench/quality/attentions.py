@@ -8,16 +8,18 @@ Markdown. The same command goes on where it was stopped, a run that was cut shor
 FILE` takes over what `--json FILE` wrote elsewhere. Runs that are missing are named.
 
 A query attends to 416 tokens exactly, or to as many tokens and entries, in whatever way its rule
-chooses them; `scc` and its kin see the rest pooled. Where an index chooses, a fifth of the steps
+chooses them; `scc` and its kin, `drop` and `nsa` to 384, twelve blocks, and most of them see the
+rest pooled. Where an index chooses, a fifth of the steps
 teaches it first. What differs is said against dense attention with the same seeds, with Student's
 95% interval over them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from bench.quality.sweep import Todo, go_on, interval, is_done, parser_of, print
 from train.files.strict_json import dumps
 
 COLUMNS = 416
-"""Thirteen blocks of 32: conf/attention/scc_short.yaml."""
+"""Thirteen blocks of 32; conf/attention/scc_short.yaml has twelve."""
 COMMON = [
     "experiment=quickstart_sparse",
     "parallel=single",
@@ -88,7 +90,7 @@ Results = dict[str, dict[int, dict[str, float]]]
 
 
 def cell(folder: Path, variant: str, seed: int) -> Path:
-    return folder / f"{variant}-{seed}"
+    return folder / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def words_of(variant: str, seed: int, steps: int) -> list[str]:
@@ -159,11 +161,19 @@ def table(results: Results, seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = parser_of("bench.quality.attentions")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+def arguments_of(parser: argparse.ArgumentParser, variants: Sequence[str]) -> argparse.Namespace:
+    """What is asked of a comparison of these variants."""
+    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
     parser.add_argument("--known", type=Path, help="what --json wrote of runs that are elsewhere")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def compare(
+    arguments: argparse.Namespace, bench: str, words_of: Callable[[str, int, int], list[str]]
+) -> None:
+    """Train what is missing of the variants, print the table and write the numbers. words_of:
+    variant, seed and steps -> what a run is asked for.
+    """
     folder, variants, seeds = arguments.folder, arguments.variants, arguments.seeds
     earlier = known(arguments.known, arguments.steps)
 
@@ -179,12 +189,17 @@ def main() -> None:
     print_missing(todo())
     if arguments.json:
         found: Any = {
-            "bench": "quality.attentions",
+            "bench": bench,
             "commit": find_commit(),
             "steps": arguments.steps,
             "results": results,
         }
         arguments.json.write_text(dumps(found) + "\n")
+
+
+def main() -> None:
+    arguments = arguments_of(parser_of("bench.quality.attentions"), list(VARIANTS))
+    compare(arguments, "quality.attentions", words_of)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ intervals.
 `python -m bench.quality.converted MODEL [--rows 8] [--length 2048] [--variants scc drop] [--json
 FILE]` reads the folder MODEL (of the Hub, for example what `python -m bench.small_model --to DIR`
 writes as DIR/model) once for each rule that needs no weights of its own, and prints a table as
-Markdown. Nothing is trained. A query attends to 416 tokens exactly, as in
-bench/quality/attentions.py.
+Markdown. Nothing is trained. A query attends to 384 tokens exactly, to 416 where none are selected,
+as in bench/quality/attentions.py.
 
 Rows are consecutive pieces of the bundled text, the same for all. Intervals are 95% over rows: of
 the loss, and of its difference to dense attention over the same rows, which is far surer.
