@@ -463,14 +463,6 @@ def _index(run: RunConfig, trains: bool) -> list[str]:
             f"lora.rank is {run.lora.rank}, but adapters leave the index of {kind} as it is, while "
             f"what it has to find moves; set lora.rank=0, or use {instead}"
         )
-    follows = not is_compressed and attention.arguments.get("index_layers", 1) > 1
-    if follows and run.parallel.pipeline_parallel_size > 1:
-        problems.append(
-            f"attention.index_layers {attention.arguments['index_layers']} lets layers follow the "
-            "choice of an earlier one, which may be on another stage of "
-            f"parallel.pipeline_parallel_size {run.parallel.pipeline_parallel_size}; set "
-            "attention.index_layers=1"
-        )
     names = [
         f"blocks.{i}.attention.indexer.q_proj.weight"
         for i in layers

@@ -246,6 +246,7 @@ ATTENTIONS.append({**ATTENTIONS[0], "ep": 1, "zero": 2, "model": {"recompute": "
 # Attention by an index, which learns in a dense step and then chooses.
 INDEX = {"top_k": 2, "index_heads": 2, "dense_steps": 1, "audit_rows": 0.5}
 BY_BLOCK = {**INDEX, "rule": "msa", "block_size": 2, "dense_layers": [0]}
+FOLLOWED = {**SPARSE, "select": "index", "index_layers": 2, "entries": "gated"}
 INDEXES = [
     {**ATTENTIONS[0], "zero": 3, "attention": {**INDEX, "rule": "dsa"}},
     {
@@ -259,7 +260,7 @@ INDEXES = [
     {
         **ATTENTIONS[0],
         "zero": 3,
-        "attention": {**SPARSE, "select": "index", "index_layers": 2, "entries": "gated"},
+        "attention": FOLLOWED,
         "model": {"recompute": "block"},
     },
 ]

@@ -13,6 +13,7 @@ from tests.distributed.test_parity import (
     BY_BLOCK,
     ENTRIES,
     ENTRIES_SHAPE,
+    FOLLOWED,
     GATED,
     GPT_OSS,
     LATENT,
@@ -75,6 +76,8 @@ MORE_ON_TWO = [
     case(2, 1, 1, 2, "batch", attention=LEARNED, model={"recompute": "block"}),
     case(2, 1, 2, 2, "global_batch", attention=GATED),
     case(2, 1, 1, 2, "sequence", attention=LEVELS),
+    # Layers that follow the choice of the one before, on each stage.
+    case(2, 1, 1, 2, "batch", attention=FOLLOWED, model=FOUR_LAYERS),
     case(2, 1, 2, 2, "batch", attention=LATENT, model=LATENT_SHAPE),
     case(2, 1, 1, 2, "batch", attention=BY_BLOCK),
     case(2, 1, 1, 2, "batch", attention=ENTRIES, model=ENTRIES_SHAPE),
@@ -122,6 +125,7 @@ VIRTUAL_ON_TWO = [
     case(2, 1, 1, 4, "sequence", virtual=3, model={"num_layers": 7}),
     case(2, 1, 0, 3, "batch", virtual=2, model={**FOUR_LAYERS, "tie_embeddings": True}),
     case(2, 1, 1, 3, "batch", virtual=2, attention=LEARNED, model=FOUR_LAYERS, **ROUNDED),
+    case(2, 1, 1, 2, "batch", virtual=2, attention=FOLLOWED, model={"num_layers": 8}, **ROUNDED),
     case(2, 1, 1, 2, "batch", virtual=2, model={**FOUR_LAYERS, "num_experts": 0}),
     # Routers at both ends of what a rank has, and of one rank none in its first run.
     case(

@@ -28,9 +28,9 @@ def base() -> dict:
     return composed("attention=dsa")
 
 
-def problems(config: dict) -> list[str]:
+def problems(config: dict, world_size: int = 1) -> list[str]:
     try:
-        parse(config, 1)
+        parse(config, world_size)
     except ConfigError as error:
         return error.problems
     return []
@@ -154,12 +154,20 @@ def test_an_index_inside_sparse_attention_needs_no_dense_steps_and_has_to_learn(
         assert any(words in problem for problem in problems(config)), problems(config)
 
 
-def test_layers_that_follow_an_index_are_on_its_stage():
-    config = composed(*INSIDE, "attention.index_layers=2", "parallel=single")
-    config["parallel"]["pipeline_parallel_size"] = 2
-    with pytest.raises(ConfigError) as refused:
-        parse(config, 2)
-    assert any("set attention.index_layers=1" in text for text in refused.value.problems)
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ([4, 4], None),
+        ([2, 6], None),
+        ([3, 5], "lets layer 3 follow the choice of layer 2, but pipeline stages are cut"),
+    ],
+)
+def test_layers_that_follow_an_index_are_on_its_stage(split, words):
+    followed = ("attention.index_layers=2", "model.num_layers=8", "parallel=single")
+    config = composed(*INSIDE, *followed)
+    config["parallel"] |= {"pipeline_parallel_size": 2, "pipeline_split": split}
+    found = problems(config, 2)
+    assert found == [] if words is None else any(words in text for text in found), found
 
 
 def test_layers_that_read_entries_are_where_these_are_made():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -178,6 +178,21 @@ class SparseAttentionConfig(AttentionConfig):
             return []
         begin = layers.index(layer_idx) // self.index_layers * self.index_layers
         return layers[begin : begin + self.index_layers]
+
+    def parted_problems(self, model: ModelConfig, parts: Sequence[Sequence[int]]) -> list[str]:
+        """What keeps layers from being cut into these parts: layers that choose as one are in one
+        of them.
+        """
+        part_of = {i: n for n, part in enumerate(parts) for i in part}
+        for layer in range(model.num_layers):
+            group = self.index_group(model, layer)
+            if group and part_of.get(group[0]) != part_of.get(layer):
+                return [
+                    f"attention.index_layers {self.index_layers} lets layer {layer} follow the "
+                    f"choice of layer {group[0]}, but pipeline stages are cut between them; set "
+                    "attention.index_layers=1, or move the cut (parallel.pipeline_split)"
+                ]
+        return []
 
     def sharing_problems(self, model: ModelConfig, size: int, gather: int) -> list[str]:
         if gather == 1 or size == 1:
