@@ -286,6 +286,23 @@ def index_attention_launches(
     return launches
 
 
+def gated_pool_launches(
+    architecture: int, size: int, width: int, overlap: bool, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """What entries of 512 tokens, and their gradients, would start."""
+    from ops.compressed_attention import closed_windows, triton_backend
+
+    row_size = 2 * width if overlap else width
+    content, gates = torch.zeros(512, 2 * row_size, dtype=dtype).split(row_size, 1)
+    bias = torch.zeros(size, row_size)
+    windows = closed_windows([0, 512], size, content.device)
+    given = content, gates, bias, windows.starts, windows.follows, overlap
+    with record_launches(architecture) as launches:
+        entries = triton_backend.pool(*given)
+        triton_backend.pool_backward(*given, entries)
+    return launches
+
+
 def grouped_mlp_launches(
     architecture: int,
     sizes: tuple[int, int, int, int, int],
@@ -465,6 +482,20 @@ def index_attention_jobs(architecture: int) -> Iterator[Job]:
     yield from record("w128 I4 blocks of 128 fp32", blocks, 4, 128, dtype=torch.float32)
 
 
+def gated_pool_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table: entries of CSA, HCA and CSA2, and keys of their index."""
+    for title, *sizes in (
+        ("w512 of 4, overlapping", 4, 512, True),
+        ("w128 of 4, overlapping", 4, 128, True),
+        ("w512 of 128", 128, 512, False),
+        ("w512 of 2", 2, 512, False),
+        ("w512 of 4, overlapping, fp32", 4, 512, True, torch.float32),
+        ("w512 of 128, fp32", 128, 512, False, torch.float32),
+    ):
+        for launch in gated_pool_launches(architecture, *sizes):
+            yield job_of(launch, str(title))
+
+
 def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
     """The shapes of the table, tensors without memory: every kernel for the first, the products for
     the others.
@@ -526,6 +557,7 @@ def jobs_of(architecture: int) -> dict[str, Job]:
         sparse_attention_jobs(architecture),
         gather_attention_jobs(architecture),
         index_attention_jobs(architecture),
+        gated_pool_jobs(architecture),
         grouped_mlp_jobs(architecture),
     ):
         jobs.setdefault(job.title, job)
