@@ -7,6 +7,7 @@ blocks that are chosen.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -66,9 +67,11 @@ class Gradients(NamedTuple):
     weights: Tensor | None
 
 
-def tile_queries(num_seen: int, choices: int) -> int:
-    """How many queries go in a tile, the first of which sees so many keys."""
-    return max(1, min(MOST_QUERIES, CHUNK_VALUES // (choices * max(1, num_seen))))
+def tile_queries(num_seen: int, by_key: int) -> int:
+    """How many queries go in a tile, the first of which sees so many keys and has `by_key` scores for
+    each.
+    """
+    return max(1, min(MOST_QUERIES, CHUNK_VALUES // (by_key * max(1, num_seen))))
 
 
 def block_scores(tile: IndexTile, with_best: bool = False) -> Scores:
@@ -201,4 +204,5 @@ def add_grads(tile: IndexTile, columns: Tensor, grads: Tensor, into: Gradients) 
 
 def _scale(tile: IndexTile) -> float:
     _, heads, width = tile.queries.shape
-    return float(width if tile.spec.by_head else heads * width) ** -0.5
+    terms = width if tile.spec.by_head else heads * width
+    return math.pow(terms, -0.5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -229,14 +229,16 @@ def _tiles(
     """by_key: numbers of a query for a key. A tile's size follows from its place alone, so that
     later tokens cannot change it.
     """
-    tile_queries = _tile_queries
+    size_of: Callable[[int, int], int] = _tile_queries
     if kernels:
         from ops.index_attention.triton_backend import tile_queries
+
+        size_of = tile_queries
     first_block = 0
     for begin, end in itertools.pairwise(bounds):
         at = begin
         while at < end:
-            stop = min(at + tile_queries(at - begin + 1, by_key), end)
+            stop = min(at + size_of(at - begin + 1, by_key), end)
             _, local = candidate_range(torch.tensor([at - begin, stop - 1 - begin]), spec)
             yield _Tile(begin, at, stop, first_block, int(local.max()))
             at = stop

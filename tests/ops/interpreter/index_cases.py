@@ -129,14 +129,15 @@ def check_scores(case: Case) -> None:
     assert_close("scores", *both, case.dtype)
     assert (found.best is None) == (case.spec.rule != "msa")
     if found.best is not None:
-        # the key that gave a block its score, which is alone in its first place here
+        # the key that gave a block its score, the first of equal ones
         keys, position = index.keys.double(), index.first_position + torch.arange(case.queries)
         by_key = torch.einsum("qcw,nw->cqn", index.queries.double(), keys)
         by_key = by_key.masked_fill(torch.arange(len(keys)) > position[:, None], -INF)
-        missing = -len(keys) % case.spec.block_size
-        blocks = torch.nn.functional.pad(by_key, (0, missing), value=-INF)
         size = case.spec.block_size
-        place = blocks.unflatten(-1, (-1, size)).argmax(-1)
+        padded = torch.nn.functional.pad(by_key, (0, -len(keys) % size), value=-INF)
+        blocks = padded.unflatten(-1, (-1, size))
+        largest = blocks == blocks.amax(-1, keepdim=True)
+        place = torch.where(largest, torch.arange(size), size).amin(-1)
         place += size * torch.arange(place.shape[-1])
         assert torch.equal(found.best.long()[~never], place[~never]), "best keys differ"
 
@@ -239,7 +240,7 @@ def check_within(spec: SparseAttentionSpec) -> None:
 GROUPS: dict[str, tuple[Callable[[Any], None], dict[str, Any], dict[str, int]]] = {
     "largest": (check_largest, LARGEST, {}),
     "chunks": (check_largest, LARGEST, {"CHUNK": 32}),
-    "scores": (check_scores, CASES | HALF, {}),
+    "scores": (check_scores, CASES | HALF | WHOLE, {}),
     "choice": (check_choice, WHOLE, {}),
     "grads": (check_grads, CASES | HALF, {}),
     "within": (check_within, WITHIN, {"MOST_QUERIES": 16}),
