@@ -100,6 +100,7 @@ compile-kernels: setup  ## compile every CUDA kernel for all architectures; fail
 bench: setup  ## run the CPU benches
 	$(PY) -m bench.gather_attention --device cpu
 	$(PY) -m bench.grouped_mlp --device cpu
+	$(PY) -m bench.index_attention --device cpu
 	$(PY) -m bench.moe_layer --device cpu
 	$(PY) -m bench.router --device cpu
 	$(PY) -m bench.sparse_attention --device cpu

@@ -74,7 +74,7 @@ def test_every_bench_of_a_cpu_is_run():
     otherwise = {
         *("common", "collect", "tune", "peers"),  # parts, and what needs a GPU
         *("grouped_mlp", "moe_layer", "router", "sparse_attention", "train_step"),  # make bench
-        *("stored_experts", "gather_attention"),  # make bench
+        *("stored_experts", "gather_attention", "index_attention"),  # make bench
         *("generation", "small_model"),  # need a run, and a package
         # need a commit to compare with; some minutes
         *("start_up", "optimizer_step", "compiled_blocks"),

@@ -48,6 +48,7 @@ FIRST = (
     "tests/ops/test_sparse_attention_triton.py",
     "tests/ops/test_grouped_mlp_triton.py",
     "tests/ops/test_gather_attention_triton.py",
+    "tests/ops/test_index_attention_triton.py",
     "tests/end_to_end/test_routing.py",
     "tests/end_to_end/test_sparse_attention.py",
     "tests/distributed/test_grad_accum.py",

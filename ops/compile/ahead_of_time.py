@@ -44,6 +44,7 @@ from ops.compile.launch import Launch, record_launches
 
 if TYPE_CHECKING:
     from ops.grouped_mlp.spec import Precision, Stored
+    from ops.index_attention.spec import IndexSpec
     from ops.sparse_attention.spec import SparseAttentionSpec
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -252,6 +253,56 @@ def gather_attention_launches(
     return launches
 
 
+def index_attention_launches(
+    architecture: int,
+    spec: IndexSpec,
+    num_heads: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    weighted: bool = False,
+) -> list[Launch]:
+    """What the choice of 512 queries among as many keys, and teaching it, would start."""
+    from ops.index_attention import triton_backend
+    from ops.index_attention.triton_backend import Gradients, IndexTile
+
+    num_tokens = 512
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    tile = IndexTile(
+        tensor(num_tokens, num_heads, width),
+        tensor(num_tokens, width),
+        tensor(num_tokens, num_heads) if weighted else None,
+        num_tokens * spec.block_size,
+        spec,
+    )
+    into = Gradients(*(None if x is None else x.float() for x in tile[:3]))
+    with record_launches(architecture) as launches:
+        scores = triton_backend.block_scores(tile)
+        scores = triton_backend.block_scores(tile, with_best=True)
+        chosen = triton_backend.largest(scores.values, spec.top_k)
+        triton_backend.add_grads(tile, chosen.zero_(), chosen.float(), into)
+    return launches
+
+
+def gated_pool_launches(
+    architecture: int, size: int, width: int, overlap: bool, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """What entries of 512 tokens, and their gradients, would start."""
+    from ops.compressed_attention import closed_windows, triton_backend
+
+    row_size = 2 * width if overlap else width
+    content, gates = torch.zeros(512, 2 * row_size, dtype=dtype).split(row_size, 1)
+    bias = torch.zeros(size, row_size)
+    windows = closed_windows([0, 512], size, content.device)
+    given = content, gates, bias, windows.starts, windows.follows, overlap
+    with record_launches(architecture) as launches:
+        entries = triton_backend.pool(*given)
+        triton_backend.pool_backward(*given, entries)
+    return launches
+
+
 def grouped_mlp_launches(
     architecture: int,
     sizes: tuple[int, int, int, int, int],
@@ -409,6 +460,42 @@ def gather_attention_jobs(architecture: int) -> Iterator[Job]:
     )
 
 
+def index_attention_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table, one for each rule, then the widths and dtypes at the extremes."""
+    from ops.index_attention.spec import IndexSpec
+
+    def record(title: str, spec: IndexSpec, *sizes: int, **settings: Any) -> Iterator[Job]:
+        for launch in index_attention_launches(architecture, spec, *sizes, **settings):
+            absent = spec.by_head and ("best_ptr", None) in _named(launch)
+            yield job_of(launch, title + (" no best" if absent else ""))
+
+    tokens, blocks = IndexSpec("dsa", 1, 2048), IndexSpec("msa", 128, 16)
+    yield from record("w128 I32 tokens", tokens, 32, 128, weighted=True)
+    yield from record("w128 I64 entries", IndexSpec("qsa", 4, 512), 64, 128, weighted=True)
+    yield from record("w128 I4 blocks of 4", IndexSpec("qsa", 4, 512), 4, 128)
+    yield from record("w128 I4 blocks of 128", blocks, 4, 128)
+    yield from record("w64 I4 blocks of 64", IndexSpec("msa", 64, 16), 4, 64)
+    yield from record("w256 I32 tokens", tokens, 32, 256, weighted=True)
+    yield from record("w256 I4 blocks of 128", blocks, 4, 256)
+    yield from record("w96 I8 tokens fp16", tokens, 8, 96, weighted=True, dtype=torch.float16)
+    yield from record("w128 I32 fp32", tokens, 32, 128, weighted=True, dtype=torch.float32)
+    yield from record("w128 I4 blocks of 128 fp32", blocks, 4, 128, dtype=torch.float32)
+
+
+def gated_pool_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table: entries of CSA, HCA and CSA2, and keys of their index."""
+    for title, *sizes in (
+        ("w512 of 4, overlapping", 4, 512, True),
+        ("w128 of 4, overlapping", 4, 128, True),
+        ("w512 of 128", 128, 512, False),
+        ("w512 of 2", 2, 512, False),
+        ("w512 of 4, overlapping, fp32", 4, 512, True, torch.float32),
+        ("w512 of 128, fp32", 128, 512, False, torch.float32),
+    ):
+        for launch in gated_pool_launches(architecture, *sizes):
+            yield job_of(launch, str(title))
+
+
 def grouped_mlp_jobs(architecture: int) -> Iterator[Job]:
     """The shapes of the table, tensors without memory: every kernel for the first, the products for
     the others.
@@ -469,6 +556,8 @@ def jobs_of(architecture: int) -> dict[str, Job]:
     for job in itertools.chain(
         sparse_attention_jobs(architecture),
         gather_attention_jobs(architecture),
+        index_attention_jobs(architecture),
+        gated_pool_jobs(architecture),
         grouped_mlp_jobs(architecture),
     ):
         jobs.setdefault(job.title, job)

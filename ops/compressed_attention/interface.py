@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ops.compressed_attention.tile import (
     window_mask,
 )
 from ops.gather_attention import Gather, pick_backend
-from ops.index_attention.gathered import document_starts
+from ops.index_attention.gathered import document_starts, teach_chosen
 from ops.index_attention.interface import Index
 from ops.index_attention.tile import (
     block_scores,
@@ -31,6 +31,9 @@ from ops.index_attention.tile import (
     own_graph,
     real_dtype,
 )
+
+if TYPE_CHECKING:
+    from ops.index_attention.triton_backend import IndexTile
 
 TILE_VALUES = 2**22
 """Numbers of a tile's largest tensors, which bounds what the op needs beside its inputs."""
@@ -81,8 +84,8 @@ def compressed_attention(
         teach: compute the divergence. token_mask: [T] bool, tokens that count in it; None: all.
         chosen: [T, K] int32 as the output has them, of another layer whose choice is followed;
             None: the index chooses.
-        backend: who attends to entries that are chosen: "triton" gathers them, "torch" masks the
-            rest; None: see ops.gather_attention.pick_backend. `dense` is for torch.
+        backend: who chooses entries, attends to them and teaches: "triton" gathers them, "torch"
+            masks the rest; None: see ops.gather_attention.pick_backend. `dense` is for torch.
 
     Returns:
         CompressedOutput; gradients flow from out to q, kv, entries and sinks, and from the
@@ -95,14 +98,16 @@ def compressed_attention(
     if chosen is not None and (chosen.dim() != 2 or len(chosen) != len(q)):
         raise ValueError(f"chosen {tuple(chosen.shape)} must be [{len(q)}, entries of a query]")
     _check(q, kv, entries, index, sinks, bounds, spec, dense or chosen is not None, teach)
-    gathers = pick_backend(backend, q.device, q.dtype, q.shape[2], 1) == "triton" and not dense
+    width = 0 if index is None else index.queries.shape[2]
+    picked = pick_backend(backend, q.device, q.dtype, q.shape[2], 1, width)
+    gathers = picked == "triton" and not dense
     parts: tuple[Tensor | None, ...] = (None, None, None) if index is None else tuple(index)
     followed = None if dense else chosen
     how = tuple(bounds), spec, dense, teach, followed, gathers
-    out, divergence, picked = _Compressed.apply(  # type: ignore[no-untyped-call]
+    out, divergence, own = _Compressed.apply(  # type: ignore[no-untyped-call]
         q, kv, entries, sinks, *parts, token_mask, *how
     )
-    return CompressedOutput(out, divergence, picked if followed is None else followed)
+    return CompressedOutput(out, divergence, own if followed is None else followed)
 
 
 @torch.no_grad()
@@ -201,6 +206,29 @@ class _Tiles:
                 yield self.tile(document, at, min(at + size, document.end))
                 at += size
 
+    def index_tiles(self) -> Iterator[tuple[_Tile, IndexTile | None]]:
+        """Larger tiles, as the index's kernels take them; None: there is no index."""
+        from ops.index_attention.triton_backend import IndexTile, tile_queries
+
+        for document in self.documents():
+            at = document.begin
+            while at < document.end:
+                closed = self._closed(at - document.begin + 1)
+                tile = self.tile(document, at, min(at + tile_queries(closed, 1), document.end))
+                of_index = None
+                if self.index is not None:
+                    queries, keys, weights = self.index
+                    assert weights is not None
+                    of_index = IndexTile(
+                        queries[tile.rows].contiguous(),
+                        keys[tile.entries].to(queries.dtype).contiguous(),
+                        weights[tile.rows].contiguous(),
+                        at - document.begin,
+                        self.spec.ranking,
+                    )
+                yield tile, of_index
+                at = tile.rows.stop
+
     def tile(self, document: _Document, start: int, stop: int) -> _Tile:
         begin, first = document.begin, document.first_entry
         since = max(begin, start - self.spec.window + 1)
@@ -272,11 +300,11 @@ class _Compressed(torch.autograd.Function):
             picked = q.new_full((len(q), most), -1, dtype=torch.int32)
         real_sinks = sinks.to(tiles.real)
         if gathers:
-            from ops.gather_attention import triton_backend
-
             gather = _gather_of(q, kv, entries, sinks, picked, bounds, spec)
+            how = token_mask, teach, followed is None
+            total = _attend_gathered(tiles, gather, out, lse, *how, grads if learns else None)
 
-        for tile in tiles.all():
+        for tile in () if gathers else tiles.all():
             scores, chosen = None, None
             if index is not None and (teach or not (dense or followed is not None)):
                 parts = tiles.of_index(tile)
@@ -287,29 +315,20 @@ class _Compressed(torch.autograd.Function):
                 if not dense and followed is None:
                     best = choose_entries(scores, tile.position, spec)
                     picked[tile.rows, : best.shape[-1]] = best[0].to(torch.int32)
-            own = picked[tile.rows].unsqueeze(0)
-            if gathers:
-                triton_backend.attend(gather, out, lse, tile.rows.start, tile.rows.stop)
-            else:
-                chosen = None if dense else blocks_mask(own, tile.num_entries)
-                found = attend(
-                    tiles.queries(tile), tiles.columns(tile), tiles.seen(tile, chosen), real_sinks
-                )
-                out[tile.rows] = found.out[0].to(out.dtype)
-                lse[:, tile.rows] = found.lse[0]
+            if not dense:
+                chosen = blocks_mask(picked[tile.rows].unsqueeze(0), tile.num_entries)
+            found = attend(
+                tiles.queries(tile), tiles.columns(tile), tiles.seen(tile, chosen), real_sinks
+            )
+            out[tile.rows] = found.out[0].to(out.dtype)
+            lse[:, tile.rows] = found.lse[0]
             if not teach or scores is None or not tile.num_entries:
                 continue
 
-            # What the index is taught: of gathered entries, what was chosen is all there is.
-            if gathers:
-                masses = triton_backend.masses(gather, lse, tile.rows.start, tile.rows.stop)
-                masses, candidates = masses.unsqueeze(0), own.unsqueeze(1) >= 0
-            else:
-                masses = found.probs[..., -tile.num_entries :].sum(1, keepdim=True)
-                candidates = scores.detach() > -torch.inf if chosen is None else chosen.unsqueeze(1)
+            # What the index is taught.
+            masses = found.probs[..., -tile.num_entries :].sum(1, keepdim=True)
+            candidates = scores.detach() > -torch.inf if chosen is None else chosen.unsqueeze(1)
             with own_graph(learns):
-                if gathers:
-                    scores = scores.gather(-1, own.unsqueeze(1).clamp_min(0).long())
                 by_query = divergence(scores, masses, candidates)[0, 0]
                 if token_mask is not None:
                     by_query = by_query * token_mask[tile.rows].to(by_query.dtype)
@@ -386,6 +405,50 @@ class _Compressed(torch.autograd.Function):
             *of_index,
             *none,
         )
+
+
+def _attend_gathered(
+    tiles: _Tiles,
+    gather: Gather,
+    out: Tensor,
+    lse: Tensor,
+    token_mask: Tensor | None,
+    teach: bool,
+    chooses: bool,
+    grads: list[Tensor | None] | None,
+) -> Tensor:
+    """The forward pass by kernels, into `out`, `lse`, what is chosen where the index `chooses`, and
+    `grads` of the index (None: it does not learn). The divergence.
+    """
+    from ops.gather_attention import triton_backend
+    from ops.index_attention.triton_backend import Gradients, block_scores, choose
+
+    total = lse.new_zeros(())
+    for tile, of_index in tiles.index_tiles():
+        scores = None
+        if of_index is not None and (teach or chooses):
+            scores = block_scores(of_index)
+        own = gather.chosen[:, tile.rows]
+        if chooses:
+            assert scores is not None
+            values = scores.values.unsqueeze(0)
+            best = choose_entries(values, tile.position, tiles.spec, choose)
+            own[..., : best.shape[-1]] = best
+        triton_backend.attend(gather, out, lse, tile.rows.start, tile.rows.stop)
+        if not teach or scores is None or not tile.num_entries:
+            continue
+
+        # What was chosen is all there is.
+        into = None
+        if grads is not None:
+            of_queries, of_keys, of_weights = grads
+            assert of_queries is not None and of_keys is not None and of_weights is not None
+            into = Gradients(of_queries[tile.rows], of_keys[tile.entries], of_weights[tile.rows])
+        masses = triton_backend.masses(gather, lse, tile.rows.start, tile.rows.stop)
+        counts = lse.new_ones(len(masses[0])) if token_mask is None else token_mask[tile.rows]
+        assert of_index is not None
+        total += teach_chosen(of_index, scores, own, masses, counts, into)
+    return total
 
 
 def _gather_of(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ops.gather_attention import pick_backend
 from ops.index_attention.groups import group_starts
 from ops.index_attention.tile import real_dtype
 
@@ -81,19 +82,29 @@ def _candidates(
 
 
 def gated_pool(
-    content: Tensor, gates: Tensor, slot_bias: Tensor, windows: Windows, overlap: bool
+    content: Tensor,
+    gates: Tensor,
+    slot_bias: Tensor,
+    windows: Windows,
+    overlap: bool,
+    backend: str | None = None,
 ) -> Tensor:
     """Entries of packed documents; what is kept for backward are the inputs alone.
 
     Args:
         content, gates: [T, p w], projections of the tokens; slot_bias: [m, p w], added to the gates
             by a token's place in its window.
+        backend: "triton" or "torch"; None takes "triton" on CUDA for fp32, bf16 and fp16.
 
     Returns:
         [M, w] in the dtype of content. Differentiable in the first three, deterministic.
+
+    Raises:
+        ValueError: another back-end, or a dtype that the kernels cannot take.
     """
+    taken = pick_backend(backend, content.device, content.dtype, None, 1)
     entries: Tensor = _GatedPool.apply(  # type: ignore[no-untyped-call]
-        content, gates, slot_bias, *windows, overlap
+        content, gates, slot_bias, *windows, overlap, taken == "triton"
     )
     return entries
 
@@ -115,15 +126,27 @@ class _GatedPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        content, gates, slot_bias, starts, follows, size, overlap = given
-        _, c, z, before = _at_hand(content, gates, starts, size, overlap)
+        content, gates, slot_bias, starts, follows, size, overlap, kernels = given
         ctx.save_for_backward(content, gates, slot_bias, starts, follows)
-        ctx.size, ctx.overlap = size, overlap
+        ctx.size, ctx.overlap, ctx.kernels = size, overlap, kernels
+        if kernels:
+            from ops.compressed_attention import triton_backend
+
+            return triton_backend.pool(content, gates, slot_bias, starts, follows, overlap)
+        _, c, z, before = _at_hand(content, gates, starts, size, overlap)
         return pooled(c, z, slot_bias, before, follows).to(content.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         content, gates, slot_bias, starts, follows = ctx.saved_tensors
+        none = (None,) * 5
+        if ctx.kernels:
+            from ops.compressed_attention import triton_backend
+
+            given = content, gates, slot_bias, starts, follows, ctx.overlap
+            made = triton_backend.pool_backward(*given, grads[0])
+            return (made.content, made.gates, made.slot_bias.to(slot_bias.dtype), *none)
+
         tokens, own_c, own_z, before = _at_hand(content, gates, starts, ctx.size, ctx.overlap)
         c, z = _candidates(own_c, own_z, slot_bias, before, follows)
         weights = z.softmax(-2)
@@ -141,4 +164,4 @@ class _GatedPool(torch.autograd.Function):
         dc, dz = (torch.zeros_like(x, dtype=c.dtype) for x in (content, gates))
         dc[tokens], dz[tokens] = found
         dbias = found[1].sum(0).to(slot_bias.dtype)
-        return dc.to(content.dtype), dz.to(gates.dtype), dbias, None, None, None, None
+        return dc.to(content.dtype), dz.to(gates.dtype), dbias, *none

@@ -8,6 +8,7 @@ w their width. A key is its value, and the same for all heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,12 +36,19 @@ def entries_mask(position: Tensor, num_entries: int, ratio: int) -> Tensor:
     return entry < ((position + 1) // ratio).unsqueeze(-1)
 
 
-def choose_entries(scores: Tensor, position: Tensor, spec: CompressedSpec) -> Tensor:
-    """The best entries of every query, [b, Q, K] int64, falling, -1 where there are no more; equal
-    scores go to the lower entry. scores: [b, 1, Q, E], -inf of what is not closed.
+def choose_entries(
+    scores: Tensor,
+    position: Tensor,
+    spec: CompressedSpec,
+    choose: Callable[[Tensor, Tensor, IndexSpec], Tensor] = choose,
+) -> Tensor:
+    """The best entries of every query, [b, Q, K] in the dtype and order of `choose`, -1 where there
+    are no more; equal scores go to the lower entry. scores: [b, 1, Q, E], -inf of what is not
+    closed.
 
     With spec.top_k_blocks they are the best of those that are in the best blocks, where a block
-    counts as its best entry does and equal ones go to the lower block.
+    counts as its best entry does and equal ones go to the lower block. choose: of
+    ops/index_attention, by plain torch or by kernels.
     """
     if spec.top_k_blocks is not None:
         size = spec.index_block_size

@@ -1,14 +1,21 @@
-"""The op as the kernels of ops/gather_attention are asked for it: spans are blocks."""
+"""The op as kernels are asked for it: of ops/gather_attention, whose spans are blocks, and of the
+index, which learns from what was chosen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ops.gather_attention import Gather
 from ops.index_attention.spec import IndexSpec
+from ops.index_attention.tile import divergence, own_graph
+
+if TYPE_CHECKING:
+    from ops.index_attention.triton_backend import Gradients, IndexTile, Scores
 
 
 def document_starts(bounds: Sequence[int], device: torch.device) -> Tensor:
@@ -39,3 +46,36 @@ def gather_of(
         spec.block_size,
         window_start=window_start,
     )
+
+
+def teach_chosen(
+    tile: IndexTile,
+    scores: Scores,
+    chosen: Tensor,
+    masses: Tensor,
+    counts: Tensor,
+    grads: Gradients | None,
+) -> Tensor:
+    """[] fp32: divergence of a tile's queries, summed over those that count; its gradient is added
+    to `grads`, if there are any.
+
+    Args:
+        chosen: [C, Q, K] int32 blocks, rising, then -1; masses: [C, Q, K] fp32, theirs.
+        counts: [Q], 1 for queries that count, else 0.
+    """
+    from ops.index_attention.triton_backend import add_grads
+
+    places = chosen.clamp_min(0).long()
+    of_chosen = scores.values.gather(-1, places)
+    with own_graph(grads is not None):
+        if grads is not None:
+            of_chosen.requires_grad_()
+        by_query = divergence(of_chosen, masses, chosen >= 0).mean(0)
+        total = (by_query * counts.to(by_query.dtype)).sum()
+    if grads is not None:
+        (by_score,) = torch.autograd.grad(total, of_chosen)
+        columns = chosen
+        if scores.best is not None:
+            columns = scores.best.gather(-1, places).masked_fill(chosen < 0, -1)
+        add_grads(tile, columns.contiguous(), by_score.contiguous(), grads)
+    return total.detach()

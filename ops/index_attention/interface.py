@@ -8,13 +8,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops.gather_attention import pick_backend
-from ops.index_attention.gathered import gather_of
+from ops.index_attention.gathered import gather_of, teach_chosen
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import (
     attend,
@@ -27,6 +27,10 @@ from ops.index_attention.tile import (
     real_dtype,
     tokens_mask,
 )
+
+if TYPE_CHECKING:
+    from ops.gather_attention import Gather
+    from ops.index_attention.triton_backend import IndexTile
 
 TILE_VALUES = 2**22
 """Numbers of a tile's largest tensors, which bounds what the op needs beside its inputs."""
@@ -86,8 +90,8 @@ def indexed_attention(
         bounds: where documents begin, and T.
         dense: attend to everything; the index learns from all of it.
         teach: compute the divergence. token_mask: [T] bool, tokens that count in it; None: all.
-        backend: who attends to what is chosen: "triton" gathers it, "torch" masks the rest; None:
-            see ops.gather_attention.pick_backend. `dense` is for torch.
+        backend: who chooses, attends to what is chosen and teaches: "triton" gathers it, "torch"
+            masks the rest; None: see ops.gather_attention.pick_backend. `dense` is for torch.
 
     Returns:
         IndexedOutput; gradients flow from out to q, k, v and from the divergence to the index.
@@ -97,7 +101,8 @@ def indexed_attention(
         ValueError: shapes do not fit, or the back-end does not take them.
     """
     _check(q, k, v, index, bounds, spec)
-    chosen = pick_backend(backend, q.device, q.dtype, q.shape[2], spec.block_size)
+    width = index.queries.shape[2]
+    chosen = pick_backend(backend, q.device, q.dtype, q.shape[2], spec.block_size, width)
     gathers = chosen == "triton" and not dense
     found = _Indexed.apply(  # type: ignore[no-untyped-call]
         q, k, v, *index, token_mask, tuple(bounds), spec, dense, teach, gathers
@@ -166,6 +171,27 @@ class _Tiles:
             yield at, min(at + size, document.end)
             at += size
 
+    def index_tiles(self, document: _Document) -> Iterator[tuple[int, IndexTile]]:
+        """First queries and tiles of the index for its kernels."""
+        from ops.index_attention.triton_backend import IndexTile, tile_queries
+
+        queries, keys, weights = self.index
+        choices = queries.shape[1] if self.spec.by_head else 1
+        at = document.begin
+        while at < document.end:
+            stop = min(at + tile_queries(at - document.begin + 1, choices), document.end)
+            yield (
+                at,
+                IndexTile(
+                    queries[at:stop].contiguous(),
+                    keys[self.key_range(document, stop)].to(queries.dtype).contiguous(),
+                    None if weights is None else weights[at:stop].contiguous(),
+                    at - document.begin,
+                    self.spec,
+                ),
+            )
+            at = stop
+
     def position(self, document: _Document, start: int, stop: int) -> Tensor:
         """[1, Q] int64."""
         here = torch.arange(start - document.begin, stop - document.begin, device=self.q.device)
@@ -230,11 +256,10 @@ class _Indexed(torch.autograd.Function):
         chosen = q.new_full((choices, len(q), 0 if dense else most), -1, dtype=torch.int32)
         num_chosen = q.new_zeros((), dtype=torch.int64)
         if gathers:
-            from ops.gather_attention import triton_backend
-
             gather = gather_of(q, k, v, chosen, bounds, spec)
-
-        for document in tiles.documents():
+            taught = grads if learns else None
+            total, num_chosen = _attend_gathered(tiles, gather, out, lse, token_mask, teach, taught)
+        for document in () if gathers else tiles.documents():
             for start, stop in tiles.ranges(document):
                 position = tiles.position(document, start, stop)
                 parts = tiles.of_index(document, start, stop)
@@ -244,37 +269,26 @@ class _Indexed(torch.autograd.Function):
                     scores = None if dense and not teach else block_scores(*parts, position, spec)
 
                 # The choice, then what it lets through.
-                best, blocks, counts = None, None, _counts(token_mask, start, stop, q)
+                blocks, counts = None, _counts(token_mask, start, stop, q)
                 if not dense:
                     assert scores is not None
                     best = choose(scores, position, spec)
                     chosen[:, start:stop, : best.shape[-1]] = best[0]
                     num_chosen += ((best[0] >= 0).sum((0, 2)) * counts.long()).sum()
-                    if not gathers:
-                        blocks = blocks_mask(best, scores.shape[-1])
-                if gathers:
-                    triton_backend.attend(gather, out, lse, start, stop)
-                else:
-                    queries, keys, values = tiles.of_attention(document, start, stop)
-                    seen = tokens_mask(blocks, position, keys.shape[1], spec)
-                    found = attend(queries, keys, values, seen)
-                    out[start:stop] = found.out[0].flatten(1, 2)
-                    lse[:, start:stop] = found.lse[0].flatten(0, 1)
+                    blocks = blocks_mask(best, scores.shape[-1])
+                queries, keys, values = tiles.of_attention(document, start, stop)
+                seen = tokens_mask(blocks, position, keys.shape[1], spec)
+                found = attend(queries, keys, values, seen)
+                out[start:stop] = found.out[0].flatten(1, 2)
+                lse[:, start:stop] = found.lse[0].flatten(0, 1)
                 if not teach:
                     continue
 
-                # What the index is taught: of gathered blocks, what was chosen is all there is.
+                # What the index is taught.
                 assert scores is not None
-                if gathers and best is not None:
-                    masses = triton_backend.masses(gather, lse, start, stop)
-                    masses = masses[..., : best.shape[-1]].unsqueeze(0)
-                    candidates = best >= 0
-                else:
-                    masses = block_masses(found.probs, scores.shape[-1], spec)
-                    candidates = scores.detach() > -torch.inf if blocks is None else blocks
+                masses = block_masses(found.probs, scores.shape[-1], spec)
+                candidates = scores.detach() > -torch.inf if blocks is None else blocks
                 with own_graph(learns):
-                    if gathers and best is not None:
-                        scores = scores.gather(-1, best.clamp_min(0))
                     by_query = divergence(scores, masses, candidates)[0].mean(0)
                     share = (by_query * counts.to(by_query.dtype)).sum()
                 total += share.detach()
@@ -333,6 +347,51 @@ class _Indexed(torch.autograd.Function):
                 dk[span] += torch.einsum("bhgqn,bqhgd->bnhd", dz, queries)[0]
                 dv[span] += torch.einsum("bhgqn,bqhgd->bnhd", probs, into)[0]
         return (dq, dk.to(k.dtype), dv.to(v.dtype), *index, *none)
+
+
+def _attend_gathered(
+    tiles: _Tiles,
+    gather: Gather,
+    out: Tensor,
+    lse: Tensor,
+    token_mask: Tensor | None,
+    teach: bool,
+    grads: list[Tensor | None] | None,
+) -> tuple[Tensor, Tensor]:
+    """The forward pass by kernels, into `out`, `lse`, what is chosen and `grads` of the index
+    (None: it does not learn). The divergence, and how many blocks were chosen.
+    """
+    from ops.gather_attention import triton_backend
+    from ops.index_attention.triton_backend import Gradients, block_scores, choose
+
+    total = lse.new_zeros(())
+    num_chosen = lse.new_zeros((), dtype=torch.int64)
+    for document in tiles.documents():
+        for start, tile in tiles.index_tiles(document):
+            stop = start + len(tile.queries)
+            scores = block_scores(tile, with_best=grads is not None)
+            position = tiles.position(document, start, stop)
+            chosen = choose(scores.values.unsqueeze(0), position, tiles.spec)[0]
+            gather.chosen[:, start:stop, : chosen.shape[-1]] = chosen
+            counts = _counts(token_mask, start, stop, out)
+            num_chosen += ((chosen >= 0).sum((0, 2)) * counts.long()).sum()
+            triton_backend.attend(gather, out, lse, start, stop)
+            if not teach:
+                continue
+
+            # What was chosen is all there is.
+            into = None
+            if grads is not None:
+                of_queries, of_keys, of_weights = grads
+                assert of_queries is not None and of_keys is not None
+                into = Gradients(
+                    of_queries[start:stop],
+                    of_keys[tiles.key_range(document, stop)],
+                    None if of_weights is None else of_weights[start:stop],
+                )
+            masses = triton_backend.masses(gather, lse, start, stop)[..., : chosen.shape[-1]]
+            total += teach_chosen(tile, scores, chosen, masses, counts, into)
+    return total, num_chosen
 
 
 def _leaves(

@@ -80,13 +80,22 @@ def choose(scores: Tensor, position: Tensor, spec: IndexSpec) -> Tensor:
     equal scores (in fp32) go to the lower block. scores: as block_scores gives them.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
+    values = ranked(scores, position, spec)
+    keys = rank_keys(values, block).masked_fill(values == NEVER, -1)
+    return block_of_key(keys.topk(min(spec.top_k, keys.shape[-1]), -1).values)
+
+
+def ranked(scores: Tensor, position: Tensor, spec: IndexSpec) -> Tensor:
+    """What blocks are chosen by, fp32: their scores, and with rule=msa no end of it for a query's
+    own. scores: [b, C, Q, M]; position: [b, Q].
+    """
     # relu makes zeros, of either sign: plus zero there is one
     values = scores.detach().float() + 0.0
     if spec.rule == "msa":
+        block = torch.arange(scores.shape[-1], device=scores.device)
         own = block == (position // spec.block_size).unsqueeze(-1)
         values = values.masked_fill(own.unsqueeze(1), torch.inf)
-    keys = rank_keys(values, block).masked_fill(values == NEVER, -1)
-    return block_of_key(keys.topk(min(spec.top_k, keys.shape[-1]), -1).values)
+    return values
 
 
 def blocks_mask(chosen: Tensor, num_blocks: int) -> Tensor:

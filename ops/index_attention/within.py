@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ops.gather_attention import pick_backend
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import (
     block_scores,
@@ -95,28 +96,53 @@ def best_blocks(scores: Tensor, candidates: Tensor, top_k: int) -> Tensor:
 
 
 def select_blocks(
-    queries: Tensor, keys: Tensor, bounds: Sequence[int], spec: SparseAttentionSpec
+    queries: Tensor,
+    keys: Tensor,
+    bounds: Sequence[int],
+    spec: SparseAttentionSpec,
+    backend: str | None = None,
 ) -> Tensor:
     """The blocks that the index chooses for packed documents, as ops.sparse_attention takes them.
 
     Args:
         queries: [T, Hk, w]; keys: [T, w]; rotary positions applied.
         bounds: where documents begin, and T.
+        backend: "triton" or "torch"; None: see ops.gather_attention.pick_backend.
 
     Returns:
         [Hk, T, top_k] int32 in rising order, then -1. No gradient.
     """
+    width = queries.shape[2]
+    taken = pick_backend(backend, queries.device, queries.dtype, None, spec.block_size, width)
+    best = _best_by_kernels if taken == "triton" else _best_of
     selected = torch.full(
         (queries.shape[1], len(queries), spec.top_k), -1, dtype=torch.int32, device=queries.device
     )
     with torch.no_grad():
-        for tile in _tiles(queries, bounds, spec, queries.shape[1]):
+        for tile in _tiles(bounds, spec, queries.shape[1], taken == "triton"):
             if tile.num_blocks:
-                scores = _scores(queries[tile.rows], keys[tile.tokens(spec)], tile, spec)
-                chosen = best_blocks(scores, tile.candidates(spec, queries), spec.top_k)
+                chosen = best(queries[tile.rows], keys[tile.tokens(spec)], tile, spec)
                 chosen = torch.where(chosen < 0, -1, chosen + tile.first_block)
-                selected[:, tile.rows] = chosen.int()
+                selected[:, tile.rows, : chosen.shape[-1]] = chosen.int()
     return selected
+
+
+def _best_of(queries: Tensor, keys: Tensor, tile: _Tile, spec: SparseAttentionSpec) -> Tensor:
+    """[Hk, Q, K] blocks of the document in rising order, then -1."""
+    scores = _scores(queries, keys, tile, spec)
+    return best_blocks(scores, tile.candidates(spec, queries), spec.top_k)
+
+
+def _best_by_kernels(
+    queries: Tensor, keys: Tensor, tile: _Tile, spec: SparseAttentionSpec
+) -> Tensor:
+    """As _best_of, int32."""
+    from ops.index_attention.triton_backend import IndexTile, block_scores, largest
+
+    first_position = tile.start - tile.begin
+    given = queries.contiguous(), keys.to(queries.dtype).contiguous(), None
+    scores = block_scores(IndexTile(*given, first_position, rule_of(spec))).values
+    return largest(scores.masked_fill_(~tile.candidates(spec, queries), NEVER), spec.top_k)
 
 
 @torch.no_grad()
@@ -198,21 +224,30 @@ class _Tile(NamedTuple):
 
 
 def _tiles(
-    like: Tensor, bounds: Sequence[int], spec: SparseAttentionSpec, by_key: int
+    bounds: Sequence[int], spec: SparseAttentionSpec, by_key: int, kernels: bool = False
 ) -> Iterator[_Tile]:
     """by_key: numbers of a query for a key. A tile's size follows from its place alone, so that
     later tokens cannot change it.
     """
+    size_of: Callable[[int, int], int] = _tile_queries
+    if kernels:
+        from ops.index_attention.triton_backend import tile_queries
+
+        size_of = tile_queries
     first_block = 0
     for begin, end in itertools.pairwise(bounds):
         at = begin
         while at < end:
-            size = max(1, min(256, TILE_VALUES // (by_key * (at - begin + 1))))
-            stop = min(at + size, end)
+            stop = min(at + size_of(at - begin + 1, by_key), end)
             _, local = candidate_range(torch.tensor([at - begin, stop - 1 - begin]), spec)
             yield _Tile(begin, at, stop, first_block, int(local.max()))
             at = stop
         first_block += -(-(end - begin) // spec.block_size)
+
+
+def _tile_queries(num_seen: int, by_key: int) -> int:
+    """How many queries go in a tile, the first of which sees so many keys."""
+    return max(1, min(256, TILE_VALUES // (by_key * num_seen)))
 
 
 def _scores(queries: Tensor, keys: Tensor, tile: _Tile, spec: SparseAttentionSpec) -> Tensor:
@@ -278,7 +313,7 @@ class _Teach(torch.autograd.Function):
         total: Tensor = queries.new_zeros((), dtype=real)
         grads = [torch.zeros_like(x, dtype=real) for x in (queries, keys) if learns]
         by_key = queries.shape[1] + teacher.q.shape[1]
-        for tile in _tiles(queries, bounds, spec, by_key):
+        for tile in _tiles(bounds, spec, by_key):
             if not tile.num_blocks:
                 continue
             parts = queries[tile.rows].to(real), keys[tile.tokens(spec)].to(real)

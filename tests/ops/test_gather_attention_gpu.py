@@ -1,5 +1,6 @@
-"""The kernels that gather chosen rows on a CUDA device, by the ops that start them, against the
-plain torch of these ops in fp32, which CPU tests hold to the definition.
+"""The kernels of an index, of attention to the rows that it chooses and of the gated pool on a CUDA
+device, by the ops that start them, against the plain torch of these ops in fp32, which CPU tests
+hold to the definition.
 """
 
 from __future__ import annotations
@@ -9,8 +10,21 @@ import itertools
 import pytest
 import torch
 
-from ops.compressed_attention import CompressedSpec, compressed_attention
-from ops.index_attention import Index, IndexSpec, group_means, group_starts, indexed_attention
+from ops.compressed_attention import (
+    CompressedSpec,
+    closed_windows,
+    compressed_attention,
+    gated_pool,
+)
+from ops.index_attention import (
+    Index,
+    IndexSpec,
+    group_means,
+    group_starts,
+    indexed_attention,
+    select_blocks,
+)
+from ops.sparse_attention import SparseAttentionSpec
 from ops.testing import assert_close, poisoned_memory
 
 pytestmark = [
@@ -41,6 +55,21 @@ def normals(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
 
 
+def of_index(length: int, number: int) -> list[torch.Tensor]:
+    """Queries [length, INDEX_HEADS, WIDTH], keys [number, WIDTH] and weights of an index, of small
+    whole numbers: no order of their sums is another, so that kernels and plain torch have the same
+    scores, with many equal ones, and must choose alike id for id. The last dimension tells the keys
+    of a block apart, lest its best one is a matter of taste.
+    """
+    queries, keys, weights = normals(
+        (length, INDEX_HEADS, WIDTH), (number, WIDTH), (length, INDEX_HEADS)
+    )
+    queries, keys = (2 * queries).round() * 128, (2 * keys).round()
+    queries[..., -1] = 1.0
+    keys[:, -1] = torch.arange(number, device="cuda") % 128
+    return [queries / 4096, keys, weights.round()]
+
+
 def compare(attend, inputs: list[torch.Tensor], dtype: torch.dtype) -> None:
     """attend(backend, inputs): twice by the kernels, which must give equal bits, and by torch in
     fp32 of the same values.
@@ -64,39 +93,29 @@ def compare(attend, inputs: list[torch.Tensor], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("spec", "heads", "kv_heads", "dim", "dtype"), INDEXED, ids=str)
 def test_an_index_attends_as_plain_torch_does(spec, heads, kv_heads, dim, dtype):
-    length, index_heads = BOUNDS[-1], kv_heads if spec.by_head else INDEX_HEADS
-    keys, *rest = normals(
-        (length, WIDTH),
-        (length, heads, dim),
-        *[(length, kv_heads, dim)] * 2,
-        (length, index_heads, WIDTH),
-        (length, index_heads),
-    )
+    length = BOUNDS[-1]
+    shapes = (length, heads, dim), *[(length, kv_heads, dim)] * 2
+    queries, keys, weights = of_index(length, length)
+    if spec.by_head:
+        queries = queries[:, :kv_heads].contiguous()
     if spec.pools_keys:
         starts = group_starts(BOUNDS, spec.block_size).cuda()
         keys = group_means(keys, starts, spec.block_size)
-    weights = [rest[4]] if spec.rule == "dsa" else []
 
     def attend(backend, x):
         index = Index(x[3], x[4], x[5] if len(x) == 6 else None)
         return indexed_attention(*x[:3], index, BOUNDS, spec, teach=True, backend=backend)
 
-    compare(attend, [*rest[:4], keys, *weights], dtype)
+    of_rule = [weights] if spec.rule == "dsa" else []
+    compare(attend, [*normals(*shapes), queries, keys, *of_rule], dtype)
 
 
 @pytest.mark.parametrize(("spec", "heads", "dim", "dtype"), COMPRESSED, ids=str)
 def test_entries_are_attended_to_as_by_plain_torch(spec, heads, dim, dtype):
     length = BOUNDS[-1]
     number = sum((e - b) // spec.ratio for b, e in itertools.pairwise(BOUNDS))
-    inputs = normals(
-        (length, heads, dim),
-        (length, dim),
-        (number, dim),
-        (heads,),
-        (length, INDEX_HEADS, WIDTH),
-        (number, WIDTH),
-        (length, INDEX_HEADS),
-    )
+    inputs = normals((length, heads, dim), (length, dim), (number, dim), (heads,))
+    inputs += of_index(length, number)
 
     def attend(backend, x):
         q, kv, entries, sinks, *index = x
@@ -105,3 +124,35 @@ def test_entries_are_attended_to_as_by_plain_torch(spec, heads, dim, dtype):
         )
 
     compare(attend, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+def test_the_choice_inside_sparse_attention_is_that_of_plain_torch(dtype):
+    spec = SparseAttentionSpec(block_size=64, coarse_block_size=32, top_k=4, window_size=128)
+    queries, keys, _ = (x.to(dtype) for x in of_index(BOUNDS[-1], BOUNDS[-1]))
+    heads = queries[:, :4].contiguous()
+    ours = select_blocks(heads, keys, BOUNDS, spec, "triton")
+    assert torch.equal(ours, select_blocks(heads, keys, BOUNDS, spec, "torch"))
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("size", "width", "overlap"), [(4, 512, True), (2, 128, False), (128, 96, False)]
+)
+def test_windows_are_pooled_as_by_plain_torch(size, width, overlap, dtype):
+    row = 2 * width if overlap else width
+    rows, bias = normals((BOUNDS[-1], 2 * row), (size, row))
+    windows = closed_windows(BOUNDS, size, torch.device("cuda"))
+    into = torch.randn(len(windows.starts), width, device="cuda").to(dtype)
+
+    def run(backend: str, real: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).to(real) for x in rows.split(row, 1)]
+        leaves = [x.requires_grad_() for x in (*leaves, bias.clone())]
+        entries = gated_pool(*leaves, windows, overlap, backend)
+        return [entries.detach(), *torch.autograd.grad(entries, leaves, into.to(real))]
+
+    with poisoned_memory():
+        ours, again = run("triton", dtype), run("triton", dtype)
+    for number, (a, b, c) in enumerate(zip(ours, again, run("torch", torch.float32), strict=True)):
+        assert torch.equal(a, b), f"result {number} differs from one run to the next"
+        assert_close(f"result {number}", a, c, dtype)

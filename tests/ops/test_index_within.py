@@ -130,7 +130,7 @@ def test_masses_are_those_of_the_op():
     cu = torch.tensor(bounds)
     found = sparse_attention(q, k, v, cu, spec, selected=select_blocks(queries, keys, bounds, spec))
     teacher = Teacher(q, k, pool_entries(q, k, v, cu, spec), found.selected, found.lse, None)
-    (tile,) = within._tiles(q, bounds, spec, 1)
+    (tile,) = within._tiles(bounds, spec, 1)
     masses = within._masses(teacher, tile, tile.candidates(spec, q), spec)
     share = (found.tail_mass + found.selected_mass).unflatten(1, (KV_HEADS, -1)).sum(2).T
     torch.testing.assert_close(masses.sum(-1), share)

@@ -1,0 +1,1 @@
+"""Triton kernels of the pool that makes entries; triton_backend.py starts them."""

@@ -1,0 +1,1 @@
+"""Triton kernels: scores of an index, the choice of the largest, and the scores' gradients."""

@@ -1,0 +1,40 @@
+"""Tile sizes of the kernels, pinned, as ops/gather_attention/kernels/configs.py has its own. They
+spill no registers on sm_80, sm_90 and sm_100; no GPU has timed them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ops.gather_attention.kernels.configs import Config
+from ops.sparse_attention.kernels.configs import next_power_of_two
+
+CHUNK = 2048
+"""Values that one step of the selection takes."""
+
+
+def padded(width: int) -> int:
+    """Columns of a product, which needs 16 at least and a power of two."""
+    return max(16, next_power_of_two(width))
+
+
+def scores_config(width: int, dtype: torch.dtype) -> Config:
+    """Its rows are queries, its columns keys."""
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 1)
+    return Config(64, 128, 8, 2) if padded(width) <= 128 else Config(64, 64, 4, 2)
+
+
+def query_grad_config(width: int, heads: int, dtype: torch.dtype) -> Config:
+    """Its rows are heads of one query, its columns the keys that it chose."""
+    if dtype == torch.float32:
+        return Config(16, 16, 4, 1)
+    rows = min(32, max(16, next_power_of_two(heads)))
+    return Config(rows, 64 if padded(width) <= 128 else 32, 4, 2)
+
+
+def key_grad_config(width: int, dtype: torch.dtype) -> Config:
+    """Its rows are queries, its columns keys."""
+    if dtype == torch.float32:
+        return Config(16, 16, 8, 1)
+    return Config(32, 64, 4, 2) if padded(width) <= 128 else Config(64, 32, 8, 2)

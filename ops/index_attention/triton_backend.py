@@ -1,0 +1,208 @@
+"""Starts the kernels of an index's scores, of the choice among them, and of their gradients.
+Nothing here waits for the device.
+
+Shape letters: Q queries of a tile, n keys, C choices, I index heads, w their width, M blocks, K
+blocks that are chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.compile.launch import launch
+from ops.index_attention.kernels import configs
+from ops.index_attention.kernels.grads import index_key_grad_kernel, index_query_grad_kernel
+from ops.index_attention.kernels.largest import largest_kernel
+from ops.index_attention.kernels.scores import index_scores_kernel
+from ops.index_attention.spec import IndexSpec
+from ops.index_attention.tile import ranked
+
+CHUNK_VALUES = 2**24
+"""Scores of a tile of queries, which bounds what is needed beside inputs and outputs."""
+MOST_QUERIES = 1024
+
+
+class IndexTile(NamedTuple):
+    """Queries of one document that follow each other, and the index keys that they may see; in
+    fp32, bf16 or fp16.
+    """
+
+    queries: Tensor
+    """[Q, I, w]."""
+    keys: Tensor
+    """[n, w] of the tokens, or with rule=qsa of the complete blocks, from the document's first."""
+    weights: Tensor | None
+    """[Q, I] with weighted heads."""
+    first_position: int
+    """Of the first query in its document."""
+    spec: IndexSpec
+
+    @property
+    def choices(self) -> int:
+        return self.queries.shape[1] if self.spec.by_head else 1
+
+    @property
+    def tokens_of_key(self) -> int:
+        return self.spec.block_size if self.spec.pools_keys else 1
+
+
+class Scores(NamedTuple):
+    values: Tensor
+    """[C, Q, M] fp32, -inf of blocks that a query may not choose."""
+    best: Tensor | None
+    """[C, Q, M] int32: with rule=msa the key that gave a block its score, the lowest of equal ones;
+    else, and where it was not asked for, None.
+    """
+
+
+class Gradients(NamedTuple):
+    """Of what IndexTile has, fp32."""
+
+    queries: Tensor
+    keys: Tensor
+    weights: Tensor | None
+
+
+def tile_queries(num_seen: int, by_key: int) -> int:
+    """How many queries go in a tile, the first of which sees so many keys and has `by_key` scores for
+    each.
+    """
+    return max(1, min(MOST_QUERIES, CHUNK_VALUES // (by_key * max(1, num_seen))))
+
+
+def block_scores(tile: IndexTile, with_best: bool = False) -> Scores:
+    """What tile.block_scores gives, by sums in the kernel's order: products of a head in that of
+    its dimensions, heads in theirs, in fp32 throughout. A score hangs on its query and key alone.
+    """
+    queries, keys, weights, first_position, spec = tile
+    num_queries, heads, width = queries.shape
+    span = spec.block_size if spec.rule == "msa" else 1
+    number, choices = -(-len(keys) // span), tile.choices
+    values = torch.empty(choices, num_queries, number, dtype=torch.float32, device=queries.device)
+    with_best = with_best and spec.rule == "msa"
+    best = torch.empty_like(values, dtype=torch.int32) if with_best else None
+    config = configs.scores_config(width, queries.dtype)
+    blocks = max(1, config.columns // span)
+    launch(
+        index_scores_kernel,
+        (-(-number // blocks), -(-num_queries // config.rows), choices),
+        queries,
+        keys,
+        weights,
+        values,
+        best,
+        num_queries,
+        len(keys),
+        number,
+        heads,
+        first_position,
+        tile.tokens_of_key,
+        _scale(tile),
+        BY_HEAD=spec.by_head,
+        SPAN=span,
+        QUERIES=config.rows,
+        KEYS=config.columns,
+        WIDTH=width,
+        DIM=configs.padded(width),
+        **config.options,
+    )
+    return Scores(values, best)
+
+
+def largest(values: Tensor, number: int) -> Tensor:
+    """Places of the largest values of each row, [..., min(number, N)] int32 in rising order, then
+    -1; equal values from the lower place on, -inf never. values: [..., N] fp32.
+    """
+    number = min(number, values.shape[-1])
+    chosen = values.new_full((*values.shape[:-1], number), -1, dtype=torch.int32)
+    if number:
+        launch(
+            largest_kernel,
+            (chosen.numel() // number,),
+            values.contiguous(),
+            chosen,
+            values.shape[-1],
+            number,
+            CHUNK=configs.CHUNK,
+            num_warps=4,
+        )
+    return chosen
+
+
+def choose(scores: Tensor, position: Tensor, spec: IndexSpec) -> Tensor:
+    """The blocks of tile.choose, [b, C, Q, K] int32 in rising order, then -1."""
+    if spec.rule == "msa":
+        scores = ranked(scores, position, spec)
+    return largest(scores, spec.top_k)
+
+
+def add_grads(tile: IndexTile, columns: Tensor, grads: Tensor, into: Gradients) -> None:
+    """Write the gradients of a tile's queries and weights, and add those of its keys.
+
+    Args:
+        columns: [C, Q, K] int32 keys, rising, then -1. grads: likewise, fp32, of their scores.
+        into: shaped as what the tile has.
+    """
+    queries, keys, weights, first_position, spec = tile
+    num_queries, heads, width = queries.shape
+    by_head, scale = spec.by_head, _scale(tile)
+    shape = {"WIDTH": width, "DIM": configs.padded(width), "BY_HEAD": by_head}
+    of_choice = 1 if by_head else heads
+    config = configs.query_grad_config(width, of_choice, queries.dtype)
+    launch(
+        index_query_grad_kernel,
+        (num_queries, tile.choices, -(-of_choice // config.rows)),
+        queries,
+        keys,
+        weights,
+        columns,
+        (columns >= 0).sum(-1, dtype=torch.int32),
+        grads,
+        into.queries,
+        into.weights,
+        num_queries,
+        columns.shape[-1],
+        heads,
+        scale,
+        HEADS=config.rows,
+        COLUMNS=config.columns,
+        **shape,
+        **config.options,
+    )
+
+    # By key: what is not there goes into a column of its own, which nobody reads. Rows begin at
+    # multiples of 16, so that loads are wide.
+    row_size = len(keys) // 16 * 16 + 16
+    spread = grads.new_zeros(tile.choices, num_queries, row_size)
+    spread.scatter_(-1, torch.where(columns < 0, len(keys), columns).long(), grads)
+    config = configs.key_grad_config(width, queries.dtype)
+    launch(
+        index_key_grad_kernel,
+        (-(-len(keys) // config.columns),),
+        queries,
+        keys,
+        weights,
+        spread,
+        into.keys,
+        num_queries,
+        len(keys),
+        row_size,
+        heads,
+        first_position,
+        tile.tokens_of_key,
+        scale,
+        QUERIES=config.rows,
+        KEYS=config.columns,
+        **shape,
+        **config.options,
+    )
+
+
+def _scale(tile: IndexTile) -> float:
+    _, heads, width = tile.queries.shape
+    terms = width if tile.spec.by_head else heads * width
+    return math.pow(terms, -0.5)
