@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ):
             item.add_marker("fast")
     items.sort(key=lambda item: tiers.order(str(item.path.relative_to(ROOT))))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays until the end: nothing of it is garbage to look for, as
+    DeepSpeed does with every engine.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

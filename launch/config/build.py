@@ -126,12 +126,18 @@ _asked: ContextVar[type] = ContextVar("_asked")
 
 
 @cache
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """Names of a record's fields and their types, read from their text once for each record."""
+    return types.MappingProxyType(typing.get_type_hints(cls))
+
+
+@cache
 def _places(cls: type) -> dict[str, tuple[str, ...]]:
     """Last part of a key -> every key of the record that ends so; components have many."""
     found: dict[str, list[str]] = {}
 
     def visit(record: type, path: str) -> None:
-        for name, hint in typing.get_type_hints(record).items():
+        for name, hint in hints_of(record).items():
             if name not in {field.name for field in dataclasses.fields(record)}:
                 continue
             found.setdefault(name, []).append(f"{path}{name}")
@@ -189,7 +195,7 @@ def build_record(node: Any, cls: type, path: str, problems: list[str]) -> Any:
         return None
     if path == "":
         _asked.set(cls)
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     problems += [
         _of_an_item(key, path, hints) or _suggest(key, path, set(fields))

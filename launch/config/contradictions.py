@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from launch.config.deepspeed import _deepspeed
@@ -86,11 +87,17 @@ def _alarms(run: RunConfig) -> list[str]:
     num_layers = run.model.num_layers
     every = range(num_layers)
     found = []
+
+    # the same for every rule
+    @cache
+    def names(detailed: bool, moe: Sequence[int]) -> set[str]:
+        return metric_names(moe, every, detailed)
+
     for name, rule in run.alarms.items():
         path, metric = f"alarms.{name}.metric", rule.metric
 
-        def logged(detailed: bool, moe: Iterable[int], metric: str = metric) -> bool:
-            return bool(fnmatch.filter(metric_names(moe, every, detailed), metric))
+        def logged(detailed: bool, moe: Sequence[int], metric: str = metric) -> bool:
+            return bool(fnmatch.filter(names(detailed, moe), metric))
 
         # A dense model logs nothing of routing, and its default alarms on that are no mistake.
         moe_layers = run.model.moe_layers or tuple(every)
@@ -109,7 +116,7 @@ def _alarms(run: RunConfig) -> list[str]:
         elif metric.startswith("eval/"):
             found.append(f"{path} is {metric!r}, but alarms watch logged steps, not evaluations")
         else:
-            known = metric_names(moe_layers, every, True)
+            known = names(True, moe_layers)
             near = difflib.get_close_matches(metric, sorted(known), 1)
             found.append(
                 f"{path} is {metric!r}, which no run logs"

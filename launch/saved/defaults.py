@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, open_dict
 
+from launch.config.build import hints_of
 from launch.saved.former_defaults import HELD
 from model.component import Component
 from train.config.component import KINDS
@@ -51,7 +52,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def records(cls: type = RunConfig) -> Iterator[type]:
     """A record and those that it is made of, of components every one that may stand there."""
     yield cls
-    for hint in typing.get_type_hints(cls).values():
+    for hint in hints_of(cls).values():
         for part in (hint, *get_args(hint)):
             if part in KINDS:
                 yield from KINDS[part].values()
@@ -73,7 +74,7 @@ def _fill(node: Any, cls: type, held: bool) -> None:
     for key, value in defaults.items():
         if key not in node.keys():  # noqa: SIM118  (`in` takes a value that is to be given for none)
             node[key] = value
-    for key, hint in typing.get_type_hints(cls).items():
+    for key, hint in hints_of(cls).items():
         if key in node.keys():  # noqa: SIM118
             _fill_child(node._get_node(key), hint, held)
 

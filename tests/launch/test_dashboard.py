@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launch.config.build import ConfigError
@@ -23,6 +22,7 @@ from model.cost.parameters import sparse_layers
 from model.moe.balance import LayerStats, unpack_stats
 from model.moe.budget import update_routers
 from model.request import ForwardRequest, TokenBatch
+from tests import composing
 from train.components import build_model
 from train.observe.catalogue.names import METRICS, names_under
 from train.observe.catalogue.pictures import MEDIA
@@ -65,8 +65,7 @@ CONFIGS = {
 
 
 def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+    return composing.composed(*overrides, command=name)
 
 
 def run_of(*overrides: str, world_size: int = 1):

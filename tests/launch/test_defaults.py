@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launch.config.overrides import plain
 from launch.config.parse import parse
-from launch.process.identity import ROOT
 from launch.saved.configs import load_run_config
 from launch.saved.defaults import complete, defaults_of, records
 from launch.saved.former_defaults import HELD
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+from tests.composing import composed
 
 
 def known() -> dict[str, dict]:

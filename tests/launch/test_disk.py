@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launch import plan
 from launch.config.overrides import plain
 from launch.config.parse import parse
 from launch.job.disk import disk_usage, run_bytes
+from tests.composing import composed
 
-CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 LARGE = (
     "model.num_layers=64",
     "model.num_dense_layers=0",
@@ -26,8 +23,7 @@ LARGE = (
 
 
 def usage(*overrides: str):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return disk_usage(parse(plain(compose("train", overrides=[*LARGE, *overrides])), 1), 1)
+    return disk_usage(parse(plain(composed(*LARGE, *overrides)), 1), 1)
 
 
 def test_the_logs_of_a_million_steps_are_bounded_by_the_limits():
@@ -49,8 +45,7 @@ def test_a_dense_run_has_metrics_and_checkpoints_only():
 
 
 def test_the_plan_prints_every_kind_and_their_sum(capsys):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose("train", overrides=["model.num_layers=2"])
+    config = composed("model.num_layers=2")
     OmegaConf.set_readonly(config, False)
     plan.main(config)
     out = capsys.readouterr().out

@@ -11,19 +11,17 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.config.build import ConfigError
 from launch.config.overrides import plain
 from launch.config.parse import parse
+from tests.composing import composed
 from train.config.run import RunConfig
 
-CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 CONFIGS = (
     (1, ()),
     (1, ("experiment=quickstart_sparse",)),
@@ -169,11 +167,7 @@ KEYS = (
 @pytest.fixture(scope="module")
 def configs() -> Iterator[list[tuple[int, dict]]]:
     """(ranks, composed config as plain data); os.system is a trap meanwhile."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        found = [
-            (size, plain(compose("train", overrides=list(overrides))))
-            for size, overrides in CONFIGS
-        ]
+    found = [(size, plain(composed(*overrides))) for size, overrides in CONFIGS]
     for size, config in found:
         assert check(config, size) == []
     with pytest.MonkeyPatch.context() as patch:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from launch.config.build import ConfigError
 from launch.config.overrides import plain
@@ -14,13 +12,11 @@ from launch.config.parse import parse
 from launch.saved.index import without_index
 from launch.saved.initial import Given, _of_index
 from launch.saved.resume import other_projections
-
-CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
+from tests import composing
 
 
 def composed(*overrides: str) -> dict:
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return plain(compose("train", overrides=list(overrides)))
+    return plain(composing.composed(*overrides))
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,8 @@ import dataclasses
 import itertools
 import json
 import shlex
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from launch import plan
 from launch.config.build import ConfigError
@@ -23,25 +21,23 @@ from launch.layouts.estimate import estimated
 from launch.layouts.page import command_line
 from launch.layouts.search import layouts, search, under
 from model.cost.parameters import flops_per_token
+from tests.composing import composed
 from tests.pairwise import some_daily
 from train.config.run import RunConfig
 
 pytestmark = [pytest.mark.slow]  # seconds of a core
 
-CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 LARGE = ("experiment=qwen3_30b_a3b", "model.loss_chunk_size=4096")
 SMALL = ("model.num_kv_heads=2", "train.global_batch_size=16", "train.micro_batch_size=1")
 H100, H200 = cluster_of("H100", 0.4), cluster_of("H200", 0.4)
 
 
 def run_of(*overrides: str, world_size: int = 1) -> RunConfig:
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return parse(plain(compose("train", overrides=list(overrides))), world_size)
+    return parse(plain(composed(*overrides)), world_size)
 
 
 def asked(*overrides: str) -> None:
-    with initialize_config_dir(CONF, version_base="1.3"):
-        plan.main(compose("plan", overrides=list(overrides)))
+    plan.main(composed(*overrides, command="plan"))
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,9 @@ written.
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launch import train as command
@@ -22,8 +20,8 @@ from launch.job.memory import (
     ranks_of_this_node,
     this_machine,
 )
+from tests.composing import composed
 
-CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 OLMOE = (
     "experiment=olmoe_1b_7b",
     "train.seq_len=512",
@@ -31,11 +29,6 @@ OLMOE = (
     "train.global_batch_size=8",
     "model.recompute=block",
 )
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return compose("train", overrides=list(overrides))
 
 
 def run_of(*overrides: str, ranks: int = 1):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from launch.config.build import ConfigError
 from launch.config.overrides import plain
@@ -15,13 +14,12 @@ from launch.config.parse import parse
 from launch.job.memory import Machine, planned_memory
 from launch.layouts import micro_batch
 from launch.layouts.micro_batch import is_asked, with_micro_batch
-from tests.end_to_end.commandline import ROOT
+from tests.composing import composed
 from train.files.sizes import GIB
 
 
 def config_of(*overrides: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        found = compose("train", ["train.micro_batch_size=auto", *overrides])
+    found = composed("train.micro_batch_size=auto", *overrides)
     assert is_asked(found)
     return found
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from omegaconf import open_dict
 
 from launch import plan, train
 from launch.config.build import ConfigError
 from launch.job.fit import LEFT_OUT
+from tests.composing import composed
 from train.config.data import TokenizerConfig
 from train.data.prepare import train_bpe
 from train.files.sizes import GIB
-
-CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 
 
 @pytest.fixture
@@ -27,11 +24,6 @@ def tokenizer(tmp_path) -> str:
         str(tmp_path / "tokenizer.json")
     )
     return str(tmp_path)
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return compose("train", overrides=list(overrides))
 
 
 def test_a_plan_says_that_the_model_does_not_cover_the_tokenizer(tokenizer, capsys):

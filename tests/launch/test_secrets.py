@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from launch.config.overrides import plain
 from launch.process.secrets import (
@@ -21,6 +20,7 @@ from launch.process.secrets import (
     redact,
     redact_text,
 )
+from tests.composing import composed
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 HF, HEX, GITHUB, AWS = (
@@ -105,8 +105,7 @@ def test_no_key_of_our_configs_is_taken_for_a_secret():
                 yield from keys(value)
 
     for experiment in sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml")):
-        with initialize_config_dir(CONF, version_base="1.3"):
-            config = plain(compose("train", overrides=[f"experiment={experiment}"]))
+        config = plain(composed(f"experiment={experiment}"))
         assert [key for key in keys(config) if is_secret_name(key)] == []
         assert redact(config) == config
 

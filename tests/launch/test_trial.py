@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from launch.command.messages import failure_of
 from launch.config.build import ConfigError
@@ -20,7 +19,7 @@ from launch.config.parse import parse, world_size
 from launch.job.judge import Judge
 from launch.layouts import trial
 from launch.layouts.trial import Trial, described, largest_that_runs, settings_of_trial
-from tests.end_to_end.commandline import ROOT
+from tests.composing import composed
 from train.config.launching import WatchdogConfig
 
 LACKS = Trial(1, "out_of_memory", ("RuntimeError: can't allocate memory",))
@@ -28,8 +27,7 @@ FITS = Trial(0, None, ())
 
 
 def config_of(*overrides: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", ["train.micro_batch_size=8", *overrides])
+    return composed("train.micro_batch_size=8", *overrides)
 
 
 def chosen_of(config, sizes, ends, say=lambda line: None):

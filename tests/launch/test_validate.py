@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from launch.config.build import ConfigError
 from launch.config.deepspeed import DEEPSPEED_KEYS, ZERO_KEYS
@@ -14,14 +13,14 @@ from launch.config.overrides import plain
 from launch.config.parse import parse
 from model.cost.parameters import count_parameters, flops_per_token
 from model.placement.record import LayerPlacement, Placement
+from tests import composing
 from train.config.component import FORMER, SETTINGS
 
 CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 
 
 def composed(*overrides: str) -> dict:
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return plain(compose("train", overrides=list(overrides)))
+    return plain(composing.composed(*overrides))
 
 
 @pytest.fixture(scope="module")

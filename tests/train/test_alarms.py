@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 
 from launch.config.build import ConfigError, build_record
 from launch.config.overrides import plain
@@ -20,6 +19,7 @@ from model.config import BudgetConfig, ModelConfig
 from model.moe.balance import LayerStats
 from model.routers.config import ThresholdConfig
 from ops.router import NUM_REASONS, Reason
+from tests.composing import composed
 from train.config.watching import AlarmRule
 from train.guard.alarms import Alarms, settled
 from train.observe.catalogue.names import metric_names
@@ -148,8 +148,7 @@ def test_an_unknown_key_gets_a_suggestion():
 
 
 def problems_of(rule: str, *overrides: str) -> list[str]:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [f"+alarms.mine={{metric: '{rule}', above: 1}}", *overrides])
+    config = composed(f"+alarms.mine={{metric: '{rule}', above: 1}}", *overrides)
     try:
         parse(plain(config), 1)
     except ConfigError as error:
@@ -196,8 +195,7 @@ def test_an_alarm_on_what_some_run_of_the_model_logs_is_accepted(metric, overrid
 
 
 def test_a_dense_model_keeps_the_default_alarms():
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", ["model.num_experts=0", "balance=none"])
+    config = composed("model.num_experts=0", "balance=none")
     found = []
     try:
         parse(plain(config), 1)
