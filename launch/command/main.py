@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.command.arguments import ArgumentError, arranged, refuse_two_values
+from launch.command.arguments import ArgumentError, arranged, refuse_two_values, require_sweep
 from launch.command.help import command_name, page
 from launch.command.interrupt import Interrupts
 from launch.command.messages import fail, failure_of
@@ -96,12 +96,14 @@ def run_main(
         refuse_two_values(arguments)
         arguments, notes = resolved(command_name(), arguments)
         arguments = arranged(arguments, command_name())
+        multirun = bool({"-m", "--multirun"} & set(arguments))
+        if multirun:
+            require_sweep(arguments)
     except ArgumentError as error:
         fail([str(error)])
     for note in notes if rank() == 0 else ():
         print(redact_text(note), file=sys.stderr, flush=True)
 
-    multirun = {"-m", "--multirun"} & set(arguments)
     sweep_dir = f"hydra.sweep.dir=runs/sweeps/{time.strftime('%Y%m%d-%H%M%S')}"
     sys.argv = [
         sys.argv[0],

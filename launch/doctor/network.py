@@ -46,6 +46,8 @@ NAME_SECONDS = 6.0
 SSH_SECONDS = 10.0
 RANKS_SECONDS = 18.0
 MAX_CLOCK_SECONDS = 2.0
+UNKNOWN_HOST = "Could not resolve hostname"
+"""What ssh says of a name without an address."""
 MARK = "loadstone-doctor:"
 """Begins every line of a host's answer: login scripts print lines of their own."""
 
@@ -196,8 +198,8 @@ def hostfile(launch: LaunchConfig) -> tuple[tuple[Host, ...], list[Finding]]:
     ]
 
 
-def names(hosts: Sequence[Host]) -> list[Finding]:
-    """Whether every host has an address."""
+def without_address(hosts: Sequence[Host]) -> dict[str, str]:
+    """Host -> why it has no address, of those that have none."""
 
     def look_up(name: str) -> str:
         try:
@@ -206,18 +208,22 @@ def names(hosts: Sequence[Host]) -> list[Finding]:
         except OSError as error:
             return error.strerror or str(error)
 
-    if not hosts:
-        return []
     answers = in_parallel(look_up, [h.name for h in hosts], NAME_SECONDS)
     wrong = {h.name: answers.get(h.name, f"no answer within {NAME_SECONDS:g} s") for h in hosts}
+    return {name: why for name, why in wrong.items() if why}
+
+
+def names(hosts: Sequence[Host]) -> list[Finding]:
+    """Whether every host has an address."""
+    if not hosts:
+        return []
     return [
         failed(
             "names",
             f"host {name} has no address: {why}",
             "mend the hostfile, or its DNS or /etc/hosts entry",
         )
-        for name, why in wrong.items()
-        if why
+        for name, why in without_address(hosts).items()
     ] or [ok("names", f"{len(hosts)} hosts have addresses")]
 
 
@@ -310,7 +316,14 @@ def visits(launch: LaunchConfig, hosts: Sequence[Host], run_dir: Path) -> list[F
     finally:
         scratch.unlink(missing_ok=True)
 
-    found = [visit(h.name, answers.get(h.name), launch.ssh_port, run_dir) for h in hosts]
+    # A name that nobody knows is told once, by `names`; one that only ssh does not know is told here.
+    unknown = [h for h in hosts if h.name in answers and UNKNOWN_HOST in answers[h.name].reason]
+    told = without_address(unknown)
+    found = [
+        visit(h.name, answers.get(h.name), launch.ssh_port, run_dir)
+        for h in hosts
+        if h.name not in told
+    ]
     good = sum(not findings for findings in found)
     all_findings = [finding for findings in found for finding in findings]
     if good:

@@ -34,7 +34,11 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+ORDERS = ("<=", ">=", "<", ">")
+NONE = ("null", "None")
 CONDITION = re.compile(r"\s*([\w./-]+)\s*(<=|>=|!=|==?|<|>|~)\s*(.*?)\s*", re.DOTALL)
+DATE = re.compile(r"\d{4}-\d\d-\d\d( \d\d:\d\d)?")
+"""What the column `when` is compared with; a date alone is its first minute."""
 COLUMNS = ("state", "step", "val_loss", "train_loss", "tokens_per_second", "when")
 """Of every list, after the run."""
 WIDEST = 48
@@ -133,7 +137,7 @@ def _chosen(runs: list[Past], conditions: Iterable[str]) -> list[Past]:
     """Runs of which every condition is true; one that lacks the name is none.
 
     Raises:
-        ValueError: no run has the name.
+        ValueError: no run has the name, or what it has does not compare with the value.
     """
     for text in conditions:
         match = CONDITION.fullmatch(text)
@@ -141,13 +145,44 @@ def _chosen(runs: list[Past], conditions: Iterable[str]) -> list[Past]:
         name, sign, wanted = match.groups()
         values = [run.value(name) for run in runs]
         _require_known(name, values, runs, "where")
+        _require_comparable(text, name, sign, wanted, values)
         runs = [run for run, v in zip(runs, values, strict=True) if _holds(v, sign, wanted)]
     return runs
 
 
+def _require_comparable(
+    text: str, name: str, sign: str, wanted: str, values: Sequence[Any]
+) -> None:
+    """A condition that would hold for no run, or for all, whatever their values are.
+
+    Raises:
+        ValueError: it compares numbers with text.
+    """
+    known = [value for value in values if value is not None]
+    if sign == "~" or not known or (sign not in ORDERS and wanted in NONE):
+        return
+    numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in known]
+    if name == "when" and sign in ORDERS:
+        if DATE.fullmatch(wanted) is None:
+            raise ValueError(f"where={text!r}: {wanted!r} is no date; write it as 2026-11-30")
+    elif sign in ORDERS and not any(numbers):
+        example = _plain(known[0])
+        raise ValueError(f"where={text!r}: {name} is no number but {example!r}; use =, != or ~")
+    elif (sign in ORDERS or all(numbers)) and not _is_number(wanted):
+        raise ValueError(f"where={text!r}: {wanted!r} is no number, and {name} is one")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _holds(value: Any, sign: str, wanted: str) -> bool:
     if value is None:
-        return sign == "=" and wanted in ("null", "None")
+        return sign in ("=", "==") and wanted in NONE
     if sign == "~":
         return wanted.lower() in str(_plain(value)).lower()
     sign = "=" if sign == "==" else sign
@@ -156,8 +191,9 @@ def _holds(value: Any, sign: str, wanted: str) -> bool:
             raise ValueError
         return OPERATORS[sign](float(value), float(wanted))
     except (TypeError, ValueError):
-        text = _plain(value)
-        return sign in ("=", "!=") and OPERATORS[sign](text, wanted)
+        # Of texts dates alone have an order.
+        compares = sign not in ORDERS or DATE.fullmatch(wanted) is not None
+        return compares and OPERATORS[sign](_plain(value), wanted)
 
 
 def _require_columns(runs: list[Past], columns: Sequence[str]) -> None:

@@ -137,17 +137,32 @@ def make_app(
         }
         return _json({"object": "list", "data": [found]})
 
-    app = Starlette(
-        routes=[
-            Route("/", page),
-            Route("/health", health),
-            Route("/metrics", metrics),
-            Route("/v1/models", models),
-            Route("/v1/completions", Endpoint(model, worker, meters, False), methods=["POST"]),
-            Route("/v1/chat/completions", Endpoint(model, worker, meters, True), methods=["POST"]),
-        ]
-    )
+    routes = [
+        Route("/", page),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/v1/models", models),
+        Route("/v1/completions", Endpoint(model, worker, meters, False), methods=["POST"]),
+        Route("/v1/chat/completions", Endpoint(model, worker, meters, True), methods=["POST"]),
+    ]
+
+    async def elsewhere(request: Request, error: Exception) -> Response:
+        """Another path, or another method: clients read errors as JSON."""
+        asked = f"{request.method} {request.url.path}"
+        known = ", ".join(f"{_method(route)} {route.path}" for route in routes)
+        status = getattr(error, "status_code", 404)
+        refusal = _json(
+            error_body(f"{asked} is not served; there is {known}", "invalid_request_error"), status
+        )
+        refusal.headers.update(getattr(error, "headers", None) or {})
+        return refusal
+
+    app = Starlette(routes=routes, exception_handlers={404: elsewhere, 405: elsewhere})
     return Guard(app, token, local and token is None)
+
+
+def _method(route: Route) -> str:
+    return "POST" if route.methods and "POST" in route.methods else "GET"
 
 
 class Endpoint:
@@ -364,7 +379,8 @@ async def _body(request: Request) -> Any:
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
     except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+        at = f" at line {error.lineno}, column {error.colno}" if hasattr(error, "colno") else ""
+        raise BadRequest(f"the body is not JSON{at}") from None
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:

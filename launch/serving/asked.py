@@ -5,6 +5,7 @@ ours beside them. A field that would change nothing is refused, unless it has it
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import secrets
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ COMMON = (
     *("model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop"),
     *("seed", "logprobs", *OWN),
 )
+OF_CHATS = ("messages", "top_logprobs", "max_completion_tokens")
+OF_TEXTS = ("prompt",)
 IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 """They say something about the caller, and nothing about the answer."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -135,13 +138,17 @@ def read_asked(
 
 
 def _check_fields(body: dict[str, Any], chat: bool) -> None:
-    known = {*COMMON, *IGNORED}
-    known |= {"messages", "top_logprobs", "max_completion_tokens"} if chat else {"prompt"}
+    of_kind = (OF_CHATS, OF_TEXTS) if chat else (OF_TEXTS, OF_CHATS)
+    known = {*COMMON, *IGNORED, *of_kind[0]}
     for name, value in body.items():
         if name in known:
             continue
         if name not in NEUTRAL:
-            raise BadRequest(f"the field {_shown(name)} is not known here; leave it out", name)
+            near = difflib.get_close_matches(str(name), sorted(known), 1)
+            mend = f"did you mean {near[0]}?" if near else "leave it out"
+            if name in of_kind[1]:
+                mend = f"/v1/{'' if chat else 'chat/'}completions takes it"
+            raise BadRequest(f"the field {_shown(name)} is not known here; {mend}", name)
         # True == 1 in Python, and not here
         if not any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in NEUTRAL[name]
@@ -274,5 +281,6 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """As JSON spells it."""
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

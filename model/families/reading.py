@@ -79,7 +79,7 @@ def read(config: Mapping[str, Any]) -> Reading:
         if not isinstance(config.get(key), int)
     ]
     if missing:
-        raise FamilyError([f"config.json has no number {key}" for key in missing])
+        raise FamilyError([f"config.json has no number for {', '.join(missing)}"])
 
     problems = _unknown(config, family)
     notes = [

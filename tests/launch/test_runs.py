@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -113,11 +114,31 @@ def test_all_runs_are_listed_the_newest_first(runs, capsys):
         (["moe/max_vio<=0.3"], ["runs/q/b", "runs/d"]),
         (["train.deterministic=false", "model.tie_embeddings!=x"], None),
         (["train.sample_prompt=null"], None),
+        (["train.sample_prompt==null"], None),
+        (["when>=1970-01-01", "when<1970-01-03 00:00"], None),
+        (["when>1970-01-03"], []),
     ],
 )
 def test_conditions_are_of_columns_metrics_and_settings(runs, capsys, where, found):
     everything = ["runs/q/b", "runs/q/c", "runs/q/a", "runs/d"]
     assert listed(capsys, where=where) == (everything if found is None else found)
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("val_loss<abc", "'abc' is no number, and val_loss is one"),
+        ("val_loss=low", "'low' is no number, and val_loss is one"),
+        ("step!=many", "'many' is no number, and step is one"),
+        ("optim.lr>=", "'' is no number, and optim.lr is one"),
+        ("state<5", "state is no number but '"),
+        ("train.deterministic>0", "train.deterministic is no number but 'false'; use"),
+        ("when>yesterday", "'yesterday' is no date; write it as 2026-11-30"),
+    ],
+)
+def test_what_does_not_compare_is_refused(runs, capsys, where, told):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'where={where!r}: {told}')}"):
+        listed(capsys, where=where)
 
 
 def test_conditions_that_nothing_meets_are_told_and_not_the_runs_that_do_not(runs, capsys):

@@ -326,7 +326,7 @@ def test_a_budget_of_the_table_is_used_and_another_refused(served):
     ]
     assert spent[0] < spent[1] < spent[2]
     status, _, found = send(served, "POST", "/v1/completions", {"prompt": "a", "budget": 2})
-    assert status == 400 and "none of those there are (1, 3)" in found["error"]["message"]
+    assert status == 400 and "; choose one of 1, 3" in found["error"]["message"]
     _, _, found = send(served, "GET", "/v1/models")
     assert found["data"][0]["id"] == "tiny" and found["data"][0]["budgets"] == [1.0, 3.0]
 
@@ -452,7 +452,7 @@ def test_a_web_page_of_somebody_cannot_reach_it(served, headers, status):
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
-        ("{", 400, "the body is not JSON"),
+        ("{", 400, "the body is not JSON at line 1, column 2"),
         ("[" * 100_000, 400, "nested too deeply"),
         (b'{"prompt": "\xff"}', 400, "the body is not JSON"),
         ("[]", 400, "the body is list; send a JSON object"),
@@ -470,12 +470,28 @@ def test_a_body_that_cannot_be_answered_is_told_why(served, body, status, says):
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "status", "body"),
+    [
+        ("GET", "/v1/completions", 405, None),
+        ("POST", "/v1/models", 405, {}),
+        ("POST", "/v1/completion", 404, {"prompt": "a"}),
+        ("GET", "/favicon.ico", 404, None),
+    ],
+)
+def test_another_path_or_method_is_told_what_there_is(served, method, path, status, body):
+    code, _, found = send(served, method, path, body)
+    told = found["error"]["message"]
+    assert code == status and told.startswith(f"{method} {path} is not served; there is GET /, ")
+    assert "GET /v1/models, POST /v1/completions, POST /v1/chat/completions" in told
+
+
+@pytest.mark.parametrize(
     ("body", "says"),
     [
         ({}, "prompt must be text"),
         ({"prompt": [True]}, "prompt must be text"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; it must be a whole number from 1"),
-        ({"prompt": "a", "max_tokens": True}, "max_tokens is True"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens is true"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens is 1.5"),
         ({"prompt": "a", "temperature": -1}, "temperature is -1"),
         ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot'; it must be a number"),
@@ -485,13 +501,15 @@ def test_a_body_that_cannot_be_answered_is_told_why(served, body, status, says):
         ({"prompt": "a", "stop": ["x"] * 17}, "stop must be text, or a list of up to 16"),
         ({"prompt": "a", "n": 17}, "n is 17; it must be a whole number from 1 to 16"),
         ({"prompt": ["a"] * 9, "n": 2}, "n times the prompts is more than 16"),
-        ({"prompt": "a", "logprobs": True}, "logprobs is True"),
+        ({"prompt": "a", "logprobs": True}, "logprobs is true"),
         ({"prompt": "a", "stream": "yes"}, "stream is 'yes'; it must be true or false"),
         ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options knows include_usage alone"),
-        ({"prompt": "a", "echo": True}, "echo is True, which is not done here; leave it out"),
+        ({"prompt": "a", "echo": True}, "echo is true, which is not done here; leave it out"),
         ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty is 0.5, which is not done"),
-        ({"prompt": "a", "max_tokns": 5}, "the field 'max_tokns' is not known here"),
-        ({"prompt": "a", "messages": []}, "the field 'messages' is not known here"),
+        ({"prompt": "a", "max_tokns": 5}, "'max_tokns' is not known here; did you mean max_tokens?"),
+        ({"prompt": "a", "messages": []}, "is not known here; /v1/chat/completions takes it"),
+        ({"prompt": "a", "tops": 5}, "the field 'tops' is not known here; did you mean"),
+        ({"prompt": "a", "colour": 5}, "the field 'colour' is not known here; leave it out"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -17,6 +17,7 @@ from launch.command.arguments import (
     arranged,
     refuse_two_values,
     replaced,
+    require_sweep,
     setting,
 )
 from launch.config.overrides import quoted
@@ -175,6 +176,22 @@ def test_a_setting_has_one_value(typed):
     first, second = typed[0 if "=" in typed[0] else 1], typed[-1]
     with pytest.raises(ArgumentError, match=re.escape(f"{first} and {second} give")):
         refuse_two_values(typed)
+
+
+@pytest.mark.parametrize("typed", [[], ["seed=1"], ["seed=[1,2]", "router=top_p"]])
+def test_a_sweep_over_nothing_is_refused(typed):
+    with pytest.raises(ArgumentError, match="and none has several; write optim.lr=1e-3,1e-4, or"):
+        require_sweep(arranged(["-m", *typed]))
+    done = launch("train", "-m", *typed, "launch.dry_run=true", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: -m runs a job for each value")
+
+
+@pytest.mark.parametrize(
+    "swept",
+    ["seed=1,2", "router=top_k,top_p", "seed=range(1,3)", "seed=choice(1)", "hydra/sweeper=optuna"],
+)
+def test_what_is_swept_over_is_taken(swept):
+    require_sweep(arranged(["-m", "optim.lr=1e-3", "~alarms.budget", swept]))
 
 
 def test_a_command_refuses_two_values_of_a_setting():

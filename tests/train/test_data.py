@@ -16,7 +16,7 @@ import torch
 
 from model.loss import IGNORE_INDEX
 from model.request import TokenBatch
-from train.config.data import DataConfig, SourceConfig, TokenizerConfig
+from train.config.data import DataConfig, SourceConfig, TokenizerConfig, ValidationConfig
 from train.data.loader import Batch, TrainingLoader, pack, validation_batches
 from train.data.prepare import fingerprint, prepare, store_path, train_bpe, unigram_entropy
 from train.data.sources import documents
@@ -284,6 +284,29 @@ def test_the_share_held_out_is_the_one_asked_for_and_at_least_one(tmp_path):
         ]
         == 1
     )
+
+
+def test_a_source_that_holds_nothing_out_is_told(tmp_path):
+    many = lines(tmp_path / "a.txt", make_texts(400), label="many")
+    few = lines(tmp_path / "b.txt", make_texts(1, seed=1), label="few")
+    told = []
+    config = data_config(tmp_path, many, few, fraction=0.05)
+    manifest = json.loads((prepare(config, told.append) / "manifest.json").read_text())
+    documents = manifest["validation"]["documents"]
+    line = f"held out: {documents} documents ({documents} of many, 0 of few), "
+    assert any(text.startswith(line) for text in told), told
+    without = [text for text in told if "holds nothing out" in text]
+    assert len(without) == 1 and without[0].startswith("source few holds nothing out, so the ")
+
+    # where it is meant, nothing is said
+    exam = lines(tmp_path / "c.txt", make_texts(5, seed=2), label="exam")
+    meant = dataclasses.replace(
+        config, validation_fraction=0.0, validation=ValidationConfig((exam,))
+    )
+    told.clear()
+    prepare(meant, told.append)
+    assert any("(0 of many, 0 of few, 5 of exam)" in text for text in told)
+    assert not any("holds nothing out" in text for text in told)
 
 
 def test_new_documents_do_not_move_old_ones_across_the_split(tmp_path):

@@ -89,7 +89,7 @@ def test_what_deepseek_v4_does_not_have_is_not_written_as_such(changes):
         ("llama", "new_scale", 2.0, "new_scale=2.0 is unknown to the reader of llama"),
         ("llama", "mlp_bias", True, "mlp_bias=True is not computed here, only False"),
         ("llama", "hidden_act", "gelu", "hidden_act='gelu'"),
-        ("llama", "vocab_size", None, "no number vocab_size"),
+        ("llama", "vocab_size", None, "no number for vocab_size"),
         ("mixtral", "sliding_window", 16, "sliding_window=16 is not computed here"),
         ("mixtral", "num_local_experts", None, "lacks one of num_local_experts"),
         ("olmoe", "clip_qkv", 8.0, "clip_qkv=8.0"),
@@ -280,7 +280,26 @@ def test_a_shard_that_is_cut_off_is_called_an_interrupted_download(mixtral, tmp_
 def test_a_file_that_is_none_of_theirs_is_named(mixtral, tmp_path, damage):
     folder = copy(mixtral, tmp_path / "copy")
     sorted(folder.glob("*.safetensors"))[0].write_bytes(damage)
-    with pytest.raises(PretrainedError, match="is no safetensors file"):
+    with pytest.raises(PretrainedError, match="is no safetensors file: an interrupted download"):
+        describe(folder)
+
+
+def test_what_git_leaves_in_the_place_of_a_large_file_is_told(mixtral, tmp_path):
+    folder = copy(mixtral, tmp_path / "copy")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    sorted(folder.glob("*.safetensors"))[0].write_bytes(pointer)
+    with pytest.raises(PretrainedError, match=rf"run git lfs pull in {folder}$"):
+        describe(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [(b'{"a": 1,\n"b"', " at line 2"), (b"", " at line 1"), (b"\xff\xff", ""), (b"[" * 9999, "")],
+)
+def test_a_config_that_was_cut_off_is_told_in_words_of_ours(mixtral, tmp_path, text, told):
+    folder = copy(mixtral, tmp_path / "copy")
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(PretrainedError, match=rf"config.json is no JSON{told}: an interrupted"):
         describe(folder)
 
 

@@ -391,10 +391,20 @@ def _assembled(
     content = assembly.close()
     validation = assembly.validation
     entropy = unigram_entropy(assembly.unigrams)
+    held = [counts.documents for counts in assembly.by_source]
+    shares = ", ".join(f"{n:,} of {name}" for name, n in zip(names, held, strict=True))
     tell(
-        f"held out: {validation.documents:,} documents, {validation.tokens:,} tokens"
-        f"{validation.share_learnt}; unigram entropy {entropy:.4f} nats per token"
+        f"held out: {validation.documents:,} documents{f' ({shares})' if len(held) > 1 else ''}, "
+        f"{validation.tokens:,} tokens{validation.share_learnt}; unigram entropy {entropy:.4f} "
+        "nats per token"
     )
+    for name, number in zip(names[:num_sources], held, strict=False):
+        if not number and config.validation_fraction > 0:
+            tell(
+                f"source {name} holds nothing out, so the held-out loss says nothing of it: raise "
+                f"data.validation_fraction ({config.validation_fraction:g}), or name text of its "
+                "kind in data.validation.sources"
+            )
     return {
         "format": FORMAT,
         "fingerprint": fingerprint(config),

@@ -35,6 +35,9 @@ MXFP4 = "MXFP4"
 """A name of ours: files hold its blocks and scales as bytes."""
 FP4 = "FP4"
 """A name of ours: files hold pairs of numbers as signed bytes, and scales as powers of two."""
+FETCH_AGAIN = "an interrupted download? Fetch it into the folder again"
+LFS_POINTER = b"version https://git-lfs"
+"""Begins what `git clone` leaves in the place of a large file."""
 POWERS = "F8_E8M0"
 """Of scales that are powers of two."""
 BLOCK = 32
@@ -60,8 +63,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; give a folder as the Hub has it: config.json, *.safetensors "
             "and the tokenizer's files"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PretrainedError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise PretrainedError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        at = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise PretrainedError(f"{path} is no JSON{at}: {FETCH_AGAIN}") from None
     if not isinstance(value, dict):
         raise PretrainedError(f"{path} holds no JSON object")
     return value
@@ -123,9 +129,7 @@ class ShardedReader:
             raise PretrainedError(f"{index} holds no weight_map of tensors to files beside it")
         for file in sorted(set(names.values())):
             if not (self.folder / file).is_file():
-                raise PretrainedError(
-                    f"{index} names {file}, which is not there: an interrupted download?"
-                )
+                raise PretrainedError(f"{index} names {file}, which is not there: {FETCH_AGAIN}")
         return names
 
     def _read_header(self, file: str) -> None:
@@ -140,21 +144,32 @@ class ShardedReader:
         try:
             size = path.stat().st_size
             with path.open("rb") as opened:
-                (length,) = struct.unpack("<Q", opened.read(8))
+                start = opened.read(len(LFS_POINTER))
+                if start == LFS_POINTER:
+                    raise PretrainedError(
+                        f"{path} is a pointer of Git LFS, and not the file: run git lfs pull in "
+                        f"{self.folder}"
+                    )
+                (length,) = struct.unpack("<Q", start[:8])
                 if length > min(MAX_HEADER, size - 8):
                     raise ValueError("its header would be longer than the file")
+                opened.seek(8)
                 header = json.loads(opened.read(length))
             header.pop("__metadata__", None)
             end = max((facts["data_offsets"][1] for facts in header.values()), default=0)
             for facts in header.values():
                 if not all(isinstance(n, int) and n >= 0 for n in facts["shape"]):
                     raise ValueError("a shape in its header is none")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            raise PretrainedError(f"{path} is no safetensors file: {error}") from None
+        except PretrainedError:
+            raise
+        except OSError as error:
+            raise PretrainedError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+            raise PretrainedError(f"{path} is no safetensors file: {FETCH_AGAIN}") from None
         if size != 8 + length + end:
             raise PretrainedError(
-                f"{path} has {size:,} bytes, and its header means {8 + length + end:,}: an "
-                "interrupted download?"
+                f"{path} has {size:,} bytes, and its header means {8 + length + end:,}: "
+                f"{FETCH_AGAIN}"
             )
         assert isinstance(header, dict)
         return header
