@@ -82,7 +82,8 @@ FLOORS = {
         ("component", "config"),
     ),
     "ops": (
-        ("compile/ahead_of_time", "compressed_attention"),
+        ("compile/ahead_of_time",),
+        ("compressed_attention",),
         ("index_attention",),
         ("gather_attention",),
         ("all_to_all", "grouped_mlp", "router", "sparse_attention", "testing"),

@@ -260,12 +260,11 @@ def index_attention_launches(
     width: int,
     dtype: torch.dtype = torch.bfloat16,
     weighted: bool = False,
+    num_tokens: int = 512,
 ) -> list[Launch]:
-    """What the choice of 512 queries among as many keys, and teaching it, would start."""
+    """What the choice of so many queries among as many keys, and teaching it, would start."""
     from ops.index_attention import triton_backend
     from ops.index_attention.triton_backend import Gradients, IndexTile
-
-    num_tokens = 512
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -274,10 +273,11 @@ def index_attention_launches(
         tensor(num_tokens, num_heads, width),
         tensor(num_tokens, width),
         tensor(num_tokens, num_heads) if weighted else None,
-        num_tokens * spec.block_size,
+        num_tokens * spec.block_size - 1,
         spec,
     )
-    into = Gradients(*(None if x is None else x.float() for x in tile[:3]))
+    of_weights = None if tile.weights is None else tile.weights.float()
+    into = Gradients(tile.queries.float(), tile.keys.float(), of_weights)
     with record_launches(architecture) as launches:
         scores = triton_backend.block_scores(tile)
         scores = triton_backend.block_scores(tile, with_best=True)
@@ -287,15 +287,20 @@ def index_attention_launches(
 
 
 def gated_pool_launches(
-    architecture: int, size: int, width: int, overlap: bool, dtype: torch.dtype = torch.bfloat16
+    architecture: int,
+    size: int,
+    width: int,
+    overlap: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    num_tokens: int = 512,
 ) -> list[Launch]:
-    """What entries of 512 tokens, and their gradients, would start."""
+    """What entries of so many tokens, and their gradients, would start."""
     from ops.compressed_attention import closed_windows, triton_backend
 
     row_size = 2 * width if overlap else width
-    content, gates = torch.zeros(512, 2 * row_size, dtype=dtype).split(row_size, 1)
+    content, gates = torch.zeros(num_tokens, 2 * row_size, dtype=dtype).split(row_size, 1)
     bias = torch.zeros(size, row_size)
-    windows = closed_windows([0, 512], size, content.device)
+    windows = closed_windows([0, num_tokens], size, content.device)
     given = content, gates, bias, windows.starts, windows.follows, overlap
     with record_launches(architecture) as launches:
         entries = triton_backend.pool(*given)
@@ -464,8 +469,10 @@ def index_attention_jobs(architecture: int) -> Iterator[Job]:
     """The shapes of the table, one for each rule, then the widths and dtypes at the extremes."""
     from ops.index_attention.spec import IndexSpec
 
-    def record(title: str, spec: IndexSpec, *sizes: int, **settings: Any) -> Iterator[Job]:
-        for launch in index_attention_launches(architecture, spec, *sizes, **settings):
+    def record(
+        title: str, spec: IndexSpec, num_heads: int, width: int, **settings: Any
+    ) -> Iterator[Job]:
+        for launch in index_attention_launches(architecture, spec, num_heads, width, **settings):
             absent = spec.by_head and ("best_ptr", None) in _named(launch)
             yield job_of(launch, title + (" no best" if absent else ""))
 
@@ -479,6 +486,9 @@ def index_attention_jobs(architecture: int) -> Iterator[Job]:
     yield from record("w256 I4 blocks of 128", blocks, 4, 256)
     yield from record("w96 I8 tokens fp16", tokens, 8, 96, weighted=True, dtype=torch.float16)
     yield from record("w128 I32 fp32", tokens, 32, 128, weighted=True, dtype=torch.float32)
+    # sizes of one are constants to the compiler
+    yield from record("w64 I1 one token", tokens, 1, 64, weighted=True, num_tokens=1)
+    yield from record("w64 I1 one block", IndexSpec("msa", 64, 16), 1, 64, num_tokens=1)
     yield from record("w128 I4 blocks of 128 fp32", blocks, 4, 128, dtype=torch.float32)
 
 
@@ -489,6 +499,7 @@ def gated_pool_jobs(architecture: int) -> Iterator[Job]:
         ("w128 of 4, overlapping", 4, 128, True),
         ("w512 of 128", 128, 512, False),
         ("w512 of 2", 2, 512, False),
+        ("w512 of 4, one window", 4, 512, True, torch.bfloat16, 4),
         ("w512 of 4, overlapping, fp32", 4, 512, True, torch.float32),
         ("w512 of 128, fp32", 128, 512, False, torch.float32),
     ):

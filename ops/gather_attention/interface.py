@@ -32,7 +32,7 @@ def pick_backend(
     Args:
         asked: "triton" or "torch"; None takes "triton" on CUDA for the shapes that the kernels are
             built for, else "torch".
-        head_dim: None: rows are chosen, and others attend to them.
+        head_dim: None: rows are chosen or pooled, and others attend to them.
         span: rows that are chosen together.
         index_width: dimensions of a head of the index that chooses; 0: nothing chooses.
 
@@ -63,7 +63,7 @@ def pick_backend(
         return asked
     if device.type != "cuda":
         return "torch"
-    what = "the choice of rows" if head_dim is None else "attention to chosen rows"
+    what = "choice and pooling of rows" if head_dim is None else "attention to chosen rows"
     _announce(f"{what}: {f'plain torch, as {reason}' if reason else 'Triton kernels'}")
     return "torch" if reason else "triton"
 

@@ -68,8 +68,8 @@ class Gradients(NamedTuple):
 
 
 def tile_queries(num_seen: int, by_key: int) -> int:
-    """How many queries go in a tile, the first of which sees so many keys and has `by_key` scores for
-    each.
+    """How many queries go in a tile, the first of which sees so many keys, with by_key scores of a
+    query for each.
     """
     return max(1, min(MOST_QUERIES, CHUNK_VALUES // (by_key * max(1, num_seen))))
 
