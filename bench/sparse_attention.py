@@ -26,7 +26,7 @@ cuda: bf16, random inputs, which is the worst case for the union factor (blocks 
 
 Ours loads its tiles by pointers; `tma_ms` is the same with those of keys and values by the tensor
 memory accelerator, for the default spec on devices that have one. configs.TMA should say which is
-faster. `tma_equal` is 1 where both give the same bits.
+faster; `tma_equal` says whether both give the same bits.
 
 Rivals are SDPA with cuDNN and with flash kernels; FlexAttention stands against the exact part
 alone, with the same selection as its BlockMask, which neither side pays for. bench.common flushes

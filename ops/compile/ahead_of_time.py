@@ -606,7 +606,7 @@ def main(arguments: list[str]) -> int:
                 failed |= bool(refused)
                 row += f" |{usage.registers:4}{usage.shared / 1024:6.1f} {usage.products:11}"
                 row += f"{usage.boxes:3} tma" if usage.boxes else " " * 7
-                row += ", ".join(refused)
+                row += f" {', '.join(refused)}" if refused else ""
             print(row.rstrip(), flush=True)
     return int(failed)
 

@@ -46,11 +46,11 @@ def without_tma(target: int, *matrices: torch.Tensor) -> str | None:
     for x in matrices:
         row = x.shape[-1] * x.element_size()
         if x.numel() == 0:
-            return f"{tuple(x.shape)} has no values"
+            return "a matrix has no values"
         if row % 16:
-            return f"rows of {tuple(x.shape)} have {row} bytes, no multiple of 16"
+            return f"rows of {row} bytes are no multiple of 16"
         if x.data_ptr() % 16:
-            return f"{tuple(x.shape)} begins {x.data_ptr() % 16} bytes behind a multiple of 16"
+            return f"a matrix begins {x.data_ptr() % 16} bytes behind a multiple of 16"
     return None
 
 
