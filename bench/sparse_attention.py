@@ -24,6 +24,10 @@ cuda: bf16, random inputs, which is the worst case for the union factor (blocks 
     fsa        FSA's sweep of group sizes: 4 key/value heads, groups of 1 to 16, (block, top) =
                (64, 16) and (128, 8)
 
+Ours loads its tiles by pointers; `tma_ms` is the same with those of keys and values by the tensor
+memory accelerator, for the default spec on devices that have one. configs.TMA should say which is
+faster; `tma_equal` says whether both give the same bits.
+
 Rivals are SDPA with cuDNN and with flash kernels; FlexAttention stands against the exact part
 alone, with the same selection as its BlockMask, which neither side pays for. bench.common flushes
 the L2 cache before every call. FLOPs are the useful ones, per head: 4d for an exact pair, 4d (order
@@ -52,6 +56,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import ROOT, Row, device_name, main, make_row, measure, roofline_ms
 from bench.router import graphed
+from ops.compile.launch import architecture, without_tma
 from ops.device import peak_tflops
 from ops.sparse_attention import (
     AttentionOutput,
@@ -62,7 +67,7 @@ from ops.sparse_attention import (
 )
 from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.cache import EntryCache
-from ops.sparse_attention.kernels.configs import attend_config
+from ops.sparse_attention.kernels.configs import attend_config, loading_by_tma
 from ops.sparse_attention.ranking import union_counts
 from ops.testing import assert_close
 from train.files.strict_json import dumps
@@ -377,26 +382,30 @@ def flex_call(
 def three_ways(
     forwards: dict[str, tuple[Callable[[], Tensor], list[Tensor]]], device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of forward (without a graph), backward (of a kept graph) and both, by name."""
+    """Milliseconds of forward (without a graph), backward (of a kept graph) and both, by name;
+    under a name that ends in _tma the kernels load by it.
+    """
 
-    def forward(call: Callable[[], Tensor]) -> None:
-        with torch.no_grad():
-            call()
+    def forward(name: str) -> None:
+        with torch.no_grad(), loading_by_tma(name.endswith("_tma")):
+            forwards[name][0]()
 
     kept = {name: (call(), inputs) for name, (call, inputs) in forwards.items()}
     grads = {name: torch.randn_like(out) for name, (out, _) in kept.items()}
 
     def backward(name: str) -> None:
         out, inputs = kept[name]
-        torch.autograd.grad(out, inputs, grads[name], retain_graph=True)
+        with loading_by_tma(name.endswith("_tma")):
+            torch.autograd.grad(out, inputs, grads[name], retain_graph=True)
 
     def both(name: str) -> None:
         call, inputs = forwards[name]
-        torch.autograd.grad(call(), inputs, grads[name])
+        with loading_by_tma(name.endswith("_tma")):
+            torch.autograd.grad(call(), inputs, grads[name])
 
     found = {
         "forward": measure(
-            {n: functools.partial(forward, call) for n, (call, _) in forwards.items()},
+            {n: functools.partial(forward, n) for n in forwards},
             device,
             REPEATS,
         ),
@@ -416,6 +425,18 @@ def check_exact(ours: Tensor, rival: Tensor, name: str) -> None:
     """
     rows = torch.linspace(0, len(ours) - 1, 256, device=ours.device).long()
     assert_close(name, ours[rows], rival[0].transpose(0, 1)[rows])
+
+
+def check_tma(call: Callable[[], Tensor], inputs: list[Tensor]) -> bool:
+    """Whether output and gradients with TMA have the bits of those without; they must be close."""
+    found = []
+    for tma in (False, True):
+        with loading_by_tma(tma):
+            out = call()
+            found.append((out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+    for name, pointers, boxes in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+        assert_close(f"{name} by TMA", boxes, pointers)
+    return all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def slowly(values: Tensor, span: int) -> Tensor:
@@ -488,11 +509,15 @@ def bench_shape(device: torch.device, shape: Shape) -> list[Row]:
         table_["forward_backward"] = table_["forward"] + table_["backward"]
 
     rows = []
-    times = three_ways(
-        {"ours": (lambda: ours().out, [q, k, v])} | dense_calls(shape, q, k, v), device
-    )
+    calls = {"ours": (lambda: ours().out, [q, k, v])}
+    equal = None
+    if spec == SPEC and without_tma(architecture(device), k.detach().flatten(1)) is None:
+        equal = check_tma(*calls["ours"])
+        calls["ours_tma"] = calls["ours"]
+    times = three_ways(calls | dense_calls(shape, q, k, v), device)
     peak_rate = peak_tflops(device_name(device))
     for way, by_name in times.items():
+        by_tma = by_name.pop("ours_tma", None)
         rate = flops[way] / by_name["ours"] / 1e9
         dense = min((ms for name, ms in by_name.items() if name != "ours"), default=None)
         rows.append(
@@ -513,6 +538,8 @@ def bench_shape(device: torch.device, shape: Shape) -> list[Row]:
                 union_factor=round(union, 3),
                 tail_mass=round(tail_mass, 4),
                 peak_gib=round(peak, 3),
+                tma_ms=None if by_tma is None else round(by_tma, 4),
+                tma_equal=equal,
             )
         )
     if shape.flex:

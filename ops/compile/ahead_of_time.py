@@ -7,8 +7,10 @@ under a hash of source, configuration and compiler.
 
     python -m ops.compile.ahead_of_time          # make compile-kernels
     python -m ops.compile.ahead_of_time 90       # one architecture
+    python -m ops.compile.ahead_of_time 80 gather_ mark_rows     # kernels whose title has a word
 
-It fails on spills, on too much shared memory, and on accumulators that are transposed in registers.
+It fails on spills, on too much shared memory, on accumulators that are transposed in registers, and
+on descriptors that nothing is loaded by.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ class Usage:
     shared: int  # bytes of a block
     products: str  # tensor core instructions in the PTX
     transposed: int  # accumulators of products that are transposed where they lie
+    boxes: int  # loads by the tensor memory accelerator in the PTX
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,10 @@ class Job:
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, int]
+
+    @property
+    def has_descriptors(self) -> bool:
+        return any(kind.startswith("tensordesc") for kind in self.signature.values())
 
     def key(self, architecture: int) -> str:
         parts = (
@@ -351,8 +358,9 @@ def grouped_mlp_launches(
 
 def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
     """The shapes of the table: every kernel for each head_dim, then groups, block sizes and dtypes
-    at the extremes.
+    at the extremes; those that can load by TMA both ways.
     """
+    from ops.sparse_attention.kernels.configs import loading_by_tma
     from ops.sparse_attention.spec import SparseAttentionSpec
 
     def record(
@@ -365,15 +373,18 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
         **settings: Any,
     ) -> Iterator[Job]:
         spec = SparseAttentionSpec(**({"window_size": 64} | settings))
-        for launch in sparse_attention_launches(
-            architecture, num_heads, num_kv_heads, head_dim, spec, extras=extras
-        ):
-            name = launch.kernel.__name__.removesuffix("_kernel")
-            if not only or name in only:
-                yield job_of(
-                    launch,
-                    title + (" no entries" if ("logits_ptr", None) in _named(launch) else ""),
+        for tma in (False, True):
+            with loading_by_tma(tma):
+                launches = sparse_attention_launches(
+                    architecture, num_heads, num_kv_heads, head_dim, spec, extras=extras
                 )
+            for launch in launches:
+                name = launch.kernel.__name__.removesuffix("_kernel")
+                if (only and name not in only) or (tma and not launch.options.get("TMA")):
+                    continue
+                words = [title, "tma"] if tma else [title]
+                words += ["no entries"] if ("logits_ptr", None) in _named(launch) else []
+                yield job_of(launch, " ".join(words))
 
     heavy = ("rank", "attend", "query_grad", "key_grad", "entry_grad")
     yield from record("d128 G8 B64", 32, 4, 128)
@@ -616,6 +627,7 @@ def _compile(job: Job, architecture: int) -> Usage:
         binary.metadata.shared,
         " ".join(f"{n} {name}" for name, n in products.items() if n),
         transposed_accumulators(binary.asm["ttgir"]),
+        ptx.count("cp.async.bulk.tensor"),
     )
 
 
@@ -627,6 +639,18 @@ def transposed_accumulators(program: str) -> int:
     layouts = re.findall(r"(#\w+) = #ttg\.nvidia_mma<", program)
     transposed = re.findall(r"= tt\.trans .*: tensor<[^<>]*, (#\w+)> ->", program)
     return sum(layout in layouts for layout in transposed)
+
+
+def complaints(job: Job, usage: Usage, architecture: int) -> list[str]:
+    """What of a compiled kernel is refused."""
+    found = [f"SPILLS {usage.spilled} BYTES"] if usage.spilled else []
+    if usage.shared > SHARED_MEMORY[architecture]:
+        found.append("TOO MUCH SHARED MEMORY")
+    if usage.transposed:
+        found.append(f"TRANSPOSES {usage.transposed} ACCUMULATORS")
+    if job.has_descriptors and not usage.boxes:
+        found.append("DESCRIPTORS WITHOUT TMA")
+    return found
 
 
 def _registers(cubin: bytes) -> int:
@@ -641,8 +665,8 @@ def _registers(cubin: bytes) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Print a table; 1 if a kernel spills, takes too much shared memory, transposes an accumulator
-    or does not compile.
+    """Print a table; 1 if a kernel spills, takes too much shared memory, transposes an accumulator,
+    leaves its descriptors unused or does not compile.
     """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print(
@@ -650,12 +674,16 @@ def main(arguments: list[str]) -> int:
             "compiled"
         )
         return 1
-    architectures = [int(a) for a in arguments] or list(SHARED_MEMORY)
+    architectures = [int(a) for a in arguments if a.isdecimal()] or list(SHARED_MEMORY)
+    words = [a for a in arguments if not a.isdecimal()]
     jobs = {title: job for a in reversed(architectures) for title, job in jobs_of(a).items()}
-    titles = list(jobs)
+    titles = [title for title in jobs if not words or any(word in title for word in words)]
+    if not titles:
+        print(f"no kernel has {' or '.join(words)} in its title; titles begin with its name")
+        return 1
     print(
-        f"triton {triton.__version__}: warps, then registers, KiB of shared memory and tensor core "
-        f"instructions on sm_{', sm_'.join(map(str, architectures))}"
+        f"triton {triton.__version__}: warps, then registers, KiB of shared memory, tensor core "
+        f"instructions and loads by TMA on sm_{', sm_'.join(map(str, architectures))}"
     )
     failed = False
     with ProcessPoolExecutor(
@@ -669,17 +697,16 @@ def main(arguments: list[str]) -> int:
             for architecture in architectures:
                 usage = next(results)
                 if usage is None:
-                    row += f" |{'none':>4}{'':18}"
+                    row += f" |{'none':>4}{'':25}"
                     continue
                 if isinstance(usage, str):
                     failed, row = True, f"{row} | {usage}"
                     continue
-                fits = usage.shared <= SHARED_MEMORY[architecture]
-                failed |= usage.spilled > 0 or usage.transposed > 0 or not fits
+                refused = complaints(jobs_of(architecture)[title], usage, architecture)
+                failed |= bool(refused)
                 row += f" |{usage.registers:4}{usage.shared / 1024:6.1f} {usage.products:11}"
-                row += f"SPILLS {usage.spilled} BYTES" if usage.spilled else ""
-                row += "" if fits else "TOO MUCH SHARED MEMORY"
-                row += f"TRANSPOSES {usage.transposed} ACCUMULATORS" if usage.transposed else ""
+                row += f"{usage.boxes:3} tma" if usage.boxes else " " * 7
+                row += f" {', '.join(refused)}" if refused else ""
             print(row.rstrip(), flush=True)
     return int(failed)
 

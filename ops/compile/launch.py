@@ -37,6 +37,23 @@ def architecture(device: torch.device) -> int:
     return _recorded_for
 
 
+def without_tma(target: int, *matrices: torch.Tensor) -> str | None:
+    """Why the tensor memory accelerator of an architecture cannot load tiles of these contiguous
+    matrices [..., width]; None: it can.
+    """
+    if target < 90:
+        return f"sm_{target} has no tensor memory accelerator"
+    for x in matrices:
+        row = x.shape[-1] * x.element_size()
+        if x.numel() == 0:
+            return "a matrix has no values"
+        if row % 16:
+            return f"rows of {row} bytes are no multiple of 16"
+        if x.data_ptr() % 16:
+            return f"a matrix begins {x.data_ptr() % 16} bytes behind a multiple of 16"
+    return None
+
+
 @contextlib.contextmanager
 def record_launches(architecture: int) -> Iterator[list[Launch]]:
     """Collect launches instead of starting them."""

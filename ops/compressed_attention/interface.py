@@ -299,8 +299,10 @@ class _Compressed(torch.autograd.Function):
         if picked is None:
             picked = q.new_full((len(q), most), -1, dtype=torch.int32)
         real_sinks = sinks.to(tiles.real)
+        rows: tuple[Tensor | None, Tensor | None] = None, None
         if gathers:
-            gather = _gather_of(q, kv, entries, sinks, picked, bounds, spec)
+            base, window_start = rows = _rows_to_see(bounds, len(entries), spec, q.device)
+            gather = _gather_of(q, kv, entries, sinks, picked, base, window_start)
             how = token_mask, teach, followed is None
             total = _attend_gathered(tiles, gather, out, lse, *how, grads if learns else None)
 
@@ -341,7 +343,7 @@ class _Compressed(torch.autograd.Function):
                     assert gradient is not None
                     gradient[at] += more[0]
 
-        ctx.save_for_backward(q, kv, entries, sinks, *given[4:7], out, lse, picked, *grads)
+        ctx.save_for_backward(q, kv, entries, sinks, *given[4:7], out, lse, picked, *rows, *grads)
         ctx.bounds, ctx.spec, ctx.dense, ctx.gathers = bounds, spec, dense, gathers
         own = picked if followed is None else picked.new_empty(0)
         ctx.mark_non_differentiable(own)
@@ -351,7 +353,7 @@ class _Compressed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dout, dtotal, _ = grads
         q, kv, entries, sinks, *rest = ctx.saved_tensors
-        index, (out, lse, picked), made = rest[:3], rest[3:6], rest[6:]
+        index, (out, lse, picked, *rows), made = rest[:3], rest[3:8], rest[8:]
         of_index = [
             None if g is None else (g * dtotal).to(x.dtype)
             for g, x in zip(made, index, strict=True)
@@ -362,7 +364,7 @@ class _Compressed(torch.autograd.Function):
         if ctx.gathers:
             from ops.gather_attention import triton_backend
 
-            gather = _gather_of(q, kv, entries, sinks, picked, ctx.bounds, ctx.spec)
+            gather = _gather_of(q, kv, entries, sinks, picked, *rows)
             found = triton_backend.attend_backward(gather, out, lse, dout.contiguous())
             by_row, number = found.dk[:, 0], gather.own_row
             return (found.dq, by_row[number:], by_row[:number], found.dsink, *of_index, *none)
@@ -451,32 +453,40 @@ def _attend_gathered(
     return total
 
 
+def _rows_to_see(
+    bounds: Sequence[int], num_entries: int, spec: CompressedSpec, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(base, window start) of every token as Gather has them: entries can be chosen, tokens after
+    them are the window. The host knows the documents, so this copies to the device: once a call,
+    and backward passes are handed what is made here.
+    """
+    begin = document_starts(bounds, device)
+    closed = [(e - b) // spec.ratio for b, e in itertools.pairwise(bounds)]
+    firsts = torch.tensor([0, *itertools.accumulate(closed)], dtype=torch.int32)
+    base = firsts[:-1].repeat_interleave(torch.tensor(bounds).diff()).to(device)
+    token = torch.arange(len(base), device=device, dtype=torch.int32)
+    return base, num_entries + torch.maximum(begin, token - spec.window + 1)
+
+
 def _gather_of(
     q: Tensor,
     kv: Tensor,
     entries: Tensor,
     sinks: Tensor,
     picked: Tensor,
-    bounds: Sequence[int],
-    spec: CompressedSpec,
+    base: Tensor,
+    window_start: Tensor,
 ) -> Gather:
-    """The op as the kernels are asked for it: entries can be chosen, tokens after them are the
-    window. picked: [T, K] int32; it may be filled in later.
-    """
-    begin = document_starts(bounds, q.device)
-    closed = [(e - b) // spec.ratio for b, e in itertools.pairwise(bounds)]
-    firsts = torch.tensor([0, *itertools.accumulate(closed)], dtype=torch.int32)
-    lengths = torch.tensor(bounds).diff()
-    token = torch.arange(len(q), device=q.device, dtype=torch.int32)
+    """The op as the kernels are asked for it. picked: [T, K] int32; it may be filled in later."""
     return Gather(
         q.contiguous(),
         torch.cat((entries, kv)).to(q.dtype).unsqueeze(1),
         None,
         picked.unsqueeze(0),
-        firsts[:-1].repeat_interleave(lengths).to(q.device),
+        base,
         1,
         len(entries),
-        len(entries) + torch.maximum(begin, token - spec.window + 1),
+        window_start,
         sinks,
     )
 

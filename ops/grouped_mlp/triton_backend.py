@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ops.compile.launch import architecture, launch
+from ops.compile.launch import architecture, launch, without_tma
 from ops.grouped_mlp.fp8 import FP8, TILE, round_rows
 from ops.grouped_mlp.kernels import configs
 from ops.grouped_mlp.kernels.backward import (
@@ -318,16 +318,13 @@ def _readable(weight: Tensor) -> Tensor:
 
 
 def _fitting(config: Config, *tensors: Tensor, stored: bool = False) -> Config:
-    """Without TMA where a tensor is not for it: it wants 16 bytes' alignment of the first value and
-    of every row. stored: the matrices are weights of 8 bits, whose rows are not.
+    """Without TMA where a tensor is not for it. stored: the matrices are weights of 8 bits, which
+    are read by pointers.
     """
     if stored:
         return configs.eight_bit_config(config)
-    fits = all(
-        x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
-        for x in tensors
-    )
-    return config if fits else config._replace(tma=False)
+    target = architecture(tensors[0].device)
+    return config if without_tma(target, *tensors) is None else config._replace(tma=False)
 
 
 def _descriptor(tensor: Tensor, block: tuple[int, ...], config: Config) -> TensorDescriptor | None:

@@ -26,17 +26,32 @@ def document_starts(bounds: Sequence[int], device: torch.device) -> Tensor:
     return ends[:-1].repeat_interleave(ends.diff().long()).to(device)
 
 
+def rows_to_see(
+    bounds: Sequence[int], spec: IndexSpec, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """(base, window start) of every token as Gather has them. The host knows the documents, so this
+    copies to the device: once a call, and backward passes are handed what is made here.
+    """
+    base = document_starts(bounds, device)
+    if not spec.pools_keys:
+        return base, None
+    # the tokens after the last complete block are attended to besides
+    token = torch.arange(len(base), device=device, dtype=torch.int32)
+    return base, token + 1 - (token - base + 1) % spec.block_size
+
+
 def gather_of(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, bounds: Sequence[int], spec: IndexSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    base: Tensor,
+    window_start: Tensor | None,
+    spec: IndexSpec,
 ) -> Gather:
     """q: [T, H, d]; k, v: [T, Hk, d]; chosen: [C, T, K] int32 blocks of documents, those that are
-    there first, then -1; it may be filled in later.
+    there first, then -1; it may be filled in later. base, window_start: as rows_to_see has them.
     """
-    base, window_start = document_starts(bounds, q.device), None
-    if spec.pools_keys:
-        # the tokens after the last complete block are attended to besides
-        token = torch.arange(len(q), device=q.device, dtype=torch.int32)
-        window_start = token + 1 - (token - base + 1) % spec.block_size
     return Gather(
         q.contiguous(),
         k.to(q.dtype).contiguous(),

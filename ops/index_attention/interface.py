@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.gather_attention import pick_backend
-from ops.index_attention.gathered import gather_of, teach_chosen
+from ops.index_attention.gathered import gather_of, rows_to_see, teach_chosen
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import (
     attend,
@@ -255,8 +255,10 @@ class _Indexed(torch.autograd.Function):
         choices = k.shape[1] if spec.by_head else 1
         chosen = q.new_full((choices, len(q), 0 if dense else most), -1, dtype=torch.int32)
         num_chosen = q.new_zeros((), dtype=torch.int64)
+        rows: tuple[Tensor | None, Tensor | None] = None, None
         if gathers:
-            gather = gather_of(q, k, v, chosen, bounds, spec)
+            base, window_start = rows = rows_to_see(bounds, spec, q.device)
+            gather = gather_of(q, k, v, chosen, base, window_start, spec)
             taught = grads if learns else None
             total, num_chosen = _attend_gathered(tiles, gather, out, lse, token_mask, teach, taught)
         for document in () if gathers else tiles.documents():
@@ -295,7 +297,7 @@ class _Indexed(torch.autograd.Function):
                 if learns and share.requires_grad:
                     _add(grads, parts, share, tiles.key_range(document, stop), start, stop)
 
-        ctx.save_for_backward(q, k, v, *index, out, lse, chosen, *grads)
+        ctx.save_for_backward(q, k, v, *index, out, lse, chosen, *rows, *grads)
         ctx.bounds, ctx.spec, ctx.dense, ctx.gathers = bounds, spec, dense, gathers
         ctx.mark_non_differentiable(num_chosen)
         return out, total, num_chosen
@@ -303,7 +305,8 @@ class _Indexed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dout, dtotal = grads[:2]
-        q, k, v, iq, ik, iw, out, lse, chosen, *index_grads = ctx.saved_tensors
+        q, k, v, iq, ik, iw, out, lse, chosen, *rows_and_grads = ctx.saved_tensors
+        base, window_start, *index_grads = rows_and_grads
         index = [None if g is None else g * dtotal for g in index_grads]
         index = [
             None if g is None else g.to(x.dtype) for g, x in zip(index, (iq, ik, iw), strict=True)
@@ -314,7 +317,7 @@ class _Indexed(torch.autograd.Function):
         if ctx.gathers:
             from ops.gather_attention import triton_backend
 
-            gather = gather_of(q, k, v, chosen, ctx.bounds, ctx.spec)
+            gather = gather_of(q, k, v, chosen, base, window_start, ctx.spec)
             made = triton_backend.attend_backward(gather, out, lse, dout.contiguous())
             return (made.dq, made.dk, made.dv, *index, *none)
 

@@ -7,14 +7,17 @@ blocks, r entries of a block, K selected blocks, P parts of a sum.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ops.compile.launch import architecture, launch
+from ops.compile.launch import architecture, launch, without_tma
 from ops.sparse_attention.blocks import BlockTable, query_tiles
 from ops.sparse_attention.chunked import decode_denominator, decode_limits, super_blocks
 from ops.sparse_attention.entries import CoarseEntries
@@ -54,6 +57,7 @@ TAIL_RUNS = 64
 """Programs a row and key/value head of a decoding step that share the coarse entries."""
 SCRATCH = 2**28
 """Bytes of partial sums, and elements of selection words, at a time; larger calls go in runs."""
+log = logging.getLogger("loadstone")
 
 
 def pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> CoarseEntries:
@@ -292,15 +296,15 @@ def _tile_runs(
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out [n, H, d], lse [n, H] fp32, tail_mass [n, H] fp32, selected_mass [n, H] fp32)."""
-    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse, queries = _of_all_tokens(
-        problem
-    )
+    problem = _of_all_tokens(problem)
+    q, k, v, bias, sink, selected, entries, table, spec, exact, coarse, queries = problem
     num_tokens, num_heads, dim = q.shape
     kv_heads, num_blocks = k.shape[1], len(table.start)
     group = num_heads // kv_heads
 
     config = configs.attend_config(dim, group, spec.block_size, q.dtype, architecture(q.device))
     tiles = _tiles_of(table, num_tokens, config.queries, queries)
+    boxes = _boxes(problem, config)
 
     out = torch.empty_like(q)
     lse, tail_mass, selected_mass = (
@@ -317,6 +321,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             k,
             v,
             *_entry_tensors(entries, coarse),
+            *boxes,
             _fp32(bias),
             _fp32(sink),
             run.bits,
@@ -351,6 +356,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             EXACT=exact,
             COARSE=coarse,
             SELECTED=uses_selected,
+            TMA=boxes[0] is not None,
             **config.options,
         )
     if queries is None:
@@ -396,6 +402,7 @@ def attend_backward(
 
     config = configs.query_grad_config(dim, group, spec.block_size, q.dtype, architecture(q.device))
     tiles = _tiles_of(table, num_tokens, config.queries, queries)
+    boxes = _boxes(problem, config)
 
     # Every query has a tile and writes its dq; without coarse entries nobody writes dbias.
     dq = torch.empty_like(q)
@@ -413,6 +420,7 @@ def attend_backward(
             k,
             v,
             *_entry_tensors(entries, coarse),
+            *boxes,
             _fp32(bias),
             run.bits,
             run.blocks,
@@ -447,6 +455,7 @@ def attend_backward(
             EXACT=exact,
             COARSE=coarse,
             SELECTED=uses_selected,
+            TMA=boxes[0] is not None,
             **config.options,
         )
 
@@ -469,6 +478,28 @@ def attend_backward(
     # order 0 has no variance term, and nothing was written for it
     key, value, var = entry_grads.unbind(0)
     return dq, dk, dv, dbias, dsink, key, value, torch.zeros_like(key) if spec.order == 0 else var
+
+
+def _boxes(
+    problem: Problem, config: configs.Config
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """What the tensor memory accelerator loads tiles of keys and of values by; None where it is not
+    to, or cannot, which is said once.
+    """
+    if not (config.tma and problem.exact):
+        return None, None
+    k, v = problem.k.flatten(1), problem.v.flatten(1)
+    reason = without_tma(architecture(k.device), k, v)
+    if reason is not None:
+        _announce_pointers(reason)
+        return None, None
+    tile = [config.columns, problem.k.shape[2]]
+    return TensorDescriptor.from_tensor(k, tile), TensorDescriptor.from_tensor(v, tile)
+
+
+@functools.cache
+def _announce_pointers(reason: str) -> None:
+    log.info("sparse attention loads its tiles by pointers, not by TMA: %s", reason)
 
 
 def _entry_tensors(
@@ -622,6 +653,7 @@ def _key_grads(
     top_k = selected.shape[2]
     config = configs.key_grad_config(dim, group, spec.block_size, q.dtype)
     columns, block_size = config.columns, spec.block_size
+    boxes = _boxes(problem, config)
 
     dk, dv = torch.empty_like(k), torch.empty_like(v)
 
@@ -678,6 +710,7 @@ def _key_grads(
                 table.end,
                 part_block,
                 first_part,
+                *boxes,
                 partial,
                 num_tokens,
                 num_blocks,
@@ -693,6 +726,7 @@ def _key_grads(
                 COLUMNS=columns,
                 DIM=dim,
                 BLOCK=block_size,
+                TMA=boxes[0] is not None,
                 **config.options,
             )
 

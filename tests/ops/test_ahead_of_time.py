@@ -69,3 +69,35 @@ def test_a_transposed_accumulator_is_seen_and_a_transposed_operand_is_let_pass(t
         "80 accumulator",
         "90 accumulator",
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, []),
+        ({"boxes": 0}, ["DESCRIPTORS WITHOUT TMA"]),
+        ({"spilled": 8}, ["SPILLS 8 BYTES"]),
+        ({"shared": 200_000}, ["TOO MUCH SHARED MEMORY"]),
+        ({"shared": 200_000, "transposed": 2}, ["TOO MUCH SHARED MEMORY", "TRANSPOSES 2 ACCUM"]),
+    ],
+)
+def test_what_is_refused_is_named(changes, refused):
+    pytest.importorskip("triton")
+    from ops.compile.ahead_of_time import Job, Usage, complaints
+
+    signature = {"k_ptr": "*bf16", "k_box": "tensordesc<bf16[64,128]>"}
+    job = Job("attend", None, signature, {}, {}, {})
+    usage = {"registers": 9, "spilled": 0, "shared": 9, "products": "", "transposed": 0, "boxes": 2}
+    found = complaints(job, Usage(**(usage | changes)), 80)
+    assert len(found) == len(refused)
+    assert all(x.startswith(y) for x, y in zip(found, refused, strict=True))
+    del signature["k_box"]
+    assert complaints(job, Usage(**(usage | {"boxes": 0})), 80) == []
+
+
+def test_words_that_no_title_has_are_refused(capsys):
+    pytest.importorskip("triton")
+    from ops.compile.ahead_of_time import main
+
+    assert main(["90", "gather_atend"]) == 1
+    assert "no kernel has gather_atend in its title" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import torch
 
 from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, decode, sparse_attention
 from ops.sparse_attention.cache import EntryCache
+from ops.sparse_attention.kernels.configs import loading_by_tma
 from ops.testing import assert_close, poisoned_memory
 
 pytestmark = [
@@ -112,6 +113,22 @@ def test_kernels_give_outputs_and_gradients_of_the_chunked_path(
     expected, _ = results(given, spec, "chunked", torch.float32, selected)
     names = ("out", "lse", "tail mass", "selected mass", "dq", "dk", "dv", "dbias", "dsink")
     for name, value, repeated, reference in zip(names, ours, again, expected, strict=True):
+        assert torch.equal(value, repeated), f"{name} differs from one run to the next"
+        assert_close(name, value, reference, dtype)
+
+
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "block_size"), SHAPES, ids=str)
+def test_tiles_loaded_by_tma_give_what_pointers_give(head_dim, heads, kv_heads, block_size):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor memory accelerator")
+    dtype = torch.bfloat16
+    given, spec = inputs(head_dim, heads, kv_heads, dtype), spec_of(block_size)
+    pointers, selected = results(given, spec, "triton", dtype, None)
+    with loading_by_tma(True), poisoned_memory():
+        boxes, _ = results(given, spec, "triton", dtype, selected)
+        again, _ = results(given, spec, "triton", dtype, selected)
+    names = ("out", "lse", "tail mass", "selected mass", "dq", "dk", "dv", "dbias", "dsink")
+    for name, value, repeated, reference in zip(names, boxes, again, pointers, strict=True):
         assert torch.equal(value, repeated), f"{name} differs from one run to the next"
         assert_close(name, value, reference, dtype)
 

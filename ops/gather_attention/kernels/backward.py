@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ops.gather_attention.kernels.columns import rows_of_step, seen_by
+from ops.gather_attention.kernels.columns import gather_step, heads_of, reach_of, rows_of_step
 from ops.sparse_attention.kernels.backward import query_grad_step
 from ops.sparse_attention.kernels.common import LOG2E, load_rows, log2_denominator
 
@@ -40,11 +40,13 @@ def gather_query_grad_kernel(
     """Grid (T, Hk, GROUP / HEADS): dq [T, Hk * GROUP, DIM], by the loop of gather_attend_kernel."""
     query = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    choice = kv_head.to(tl.int64) if BY_HEAD else tl.program_id(1).to(tl.int64) * 0
-    list_row = (choice * num_queries + query) * list_size
-    base, listed, listed_steps, window_start, own, steps = seen_by(
+    choice = kv_head.to(tl.int64) * (1 if BY_HEAD else 0)
+    reach, steps = reach_of(
         query,
+        choice,
         choice * num_queries + query,
+        num_queries,
+        list_size,
         counts_ptr,
         base_ptr,
         window_start_ptr,
@@ -52,10 +54,7 @@ def gather_query_grad_kernel(
         COLUMNS,
         SPAN,
     )
-
-    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
-    live = head < GROUP
-    index = query.to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + head
+    _, live, index = heads_of(query, kv_head, tl.program_id(2), num_kv_heads, GROUP, HEADS)
     q = load_rows(q_ptr, index, live, DIM)
     dout = load_rows(dout_ptr, index, live, DIM)
     denominator = log2_denominator(lse_ptr, index, live)
@@ -63,23 +62,9 @@ def gather_query_grad_kernel(
 
     grad = tl.zeros([HEADS, DIM], tl.float32)
     for step in range(steps):
-        row, seen = rows_of_step(
-            step,
-            chosen_ptr,
-            list_row,
-            base,
-            listed,
-            listed_steps,
-            window_start,
-            own,
-            COLUMNS,
-            SPAN,
+        keys, values, seen = gather_step(
+            step, reach, chosen_ptr, k_ptr, v_ptr, kv_head, num_kv_heads, COLUMNS, SPAN, DIM
         )
-        at = row.to(tl.int64) * num_kv_heads + kv_head
-        keys = load_rows(k_ptr, at, seen, DIM)
-        values = keys
-        if v_ptr is not None:
-            values = load_rows(v_ptr, at, seen, DIM)
         grad = query_grad_step(
             q, dout, keys, values, seen[None, :] & live[:, None], denominator, delta, scale, grad
         )
@@ -113,10 +98,12 @@ def mark_rows_kernel(
     """
     query = tl.program_id(0)
     choice = tl.program_id(1).to(tl.int64)
-    list_row = (choice * num_queries + query) * list_size
-    base, listed, listed_steps, window_start, own, steps = seen_by(
+    reach, steps = reach_of(
         query,
+        choice,
         choice * num_queries + query,
+        num_queries,
+        list_size,
         counts_ptr,
         base_ptr,
         window_start_ptr,
@@ -125,18 +112,7 @@ def mark_rows_kernel(
         SPAN,
     )
     for step in range(steps):
-        row, seen = rows_of_step(
-            step,
-            chosen_ptr,
-            list_row,
-            base,
-            listed,
-            listed_steps,
-            window_start,
-            own,
-            COLUMNS,
-            SPAN,
-        )
+        row, seen = rows_of_step(step, reach, chosen_ptr, COLUMNS, SPAN)
         tile = row // ROWS - first_tile
         word = (tl.zeros([COLUMNS], tl.int32) + 1) << (row % ROWS)
         tl.atomic_or(
@@ -182,7 +158,7 @@ def gather_key_grad_kernel(
     tile = tl.program_id(0) // num_parts
     part = tl.program_id(0) % num_parts
     kv_head = tl.program_id(1).to(tl.int64)
-    list_row = (kv_head if BY_HEAD else kv_head * 0) * num_tiles + tile
+    list_row = kv_head * (1 if BY_HEAD else 0) * num_tiles + tile
 
     # The keys stay; the queries of the part's share of the list pass by.
     column = tl.arange(0, COLUMNS)

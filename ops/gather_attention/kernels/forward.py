@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ops.gather_attention.kernels.columns import rows_of_step, seen_by
+from ops.gather_attention.kernels.columns import gather_step, heads_of, reach_of, rows_of_step
 from ops.sparse_attention.kernels.common import (
     LN2,
     LOG2E,
@@ -48,11 +48,13 @@ def gather_attend_kernel(
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     query = first_query + number
     kv_head = tl.program_id(1)
-    choice = kv_head.to(tl.int64) if BY_HEAD else tl.program_id(1).to(tl.int64) * 0
-    list_row = (choice * num_queries + query) * list_size
-    base, listed, listed_steps, window_start, own, steps = seen_by(
+    choice = kv_head.to(tl.int64) * (1 if BY_HEAD else 0)
+    reach, steps = reach_of(
         query,
+        choice,
         choice * tl.num_programs(0) + number,
+        num_queries,
+        list_size,
         counts_ptr,
         base_ptr,
         window_start_ptr,
@@ -60,34 +62,16 @@ def gather_attend_kernel(
         COLUMNS,
         SPAN,
     )
-
-    # Rows of the products are heads that share the keys.
-    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
-    live = head < GROUP
-    index = query.to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + head
+    head, live, index = heads_of(query, kv_head, tl.program_id(2), num_kv_heads, GROUP, HEADS)
     q = load_rows(q_ptr, index, live, DIM)
 
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     mass = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, DIM], tl.float32)
     for step in range(steps):
-        row, seen = rows_of_step(
-            step,
-            chosen_ptr,
-            list_row,
-            base,
-            listed,
-            listed_steps,
-            window_start,
-            own,
-            COLUMNS,
-            SPAN,
+        keys, values, seen = gather_step(
+            step, reach, chosen_ptr, k_ptr, v_ptr, kv_head, num_kv_heads, COLUMNS, SPAN, DIM
         )
-        at = row.to(tl.int64) * num_kv_heads + kv_head
-        keys = load_rows(k_ptr, at, seen, DIM)
-        values = keys
-        if v_ptr is not None:
-            values = load_rows(v_ptr, at, seen, DIM)
         logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         peak, mass, acc = softmax_step(
             tl.where(seen[None, :], logits, float("-inf")), values, peak, mass, acc
@@ -141,11 +125,21 @@ def gather_masses_kernel(
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     query = first_query + number
     choice = tl.program_id(1).to(tl.int64)
-    list_row = (choice * num_queries + query) * list_size
     counts_row = choice * tl.num_programs(0) + number
-    base, listed, listed_steps, window_start, own, _ = seen_by(
-        query, counts_row, counts_ptr, base_ptr, None, own_row, COLUMNS, SPAN
-    )
+    reach = reach_of(
+        query,
+        choice,
+        counts_row,
+        num_queries,
+        list_size,
+        counts_ptr,
+        base_ptr,
+        None,
+        own_row,
+        COLUMNS,
+        SPAN,
+    )[0]
+    listed, listed_steps = reach[2], reach[3]
     first_head = choice if BY_HEAD else choice * 0
     num_heads = 1 if BY_HEAD else num_kv_heads
 
@@ -157,21 +151,10 @@ def gather_masses_kernel(
         total = tl.zeros([COLUMNS], tl.float32)
         for part in range(STEPS * num_heads * BLOCKS):
             row, seen = rows_of_step(
-                first + part // (num_heads * BLOCKS),
-                chosen_ptr,
-                list_row,
-                base,
-                listed,
-                listed_steps,
-                window_start,
-                own,
-                COLUMNS,
-                SPAN,
+                first + part // (num_heads * BLOCKS), reach, chosen_ptr, COLUMNS, SPAN
             )
             kv_head = first_head + part // BLOCKS % num_heads
-            head = part % BLOCKS * HEADS + tl.arange(0, HEADS)
-            live = head < GROUP
-            index = query.to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + head
+            _, live, index = heads_of(query, kv_head, part % BLOCKS, num_kv_heads, GROUP, HEADS)
             q = load_rows(q_ptr, index, live, DIM)
             keys = load_rows(k_ptr, row.to(tl.int64) * num_kv_heads + kv_head, seen, DIM)
             denominator = log2_denominator(lse_ptr, index, live)

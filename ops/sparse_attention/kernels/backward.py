@@ -11,6 +11,7 @@ from ops.sparse_attention.kernels.common import (
     LOG2E,
     entry_logits,
     load_rows,
+    load_tile,
     log2_denominator,
     tile_rows,
 )
@@ -47,6 +48,8 @@ def query_grad_kernel(
     key_mean_ptr,
     value_mean_ptr,
     key_var_ptr,
+    k_box,
+    v_box,
     bias_ptr,
     bits_ptr,
     list_ptr,
@@ -83,6 +86,7 @@ def query_grad_kernel(
     EXACT: tl.constexpr,
     COARSE: tl.constexpr,
     SELECTED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Grid (tiles, Hk): dq [T, H, DIM] and dbias [T, H] fp32, by the loops of attend_kernel."""
     # The longest rows of a document start first.
@@ -176,14 +180,10 @@ def query_grad_kernel(
         for step in range(count * (BLOCK // COLUMNS)):
             at = list_row * list_size + step // (BLOCK // COLUMNS)
             word = tl.load(words_ptr + at)
-            key = (
-                tl.load(block_start_ptr + tl.load(list_ptr + at))
-                + (step % (BLOCK // COLUMNS)) * COLUMNS
-                + column
-            )
-            row = key.to(tl.int64) * num_kv_heads + kv_head
-            keys = load_rows(k_ptr, row, key < end, DIM)
-            values = load_rows(v_ptr, row, key < end, DIM)
+            key = tl.load(block_start_ptr + tl.load(list_ptr + at))
+            key += (step % (BLOCK // COLUMNS)) * COLUMNS
+            keys = load_tile(k_box, k_ptr, key, end, kv_head, num_kv_heads, TMA, COLUMNS, DIM)
+            values = load_tile(v_box, v_ptr, key, end, kv_head, num_kv_heads, TMA, COLUMNS, DIM)
             seen = ((((word >> query) & 1) == 1) & live)[:, None]
             grad = query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad)
 
@@ -193,17 +193,18 @@ def query_grad_kernel(
         sink_steps = (tl.load(sink_end_ptr + own) - first) * (BLOCK // COLUMNS)
         window_start = tl.load(block_start_ptr + tl.load(local_start_ptr + own))
         steps = sink_steps + tl.cdiv(end - window_start, COLUMNS)
-        for step in range(steps):
-            key = (
-                tl.where(step < sink_steps, sink_start, window_start - sink_steps * COLUMNS)
-                + step * COLUMNS
-                + column
-            )
-            row = key.to(tl.int64) * num_kv_heads + kv_head
-            keys = load_rows(k_ptr, row, key < end, DIM)
-            values = load_rows(v_ptr, row, key < end, DIM)
-            seen = (key[None, :] <= token[:, None]) & live[:, None]
-            grad = query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad)
+        # Only the last step, which there always is, can reach beyond `end`. With TMA it is a pass
+        # of its own, by pointers.
+        cut = steps - 1 if TMA else 0
+        for BOX in tl.static_range(TMA, -1, -1):
+            for step in range(0 if BOX else cut, cut if BOX else steps):
+                key = step * COLUMNS + tl.where(
+                    step < sink_steps, sink_start, window_start - sink_steps * COLUMNS
+                )
+                keys = load_tile(k_box, k_ptr, key, end, kv_head, num_kv_heads, BOX, COLUMNS, DIM)
+                values = load_tile(v_box, v_ptr, key, end, kv_head, num_kv_heads, BOX, COLUMNS, DIM)
+                seen = ((key + column)[None, :] <= token[:, None]) & live[:, None]
+                grad = query_grad_step(q, dout, keys, values, seen, denominator, delta, scale, grad)
 
     # The scale is one factor of all that came through the keys: once, at the end.
     tl.store(
@@ -228,6 +229,8 @@ def key_grad_kernel(
     block_end_ptr,
     part_block_ptr,
     first_part_ptr,
+    k_box,
+    v_box,
     partial_ptr,
     num_tokens,
     num_blocks,
@@ -243,6 +246,7 @@ def key_grad_kernel(
     COLUMNS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Grid (parts * BLOCK / COLUMNS, heads of this call). Sums over at most part_size queries of
     one block.
@@ -254,19 +258,22 @@ def key_grad_kernel(
         parts, 2, BLOCK, DIM] fp32, dk without its scale, and dv.
     """
     part = tl.program_id(0) // (BLOCK // COLUMNS)
-    column = (tl.program_id(0) % (BLOCK // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+    first_column = (tl.program_id(0) % (BLOCK // COLUMNS)) * COLUMNS
     kv_head = first_head + tl.program_id(1).to(tl.int64)
     block = tl.load(part_block_ptr + kv_head * num_parts + part)
     if block >= num_blocks:
         return
 
-    # The keys stay in registers; queries pass by.
+    # The keys stay in registers; queries pass by. Rows behind the block's end have sums of their
+    # own, which nobody reads.
     start = tl.load(block_start_ptr + block)
+    end = tl.load(block_end_ptr + block)
+    first = start + first_column
+    keys = load_tile(k_box, k_ptr, first, end, kv_head, num_kv_heads, TMA, COLUMNS, DIM)
+    values = load_tile(v_box, v_ptr, first, end, kv_head, num_kv_heads, TMA, COLUMNS, DIM)
+    column = first_column + tl.arange(0, COLUMNS)
     key = start + column
-    key_row = key.to(tl.int64) * num_kv_heads + kv_head
-    inside = key < tl.load(block_end_ptr + block)
-    keys = load_rows(k_ptr, key_row, inside, DIM)
-    values = load_rows(v_ptr, key_row, inside, DIM)
+    inside = key < end
 
     # The part's own share of the block's queries, numbered across both kinds.
     forced = tl.load(forced_ptr + block)

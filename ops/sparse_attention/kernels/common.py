@@ -38,6 +38,31 @@ def load_rows(ptr, index, live, DIM: tl.constexpr):
 
 
 @triton.jit
+def load_tile(
+    box,
+    ptr,
+    first,
+    limit,
+    head,
+    num_heads,
+    BOX: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """[ROWS, DIM]: rows `first` and on of one head of [n, num_heads, DIM]. By pointers those from
+    `limit` on are zero; with BOX, which is for tiles that end before it or whose surplus rows reach
+    no result, the tensor memory accelerator copies them as they lie, by the descriptor `box` of [n,
+    num_heads * DIM].
+    """
+    if BOX:
+        rows = box.load([tl.cast(first, tl.int32), tl.cast(head * DIM, tl.int32)])
+    else:
+        row = first + tl.arange(0, ROWS)
+        rows = load_rows(ptr, row.to(tl.int64) * num_heads + head, row < limit, DIM)
+    return rows
+
+
+@triton.jit
 def entry_logits(
     q, q_squared, key_mean, key_var, scale, max_variance, log2_tokens, ORDER: tl.constexpr
 ):

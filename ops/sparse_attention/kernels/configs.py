@@ -8,14 +8,33 @@ yet. fp32 is for checks: its products are exact, so they run without tensor core
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+TMA = False
+"""Whether attend, query_grad and key_grad load tiles of keys and values by the tensor memory
+accelerator, where there is one and the tensors fit it (triton_backend). Off until a GPU has timed
+both: bench/sparse_attention.py does.
+"""
+
+
+@contextlib.contextmanager
+def loading_by_tma(on: bool) -> Iterator[None]:
+    """Set TMA for a while."""
+    global TMA
+    before, TMA = TMA, on
+    try:
+        yield
+    finally:
+        TMA = before
+
 
 class Config(NamedTuple):
     """queries x heads: rows of a tile. columns: keys or coarse entries of one step of the inner
-    loop.
+    loop. tma: see TMA.
     """
 
     queries: int
@@ -23,6 +42,7 @@ class Config(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -52,7 +72,8 @@ def _config(
     """
     heads = next_power_of_two(group)
     queries = max(1, min(most_queries, block_size, rows // heads))
-    return Config(queries, heads, columns, num_warps if queries * heads >= rows else 4, num_stages)
+    warps = num_warps if queries * heads >= rows else 4
+    return Config(queries, heads, columns, warps, num_stages, TMA)
 
 
 def attend_config(

@@ -12,6 +12,7 @@ from ops.sparse_attention.kernels.common import (
     LOG2E,
     entry_logits,
     load_rows,
+    load_tile,
     softmax_step,
     tile_rows,
 )
@@ -25,6 +26,8 @@ def attend_kernel(
     key_mean_ptr,
     value_mean_ptr,
     key_var_ptr,
+    k_box,
+    v_box,
     bias_ptr,
     sink_ptr,
     bits_ptr,
@@ -61,9 +64,10 @@ def attend_kernel(
     EXACT: tl.constexpr,
     COARSE: tl.constexpr,
     SELECTED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Grid (tiles, Hk). q, out: [T, Hk * GROUP, DIM]; k, v: [T, Hk, DIM]; lse and masses: [T, Hk *
-    GROUP] fp32.
+    GROUP] fp32. k_box, v_box: with TMA descriptors of k and v (common.load_tile).
 
     Coarse entries come first: their share of the denominator, and then the selected blocks', stand
     by themselves, as each phase counts its own mass against the shared peak.
@@ -136,14 +140,10 @@ def attend_kernel(
         for step in range(count * (BLOCK // COLUMNS)):
             at = list_row * list_size + step // (BLOCK // COLUMNS)
             word = tl.load(words_ptr + at)
-            key = (
-                tl.load(block_start_ptr + tl.load(list_ptr + at))
-                + (step % (BLOCK // COLUMNS)) * COLUMNS
-                + column
-            )
-            row = key.to(tl.int64) * num_kv_heads + kv_head
-            keys = load_rows(k_ptr, row, key < end, DIM)
-            values = load_rows(v_ptr, row, key < end, DIM)
+            key = tl.load(block_start_ptr + tl.load(list_ptr + at))
+            key += (step % (BLOCK // COLUMNS)) * COLUMNS
+            keys = load_tile(k_box, k_ptr, key, end, kv_head, num_kv_heads, TMA, COLUMNS, DIM)
+            values = load_tile(v_box, v_ptr, key, end, kv_head, num_kv_heads, TMA, COLUMNS, DIM)
             logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
 
             # Selected blocks are complete and past, so that the query's bit is all the mask there
@@ -161,21 +161,22 @@ def attend_kernel(
         sink_steps = (tl.load(sink_end_ptr + own) - first) * (BLOCK // COLUMNS)
         window_start = tl.load(block_start_ptr + tl.load(local_start_ptr + own))
         steps = sink_steps + tl.cdiv(end - window_start, COLUMNS)
-        for step in range(steps):
-            key = (
-                tl.where(step < sink_steps, sink_start, window_start - sink_steps * COLUMNS)
-                + step * COLUMNS
-                + column
-            )
-            row = key.to(tl.int64) * num_kv_heads + kv_head
-            keys = load_rows(k_ptr, row, key < end, DIM)
-            values = load_rows(v_ptr, row, key < end, DIM)
-            logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+        # Only the last step, which there always is, can reach beyond `end`. With TMA it is a pass
+        # of its own, by pointers.
+        cut = steps - 1 if TMA else 0
+        for BOX in tl.static_range(TMA, -1, -1):
+            for step in range(0 if BOX else cut, cut if BOX else steps):
+                key = step * COLUMNS + tl.where(
+                    step < sink_steps, sink_start, window_start - sink_steps * COLUMNS
+                )
+                keys = load_tile(k_box, k_ptr, key, end, kv_head, num_kv_heads, BOX, COLUMNS, DIM)
+                values = load_tile(v_box, v_ptr, key, end, kv_head, num_kv_heads, BOX, COLUMNS, DIM)
+                logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
 
-            seen = (key[None, :] <= token[:, None]) & live[:, None]
-            peak, rest, acc = softmax_step(
-                tl.where(seen, logits, float("-inf")), values, peak, rest, acc
-            )
+                seen = ((key + column)[None, :] <= token[:, None]) & live[:, None]
+                peak, rest, acc = softmax_step(
+                    tl.where(seen, logits, float("-inf")), values, peak, rest, acc
+                )
 
     # The sink adds mass and no value.
     if sink_ptr is not None:

@@ -20,6 +20,7 @@ from ops.sparse_attention import reference, triton_backend
 from ops.sparse_attention.blocks import block_table
 from ops.sparse_attention.chunked import complete_blocks, pool_spans_backward, token_spans
 from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.kernels.configs import loading_by_tma
 from ops.sparse_attention.noise import NO_NOISE, gumbel, selection_counter, token_hash
 from ops.sparse_attention.problem import DecodeProblem, Problem
 from ops.sparse_attention.ranking import block_of_key, value_of_key
@@ -110,6 +111,15 @@ HALF = {
     f"{name} {dtype}": replace(ATTEND[name], dtype=dtype)
     for dtype in (torch.bfloat16, torch.float16)
     for name in ("prime", "documents", "coarse alone", "clamped")
+}
+TMA = {
+    name: replace(case, lengths=(*case.lengths, 21))
+    for name, case in {**ATTEND, **HALF}.items()
+    if name
+    in (
+        *("prime", "documents", "tiny documents", "first blocks", "drop"),
+        *("parts and runs", "more parts", "documents torch.bfloat16", "clamped torch.float16"),
+    )
 }
 RANK = {
     "prob": Case((131, 90), 4, 2),
@@ -250,6 +260,61 @@ def check_attend(case: Case) -> None:
         assert (grad is None) == (given_input is None), f"{name} is missing"
         if grad is not None:
             close(name, grad, next(expected), case)
+
+
+def check_tma(case: Case) -> None:
+    """Tiles that come by descriptors give the bits that pointers give, whatever lies behind what
+    may be read: rows of the next document that are not numbers reach nobody before them.
+    """
+    q, k, v = case.inputs
+    table = block_table(case.cu_seqlens, len(q), case.spec)
+    generator = torch.Generator().manual_seed(7)
+    bias = torch.randn(len(q), case.heads, generator=generator)
+    sink = torch.randn(case.heads, generator=generator) if case.sink else None
+    dout = torch.randn(q.shape, generator=generator).to(case.dtype)
+    dlse = torch.randn(len(q), case.heads, generator=generator)
+    selected = selected_blocks(case)
+    poisoned = sum(case.lengths[:-1])
+    k[poisoned:], v[poisoned:] = torch.nan, torch.nan
+    entries = triton_backend.pool(k, v, table, case.spec) if case.coarse else None
+    problem = Problem(
+        q=q,
+        k=k,
+        v=v,
+        bias=bias,
+        sink=sink,
+        selected=selected,
+        entries=entries,
+        table=table,
+        spec=case.spec,
+        exact=case.exact,
+        coarse=case.coarse,
+    )
+    boxes: list[bool] = []
+    launch = triton_backend.launch
+
+    def watched(kernel: Any, *arguments: Any, **options: Any) -> None:
+        if "TMA" in options:
+            boxes.append(options["TMA"])
+        launch(kernel, *arguments, **options)
+
+    triton_backend.launch = watched
+    found = []
+    for tma in (False, True):
+        with loading_by_tma(tma), poisoned_memory():
+            outputs = triton_backend.attend(problem)
+            grads = triton_backend.attend_backward(problem, *outputs[:2], dout, dlse)
+        found.append((*outputs, *grads))
+    triton_backend.launch = launch
+    assert boxes.count(True) == boxes.count(False) >= 2, f"by descriptors: {boxes}"
+    for i, (pointers, descriptors) in enumerate(zip(*found, strict=True)):
+        if pointers is None:
+            assert descriptors is None
+            continue
+        assert torch.equal(pointers.nan_to_num(7.0), descriptors.nan_to_num(7.0)), f"result {i}"
+        if i < 4:
+            rows = descriptors[:poisoned]
+            assert not rows.isnan().any(), f"result {i} has rows of the document behind in it"
 
 
 def spread(problem: Problem, grads: tuple[Tensor | None, ...], case: Case) -> list[Tensor | None]:
@@ -485,6 +550,7 @@ def check_decode(case: Case) -> None:
 GROUPS: dict[str, tuple[Callable[[Case], None], dict[str, Case]]] = {
     "attend": (check_attend, ATTEND),
     "half": (check_attend, HALF),
+    "tma": (check_tma, TMA),
     "ties": (check_ties, {"equal keys": Case((300,), spec=spec(top_k=4))}),
     "rank": (check_rank, RANK),
     "queries": (check_queries, {"two sets": Case((83, 40, 1), 4, 2)}),
