@@ -8,12 +8,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -143,7 +145,7 @@ def run_main(
 
     # Without it Hydra prints an error of its own and ends with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with interrupts:
+    with interrupts, _composed_once(arguments):
         try:
             hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)(
                 guarded
@@ -162,6 +164,20 @@ def run_main(
             file=sys.stderr,
         )
         raise SystemExit(code if isinstance(code, int) else 1)
+
+
+@contextmanager
+def _composed_once(arguments: list[str]) -> Iterator[None]:
+    """Hydra composes the whole config to read hydra.mode, and then again for the command. No file
+    of conf/ sets a mode: without one on the command line, -m alone asks for a sweep.
+    """
+    get_mode = Hydra.get_mode
+    if not any(argument.lstrip("+").startswith("hydra.mode=") for argument in arguments):
+        Hydra.get_mode = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        Hydra.get_mode = get_mode
 
 
 def _explained(

@@ -9,6 +9,7 @@ changing it in a running run does.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launch import evaluate, generate, plan
@@ -37,6 +37,7 @@ from launch.saved import files as saved
 from launch.saved.files import load_config
 from launch.saved.resume import OF_THE_COMMAND, examine, flat, merged
 from launch.saved.run import load_run
+from tests.composing import composed
 from tests.pairwise import some_daily
 from train.checkpoint.folder import find_checkpoint, point_best
 from train.checkpoint.reader import CheckpointReader
@@ -984,25 +985,19 @@ def of_record(cls: type, path: str = "") -> set[str]:
 
 def every_key() -> set[str]:
     found = of_record(RunConfig) | set(flat(plain(composed())))
-    for group in sorted(
-        path.name
-        for path in CONF.iterdir()
+    options = {
+        path.name: sorted(file.stem for file in path.glob("*.yaml") if file.stem != "base")
+        for path in sorted(CONF.iterdir())
         if path.is_dir() and path.name not in ("experiment", "debug")
-    ):
-        for option in sorted(
-            path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base"
-        ):
-            config = OmegaConf.to_container(composed(f"{group}={option}"), resolve=False)
-            found |= set(flat(config))
+    }
+    # Each group has its own part of the config, so that options of all groups are composed at once.
+    for choice in itertools.zip_longest(*options.values()):
+        chosen = (f"{group}={name}" for group, name in zip(options, choice, strict=True) if name)
+        found |= set(flat(OmegaConf.to_container(composed(*chosen), resolve=False)))
     empty = {"alarms", "launch.env", "optim.groups"}  # groups that hold nothing under some option
     return {general(key) for key in found if key not in empty} - set(OF_THE_COMMAND) | {
         "launch.dry_run"
     }
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
 
 
 def test_every_key_is_classified():
@@ -1187,10 +1182,9 @@ def test_evaluation_reads_the_config_that_the_checkpoint_was_made_with(runs, dri
     recorded = json.loads(
         ((runs.base("top_k") if which == "best" else drifted) / "result.json").read_text()
     )["val_loss"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(
-            "evaluate", overrides=[f"run={drifted}", f"checkpoint={which}", "max_sequences=4"]
-        )
+    config = composed(
+        f"run={drifted}", f"checkpoint={which}", "max_sequences=4", command="evaluate"
+    )
     assert evaluate.main(config) == pytest.approx(recorded, rel=1e-5)
 
 
@@ -1247,8 +1241,7 @@ def test_a_run_of_an_earlier_version_has_changed_in_nothing(runs, earlier):
 
 
 def test_a_run_of_an_earlier_version_is_resumed_and_evaluated(runs, earlier, tmp_path):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("evaluate", overrides=[f"run={earlier}", "max_sequences=4"])
+    config = composed(f"run={earlier}", "max_sequences=4", command="evaluate")
     recorded = json.loads((earlier / "result.json").read_text())["val_loss"]
     assert evaluate.main(config) == pytest.approx(recorded, rel=1e-5)
     folder = tmp_path / "earlier"
@@ -1268,8 +1261,7 @@ def test_placement_goes_by_the_newest_checkpoint(runs, drifted, tmp_path, capsys
     # of a start that saved nothing
     config.parallel.ranks_per_node, config.parallel.placement = 7, "/nowhere.json"
     OmegaConf.save(config, folder / "config.yaml")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        place.main(compose("place", overrides=[f"run={folder}", "expert_parallel_size=2"]))
+    place.main(composed(f"run={folder}", "expert_parallel_size=2", command="place"))
     told = capsys.readouterr().out
     assert "now: experts in order" in told and "left out" not in told
 
@@ -1392,10 +1384,9 @@ def test_a_sparse_run_is_evaluated_in_the_stage_it_had_reached(runs):
     """Still dense when the checkpoint was made: evaluated densely, as its recorded loss was."""
     ran = runs.resumed("scc", "attention.dense_steps=40", "checkpoint.keep_best=false", steps=2)
     recorded = json.loads((ran.folder / "result.json").read_text())["val_loss"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(
-            "evaluate", overrides=[f"run={ran.folder}", "checkpoint=latest", "max_sequences=4"]
-        )
+    config = composed(
+        f"run={ran.folder}", "checkpoint=latest", "max_sequences=4", command="evaluate"
+    )
     assert evaluate.main(config) == pytest.approx(recorded, rel=1e-5)
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from launch.command.main import run_main
 from launch.config.overrides import literal, plain, quoted, typed
 from launch.process.environment import first_host
+from launch.process.identity import ROOT
 from launch.saved.files import load_config
 from ops.all_to_all import Hop, begin_rows
+from tests.lone import without_place
 from train.rank.errors import is_ours
 
 
@@ -104,3 +109,21 @@ def test_our_checks_are_told_from_errors_inside_libraries():
     with pytest.raises(ValueError) as theirs:
         torch.distributed.init_process_group("no such backend")
     assert not is_ours(theirs.value)
+
+
+@pytest.mark.parametrize(("arguments", "times"), [((), 1), (("hydra.mode=RUN",), 2)])
+def test_a_command_composes_its_settings_once(monkeypatch, arguments, times):
+    """Hydra by itself does so twice. It still looks for a mode where one is given."""
+    without_place(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    composed, told, compose_config = [], [], Hydra.compose_config
+
+    def counted(*args, **options):
+        composed.append(options["run_mode"])
+        return compose_config(*args, **options)
+
+    monkeypatch.setattr(Hydra, "compose_config", counted)
+    get_mode = Hydra.get_mode
+    run_main("report", told.append)
+    assert len(composed) == times and len(told) == 1 and Hydra.get_mode is get_mode

@@ -25,6 +25,7 @@ from launch.process.identity import ROOT
 from launch.saved.files import save_config
 from launch.saved.resume import with_saved_config
 from launch.train import supervise
+from tests.composing import composed
 from tests.end_to_end.commandline import TINY, losses, write_text
 from train.config.launching import WatchdogConfig
 from train.config.training import CheckpointConfig
@@ -60,16 +61,14 @@ def reference(data, tmp_path_factory) -> Path:
 
 def train_here(folder: Path, data: list[str], *overrides: str) -> dict:
     """python -m launch.train in this process, also with resume=; returns the run's result."""
-    resumed = any(o.startswith("resume=") for o in overrides)
-    if not resumed:
-        overrides = (*SETTINGS, *data, f"run_dir={folder}", *overrides)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", list(overrides), return_hydra_config=resumed)
-    if resumed:
+    if any(o.startswith("resume=") for o in overrides):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("train", list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         config = with_saved_config(config)
         HydraConfig.instance().cfg = None
     else:
+        config = composed(*SETTINGS, *data, f"run_dir={folder}", *overrides)
         save_config(config)
     supervise(config, parse(plain(config), 1))
     return json.loads((folder / "result.json").read_text())
@@ -97,22 +96,33 @@ def at_beat(monkeypatch, number: signal.Signals, step: int, phase: str, times: i
     monkeypatch.setattr(heartbeat, "beat", beat)
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+PHASES = [
+    (1, "data", 1, 0),
+    (1, "forward", 2, 1),
+    (2, "backward", 1, 2),
+    (2, "step", 1, 2),
+    (2, "log", 1, 2),
+    (2, "evaluate", 1, 2),
+    (2, "evaluate", 3, 2),
+    (2, "save", 1, 2),
+    (3, "save", 1, 3),
+    (4, "data", 1, 3),
+]
+"""Step and phase in which a signal comes, at which of its times, and the last step that is kept."""
+
+
 @pytest.mark.parametrize(
-    ("step", "phase", "times", "saved"),
+    ("number", "step", "phase", "times", "saved"),
     [
-        (1, "data", 1, 0),
-        (1, "forward", 2, 1),
-        (2, "backward", 1, 2),
-        (2, "step", 1, 2),
-        (2, "log", 1, 2),
-        (2, "evaluate", 1, 2),
-        (2, "evaluate", 3, 2),
-        (2, "save", 1, 2),
-        (3, "save", 1, 3),
-        (4, "data", 1, 3),
+        # every phase and the signals in turn; nightly all signals in every phase
+        pytest.param(
+            *(number, *case),
+            id=f"{case}-{number.name}",
+            marks=[pytest.mark.nightly] if (i - j) % len(SIGNALS) else [],
+        )
+        for i, case in enumerate(PHASES)
+        for j, number in enumerate(SIGNALS)
     ],
-    ids=str,
 )
 def test_it_saves_what_was_trained_in_every_phase(
     tmp_path, data, monkeypatch, number, step, phase, times, saved

@@ -20,8 +20,9 @@ from launch.command.arguments import (
     require_sweep,
     setting,
 )
-from launch.config.overrides import quoted
+from launch.config.overrides import plain, quoted
 from tests import forked
+from tests.composing import composed
 from tests.end_to_end.commandline import ROOT, launch
 
 WRONG: dict[str, str] = {
@@ -309,17 +310,8 @@ def test_a_prompt_is_the_text_that_was_typed(text, key):
 
 
 def composed_text(argument: str, key: str):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    name = "generate" if key == "prompt" else "train"
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose(name, overrides=[setting(argument)])
-    return (
-        OmegaConf.to_container(config, resolve=True)[key]
-        if key == "prompt"
-        else (config.train.sample_prompt)
-    )
+    config = composed(setting(argument), command="generate" if key == "prompt" else "train")
+    return plain(config)[key] if key == "prompt" else config.train.sample_prompt
 
 
 def test_no_sample_is_null():

@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import VOCAB_SIZE, batch, build, take, tiny_config
-from hydra import compose, initialize_config_dir
 
 from launch.config.build import ConfigError
 from launch.config.overrides import plain
 from launch.config.parse import parse
-from launch.process.identity import ROOT
 from model.attention.base import SequenceLayout
 from model.attention.config.windowed import WindowedAttentionConfig
 from model.blocks.mtp import tokens_ahead
@@ -32,6 +30,7 @@ from model.routers.base import RoutingRequest
 from model.routers.config import ThresholdConfig, TopKConfig
 from model.transformer import Transformer
 from ops.testing import kept_for_backward
+from tests.composing import composed
 from train.data.loader import pack
 from train.trained.calibrate import calibrate_budget
 
@@ -338,8 +337,7 @@ def test_activation_estimate_counts_the_modules(recompute):
     ],
 )
 def test_settings_that_do_not_go_together_are_named(overrides, words):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = plain(compose("train", overrides=overrides))
+    config = plain(composed(*overrides))
     with pytest.raises(ConfigError) as error:
         parse(config, 1)
     assert any(words in problem for problem in error.value.problems)

@@ -9,12 +9,10 @@ import math
 import pytest
 import torch
 from common import VOCAB_SIZE, build, tiny_config
-from hydra import compose, initialize_config_dir
 
 from launch.config.build import ConfigError
 from launch.config.overrides import plain
 from launch.config.parse import parse
-from launch.process.identity import ROOT
 from model.attention.base import SequenceLayout, document_mask
 from model.attention.config.windowed import WindowedAttentionConfig
 from model.attention.windowed import WindowedAttention
@@ -22,6 +20,7 @@ from model.config import BalanceConfig
 from model.cost.parameters import count_parameters, flops_per_token
 from model.layers import rotary_tables
 from model.request import TokenBatch
+from tests import composing
 
 DOCUMENTS = ((3, 1, 9, 6), (14, 5))  # lengths, per row
 WINDOWS = (1, 4, 7, 19, 100)
@@ -175,9 +174,8 @@ def test_settings_that_contradict_are_named(settings, words):
 
 def test_layers_are_words_or_a_list_on_the_command_line():
     def composed(value: str):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            overrides = ["attention=windowed", f"attention.window_layers={value}"]
-            return parse(plain(compose("train", overrides=overrides)), 1)
+        overrides = ["attention=windowed", f"attention.window_layers={value}"]
+        return parse(plain(composing.composed(*overrides)), 1)
 
     assert composed("all").attention.window_layers == "all"
     assert composed("[0,-1]").attention.window_layers == (0, -1)
@@ -190,8 +188,7 @@ def test_layers_are_words_or_a_list_on_the_command_line():
 
 
 def test_triton_experts_are_refused_where_they_do_not_fit():
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = plain(compose("train", overrides=["experts.backend=triton"]))
+    config = plain(composing.composed("experts.backend=triton"))
     parse(config, 1)
     config["model"]["activation"] = "clamped_swiglu"
     with pytest.raises(ConfigError, match="computes plain SwiGLU without biases, but"):
@@ -203,9 +200,8 @@ def test_triton_experts_are_refused_where_they_do_not_fit():
 
 
 def test_a_router_with_a_bias_has_no_snapshot_to_go_back_to():
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        overrides = ["router.bias=true", "fail_safe.spike_zscore=5"]
-        config = plain(compose("train", overrides=overrides))
+    overrides = ["router.bias=true", "fail_safe.spike_zscore=5"]
+    config = plain(composing.composed(*overrides))
     with pytest.raises(ConfigError, match=r"which router\.bias=true is no part of"):
         parse(config, 1)
     config["fail_safe"]["spike_zscore"] = 0.0

@@ -13,7 +13,6 @@ from unittest import mock
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from launch.config.overrides import plain
 from launch.config.parse import parse
@@ -22,6 +21,7 @@ from model.moe.balance import LayerStats
 from model.parallel.groups import ParallelGroups
 from model.parallel.part import ModelPart
 from ops.all_to_all import Communication
+from tests.composing import composed
 from train import loop
 from train.agenda import Step
 from train.components import build_model
@@ -36,7 +36,6 @@ from train.sinks.console import console_line
 from train.timing import pauses
 from train.timing.pauses import Speed
 
-CONF = str(Path(__file__).resolve().parent.parent.parent / "conf")
 TINY = (
     "model.vocab_size=300",
     "model.hidden_size=16",
@@ -73,8 +72,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def run_of(*overrides: str):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return parse(plain(compose("train", overrides=[*TINY, *overrides])), 1)
+    return parse(plain(composed(*TINY, *overrides)), 1)
 
 
 def started(*overrides: str) -> StepMetrics:
