@@ -291,7 +291,9 @@ class Engine:
             return "; ".join(found)
         names = [] if self.budgets is None else self.budgets.names
         if request.budget is not None and request.budget not in names:
-            known = f"choose one of {', '.join(f'{b:g}' for b in names)}" if names else "leave it out"
+            known = (
+                f"choose one of {', '.join(f'{b:g}' for b in names)}" if names else "leave it out"
+            )
             return f"no budget {request.budget:g} has been saved for this model; {known}"
         length = len(request.prompt)
         if not length:

@@ -28,7 +28,14 @@ from launch.command.progress import followed, working
 from launch.config.build import record
 from launch.process.identity import is_worker
 from launch.process.ranks import run_on_ranks
-from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
+from launch.saved.run import (
+    load_folder,
+    load_run,
+    require_average,
+    require_budget,
+    require_text,
+    require_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +63,9 @@ def main(config: DictConfig) -> float:
         config.checkpoint = "best"
     settings: EvaluateConfig = record(config, EvaluateConfig)
 
-    # Every run and checkpoint is looked at before the first is evaluated.
+    # The text and every run and checkpoint are looked at before the first is evaluated.
+    if settings.text and not Path(settings.text).exists():
+        raise ValueError(f"text={settings.text} does not exist; give a file of text")
     targets, lacking = _targets(settings)
     for target in targets:
         require_even_experts(target.run.model, settings.parallel)
@@ -171,6 +180,8 @@ def _target(settings: EvaluateConfig) -> _Target:
         checkpoints = find_last(Path(settings.run), settings.checkpoint, settings.average)
         run = load_run(settings.run, settings.attention, checkpoints[0], settings.router.top_k)
         require_average(run, settings.weights, checkpoints[0])
+        if settings.router.budget is not None or settings.budgets:
+            require_budget(run)
         if settings.text is not None:
             require_text(run, settings.run)
         return _Target(settings, run, checkpoints)

@@ -104,6 +104,7 @@ ELSEWHERE = {
     "output": "to",
     "tokenizer": "data.tokenizer.path",
     "init_from": "init.path",
+    "run": "resume",
     "model_name_or_path": "init.path",
     "tp": "parallel.tensor_parallel_size",
     "pp": "parallel.pipeline_parallel_size",

@@ -316,7 +316,7 @@ def visits(launch: LaunchConfig, hosts: Sequence[Host], run_dir: Path) -> list[F
     finally:
         scratch.unlink(missing_ok=True)
 
-    # A name that nobody knows is told once, by `names`; one that only ssh does not know is told here.
+    # A name that nobody knows is told once, by `names`; one that ssh alone does not know, here.
     unknown = [h for h in hosts if h.name in answers and UNKNOWN_HOST in answers[h.name].reason]
     told = without_address(unknown)
     found = [

@@ -44,8 +44,12 @@ def differences(configs: Sequence[Mapping[str, Any]], shareable: bool = False) -
     """
     tables = [flat(dict(config)) for config in configs]
     keys = dict.fromkeys(key for table in tables for key in table)
+    # What is empty in one run and has items in another is told by these.
+    with_items = {group for key in keys for group in _groups(key)}
     found = {}
     for key in keys:
+        if key in with_items:
+            continue
         values = tuple(table.get(key, UNSET) for table in tables)
         if all(_same(value, values[0]) for value in values) or _is(key, OF_THE_PLACE):
             continue
@@ -53,6 +57,12 @@ def differences(configs: Sequence[Mapping[str, Any]], shareable: bool = False) -
             continue
         found[key] = values
     return _gathered(found)
+
+
+def _groups(key: str) -> list[str]:
+    """a and a.b of a.b.c."""
+    parts = key.split(".")
+    return [".".join(parts[:number]) for number in range(1, len(parts))]
 
 
 def shareable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from launch.command.progress import working
 from launch.config.overrides import typed
-from launch.saved.run import load_folder, load_run, require_average, require_text, require_tokenizer
+from launch.saved.run import (
+    load_folder,
+    load_run,
+    require_average,
+    require_budget,
+    require_text,
+    require_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +95,8 @@ def opened(
     folder = checkpoints[0]
     config = load_run(run_dir, attention, folder, top_k)
     require_average(config, weights, folder)
+    if budget is not None:
+        require_budget(config)
     if for_text:
         require_text(config, run_dir)
 

@@ -9,6 +9,7 @@ from typing import Any
 from launch.config.overrides import plain
 from launch.process.secrets import redact_text
 from model.dispatch.config import LocalDispatcherConfig
+from model.routers.config import NO_BUDGET
 from train.config.data import no_tokenizer
 from train.config.objective import NextTokenConfig
 
@@ -96,6 +97,15 @@ def require_average(run: Any, weights: str, checkpoint: Path) -> None:
             f"weights=ema: {checkpoint} was saved without a moving average of its weights; train "
             "with optim.ema_decay=0.999, or leave weights out"
         )
+
+
+def require_budget(run: Any) -> None:
+    """
+    Raises:
+        ValueError: the run's router knows no budget.
+    """
+    if run.router.law == "none":
+        raise ValueError(NO_BUDGET)
 
 
 def load_folder(

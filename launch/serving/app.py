@@ -378,9 +378,11 @@ async def _body(request: Request) -> Any:
         return json.loads(data)
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
-    except ValueError as error:
-        at = f" at line {error.lineno}, column {error.colno}" if hasattr(error, "colno") else ""
-        raise BadRequest(f"the body is not JSON{at}") from None
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"the body is not JSON at {at}") from None
+    except ValueError:
+        raise BadRequest("the body is not JSON: it is not UTF-8") from None
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:

@@ -21,6 +21,10 @@ Scores = Literal["softmax", "sigmoid", "sqrt_softplus"]
 """Score functions of every router but ReLU routing, whose scores are its own."""
 LEAST_BUDGET = 0.1
 """Experts per token: less is no budget anybody means, and plain top-k, the fallback, visits one."""
+NO_BUDGET = (
+    "router.budget: this run was trained with a fixed number of experts per token; a budget needs "
+    "router=top_p, threshold, relu or null_experts"
+)
 FORMER_COEFF = 1e-8
 """Default of router.initial_coeff in versions that had it."""
 

@@ -225,7 +225,7 @@ def test_requests_of_different_budgets_run_together_and_share_nothing():
     assert min(found[f"{b} 0"].num_reused_tokens for b in (None, 1.0, 3.0)) == 0
     later = [Request("late", [*beginning, 9], GREEDY, budget=b) for b in (None, 1.0, 3.0)]
     assert [next(engine.run([r])).num_reused_tokens for r in later] == [32, 32, 32]
-    with pytest.raises(ValueError, match="no budget 2 has been saved .*; choose one of 1, 3"):
+    with pytest.raises(ValueError, match=r"no budget 2 has been saved .*; choose one of 1, 3"):
         engine.add(Request("x", [1], GREEDY, budget=2.0))
 
 

@@ -246,6 +246,12 @@ def test_a_group_that_one_run_has_is_one_line(runs):
     assert not any(key.startswith("alarms.collapse.") for key in found)
 
 
+def test_a_list_that_one_run_has_is_told_by_its_items_alone():
+    item = {"path": "json", "label": "exam"}
+    found = differences([{"data": {"validation": {"sources": s}}} for s in ([], [item])])
+    assert found == {"data.validation.sources.0": (UNSET, SET)}
+
+
 def test_what_is_passed_on_holds_no_text_of_a_person(runs):
     texts = ("train.sample_prompt=sesame", "tracker.wandb.entity=sesame", "data.cache_dir=sesame")
     make(Path("runs/mine"), *texts, "+launch.env.WORD=sesame", "seed=7", loss=1.0, at=1)

@@ -506,7 +506,10 @@ def test_another_path_or_method_is_told_what_there_is(served, method, path, stat
         ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options knows include_usage alone"),
         ({"prompt": "a", "echo": True}, "echo is true, which is not done here; leave it out"),
         ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty is 0.5, which is not done"),
-        ({"prompt": "a", "max_tokns": 5}, "'max_tokns' is not known here; did you mean max_tokens?"),
+        (
+            {"prompt": "a", "max_tokns": 5},
+            "'max_tokns' is not known here; did you mean max_tokens?",
+        ),
         ({"prompt": "a", "messages": []}, "is not known here; /v1/chat/completions takes it"),
         ({"prompt": "a", "tops": 5}, "the field 'tops' is not known here; did you mean"),
         ({"prompt": "a", "colour": 5}, "the field 'colour' is not known here; leave it out"),

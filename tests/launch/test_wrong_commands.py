@@ -124,7 +124,7 @@ WRONG: dict[str, str] = {
 }
 
 
-def some(arguments: list[str]) -> list:
+def some(arguments: list) -> list:
     """All of them nightly, every third daily."""
     return [
         argument if place % 3 == 0 else pytest.param(argument, marks=pytest.mark.nightly)
@@ -147,12 +147,77 @@ OF_A_RUN = {
     ("generate", "run=README.md", "prompt=x"): "README.md is a file, no run directory;",
     ("serve", "run=nowhere"): "nowhere does not exist; python -m launch.runs lists the runs",
     ("evaluate", "model=a"): "run=RUN or path=DIR names one that is trained",
-    ("generate", "run=.", "prompt", "ROMEO."): "prompt has no value; write prompt=ROMEO.",
+    ("generate", "run=conf", "prompt", "ROMEO."): "prompt has no value; write prompt=ROMEO.",
     ("prepare", "train.num_steps=5"): "train is read by launch.train alone; leave it out",
     ("evaluate", "run=tests", "path=y"): "run and path are both set; drop one",
-    ("branch", "run=.", "checkpoint=step-9"): "give run=RUN, checkpoint=step-N, to=DIR and",
-    ("export", "run=.", "to=new", "checkpoint=step-9"): "checkpoints has no step-00000009;",
+    ("branch", "run=conf", "checkpoint=step-9"): "give run=RUN, checkpoint=step-N, to=DIR and",
+    ("export", "run=conf", "to=new", "checkpoint=step-9"): "checkpoints has no step-00000009;",
 }
+
+
+OF_COMMANDS = {
+    ("train", "run=latest"): "unknown key run: did you mean resume?",
+    ("train", "--run", "latest"): "settings have no dashes; write resume=latest",
+    ("train", "init.path=meta-llama/Llama-2-7b"): "hf download meta-llama/Llama-2-7b --local-dir",
+    ("train", "model.num_heads=3"): "model.hidden_size 256 is not divisible by model.num_heads 3",
+    ("train", "data.mixture.temperature=0"): "temperature is 0.0; it must be positive, or null",
+    ("train", "data.streaming=true", "train.num_epochs=1"): "nobody knows how long a pass over a",
+    ("generate", "run=conf", "prompt=x", "max_new_tokens=-5"): "is -5; it must be at least 1",
+    ("generate", "run=conf", "prompt=x", "temperature=hot"): "temperature is 'hot'; it must be a",
+    ("generate", "run=conf", "prompt=x", "top_p=2"): "top_p is 2.0; it must be in (0, 1]",
+    (
+        "generate",
+        "run=conf",
+        "prompt=x",
+        "device=cuda",
+    ): "unknown key device: known keys: attention",
+    (
+        "generate",
+        "run=conf",
+    ): "give run=RUN (or path=DIR) and prompt='...', or input=FILE output=FILE",
+    ("generate", "path=tests", "prompt=x"): "tests/config.json does not exist; give a folder",
+    ("serve", "run=conf", "serve.port=abc"): "serve.port is 'abc'; it must be a whole number",
+    (
+        "serve",
+        "run=conf",
+        "serve.port=99999",
+    ): "serve.port is 99999; it must be between 0 and 65535",
+    ("serve", "run=conf", "port=8000"): "unknown key port: did you mean serve.port?",
+    ("serve", "run=conf", "serve.budget=1.5"): "serve.budget is 1.5; choose one of auto",
+    (
+        "evaluate",
+        "run=conf",
+        "checkpoint=last",
+    ): "choose one of best, latest, or a name such as step-",
+    ("evaluate", "path=tests", "text=no.txt"): "text=no.txt does not exist; give a file of text",
+    ("quantize", "run=conf", "weights=int4"): "weights is 'int4'; choose one of int8, fp8",
+    ("export", "run=conf", "to=docs"): "docs exists; give a folder that does not, or remove it",
+    ("compare", "variants=[top_k,densee]"): "there is no conf/variant/densee.yaml; choices: adap",
+    ("compare", "sizes=[huge]"): "there is no conf/size/huge.yaml; choices: small, tiny",
+    ("runs", "where=val_loss"): "is no condition; give NAME<VALUE, =, !=, <=, >, >= or ~",
+    ("runs", "run=conf", "tag=two words"): "tag is 'two words'; a tag is a word",
+    ("plan", "device=H1000"): "device is 'H1000'; choose one of GB200,",
+    ("plan", "parallel=auto"): "give world=N and device=H100 (or another) as well, or leave",
+    (
+        "plan",
+        "world=8",
+    ): "give parallel=auto and device=H100 (or another) as well, or leave world=8",
+    ("report", "run=conf", "format=pdf"): "unknown key format: known keys: interval, output, png",
+    ("doctor", "hostfile=/nothing"): "unknown key hostfile: did you mean launch.hostfile?",
+    ("prepare", "data.tokenizer.path=gpt2"): "gpt2 does not exist; give a tokenizer.json or a",
+    ("audit", "run=conf", "step=abc"): "step is 'abc'; it must be a whole number",
+    ("benchmark", "run=conf", "rows=[0]"): "rows has 0; it must be at least 1",
+    ("teach", "to=x"): "there is no teacher; give objective=distil and objective.run=RUN",
+}
+
+
+@pytest.mark.parametrize("typed", some(list(OF_COMMANDS)))
+def test_every_command_answers_by_a_line(typed):
+    done = launch(*typed, check=False)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("run=")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert any(OF_COMMANDS[typed] in line for line in lines), lines
+    assert all(line.startswith("error: ") for line in lines), lines
 
 
 @pytest.mark.parametrize("typed", OF_A_RUN)
@@ -181,7 +246,7 @@ def test_a_setting_has_one_value(typed):
 
 @pytest.mark.parametrize("typed", [[], ["seed=1"], ["seed=[1,2]", "router=top_p"]])
 def test_a_sweep_over_nothing_is_refused(typed):
-    with pytest.raises(ArgumentError, match="and none has several; write optim.lr=1e-3,1e-4, or"):
+    with pytest.raises(ArgumentError, match=r"and none has several; write optim\.lr=1e-3,1e-4, or"):
         require_sweep(arranged(["-m", *typed]))
     done = launch("train", "-m", *typed, "launch.dry_run=true", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: -m runs a job for each value")

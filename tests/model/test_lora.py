@@ -254,6 +254,14 @@ def test_a_target_that_means_nothing_is_refused(changes, said):
     assert any(said in problem for problem in target_problems(lora, SHAPE, {}))
 
 
+def test_a_kind_that_this_model_lacks_is_not_offered_again():
+    dense = dataclasses.replace(SHAPE, num_experts=0, num_shared_experts=0)
+    lora = LoraConfig(rank=2, targets=("attention", "experts"))
+    (told,) = target_problems(lora, dense, {})
+    start = "lora.targets: experts means no projection of this model; leave it out: its kinds are"
+    assert told.startswith(f"{start} attention, mlp, anything else")
+
+
 def test_a_pattern_means_projections_by_name():
     lora = LoraConfig(rank=2, targets=("*.q_proj", "blocks.1.mlp.experts.down"), expert_rank=1)
     found = {name: rank for name, (_, rank) in ranks_of(lora, SHAPE, {}).items()}

@@ -292,6 +292,16 @@ def test_what_git_leaves_in_the_place_of_a_large_file_is_told(mixtral, tmp_path)
         describe(folder)
 
 
+def test_a_name_of_the_hub_is_told_how_to_become_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PretrainedError, match="here: hf download allenai/OLMoE-1B --local-dir DIR"):
+        describe(Path("allenai/OLMoE-1B"))
+    (tmp_path / "models").mkdir()
+    for folder in (Path("models/a"), tmp_path / "a", Path("a")):
+        with pytest.raises(PretrainedError, match=rf"^{folder}/config.json does not exist; give a"):
+            describe(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [(b'{"a": 1,\n"b"', " at line 2"), (b"", " at line 1"), (b"\xff\xff", ""), (b"[" * 9999, "")],

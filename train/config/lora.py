@@ -91,14 +91,17 @@ def target_problems(
     if not lora.rank:
         return []
     names, found = list(projections(model, attention)), []
+    kinds = [kind for kind in ADAPTED if any(_is_meant(name, kind) for name in names)]
     for target in lora.targets:
         if any(_is_meant(name, target) for name in names):
             continue
-        near = difflib.get_close_matches(target, [*ADAPTED, *names], 1)
+        near = difflib.get_close_matches(target, [*kinds, *names], 1)
+        mend = f"did you mean {near[0]}? " if near else ""
+        if target in ADAPTED:
+            mend = "leave it out: "
         found.append(
-            f"lora.targets: {target} means no projection of this model"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + f" Kinds are {', '.join(ADAPTED)}; anything else is a pattern of names, as {names[0]}"
+            f"lora.targets: {target} means no projection of this model; {mend}"
+            f"its kinds are {', '.join(kinds)}, anything else is a pattern of names, as {names[0]}"
         )
     stacks = any(p.num_experts for p, _ in ranks_of(lora, model, attention).values())
     if lora.expert_rank is not None and not stacks and not found:

@@ -75,9 +75,9 @@ class Blend:
             self._build(max(1024, 2 * (index + 1)))
         if index >= len(self._source_of):
             raise ValueError(
-                f"the mixture ends after {len(self._source_of):,} rows, where every source has been "
-                f"seen data.sources.*.max_epochs times, and row {index + 1:,} is asked for: raise "
-                "one of them, or lower train.num_steps"
+                f"the mixture ends after {len(self._source_of):,} rows, when every source was seen "
+                f"data.sources.*.max_epochs times, and row {index + 1:,} is asked for: raise one "
+                "of them, or lower train.num_steps"
             )
         return int(self._source_of[index]), int(self._index_in_source[index])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MXFP4_ENDS = ("_blocks", "_scales")
 """Endings of the names of an MXFP4 weight's two tensors."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""OWNER/NAME of a model; or a folder in a folder."""
 MAX_OPEN = 4
 """Files that are held open: a big model has hundreds."""
 MAX_HEADER = 100_000_000
@@ -59,9 +62,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
+        about = f"{path} does not exist; "
+        if HUB_NAME.fullmatch(str(path.parent)) and not path.parent.parent.exists():
+            about += f"nothing is downloaded here: hf download {path.parent} --local-dir DIR; "
         raise PretrainedError(
-            f"{path} does not exist; give a folder as the Hub has it: config.json, *.safetensors "
-            "and the tokenizer's files"
+            f"{about}give a folder as the Hub has it: config.json, *.safetensors and the "
+            "tokenizer's files"
         ) from None
     except OSError as error:
         raise PretrainedError(f"{path} cannot be read: {error.strerror}") from None

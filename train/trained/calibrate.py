@@ -15,6 +15,7 @@ from model.config import BalanceConfig, BudgetConfig, FailSafeConfig
 from model.moe.balance import unpack_stats
 from model.moe.budget import update_routers
 from model.request import ForwardRequest
+from model.routers.config import NO_BUDGET
 from model.transformer import Transformer
 from train.config.run import RunConfig
 from train.data.loader import Batch, pack
@@ -65,11 +66,7 @@ def calibrate_budget(
     layers = model.moe_layers()[: len(model.config.decoder_moe_layers)]
     routers = [layer.router for layer in layers]
     if not routers or routers[0].budget is None:
-        raise ValueError(
-            "router.budget: this run was trained with a fixed number of experts per token; a "
-            "budget needs "
-            "router=top_p, threshold, relu or null_experts"
-        )
+        raise ValueError(NO_BUDGET)
     spec = routers[0].spec
     if not max(1, spec.min_experts) <= budget <= spec.max_experts:
         raise ValueError(

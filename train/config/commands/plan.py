@@ -30,10 +30,16 @@ class PlanCommandConfig:
             return []
         found = []
         if not searches or self.world is None or self.device is None:
+            given = {
+                "parallel=auto": searches,
+                "world=N": self.world is not None,
+                "device=H100 (or another)": self.device is not None,
+            }
+            lacking = " and ".join(name for name, is_given in given.items() if not is_given)
             found.append(
-                "layouts are searched for with parallel=auto world=N device=H100 (or another) "
-                f"together; world is {self.world}, device {self.device} and parallel="
-                + ("auto" if searches else "one of given sizes")
+                "layouts are searched for with parallel=auto, world=N and device= together: give "
+                f"{lacking} as well, or leave "
+                f"{'parallel=auto' if searches else f'world={self.world}'} out"
             )
         if self.world is not None and (
             self.world < 1 or (self.world > NODE_SIZE and self.world % NODE_SIZE)
