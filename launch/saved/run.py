@@ -9,7 +9,7 @@ from typing import Any
 from launch.config.overrides import plain
 from launch.process.secrets import redact_text
 from model.dispatch.config import LocalDispatcherConfig
-from model.routers.config import NO_BUDGET
+from model.routers.config import NO_BUDGET, BudgetedConfig
 from train.config.data import no_tokenizer
 from train.config.objective import NextTokenConfig
 
@@ -104,7 +104,7 @@ def require_budget(run: Any) -> None:
     Raises:
         ValueError: the run's router knows no budget.
     """
-    if run.router.law == "none":
+    if not isinstance(run.router, BudgetedConfig):
         raise ValueError(NO_BUDGET)
 
 

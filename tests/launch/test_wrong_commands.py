@@ -4,10 +4,12 @@ and the mend, with exit code 2, without a traceback. And right ones that Hydra a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,6 +23,8 @@ from launch.command.arguments import (
     setting,
 )
 from launch.config.overrides import plain, quoted
+from launch.saved.run import require_budget
+from model.routers.config import ROUTERS
 from tests import forked
 from tests.composing import composed
 from tests.end_to_end.commandline import ROOT, launch
@@ -218,6 +222,17 @@ def test_every_command_answers_by_a_line(typed):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert any(OF_COMMANDS[typed] in line for line in lines), lines
     assert all(line.startswith("error: ") for line in lines), lines
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_budget_is_of_a_router_that_has_one(name):
+    """Refused before a model is loaded or data are made."""
+    router = object.__new__(ROUTERS[name])
+    if "budget" in {field.name for field in dataclasses.fields(router)}:
+        require_budget(SimpleNamespace(router=router))
+    else:
+        with pytest.raises(ValueError, match="trained with a fixed number of experts"):
+            require_budget(SimpleNamespace(router=router))
 
 
 @pytest.mark.parametrize("typed", OF_A_RUN)
