@@ -199,10 +199,13 @@ def _runs_of(command: str, key: str, name: str, experiment: str | None) -> list[
         folder = str(Path(path).parent)
         if folder == ".":
             folder = RUNS if experiment is None else f"{RUNS}/{experiment}"
-        newest = next(iter(_newest_first(folder)), None)
-        if newest is None:
+        newest = _newest_first(folder)
+        if not newest:
             raise ArgumentError(f"{key}={name}: there is no run under {folder}")
-        return [newest]
+        # Weights are asked for: a run that was refused or stopped before it saved any is none.
+        if command in READ_CHECKPOINT or key in ("init.run", "objective.run"):
+            newest = [run for run in newest if _has_checkpoint(run)] or newest
+        return newest[:1]
     if glob.has_magic(path) and not os.path.lexists(path):
         matches = [match.rstrip("/") for match in glob.glob(path, recursive=True)]
         found = sorted(m for m in matches if _is_run(m) or _is_checkpoint(m))
@@ -236,6 +239,10 @@ def _is_run(path: str) -> bool:
 def _is_checkpoint(path: str) -> bool:
     """RUN/checkpoints/step-..., whether it is there or not."""
     return STEP.fullmatch(Path(path).name) is not None and Path(path).parent.name == "checkpoints"
+
+
+def _has_checkpoint(run: str) -> bool:
+    return any(STEP.fullmatch(path.name) for path in Path(run, "checkpoints").glob("step-*"))
 
 
 def runs_under(folder: str) -> Iterator[str]:

@@ -40,7 +40,7 @@ def begin(run: Path, seconds: int, steps: tuple[int, ...] = ()) -> Path:
 def runs(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     begin(Path("runs/quickstart/20260101-a"), 100, steps=(10, 250))
-    begin(Path("runs/quickstart/20260102-b"), 300)
+    begin(Path("runs/quickstart/20260102-b"), 300, steps=(20,))
     begin(Path("runs/other/c"), 200)
     begin(Path("runs/my runs/d e"), 50)
     return tmp_path
@@ -172,6 +172,18 @@ def test_what_latest_is_of_is_no_question_of_the_node(runs):
 def test_what_was_taken_is_said(runs):
     assert resolved("train", ["resume=latest"])[1] == ["resume=latest: runs/quickstart/20260102-b"]
     assert resolved("train", ["resume=runs/other/c"])[1] == []
+
+
+def test_where_weights_are_wanted_latest_has_some(runs):
+    """A run that was refused after it had begun, or stopped in its first steps, is passed over."""
+    begin(Path("runs/quickstart/20260103-e"), 400)
+    (runs / "runs/quickstart/20260103-e/checkpoints/step-00000005.partial").mkdir(parents=True)
+    for command, key in (("evaluate", "run"), ("generate", "run"), ("train", "init.run")):
+        assert names(command, f"{key}=latest") == [f"{key}=runs/quickstart/20260102-b"]
+    for command, key in (("train", "resume"), ("report", "run")):
+        assert names(command, f"{key}=latest") == [f"{key}=runs/quickstart/20260103-e"]
+    begin(Path("runs/new/f"), 500)
+    assert names("evaluate", "run=runs/new/latest") == ["run=runs/new/f"]
 
 
 def test_a_run_of_the_name_latest_is_that_run(runs):
