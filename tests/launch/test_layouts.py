@@ -230,9 +230,18 @@ def test_a_search_prints_five_layouts_with_their_parts_and_commands(capsys):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("world=64",), "together; world is 64, device None"),
-        (("parallel=auto",), "world is None, device None and parallel=auto"),
-        (("parallel=auto", "world=8"), "world is 8, device None"),
+        (
+            ("world=64",),
+            "give parallel=auto and device=H100 (or another) as well, or leave world=64 out",
+        ),
+        (
+            ("parallel=auto",),
+            "give world=N and device=H100 (or another) as well, or leave parallel=auto out",
+        ),
+        (
+            ("parallel=auto", "world=8"),
+            "together: give device=H100 (or another) as well",
+        ),
         (("parallel=auto", "world=8", "device=L40S"), "of whose links nothing is known"),
         (("parallel=auto", "world=12", "device=h100"), "above 8 whole nodes of 8"),
         (("parallel=auto", "world=8", "device=v100"), "device is 'v100'; choose one of"),

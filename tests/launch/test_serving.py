@@ -20,6 +20,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import infer.engine as engines
 import launch.serve
 from infer.budget import capture
 from infer.config import EngineConfig, SamplingConfig
@@ -637,7 +638,7 @@ def test_one_request_of_nan_ends_alone():
         assert send(served, "GET", "/health")[0] == 200
 
 
-def test_an_engine_that_fails_tells_every_client_and_health():
+def test_an_engine_that_fails_tells_every_client_and_health(monkeypatch):
     engine = make_engine(max_slots=1)
     gate = Gate(engine)
     with serving(engine) as served:
@@ -648,7 +649,7 @@ def test_an_engine_that_fails_tells_every_client_and_health():
         def broken(*given):
             raise RuntimeError("out of memory")
 
-        engine.model.prefill = broken
+        monkeypatch.setattr(engines, "prefill_pages", broken)
         gate.open.set()
         assert held[0].getresponse().status == 503
         assert b"the engine has failed" in held[1].getresponse().read()

@@ -68,7 +68,7 @@ def test_every_sample_comes_from_the_source_that_lags_most_in_its_phase(phases, 
         try:
             found.append(blend.locate(index))
         except ValueError as error:
-            assert f"ends after {len(expected)} training samples" in str(error)
+            assert f"ends after {len(expected)} rows" in str(error)
             break
     assert found == expected
     # whatever was asked first: a longer table begins as a shorter one
@@ -135,7 +135,7 @@ def test_a_training_that_wants_more_than_all_sources_give_is_refused(config):
     samples = samples_of(with_mixture(config, caps=(1.0, 1.0)))
     total = sum(source.per_epoch for source in samples.sources)
     samples.require(total)
-    with pytest.raises(ValueError, match=rf"ends after {total} training samples.*max_epochs"):
+    with pytest.raises(ValueError, match=rf"ends after {total} rows.*max_epochs"):
         samples.require(total + 1)
 
 
