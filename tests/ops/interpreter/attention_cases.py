@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ops.sparse_attention import reference, triton_backend
-from ops.sparse_attention.blocks import block_table
+from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.chunked import complete_blocks, pool_spans_backward, token_spans
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.kernels.configs import loading_by_tma
@@ -183,6 +183,31 @@ def selected_blocks(case: Case) -> Tensor:
     )
 
 
+def problem_of(
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sink: Tensor | None,
+    table: BlockTable,
+) -> Problem:
+    """What the kernels of attention are asked for, with entries of these keys and values."""
+    return Problem(
+        q=q,
+        k=k,
+        v=v,
+        bias=bias,
+        sink=sink,
+        selected=selected_blocks(case),
+        entries=triton_backend.pool(k, v, table, case.spec) if case.coarse else None,
+        table=table,
+        spec=case.spec,
+        exact=case.exact,
+        coarse=case.coarse,
+    )
+
+
 def check_attend(case: Case) -> None:
     q, k, v = case.inputs
     cu_seqlens, num_tokens = case.cu_seqlens, len(q)
@@ -192,21 +217,7 @@ def check_attend(case: Case) -> None:
     sink = torch.randn(case.heads, generator=generator) if case.sink else None
     dout = torch.randn(q.shape, generator=generator).to(case.dtype)
     with poisoned_memory():
-        selected = selected_blocks(case)
-        entries = triton_backend.pool(k, v, table, case.spec) if case.coarse else None
-        problem = Problem(
-            q=q,
-            k=k,
-            v=v,
-            bias=bias,
-            sink=sink,
-            selected=selected,
-            entries=entries,
-            table=table,
-            spec=case.spec,
-            exact=case.exact,
-            coarse=case.coarse,
-        )
+        problem = problem_of(case, q, k, v, bias, sink, table)
         out, lse, tail_mass, selected_mass = triton_backend.attend(problem)
         dlse = (
             torch.randn(lse.shape, generator=generator).masked_fill(lse.isinf(), 0.0)
@@ -231,6 +242,7 @@ def check_attend(case: Case) -> None:
         None if x is None else x.double().requires_grad_() for x in (q, k, v, bias, sink)
     ]
     chosen = torch.zeros(case.kv_heads, num_tokens, len(table.start) + 1, dtype=torch.bool)
+    selected = problem.selected
     chosen.scatter_(2, torch.where(selected < 0, len(table.start), selected).long(), True)
     num_blocks = len(reference.reference_blocks(cu_seqlens, case.spec.block_size).start)
     theirs = reference.reference_attention(
@@ -273,23 +285,9 @@ def check_tma(case: Case) -> None:
     sink = torch.randn(case.heads, generator=generator) if case.sink else None
     dout = torch.randn(q.shape, generator=generator).to(case.dtype)
     dlse = torch.randn(len(q), case.heads, generator=generator)
-    selected = selected_blocks(case)
     poisoned = sum(case.lengths[:-1])
     k[poisoned:], v[poisoned:] = torch.nan, torch.nan
-    entries = triton_backend.pool(k, v, table, case.spec) if case.coarse else None
-    problem = Problem(
-        q=q,
-        k=k,
-        v=v,
-        bias=bias,
-        sink=sink,
-        selected=selected,
-        entries=entries,
-        table=table,
-        spec=case.spec,
-        exact=case.exact,
-        coarse=case.coarse,
-    )
+    problem = problem_of(case, q, k, v, bias, sink, table)
     boxes: list[bool] = []
     launch = triton_backend.launch
 
