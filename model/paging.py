@@ -142,9 +142,9 @@ def _decoded(
     request = RoutingRequest(
         token_mask=layout.token_mask, words=input_ids.reshape(-1), max_active=max_active
     )
+    tables: tuple[RouterState, ...] = ()
     if budgets is not None:
-        request = request._replace(row_of=budgets.row_of)
-    tables = () if budgets is None else budgets.tables
+        request, tables = request._replace(row_of=budgets.row_of), budgets.tables
     hidden = model.backbone(input_ids, layout, request, caches=pages, tables=tables)
     used = hidden.last.new_zeros(input_ids.numel(), dtype=torch.float32)
     for routing in hidden.routings:

@@ -20,6 +20,7 @@ from ops.sparse_attention.kernels.configs import next_power_of_two
 
 RUN = 8
 """Windows of a program, whose shares of the bias are summed in order."""
+TILE_VALUES = 4096
 
 
 class PoolGrads(NamedTuple):
@@ -30,10 +31,10 @@ class PoolGrads(NamedTuple):
     """[m, p w] fp32."""
 
 
-def _config(size: int, width: int, values: int) -> dict[str, Any]:
-    """Sizes of a program that has so many values of a tensor at a time."""
+def _config(size: int, width: int) -> dict[str, Any]:
+    """Sizes of a program that has at most TILE_VALUES of a tensor at a time."""
     slots = next_power_of_two(size)
-    channels = max(1, min(next_power_of_two(width), values // slots))
+    channels = max(1, min(next_power_of_two(width), TILE_VALUES // slots))
     return {"SIZE": size, "SLOTS": slots, "CHANNELS": channels, "RUN": RUN}
 
 
@@ -55,7 +56,7 @@ def pool(
     size, row_size = slot_bias.shape
     width = row_size // 2 if overlap else row_size
     entries = content.new_empty(len(starts), width)
-    config = _config(size, width, 4096)
+    config = _config(size, width)
     launch(
         gated_pool_kernel,
         (-(-len(starts) // RUN), -(-width // config["CHANNELS"])),
@@ -89,7 +90,7 @@ def pool_backward(
     content, gates = _rows(content), _rows(gates)
     size, row_size = slot_bias.shape
     width = row_size // 2 if overlap else row_size
-    config = _config(size, width, 4096)
+    config = _config(size, width)
     there = follows.to(torch.int8)
     dcontent, dgates = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (content, gates)
