@@ -180,6 +180,9 @@ def sparse_attention_launches(
     noise = SelectionNoise(temperature=1.0 if extras else 0.0)
     with record_launches(architecture) as launches:
         entries = triton_backend.pool(k, k, table, spec)
+        logits = k.new_zeros(num_tokens, num_kv_heads, 2, head_dim)
+        triton_backend.weigh(k, k, logits, table, spec)
+        triton_backend.weigh_backward(k, k, logits, table, spec, entries)
         triton_backend.rank(q, entries, table, spec, hashed, noise)
         problem = Problem(
             q=q,
@@ -370,13 +373,14 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
         head_dim: int,
         extras: bool = True,
         only: tuple[str, ...] = (),
+        dtype: torch.dtype = torch.bfloat16,
         **settings: Any,
     ) -> Iterator[Job]:
         spec = SparseAttentionSpec(**({"window_size": 64} | settings))
         for tma in (False, True):
             with loading_by_tma(tma):
                 launches = sparse_attention_launches(
-                    architecture, num_heads, num_kv_heads, head_dim, spec, extras=extras
+                    architecture, num_heads, num_kv_heads, head_dim, spec, dtype, extras
                 )
             for launch in launches:
                 name = launch.kernel.__name__.removesuffix("_kernel")
@@ -387,6 +391,7 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
                 yield job_of(launch, " ".join(words))
 
     heavy = ("rank", "attend", "query_grad", "key_grad", "entry_grad")
+    pools = ("pool", "weigh", "weigh_grad")
     yield from record("d128 G8 B64", 32, 4, 128)
     yield from record("d64 G4 B64", 16, 4, 64, only=heavy)
     yield from record(
@@ -394,7 +399,7 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
         16,
         2,
         256,
-        only=(*heavy, "pool", "key_grad_sum", "entry_grad_sum", "decode_attend"),
+        only=(*heavy, *pools, "key_grad_sum", "entry_grad_sum", "decode_attend"),
     )
     yield from record(
         "d128 G16 B128 r8",
@@ -406,6 +411,18 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
         coarse_block_size=16,
         score="error_gain",
     )
+    for head_dim, block_size, size in ((64, 32, 16), (128, 64, 64), (256, 128, 128)):
+        yield from record(
+            f"d{head_dim} of {size}",
+            4,
+            4,
+            head_dim,
+            only=pools,
+            block_size=block_size,
+            coarse_block_size=size,
+        )
+    yield from record("d128 of 32 fp32", 4, 4, 128, only=pools, dtype=torch.float32)
+    yield from record("d128 of 32, one head", 4, 1, 128, only=pools)
     for head_dim, num_heads in ((64, 16), (128, 32), (256, 32)):
         title = f"d{head_dim} G{num_heads // 4} B64 one pass"
         yield from record(title, num_heads, 4, head_dim, only=("rank",), rank_lse="super")

@@ -9,22 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.sparse_attention.entries import CoarseEntries, pool_groups, weigh_groups
+from ops.sparse_attention.interface import HEAD_DIMS
 from ops.sparse_attention.spec import SparseAttentionSpec
 
 Weigh = Callable[[Tensor], Tensor]
 """From values [..., Hk, d] to pool_logits [..., Hk, 2, d]."""
 
 
-def pooled(keys: Tensor, values: Tensor, weigh: Weigh | None) -> CoarseEntries:
-    """Over the third dimension of keys and values [A, B, C, Hk, d], in fp32 or fp64."""
+def pooled(
+    keys: Tensor, values: Tensor, weigh: Weigh | None, backend: str | None = None
+) -> CoarseEntries:
+    """Entries [A, B, Hk, d] over the third dimension of keys and values [A, B, C, Hk, d].
+
+    backend: "triton", which gives the dtype of the keys and what training has on a GPU, or "torch",
+        which gives fp32 (fp64); None: the kernels where they are built for it.
+    """
+    logits = None if weigh is None else weigh(values)
+    if (backend or _backend_of(keys)) == "triton":
+        from ops.sparse_attention import triton_backend
+
+        return triton_backend.pool_groups(keys, values, logits)
     real = torch.promote_types(keys.dtype, torch.float32)
     k, v = keys.to(real), values.to(real)
     means = pool_groups(k, v)
-    if weigh is None:
+    if logits is None:
         return means
     # rounded first, as in training, where a back-end's pool comes before the weights
     rounded = CoarseEntries(*(x.to(keys.dtype).to(real) for x in means))
-    return weigh_groups(k, v, weigh(values), rounded)
+    return weigh_groups(k, v, logits, rounded)
+
+
+def _backend_of(keys: Tensor) -> str:
+    size, dim = keys.shape[2], keys.shape[4]
+    built = dim in HEAD_DIMS and size & (size - 1) == 0 and keys.dtype != torch.float64
+    return "triton" if keys.device.type == "cuda" and built else "torch"
 
 
 class EntryCache:

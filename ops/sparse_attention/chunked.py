@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from ops.sparse_attention.blocks import BlockTable, block_table
-from ops.sparse_attention.entries import CoarseEntries, merge_keys, pool_groups
+from ops.sparse_attention.entries import (
+    CoarseEntries,
+    merge_keys,
+    pool_groups,
+    weigh_groups,
+    weigh_groups_backward,
+)
 from ops.sparse_attention.noise import drawing_heads, gumbel, selection_counter
 from ops.sparse_attention.problem import DecodeProblem, Problem
 from ops.sparse_attention.ranking import choose_blocks, rank_keys, rank_values, shares
@@ -39,6 +45,10 @@ blocks.
 """
 _GATHERED = 64
 """Queries that are gathered for a selected block at a time."""
+_WEIGHED = 2**18
+"""Numbers of keys whose entries are weighed at a time: weights and what they multiply have a dozen
+tensors of that size.
+"""
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,6 +66,77 @@ def pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> 
         return entries.flatten(1, 2)
 
     return CoarseEntries(*(place(x) for x in pool_spans(k, v, spans, spec.coarse_block_size)))
+
+
+def weigh(
+    k: Tensor, v: Tensor, pool_logits: Tensor, table: BlockTable, spec: SparseAttentionSpec
+) -> CoarseEntries:
+    """See interface.Backend.weigh."""
+    return weigh_pooled(pool(k, v, table, spec), k, v, pool_logits, table, spec)
+
+
+def weigh_pooled(
+    base: CoarseEntries,
+    k: Tensor,
+    v: Tensor,
+    pool_logits: Tensor,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+) -> CoarseEntries:
+    """The entries `base` under equal weights, of which those of complete blocks are overwritten by
+    those under learned ones.
+    """
+    r = spec.entries_per_block
+    held = [x.unflatten(1, (-1, r)) for x in base]
+    for blocks in _weighed_runs(k, table, spec):
+        _, keys, values, logits = _of_blocks(blocks, k, v, pool_logits, table, spec)
+        means = CoarseEntries(*(x[:, blocks].flatten(1, 2).to(keys.dtype) for x in held))
+        for x, new in zip(held, weigh_groups(keys, values, logits, means), strict=True):
+            x[:, blocks] = new.unflatten(1, (-1, r)).to(x.dtype)
+    return base
+
+
+def weigh_backward(
+    k: Tensor,
+    v: Tensor,
+    pool_logits: Tensor,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+    grads: CoarseEntries,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See interface.Backend.weigh_backward."""
+    dk, dv, dlogits = (torch.zeros_like(x) for x in (k, v, pool_logits))
+    given = [x.unflatten(1, (-1, spec.entries_per_block)) for x in grads]
+    for blocks in _weighed_runs(k, table, spec):
+        spans, keys, values, logits = _of_blocks(blocks, k, v, pool_logits, table, spec)
+        of_blocks = CoarseEntries(*(x[:, blocks].flatten(1, 2).to(keys.dtype) for x in given))
+        new = weigh_groups_backward(keys, values, logits, of_blocks)
+        for x, part in zip((dk, dv, dlogits), new, strict=True):
+            x[spans] = part.flatten(1, 2).transpose(0, 1).to(x.dtype)
+    return dk, dv, dlogits
+
+
+def _weighed_runs(k: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> Iterator[Tensor]:
+    """Complete blocks, as many at a time as _WEIGHED says."""
+    number = max(1, _WEIGHED // (spec.block_size * k.shape[1] * k.shape[2]))
+    yield from complete_blocks(table, spec).split(number)
+
+
+def _of_blocks(
+    blocks: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool_logits: Tensor,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tokens of the blocks, their keys, values [Hk, n, C, d] and logits [Hk, n, C, 2, d])."""
+    spans = token_spans(table.start[blocks], spec.block_size)
+    keys, values, logits = (
+        x[spans].to(real_dtype(k.dtype)).transpose(0, 1).unflatten(1, (-1, spec.coarse_block_size))
+        for x in (k, v, pool_logits)
+    )
+    return spans, keys, values, logits
 
 
 def pool_spans(k: Tensor, v: Tensor, spans: Tensor, size: int) -> CoarseEntries:

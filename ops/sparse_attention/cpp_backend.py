@@ -19,13 +19,29 @@ from torch import Tensor
 
 from ops.compile.cuda import BuildError, build_ops
 from ops.sparse_attention.blocks import BlockTable, of_queries
-from ops.sparse_attention.chunked import decode, real_dtype, super_blocks
+from ops.sparse_attention.chunked import (
+    decode,
+    real_dtype,
+    super_blocks,
+    weigh_backward,
+    weigh_pooled,
+)
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.noise import drawing_heads
 from ops.sparse_attention.problem import Problem
 from ops.sparse_attention.spec import TRUST, SelectionNoise, SparseAttentionSpec
 
-__all__ = ["attend", "attend_backward", "decode", "load_library", "pool", "rank", "unavailable"]
+__all__ = [
+    "attend",
+    "attend_backward",
+    "decode",
+    "load_library",
+    "pool",
+    "rank",
+    "unavailable",
+    "weigh",
+    "weigh_backward",
+]
 
 log = logging.getLogger("loadstone")
 SOURCES = Path(__file__).resolve().parent / "csrc"
@@ -105,6 +121,13 @@ def pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> 
     )
     dim = k.shape[-1]
     return CoarseEntries(*(x[..., :dim].to(k.dtype).contiguous() for x in entries))
+
+
+def weigh(
+    k: Tensor, v: Tensor, pool_logits: Tensor, table: BlockTable, spec: SparseAttentionSpec
+) -> CoarseEntries:
+    """See interface.Backend.weigh: pooled here, weighed in plain torch."""
+    return weigh_pooled(pool(k, v, table, spec), k, v, pool_logits, table, spec)
 
 
 def rank(

@@ -65,3 +65,25 @@ def weigh_groups(
         means.value_mean + value_shift,
         (means.key_var + spread).clamp_min(0.0),
     )
+
+
+def weigh_groups_backward(
+    keys: Tensor, values: Tensor, logits: Tensor, grads: CoarseEntries
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of keys, values and logits from those of weigh_groups(keys, values, logits,
+    pool_groups(keys, values)), in closed form: for weights a and entry (m, D)
+
+        dk = a (dm + 2 (k - m) dD),  dlogits = a ((k - m) dm + ((k - m)^2 - D) dD)
+
+    and for values the same without D. The bound of a variance, 0, binds by rounding alone, where
+    what it would hold back is nothing either. Shapes as there.
+    """
+    into_mean, into_value, into_var = (x.unsqueeze(2) for x in grads)
+    weights, value_weights = torch.softmax(logits.to(keys.dtype), 2).unbind(-2)
+    apart = keys - (weights * keys).sum(2, keepdim=True)
+    var = (weights * apart.square()).sum(2, keepdim=True)
+    dkeys = weights * (into_mean + 2 * apart * into_var)
+    dlogits = weights * (apart * (into_mean + apart * into_var) - var * into_var)
+    dvalues = value_weights * into_value
+    of_values = dvalues * (values - (value_weights * values).sum(2, keepdim=True))
+    return dkeys, dvalues, torch.stack((dlogits, of_values), -2)

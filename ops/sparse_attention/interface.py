@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ops.sparse_attention import chunked, cpp_backend
 from ops.sparse_attention.blocks import BlockTable, block_table, of_queries
-from ops.sparse_attention.entries import CoarseEntries, weigh_groups
+from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.hierarchy import attend_in_two_levels, decode_in_two_levels
 from ops.sparse_attention.noise import (
     NO_NOISE,
@@ -63,6 +62,32 @@ class Backend(Protocol):
     def pool(
         self, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec
     ) -> CoarseEntries: ...
+
+    def weigh(
+        self,
+        k: Tensor,
+        v: Tensor,
+        pool_logits: Tensor,
+        table: BlockTable,
+        spec: SparseAttentionSpec,
+    ) -> CoarseEntries:
+        """Entries under learned weights, in the dtype of the keys; of incomplete blocks as pool
+        makes them, whatever their logits. Zeros give what pool gives, to the last bit.
+        pool_logits: [T, Hk, 2, d].
+        """
+
+    def weigh_backward(
+        self,
+        k: Tensor,
+        v: Tensor,
+        pool_logits: Tensor,
+        table: BlockTable,
+        spec: SparseAttentionSpec,
+        grads: CoarseEntries,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of k, v and pool_logits in their dtypes from those of `weigh`, of which what
+        incomplete blocks have is not read.
+        """
 
     def rank(
         self,
@@ -200,18 +225,9 @@ def sparse_attention(
             with torch.no_grad():
                 entries = chosen.pool(k, v, problem.table, spec)
         else:
-            # Made again in the backward pass: it has a dozen copies of keys and values inside.
             entries = CoarseEntries(
-                *checkpoint(
-                    weigh,
-                    k,
-                    v,
-                    pool_logits,
-                    problem.table,
-                    spec,
-                    chosen,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
+                *_Weigh.apply(  # type: ignore[no-untyped-call]
+                    k, v, pool_logits, problem.table, spec, chosen
                 )
             )
         with torch.no_grad():
@@ -247,7 +263,7 @@ def pool_entries(
     k, v = k.contiguous(), v.contiguous()
     if pool_logits is None:
         return chosen.pool(k, v, table, spec)
-    return weigh(k, v, pool_logits, table, spec, chosen)
+    return chosen.weigh(k, v, pool_logits, table, spec)
 
 
 def decode(
@@ -358,70 +374,25 @@ def select(
     return torch.where(rising == far, -1, rising)
 
 
-def weigh(
-    k: Tensor,
-    v: Tensor,
-    pool_logits: Tensor,
-    table: BlockTable,
-    spec: SparseAttentionSpec,
-    backend: Backend,
-) -> CoarseEntries:
-    """Entries [Hk, M * r, d] under learned weights, in the dtype of the keys; of incomplete blocks
-    as pool makes them. Differentiable. pool_logits: [T, Hk, 2, d].
+class _Weigh(torch.autograd.Function):
+    """apply(k, v, pool_logits, table, spec, backend) -> the three of CoarseEntries. What is kept
+    are the inputs alone: weights are computed again.
     """
-    base = CoarseEntries(*_Pool.apply(k, v, table, spec, backend))  # type: ignore[no-untyped-call]
-    complete, r = chunked.complete_blocks(table, spec), spec.entries_per_block
-    spans = chunked.token_spans(table.start[complete], spec.block_size)
-    real = chunked.real_dtype(k.dtype)
-    keys, values, logits = (
-        x[spans].to(real).transpose(0, 1).unflatten(1, (-1, spec.coarse_block_size))
-        for x in (k, v, pool_logits)
-    )
-    means = CoarseEntries(
-        *(x.unflatten(1, (-1, r))[:, complete].flatten(1, 2).to(real) for x in base)
-    )
-
-    def place(x: Tensor, new: Tensor) -> Tensor:
-        blocks = new.unflatten(1, (-1, r)).to(x.dtype)
-        placed: Tensor = x.unflatten(1, (-1, r)).index_copy(1, complete, blocks)
-        return placed.flatten(1, 2)
-
-    found = weigh_groups(keys, values, logits, means)
-    return CoarseEntries(*(place(x, new) for x, new in zip(base, found, strict=True)))
-
-
-class _Pool(torch.autograd.Function):
-    """apply(k, v, table, spec, backend) -> the three of CoarseEntries."""
 
     @staticmethod
-    def forward(
-        ctx: Any, k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec, backend: Any
-    ) -> tuple[Tensor, ...]:
-        entries = backend.pool(k, v, table, spec)
-        ctx.save_for_backward(k, entries.key_mean, *table)
-        ctx.spec = spec
-        return tuple(entries)
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        k, v, pool_logits, table, spec, backend = given
+        ctx.save_for_backward(k, v, pool_logits, *table)
+        ctx.spec, ctx.backend = spec, backend
+        return tuple(backend.weigh(k, v, pool_logits, table, spec))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        k, mean, *rest = ctx.saved_tensors
-        table, spec = BlockTable(*rest), ctx.spec
-        complete, r = chunked.complete_blocks(table, spec), spec.entries_per_block
-        real = chunked.real_dtype(k.dtype)
-        dk, dv = (k.new_zeros(k.transpose(0, 1).shape, dtype=real) for _ in range(2))
-        mean, *dentries = (
-            x.to(real).unflatten(1, (-1, r))[:, complete].flatten(1, 2) for x in (mean, *grads)
+        k, v, pool_logits, *rest = ctx.saved_tensors
+        found = ctx.backend.weigh_backward(
+            k, v, pool_logits, BlockTable(*rest), ctx.spec, CoarseEntries(*grads)
         )
-        chunked.pool_spans_backward(
-            k,
-            chunked.token_spans(table.start[complete], spec.block_size),
-            spec.coarse_block_size,
-            mean,
-            CoarseEntries(*dentries),
-            dk,
-            dv,
-        )
-        return dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(k.dtype), None, None, None
+        return (*found, None, None, None)
 
 
 class _Attend(torch.autograd.Function):

@@ -38,14 +38,24 @@ from ops.sparse_attention.kernels.decode import (
 )
 from ops.sparse_attention.kernels.forward import attend_kernel
 from ops.sparse_attention.kernels.lists import list_kernel, mark_kernel
-from ops.sparse_attention.kernels.pool import pool_kernel
+from ops.sparse_attention.kernels.pool import pool_kernel, weigh_grad_kernel, weigh_kernel
 from ops.sparse_attention.kernels.rank import rank_kernel
 from ops.sparse_attention.noise import drawing_heads
 from ops.sparse_attention.problem import DecodeProblem, Problem
 from ops.sparse_attention.ranking import choose_blocks
 from ops.sparse_attention.spec import TRUST, SelectionNoise, SparseAttentionSpec
 
-__all__ = ["CoarseEntries", "attend", "attend_backward", "decode", "pool", "rank"]
+__all__ = [
+    "CoarseEntries",
+    "attend",
+    "attend_backward",
+    "decode",
+    "pool",
+    "pool_groups",
+    "rank",
+    "weigh",
+    "weigh_backward",
+]
 
 PART_QUERIES = 2048
 """Queries of one program of the key gradient: a document's first blocks are attended by all of
@@ -64,28 +74,98 @@ def pool(k: Tensor, v: Tensor, table: BlockTable, spec: SparseAttentionSpec) -> 
     """k, v: [T, Hk, d] -> entries [Hk, M * r, d] of every block; of incomplete ones finite and
     unused.
     """
+    options = _pool_options(k, spec.entries_per_block, spec.coarse_block_size)
+    return _entries(k, v, None, table.start, table.end, options)
+
+
+def weigh(
+    k: Tensor, v: Tensor, pool_logits: Tensor, table: BlockTable, spec: SparseAttentionSpec
+) -> CoarseEntries:
+    """See interface.Backend.weigh."""
+    options = _pool_options(k, spec.entries_per_block, spec.coarse_block_size)
+    return _entries(k, v, pool_logits, table.start, table.end, options)
+
+
+def pool_groups(keys: Tensor, values: Tensor, logits: Tensor | None) -> CoarseEntries:
+    """Entries [A, B, Hk, d] of tokens that are at hand, in the dtype of the keys.
+
+    keys, values: [A, B, C, Hk, d], pooled over C, a power of two; logits: [A, B, C, Hk, 2, d];
+        None: equal weights.
+    """
+    rows, groups, size = keys.shape[:3]
+    k, v = (x.flatten(0, 2).contiguous() for x in (keys, values))
+    bounds = torch.arange(0, len(k) + 1, size, dtype=torch.int32, device=k.device)
+    logits = None if logits is None else logits.flatten(0, 2)
+    found = _entries(k, v, logits, bounds[:-1], bounds[1:], _pool_options(k, 1, size))
+    return CoarseEntries(*(x.unflatten(1, (rows, groups)).permute(1, 2, 0, 3) for x in found))
+
+
+def _entries(
+    k: Tensor,
+    v: Tensor,
+    logits: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    options: dict[str, int],
+) -> CoarseEntries:
+    """[Hk, M * r, d] of blocks [start, end), each [M] int32."""
     _, kv_heads, dim = k.shape
-    num_blocks = len(table.start)
-    r = spec.entries_per_block
-    mean, value, var = (k.new_empty(kv_heads, num_blocks * r, dim) for _ in range(3))
+    parts, r = dim // options["CHANNELS"], options["ENTRIES"]
+    found = CoarseEntries(*(k.new_empty(kv_heads, len(start) * r, dim) for _ in range(3)))
+    rest = start, end, *found, len(start), kv_heads
+    if logits is None:
+        launch(pool_kernel, (len(start), kv_heads, parts), k, v, *rest, **options)
+    else:
+        grid = len(start) * r, kv_heads, parts
+        launch(weigh_kernel, grid, k, v, logits.contiguous(), *rest, **options)
+    return found
+
+
+def weigh_backward(
+    k: Tensor,
+    v: Tensor,
+    pool_logits: Tensor,
+    table: BlockTable,
+    spec: SparseAttentionSpec,
+    grads: CoarseEntries,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See interface.Backend.weigh_backward. The program of an entry writes the rows of its tokens,
+    so that equal inputs give equal bits.
+    """
+    _, kv_heads, dim = k.shape
+    num_blocks, r = len(table.start), spec.entries_per_block
+    options = _pool_options(k, r, spec.coarse_block_size)
+    logits = pool_logits.contiguous()
+    dk, dv, dlogits = (torch.empty_like(x) for x in (k, v, logits))
     launch(
-        pool_kernel,
-        (num_blocks, kv_heads),
+        weigh_grad_kernel,
+        (num_blocks * r, kv_heads, dim // options["CHANNELS"]),
         k,
         v,
+        logits,
         table.start,
         table.end,
-        mean,
-        value,
-        var,
+        *(x.contiguous() for x in grads),
+        dk,
+        dv,
+        dlogits,
         num_blocks,
         kv_heads,
-        ENTRIES=r,
-        TOKENS=spec.coarse_block_size,
-        DIM=dim,
-        num_warps=4,
+        **options,
     )
-    return CoarseEntries(mean, value, var)
+    return dk, dv, dlogits
+
+
+def _pool_options(k: Tensor, entries_per_block: int, size: int) -> dict[str, int]:
+    """Of the kernels of entries, whose tiles are the same, so that sums have one order."""
+    dim = k.shape[-1]
+    return {
+        "ENTRIES": entries_per_block,
+        "TOKENS": size,
+        "DIM": dim,
+        "CHANNELS": configs.pool_channels(dim, size),
+        "num_warps": 4,
+    }
 
 
 def rank(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,36 @@ def test_a_transposed_accumulator_is_seen_and_a_transposed_operand_is_let_pass(t
         "80 accumulator",
         "90 accumulator",
     }
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_entries_under_equal_and_learned_weights_are_summed_in_one_order(architecture):
+    """Their bits are equal only while the compiler lays the tiles of both kernels out alike."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ops.compile.ahead_of_time import job_of, sparse_attention_launches
+    from ops.sparse_attention import SparseAttentionSpec
+
+    found = {}
+    for launch in sparse_attention_launches(architecture, 8, 2, 128, SparseAttentionSpec()):
+        job = job_of(launch, "")
+        name = job.title.strip()
+        if name not in ("pool", "weigh"):
+            continue
+        source = ASTSource(
+            fn=job.kernel, signature=job.signature, constexprs=job.constants, attrs=job.attributes
+        )
+        target = GPUTarget("cuda", architecture, 32)
+        program = triton.compile(source, target=target, options=job.options).asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", program, re.MULTILINE))
+        summed = r'"tt\.reduce".*?\}\) : \(tensor<([^,]*), (#\w+)>\)'
+        sums = re.findall(summed, program, re.DOTALL)
+        found[name] = {(shape, layouts[layout]) for shape, layout in sums}
+        assert len(sums) >= 3, "reductions are spelt otherwise"
+    assert len(found["pool"]) == 1 and found["pool"] == found["weigh"]
 
 
 @pytest.mark.parametrize(

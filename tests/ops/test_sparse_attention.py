@@ -35,7 +35,7 @@ from ops.sparse_attention.noise import draw_top_k, gumbel, selection_counter, to
 from ops.sparse_attention.problem import GRADIENTS, Problem, nothing_selected
 from ops.sparse_attention.ranking import block_of_key, rank_keys, value_of_key
 from ops.sparse_attention.reference import Reference, reference_attention
-from ops.testing import TOLERANCE, assert_close, poisoned_memory
+from ops.testing import TOLERANCE, assert_close, kept_for_backward, poisoned_memory
 
 SMALL = SparseAttentionSpec(
     block_size=8, coarse_block_size=4, top_k=2, window_size=5, num_sink_blocks=1, max_variance=0.4
@@ -361,6 +361,25 @@ def test_closed_form_backward_passes_gradcheck(order):
         return out.out, out.lse
 
     assert torch.autograd.gradcheck(call, tuple(wanted.values()), eps=1e-6, atol=1e-7)
+
+
+def test_learned_entries_are_weighed_in_runs_of_blocks(monkeypatch):
+    x = draw()
+    whole = run_ours(x, SMALL, weights(x))
+    monkeypatch.setattr(chunked, "_WEIGHED", 3 * SMALL.block_size * x.k[0].numel())
+    parts = run_ours(x, SMALL, weights(x))
+    assert all(torch.equal(a, b) for a, b in zip(whole[0], parts[0], strict=True))
+    assert all(torch.equal(parts[1][name], grad) for name, grad in whole[1].items())
+
+
+def test_what_learned_entries_keep_are_their_inputs():
+    x, given = draw(), weights(draw())["pool_logits"]
+    q, k, v, given = (y.requires_grad_() for y in (*x[:3], given))
+    with kept_for_backward(q, k, v, given) as kept:
+        sparse_attention(q, k, v, x.cu_seqlens, SMALL, pool_logits=given, backend="chunked")
+    with kept_for_backward(q, k, v) as plain:
+        sparse_attention(q, k, v, x.cu_seqlens, SMALL, backend="chunked")
+    assert sum(kept.values()) == sum(plain.values())
 
 
 @pytest.mark.usefixtures("each_backend")

@@ -7,7 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops.sparse_attention import SelectionNoise, SparseAttentionSpec, decode, sparse_attention
+from ops.sparse_attention import (
+    SelectionNoise,
+    SparseAttentionSpec,
+    decode,
+    pool_entries,
+    sparse_attention,
+)
 from ops.sparse_attention.cache import EntryCache
 from ops.sparse_attention.kernels.configs import loading_by_tma
 from ops.testing import assert_close, poisoned_memory
@@ -115,6 +121,51 @@ def test_kernels_give_outputs_and_gradients_of_the_chunked_path(
     for name, value, repeated, reference in zip(names, ours, again, expected, strict=True):
         assert torch.equal(value, repeated), f"{name} differs from one run to the next"
         assert_close(name, value, reference, dtype)
+
+
+def learned(given, spec, backend: str, dtype: torch.dtype, logits, selected: torch.Tensor | None):
+    (q, k, v), _, _, cu_seqlens, dout, _ = given
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, logits)]
+    found = sparse_attention(
+        *leaves[:3], cu_seqlens, spec, pool_logits=leaves[3], selected=selected, backend=backend
+    )
+    grads = torch.autograd.grad(found.out, leaves, dout.to(dtype))
+    return (found.out.detach(), found.lse.detach(), *grads), found.selected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "block_size"), SHAPES, ids=str)
+def test_learned_entries_are_those_of_the_chunked_path(
+    head_dim, heads, kv_heads, block_size, dtype
+):
+    given, spec = inputs(head_dim, heads, kv_heads, dtype), spec_of(block_size)
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (sum(LENGTHS), kv_heads, 2, head_dim)
+    logits = (1.5 * torch.randn(shape, device="cuda", generator=generator)).to(dtype)
+    with poisoned_memory():
+        ours, selected = learned(given, spec, "triton", dtype, logits, None)
+        again, _ = learned(given, spec, "triton", dtype, logits, selected)
+    expected, _ = learned(given, spec, "chunked", torch.float32, logits, selected)
+    names = ("out", "lse", "dq", "dk", "dv", "dlogits")
+    for name, value, repeated, reference in zip(names, ours, again, expected, strict=True):
+        assert torch.equal(value, repeated), f"{name} differs from one run to the next"
+        assert_close(name, value, reference, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "block_size"), SHAPES, ids=str)
+@pytest.mark.parametrize("size", [16, 32], ids="of {}".format)
+def test_equal_weights_give_the_bits_of_the_pool(
+    size, head_dim, heads, kv_heads, block_size, dtype
+):
+    (q, k, v), *_, cu_seqlens, _, _ = inputs(head_dim, heads, kv_heads, dtype)
+    spec = spec_of(block_size, coarse_block_size=size)
+    zeros = k.new_zeros(*k.shape[:2], 2, head_dim)
+    with poisoned_memory():
+        plain = pool_entries(q, k, v, cu_seqlens, spec, None, "triton")
+        weighed = pool_entries(q, k, v, cu_seqlens, spec, zeros, "triton")
+    for name, one, other in zip(plain._fields, plain, weighed, strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "block_size"), SHAPES, ids=str)

@@ -34,6 +34,12 @@ def test_pooling_and_ranking_match_the_definition(interpret) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cases", some_daily(["weigh/3", "weigh"]))
+def test_learned_entries_and_their_gradients_match_the_formula(interpret, cases) -> None:
+    interpret("attention_cases.py", cases, "learned")
+
+
+@pytest.mark.slow
 def test_sets_of_queries_add_up_to_the_whole(interpret) -> None:
     interpret("attention_cases.py", "queries")
 

@@ -121,6 +121,13 @@ def rank_config(
     )
 
 
+def pool_channels(head_dim: int, tokens: int) -> int:
+    """Channels of a program that makes entries of so many tokens, or their gradients: 32 numbers of
+    each tensor a thread of four warps.
+    """
+    return min(head_dim, max(1, 2048 // tokens))
+
+
 def decode_config(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> Config:
     """One query; a matrix product needs 16 rows."""
     return Config(

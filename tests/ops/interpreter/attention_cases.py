@@ -16,8 +16,9 @@ import shim  # noqa: F401
 import torch
 from torch import Tensor
 
-from ops.sparse_attention import reference, triton_backend
+from ops.sparse_attention import chunked, reference, sparse_attention, triton_backend
 from ops.sparse_attention.blocks import BlockTable, block_table
+from ops.sparse_attention.cache import pooled
 from ops.sparse_attention.chunked import complete_blocks, pool_spans_backward, token_spans
 from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.kernels.configs import loading_by_tma
@@ -50,6 +51,8 @@ class Case:
     selection: str = "ranked"
     # False: the second run hands out the gradients of entries as of inputs of their own
     pooled: bool = True
+    # of learned entries: weights of which one token takes nearly everything
+    sharp: bool = False
     # of triton_backend, to cut small inputs into parts and runs
     limits: dict[str, int] = field(default_factory=dict)
 
@@ -143,6 +146,32 @@ RANK = {
     "one pass bf16": Case(
         (131, 90), 4, 2, dtype=torch.bfloat16, spec=spec(rank_lse="super", fanout=2)
     ),
+}
+WEIGH = {
+    "block 32, entries of 16": Case(
+        (0, 1, 31, 32, 100), dim=64, spec=spec(block_size=32, coarse_block_size=16)
+    ),
+    "one entry a block": Case(
+        (64, 1, 0, 130), 1, 1, 64, spec(block_size=64, coarse_block_size=64), torch.float16
+    ),
+    "no tokens": Case((0, 0)),
+    "two heads, block 64": Case(
+        (0, 1, 63, 64, 70), 2, 2, 128, spec(block_size=64, coarse_block_size=32), torch.bfloat16
+    ),
+    "entries of one token": Case((40,), spec=spec(coarse_block_size=1)),
+    "channels in parts": Case((70, 33), 2, 2, 256, spec(block_size=32, coarse_block_size=32)),
+    "sharp": Case((0, 70), 2, 2, 64, spec(block_size=32, coarse_block_size=32), sharp=True),
+    **{
+        f"block 128, {str(dtype).removeprefix('torch.')}": Case(
+            (0, 1, 127, 128, 257), 2, 2, 64, spec(block_size=128, coarse_block_size=64), dtype
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+    "no block is complete": Case((63, 3), 1, 1, 64, spec(block_size=64, coarse_block_size=32)),
+}
+LEARNED = {
+    "two documents": Case((83, 40, 1), 4, 2),
+    "clamped": Case((70,), 2, 1, spec=spec(max_variance=0.6, top_k=1), dtype=torch.bfloat16),
 }
 DECODE = {
     "prime": Case((131, 131), 4, 2),
@@ -482,6 +511,104 @@ def check_pool(case: Case) -> None:
         close(name, ours[:, : len(complete)][:, complete], theirs[:, complete], case)
 
 
+def drawn_logits(case: Case, num_tokens: int) -> Tensor:
+    """pool_logits [T, Hk, 2, d]; of tokens of incomplete blocks, which nobody reads, NaN."""
+    generator = torch.Generator().manual_seed(23)
+    logits = torch.randn(num_tokens, case.kv_heads, 2, case.dim, generator=generator)
+    blocks = reference.reference_blocks(case.cu_seqlens, case.spec.block_size)
+    alone = (blocks.end - blocks.start < case.spec.block_size)[blocks.of_token]
+    return (
+        ((40.0 if case.sharp else 1.5) * logits)
+        .to(case.dtype)
+        .masked_fill(alone.view(-1, 1, 1, 1), torch.nan)
+    )
+
+
+def check_weigh(case: Case) -> None:
+    """Learned entries and the gradients of them against the formula in fp64, twice; where weights
+    are equal, the bits of the pool.
+    """
+    _, k, v = case.inputs
+    logits = drawn_logits(case, len(k))
+    table = block_table(case.cu_seqlens, len(k), case.spec)
+    size, r = case.spec.coarse_block_size, case.spec.entries_per_block
+    shape = (case.kv_heads, len(table.start) * r, case.dim)
+    generator = torch.Generator().manual_seed(29)
+    into = CoarseEntries(
+        *(torch.randn(shape, generator=generator).to(case.dtype) for _ in CoarseEntries._fields)
+    )
+    found = []
+    for _ in range(2):
+        with poisoned_memory():
+            entries = triton_backend.weigh(k, v, logits, table, case.spec)
+            grads = triton_backend.weigh_backward(k, v, logits, table, case.spec, into)
+        found.append((*entries, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "two runs differ"
+    with poisoned_memory():
+        equal = triton_backend.weigh(k, v, 0.7 + 0 * logits, table, case.spec)
+        plain = triton_backend.pool(k, v, table, case.spec)
+    for name, ours, theirs in zip(plain._fields, equal, plain, strict=True):
+        assert torch.equal(ours, theirs), f"{name} under equal weights is not that of the pool"
+    assert all(x.isfinite().all() for x in found[0]), "what incomplete blocks have must be finite"
+    if not len(k):
+        return
+
+    blocks = reference.reference_blocks(case.cu_seqlens, case.spec.block_size)
+    complete = (blocks.end - blocks.start == case.spec.block_size).repeat_interleave(r)
+    leaves = [x.double().requires_grad_() for x in (k, v, logits.nan_to_num(0.0))]
+    of_key, of_value = leaves[2].unbind(2)
+    mean, var = reference.pooled(leaves[0], blocks, case.spec, size, of_key)
+    value, _ = reference.pooled(leaves[1], blocks, case.spec, size, of_value)
+    expected = [x[:, complete] for x in (mean, value, var)]
+    used = [x[:, : len(complete)][:, complete] for x in into]
+    for name, ours, theirs in zip(plain._fields, found[0][:3], expected, strict=True):
+        close(name, ours[:, : len(complete)][:, complete], theirs, case)
+    theirs = torch.autograd.grad(
+        expected, leaves, [x.double() for x in used], allow_unused=True, materialize_grads=True
+    )
+    for name, ours, exact in zip(("dk", "dv", "dlogits"), found[0][3:], theirs, strict=True):
+        close(name, ours, exact, case)
+
+    # What a cache makes of the same tokens.
+    whole = (blocks.end - blocks.start == case.spec.block_size).nonzero()[:, 0]
+    spans = chunked.token_spans(blocks.start[whole], case.spec.block_size)
+    keys, values, weights = (x[spans].unflatten(0, (1, -1, size)) for x in (k, v, logits))
+    for given, held in ((weights, found[0][:3]), (None, plain)):
+        weigh = None if given is None else lambda _, given=given: given
+        made = pooled(keys, values, weigh, "triton")
+        for ours, theirs in zip(made, held, strict=True):
+            theirs = theirs[:, : len(complete)][:, complete].transpose(0, 1)
+            assert torch.equal(ours[0], theirs), "a cache has other entries"
+
+
+def check_learned(case: Case) -> None:
+    """The op with learned entries, forward and backward, against plain torch in fp64."""
+    logits = drawn_logits(case, sum(case.lengths)).nan_to_num(0.0)
+    given = [*case.inputs, logits]
+    dout = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(7)).to(case.dtype)
+
+    def run(backend: str, dtype: torch.dtype, selected: Tensor | None) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+        with poisoned_memory():
+            found = sparse_attention(
+                *leaves[:3],
+                case.cu_seqlens,
+                case.spec,
+                pool_logits=leaves[3],
+                selected=selected,
+                backend=backend,
+            )
+            grads = torch.autograd.grad(found.out, leaves, dout.to(dtype))
+        return found.selected, found.out.detach(), found.lse.detach(), found.tail_mass, *grads
+
+    selected, *ours = run("triton", case.dtype, None)
+    assert float(ours[2].max()) > 0.01, "nothing is left to the entries"
+    _, *theirs = run("chunked", torch.float64, selected)
+    names = ("out", "lse", "tail mass", "dq", "dk", "dv", "dlogits")
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        close(name, one, other, case)
+
+
 def check_decode(case: Case) -> None:
     """The last token of each document by decode and by the definition; documents have one
     length.
@@ -556,6 +683,8 @@ GROUPS: dict[str, tuple[Callable[[Case], None], dict[str, Case]]] = {
         check_pool,
         {name: case for name, case in RANK.items() if case.spec.rank_lse == "exact"},
     ),
+    "weigh": (check_weigh, WEIGH),
+    "learned": (check_learned, LEARNED),
     "decode": (check_decode, DECODE),
 }
 
