@@ -33,6 +33,10 @@ alone, with the same selection as its BlockMask, which neither side pays for. be
 the L2 cache before every call. FLOPs are the useful ones, per head: 4d for an exact pair, 4d (order
 2: 6d) for an entry of the tail, 2d (4d) for an entry that is scored; in the backward 10d for a pair
 and 10d (16d) for an entry of the tail.
+
+Both devices time the entries by themselves, under equal weights and under learned ones (on a GPU
+beside plain torch): there `roofline_fraction` is their share of the memory's bandwidth, for keys,
+values, logits and entries once, and in the backward pass for the gradients that are written.
 """
 
 from __future__ import annotations
@@ -56,17 +60,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import ROOT, Row, device_name, main, make_row, measure, roofline_ms
 from bench.router import graphed
+from bench.stored_experts import processor_ms
 from ops.compile.launch import architecture, without_tma
 from ops.device import peak_tflops
 from ops.sparse_attention import (
     AttentionOutput,
     SparseAttentionSpec,
+    chunked,
+    cpp_backend,
     decode,
     select_backend,
     sparse_attention,
 )
 from ops.sparse_attention.blocks import BlockTable, block_table
 from ops.sparse_attention.cache import EntryCache
+from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.interface import Backend
 from ops.sparse_attention.kernels.configs import attend_config, loading_by_tma
 from ops.sparse_attention.ranking import union_counts
 from ops.testing import assert_close
@@ -658,10 +667,59 @@ def bench_decode(device: torch.device, length: int, num_rows: int) -> list[Row]:
     ]
 
 
+ENTRIES = {"cpu": (8192, 2, 64, torch.float32), "cuda": (65536, 4, 128, BF16)}
+"""Tokens, key/value heads, d and dtype."""
+
+
+def bench_entries(device: torch.device) -> list[Row]:
+    """Entries of one document: equal weights, learned ones, and the gradients of these."""
+    num_tokens, kv_heads, dim, dtype = ENTRIES[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+    k, v = (normal(num_tokens, kv_heads, dim) for _ in "kv")
+    logits = normal(num_tokens, kv_heads, 2, dim)
+    table = block_table(torch.tensor([0, num_tokens], device=device), num_tokens, SPEC)
+    shape = (kv_heads, len(table.start) * SPEC.entries_per_block, dim)
+    grads = CoarseEntries(*(normal(*shape) for _ in CoarseEntries._fields))
+
+    backends: dict[str, Backend] = {"ours": cpp_backend}
+    if device.type == "cuda":
+        from ops.sparse_attention import triton_backend
+
+        backends = {"ours": triton_backend, "torch": chunked}
+    else:
+        cpp_backend.load_library()
+    weighed = k, v, logits, table, SPEC
+    ways: dict[str, Callable[[Backend], object]] = {
+        "pool": lambda backend: backend.pool(k, v, table, SPEC),
+        "gated": lambda backend: backend.weigh(*weighed),
+        "gated.backward": lambda backend: backend.weigh_backward(*weighed, grads),
+    }
+    of_tokens, of_entries = k.numel(), 3 * math.prod(shape)
+    values = {
+        "pool": 2 * of_tokens + of_entries,
+        "gated": 4 * of_tokens + of_entries,
+        "gated.backward": 8 * of_tokens + of_entries,
+    }
+    label: dict[str, int | str] = {"N": num_tokens, "Hk": kv_heads, "d": dim}
+    label["coarse"] = SPEC.coarse_block_size
+    rows = []
+    for way, call in ways.items():
+        calls: dict[str, Call] = {n: functools.partial(call, b) for n, b in backends.items()}
+        on_cpu = device.type == "cpu"
+        times = processor_ms(calls, REPEATS) if on_cpu else measure(calls, device, 31)
+        bound = roofline_ms(device, 0.0, values[way] * dtype.itemsize)
+        rows.append(make_row(f"sparse_attention.entries.{way}", label, dtype, device, times, bound))
+    return rows
+
+
 def run(device: torch.device, everything: bool = False) -> list[Row]:
     if device.type == "cpu":
-        return run_cpu()
-    rows = []
+        return run_cpu() + bench_entries(device)
+    rows = bench_entries(device)
     for shape in CORE + (REST if everything else ()):
         rows += bench_shape(device, shape)
         torch.cuda.empty_cache()
