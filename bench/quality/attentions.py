@@ -59,6 +59,7 @@ VARIANTS = {
     ],
     "nsa": ["attention=nsa", *SHORT],
     "scc": ["attention=scc_short"],
+    "scc_wide": ["attention=scc_short", "attention.coarse_block_size=32"],
     "scc_gated": ["attention=scc_short", "attention.entries=gated"],
     "scc_index": [
         *("attention=scc_short", "attention.select=index"),
@@ -83,7 +84,9 @@ VARIANTS = {
         "attention.dense_steps={learning}",
     ],
 }
-"""Name -> settings; {learning}: steps before an index chooses."""
+"""Name -> settings; {learning}: steps before an index chooses. scc_wide: one entry for a block, as
+conf/attention/scc.yaml would have with entries of 64 tokens; scc has two.
+"""
 BASE = "dense"
 Results = dict[str, dict[int, dict[str, float]]]
 """Variant -> seed -> numbers of the run."""
