@@ -293,6 +293,36 @@ def index_attention_launches(
     return launches
 
 
+def teaching_launches(
+    architecture: int,
+    spec: SparseAttentionSpec,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = False,
+) -> list[Launch]:
+    """What teaches an index inside sparse attention would start of 512 tokens, but for what
+    index_attention_launches has.
+    """
+    from ops.index_attention import triton_backend
+    from ops.sparse_attention.entries import CoarseEntries
+
+    num_tokens, number = 512, 512 // spec.block_size
+    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
+    lse = torch.zeros(num_tokens, num_heads)
+    pooled = q.new_zeros(num_kv_heads, number * spec.entries_per_block, head_dim)
+    candidates = torch.zeros(num_tokens, dtype=torch.int32)
+    entries, of_rows = CoarseEntries(pooled, pooled, pooled), lse if bias else None
+    with record_launches(architecture) as launches:
+        masses = triton_backend.entry_masses(
+            q, entries, of_rows, lse, candidates, 0, 0, number, spec
+        )
+        weights = lse[:, 0] if bias else None
+        triton_backend.divergences(masses, masses, candidates, weights, True)
+    return launches
+
+
 def gated_pool_launches(
     architecture: int,
     size: int,
@@ -471,6 +501,16 @@ def gather_attention_jobs(architecture: int) -> Iterator[Job]:
         top_k=16,
         by_head=True,
     )
+    # what teaches an index inside sparse attention
+    for head_dim in (64, 128, 256):
+        yield from record(
+            f"d{head_dim} G8 blocks of 64",
+            *(16, 2, head_dim),
+            every[3:4],
+            span=64,
+            top_k=16,
+            by_head=True,
+        )
     yield from record(
         "d512 G64 entries", 64, 1, 512, every, span=1, top_k=512, window=True, shared=True
     )
@@ -501,6 +541,44 @@ def index_attention_jobs(architecture: int) -> Iterator[Job]:
     yield from record("w64 I1 one token", tokens, 1, 64, weighted=True, num_tokens=1)
     yield from record("w64 I1 one block", IndexSpec("msa", 64, 16), 1, 64, num_tokens=1)
     yield from record("w128 I4 blocks of 128 fp32", blocks, 4, 128, dtype=torch.float32)
+
+
+def teaching_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table: head dimensions, groups, entries of a block and dtypes at the
+    extremes.
+    """
+    from ops.sparse_attention.spec import SparseAttentionSpec
+
+    def record(
+        title: str,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        divergence: bool = False,
+        **settings: Any,
+    ) -> Iterator[Job]:
+        launches = teaching_launches(
+            architecture,
+            SparseAttentionSpec(**settings),
+            *(num_heads, num_kv_heads, head_dim),
+            dtype,
+            bias,
+        )
+        for launch in launches if divergence else launches[:1]:
+            yield job_of(launch, title)
+
+    yield from record("d128 G8 B64", 32, 4, 128, divergence=True)
+    yield from record("d128 G8 B64, no bias", 32, 4, 128, bias=False, divergence=True)
+    yield from record("d64 G4 B64", 16, 4, 64)
+    yield from record("d256 G8 B64", 16, 2, 256)
+    yield from record("d512 G8 B64", 16, 2, 512)
+    yield from record("d128 G16 B128 r8", 16, 1, 128, block_size=128, coarse_block_size=16)
+    yield from record("d128 G64 B64", 64, 1, 128)
+    yield from record("d128 G1 B32 order 0", 2, 2, 128, bias=False, block_size=32, order=0)
+    yield from record("d128 G8 B64 r64 fp16", 32, 4, 128, dtype=torch.float16, coarse_block_size=1)
+    yield from record("d128 G8 fp32", 32, 4, 128, dtype=torch.float32)
 
 
 def gated_pool_jobs(architecture: int) -> Iterator[Job]:
@@ -579,6 +657,7 @@ def jobs_of(architecture: int) -> dict[str, Job]:
         sparse_attention_jobs(architecture),
         gather_attention_jobs(architecture),
         index_attention_jobs(architecture),
+        teaching_jobs(architecture),
         gated_pool_jobs(architecture),
         grouped_mlp_jobs(architecture),
     ):

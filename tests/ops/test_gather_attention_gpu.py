@@ -19,12 +19,15 @@ from ops.compressed_attention import (
 from ops.index_attention import (
     Index,
     IndexSpec,
+    Teacher,
     group_means,
     group_starts,
     indexed_attention,
     select_blocks,
+    teach_index,
 )
-from ops.sparse_attention import SparseAttentionSpec
+from ops.sparse_attention import SparseAttentionSpec, pool_entries, sparse_attention
+from ops.sparse_attention.entries import CoarseEntries
 from ops.testing import assert_close, poisoned_memory
 
 pytestmark = [
@@ -39,6 +42,12 @@ INDEXED = [
     (spec, *shape, dtype)
     for spec in (IndexSpec("dsa", 1, 256), IndexSpec("msa", 128, 3), IndexSpec("qsa", 4, 64))
     for shape in ((16, 4, 64), (32, 4, 128), (24, 2, 256), (64, 1, 128))
+    for dtype in (*HALF, torch.float32)
+    if dtype in HALF or shape[2] <= 128
+]
+TAUGHT = [
+    (*shape, dtype)
+    for shape in ((8, 2, 64), (32, 4, 128), (16, 2, 256), (2, 2, 128))
     for dtype in (*HALF, torch.float32)
     if dtype in HALF or shape[2] <= 128
 ]
@@ -133,6 +142,32 @@ def test_the_choice_inside_sparse_attention_is_that_of_plain_torch(dtype):
     heads = queries[:, :4].contiguous()
     ours = select_blocks(heads, keys, BOUNDS, spec, "triton")
     assert torch.equal(ours, select_blocks(heads, keys, BOUNDS, spec, "torch"))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dtype"), TAUGHT, ids=str)
+def test_what_teaches_inside_sparse_attention_is_that_of_plain_torch(heads, kv_heads, dim, dtype):
+    spec = SparseAttentionSpec(block_size=64, coarse_block_size=32, top_k=4, window_size=128)
+    length, cu = BOUNDS[-1], torch.tensor(BOUNDS, device="cuda")
+    q, k, v, bias = normals((length, heads, dim), *[(length, kv_heads, dim)] * 2, (length, heads))
+    q, k = (x.to(dtype).float() for x in (q, k))
+    queries, keys, _ = (x.to(dtype) for x in of_index(length, length))
+    index = queries[:, :kv_heads].contiguous(), keys
+    selected = select_blocks(*index, BOUNDS, spec, "torch")
+    found = sparse_attention(q, k, v, cu, spec, selected=selected, bias=bias, backend="chunked")
+    entries = CoarseEntries(*(x.to(dtype).float() for x in pool_entries(q, k, v, cu, spec)))
+    teacher = Teacher(q, k, entries, found.selected, found.lse, bias)
+    counts = torch.arange(length, device="cuda") % 7 != 3
+
+    def run(backend: str, real: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(real).requires_grad_() for x in index]
+        total = teach_index(*leaves, teacher, BOUNDS, spec, counts, backend)
+        return [total.detach(), *torch.autograd.grad(total, leaves)]
+
+    with poisoned_memory():
+        ours, again = run("triton", dtype), run("triton", dtype)
+    for number, (a, b, c) in enumerate(zip(ours, again, run("torch", torch.float32), strict=True)):
+        assert torch.equal(a, b), f"result {number} differs from one run to the next"
+        assert_close(f"result {number}", a, c, dtype)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
