@@ -1,7 +1,8 @@
 """What the kernels are asked for, in one record.
 
 Shape letters: T queries, H heads, Hk key/value heads, d head dimension, N rows of keys, C choices
-(Hk where every key/value head has its own, else 1), K spans that a query may choose.
+(Hk where every key/value head has its own, else 1), K spans that a query may choose, L rows that
+are listed for one.
 """
 
 from __future__ import annotations
@@ -36,5 +37,28 @@ class Gather(NamedTuple):
     """Row of the first query's own token; those of the others follow it."""
     window_start: Tensor | None = None
     """[T] int32, first row of the window; own_row + t + 1 where it is empty; rises."""
+    sink: Tensor | None = None
+    """[H], logits without a value."""
+
+
+class Source(NamedTuple):
+    """Rows of one pool, and which of them every query sees."""
+
+    k: Tensor
+    """[N, Hk, d] in the dtype of the queries, contiguous."""
+    v: Tensor | None
+    """Likewise; None: keys are values."""
+    rows: Tensor
+    """[C, T, L] int32, in any order; -1, anywhere, is nothing."""
+
+
+class Lookup(NamedTuple):
+    """Queries of decoding: each sees the rows that are listed for it, of one pool or of several, in
+    one softmax with its head's sink. A row that is listed twice counts twice.
+    """
+
+    q: Tensor
+    """[T, H, d] in fp32, bf16 or fp16, in plain torch fp64 as well; contiguous."""
+    sources: tuple[Source, ...]
     sink: Tensor | None = None
     """[H], logits without a value."""

@@ -18,7 +18,8 @@ from ops.gather_attention.kernels.backward import (
     mark_rows_kernel,
 )
 from ops.gather_attention.kernels.forward import gather_attend_kernel, gather_masses_kernel
-from ops.gather_attention.problem import Gather
+from ops.gather_attention.kernels.listed import join_parts_kernel, listed_part_kernel
+from ops.gather_attention.problem import Gather, Lookup
 from ops.sparse_attention.kernels.backward import delta_kernel
 from ops.sparse_attention.kernels.configs import next_power_of_two
 from ops.sparse_attention.kernels.lists import list_kernel
@@ -29,7 +30,13 @@ seen by all later queries, and one program would take long for them.
 """
 MOST_PARTS = 8
 SCRATCH = 2**28
-"""Bytes of words, and of partial sums, at a time; larger calls go in runs of tiles of keys."""
+"""Bytes of words, and of partial sums, at a time; larger calls go in runs of tiles of keys, or of
+queries of decoding.
+"""
+PART_ROWS = 256
+"""Rows of a list that a program takes in decoding. It hangs on nothing, so that neither do the bits
+of a query on the others.
+"""
 
 
 class Grads(NamedTuple):
@@ -315,3 +322,67 @@ def _key_grads(
         summed = partial.sum(3).flatten(2, 3)[:, :, : rows.stop - rows.start]
         grads[:, rows] = summed.transpose(1, 2).to(grads.dtype)
     return grads[0], grads[1] if shares == 2 else None
+
+
+def look_up(problem: Lookup) -> Tensor:
+    """[T, H, d] in the dtype of q; equal inputs give equal bits, whatever other queries there
+    are.
+    """
+    q, sources, sink = problem
+    num_tokens, num_heads, dim = q.shape
+    out = torch.empty_like(q)
+    parts = [-(-source.rows.shape[2] // PART_ROWS) for source in sources]
+    run = max(1, SCRATCH // (4 * num_heads * dim * max(1, sum(parts))))
+    for start in range(0, num_tokens, run):
+        number = min(run, num_tokens - start)
+        acc = torch.empty(
+            *(sum(parts), number, num_heads, dim), dtype=torch.float32, device=q.device
+        )
+        peak, mass = torch.empty_like(acc[..., 0]), torch.empty_like(acc[..., 0])
+        first_part = 0
+        for source, num_parts in zip(sources, parts, strict=True):
+            kv_heads = source.k.shape[1]
+            group = num_heads // kv_heads
+            config = configs.attend_config(dim, group, q.dtype)
+            launch(
+                listed_part_kernel,
+                (number, kv_heads * -(-group // config.rows), num_parts),
+                q,
+                source.k,
+                source.v,
+                source.rows,
+                acc,
+                peak,
+                mass,
+                start,
+                num_tokens,
+                source.rows.shape[2],
+                first_part,
+                kv_heads,
+                dim**-0.5,
+                GROUP=group,
+                HEADS=config.rows,
+                COLUMNS=config.columns,
+                DIM=dim,
+                PART=PART_ROWS,
+                BY_HEAD=len(source.rows) > 1,
+                **config.options,
+            )
+            first_part += num_parts
+        rows = max(1, 2048 // dim)
+        launch(
+            join_parts_kernel,
+            (-(-number * num_heads // rows),),
+            acc,
+            peak,
+            mass,
+            None if sink is None else sink.float(),
+            out[start : start + number],
+            number * num_heads,
+            sum(parts),
+            num_heads,
+            ROWS=rows,
+            DIM=dim,
+            num_warps=4,
+        )
+    return out
