@@ -224,14 +224,15 @@ def gather_attention_launches(
     num_kv_heads: int,
     head_dim: int,
     span: int,
-    top_k: int,
+    top_k: int | None,
     dtype: torch.dtype = torch.bfloat16,
     by_head: bool = False,
     window: bool = False,
     shared: bool = False,
 ) -> list[Launch]:
-    """What a forward and backward of 512 tokens would start. by_head: every key/value head chooses;
-    shared: keys are values, and heads have sinks.
+    """What a forward and backward of 512 tokens would start. top_k: None where nothing chooses and
+    the first spans are seen; by_head: every key/value head chooses; shared: keys are values, and
+    heads have sinks.
     """
     from ops.gather_attention import triton_backend
     from ops.gather_attention.problem import Gather
@@ -240,22 +241,26 @@ def gather_attention_launches(
     q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
     k = torch.zeros(2 * num_tokens, num_kv_heads, head_dim, dtype=dtype)
     of_tokens = torch.zeros(num_tokens, dtype=torch.int32)
-    choices = num_kv_heads if by_head else 1
+    chosen = None
+    if top_k is not None:
+        chosen = torch.full((num_kv_heads if by_head else 1, num_tokens, top_k), -1).int()
     problem = Gather(
         q=q,
         k=k,
         v=None if shared else k,
-        chosen=torch.full((choices, num_tokens, top_k), -1, dtype=torch.int32),
+        chosen=chosen,
         base=of_tokens,
         span=span,
         own_row=num_tokens if shared else 0,
         window_start=of_tokens if window else None,
         sink=torch.zeros(num_heads) if shared else None,
+        first=of_tokens if top_k is None else None,
     )
     lse = torch.zeros(num_tokens, num_heads)
     with record_launches(architecture) as launches:
         triton_backend.attend(problem, q, lse, 0, num_tokens)
-        triton_backend.masses(problem, lse, 0, num_tokens)
+        if chosen is not None:
+            triton_backend.masses(problem, lse, 0, num_tokens)
         triton_backend.attend_backward(problem, out=q, lse=lse, dout=q)
     return launches
 
@@ -521,6 +526,13 @@ def gather_attention_jobs(architecture: int) -> Iterator[Job]:
     )
     yield from record(
         "d512 G64 entries", 64, 1, 512, every, span=1, top_k=512, window=True, shared=True
+    )
+    all_of_them: dict[str, Any] = {"span": 1, "top_k": None, "window": True, "shared": True}
+    not_keys = (*heavy[:2], "mark_rows")
+    yield from record("d512 G64 all entries", 64, 1, 512, not_keys, **all_of_them)
+    yield from record("d128 G8 all entries", 8, 1, 128, not_keys, **all_of_them)
+    yield from record(
+        "d128 G8 all entries fp32", 8, 1, 128, not_keys, **all_of_them, dtype=torch.float32
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 class Gather(NamedTuple):
     """Every query t sees
 
-        rows base_t + span * chosen_ti + 0 .. span - 1   of the spans that it chose, and
+        rows base_t + span * chosen_ti + 0 .. span - 1   of the spans that it chose, or
+        rows base_t .. base_t + span * first_t - 1       where the first ones are seen, and
         rows window_start_t .. own_row + t               where there is a window,
 
     none beyond own_row + t and none twice, in one softmax with its head's sink.
@@ -27,8 +28,10 @@ class Gather(NamedTuple):
     """[N, Hk, d] in the dtype of q."""
     v: Tensor | None
     """[N, Hk, d] in the dtype of q; None: keys are values."""
-    chosen: Tensor
-    """[C, T, K] int32, numbers of spans; those that are there come first, then -1."""
+    chosen: Tensor | None
+    """[C, T, K] int32, numbers of spans; those that are there come first, then -1. None: nothing
+    chooses.
+    """
     base: Tensor
     """[T] int32, first row of span 0 of the query's document; rises."""
     span: int
@@ -39,6 +42,8 @@ class Gather(NamedTuple):
     """[T] int32, first row of the window; own_row + t + 1 where it is empty; rises."""
     sink: Tensor | None = None
     """[H], logits without a value."""
+    first: Tensor | None = None
+    """[T] int32, without `chosen`: how many spans from number 0 on are seen; None: none."""
 
 
 class Source(NamedTuple):

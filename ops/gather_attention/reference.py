@@ -13,9 +13,14 @@ def reference_gather(problem: Gather) -> tuple[Tensor, Tensor, Tensor]:
     softmax's denominator, and what it gave to every chosen span, summed over the heads that share
     the choice. A row that sees nothing has zeros and -inf.
     """
-    q, k, v, chosen, base, span, own_row, window_start, sink = problem
+    q, k, v, chosen, base, span, own_row, window_start, sink, first_spans = problem
     values = k if v is None else v
-    (num_tokens, num_heads, dim), kv_heads, choices = q.shape, k.shape[1], len(chosen)
+    (num_tokens, num_heads, dim), kv_heads = q.shape, k.shape[1]
+    if chosen is None:
+        most = 0 if first_spans is None else int(first_spans.max()) if num_tokens else 0
+        number = torch.arange(most).expand(1, num_tokens, -1)
+        chosen = number if first_spans is None else number.where(number < first_spans[:, None], -1)
+    choices = len(chosen)
     masses = q.new_zeros(chosen.shape)
     outs, lses = [], []
     for t in range(num_tokens):

@@ -52,21 +52,43 @@ class Grads(NamedTuple):
     """[H]; None without sinks."""
 
 
-def _counts(chosen: Tensor) -> Tensor:
-    """How many spans are there: [C, ...] int32."""
-    return (chosen >= 0).sum(-1, dtype=torch.int32)
+def _counts(problem: Gather, start: int, stop: int) -> Tensor:
+    """How many spans each of the queries [start, stop) sees: [C, stop - start] int32."""
+    if problem.chosen is not None:
+        return (problem.chosen[:, start:stop] >= 0).sum(-1, dtype=torch.int32)
+    if problem.first is None:
+        return problem.base.new_zeros((1, stop - start))
+    return problem.first[start:stop].unsqueeze(0)
 
 
-def _shape(problem: Gather) -> tuple[int, int, int, int, bool]:
-    """(T, Hk, G, d, whether every key/value head has its own choice)."""
+class _Shape(NamedTuple):
+    num_tokens: int
+    kv_heads: int
+    group: int
+    dim: int
+    choices: int
+    list_size: int
+    """Spans that a query may choose."""
+
+    @property
+    def by_head(self) -> bool:
+        """Whether every key/value head has its own choice."""
+        return self.choices > 1
+
+
+def _shape(problem: Gather) -> _Shape:
     num_tokens, num_heads, dim = problem.q.shape
     kv_heads = problem.k.shape[1]
-    return num_tokens, kv_heads, num_heads // kv_heads, dim, len(problem.chosen) > 1
+    choices, list_size = 1, 0
+    if problem.chosen is not None:
+        choices, _, list_size = problem.chosen.shape
+    return _Shape(num_tokens, kv_heads, num_heads // kv_heads, dim, choices, list_size)
 
 
 def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> None:
     """Write out [T, H, d] and lse [T, H] fp32 of the queries [start, stop)."""
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, _, list_size = shape
     config = configs.attend_config(dim, group, problem.q.dtype)
     launch(
         gather_attend_kernel,
@@ -75,7 +97,7 @@ def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> 
         problem.k,
         problem.v,
         problem.chosen,
-        _counts(problem.chosen[:, start:stop]),
+        _counts(problem, start, stop),
         problem.base,
         problem.window_start,
         None if problem.sink is None else problem.sink.float(),
@@ -83,7 +105,7 @@ def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> 
         lse,
         start,
         num_tokens,
-        problem.chosen.shape[2],
+        list_size,
         problem.own_row,
         kv_heads,
         dim**-0.5,
@@ -92,7 +114,7 @@ def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> 
         COLUMNS=config.columns,
         DIM=dim,
         SPAN=problem.span,
-        BY_HEAD=by_head,
+        BY_HEAD=shape.by_head,
         **config.options,
     )
 
@@ -101,8 +123,8 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
     """[C, stop - start, K] fp32: what the softmax of the queries [start, stop) gave to every span
     that they chose, summed over the heads that share the choice; 0 where there is none.
     """
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
-    choices, _, list_size = problem.chosen.shape
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, choices, list_size = shape
     config = configs.masses_config(dim, group, problem.q.dtype)
     found = torch.zeros(
         choices, stop - start, list_size, dtype=torch.float32, device=problem.q.device
@@ -113,7 +135,7 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
         problem.q,
         problem.k,
         problem.chosen,
-        _counts(problem.chosen[:, start:stop]),
+        _counts(problem, start, stop),
         problem.base,
         lse,
         found,
@@ -128,7 +150,7 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
         COLUMNS=config.columns,
         DIM=dim,
         SPAN=problem.span,
-        BY_HEAD=by_head,
+        BY_HEAD=shape.by_head,
         **config.options,
     )
     return found
@@ -136,7 +158,8 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
 
 def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> Grads:
     """Gradients of all inputs; equal inputs give equal bits. out, dout: [T, H, d]; lse: [T, H]."""
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, _, list_size = shape
     delta = torch.empty_like(lse)
     launch(
         delta_kernel,
@@ -152,7 +175,7 @@ def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> 
     )
 
     config = configs.query_grad_config(dim, group, problem.q.dtype)
-    counts = _counts(problem.chosen)
+    counts = _counts(problem, 0, num_tokens)
     dq = torch.empty_like(problem.q)
     launch(
         gather_query_grad_kernel,
@@ -169,7 +192,7 @@ def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> 
         delta,
         dq,
         num_tokens,
-        problem.chosen.shape[2],
+        list_size,
         problem.own_row,
         kv_heads,
         dim**-0.5,
@@ -178,7 +201,7 @@ def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> 
         COLUMNS=config.columns,
         DIM=dim,
         SPAN=problem.span,
-        BY_HEAD=by_head,
+        BY_HEAD=shape.by_head,
         **config.options,
     )
 
@@ -212,7 +235,7 @@ def _limits(problem: Gather, tile_size: int) -> _Limits:
     high = queries(problem.base, last)
     document = problem.base[(queries(problem.base, first) - 1).clamp_min(0).long()]
     low = torch.searchsorted(problem.base, document, out_int32=True)
-    if problem.own_row:
+    if problem.own_row or (problem.chosen is None and problem.first is None):
         # Tokens come after everything that can be chosen, and are seen in windows alone.
         low = torch.where(first < problem.own_row, low, num_tokens)
         high = torch.where(first < problem.own_row, high, 0)
@@ -228,8 +251,8 @@ def _limits(problem: Gather, tile_size: int) -> _Limits:
 def _key_grads(
     problem: Gather, counts: Tensor, lse: Tensor, dout: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
-    choices, _, list_size = problem.chosen.shape
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, choices, list_size = shape
     num_rows, device = len(problem.k), problem.q.device
     config = configs.key_grad_config(dim, problem.q.dtype)
     limits = _limits(problem, config.columns)
@@ -315,7 +338,7 @@ def _key_grads(
             ROWS=config.rows,
             COLUMNS=config.columns,
             DIM=dim,
-            BY_HEAD=by_head,
+            BY_HEAD=shape.by_head,
             **config.options,
         )
         rows = slice(first * config.columns, min((first + number) * config.columns, num_rows))

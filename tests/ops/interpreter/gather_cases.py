@@ -53,7 +53,9 @@ class Case:
     dim: int = 16
     span: int = 1
     most: int = 5
-    """Spans that a query chooses; ratio: tokens of an entry, of which spans are; 0: of tokens."""
+    """Spans that a query chooses; -1: it sees all, -2: none, and nothing chooses. ratio: tokens of
+    an entry, of which spans are; 0: of tokens.
+    """
     ratio: int = 0
     window: int = 0
     by_head: bool = False
@@ -86,6 +88,18 @@ KERNELS = {
         limits={"PART_QUERIES": 8, "SCRATCH": 1},
     ),
     "a window alone": Case((17, 5), 2, 1, most=0, window=6, sink=True, shared=True),
+    "all entries, a window and sinks": Case(
+        (50, 2, 0, 19),
+        *(3, 1),
+        ratio=2,
+        most=-1,
+        window=3,
+        sink=True,
+        shared=True,
+        limits={"PART_QUERIES": 8, "SCRATCH": 2**14},
+    ),
+    "all spans of four": Case((30,), span=4, most=-1, window=4),
+    "a window, and nothing chooses": Case((17, 5), 2, 1, most=-2, window=6, shared=True),
     "nothing seen": Case((9,), most=0),
     "no tokens": Case((0,), sink=True),
 }
@@ -104,8 +118,8 @@ def problem_of(case: Case) -> Gather:
     entries = [length // ratio if case.ratio else 0 for length in case.lengths]
     own_row = sum(entries)
     choices = case.kv_heads if case.by_head else 1
-    chosen = torch.full((choices, num_tokens, case.most), -1, dtype=torch.int32)
-    base, window_start = [], []
+    chosen = torch.full((choices, num_tokens, max(0, case.most)), -1, dtype=torch.int32)
+    base, window_start, all_spans = [], [], []
     begin = first = 0
     for length, closed in zip(case.lengths, entries, strict=True):
         for at in range(length):
@@ -117,7 +131,8 @@ def problem_of(case: Case) -> Gather:
             candidates = (at + 1) // ratio if case.ratio else free // case.span
             if not case.ratio and not case.window:
                 candidates = -(-free // case.span)
-            for choice in range(choices):
+            all_spans.append(candidates)
+            for choice in range(choices if case.most > 0 else 0):
                 drawn = torch.randperm(candidates, generator=generator)[: case.most]
                 drawn = drawn[: len(drawn) if token % 7 else token % 3]
                 chosen[choice, token, : len(drawn)] = drawn.int()
@@ -132,12 +147,13 @@ def problem_of(case: Case) -> Gather:
         q.to(case.dtype),
         k.to(case.dtype),
         None if case.shared else normal(*keys).to(case.dtype),
-        chosen,
+        chosen if case.most >= 0 else None,
         torch.tensor(base, dtype=torch.int32),
         case.span,
         own_row,
         torch.tensor(window_start, dtype=torch.int32) if case.window else None,
         normal(case.heads) if case.sink else None,
+        torch.tensor(all_spans, dtype=torch.int32) if case.most == -1 else None,
     )
 
 
@@ -153,7 +169,8 @@ def check_kernels(case: Case) -> None:
         parts = []
         for start, stop in itertools.pairwise(cuts):
             triton_backend.attend(problem, out, lse, start, stop)
-            parts.append(triton_backend.masses(problem, lse, start, stop))
+            if problem.chosen is not None:
+                parts.append(triton_backend.masses(problem, lse, start, stop))
         grads = triton_backend.attend_backward(problem, out, lse, dout)
         again = triton_backend.attend_backward(problem, out, lse, dout)
     for name, one, two in zip(grads._fields, grads, again, strict=True):
@@ -168,7 +185,8 @@ def check_kernels(case: Case) -> None:
     assert_close("out", out, want_out, case.dtype)
     finite = [x.masked_fill(nothing, 0.0) for x in (lse, want_lse)]
     assert_close("lse", *finite, case.dtype)
-    assert_close("masses", torch.cat(parts, 1), want_masses, case.dtype)
+    if problem.chosen is not None:
+        assert_close("masses", torch.cat(parts, 1), want_masses, case.dtype)
 
     inputs = [x for x in exact if x is not None]
     expected = iter(
@@ -201,6 +219,9 @@ OPS = {
     "csa bf16": Op(CompressedSpec(5, 4, 2), dtype=torch.bfloat16),
     "csa, two steps": Op(CompressedSpec(5, 2, 3, top_k_blocks=2, index_block_size=4)),
     "csa, no window is closed": Op(CompressedSpec(5, 4, 2), (0, 3, 5)),
+    "hca": Op(CompressedSpec(5, 4)),
+    "hca bf16": Op(CompressedSpec(5, 4), dtype=torch.bfloat16),
+    "window": Op(CompressedSpec(5)),
 }
 
 
@@ -232,13 +253,18 @@ def run_op(case: Op, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         kv = leaf("k", length, 2, 16), leaf("v", length, 2, 16)
         found = indexed_attention(q, *kv, index, case.bounds, spec, **options)
     else:
-        number = sum((e - b) // spec.ratio for b, e in itertools.pairwise(case.bounds))
-        kv, entries = leaf("kv", length, 16), leaf("entries", number, 16)
-        index = Index(
-            leaf("index queries", length, 9, width),
-            leaf("index keys", number, width),
-            leaf("index weights", length, 9),
-        )
+        number = sum((e - b) // (spec.ratio or 1) for b, e in itertools.pairwise(case.bounds))
+        kv, entries, index = leaf("kv", length, 16), None, None
+        if spec.ratio:
+            entries = leaf("entries", number, 16)
+        if spec.top_k is not None:
+            index = Index(
+                leaf("index queries", length, 9, width),
+                leaf("index keys", number, width),
+                leaf("index weights", length, 9),
+            )
+        else:
+            options |= {"teach": False}
         sinks = leaf("sinks", 4)
         found = compressed_attention(q, kv, entries, index, sinks, case.bounds, spec, **options)
     into = torch.randn(found.out.shape, generator=generator).to(case.dtype).to(dtype)
