@@ -42,6 +42,13 @@ class Paging(NamedTuple):
     fresh: bool
     """The new tokens are all there is: they attend to each other, as in training."""
 
+    def rows(self, page_size: int) -> torch.Tensor:
+        """[B, P * page_size] int64: where each token of a row is in a pool whose pages follow each
+        other.
+        """
+        place = torch.arange(page_size, device=self.pages.device)
+        return (self.pages.unsqueeze(2) * page_size + place).flatten(1)
+
     def visible(self, num_new: int, page_size: int, window: int | None = None) -> torch.Tensor:
         """[B, 1, S, P * page_size] bool: what each of the last S = num_new tokens may see, of a
         sliding window the last `window` tokens. Padding before a row that has fewer sees its first

@@ -19,7 +19,7 @@ from ops.index_attention.kernels import configs
 from ops.index_attention.kernels.grads import index_key_grad_kernel, index_query_grad_kernel
 from ops.index_attention.kernels.largest import largest_kernel
 from ops.index_attention.kernels.masses import index_divergence_kernel, index_entry_masses_kernel
-from ops.index_attention.kernels.scores import index_scores_kernel
+from ops.index_attention.kernels.scores import held_scores_kernel, index_scores_kernel
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import ranked
 from ops.sparse_attention.entries import CoarseEntries
@@ -106,7 +106,7 @@ def block_scores(tile: IndexTile, with_best: bool = False) -> Scores:
         heads,
         first_position,
         tile.tokens_of_key,
-        _scale(tile),
+        _scale(width, heads, spec),
         BY_HEAD=spec.by_head,
         SPAN=span,
         QUERIES=config.rows,
@@ -116,6 +116,52 @@ def block_scores(tile: IndexTile, with_best: bool = False) -> Scores:
         **config.options,
     )
     return Scores(values, best)
+
+
+def held_scores(
+    queries: Tensor,
+    keys: Tensor,
+    weights: Tensor | None,
+    rows: Tensor,
+    position: Tensor,
+    spec: IndexSpec,
+) -> Tensor:
+    """What tile.block_scores gives, [b, C, S, M] fp32, of keys that are read where they are held.
+
+    Args:
+        queries: [b, S, I, w]; weights: [b, S, I] with weighted heads; position: [b, S] int64.
+        keys: [pool, w], contiguous, in the dtype of the queries; rows: [b, n] int64, where in the
+            pool the keys of a row's document are.
+    """
+    batch, new, heads, width = queries.shape
+    span = spec.block_size if spec.rule == "msa" else 1
+    number, choices = -(-rows.shape[1] // span), heads if spec.by_head else 1
+    values = torch.empty(batch, choices, new, number, dtype=torch.float32, device=queries.device)
+    config = configs.held_config(width, heads, queries.dtype, spec.by_head)
+    launch(
+        held_scores_kernel,
+        (-(-number // max(1, config.columns // span)), batch * new),
+        queries.contiguous(),
+        keys,
+        rows.contiguous(),
+        None if weights is None else weights.contiguous(),
+        position.contiguous(),
+        values,
+        new,
+        rows.shape[1],
+        number,
+        heads,
+        spec.block_size if spec.pools_keys else 1,
+        _scale(width, heads, spec),
+        BY_HEAD=spec.by_head,
+        SPAN=span,
+        HEADS=config.rows,
+        KEYS=config.columns,
+        WIDTH=width,
+        DIM=configs.padded(width),
+        **config.options,
+    )
+    return values
 
 
 def largest(values: Tensor, number: int) -> Tensor:
@@ -244,7 +290,7 @@ def add_grads(tile: IndexTile, columns: Tensor, grads: Tensor, into: Gradients) 
     """
     queries, keys, weights, first_position, spec = tile
     num_queries, heads, width = queries.shape
-    by_head, scale = spec.by_head, _scale(tile)
+    by_head, scale = spec.by_head, _scale(width, heads, spec)
     shape = {"WIDTH": width, "DIM": configs.padded(width), "BY_HEAD": by_head}
     of_choice = 1 if by_head else heads
     config = configs.query_grad_config(width, of_choice, queries.dtype)
@@ -297,7 +343,5 @@ def add_grads(tile: IndexTile, columns: Tensor, grads: Tensor, into: Gradients) 
     )
 
 
-def _scale(tile: IndexTile) -> float:
-    _, heads, width = tile.queries.shape
-    terms = width if tile.spec.by_head else heads * width
-    return math.pow(terms, -0.5)
+def _scale(width: int, heads: int, spec: IndexSpec) -> float:
+    return math.pow(width if spec.by_head else heads * width, -0.5)

@@ -12,6 +12,8 @@ import torch
 
 from ops.compressed_attention import (
     CompressedSpec,
+    attend_held,
+    choose_held,
     closed_windows,
     compressed_attention,
     gated_pool,
@@ -20,6 +22,7 @@ from ops.index_attention import (
     Index,
     IndexSpec,
     Teacher,
+    attend_cached,
     group_means,
     group_starts,
     indexed_attention,
@@ -133,6 +136,73 @@ def test_entries_are_attended_to_as_by_plain_torch(spec, heads, dim, dtype):
         )
 
     compare(attend, inputs, dtype)
+
+
+@pytest.mark.parametrize("ratio", [128, 0])
+@pytest.mark.parametrize(("spec", "heads", "dim", "dtype"), COMPRESSED, ids=str)
+def test_all_entries_are_attended_to_as_by_plain_torch(spec, heads, dim, dtype, ratio):
+    spec = CompressedSpec(spec.window, ratio)
+    inputs = normals((BOUNDS[-1], heads, dim), (BOUNDS[-1], dim), (heads,))
+    if ratio:
+        number = sum((e - b) // ratio for b, e in itertools.pairwise(BOUNDS))
+        inputs += normals((number, dim))
+
+    def attend(backend, x):
+        q, kv, sinks, *entries = x
+        given = entries[0] if entries else None
+        return compressed_attention(q, kv, given, None, sinks, BOUNDS, spec, backend=backend)
+
+    compare(attend, inputs, dtype)
+
+
+def same_decoding(attend, inputs: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """attend(backend, inputs), as `compare` without gradients."""
+    rounded = [x.to(dtype) for x in inputs]
+    with poisoned_memory():
+        ours, again = attend("triton", rounded), attend("triton", rounded)
+    assert torch.equal(ours, again), "a second run has other bits"
+    assert_close("out", ours, attend("torch", [x.float() for x in rounded]), dtype)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize(("spec", "heads", "kv_heads", "dim", "dtype"), INDEXED, ids=str)
+def test_new_tokens_attend_as_by_plain_torch(spec, heads, kv_heads, dim, dtype, new):
+    batch, room = 3, 1280
+    position = torch.tensor([[1200], [37], [700]], device="cuda") + torch.arange(new).cuda()
+    rows = torch.randperm(batch * room, device="cuda").view(batch, room)
+    pools = normals((batch, new, heads, dim), *[(batch * room, kv_heads, dim)] * 2)
+    queries, keys, weights = of_index(batch * new, batch * room)
+    queries = queries.unflatten(0, (batch, new))
+    if spec.by_head:
+        queries = queries[:, :, :kv_heads].contiguous()
+    if spec.pools_keys:
+        keys = keys[: batch * room // spec.block_size].unflatten(0, (batch, -1))
+    of_rule = [weights.unflatten(0, (batch, new))] if spec.rule == "dsa" else []
+
+    def attend(backend, x):
+        of_heads = x[5] if of_rule else None
+        return attend_cached(*x[:5], of_heads, position, spec, rows, backend)
+
+    same_decoding(attend, [*pools, queries, keys, *of_rule], dtype)
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+@pytest.mark.parametrize(("spec", "heads", "dim", "dtype"), COMPRESSED, ids=str)
+def test_new_tokens_see_entries_as_by_plain_torch(spec, heads, dim, dtype, chooses):
+    batch, new, number = 3, 2, 300
+    position = torch.tensor([[1190], [37], [700]], device="cuda") + torch.arange(new).cuda()
+    of_kv = position[:, :1] + torch.arange(1 - spec.window, new).cuda()
+    rows = torch.randperm(batch * number, device="cuda").view(batch, number)
+    inputs = normals((batch, new, heads, dim), (*of_kv.shape, dim), (batch * number, dim), (heads,))
+    queries, keys, weights = of_index(batch * new, batch * number)
+    queries, weights = (x.unflatten(0, (batch, new)) for x in (queries, weights))
+
+    def attend(backend, x):
+        q, kv, entries, sinks, *index = x
+        chosen = choose_held(*index, position, spec, rows, backend) if chooses else None
+        return attend_held(q, kv, of_kv, entries, chosen, sinks, position, spec, rows, backend)
+
+    same_decoding(attend, [*inputs, queries, keys, weights], dtype)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)

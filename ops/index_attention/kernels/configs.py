@@ -36,6 +36,14 @@ def entry_masses_config(head_dim: int, entries_per_block: int, dtype: torch.dtyp
     return Config(64 if wide else 128, columns, 8, 1 if dtype == torch.float32 else 2)
 
 
+def held_config(width: int, heads: int, dtype: torch.dtype, by_head: bool) -> Config:
+    """Its rows are heads of one query, all of them where each has a choice; its columns keys."""
+    rows = max(16, next_power_of_two(heads))
+    if dtype == torch.float32:
+        return Config(rows if by_head else 16, 32, 4, 1)
+    return Config(rows if by_head else min(64, rows), 128 if padded(width) <= 128 else 64, 4, 2)
+
+
 def query_grad_config(width: int, heads: int, dtype: torch.dtype) -> Config:
     """Its rows are heads of one query, its columns the keys that it chose."""
     if dtype == torch.float32:
