@@ -41,6 +41,10 @@ class Paging(NamedTuple):
     """[B] int64, tokens of each row with the new ones, which are the last S of them."""
     fresh: bool
     """The new tokens are all there is: they attend to each other, as in training."""
+    regions: torch.Tensor | None = None
+    """[B] int64, where a bounded cache keeps tokens of each row that is not idle; None: there is
+    none, or every row is idle.
+    """
 
     def visible(self, num_new: int, page_size: int, window: int | None = None) -> torch.Tensor:
         """[B, 1, S, P * page_size] bool: what each of the last S = num_new tokens may see, of a
