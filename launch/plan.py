@@ -183,7 +183,7 @@ def _as_far_as_possible(
 
 def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     """Print the tables and return their numbers."""
-    from model.cost.memory import cache_bytes, cache_bytes_per_token
+    from model.cost.memory import cache_bytes, cache_growth
     from model.cost.parameters import count_parameters, flops_per_token
 
     model, settings = run.model, run.train
@@ -202,7 +202,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
 
     trained = run.trained.total
     width = 4 if settings.precision == "fp32" else 2
-    cached = cache_bytes_per_token(model, width, run.attention.arguments)
+    cached = cache_growth(model, width, run.attention.arguments)
 
     print("parameters")
     for label, value in (

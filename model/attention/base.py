@@ -41,6 +41,10 @@ class Paging(NamedTuple):
     """[B] int64, tokens of each row with the new ones, which are the last S of them."""
     fresh: bool
     """The new tokens are all there is: they attend to each other, as in training."""
+    regions: torch.Tensor | None = None
+    """[B] int64, where a bounded cache keeps tokens of each row that is not idle; None: there is
+    none, or every row is idle.
+    """
 
     def rows(self, page_size: int) -> torch.Tensor:
         """[B, P * page_size] int64: where each token of a row is in a pool whose pages follow each

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
-from model.attention.cache import KVCache, KVPages, LayerCache
+from model.attention.cache import KVCache, KVPages, LayerCache, Pages
 from model.attention.config.indexed import IndexedAttentionConfig
 from model.attention.dense import DenseAttention
 from model.config import ModelConfig
@@ -156,7 +156,7 @@ class IndexedAttention(DenseAttention):
 
     def new_pages(
         self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> KVPages:
+    ) -> Pages:
         if self.indexer is None:
             return super().new_pages(num_pages, page_size, dtype, device)
         return IndexedKVPages(
