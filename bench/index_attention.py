@@ -21,12 +21,14 @@ from ops.device import memory_bandwidth_tbs
 from ops.index_attention import (
     Index,
     IndexSpec,
+    Teacher,
     group_means,
     group_starts,
     indexed_attention,
     select_blocks,
+    teach_index,
 )
-from ops.sparse_attention import SparseAttentionSpec
+from ops.sparse_attention import SparseAttentionSpec, pool_entries, sparse_attention
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,33 @@ def selecting(device: torch.device, backend: str) -> Callable[[], object]:
     return call
 
 
+def teaching_within(device: torch.device, backend: str) -> Callable[[], object]:
+    """The divergence of an index inside sparse attention and its gradients: blocks of 64 tokens, of
+    which the index chose, four key/value heads, eight heads in each group.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    num_tokens, dtype = TOKENS[device.type], DTYPES[device.type]
+    q, k, v, queries, keys = (
+        torch.randn(size, generator=generator, device=device).to(dtype)
+        for size in (
+            *((num_tokens, 32, 128), (num_tokens, 4, 128), (num_tokens, 4, 128)),
+            *((num_tokens, 4, WIDTH), (num_tokens, WIDTH)),
+        )
+    )
+    spec, bounds = SparseAttentionSpec(), [0, num_tokens]
+    cu_seqlens = torch.tensor(bounds, device=device)
+    selected = select_blocks(queries, keys, bounds, spec)
+    found = sparse_attention(q, k, v, cu_seqlens, spec, selected=selected)
+    entries = pool_entries(q, k, v, cu_seqlens, spec)
+    teacher = Teacher(q, k, entries, found.selected, found.lse, None)
+    index = queries.requires_grad_(), keys.requires_grad_()
+
+    def call() -> object:
+        return teach_index(*index, teacher, bounds, spec, backend=backend)
+
+    return call
+
+
 def pooling(
     size: int, width: int, overlap: bool, device: torch.device, backend: str, backward: bool
 ) -> Callable[[], object]:
@@ -167,6 +196,13 @@ def run(device: torch.device) -> list[Row]:
             )
     rows.append(
         timed("choice inside sparse attention", {"w": WIDTH}, lambda name: selecting(device, name))
+    )
+    rows.append(
+        timed(
+            "what an index inside sparse attention learns",
+            {"w": WIDTH},
+            lambda name: teaching_within(device, name),
+        )
     )
     for name, *sizes in POOLS[device.type]:
         for backward in (False, True):

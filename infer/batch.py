@@ -75,7 +75,8 @@ def first_tokens(
         _mask(places, shape, device),
     )
     nothing = torch.zeros((len(numbers), 0), dtype=torch.int64, device=device)
-    paging = Paging(_tensor(places.slots, device), nothing, _tensor(numbers, device), True)
+    regions = _regions(pieces, len(numbers), device)
+    paging = Paging(_tensor(places.slots, device), nothing, _tensor(numbers, device), True, regions)
     return batch, paging, _tensor(last, device), _rows(places, device)
 
 
@@ -112,6 +113,7 @@ def next_tokens(
         _tensor(pages, device).view(rows, num_pages),
         _tensor(lengths, device),
         False,
+        _regions(pieces, rows, device),
     )
     shape = (rows, width)
     input_ids = _tensor(places.ids, device).view(shape)
@@ -122,6 +124,12 @@ def _mask(places: Places, shape: tuple[int, int], device: torch.device) -> torch
     if all(places.mask):
         return None
     return torch.tensor(places.mask, device=device).view(shape)
+
+
+def _regions(pieces: list[Piece], rows: int, device: torch.device) -> torch.Tensor | None:
+    """Of every row; None where no cache is bounded."""
+    found = [s.region for s, _ in pieces if s.region is not None]
+    return _tensor(found + [0] * (rows - len(found)), device) if found else None
 
 
 def _rows(places: Places, device: torch.device) -> torch.Tensor:

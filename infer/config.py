@@ -57,7 +57,10 @@ class EngineConfig:
     prefill_tokens: int = 4096
     """Prompt tokens of one step; a longer prompt comes in pieces of this size."""
     prefix_reuse: bool = True
-    """Pages of a prompt that begins like an earlier one are not computed again."""
+    """Pages of a prompt that begins like an earlier one are not computed again. With
+    attention.resident_blocks none is shared: what stays of a beginning is in the request's own
+    region.
+    """
     max_active_experts: int | None = None
     """Experts of a layer that a decoding step may read: those with the largest sums of gates over
     the step's requests; others' tokens go to their next best among them. Fewer weights are read for

@@ -25,10 +25,11 @@ from infer.sampling import sample
 from infer.sequence import Sequence
 from infer.speculate import Utility, kept
 from model.attention.base import has_varlen_kernel
-from model.attention.cache import LivePages
+from model.attention.cache import LivePages, Regions
 from model.paging import (
     Decoded,
     TokenBudgets,
+    is_bounded,
     live_window,
     longest_entry,
     new_pages,
@@ -139,7 +140,15 @@ class Engine:
             number = min(1 + num_pages, num_live(window, self.page_size, settings))
             self.places = Places(number)
             self.live = LivePages(1 + num_pages, number, self.device)
-        self.pages = new_pages(model, 1 + num_pages, self.page_size, self.live)
+        # A bounded cache keeps tokens by document: pages hold entries, and cannot be shared, since
+        # what stays of a beginning is told by the masses of its own queries.
+        regions = None
+        self.regions: deque[int] | None = None
+        self.shares = settings.prefix_reuse
+        if is_bounded(model):
+            regions = Regions(settings.max_slots, min(by_request, num_pages))
+            self.regions, self.shares = deque(range(regions.number)), False
+        self.pages = new_pages(model, 1 + num_pages, self.page_size, self.live, regions)
         self.packed = has_varlen_kernel(self.device, model.any_weight.dtype)
 
         self.budgets: BudgetRows | None = None
@@ -235,6 +244,12 @@ class Engine:
         settings, budget = self.settings, self.settings.draft_budget
         if budget is None:
             return None
+        if is_bounded(self.model):
+            raise ValueError(
+                f"engine.draft_budget is {budget:g}, but attention.resident_blocks evicts tokens "
+                "for good, also by drafts that are not kept: give engine.draft_budget=null, or "
+                "attention.resident_blocks=null"
+            )
         names = [] if self.budgets is None else self.budgets.names
         if budget not in names:
             raise ValueError(
@@ -427,6 +442,8 @@ class Engine:
             self._read(sequence, sequence.held)  # before others need their room
             sequence.pages += [self._allocate() for _ in range(needed)]
             sequence.last_key, sequence.num_registered = key, len(shared)
+            if self.regions is not None:
+                sequence.region = self.regions.popleft()
             if not sequence.result.started:
                 sequence.result.started = self.clock()
                 sequence.result.num_reused_tokens = sequence.held
@@ -438,7 +455,7 @@ class Engine:
         """
         keys, found = [self._root(sequence)], list[int]()
         size = self.page_size
-        if self.settings.prefix_reuse and not sequence.request.keep_routing:
+        if self.shares and not sequence.request.keep_routing:
             for begin in range(0, len(sequence.tokens) - size, size):
                 following = next_key(keys[-1], sequence.tokens[begin : begin + size])
                 page = self.pool.find(following)
@@ -485,6 +502,9 @@ class Engine:
         self._read_on(sequence, len(sequence.pages))
         for page in sequence.pages:
             self.pool.release(page)
+        if self.regions is not None and sequence.region is not None:
+            self.regions.append(sequence.region)
+            sequence.region = None
 
     def _allocate(self) -> int:
         """A page that holds nothing yet."""
@@ -807,7 +827,7 @@ class Engine:
 
     def _register(self, sequence: Sequence) -> None:
         """Let full pages be found by requests that begin alike."""
-        if not self.settings.prefix_reuse:
+        if not self.shares:
             return
         size = self.page_size
         # With a limit on experts, what decoding leaves in pages hangs on the requests of its steps.

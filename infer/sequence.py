@@ -23,6 +23,8 @@ class Sequence:
         self.pages: list[int] = []
         self.live = range(0)
         """Of its pages, those whose tokens' own keys it reads, where not all keep them."""
+        self.region: int | None = None
+        """Where a bounded cache keeps its tokens, while it runs."""
         self.last_key: bytes | None = None
         self.num_registered = 0
         self.stop = StopStrings(request.sampling.stop)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,7 +33,7 @@ from launch.command.refusals import explained
 from launch.comparing.settings import OWN, CompareConfig
 from launch.config.build import ConfigError, record
 from launch.config.length import with_length
-from launch.config.overrides import plain, typed
+from launch.config.overrides import plain, typed, typed_overrides
 from launch.config.parse import check_sources, check_tokenizer, parse, world_size
 from launch.history.table import print_table
 from launch.job.worker import give_way, require_memory
@@ -59,7 +58,7 @@ def main(config: DictConfig) -> None:
     from launch.comparing.grid import cells_of, of_the_runs
     from launch.comparing.work import outcome_of
 
-    told = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    told = typed_overrides()
     common = of_the_runs(told)
     folder = Path(config.resume) if config.resume is not None else None
     own = plain(OmegaConf.masked_copy(config, list(OWN)))

@@ -80,11 +80,6 @@ def sample(
     settings = sampling or SamplingConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    if any(layer.spec.resident_blocks is not None for layer in model.sparse_attentions()):
-        yield from _from_bounded_cache(
-            model, prompt_ids, settings, store.end_of_document, TextStream(tokenizer, prompt_ids)
-        )
-        return
     room = EngineConfig(max_slots=1, cache_tokens=len(prompt_ids) + settings.max_new_tokens)
     engine = Engine(model, room, store.end_of_document)
     engine.add(Request("0", prompt_ids, settings, TextStream(tokenizer, prompt_ids)))
@@ -96,43 +91,6 @@ def sample(
                     "checkpoint=best or an earlier one"
                 )
             yield event.piece
-
-
-def _from_bounded_cache(
-    model: Any, prompt: list[int], settings: Any, end_token: int, text: Any
-) -> Iterator[str]:
-    """Pieces of text of one document, whose cache keeps the resident blocks alone: what the
-    engine's pages, which requests share, cannot do.
-
-    Raises:
-        ValueError: sampling asks for what the engine alone does.
-    """
-    from model.generate import generate
-
-    simple = ("max_new_tokens", "temperature", "top_p", "seed")
-    asked = [
-        field.name
-        for field in dataclasses.fields(settings)
-        if field.name not in simple and getattr(settings, field.name) != field.default
-    ]
-    if asked:
-        raise ValueError(
-            f"attention.resident_blocks generates without the batched engine, which alone does "
-            f"{', '.join(asked)}; drop that, or set attention.resident_blocks=null"
-        )
-
-    tokens = generate(
-        model,
-        prompt,
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.top_p,
-        settings.seed,
-        end_token,
-    )
-    for token in tokens:
-        yield text.add(token)
-    yield text.end()
 
 
 def _source(settings: GenerateConfig) -> dict[str, str]:

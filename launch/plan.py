@@ -15,12 +15,11 @@ import contextlib
 import io
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.command.main import run_main
 from launch.command.messages import print_result
-from launch.config.overrides import plain
+from launch.config.overrides import plain, typed_overrides
 from launch.config.parse import searches_layout, world_size
 from launch.job.disk import disk_usage, run_bytes
 from launch.job.fit import Device, alternatives, device_of
@@ -47,6 +46,7 @@ def main(config: DictConfig) -> None:
     """Print the plan; raises SystemExit(1) when the config cannot run."""
     from launch.config.build import ConfigError, record
     from launch.config.parse import parse
+    from launch.config.unread import unread
     from launch.job.worker import tell_changes
     from launch.saved.resume import with_saved_config
     from train.config.commands.plan import PlanCommandConfig
@@ -68,7 +68,7 @@ def main(config: DictConfig) -> None:
             print(planned.said)
             print(described(parse(plain(config), num_ranks), planned.sizes))
         run = parse(plain(config), num_ranks)
-        problems += of_files(run)
+        problems += unread(typed_overrides(), run) + of_files(run)
         tell_changes(config, run)
         if config.resume is None:
             for line in check_weights(run.init):
@@ -147,7 +147,7 @@ def search_layouts(config: DictConfig, asked: PlanCommandConfig) -> None:
 
     cluster = cluster_of(asked.device, asked.mfu)
     found = search(run, asked.world, cluster)
-    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    given = typed_overrides()
     for line in lines(found, asked.world, cluster, given):
         print(line)
     layouts = [{**as_data(e), "command": command_line(e, given)} for e in found.best]
@@ -183,7 +183,7 @@ def _as_far_as_possible(
 
 def describe(run: Any, num_ranks: int) -> dict[str, Any]:
     """Print the tables and return their numbers."""
-    from model.cost.memory import cache_bytes, cache_bytes_per_token
+    from model.cost.memory import cache_bytes, cache_growth
     from model.cost.parameters import count_parameters, flops_per_token
 
     model, settings = run.model, run.train
@@ -202,7 +202,7 @@ def describe(run: Any, num_ranks: int) -> dict[str, Any]:
 
     trained = run.trained.total
     width = 4 if settings.precision == "fp32" else 2
-    cached = cache_bytes_per_token(model, width, run.attention.arguments)
+    cached = cache_growth(model, width, run.attention.arguments)
 
     print("parameters")
     for label, value in (

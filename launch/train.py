@@ -22,7 +22,7 @@ from launch.command.main import Job, run_main
 from launch.command.messages import fail, print_result
 from launch.config.epochs import rows_of_epochs
 from launch.config.length import with_length
-from launch.config.overrides import literal, plain, quoted, typed
+from launch.config.overrides import literal, plain, quoted, typed, typed_overrides
 from launch.config.parse import world_size
 from launch.job.worker import give_way, require_memory, stopped_before_training, tell_changes, work
 from launch.launchers import hosts
@@ -42,7 +42,9 @@ def train(config: DictConfig) -> float | None:
     """Validate, then train here or start ranks; returns the held-out loss, which Hydra sweepers
     minimise.
     """
+    from launch.config.build import ConfigError
     from launch.config.parse import check_sources, check_tokenizer, parse
+    from launch.config.unread import unread
 
     config = with_saved_config(config)
 
@@ -67,6 +69,8 @@ def train(config: DictConfig) -> float | None:
         config, planned = with_micro_batch(config)
         print(planned.said, flush=True)
     run = parse(plain(config), world_size(config))
+    if problems := unread(typed_overrides(), run):
+        raise ConfigError(problems)
     if run.launch.hostfile:
         hosts.check(run.launch)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
 from model.attention.base import Paging, SequenceLayout
-from model.attention.cache import LivePages, Pages
+from model.attention.cache import LivePages, Pages, Regions
 from model.attention.compressed import CompressedAttention
+from model.attention.sparse import SparseAttention
 from model.request import TokenBatch
 from model.routers.base import RoutingRequest
 from model.routers.state import RouterState
@@ -58,21 +59,34 @@ def longest_entry(model: Transformer) -> int:
     return max((a.spec.ratio for a in attentions if isinstance(a, CompressedAttention)), default=0)
 
 
+def is_bounded(model: Transformer) -> bool:
+    """Whether layers keep the tokens of resident blocks alone, in regions of their own."""
+    return any(a.spec.resident_blocks is not None for a in model.sparse_attentions())
+
+
 def new_pages(
-    model: Transformer, num_pages: int, page_size: int, live: LivePages | None = None
+    model: Transformer,
+    num_pages: int,
+    page_size: int,
+    live: LivePages | None = None,
+    regions: Regions | None = None,
 ) -> list[Pages]:
     """Empty pools of pages, one per layer; see model/attention/cache.py. live: pages that have
-    room for tokens' own keys, of a model with a live_window; None: all.
+    room for tokens' own keys, of a model with a live_window; None: all. regions: of a model that
+    is bounded.
     """
     weight = model.any_weight
-    return [
-        cast(CompressedAttention, block.attention).new_pages(
-            num_pages, page_size, weight.dtype, weight.device, live
-        )
-        if live is not None
-        else block.attention.new_pages(num_pages, page_size, weight.dtype, weight.device)
-        for block in model.blocks
-    ]
+    shape = (num_pages, page_size, weight.dtype, weight.device)
+    found: list[Pages] = []
+    for block in model.blocks:
+        attention = block.attention
+        if isinstance(attention, CompressedAttention):
+            found.append(attention.new_pages(*shape, live))
+        elif isinstance(attention, SparseAttention):
+            found.append(attention.new_pages(*shape, regions))
+        else:
+            found.append(attention.new_pages(*shape))
+    return found
 
 
 @torch.no_grad()

@@ -236,11 +236,38 @@ def test_every_attention_that_a_published_model_is_adapted_to_can_be_trained(var
     rest = [setting(word) for word in words if not word.startswith("init.")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         asked = complete(compose("train", overrides=[*rest, "model.max_seq_len=1024"]))
-    arguments = parse(plain(asked), 1).attention.arguments
-    if variant != "dense":
+    run = parse(plain(asked), 1)
+    arguments = run.attention.arguments
+    assert run.optim.freeze == ("mlp", "embedding")
+    assert "optim.freeze=[mlp,embedding]" not in adapted.words_of(variant, 1, 100, Path("m"), True)
+    if variant in ("msa", "qsa", "dsa"):
+        spans = {"msa": 32, "qsa": 4, "dsa": 1}
+        assert (arguments["top_k"] * spans[variant], arguments["dense_steps"]) == (256, 20)
+    elif variant != "dense":
         window = SparseAttentionSpec(block_size=32, window_size=arguments["window_size"])
         blocks = window.num_local_blocks + arguments["top_k"] + arguments["num_sink_blocks"]
         assert blocks * 32 == 256
+
+
+def test_losses_of_rows_before_and_after_are_told_with_intervals(tmp_path):
+    """Two rows of ten and thirty targets; differences of 0.1 and 0.3 nats, then 0.1 both."""
+    for name, before, after in (
+        ("dense", (2.0, 3.0), (1.0, 2.0)),
+        ("drop", (2.1, 3.3), (1.1, 2.1)),
+    ):
+        run = tmp_path / f"{name}-7"
+        run.mkdir()
+        (run / "result.json").write_text(json.dumps({"stopped": False}))
+        for file, (one, other) in ((adapted.BEFORE, before), (adapted.AFTER, after)):
+            sums = {"sums": [one * 10, other * 30], "counts": [10, 30]}
+            (run / file).write_text(json.dumps(sums))
+    told = adapted.by_rows(tmp_path, 7)
+    # 0.25 and 1.96 sqrt(2 * (1.5^2 + 1.5^2)) / 40; the second has no spread.
+    assert (
+        "| drop | 3.0000 | +0.2500 [+0.1030, +0.3970] | 1.8500 | +0.1000 [+0.1000, +0.1000] |"
+        in told
+    )
+    assert "| dense | 2.7500 |  | 1.7500 |  |" in told
 
 
 def test_attentions_are_compared_over_the_seeds_that_both_have():

@@ -59,6 +59,7 @@ VARIANTS = {
     ],
     "nsa": ["attention=nsa", *SHORT],
     "scc": ["attention=scc_short"],
+    "scc_wide": ["attention=scc_short", "attention.coarse_block_size=32"],
     "scc_gated": ["attention=scc_short", "attention.entries=gated"],
     "scc_index": [
         *("attention=scc_short", "attention.select=index"),
@@ -83,7 +84,9 @@ VARIANTS = {
         "attention.dense_steps={learning}",
     ],
 }
-"""Name -> settings; {learning}: steps before an index chooses."""
+"""Name -> settings; {learning}: steps before an index chooses. scc_wide: one entry for a block, as
+conf/attention/scc.yaml would have with entries of 64 tokens; scc has two.
+"""
 BASE = "dense"
 Results = dict[str, dict[int, dict[str, float]]]
 """Variant -> seed -> numbers of the run."""
@@ -169,10 +172,15 @@ def arguments_of(parser: argparse.ArgumentParser, variants: Sequence[str]) -> ar
 
 
 def compare(
-    arguments: argparse.Namespace, bench: str, words_of: Callable[[str, int, int], list[str]]
+    arguments: argparse.Namespace,
+    bench: str,
+    words_of: Callable[[str, int, int], list[str]],
+    measure: Callable[[Path], None] | None = None,
+    by_row: Callable[[Path], dict[str, list[float]]] | None = None,
 ) -> None:
     """Train what is missing of the variants, print the table and write the numbers. words_of:
-    variant, seed and steps -> what a run is asked for.
+    variant, seed and steps -> what a run is asked for; measure: see sweep.train; by_row: of a run
+    -> what --json has of its held-out rows.
     """
     folder, variants, seeds = arguments.folder, arguments.variants, arguments.seeds
     earlier = known(arguments.known, arguments.steps)
@@ -183,7 +191,7 @@ def compare(
             for one in missing(gather(folder, variants, seeds, earlier), variants, seeds)
         ]
 
-    go_on(arguments, todo)
+    go_on(arguments, todo, measure)
     results = gather(folder, variants, seeds, earlier)
     print(table(results, seeds))
     print_missing(todo())
@@ -194,6 +202,11 @@ def compare(
             "steps": arguments.steps,
             "results": results,
         }
+        if by_row is not None:
+            runs = {(v, s): cell(folder, v, s) for v in variants for s in seeds}
+            found["rows"] = {
+                f"{v}, seed {s}": by_row(run) for (v, s), run in runs.items() if is_done(run)
+            }
         arguments.json.write_text(dumps(found) + "\n")
 
 

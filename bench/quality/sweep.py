@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from train.engine.library import import_deepspeed
 
@@ -40,9 +41,13 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def go_on(arguments: argparse.Namespace, todo: Callable[[], Todo]) -> None:
+def go_on(
+    arguments: argparse.Namespace,
+    todo: Callable[[], Todo],
+    measure: Callable[[Path], None] | None = None,
+) -> None:
     """Train what is missing, the first of it first, until nothing is or the time is spent; what is
-    missing is asked for anew after each run.
+    missing is asked for anew after each run. measure: see train.
     """
     while not arguments.report and spent() < arguments.processor_seconds:
         runs = todo()
@@ -50,7 +55,7 @@ def go_on(arguments: argparse.Namespace, todo: Callable[[], Todo]) -> None:
             break
         preload()
         run, words = runs[0]
-        train(run, words)
+        train(run, words, measure)
         print(f"{run.name}: {read(run)['val_loss']:.4f}", file=sys.stderr, flush=True)
 
 
@@ -65,9 +70,9 @@ def is_done(run: Path) -> bool:
     return result.is_file() and not json.loads(result.read_text())["stopped"]
 
 
-def train(run: Path, words: list[str]) -> None:
+def train(run: Path, words: list[str], measure: Callable[[Path], None] | None = None) -> None:
     """Train a run to its end, or go on with one that was stopped and has a checkpoint. Its numbers
-    stay, its weights do not.
+    stay, its weights do not; `measure` sees them before they go.
 
     Raises:
         RuntimeError: it failed; its output is in RUN.log.
@@ -80,24 +85,47 @@ def train(run: Path, words: list[str]) -> None:
         shutil.rmtree(run, ignore_errors=True)
         words = [*words, f"run_dir={run}"]
     log = run.with_name(run.name + ".log")
-    # A fork has torch and DeepSpeed already, which cost as much as a short run.
-    process = multiprocessing.get_context("fork").Process(target=command, args=(words, log))
-    process.start()
-    process.join()
-    if process.exitcode != 0 or not is_done(run):
+    in_a_fork(command, words, log)
+    if not is_done(run):
         raise RuntimeError(f"{run.name} did not train to its end; see {log}")
+    if measure is not None:
+        in_a_fork(measured, measure, run, log)
     log.unlink()
     shutil.rmtree(run / "checkpoints")
     (run / "processor_seconds").write_text(str(spent() - before))
 
 
+def in_a_fork(function: Callable[..., None], *given: Any) -> None:
+    """function(*given), whose last argument is where its output goes, in a fork: that has torch and
+    DeepSpeed already, which cost as much as a short run.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    process = multiprocessing.get_context("fork").Process(target=function, args=given)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{function.__name__} ended with {process.exitcode}; see {given[-1]}")
+
+
 def command(words: list[str], log: Path) -> None:
-    """launch.train in this process, which is a fork."""
+    """launch.train in this process."""
+    _write_to(log)
+    sys.argv = ["launch.train", *words]
+    runpy.run_module("launch.train", run_name="__main__")
+
+
+def measured(measure: Callable[[Path], None], run: Path, log: Path) -> None:
+    """measure(run) in this process."""
+    _write_to(log)
+    measure(run)
+
+
+def _write_to(log: Path) -> None:
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    sys.argv = ["launch.train", *words]
-    runpy.run_module("launch.train", run_name="__main__")
 
 
 def read(run: Path) -> dict[str, float]:

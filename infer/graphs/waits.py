@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from model.paging import is_bounded
 from model.transformer import Transformer
 from ops.router import select_backend
 
@@ -28,6 +29,8 @@ def waits(model: Transformer, device: torch.device) -> list[str]:
         )
     if any(attention.spec.num_levels == 2 for attention in model.sparse_attentions()):
         found.append("attention.num_levels=2 reads the lengths of rows on the host")
+    if is_bounded(model):
+        found.append("attention.resident_blocks reads the lengths of rows on the host, to evict")
 
     layers = model.moe_layers()
     if layers and select_backend(device, torch.float32) != "fused":

@@ -24,9 +24,9 @@ PRECISION = 0.02
 """Of the ratios of speed, where rounds end."""
 
 
-def losses(path: Path, run_dir: Path) -> dict[str, Any]:
+def losses(path: Path, run_dir: Path, batch_size: int = BATCH_SIZE) -> dict[str, Any]:
     """Summed loss and targets of every held-out row, and the experts that a token visits, of a
-    run's last checkpoint; `path` keeps them.
+    run's last checkpoint; `path` keeps them. batch_size: rows at a time.
     """
     checkpoint = find_checkpoint(run_dir)
     known = _kept(path)
@@ -44,7 +44,7 @@ def losses(path: Path, run_dir: Path) -> dict[str, Any]:
     store = trained_on(prepare(run.data), TokenStore(run_dir / "data"))
     rows = held_out_rows(run, store)
     most = run.train.eval_max_sequences
-    batches = validation_batches(rows, BATCH_SIZE, store.end_of_document, 0, 1, most)
+    batches = validation_batches(rows, batch_size, store.end_of_document, 0, 1, most)
     sums, counts, experts = losses_by_row(model.eval(), batches, device)
     found = {
         "checkpoint": checkpoint.name,

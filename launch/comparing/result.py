@@ -24,7 +24,7 @@ from launch.job.memory import planned_memory
 from launch.runs.curves import read_curves, spent_flops
 from launch.runs.run import read_run
 from launch.saved.resume import shown
-from model.cost.memory import cache_bytes_per_token
+from model.cost.memory import cache_bytes
 from model.cost.parameters import count_parameters, flops_per_token
 
 Told = Callable[[str], None]
@@ -148,8 +148,8 @@ def _of_variant(
     experts = [one["experts_per_token"] for one in losses.values()]
     visited = statistics.fmean(experts) if experts else None
     width = 4 if run.train.precision == "fp32" else 2
-    tokens = settings.speed.rows * (settings.speed.context + settings.speed.new_tokens)
-    cache = cache_bytes_per_token(run.model, width, run.attention.arguments)
+    length = settings.speed.context + settings.speed.new_tokens
+    row = cache_bytes(run.model, width, length, run.attention.arguments)
     seconds = [outcomes[cell.name].seconds for cell in done]
     return {
         "variant": variant,
@@ -185,7 +185,7 @@ def _of_variant(
         "flops_per_token": None
         if visited is None
         else flops_per_token(run.model, visited, run.train.seq_len, run.attention.arguments) / 3,
-        "memory_bytes": count.total * width + tokens * cache,
+        "memory_bytes": count.total * width + settings.speed.rows * row,
         "training_memory_bytes": planned_memory(run, cells[0].num_ranks).total,
         "seconds_per_run": _mean(seconds),
         "speed": None,

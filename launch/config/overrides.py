@@ -6,6 +6,7 @@ import re
 import shlex
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 
@@ -13,6 +14,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
     data = OmegaConf.to_container(config, resolve=True)
     assert isinstance(data, dict)
     return data
+
+
+def typed_overrides() -> list[str]:
+    """What this command was started with, as it was typed; nothing outside of one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def quoted(value: object) -> str:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from launch.command.messages import print_result
-from launch.config.overrides import plain
+from launch.config.overrides import plain, typed_overrides
 from launch.config.parse import world_size
 from launch.dashboard import vega
 from launch.dashboard.panels import (
@@ -182,7 +181,7 @@ def read(config: DictConfig) -> tuple[DashboardConfig, Any]:
         )
 
     # With a run they would contradict its config, and be ignored without a word.
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    overrides = typed_overrides()
     foreign = [override for override in overrides if override.split("=")[0].lstrip("+~") not in own]
     if foreign:
         raise ValueError(f"run={settings.run} has a config of its own; drop {', '.join(foreign)}")

@@ -41,6 +41,17 @@ class Paging(NamedTuple):
     """[B] int64, tokens of each row with the new ones, which are the last S of them."""
     fresh: bool
     """The new tokens are all there is: they attend to each other, as in training."""
+    regions: torch.Tensor | None = None
+    """[B] int64, where a bounded cache keeps tokens of each row that is not idle; None: there is
+    none, or every row is idle.
+    """
+
+    def rows(self, page_size: int) -> torch.Tensor:
+        """[B, P * page_size] int64: where each token of a row is in a pool whose pages follow each
+        other.
+        """
+        place = torch.arange(page_size, device=self.pages.device)
+        return (self.pages.unsqueeze(2) * page_size + place).flatten(1)
 
     def visible(self, num_new: int, page_size: int, window: int | None = None) -> torch.Tensor:
         """[B, 1, S, P * page_size] bool: what each of the last S = num_new tokens may see, of a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -120,6 +122,15 @@ class LivePages:
         live = LivePages(num_pages, num_pages, device)
         live.place.copy_(torch.arange(num_pages))
         return live
+
+
+class Regions(NamedTuple):
+    """What a bounded cache has room for, beside its pages of entries."""
+
+    number: int
+    """Documents at a time."""
+    max_blocks: int
+    """Blocks of a document at most."""
 
 
 class KVPages(Pages):

@@ -195,6 +195,8 @@ class Entries(NamedTuple):
     """[M, c] of packed rows, or of a cache [B, E, c]."""
     index_keys: torch.Tensor | None
     """[M, w] or [B, E, w]; None where nobody asks."""
+    rows: torch.Tensor | None = None
+    """[B, E] int64, where both are in pools [n, ...]; None: they are as above."""
 
 
 class Choice(NamedTuple):
@@ -366,14 +368,15 @@ class CompressedAttention(nn.Module):
         """
         made: Entries | None = None
         if held.entries is not None:
-            made = self._made(Entries(held.entries, held.index_keys), layout)
+            made = self._made(Entries(held.entries, held.index_keys, held.rows), layout)
         elif self.layer.maker is not None:
             made = layout.entries[self.layer.maker]
         chosen = None
         if choice is not None and self.indexer is not None:
             assert made is not None and made.index_keys is not None
             chosen = choose_held(
-                choice.queries, made.index_keys, choice.weights, held.position, self.spec
+                *(choice.queries, made.index_keys, choice.weights, held.position, self.spec),
+                made.rows,
             )
             self._chose(choice._replace(chosen=chosen), layout)
         elif choice is not None:
@@ -381,6 +384,7 @@ class CompressedAttention(nn.Module):
         return attend_held(
             *(q, held.kv, held.kv_position, None if made is None else made.entries),
             *(chosen, self.sinks, held.position, self.spec),
+            None if made is None else made.rows,
         )
 
     def _made(self, made: Entries, layout: SequenceLayout) -> Entries:

@@ -41,6 +41,10 @@ class Held(NamedTuple):
     entries: torch.Tensor | None
     index_keys: torch.Tensor | None
     position: torch.Tensor
+    rows: torch.Tensor | None = None
+    """[B, E] int64, where entries and index keys are in pools [n, ...]; None: there are no
+    pools.
+    """
 
 
 class CompressedCache(LayerCache):
@@ -197,16 +201,20 @@ class CompressedPages(Pages):
         seen = torch.arange(1 - self.spec.window, new, device=device)
         kv_position = begun + seen
         kv = self.kv[self._of_tokens(paging, kv_position.clamp(0, total - 1))]
-        entries = index_keys = None
-        if self.spec.ratio:
-            number = torch.arange(total // self.spec.ratio, device=device)
-            last = ((number + 1) * self.spec.ratio - 1).expand(len(begun), -1)
-            page, place = self._at(paging, last)
-            at = page, place // self.spec.ratio
-            entries = self.entries[at]
-            index_keys = self.index_keys[at] if self.index_keys.shape[-1] else None
         position = (begun + torch.arange(new, device=device)).clamp_min(0)
-        return Held(kv, kv_position, entries, index_keys, position)
+        if not self.spec.ratio:
+            return Held(kv, kv_position, None, None, position)
+        number = torch.arange(total // self.spec.ratio, device=device)
+        last = ((number + 1) * self.spec.ratio - 1).expand(len(begun), -1)
+        page, place = self._at(paging, last)
+        return Held(
+            kv,
+            kv_position,
+            self.entries.flatten(0, 1),
+            self.index_keys.flatten(0, 1) if self.index_keys.shape[-1] else None,
+            position,
+            page * self.places + place // self.spec.ratio,
+        )
 
     def _at(self, paging: Paging, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, n] positions -> their pages, and their places in these."""

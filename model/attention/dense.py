@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.attention.base import AttentionSums, SequenceLayout, has_varlen_kernel
-from model.attention.cache import KVCache, KVPages, LayerCache
+from model.attention.cache import KVCache, KVPages, LayerCache, Pages
 from model.config import ModelConfig
 from model.layers import RMSNorm, RowLinear, apply_rotary
 from model.parallel.deal import Run
@@ -82,7 +82,7 @@ class DenseAttention(nn.Module):
 
     def new_pages(
         self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> KVPages:
+    ) -> Pages:
         return KVPages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype, device)
 
     def forward(

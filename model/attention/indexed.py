@@ -4,11 +4,13 @@ projections (ops/index_attention).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from model.attention.base import STATS, AttentionSums, SequenceLayout
-from model.attention.cache import KVCache, KVPages, LayerCache
+from model.attention.cache import KVCache, KVPages, LayerCache, Pages
 from model.attention.config.indexed import IndexedAttentionConfig
 from model.attention.dense import DenseAttention
 from model.config import ModelConfig
@@ -92,8 +94,8 @@ class Indexer(nn.Module):
         )
 
     def of_cache(self, held: torch.Tensor, rotary_dim: int) -> torch.Tensor:
-        """held [B, N, w] of tokens from a document's first one on -> keys as attend_cached takes
-        them.
+        """held [B, N, w] of tokens from a document's first one on, of single tokens' keys in any
+        shape -> keys as attend_cached takes them.
         """
         if not self.spec.pools_keys:
             return held
@@ -154,7 +156,7 @@ class IndexedAttention(DenseAttention):
 
     def new_pages(
         self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> KVPages:
+    ) -> Pages:
         if self.indexer is None:
             return super().new_pages(num_pages, page_size, dtype, device)
         return IndexedKVPages(
@@ -190,17 +192,19 @@ class IndexedAttention(DenseAttention):
                 self.indexer.token_keys(hidden, layout.cos, layout.sin), layout.paging.slots
             )
             if not layout.paging.fresh:
-                pages = layout.paging.pages
-                out = self._attend_held(
-                    hidden, q, *cache.read(pages), cache.read_index(pages), layout
-                )
+                pools = [pool.flatten(0, 1) for pool in cache.tensors()]
+                paging, size = layout.paging, cache.page_size
+                rows = layout.shared(f"rows of pages of {size}", lambda: paging.rows(size))
+                if self.spec.pools_keys:
+                    pools[2] = cache.read_index(paging.pages)
+                out = self._attend_held(hidden, q, pools, layout, rows)
                 return self.o_proj(out.flatten(2)), _nothing(out)
         elif isinstance(cache, IndexedKVCache):
             began = cache.length
             keys, values = cache.append(k, v)
             held = cache.append_index(self.indexer.token_keys(hidden, layout.cos, layout.sin))
             if began:
-                out = self._attend_held(hidden, q, keys, values, held, layout, began)
+                out = self._attend_held(hidden, q, [keys, values, held], layout, began=began)
                 return self.o_proj(out.flatten(2)), _nothing(out)
         elif cache is not None:
             raise TypeError(
@@ -241,18 +245,21 @@ class IndexedAttention(DenseAttention):
         self,
         hidden: torch.Tensor,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        index_keys: torch.Tensor,
+        held: Sequence[torch.Tensor],
         layout: SequenceLayout,
-        began: int | None = None,
+        rows: torch.Tensor | None = None,
+        began: int = 0,
     ) -> torch.Tensor:
-        """The last S tokens [B, S, ...] of every row against all of it. began: tokens before them;
-        None: what the pages say.
+        """The last S tokens [B, S, ...] of every row against all of it.
+
+        Args:
+            held: keys, values, index keys, of rows or with `rows` of pools, as attend_cached takes
+                them, but for what index keys of blocks are made of.
+            began: tokens before them; with pools their lengths say it.
         """
         assert self.indexer is not None
         new = torch.arange(q.shape[1], device=q.device)
-        if began is not None:
+        if rows is None:
             position = (began + new).expand(q.shape[0], -1)
         else:
             assert layout.paging is not None
@@ -260,8 +267,11 @@ class IndexedAttention(DenseAttention):
             position = layout.paging.lengths.unsqueeze(1) - q.shape[1] + new
             position = position.clamp_min(0)
         queries, weights = self.indexer.queries(hidden, layout.cos, layout.sin)
+        keys, values, index_keys = held
         index_keys = self.indexer.of_cache(index_keys, self.rotary_size)
-        return attend_cached(q, keys, values, queries, index_keys, weights, position, self.spec)
+        return attend_cached(
+            q, keys, values, queries, index_keys, weights, position, self.spec, rows
+        )
 
     def _measure(
         self,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.attention.base import STATS, AttentionSums, SequenceLayout
-from model.attention.cache import KVCache, KVPages, LayerCache
+from model.attention.base import STATS, AttentionSums, Paging, SequenceLayout
+from model.attention.cache import KVCache, KVPages, LayerCache, Pages, Regions
 from model.attention.config.sparse import SparseAttentionConfig
 from model.attention.dense import DenseAttention
 from model.attention.indexed import Indexer
@@ -31,7 +31,8 @@ from ops.sparse_attention import (
 from ops.sparse_attention.audit import audit_rows
 from ops.sparse_attention.cache import EntryCache, EntryPages, Weigh
 from ops.sparse_attention.ranking import union_counts
-from ops.sparse_attention.resident import Kept, ResidentCache, select_resident
+from ops.sparse_attention.resident import Kept, Residence, select_resident
+from ops.sparse_attention.resident_cache import NewTokens, ResidentCache, ResidentPages
 
 UNION_TILE = 16
 """Queries of a tile of the union factor: what a kernel's tile of 128 rows holds at eight heads a
@@ -161,44 +162,40 @@ class SparseAttention(DenseAttention):
         )
 
     def new_pages(
-        self, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> KVPages:
-        """Raises ValueError where a page is not one of its blocks, or not all of them stay."""
+        self,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        regions: Regions | None = None,
+    ) -> Pages:
+        """regions: of a bounded cache. Raises ValueError where a page is not one of its blocks."""
         if not self.is_sparse:
             return super().new_pages(num_pages, page_size, dtype, device)
-        if self.spec.resident_blocks is not None:
-            raise ValueError(
-                f"attention.resident_blocks {self.spec.resident_blocks} evicts for each key/value "
-                "head of a document, and requests of the batched engine share pages; give one "
-                "prompt to launch.generate, or set attention.resident_blocks=null"
-            )
         if page_size != self.spec.block_size:
             raise ValueError(
                 f"page_size {page_size} must be attention.block_size {self.spec.block_size}"
             )
-        return SparseKVPages(
-            self.spec,
-            num_pages,
-            self.num_kv_heads,
-            self.head_dim,
-            dtype,
-            device,
-            None if self.entry_weights is None else self._pool_logits,
-            self.index_width,
-        )
+        weigh = None if self.entry_weights is None else self._pool_logits
+        shape = (self.num_kv_heads, self.head_dim)
+        if self.spec.resident_blocks is not None:
+            assert regions is not None
+            held = ResidentPages(self.spec, num_pages, *regions, *shape, dtype, device, weigh)
+            return ResidentKVPages(held, num_pages)
+        return SparseKVPages(self.spec, num_pages, *shape, dtype, device, weigh, self.index_width)
 
     def forward(
         self,
         hidden: torch.Tensor,
         layout: SequenceLayout,
-        cache: KVCache | KVPages | ResidentKVCache | None = None,
+        cache: KVCache | KVPages | ResidentKVCache | ResidentKVPages | None = None,
     ) -> tuple[torch.Tensor, AttentionSums | None]:
         """hidden [B, S, D] -> [B, S, D], and the layer's sums unless it is a dense layer."""
         if not self.is_sparse:
-            assert not isinstance(cache, ResidentKVCache)
+            assert not isinstance(cache, ResidentKVCache | ResidentKVPages)
             return super().forward(hidden, layout, cache)
         q, k, v = self._project(hidden, layout)
-        if isinstance(cache, ResidentKVCache):
+        if isinstance(cache, ResidentKVCache | ResidentKVPages):
             out = self._attend_resident(hidden, q, k, v, layout, cache)
             return self.o_proj(out.flatten(2)), AttentionSums(
                 out.new_zeros((), dtype=torch.float32), _no_stats(out)
@@ -402,7 +399,8 @@ class SparseAttention(DenseAttention):
         selected = choice.selected if choice is not None and self.chooses_by_index else None
         kept = None
         if self.spec.resident_blocks is not None:
-            kept = self._kept(q, k, v, pool_logits, layout, layout.measure)
+            entries = pool_entries(q, k, v, layout.cu_seqlens, self.spec, pool_logits)
+            kept = select_resident(q, entries, _bounds(layout), self.spec, layout.measure)
             selected = kept.selected
         attended = sparse_attention(
             q,
@@ -422,19 +420,6 @@ class SparseAttention(DenseAttention):
             q, k, v, attended, bias, layout, pool_logits=pool_logits, choice=choice, kept=kept
         )
 
-    def _kept(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        pool_logits: torch.Tensor | None,
-        layout: SequenceLayout,
-        lists: bool,
-    ) -> Kept:
-        """What packed rows select among their resident blocks."""
-        entries = pool_entries(q, k, v, layout.cu_seqlens, self.spec, pool_logits)
-        return select_resident(q, entries, _bounds(layout), self.spec, lists)
-
     def _attend_resident(
         self,
         hidden: torch.Tensor,
@@ -442,39 +427,45 @@ class SparseAttention(DenseAttention):
         k: torch.Tensor,
         v: torch.Tensor,
         layout: SequenceLayout,
-        cache: ResidentKVCache,
+        cache: ResidentKVCache | ResidentKVPages,
     ) -> torch.Tensor:
-        """Tokens [B, S, ...] with a bounded cache: a prompt at once, others one after the other."""
-        held = cache.held
+        """Tokens [B, S, ...] with a bounded cache, the first ones of documents at once."""
         if self.step < self.dense_steps:
             raise ValueError(
                 f"attention.resident_blocks {self.spec.resident_blocks} bounds the cache, and the "
                 f"layers still attend densely (attention.dense_steps {self.dense_steps}): train "
                 "further, or set attention.resident_blocks=null"
             )
-        if not held.length:
-            flat = [x.flatten(0, 1) for x in (q, k, v)]
-            logits = None if self.entry_weights is None else self._pool_logits(flat[2])
-            kept = self._kept(flat[0], flat[1], flat[2], logits, layout, False)
-            held.fill(k, v, kept.left)
-            bias = self._bias(hidden)
-            out = sparse_attention(
-                flat[0],
-                flat[1],
-                flat[2],
-                layout.cu_seqlens,
-                self.spec,
-                bias=None if bias is None else bias.flatten(0, 1),
-                sink=self._sink_logits(),
-                pool_logits=logits,
-                selected=kept.selected,
-            ).out
-            return out.view_as(q)
-        outs = []
-        for i in range(q.shape[1]):
-            held.append(k[:, i], v[:, i])
-            outs.append(held.attend(q[:, i], self._bias(hidden[:, i]), self._sink_logits())[0])
-        return torch.stack(outs, 1)
+        bias, sink = self._bias(hidden), self._sink_logits()
+        if isinstance(cache, ResidentKVPages):
+            cache.held.spec = self.spec  # of which top_k may have been changed
+            if not _paging(layout).fresh:
+                return cache.held.extend(q, k, v, _new_tokens(layout), bias, sink)
+        elif cache.length:
+            return cache.held.extend(q, k, v, bias, sink)
+
+        # Padding behind a document is a document of its own: its queries choose nothing that stays.
+        cu_seqlens, bounds = _own_documents(layout)
+        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+        logits = None if self.entry_weights is None else self._pool_logits(values)
+        entries = pool_entries(queries, keys, values, cu_seqlens, self.spec, logits)
+        kept = select_resident(queries, entries, bounds, self.spec)
+        if isinstance(cache, ResidentKVPages):
+            cache.begin(keys, values, kept.left[::2], bounds, _paging(layout))
+        else:
+            cache.held.fill(k, v, kept.left)
+        out = sparse_attention(
+            queries,
+            keys,
+            values,
+            cu_seqlens,
+            self.spec,
+            bias=None if bias is None else bias.flatten(0, 1),
+            sink=sink,
+            pool_logits=logits,
+            selected=kept.selected,
+        ).out
+        return out.view_as(q)
 
     def _gated(
         self,
@@ -746,6 +737,45 @@ class ResidentKVCache(LayerCache):
         return self.held.length
 
 
+class ResidentKVPages(Pages):
+    """A bounded cache of many documents: pages hold the entries of blocks alone, and tokens are in
+    the regions of the documents.
+    """
+
+    def __init__(self, held: ResidentPages, num_pages: int):
+        super().__init__(num_pages, held.spec.block_size)
+        self.held = held
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.held.tensors()
+
+    def clear(self, pages: list[int]) -> None:
+        """Of entries: rooms are wiped when blocks get them."""
+        for pooled in self.held.entries:
+            pooled[pages] = 0
+
+    def begin(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        left: list[Residence],
+        bounds: list[int],
+        paging: Paging,
+    ) -> None:
+        """Store the first tokens [T, Hk, d] of documents, each with padding behind it. left: of the
+        documents; bounds: where documents and their padding begin, and T.
+        """
+        if paging.regions is None:
+            return
+        begins, ends = bounds[:-1:2], bounds[1::2]
+        for region, begin, end, one in zip(
+            paging.regions.tolist(), begins, ends, left, strict=True
+        ):
+            # the page of a complete block is that of its last token
+            last = paging.slots[begin + self.page_size - 1 : end : self.page_size]
+            self.held.fill(region, last // self.page_size, k[begin:end], v[begin:end], one)
+
+
 class SparseKVPages(KVPages):
     """Keys, values and the pooled entries of the pages that are full; a page is a block. With an
     index also its keys [num_pages, block_size, index_width].
@@ -798,6 +828,46 @@ def _bounds(layout: SequenceLayout) -> list[int]:
     """Where documents begin, and the number of tokens."""
     bounds: list[int] = layout.shared("bounds", lambda: layout.cu_seqlens.cpu()).tolist()
     return bounds
+
+
+def _paging(layout: SequenceLayout) -> Paging:
+    assert layout.paging is not None
+    return layout.paging
+
+
+def _own_documents(layout: SequenceLayout) -> tuple[torch.Tensor, list[int]]:
+    """cu_seqlens and bounds of documents; where these have pages, each with its padding behind it
+    as one more.
+    """
+    paging, bounds = layout.paging, _bounds(layout)
+    if paging is None:
+        return layout.cu_seqlens, bounds
+
+    def apart() -> tuple[torch.Tensor, list[int]]:
+        lengths = paging.lengths.tolist()
+        both = zip(bounds, lengths, strict=False)
+        found = [place for begin, number in both for place in (begin, begin + number)]
+        found.append(bounds[-1])
+        return torch.tensor(found, dtype=torch.int32, device=layout.cu_seqlens.device), found
+
+    return layout.shared("documents and padding", apart)
+
+
+def _new_tokens(layout: SequenceLayout) -> NewTokens:
+    """Of a pass that continues pages, on the host."""
+    paging = _paging(layout)
+
+    def told() -> NewTokens:
+        lengths: list[int] = paging.lengths.tolist()
+        width = len(paging.slots) // len(lengths)
+        numbers = [width] * len(lengths)
+        if layout.token_mask is not None:
+            numbers = layout.token_mask.view(len(lengths), width).sum(1).tolist()
+        if paging.regions is None:
+            return NewTokens([0] * len(lengths), paging.pages, lengths, [0] * len(lengths))
+        return NewTokens(paging.regions.tolist(), paging.pages, lengths, numbers)
+
+    return layout.shared("new tokens", told)
 
 
 def _no_stats(like: torch.Tensor) -> torch.Tensor:

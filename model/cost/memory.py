@@ -32,6 +32,8 @@ from ops.sparse_attention.spec import SparseAttentionSpec
 
 LOGIT_BYTES = 12
 """Per logit at the peak of backward: the fp32 log-softmax and two fp32 gradients."""
+RESIDENCE_BYTES = 13
+"""Of a block and key/value head in a bounded cache: whether it stays, its mass, where it is."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,23 @@ def cache_bytes_per_token(
     return int((config.num_layers * values + index) * width)
 
 
+def cache_growth(
+    config: ModelConfig, width: int, attention: Mapping[str, Any] | None = None
+) -> int:
+    """What each further token of a long document adds to the caches of all layers: where they are
+    bounded, its share of the entries of sparse layers; else as cache_bytes_per_token.
+
+    width, attention: as cache_bytes_per_token takes them.
+    """
+    if attention is None or attention.get("resident_blocks") is None:
+        return cache_bytes_per_token(config, width, attention)
+    sparse = len(sparse_layers(config.num_layers, attention))
+    head = config.num_kv_heads * config.attention_head_dim * width
+    entries = 3 * head / attention["coarse_block_size"]
+    states = config.num_kv_heads * RESIDENCE_BYTES / attention["block_size"]
+    return int((config.num_layers - sparse) * 2 * head + sparse * (entries + states))
+
+
 def cache_bytes(
     config: ModelConfig, width: int, length: int, attention: Mapping[str, Any] | None = None
 ) -> int:
@@ -277,6 +296,7 @@ def cache_bytes(
         spec = SparseAttentionSpec(**{n: v for n, v in attention.items() if n in names})
         kept = min(spec.resident_slots, -(-length // block)) * block
         found -= layers * 2 * head * (length - kept)
+        found += layers * config.num_kv_heads * RESIDENCE_BYTES * -(-length // block)
     return int(found)
 
 

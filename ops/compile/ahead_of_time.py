@@ -227,14 +227,15 @@ def gather_attention_launches(
     num_kv_heads: int,
     head_dim: int,
     span: int,
-    top_k: int,
+    top_k: int | None,
     dtype: torch.dtype = torch.bfloat16,
     by_head: bool = False,
     window: bool = False,
     shared: bool = False,
 ) -> list[Launch]:
-    """What a forward and backward of 512 tokens would start. by_head: every key/value head chooses;
-    shared: keys are values, and heads have sinks.
+    """What a forward and backward of 512 tokens would start. top_k: None where nothing chooses and
+    the first spans are seen; by_head: every key/value head chooses; shared: keys are values, and
+    heads have sinks.
     """
     from ops.gather_attention import triton_backend
     from ops.gather_attention.problem import Gather
@@ -243,22 +244,26 @@ def gather_attention_launches(
     q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
     k = torch.zeros(2 * num_tokens, num_kv_heads, head_dim, dtype=dtype)
     of_tokens = torch.zeros(num_tokens, dtype=torch.int32)
-    choices = num_kv_heads if by_head else 1
+    chosen = None
+    if top_k is not None:
+        chosen = torch.full((num_kv_heads if by_head else 1, num_tokens, top_k), -1).int()
     problem = Gather(
         q=q,
         k=k,
         v=None if shared else k,
-        chosen=torch.full((choices, num_tokens, top_k), -1, dtype=torch.int32),
+        chosen=chosen,
         base=of_tokens,
         span=span,
         own_row=num_tokens if shared else 0,
         window_start=of_tokens if window else None,
         sink=torch.zeros(num_heads) if shared else None,
+        first=of_tokens if top_k is None else None,
     )
     lse = torch.zeros(num_tokens, num_heads)
     with record_launches(architecture) as launches:
         triton_backend.attend(problem, q, lse, 0, num_tokens)
-        triton_backend.masses(problem, lse, 0, num_tokens)
+        if chosen is not None:
+            triton_backend.masses(problem, lse, 0, num_tokens)
         triton_backend.attend_backward(problem, out=q, lse=lse, dout=q)
     return launches
 
@@ -293,6 +298,84 @@ def index_attention_launches(
         scores = triton_backend.block_scores(tile, with_best=True)
         chosen = triton_backend.largest(scores.values, spec.top_k)
         triton_backend.add_grads(tile, chosen.zero_(), chosen.float(), into)
+    return launches
+
+
+def teaching_launches(
+    architecture: int,
+    spec: SparseAttentionSpec,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = False,
+) -> list[Launch]:
+    """What teaches an index inside sparse attention would start of 512 tokens, but for what
+    index_attention_launches has.
+    """
+    from ops.index_attention import triton_backend
+    from ops.sparse_attention.entries import CoarseEntries
+
+    num_tokens, number = 512, 512 // spec.block_size
+    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
+    lse = torch.zeros(num_tokens, num_heads)
+    pooled = q.new_zeros(num_kv_heads, number * spec.entries_per_block, head_dim)
+    candidates = torch.zeros(num_tokens, dtype=torch.int32)
+    entries, of_rows = CoarseEntries(pooled, pooled, pooled), lse if bias else None
+    with record_launches(architecture) as launches:
+        masses = triton_backend.entry_masses(
+            q, entries, of_rows, lse, candidates, 0, 0, number, spec
+        )
+        weights = lse[:, 0] if bias else None
+        triton_backend.divergences(masses, masses, candidates, weights, True)
+    return launches
+
+
+def decoding_launches(
+    architecture: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    by_head: bool = False,
+    shared: bool = False,
+    num_tokens: int = 4,
+) -> list[Launch]:
+    """What attention of so many new tokens to 512 listed rows would start. by_head: every key/value
+    head has its own; shared: keys are values, a second pool has a window, and heads have sinks.
+    """
+    from ops.gather_attention import triton_backend
+    from ops.gather_attention.problem import Lookup, Source
+
+    q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
+    k = torch.zeros(512, num_kv_heads, head_dim, dtype=dtype)
+    rows = torch.zeros(num_kv_heads if by_head else 1, num_tokens, 512, dtype=torch.int32)
+    source = Source(k, None if shared else k, rows)
+    problem = Lookup(q, (source,))
+    if shared:
+        problem = Lookup(q, (source, source._replace(rows=rows[..., :128])), torch.zeros(num_heads))
+    with record_launches(architecture) as launches:
+        triton_backend.look_up(problem)
+    return launches
+
+
+def held_scores_launches(
+    architecture: int,
+    spec: IndexSpec,
+    num_heads: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    weighted: bool = False,
+    new: int = 1,
+) -> list[Launch]:
+    """What the scores of so many new tokens of four rows, of 512 keys each, would start."""
+    from ops.index_attention import triton_backend
+
+    queries = torch.zeros(4, new, num_heads, width, dtype=dtype)
+    rows, keys = torch.zeros(4, 512, dtype=torch.int64), torch.zeros(512, width, dtype=dtype)
+    weights = queries[..., 0] if weighted else None
+    with record_launches(architecture) as launches:
+        triton_backend.held_scores(queries, keys, weights, rows, rows[:, :new], spec)
     return launches
 
 
@@ -488,8 +571,25 @@ def gather_attention_jobs(architecture: int) -> Iterator[Job]:
         top_k=16,
         by_head=True,
     )
+    # what teaches an index inside sparse attention
+    for head_dim in (64, 128, 256):
+        yield from record(
+            f"d{head_dim} G8 blocks of 64",
+            *(16, 2, head_dim),
+            every[3:4],
+            span=64,
+            top_k=16,
+            by_head=True,
+        )
     yield from record(
         "d512 G64 entries", 64, 1, 512, every, span=1, top_k=512, window=True, shared=True
+    )
+    all_of_them: dict[str, Any] = {"span": 1, "top_k": None, "window": True, "shared": True}
+    not_keys = (*heavy[:2], "mark_rows")
+    yield from record("d512 G64 all entries", 64, 1, 512, not_keys, **all_of_them)
+    yield from record("d128 G8 all entries", 8, 1, 128, not_keys, **all_of_them)
+    yield from record(
+        "d128 G8 all entries fp32", 8, 1, 128, not_keys, **all_of_them, dtype=torch.float32
     )
 
 
@@ -518,6 +618,77 @@ def index_attention_jobs(architecture: int) -> Iterator[Job]:
     yield from record("w64 I1 one token", tokens, 1, 64, weighted=True, num_tokens=1)
     yield from record("w64 I1 one block", IndexSpec("msa", 64, 16), 1, 64, num_tokens=1)
     yield from record("w128 I4 blocks of 128 fp32", blocks, 4, 128, dtype=torch.float32)
+
+
+def teaching_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of the table: head dimensions, groups, entries of a block and dtypes at the
+    extremes.
+    """
+    from ops.sparse_attention.spec import SparseAttentionSpec
+
+    def record(
+        title: str,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        divergence: bool = False,
+        **settings: Any,
+    ) -> Iterator[Job]:
+        launches = teaching_launches(
+            architecture,
+            SparseAttentionSpec(**settings),
+            *(num_heads, num_kv_heads, head_dim),
+            dtype,
+            bias,
+        )
+        for launch in launches if divergence else launches[:1]:
+            yield job_of(launch, title)
+
+    yield from record("d128 G8 B64", 32, 4, 128, divergence=True)
+    yield from record("d128 G8 B64, no bias", 32, 4, 128, bias=False, divergence=True)
+    yield from record("d64 G4 B64", 16, 4, 64)
+    yield from record("d256 G8 B64", 16, 2, 256)
+    yield from record("d512 G8 B64", 16, 2, 512)
+    yield from record("d128 G16 B128 r8", 16, 1, 128, block_size=128, coarse_block_size=16)
+    yield from record("d128 G64 B64", 64, 1, 128)
+    yield from record("d128 G1 B32 order 0", 2, 2, 128, bias=False, block_size=32, order=0)
+    yield from record("d128 G8 B64 r64 fp16", 32, 4, 128, dtype=torch.float16, coarse_block_size=1)
+    yield from record("d128 G8 fp32", 32, 4, 128, dtype=torch.float32)
+
+
+def decoding_jobs(architecture: int) -> Iterator[Job]:
+    """The shapes of both tables above, as decoding has them."""
+    from ops.index_attention.spec import IndexSpec
+
+    shapes: tuple[tuple[str, tuple[int, int, int], dict[str, Any]], ...] = (
+        ("d128 G8", (32, 4, 128), {}),
+        ("d128 G8 one token", (32, 4, 128), {"num_tokens": 1}),
+        ("d64 G4", (16, 4, 64), {}),
+        ("d128 G8 fp32", (32, 4, 128), {"dtype": torch.float32}),
+        ("d256 G12", (24, 2, 256), {}),
+        ("d128 G16 by head", (64, 4, 128), {"by_head": True}),
+        ("d512 G64 entries", (64, 1, 512), {"shared": True}),
+    )
+    for title, sizes, settings in shapes:
+        for launch in decoding_launches(architecture, *sizes, **settings):
+            yield job_of(launch, title)
+
+    tokens, blocks = IndexSpec("dsa", 1, 2048), IndexSpec("msa", 128, 16)
+    for title, spec, heads, width, settings in (
+        ("w128 I32 tokens", tokens, 32, 128, {"weighted": True}),
+        ("w128 I32 several tokens", tokens, 32, 128, {"weighted": True, "new": 2}),
+        ("w128 I64 entries", IndexSpec("qsa", 4, 512), 64, 128, {"weighted": True}),
+        ("w128 I4 blocks of 4", IndexSpec("qsa", 4, 512), 4, 128, {}),
+        ("w128 I4 blocks of 128", blocks, 4, 128, {}),
+        ("w256 I64 tokens", tokens, 64, 256, {"weighted": True}),
+        ("w256 I4 blocks of 128", blocks, 4, 256, {}),
+        ("w128 I32 fp32", tokens, 32, 128, {"weighted": True, "dtype": torch.float32}),
+        ("w128 I4 blocks of 128 fp32", blocks, 4, 128, {"dtype": torch.float32}),
+    ):
+        for launch in held_scores_launches(architecture, spec, heads, width, **settings):
+            yield job_of(launch, title)
 
 
 def gated_pool_jobs(architecture: int) -> Iterator[Job]:
@@ -596,6 +767,8 @@ def jobs_of(architecture: int) -> dict[str, Job]:
         sparse_attention_jobs(architecture),
         gather_attention_jobs(architecture),
         index_attention_jobs(architecture),
+        teaching_jobs(architecture),
+        decoding_jobs(architecture),
         gated_pool_jobs(architecture),
         grouped_mlp_jobs(architecture),
     ):

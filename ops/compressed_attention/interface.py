@@ -85,7 +85,8 @@ def compressed_attention(
         chosen: [T, K] int32 as the output has them, of another layer whose choice is followed;
             None: the index chooses.
         backend: who chooses entries, attends to them and teaches: "triton" gathers them, "torch"
-            masks the rest; None: see ops.gather_attention.pick_backend. `dense` is for torch.
+            masks the rest; None: see ops.gather_attention.pick_backend. To teach an index all of
+            them is for torch.
 
     Returns:
         CompressedOutput; gradients flow from out to q, kv, entries and sinks, and from the
@@ -100,7 +101,7 @@ def compressed_attention(
     _check(q, kv, entries, index, sinks, bounds, spec, dense or chosen is not None, teach)
     width = 0 if index is None else index.queries.shape[2]
     picked = pick_backend(backend, q.device, q.dtype, q.shape[2], 1, width)
-    gathers = picked == "triton" and not dense
+    gathers = picked == "triton" and not (dense and teach)
     parts: tuple[Tensor | None, ...] = (None, None, None) if index is None else tuple(index)
     followed = None if dense else chosen
     how = tuple(bounds), spec, dense, teach, followed, gathers
@@ -299,12 +300,18 @@ class _Compressed(torch.autograd.Function):
         if picked is None:
             picked = q.new_full((len(q), most), -1, dtype=torch.int32)
         real_sinks = sinks.to(tiles.real)
-        rows: tuple[Tensor | None, Tensor | None] = None, None
+        rows: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None
         if gathers:
-            base, window_start = rows = _rows_to_see(bounds, len(entries), spec, q.device)
-            gather = _gather_of(q, kv, entries, sinks, picked, base, window_start)
-            how = token_mask, teach, followed is None
-            total = _attend_gathered(tiles, gather, out, lse, *how, grads if learns else None)
+            base, window_start, first = rows = _rows_to_see(bounds, spec, dense, q.device)
+            of_query = None if dense else picked
+            gather = _gather_of(q, kv, entries, sinks, of_query, base, window_start, first)
+            if dense:
+                from ops.gather_attention import triton_backend
+
+                triton_backend.attend(gather, out, lse, 0, len(q))
+            else:
+                how = token_mask, teach, followed is None
+                total = _attend_gathered(tiles, gather, out, lse, *how, grads if learns else None)
 
         for tile in () if gathers else tiles.all():
             scores, chosen = None, None
@@ -353,7 +360,7 @@ class _Compressed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dout, dtotal, _ = grads
         q, kv, entries, sinks, *rest = ctx.saved_tensors
-        index, (out, lse, picked, *rows), made = rest[:3], rest[3:8], rest[8:]
+        index, (out, lse, picked, *rows), made = rest[:3], rest[3:9], rest[9:]
         of_index = [
             None if g is None else (g * dtotal).to(x.dtype)
             for g, x in zip(made, index, strict=True)
@@ -364,10 +371,11 @@ class _Compressed(torch.autograd.Function):
         if ctx.gathers:
             from ops.gather_attention import triton_backend
 
-            gather = _gather_of(q, kv, entries, sinks, picked, *rows)
+            gather = _gather_of(q, kv, entries, sinks, None if ctx.dense else picked, *rows)
             found = triton_backend.attend_backward(gather, out, lse, dout.contiguous())
             by_row, number = found.dk[:, 0], gather.own_row
-            return (found.dq, by_row[number:], by_row[:number], found.dsink, *of_index, *none)
+            of_entries = None if entries is None else by_row[:number]
+            return (found.dq, by_row[number:], of_entries, found.dsink, *of_index, *none)
 
         tiles = _Tiles(q, kv, entries, None, ctx.bounds, ctx.spec)
         if index[0] is not None:  # tiles as the forward pass had them
@@ -425,6 +433,7 @@ def _attend_gathered(
     from ops.gather_attention import triton_backend
     from ops.index_attention.triton_backend import Gradients, block_scores, choose
 
+    assert gather.chosen is not None
     total = lse.new_zeros(())
     for tile, of_index in tiles.index_tiles():
         scores = None
@@ -454,40 +463,49 @@ def _attend_gathered(
 
 
 def _rows_to_see(
-    bounds: Sequence[int], num_entries: int, spec: CompressedSpec, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(base, window start) of every token as Gather has them: entries can be chosen, tokens after
-    them are the window. The host knows the documents, so this copies to the device: once a call,
-    and backward passes are handed what is made here.
+    bounds: Sequence[int], spec: CompressedSpec, dense: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(base, window start, first) of every token as Gather has them: entries can be chosen, or are
+    all seen as they close, and tokens after them are the window. The host knows the documents, so
+    this copies to the device: once a call, and backward passes are handed what is made here.
     """
     begin = document_starts(bounds, device)
+    token = torch.arange(len(begin), device=device, dtype=torch.int32)
+    window_start = torch.maximum(begin, token - spec.window + 1)
+    if not spec.ratio:
+        return begin, window_start, None
     closed = [(e - b) // spec.ratio for b, e in itertools.pairwise(bounds)]
     firsts = torch.tensor([0, *itertools.accumulate(closed)], dtype=torch.int32)
     base = firsts[:-1].repeat_interleave(torch.tensor(bounds).diff()).to(device)
-    token = torch.arange(len(base), device=device, dtype=torch.int32)
-    return base, num_entries + torch.maximum(begin, token - spec.window + 1)
+    first = (token - begin + 1) // spec.ratio if dense else None
+    return base, window_start + sum(closed), first
 
 
 def _gather_of(
     q: Tensor,
     kv: Tensor,
-    entries: Tensor,
+    entries: Tensor | None,
     sinks: Tensor,
-    picked: Tensor,
+    picked: Tensor | None,
     base: Tensor,
     window_start: Tensor,
+    first: Tensor | None,
 ) -> Gather:
-    """The op as the kernels are asked for it. picked: [T, K] int32; it may be filled in later."""
+    """The op as the kernels are asked for it. picked: [T, K] int32, which may be filled in later;
+    None: nothing chooses.
+    """
+    columns = kv if entries is None else torch.cat((entries, kv))
     return Gather(
         q.contiguous(),
-        torch.cat((entries, kv)).to(q.dtype).unsqueeze(1),
+        columns.to(q.dtype).unsqueeze(1).contiguous(),
         None,
-        picked.unsqueeze(0),
+        None if picked is None else picked.unsqueeze(0),
         base,
         1,
-        len(entries),
+        0 if entries is None else len(entries),
         window_start,
         sinks,
+        first,
     )
 
 

@@ -26,6 +26,7 @@ def pick_backend(
     head_dim: int | None,
     span: int,
     index_width: int = 0,
+    what: str | None = None,
 ) -> str:
     """The back-end of a call; said once.
 
@@ -35,6 +36,7 @@ def pick_backend(
         head_dim: None: rows are chosen or pooled, and others attend to them.
         span: rows that are chosen together.
         index_width: dimensions of a head of the index that chooses; 0: nothing chooses.
+        what: the call in the log's words; None: the attention, choice or pooling that it is.
 
     Raises:
         ValueError: another name, or a span, width or dtype that the kernels cannot take.
@@ -63,7 +65,8 @@ def pick_backend(
         return asked
     if device.type != "cuda":
         return "torch"
-    what = "choice and pooling of rows" if head_dim is None else "attention to chosen rows"
+    if what is None:
+        what = "choice and pooling of rows" if head_dim is None else "attention to chosen rows"
     _announce(f"{what}: {f'plain torch, as {reason}' if reason else 'Triton kernels'}")
     return "torch" if reason else "triton"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.gather_attention.problem import Gather
+from ops.gather_attention.problem import Gather, Lookup
 
 
 def reference_gather(problem: Gather) -> tuple[Tensor, Tensor, Tensor]:
@@ -13,9 +13,14 @@ def reference_gather(problem: Gather) -> tuple[Tensor, Tensor, Tensor]:
     softmax's denominator, and what it gave to every chosen span, summed over the heads that share
     the choice. A row that sees nothing has zeros and -inf.
     """
-    q, k, v, chosen, base, span, own_row, window_start, sink = problem
+    q, k, v, chosen, base, span, own_row, window_start, sink, first_spans = problem
     values = k if v is None else v
-    (num_tokens, num_heads, dim), kv_heads, choices = q.shape, k.shape[1], len(chosen)
+    (num_tokens, num_heads, dim), kv_heads = q.shape, k.shape[1]
+    if chosen is None:
+        most = 0 if first_spans is None else int(first_spans.max()) if num_tokens else 0
+        number = torch.arange(most).expand(1, num_tokens, -1)
+        chosen = number if first_spans is None else number.where(number < first_spans[:, None], -1)
+    choices = len(chosen)
     masses = q.new_zeros(chosen.shape)
     outs, lses = [], []
     for t in range(num_tokens):
@@ -44,3 +49,25 @@ def reference_gather(problem: Gather) -> tuple[Tensor, Tensor, Tensor]:
     if not outs:
         return q * 1, q.new_zeros(shape), masses
     return torch.stack(outs).view(*shape, dim), torch.stack(lses).view(shape), masses
+
+
+def reference_lookup(problem: Lookup) -> Tensor:
+    """[T, H, d]; a query that sees nothing has zeros."""
+    q, sources, sink = problem
+    num_tokens, num_heads, dim = q.shape
+    out = torch.zeros_like(q)
+    for t in range(num_tokens):
+        for head in range(num_heads):
+            logits, values = [q.new_empty(0)], [q.new_zeros(0, dim)]
+            for k, v, rows in sources:
+                kv_head = head * k.shape[1] // num_heads
+                listed = rows[kv_head if len(rows) > 1 else 0, t]
+                listed = listed[listed >= 0].long()
+                logits.append(k[listed, kv_head] @ q[t, head] * dim**-0.5)
+                values.append((k if v is None else v)[listed, kv_head])
+            if sink is not None:
+                logits.append(sink[head : head + 1].to(q.dtype))
+                values.append(q.new_zeros(1, dim))
+            if len(torch.cat(logits)):
+                out[t, head] = torch.cat(logits).softmax(0) @ torch.cat(values)
+    return out

@@ -18,7 +18,8 @@ from ops.gather_attention.kernels.backward import (
     mark_rows_kernel,
 )
 from ops.gather_attention.kernels.forward import gather_attend_kernel, gather_masses_kernel
-from ops.gather_attention.problem import Gather
+from ops.gather_attention.kernels.listed import join_parts_kernel, listed_part_kernel
+from ops.gather_attention.problem import Gather, Lookup
 from ops.sparse_attention.kernels.backward import delta_kernel
 from ops.sparse_attention.kernels.configs import next_power_of_two
 from ops.sparse_attention.kernels.lists import list_kernel
@@ -29,7 +30,13 @@ seen by all later queries, and one program would take long for them.
 """
 MOST_PARTS = 8
 SCRATCH = 2**28
-"""Bytes of words, and of partial sums, at a time; larger calls go in runs of tiles of keys."""
+"""Bytes of words, and of partial sums, at a time; larger calls go in runs of tiles of keys, or of
+queries of decoding.
+"""
+PART_ROWS = 256
+"""Rows of a list that a program takes in decoding. It hangs on nothing, so that neither do the bits
+of a query on the others.
+"""
 
 
 class Grads(NamedTuple):
@@ -45,21 +52,43 @@ class Grads(NamedTuple):
     """[H]; None without sinks."""
 
 
-def _counts(chosen: Tensor) -> Tensor:
-    """How many spans are there: [C, ...] int32."""
-    return (chosen >= 0).sum(-1, dtype=torch.int32)
+def _counts(problem: Gather, start: int, stop: int) -> Tensor:
+    """How many spans each of the queries [start, stop) sees: [C, stop - start] int32."""
+    if problem.chosen is not None:
+        return (problem.chosen[:, start:stop] >= 0).sum(-1, dtype=torch.int32)
+    if problem.first is None:
+        return problem.base.new_zeros((1, stop - start))
+    return problem.first[start:stop].unsqueeze(0)
 
 
-def _shape(problem: Gather) -> tuple[int, int, int, int, bool]:
-    """(T, Hk, G, d, whether every key/value head has its own choice)."""
+class _Shape(NamedTuple):
+    num_tokens: int
+    kv_heads: int
+    group: int
+    dim: int
+    choices: int
+    list_size: int
+    """Spans that a query may choose."""
+
+    @property
+    def by_head(self) -> bool:
+        """Whether every key/value head has its own choice."""
+        return self.choices > 1
+
+
+def _shape(problem: Gather) -> _Shape:
     num_tokens, num_heads, dim = problem.q.shape
     kv_heads = problem.k.shape[1]
-    return num_tokens, kv_heads, num_heads // kv_heads, dim, len(problem.chosen) > 1
+    choices, list_size = 1, 0
+    if problem.chosen is not None:
+        choices, _, list_size = problem.chosen.shape
+    return _Shape(num_tokens, kv_heads, num_heads // kv_heads, dim, choices, list_size)
 
 
 def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> None:
     """Write out [T, H, d] and lse [T, H] fp32 of the queries [start, stop)."""
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, _, list_size = shape
     config = configs.attend_config(dim, group, problem.q.dtype)
     launch(
         gather_attend_kernel,
@@ -68,7 +97,7 @@ def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> 
         problem.k,
         problem.v,
         problem.chosen,
-        _counts(problem.chosen[:, start:stop]),
+        _counts(problem, start, stop),
         problem.base,
         problem.window_start,
         None if problem.sink is None else problem.sink.float(),
@@ -76,7 +105,7 @@ def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> 
         lse,
         start,
         num_tokens,
-        problem.chosen.shape[2],
+        list_size,
         problem.own_row,
         kv_heads,
         dim**-0.5,
@@ -85,7 +114,7 @@ def attend(problem: Gather, out: Tensor, lse: Tensor, start: int, stop: int) -> 
         COLUMNS=config.columns,
         DIM=dim,
         SPAN=problem.span,
-        BY_HEAD=by_head,
+        BY_HEAD=shape.by_head,
         **config.options,
     )
 
@@ -94,8 +123,8 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
     """[C, stop - start, K] fp32: what the softmax of the queries [start, stop) gave to every span
     that they chose, summed over the heads that share the choice; 0 where there is none.
     """
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
-    choices, _, list_size = problem.chosen.shape
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, choices, list_size = shape
     config = configs.masses_config(dim, group, problem.q.dtype)
     found = torch.zeros(
         choices, stop - start, list_size, dtype=torch.float32, device=problem.q.device
@@ -106,7 +135,7 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
         problem.q,
         problem.k,
         problem.chosen,
-        _counts(problem.chosen[:, start:stop]),
+        _counts(problem, start, stop),
         problem.base,
         lse,
         found,
@@ -121,7 +150,7 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
         COLUMNS=config.columns,
         DIM=dim,
         SPAN=problem.span,
-        BY_HEAD=by_head,
+        BY_HEAD=shape.by_head,
         **config.options,
     )
     return found
@@ -129,7 +158,8 @@ def masses(problem: Gather, lse: Tensor, start: int, stop: int) -> Tensor:
 
 def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> Grads:
     """Gradients of all inputs; equal inputs give equal bits. out, dout: [T, H, d]; lse: [T, H]."""
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, _, list_size = shape
     delta = torch.empty_like(lse)
     launch(
         delta_kernel,
@@ -145,7 +175,7 @@ def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> 
     )
 
     config = configs.query_grad_config(dim, group, problem.q.dtype)
-    counts = _counts(problem.chosen)
+    counts = _counts(problem, 0, num_tokens)
     dq = torch.empty_like(problem.q)
     launch(
         gather_query_grad_kernel,
@@ -162,7 +192,7 @@ def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> 
         delta,
         dq,
         num_tokens,
-        problem.chosen.shape[2],
+        list_size,
         problem.own_row,
         kv_heads,
         dim**-0.5,
@@ -171,7 +201,7 @@ def attend_backward(problem: Gather, out: Tensor, lse: Tensor, dout: Tensor) -> 
         COLUMNS=config.columns,
         DIM=dim,
         SPAN=problem.span,
-        BY_HEAD=by_head,
+        BY_HEAD=shape.by_head,
         **config.options,
     )
 
@@ -205,7 +235,7 @@ def _limits(problem: Gather, tile_size: int) -> _Limits:
     high = queries(problem.base, last)
     document = problem.base[(queries(problem.base, first) - 1).clamp_min(0).long()]
     low = torch.searchsorted(problem.base, document, out_int32=True)
-    if problem.own_row:
+    if problem.own_row or (problem.chosen is None and problem.first is None):
         # Tokens come after everything that can be chosen, and are seen in windows alone.
         low = torch.where(first < problem.own_row, low, num_tokens)
         high = torch.where(first < problem.own_row, high, 0)
@@ -221,8 +251,8 @@ def _limits(problem: Gather, tile_size: int) -> _Limits:
 def _key_grads(
     problem: Gather, counts: Tensor, lse: Tensor, dout: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    num_tokens, kv_heads, group, dim, by_head = _shape(problem)
-    choices, _, list_size = problem.chosen.shape
+    shape = _shape(problem)
+    num_tokens, kv_heads, group, dim, choices, list_size = shape
     num_rows, device = len(problem.k), problem.q.device
     config = configs.key_grad_config(dim, problem.q.dtype)
     limits = _limits(problem, config.columns)
@@ -308,10 +338,74 @@ def _key_grads(
             ROWS=config.rows,
             COLUMNS=config.columns,
             DIM=dim,
-            BY_HEAD=by_head,
+            BY_HEAD=shape.by_head,
             **config.options,
         )
         rows = slice(first * config.columns, min((first + number) * config.columns, num_rows))
         summed = partial.sum(3).flatten(2, 3)[:, :, : rows.stop - rows.start]
         grads[:, rows] = summed.transpose(1, 2).to(grads.dtype)
     return grads[0], grads[1] if shares == 2 else None
+
+
+def look_up(problem: Lookup) -> Tensor:
+    """[T, H, d] in the dtype of q; equal inputs give equal bits, whatever other queries there
+    are.
+    """
+    q, sources, sink = problem
+    num_tokens, num_heads, dim = q.shape
+    out = torch.empty_like(q)
+    parts = [-(-source.rows.shape[2] // PART_ROWS) for source in sources]
+    run = max(1, SCRATCH // (4 * num_heads * dim * max(1, sum(parts))))
+    for start in range(0, num_tokens, run):
+        number = min(run, num_tokens - start)
+        acc = torch.empty(
+            *(sum(parts), number, num_heads, dim), dtype=torch.float32, device=q.device
+        )
+        peak, mass = torch.empty_like(acc[..., 0]), torch.empty_like(acc[..., 0])
+        first_part = 0
+        for source, num_parts in zip(sources, parts, strict=True):
+            kv_heads = source.k.shape[1]
+            group = num_heads // kv_heads
+            config = configs.attend_config(dim, group, q.dtype)
+            launch(
+                listed_part_kernel,
+                (number, kv_heads * -(-group // config.rows), num_parts),
+                q,
+                source.k,
+                source.v,
+                source.rows,
+                acc,
+                peak,
+                mass,
+                start,
+                num_tokens,
+                source.rows.shape[2],
+                first_part,
+                kv_heads,
+                dim**-0.5,
+                GROUP=group,
+                HEADS=config.rows,
+                COLUMNS=config.columns,
+                DIM=dim,
+                PART=PART_ROWS,
+                BY_HEAD=len(source.rows) > 1,
+                **config.options,
+            )
+            first_part += num_parts
+        rows = max(1, 2048 // dim)
+        launch(
+            join_parts_kernel,
+            (-(-number * num_heads // rows),),
+            acc,
+            peak,
+            mass,
+            None if sink is None else sink.float(),
+            out[start : start + number],
+            number * num_heads,
+            sum(parts),
+            num_heads,
+            ROWS=rows,
+            DIM=dim,
+            num_warps=4,
+        )
+    return out

@@ -367,6 +367,7 @@ def _attend_gathered(
     from ops.gather_attention import triton_backend
     from ops.index_attention.triton_backend import Gradients, block_scores, choose
 
+    assert gather.chosen is not None
     total = lse.new_zeros(())
     num_chosen = lse.new_zeros((), dtype=torch.int64)
     for document in tiles.documents():

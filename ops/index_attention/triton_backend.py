@@ -1,8 +1,9 @@
-"""Starts the kernels of an index's scores, of the choice among them, and of their gradients.
-Nothing here waits for the device.
+"""Starts the kernels of an index's scores, of the choice among them, of what teaches it inside
+sparse attention, and of the scores' gradients. Nothing here waits for the device.
 
 Shape letters: Q queries of a tile, n keys, C choices, I index heads, w their width, M blocks, K
-blocks that are chosen.
+blocks that are chosen; of sparse attention T tokens, H heads, Hk key/value heads, d head dimension,
+E entries.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from ops.compile.launch import launch
 from ops.index_attention.kernels import configs
 from ops.index_attention.kernels.grads import index_key_grad_kernel, index_query_grad_kernel
 from ops.index_attention.kernels.largest import largest_kernel
-from ops.index_attention.kernels.scores import index_scores_kernel
+from ops.index_attention.kernels.masses import index_divergence_kernel, index_entry_masses_kernel
+from ops.index_attention.kernels.scores import held_scores_kernel, index_scores_kernel
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import ranked
+from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.kernels.configs import next_power_of_two
+from ops.sparse_attention.spec import SparseAttentionSpec
 
 CHUNK_VALUES = 2**24
 """Scores of a tile of queries, which bounds what is needed beside inputs and outputs."""
@@ -101,7 +106,7 @@ def block_scores(tile: IndexTile, with_best: bool = False) -> Scores:
         heads,
         first_position,
         tile.tokens_of_key,
-        _scale(tile),
+        _scale(width, heads, spec),
         BY_HEAD=spec.by_head,
         SPAN=span,
         QUERIES=config.rows,
@@ -111,6 +116,52 @@ def block_scores(tile: IndexTile, with_best: bool = False) -> Scores:
         **config.options,
     )
     return Scores(values, best)
+
+
+def held_scores(
+    queries: Tensor,
+    keys: Tensor,
+    weights: Tensor | None,
+    rows: Tensor,
+    position: Tensor,
+    spec: IndexSpec,
+) -> Tensor:
+    """What tile.block_scores gives, [b, C, S, M] fp32, of keys that are read where they are held.
+
+    Args:
+        queries: [b, S, I, w]; weights: [b, S, I] with weighted heads; position: [b, S] int64.
+        keys: [pool, w], contiguous, in the dtype of the queries; rows: [b, n] int64, where in the
+            pool the keys of a row's document are.
+    """
+    batch, new, heads, width = queries.shape
+    span = spec.block_size if spec.rule == "msa" else 1
+    number, choices = -(-rows.shape[1] // span), heads if spec.by_head else 1
+    values = torch.empty(batch, choices, new, number, dtype=torch.float32, device=queries.device)
+    config = configs.held_config(width, heads, queries.dtype, spec.by_head)
+    launch(
+        held_scores_kernel,
+        (-(-number // max(1, config.columns // span)), batch * new),
+        queries.contiguous(),
+        keys,
+        rows.contiguous(),
+        None if weights is None else weights.contiguous(),
+        position.contiguous(),
+        values,
+        new,
+        rows.shape[1],
+        number,
+        heads,
+        spec.block_size if spec.pools_keys else 1,
+        _scale(width, heads, spec),
+        BY_HEAD=spec.by_head,
+        SPAN=span,
+        HEADS=config.rows,
+        KEYS=config.columns,
+        WIDTH=width,
+        DIM=configs.padded(width),
+        **config.options,
+    )
+    return values
 
 
 def largest(values: Tensor, number: int) -> Tensor:
@@ -140,6 +191,96 @@ def choose(scores: Tensor, position: Tensor, spec: IndexSpec) -> Tensor:
     return largest(scores, spec.top_k)
 
 
+def entry_masses(
+    q: Tensor,
+    entries: CoarseEntries,
+    bias: Tensor | None,
+    lse: Tensor,
+    candidates: Tensor,
+    first_token: int,
+    first_block: int,
+    row_size: int,
+    spec: SparseAttentionSpec,
+) -> Tensor:
+    """What sparse attention's softmax gives to blocks by their entries, summed over the heads of a
+    group: [Hk, Q, row_size] fp32, 0 beyond a query's candidates.
+
+    Args:
+        q: [T, H, d]; entries: [Hk, E, d] in its dtype; bias, lse: [T, H] fp32; all contiguous.
+        candidates: [Q] int32, how many blocks from first_block on each query has; row_size is at
+            least the most of them. The queries are the tokens from first_token on.
+    """
+    _, num_heads, dim = q.shape
+    kv_heads, num_entries = entries.key_mean.shape[:2]
+    group, r = num_heads // kv_heads, spec.entries_per_block
+    config = configs.entry_masses_config(dim, r, q.dtype)
+    heads, blocks = next_power_of_two(group), config.columns // r
+    queries = max(1, config.rows // heads)
+    num_queries = len(candidates)
+    masses = torch.zeros(kv_heads, num_queries, row_size, dtype=torch.float32, device=q.device)
+    launch(
+        index_entry_masses_kernel,
+        (-(-row_size // (blocks * configs.ENTRY_STEPS)), -(-num_queries // queries), kv_heads),
+        q,
+        entries.key_mean,
+        entries.key_var,
+        bias,
+        lse,
+        candidates,
+        masses,
+        first_token,
+        num_queries,
+        first_block * r,
+        num_entries,
+        row_size,
+        kv_heads,
+        dim**-0.5,
+        spec.max_variance,
+        math.log2(spec.coarse_block_size),
+        GROUP=group,
+        QUERIES=queries,
+        HEADS=heads,
+        DIM=dim,
+        ENTRIES=r,
+        BLOCKS=blocks,
+        STEPS=configs.ENTRY_STEPS,
+        ORDER=spec.order,
+        **config.options,
+    )
+    return masses
+
+
+def divergences(
+    scores: Tensor, masses: Tensor, candidates: Tensor, weights: Tensor | None, learns: bool
+) -> Tensor:
+    """[C, Q] fp32: tile.divergence of each query's first `candidates` blocks, times its weight and
+    1 / C. If it learns, their masses become the gradients of their scores.
+
+    Args:
+        scores: [C, Q, M] fp32; masses: [C, Q, M or more] fp32; both contiguous.
+        candidates: [Q] int32; weights: [Q] fp32, None: ones.
+    """
+    choices, num_queries, number = scores.shape
+    found = torch.empty(choices, num_queries, dtype=torch.float32, device=scores.device)
+    launch(
+        index_divergence_kernel,
+        (num_queries, choices),
+        scores,
+        masses,
+        candidates,
+        weights,
+        found,
+        num_queries,
+        number,
+        masses.shape[-1],
+        1.0 / choices,
+        LEARNS=learns,
+        CHUNK=configs.MASSES,
+        num_warps=4,
+    )
+    return found
+
+
 def add_grads(tile: IndexTile, columns: Tensor, grads: Tensor, into: Gradients) -> None:
     """Write the gradients of a tile's queries and weights, and add those of its keys.
 
@@ -149,7 +290,7 @@ def add_grads(tile: IndexTile, columns: Tensor, grads: Tensor, into: Gradients) 
     """
     queries, keys, weights, first_position, spec = tile
     num_queries, heads, width = queries.shape
-    by_head, scale = spec.by_head, _scale(tile)
+    by_head, scale = spec.by_head, _scale(width, heads, spec)
     shape = {"WIDTH": width, "DIM": configs.padded(width), "BY_HEAD": by_head}
     of_choice = 1 if by_head else heads
     config = configs.query_grad_config(width, of_choice, queries.dtype)
@@ -202,7 +343,5 @@ def add_grads(tile: IndexTile, columns: Tensor, grads: Tensor, into: Gradients) 
     )
 
 
-def _scale(tile: IndexTile) -> float:
-    _, heads, width = tile.queries.shape
-    terms = width if tile.spec.by_head else heads * width
-    return math.pow(terms, -0.5)
+def _scale(width: int, heads: int, spec: IndexSpec) -> float:
+    return math.pow(width if spec.by_head else heads * width, -0.5)

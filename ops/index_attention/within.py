@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ops.gather_attention import pick_backend
+from ops.gather_attention import Gather, pick_backend
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import (
     block_scores,
@@ -175,6 +175,7 @@ def teach_index(
     bounds: Sequence[int],
     spec: SparseAttentionSpec,
     token_mask: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """KL divergence in nats of the index's softmax over the candidates from the masses that the
     op's softmax gave them: the exact mass of selected blocks, the estimated mass of the others. So
@@ -183,13 +184,24 @@ def teach_index(
     Args:
         queries: [T, Hk, w]; keys: [T, w], of the index. token_mask: [T] bool, tokens that count;
             None: all.
+        backend: "triton" or "torch"; None: see ops.gather_attention.pick_backend. Kernels take
+            keys and teacher in the dtype of `queries`.
 
     Returns:
         [] fp32 (fp64), mean over key/value heads, summed over the tokens that count; its gradient
         reaches queries and keys alone. Deterministic.
     """
+    taken = pick_backend(
+        backend,
+        queries.device,
+        queries.dtype,
+        teacher.q.shape[2],
+        spec.block_size,
+        queries.shape[2],
+        "what teaches an index inside sparse attention",
+    )
     found: Tensor = _Teach.apply(  # type: ignore[no-untyped-call]
-        queries, keys, teacher, token_mask, tuple(bounds), spec
+        queries, keys, teacher, token_mask, tuple(bounds), spec, taken == "triton"
     )
     return found
 
@@ -300,39 +312,19 @@ def _masses(teacher: Teacher, tile: _Tile, candidates: Tensor, spec: SparseAtten
 
 
 class _Teach(torch.autograd.Function):
-    """apply(queries, keys, teacher, token_mask, bounds, spec) -> []. The gradient is known as soon
-    as the value is, but for a factor: it is computed with it, so that the masses of a tile are made
-    once.
+    """apply(queries, keys, teacher, token_mask, bounds, spec, kernels) -> []. The gradient is known
+    as soon as the value is, but for a factor: it is computed with it, so that the masses of a tile
+    are made once.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        queries, keys, teacher, token_mask, bounds, spec = given
+        queries, keys, teacher, token_mask, bounds, spec, kernels = given
         real = real_dtype(queries.dtype)
         learns = any(ctx.needs_input_grad[:2])
-        total: Tensor = queries.new_zeros((), dtype=real)
         grads = [torch.zeros_like(x, dtype=real) for x in (queries, keys) if learns]
-        by_key = queries.shape[1] + teacher.q.shape[1]
-        for tile in _tiles(bounds, spec, by_key):
-            if not tile.num_blocks:
-                continue
-            parts = queries[tile.rows].to(real), keys[tile.tokens(spec)].to(real)
-            if learns:
-                parts = tuple(x.detach().requires_grad_() for x in parts)
-            candidates = tile.candidates(spec, queries)
-            masses = _masses(teacher, tile, candidates, spec)
-            with own_graph(learns):
-                scores = _scores(*parts, tile, spec)
-                among = candidates.expand_as(scores)
-                by_query = divergence(scores, masses, among).mean(0)
-                if token_mask is not None:
-                    by_query = by_query * token_mask[tile.rows].to(real)
-                share = by_query.sum()
-            total += share.detach()
-            if learns:
-                dqueries, dkeys = torch.autograd.grad(share, parts)
-                grads[0][tile.rows] += dqueries
-                grads[1][tile.tokens(spec)] += dkeys
+        teach = _taught_by_kernels if kernels else _taught
+        total = teach(queries, keys, teacher, token_mask, bounds, spec, grads)
         ctx.save_for_backward(*grads)
         ctx.dtypes = queries.dtype, keys.dtype
         return total
@@ -342,4 +334,141 @@ class _Teach(torch.autograd.Function):
         found = (
             (g * grads[0]).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
+
+
+def _taught(
+    queries: Tensor,
+    keys: Tensor,
+    teacher: Teacher,
+    token_mask: Tensor | None,
+    bounds: Sequence[int],
+    spec: SparseAttentionSpec,
+    grads: list[Tensor],
+) -> Tensor:
+    """[], what teach_index gives. grads: of queries and keys, to which theirs are added; none where
+    nothing learns.
+    """
+    real, learns = real_dtype(queries.dtype), bool(grads)
+    total: Tensor = queries.new_zeros((), dtype=real)
+    by_key = queries.shape[1] + teacher.q.shape[1]
+    for tile in _tiles(bounds, spec, by_key):
+        if not tile.num_blocks:
+            continue
+        parts = queries[tile.rows].to(real), keys[tile.tokens(spec)].to(real)
+        if learns:
+            parts = parts[0].detach().requires_grad_(), parts[1].detach().requires_grad_()
+        candidates = tile.candidates(spec, queries)
+        masses = _masses(teacher, tile, candidates, spec)
+        with own_graph(learns):
+            scores = _scores(*parts, tile, spec)
+            among = candidates.expand_as(scores)
+            by_query = divergence(scores, masses, among).mean(0)
+            if token_mask is not None:
+                by_query = by_query * token_mask[tile.rows].to(real)
+            share = by_query.sum()
+        total += share.detach()
+        if learns:
+            dqueries, dkeys = torch.autograd.grad(share, parts)
+            grads[0][tile.rows] += dqueries
+            grads[1][tile.tokens(spec)] += dkeys
+    return total
+
+
+def _taught_by_kernels(
+    queries: Tensor,
+    keys: Tensor,
+    teacher: Teacher,
+    token_mask: Tensor | None,
+    bounds: Sequence[int],
+    spec: SparseAttentionSpec,
+    grads: list[Tensor],
+) -> Tensor:
+    """As _taught."""
+    from ops.index_attention.triton_backend import (
+        Gradients,
+        IndexTile,
+        add_grads,
+        block_scores,
+        divergences,
+    )
+
+    teacher = _for_kernels(teacher, queries.dtype)
+    queries, keys = queries.contiguous(), keys.to(queries.dtype).contiguous()
+    weights = None if token_mask is None else token_mask.float()
+    total: Tensor = queries.new_zeros((), dtype=torch.float32)
+    sinks = spec.num_sink_blocks
+    for tile in _tiles(bounds, spec, queries.shape[1], True):
+        number = tile.num_blocks - sinks
+        if number <= 0:
+            continue
+        # No query has the first blocks as candidates, so that what the index sees begins behind
+        # them: a query's candidates are the first blocks of that.
+        low, high = candidate_range(tile.position(queries), spec)
+        candidates = (high - low).int()
+        begin = tile.begin + sinks * spec.block_size
+        tokens = slice(begin, tile.tokens(spec).stop)
+        index = IndexTile(queries[tile.rows], keys[tokens], None, tile.start - begin, rule_of(spec))
+        scores = block_scores(index, with_best=bool(grads))
+        masses = _masses_by_kernels(teacher, tile, candidates, spec)
+        of_tile = None if weights is None else weights[tile.rows]
+        total += divergences(scores.values, masses, candidates, of_tile, bool(grads)).sum()
+        if grads:
+            # A block's gradient is that of the key that gave its score.
+            assert scores.best is not None
+            columns = torch.full_like(masses, -1, dtype=torch.int32)
+            place = torch.arange(number, device=queries.device)
+            there = place < candidates.unsqueeze(-1)
+            columns[..., :number] = torch.where(there, scores.best, -1)
+            add_grads(
+                index, columns, masses, Gradients(grads[0][tile.rows], grads[1][tokens], None)
+            )
+    return total
+
+
+def _for_kernels(teacher: Teacher, dtype: torch.dtype) -> Teacher:
+    q, k, entries, selected, lse, bias = teacher
+    return Teacher(
+        q.to(dtype).contiguous(),
+        k.to(dtype).contiguous(),
+        CoarseEntries(*(x.to(dtype).contiguous() for x in entries)),
+        selected,
+        lse.float().contiguous(),
+        None if bias is None else bias.float().contiguous(),
+    )
+
+
+def _masses_by_kernels(
+    teacher: Teacher, tile: _Tile, candidates: Tensor, spec: SparseAttentionSpec
+) -> Tensor:
+    """[Hk, Q, more than the candidates] fp32: what _masses gives, from the first block on that may
+    be one. teacher: as _for_kernels gives it; candidates: [Q] int32, how many each query has.
+    """
+    from ops.gather_attention import triton_backend as gathering
+    from ops.index_attention.triton_backend import entry_masses
+
+    q, k, entries, selected, lse, bias = teacher
+    sinks = spec.num_sink_blocks
+    first, number = tile.first_block + sinks, tile.num_blocks - sinks
+    row_size = number // 16 * 16 + 16
+    masses = entry_masses(q, entries, bias, lse, candidates, tile.start, first, row_size, spec)
+    if not selected.shape[-1]:
+        return masses
+
+    # Selected blocks have exact masses instead. What is not there goes into a column behind the
+    # blocks, which nobody reads.
+    chosen = selected[:, tile.rows] - first
+    chosen = torch.where((chosen < 0) | (chosen >= number), -1, chosen)
+    chosen = chosen.sort(-1, descending=True).values.int()
+    begin = tile.begin + sinks * spec.block_size
+    gather = Gather(
+        q[tile.rows],
+        k,
+        None,
+        chosen,
+        torch.full_like(candidates, begin),
+        spec.block_size,
+        tile.start,
+    )
+    exact = gathering.masses(gather, lse[tile.rows], 0, len(candidates))
+    return masses.scatter_(-1, torch.where(chosen < 0, number, chosen).long(), exact)

@@ -20,10 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.sparse_attention.cache import Weigh, pooled
 from ops.sparse_attention.chunked import real_dtype
 from ops.sparse_attention.entries import CoarseEntries
-from ops.sparse_attention.paged import decode_pages
 from ops.sparse_attention.ranking import block_of_key, rank_keys, rank_values
 from ops.sparse_attention.spec import SMALLEST, SparseAttentionSpec
 
@@ -63,20 +61,35 @@ def cross_boundary(past: Residence, boundary: int, spec: SparseAttentionSpec) ->
     return Residence(taken[..., :-1], past.mass * spec.resident_decay)
 
 
-def candidates_of(resident: Tensor, own: int, spec: SparseAttentionSpec) -> Tensor:
-    """[..., Hk, M] bool: what queries of block `own` may choose. resident: the pool there."""
+def candidates_of(resident: Tensor, own: Tensor, spec: SparseAttentionSpec) -> Tensor:
+    """[..., Hk, M] bool: what queries of block `own` may choose. resident: the pool there; own:
+    int64, [] or [..., 1, 1].
+    """
     block = torch.arange(resident.shape[-1], device=resident.device)
-    local = max(0, own - spec.num_local_blocks + 1)
+    local = (own - spec.num_local_blocks + 1).clamp_min(0)
     since = own // spec.interval_blocks * spec.interval_blocks
-    among = (block >= min(spec.num_sink_blocks, local)) & (block < local)
+    among = (block >= local.clamp_max(spec.num_sink_blocks)) & (block < local)
     return (resident | (block >= since)) & among
 
 
-def _ranked(
-    q: Tensor, entries: CoarseEntries, own: int, spec: SparseAttentionSpec
+def kept_blocks(resident: Tensor, own: Tensor, spec: SparseAttentionSpec) -> Tensor:
+    """[..., Hk, M] bool: blocks whose tokens queries from block `own` on may see. resident, own: as
+    candidates_of takes them.
+    """
+    block = torch.arange(resident.shape[-1], device=resident.device)
+    since = own // spec.interval_blocks * spec.interval_blocks
+    near = own - spec.num_local_blocks + 1
+    forced = (block < spec.num_sink_blocks) | (block >= torch.minimum(near, since))
+    return (resident | forced) & (block <= own)
+
+
+def rank_past(
+    q: Tensor, entries: CoarseEntries, spec: SparseAttentionSpec, there: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rank value and estimated mass [..., M] of the complete past blocks of queries in block `own`.
-    q: [..., G, d]; entries: [..., own * r, d] each.
+    """Rank value and estimated mass [..., M] of the past blocks of queries of one block.
+
+    q: [..., G, d]; entries: [..., M * r, d] each. there: [..., M * r] bool, those of the past,
+        where rows differ in it; None: all. A block that is not there has no mass.
     """
     scale = q.shape[-1] ** -0.5
     mean, _, var = entries
@@ -86,10 +99,13 @@ def _ranked(
         kappa = torch.matmul(q.square() * (0.5 * scale**2), var.transpose(-1, -2))
         kappa = kappa.clamp_(max=spec.max_variance)
         z = z + kappa
-    return rank_values(z, kappa, z.softmax(-1), spec)
+    if there is not None:
+        z = z.masked_fill(~there, float("-inf"))
+    probs = z.softmax(-1)
+    return rank_values(z, kappa, probs if there is None else probs.nan_to_num(0.0), spec)
 
 
-def _best(values: Tensor, candidates: Tensor, spec: SparseAttentionSpec) -> Tensor:
+def best_blocks(values: Tensor, candidates: Tensor, spec: SparseAttentionSpec) -> Tensor:
     """[..., top_k] int64, rising, then -1."""
     block = torch.arange(values.shape[-1], device=values.device)
     keys = rank_keys(values, block.expand_as(values)).masked_fill(~candidates, -1)
@@ -146,9 +162,10 @@ def select_resident(
             queries = q[rows].to(real).unflatten(1, (kv_heads, -1)).transpose(0, 1)
             at = slice(first_block * r, (first_block + own) * r)
             past = CoarseEntries(*(x[:, None, at].to(real) for x in entries))
-            values, mass = _ranked(queries, past, own, spec)
-            among = candidates_of(state.resident, own, spec)[:, :own]
-            chosen = _best(values, among.unsqueeze(1).expand_as(values), spec)
+            values, mass = rank_past(queries, past, spec)
+            here = torch.full((), own, device=q.device)
+            among = candidates_of(state.resident, here, spec)[:, :own]
+            chosen = best_blocks(values, among.unsqueeze(1).expand_as(values), spec)
             selected[:, rows] = torch.where(chosen < 0, -1, chosen + first_block).int()
             if lists:
                 ids = torch.where(among, torch.arange(own, device=q.device), number)
@@ -159,174 +176,3 @@ def select_resident(
         left.append(state)
         first_block += number
     return Kept(selected, could if lists else None, left)
-
-
-class ResidentCache:
-    """Keys and values of one layer while generating, of the resident blocks alone: N rows of equal
-    length, and a pool of slots for each row and key/value head.
-
-    Attributes:
-        keys, values: [N * slots, block_size, Hk, d].
-        entries: [N * max_blocks, Hk, r, d] each, block b of row n at n * max_blocks + b.
-        length: tokens of every row so far.
-    """
-
-    def __init__(
-        self,
-        spec: SparseAttentionSpec,
-        num_rows: int,
-        max_len: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        weigh: Weigh | None = None,
-    ):
-        self.spec, self.weigh = spec, weigh
-        self.num_rows, self.max_len, self.length = num_rows, max_len, 0
-        self.max_blocks = -(-max_len // spec.block_size)
-        self.num_slots = min(spec.resident_slots, self.max_blocks)
-        shape = (num_rows * self.num_slots, spec.block_size, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        by_page = (
-            num_rows * self.max_blocks,
-            num_kv_heads,
-            spec.entries_per_block,
-            head_dim,
-        )
-        self.entries = CoarseEntries(
-            *(torch.zeros(by_page, dtype=dtype, device=device) for _ in CoarseEntries._fields)
-        )
-        by_block = (num_rows, num_kv_heads, self.max_blocks)
-        self.state = new_residence(by_block, device)
-        # Where the tokens of a block are, -1 where they are not.
-        self.places = torch.full(by_block, -1, dtype=torch.int64, device=device)
-        self.pages = torch.arange(num_rows * self.max_blocks, device=device).view(num_rows, -1)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What holds keys, values and entries."""
-        return (self.keys, self.values, *self.entries)
-
-    def _kept(self, own: int) -> Tensor:
-        """[N, Hk, max_blocks] bool: blocks whose tokens queries from block `own` on may see."""
-        block = torch.arange(self.max_blocks, device=self.places.device)
-        since = own // self.spec.interval_blocks * self.spec.interval_blocks
-        near = own - self.spec.num_local_blocks + 1
-        forced = (block < self.spec.num_sink_blocks) | (block >= min(near, since))
-        return (self.state.resident | forced) & (block <= own)
-
-    def _make_room(self, own: int) -> None:
-        """Before the first token of block `own`: evict what it may not see, and give it a slot."""
-        if own and own % self.spec.interval_blocks == 0:
-            self.state = cross_boundary(self.state, own, self.spec)
-        self.places = torch.where(self._kept(own), self.places, -1)
-        used = torch.zeros(
-            (*self.places.shape[:2], self.num_slots + 1),
-            dtype=torch.bool,
-            device=self.places.device,
-        )
-        slots = self.places % self.num_slots
-        used.scatter_(2, torch.where(self.places < 0, self.num_slots, slots), True)
-        # the lowest slot that is free, of which there is one by the number of slots
-        free = used[..., :-1].int().argmin(-1)
-        row = torch.arange(self.num_rows, device=free.device).unsqueeze(1)
-        self.places[:, :, own] = row * self.num_slots + free
-
-    def _check_room(self, number: int) -> None:
-        if self.length + number > self.max_len:
-            text = f"{self.length + number} tokens do not fit the cache of {self.max_len}"
-            raise ValueError(text)
-
-    @torch.no_grad()
-    def fill(self, k: Tensor, v: Tensor, left: list[Residence]) -> None:
-        """Store the first tokens [N, S, Hk, d] of all rows, of which `left` is what select_resident
-        gave. Blocks that they will not see are not kept.
-
-        Raises:
-            ValueError: the cache is full.
-        """
-        self._check_room(k.shape[1])
-        self.length = k.shape[1]
-        size = self.spec.block_size
-        for row, one in enumerate(left):
-            number = one.mass.shape[-1]
-            self.state.resident[row, :, :number] = one.resident
-            self.state.mass[row, :, :number] = one.mass
-        kept = self._kept((self.length - 1) // size)
-        first = self.num_slots * torch.arange(self.num_rows, device=k.device).view(-1, 1, 1)
-        self.places = torch.where(kept, first + kept.long().cumsum(2) - 1, -1)
-        for block, begin in enumerate(range(0, self.length, size)):
-            end = min(begin + size, self.length)
-            of, head = kept[:, :, block].nonzero(as_tuple=True)
-            slot = self.places[of, head, block]
-            for held, new in ((self.keys, k), (self.values, v)):
-                held[slot, : end - begin, head] = new[of, begin:end, head]
-            if end - begin == size:
-                self._pool(block, k[:, begin:end], v[:, begin:end])
-
-    def _pool(self, block: int, k: Tensor, v: Tensor) -> None:
-        """Of the tokens [N, block_size, Hk, d] of a complete block."""
-        keys, values = (x.unflatten(1, (-1, self.spec.coarse_block_size)) for x in (k, v))
-        for held, new in zip(self.entries, pooled(keys, values, self.weigh), strict=True):
-            held[self.pages[:, block]] = new.transpose(1, 2).to(held.dtype)
-
-    @torch.no_grad()
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Store one token [N, Hk, d] of every row.
-
-        Raises:
-            ValueError: the cache is full.
-        """
-        self._check_room(1)
-        own, place = divmod(self.length, self.spec.block_size)
-        if place == 0:
-            self._make_room(own)
-        slot = self.places[:, :, own]
-        head = torch.arange(k.shape[1], device=k.device)
-        self.keys[slot, place, head] = k
-        self.values[slot, place, head] = v
-        self.length += 1
-        if place == self.spec.block_size - 1:
-            whole = (x[slot, :, head].transpose(1, 2) for x in (self.keys, self.values))
-            self._pool(own, *whole)
-
-    @torch.no_grad()
-    def attend(
-        self, q: Tensor, bias: Tensor | None = None, sink: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(out [N, H, d], lse [N, H]) of the queries [N, H, d] of the last tokens, whose masses
-        then count. bias: [N, H]; sink: [H].
-        """
-        spec, own = self.spec, (self.length - 1) // self.spec.block_size
-        kv_heads, real = self.places.shape[1], real_dtype(q.dtype)
-        selected = None
-        if own:
-            rows = q.to(real).unflatten(1, (kv_heads, -1))
-            past = CoarseEntries(
-                *(
-                    x[self.pages[:, :own]].to(real).transpose(1, 2).flatten(2, 3)
-                    for x in self.entries
-                )
-            )
-            values, mass = _ranked(rows, past, own, spec)
-            among = candidates_of(self.state.resident, own, spec)[..., :own]
-            selected = _best(values, among, spec)
-            self.state.mass[..., :own] += mass
-        else:
-            shape = (len(q), kv_heads, spec.top_k)
-            selected = torch.full(shape, -1, dtype=torch.int64, device=q.device)
-        length = torch.full((len(q),), self.length, dtype=torch.int64, device=q.device)
-        return decode_pages(
-            q,
-            self.keys,
-            self.values,
-            self.entries,
-            self.pages,
-            length,
-            spec,
-            bias=bias,
-            sink=sink,
-            selected=selected,
-            places=self.places,
-        )

@@ -445,6 +445,9 @@ def test_what_waits_for_the_host_is_named():
     two = SPARSE | {"num_levels": 2, "fanout": 2, "num_expanded": 1}
     (told,) = waits(model_of(attention=two, experts=static), cpu)
     assert told.startswith("attention.num_levels=2")
+    bounded = SPARSE | {"resident_blocks": 1, "resident_interval": 8}
+    (told,) = waits(model_of(attention=bounded, experts=static), cpu)
+    assert told.startswith("attention.resident_blocks")
     model = model_of(experts=static)
     model.groups = dataclasses.replace(model.groups, expert_size=2)
     (told,) = waits(model, cpu)

@@ -71,6 +71,8 @@ WRONG: dict[str, str] = {
     "parallel=ep3": "did you mean parallel=ep8?",
     "deepspeed=zero4": "deepspeed=zero4 does not exist; did you mean",
     "optim=sgd": "optim=sgd does not exist; choices: adamw",
+    # a setting that nothing reads
+    "budget.kp=1": "nothing reads budget.kp: router=top_k holds no budget; leave it out, or choose",
     # a setting of something else
     "router.budget=2": "router.budget is no setting of router=top_k, but of top_p, threshold,",
     "router.top_p=0.5": "router.top_p",

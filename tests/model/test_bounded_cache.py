@@ -12,7 +12,6 @@ from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig
 from model.cost.memory import cache_bytes, cache_bytes_per_token
 from model.generate import generate
-from model.paging import new_pages
 from model.request import ForwardRequest
 from train.observe.attention import attention_metrics
 
@@ -99,10 +98,8 @@ def test_what_cannot_be_is_refused_in_a_line(settings, words):
     assert len(found) == 1 and words in found[0], found
 
 
-def test_pages_and_dense_steps_are_refused():
+def test_dense_steps_are_refused():
     model = model_of(dense_steps=4).eval()
-    with pytest.raises(ValueError, match="give one prompt to launch"):
-        new_pages(model, 4, 4)
     model.set_step(3)
     with pytest.raises(ValueError, match="still attend densely"):
         model.logits(torch.zeros(1, 8, dtype=torch.long), model.new_caches(1, 8))

@@ -180,9 +180,13 @@ def test_later_tokens_and_other_documents_change_no_bit(kind, dense):
 
 
 @by_kind
-def test_new_tokens_see_of_a_cache_what_they_see_in_the_row(kind):
-    """Rows of different lengths, with rubbish after what is held."""
-    spec, held = SPECS[kind], 3
+@pytest.mark.parametrize("held", [1, 3, 8])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_new_tokens_see_of_a_cache_what_they_see_in_the_row(kind, held, pooled):
+    """Rows of different lengths, with rubbish after what is held; by lists of the chosen entries,
+    and by a mask where there are as few entries as lists have.
+    """
+    spec = SPECS[kind]
     x = drawn(spec, [0, 14])
     whole = attended(x, [0, 14], spec).out
     rows = []
@@ -190,30 +194,58 @@ def test_new_tokens_see_of_a_cache_what_they_see_in_the_row(kind):
         q, kv, entries, iq, ik, iw, sinks = x
         new = slice(length - held, length)
         first = length - held - spec.window + 1
-        places = torch.arange(first, length)
-        keys = torch.where((places < 0)[:, None], 9.0, kv[places.clamp_min(0)])
+        of_kv = torch.arange(first, length)
+        keys = torch.where((of_kv < 0)[:, None], 9.0, kv[of_kv.clamp_min(0)])
         number = length // spec.ratio if spec.ratio else 0
         pads = None
         if entries is not None:
             pads = [t.clone() for t in (entries, ik if ik is not None else entries)]
             for t in pads:
                 t[number:] = 5.0
+            pads = [t[None] for t in pads]
+        places = None
+        if pooled and pads is not None:
+            places = torch.randperm(20)[None, : pads[0].shape[1]]
+            pools = [torch.full((20, t.shape[2]), 5.0, dtype=t.dtype) for t in pads]
+            for pool, t in zip(pools, pads, strict=True):
+                pool[places[0]] = t[0]
+            pads = pools
         position, chosen = torch.arange(length)[None, new], None
         if iq is not None:
-            chosen = choose_held(iq[None, new], pads[1][None], iw[None, new], position, spec)
+            chosen = choose_held(iq[None, new], pads[1], iw[None, new], position, spec, places)
         out = attend_held(
             q[None, new],
             keys[None],
-            places[None],
-            None if pads is None else pads[0][None],
+            of_kv[None],
+            None if pads is None else pads[0],
             chosen,
             sinks,
             position,
             spec,
+            places,
         )
         rows.append((out[0], whole[new]))
     for found, want in rows:
         torch.testing.assert_close(found, want)
+
+
+def test_a_new_token_reads_the_entries_that_it_chose_alone():
+    """What it did not choose may be no number: a mask would make of it none."""
+    spec, length = SPECS["csa"], 24
+    q, kv, entries, iq, ik, iw, sinks = drawn(spec, [0, length])
+    want = attended((q, kv, entries, iq, ik, iw, sinks), [0, length], spec)
+    new = slice(length - 1, length)
+    position = torch.tensor([[length - 1]])
+    chosen = choose_held(iq[None, new], ik[None], iw[None, new], position, spec)
+    unseen = torch.ones(len(entries), dtype=torch.bool)
+    unseen[chosen.flatten()] = False
+    assert unseen.any()
+    entries[unseen] = torch.nan
+    tokens = torch.arange(length - spec.window, length)
+    found = attend_held(
+        q[None, new], kv[None, tokens], tokens[None], entries[None], chosen, sinks, position, spec
+    )
+    torch.testing.assert_close(found[0], want.out[new])
 
 
 def test_a_choice_is_followed_and_taught_by_what_it_gave_another_layer():

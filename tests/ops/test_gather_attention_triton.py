@@ -18,7 +18,12 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
-    some_daily([pytest.param(("kernels/5", "ops/3")), pytest.param(("kernels", "half", "ops"))]),
+    some_daily(
+        [
+            pytest.param(("kernels/5", "ops/3", "lookup/2", "held/3")),
+            pytest.param(("kernels", "half", "ops", "lookup", "held")),
+        ]
+    ),
     ids=" ".join,
 )
 def test_attention_masses_and_every_gradient_match_the_definition(interpret, cases) -> None:

@@ -14,6 +14,7 @@ from ops.index_attention import (
     IndexSpec,
     attend_cached,
     audit_index,
+    cached,
     group_means,
     group_starts,
     indexed_attention,
@@ -185,8 +186,11 @@ def test_equal_scores_go_to_lower_blocks_and_repeat_bit_for_bit(rule):
 
 
 @by_rule
-def test_a_cache_gives_what_the_whole_row_gives(rule):
-    """Tokens one by one and several at a time, over two rows of different lengths."""
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_cache_gives_what_the_whole_row_gives(rule, pooled, monkeypatch):
+    """Tokens one by one and several at a time, over two rows of different lengths; of lists, and by
+    a mask where lists would have more rows than there are; all at once and in runs.
+    """
     spec, lengths, room = SPECS[rule], (17, 11), 20
     rows = [drawn(spec, [0, n], seed=n) for n in lengths]
     want = [
@@ -198,25 +202,58 @@ def test_a_cache_gives_what_the_whole_row_gives(rule):
         fill = torch.full((size - len(x), *x.shape[1:]), 1e3, dtype=x.dtype)
         return torch.cat((x, fill))
 
-    held = [torch.stack([padded(row[i], room) for row in rows]) for i in (1, 2)]
+    # rows of a longer cache, as decoding sees them
+    held = [torch.stack([padded(row[i], room + 3) for row in rows])[:, :room] for i in (1, 2)]
     size = room // spec.block_size if spec.pools_keys else room
-    keys = torch.stack([padded(row[3].keys, size) for row in rows])
-    for new in (1, 4):
+    held.append(torch.stack([padded(row[3].keys, size) for row in rows]))
+    places = None
+    if pooled:
+        places = torch.randperm(70)[: 2 * room].view(2, room)
+        for number, x in enumerate(held[: 2 if spec.pools_keys else 3]):
+            pool = torch.full((70, *x.shape[2:]), 1e3, dtype=x.dtype)
+            pool[places.flatten()] = x.flatten(0, 1)
+            held[number] = pool
+    for new, most in ((1, 2**20), (4, 2**20), (4, 200), (9, 2**20), (9, 200)):
+        monkeypatch.setattr(cached, "HELD_VALUES", most)
         take = [slice(n - new, n) for n in lengths]
         weights = None
         if spec.rule == "dsa":
             weights = torch.stack([r[3].weights[t] for r, t in zip(rows, take, strict=True)])
         found = attend_cached(
             torch.stack([r[0][t] for r, t in zip(rows, take, strict=True)]),
-            *held,
+            *held[:2],
             torch.stack([r[3].queries[t] for r, t in zip(rows, take, strict=True)]),
-            keys,
+            held[2],
             weights,
             torch.tensor([[*range(n - new, n)] for n in lengths]),
             spec,
+            places,
         )
         for out, whole, t in zip(found, want, take, strict=True):
             torch.testing.assert_close(out, whole[t])
+
+
+@by_rule
+def test_a_new_token_reads_what_it_chose_alone(rule):
+    """What it did not choose may be no number: a mask would make of it none."""
+    spec, length = SPECS[rule], 40
+    q, k, v, index = drawn(spec, [0, length])
+    want = reference_attention(q, k, v, *index, [0, length], spec)
+    for head in range(KV_HEADS):
+        unseen = ~want.chosen[head % len(want.chosen), -1]
+        k[unseen, head], v[unseen, head] = torch.nan, torch.nan
+    last = slice(length - 1, length)
+    found = attend_cached(
+        q[None, last],
+        k[None],
+        v[None],
+        index.queries[None, last],
+        index.keys[None],
+        None if index.weights is None else index.weights[None, last],
+        torch.tensor([[length - 1]]),
+        spec,
+    )
+    torch.testing.assert_close(found[0], want.out[last])
 
 
 @by_rule

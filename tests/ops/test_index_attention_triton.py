@@ -20,8 +20,15 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
     "cases",
     some_daily(
         [
-            pytest.param(("largest", "choice/2", "scores/3", "grads/3", "within/2")),
-            pytest.param(("chunks", "choice", "scores", "grads", "within", "tiles")),
+            pytest.param(
+                ("largest", "choice/2", "scores/3", "grads/3", "within/2", "taught/4", "far")
+            ),
+            pytest.param(
+                (
+                    *("chunks", "choice", "scores", "grads", "within", "tiles"),
+                    *("taught", "taught in parts"),
+                )
+            ),
         ]
     ),
     ids=" ".join,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from ops.sparse_attention import SparseAttentionSpec, audit_rows, pool_entries, sparse_attention
-from ops.sparse_attention.resident import Kept, ResidentCache, select_resident
+from ops.sparse_attention.resident import Kept, select_resident
+from ops.sparse_attention.resident_cache import NewTokens, ResidentCache, ResidentPages
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 SPEC = SparseAttentionSpec(
@@ -113,9 +116,13 @@ def test_later_tokens_and_other_documents_change_nothing():
     assert torch.equal(torch.where(alone < 0, -1, alone + 13), whole[:, 46:])
 
 
-@pytest.mark.parametrize("prompt", [0, 1, 24, 29])
-def test_decoding_from_the_bounded_cache_is_the_packed_op(prompt):
-    """Two rows, token by token, whatever the prompt was; a cache of less than all tokens."""
+@pytest.mark.parametrize(
+    ("prompt", "piece"), [(0, 1), (1, 1), (24, 1), (29, 1), (0, 61), (3, 13), (29, 5)]
+)
+def test_decoding_from_the_bounded_cache_is_the_packed_op(prompt, piece):
+    """Two rows, in pieces of any length, whatever the prompt was; a cache of less than all
+    tokens.
+    """
     rows, length = 2, 61
     q, k, v = drawn(length, rows)
     bounds = [0, length, 2 * length]
@@ -127,17 +134,62 @@ def test_decoding_from_the_bounded_cache_is_the_packed_op(prompt):
     ).out.view(rows, length, HEADS, DIM)
     by_row = [x.view(rows, length, *x.shape[1:]) for x in (q, k, v, bias)]
     cache = ResidentCache(SPEC, rows, length, KV_HEADS, DIM, q.dtype, q.device)
-    assert cache.num_slots == 1 + 2 + 2 + SPEC.num_local_blocks - 1 < cache.max_blocks
+    assert cache.pool.num_slots == 1 + 2 + 2 + SPEC.num_local_blocks - 1 < cache.pages.shape[1]
     if prompt:
         first = [x[:, :prompt].flatten(0, 1) for x in by_row[:3]]
         left = kept(*first, [0, prompt, 2 * prompt]).left
         cache.fill(*(x[:, :prompt] for x in by_row[1:3]), left)
-    for t in range(prompt, length):
-        cache.append(by_row[1][:, t], by_row[2][:, t])
-        out, _ = cache.attend(by_row[0][:, t], by_row[3][:, t], sink)
-        torch.testing.assert_close(out, want[:, t])
+    for begin in range(prompt, length, piece):
+        at = slice(begin, min(begin + piece, length))
+        out = cache.extend(*(x[:, at] for x in by_row), sink)
+        torch.testing.assert_close(out, want[:, at])
     with pytest.raises(ValueError, match="62 tokens do not fit"):
-        cache.append(by_row[1][:, 0], by_row[2][:, 0])
+        cache.extend(*(x[:, :1] for x in by_row), sink)
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_documents_in_regions_decode_to_the_packed_op_and_leave_its_masses(sinks):
+    """Of different lengths, in pieces of different lengths, some idle, one after another in a
+    region, where all that is nobody's is no number.
+    """
+    spec = replace(SPEC, num_sink_blocks=sinks, resident_blocks=2 * sinks)
+    pool = ResidentPages(spec, 40, 4, 16, KV_HEADS, DIM, torch.float64, torch.device("cpu"))
+    for held in (pool.keys, pool.values, pool.state.mass):
+        held.fill_(torch.nan)
+    pool.places.fill_(3)
+    order = torch.randperm(39, generator=torch.Generator().manual_seed(1)) + 1
+    pages, regions = order.view(3, -1), [2, 0, 1]
+    for lengths, prompts in (([45, 52, 33], [13, 1, 20]), ([30, 17, 47], [4, 9, 2])):
+        bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        q, k, v = drawn(bounds[-1])
+        found = kept(q, k, v, bounds, spec)
+        cu_seqlens = torch.tensor(bounds)
+        want = sparse_attention(q, k, v, cu_seqlens, spec, selected=found.selected).out
+        done = list(prompts)
+        for row, number in enumerate(prompts):
+            first = [x[bounds[row] : bounds[row] + number] for x in (q, k, v)]
+            (left,) = kept(*first, [0, number], spec).left
+            pool.fill(regions[row], pages[row, : number // 4], *first[1:], left)
+
+        piece = 0
+        while any(done[row] < lengths[row] for row in range(3)):
+            numbers = [min((piece * (row + 2)) % 11, lengths[row] - done[row]) for row in range(3)]
+            piece, width = piece + 1, max(1, *numbers)
+            given = [x.new_full((3, width, *x.shape[1:]), torch.nan) for x in (q, k, v)]
+            for row, number in enumerate(numbers):
+                begin = bounds[row] + done[row]
+                for padded, x in zip(given, (q, k, v), strict=True):
+                    padded[row, width - number :] = x[begin : begin + number]
+                done[row] += number
+            out = pool.extend(*given, NewTokens(regions, pages, done, numbers))
+            for row, number in enumerate(numbers):
+                end = bounds[row] + done[row]
+                torch.testing.assert_close(out[row, width - number :], want[end - number : end])
+                assert not out[row, : width - number].any()
+        for row, left in enumerate(found.left):
+            blocks = left.mass.shape[1]
+            torch.testing.assert_close(pool.state.mass[regions[row], :, :blocks], left.mass)
+            assert torch.equal(pool.state.resident[regions[row], :, :blocks], left.resident)
 
 
 def test_the_audit_measures_what_eviction_costs():

@@ -38,16 +38,16 @@ def reach_of(
 
 @triton.jit
 def rows_of_step(step, reach, chosen_ptr, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
-    """(rows [COLUMNS], whether the query sees each): spans first, then the window, in one loop, so
-    that its body is compiled once.
+    """(rows [COLUMNS], whether the query sees each): spans first, without chosen_ptr those from
+    number 0 on, then the window, in one loop, so that its body is compiled once.
     """
     list_row, base, listed, listed_steps, window_start, own = reach
     column = tl.arange(0, COLUMNS)
     place = step * COLUMNS + column
     in_list = step < listed_steps
-    number = tl.load(
-        chosen_ptr + list_row + place // SPAN, mask=in_list & (place < listed), other=0
-    )
+    number = place // SPAN
+    if chosen_ptr is not None:
+        number = tl.load(chosen_ptr + list_row + number, mask=in_list & (place < listed), other=0)
     in_window = window_start + (step - listed_steps) * COLUMNS + column
     row = tl.where(in_list, base + number * SPAN + place % SPAN, in_window)
     # a query's own block may have been chosen, and reaches beyond it

@@ -1,1 +1,3 @@
-"""Triton kernels: scores of an index, the choice of the largest, and the scores' gradients."""
+"""Triton kernels: scores of an index, the choice of the largest, what teaches it inside sparse
+attention, and the scores' gradients.
+"""

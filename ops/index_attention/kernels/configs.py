@@ -11,6 +11,10 @@ from ops.sparse_attention.kernels.configs import next_power_of_two
 
 CHUNK = 2048
 """Values that one step of the selection takes."""
+MASSES = 512
+"""Blocks that one step of the divergence takes."""
+ENTRY_STEPS = 8
+"""Steps of a program of the masses of entries, for which its queries stay."""
 
 
 def padded(width: int) -> int:
@@ -23,6 +27,21 @@ def scores_config(width: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return Config(32, 32, 4, 1)
     return Config(64, 128, 8, 2) if padded(width) <= 128 else Config(64, 64, 4, 2)
+
+
+def entry_masses_config(head_dim: int, entries_per_block: int, dtype: torch.dtype) -> Config:
+    """Its rows are queries by the heads of a group, its columns entries, those of whole blocks."""
+    wide = head_dim > 128 or dtype == torch.float32
+    columns = max(16 if wide else 32, entries_per_block)
+    return Config(64 if wide else 128, columns, 8, 1 if dtype == torch.float32 else 2)
+
+
+def held_config(width: int, heads: int, dtype: torch.dtype, by_head: bool) -> Config:
+    """Its rows are heads of one query, all of them where each has a choice; its columns keys."""
+    rows = max(16, next_power_of_two(heads))
+    if dtype == torch.float32:
+        return Config(rows if by_head else 16, 32, 4, 1)
+    return Config(rows if by_head else min(64, rows), 128 if padded(width) <= 128 else 64, 4, 2)
 
 
 def query_grad_config(width: int, heads: int, dtype: torch.dtype) -> Config:

@@ -98,3 +98,81 @@ def index_scores_kernel(
     tl.store(scores_ptr + to, peak, mask=inside)
     if best_ptr is not None:
         tl.store(best_ptr + to, best, mask=inside)
+
+
+@triton.jit
+def held_scores_kernel(
+    q_ptr,
+    k_ptr,
+    rows_ptr,
+    weights_ptr,
+    position_ptr,
+    scores_ptr,
+    num_new,
+    num_keys,
+    num_blocks,
+    num_heads,
+    tokens_of_key,
+    scale,
+    BY_HEAD: tl.constexpr,
+    SPAN: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """As index_scores_kernel, of new tokens of several rows against what a cache holds; a product's
+    rows are the heads of one query.
+
+    Grid (blocks / BLOCKS, b * num_new). q: [b * num_new, num_heads, WIDTH]; k: [pool, WIDTH]; rows:
+    [b, num_keys] int64, where the keys of a row are in the pool; weights: [b * num_new, num_heads],
+    or None; position: [b * num_new] int64; scores: [b, C, num_new, num_blocks] fp32.
+    """
+    BLOCKS: tl.constexpr = KEYS // SPAN if KEYS > SPAN else 1
+    STEPS: tl.constexpr = SPAN // KEYS if SPAN > KEYS else 1
+    query = tl.program_id(1).to(tl.int64)
+    batch = query // num_new
+    num_seen = ((tl.load(position_ptr + query) + 1) // tokens_of_key).to(tl.int32)
+    head = tl.arange(0, HEADS)
+
+    of_head = tl.full([HEADS, BLOCKS], float("-inf"), tl.float32)
+    peak = tl.full([BLOCKS], float("-inf"), tl.float32)
+    for step in range(STEPS):
+        first = (tl.program_id(0) * STEPS + step) * KEYS
+        key = first + tl.arange(0, KEYS)
+        seen = (key < num_keys) & (key < num_seen)
+        row = tl.load(rows_ptr + batch * num_keys + key, mask=seen, other=0)
+        keys = load_narrow(k_ptr, row, seen, WIDTH, DIM)
+
+        # A tile that lies after its query has no products.
+        total = tl.zeros([KEYS], tl.float32)
+        for begin in range(0, tl.where(first < num_seen, num_heads, 0), HEADS):
+            live = begin + head < num_heads
+            index = query * num_heads + begin + head
+            q = load_narrow(q_ptr, index, live, WIDTH, DIM)
+            product = tl.dot(q, tl.trans(keys), input_precision="ieee")
+            if BY_HEAD:
+                values = tl.where(seen[None, :], product * scale, float("-inf"))
+                values = tl.reshape(values, [HEADS, BLOCKS, KEYS // BLOCKS])
+                of_head = tl.maximum(of_head, tl.max(values, 2))
+            else:
+                # not a number stays what it is
+                product = tl.where(product < 0.0, 0.0, product)
+                if weights_ptr is not None:
+                    weight = tl.load(weights_ptr + index, mask=live, other=0.0).to(tl.float32)
+                    product = product * weight[:, None]
+                total += tl.sum(product, 0)
+        if not BY_HEAD:
+            peak = tl.where(seen, total * scale, float("-inf"))
+
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    if BY_HEAD:
+        to = (batch * num_heads + head) * num_new + query % num_new
+        tl.store(
+            scores_ptr + to[:, None] * num_blocks + block[None, :],
+            of_head,
+            mask=(head < num_heads)[:, None] & inside[None, :],
+        )
+    else:
+        tl.store(scores_ptr + query * num_blocks + block, peak, mask=inside)

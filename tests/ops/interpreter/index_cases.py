@@ -18,10 +18,20 @@ import gather_cases
 import torch
 from torch import Tensor
 
-from ops.index_attention import IndexSpec, reference, select_blocks, tile, triton_backend
+from ops.index_attention import (
+    IndexSpec,
+    Teacher,
+    reference,
+    select_blocks,
+    teach_index,
+    tile,
+    triton_backend,
+    within,
+)
 from ops.index_attention.kernels import configs
 from ops.index_attention.triton_backend import Gradients, IndexTile
-from ops.sparse_attention import SparseAttentionSpec
+from ops.sparse_attention import SparseAttentionSpec, pool_entries, sparse_attention
+from ops.sparse_attention.entries import CoarseEntries
 from ops.testing import assert_close, poisoned_memory
 
 INF, NAN = math.inf, math.nan
@@ -238,6 +248,156 @@ def check_within(spec: SparseAttentionSpec) -> None:
     assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """An index inside sparse attention that learns."""
+
+    spec: SparseAttentionSpec = WITHIN["plain"]
+    bounds: tuple[int, ...] = (0, 37, 37, 38, 57)
+    heads: int = 4
+    kv_heads: int = 2
+    bias: bool = False
+    masked: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def parts(self) -> list[Tensor]:
+        """q, k, v, queries and keys of the index, bias."""
+        length = self.bounds[-1]
+        shapes = (
+            *((length, self.heads, 16), (length, self.kv_heads, 16), (length, self.kv_heads, 16)),
+            *((length, self.kv_heads, 6), (length, 6), (length, self.heads)),
+        )
+        return [normals(*x, seed=n).to(self.dtype) for n, x in enumerate(shapes)]
+
+
+TAUGHT = {
+    "plain": Taught(bias=True, masked=True),
+    "means, no first blocks": Taught(
+        SparseAttentionSpec(
+            block_size=4, coarse_block_size=4, top_k=2, window_size=1, num_sink_blocks=0, order=0
+        ),
+        kv_heads=1,
+    ),
+    "short documents whole": Taught(
+        SparseAttentionSpec(
+            block_size=4, coarse_block_size=2, top_k=2, window_size=4, min_sparse_length=25
+        ),
+        heads=2,
+        bias=True,
+    ),
+    "groups of three": Taught(heads=3, kv_heads=1, masked=True),
+    "as many entries of a block as a step takes": Taught(
+        SparseAttentionSpec(
+            block_size=16, coarse_block_size=1, top_k=1, window_size=1, num_sink_blocks=0
+        ),
+        (0, 80),
+    ),
+    "nothing selected": Taught(
+        SparseAttentionSpec(block_size=4, coarse_block_size=2, top_k=0, window_size=5), bias=True
+    ),
+    "nothing to choose": Taught(WITHIN["nothing to choose"]),
+    "variances cut": Taught(
+        SparseAttentionSpec(
+            block_size=4, coarse_block_size=2, top_k=1, window_size=5, max_variance=0.05
+        )
+    ),
+}
+TAUGHT_HALF = {
+    f"{name} {dtype}": replace(TAUGHT[name], dtype=dtype, **changes)
+    for dtype in (torch.bfloat16, torch.float16)
+    for name, changes in (("plain", {"heads": 8}), ("means, no first blocks", {}))
+}
+
+
+def check_taught(case: Taught) -> None:
+    """Masses, divergence and gradients: by plain torch in fp64, and what the definition says."""
+    spec, bounds, length = case.spec, list(case.bounds), case.bounds[-1]
+    rounded = case.parts()
+    q, k, v, queries, keys, bias = (x.double() for x in rounded)
+    options = {"bias": bias} if case.bias else {}
+    cu = torch.tensor(bounds)
+    selected = select_blocks(queries, keys, bounds, spec)
+    found = sparse_attention(q, k, v, cu, spec, selected=selected, backend="chunked", **options)
+    # in the dtype of the keys, as the op has them; in any order
+    entries = CoarseEntries(*(x.to(case.dtype) for x in pool_entries(q, k, v, cu, spec)))
+    chosen, lse = found.selected.flip(-1), found.lse
+    ours = Teacher(*rounded[:2], entries, chosen, lse, rounded[5] if case.bias else None)
+    exact = CoarseEntries(*(x.double() for x in entries))
+    theirs = Teacher(q, k, exact, chosen, lse, options.get("bias"))
+    counts = torch.arange(length) % 5 != 2 if case.masked else None
+
+    for part in within._tiles(bounds, spec, case.kv_heads, True):
+        number = part.num_blocks - spec.num_sink_blocks
+        if number <= 0:
+            continue
+        there = part.candidates(spec, q)
+        expected = within._masses(theirs, part, there, spec) * there
+        with poisoned_memory():
+            given = within._masses_by_kernels(
+                within._for_kernels(ours, case.dtype), part, there.sum(-1, dtype=torch.int32), spec
+            )
+        known = there[:, spec.num_sink_blocks :]
+        assert not (given[..., :number] * ~known).any(), "masses beyond the candidates"
+        assert not expected[..., : spec.num_sink_blocks].any()
+        assert_close("masses", given[..., :number], expected[..., -number:], case.dtype)
+
+    def run(backend: str, teacher: Teacher, parts: list[Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in parts]
+        with poisoned_memory():
+            total = teach_index(*leaves, teacher, bounds, spec, counts, backend)
+        if not total.requires_grad:
+            return [total]
+        return [total.detach(), *torch.autograd.grad(3 * total, leaves)]
+
+    one, two = (run("triton", ours, rounded[3:5]) for _ in range(2))
+    if case.masked:
+        with torch.no_grad():
+            (value,) = run("triton", ours, rounded[3:5])
+        assert torch.equal(value, one[0]), "the value hangs on whether it learns"
+    expected = run("torch", theirs, [queries, keys])
+    assert (expected[0] > 0.1) == (spec.window_size < 60)
+    for name, a, b, c in zip(("divergence", "queries", "keys"), one, two, expected, strict=True):
+        assert torch.equal(a, b), f"{name} differ from one run to the next"
+        assert_close(name, a, c, case.dtype)
+
+    # The definition has entries that are not rounded.
+    if case.dtype == torch.float32 and case.heads == 4:
+        leaves = [x.requires_grad_() for x in (queries, keys)]
+        said = reference.reference_within(q, k, v, *leaves, bounds, spec, **options).divergence
+        total = said.sum() if counts is None else (said * counts).sum()
+        assert_close("divergence and definition", one[0], total.detach(), case.dtype)
+        if total.requires_grad:
+            defined = torch.autograd.grad(3 * total, leaves)
+            for name, a, c in zip(("queries", "keys"), one[1:], defined, strict=True):
+                assert_close(f"{name} and definition", a, c, case.dtype)
+
+
+def check_far(spec: SparseAttentionSpec) -> None:
+    """Masses of many blocks by the formula, for few queries: programs and steps after the first."""
+    number, first, r, scale = 150, 3, spec.entries_per_block, 0.25
+    q, lse, bias = normals(9, 4, 16), 6 + normals(9, 4, seed=1), normals(9, 4, seed=2)
+    mean, var = (normals(2, (first + number) * r, 16, seed=n) for n in (3, 4))
+    entries = CoarseEntries(mean, mean, var.square())
+    candidates = torch.tensor([0, 1, 63, 64, 65, 150], dtype=torch.int32)
+    with poisoned_memory():
+        found = triton_backend.entry_masses(
+            q, entries, bias, lse, candidates, 2, first, number + 1, spec
+        )
+    expected = torch.zeros(2, len(candidates), number + 1, dtype=torch.float64)
+    for at, count in enumerate(candidates.tolist()):
+        for head in range(4):
+            row = q[2 + at, head].double()
+            logits = scale * mean[head // 2].double() @ row + bias[2 + at, head]
+            if spec.order == 2:
+                spread = 0.5 * scale**2 * entries.key_var[head // 2].double() @ row.square()
+                logits = logits + spread.clamp_max(spec.max_variance)
+            masses = spec.coarse_block_size * (logits - lse[2 + at, head]).exp()
+            by_block = masses.view(-1, r).sum(1)[first:]
+            expected[head // 2, at, :count] += by_block[:count]
+    assert torch.equal(found != 0, expected != 0), "what has a mass differs"
+    assert_close("masses", found, expected, torch.float32)
+
+
 GROUPS: dict[str, tuple[Callable[[Any], None], dict[str, Any], ModuleType, dict[str, int]]] = {
     "largest": (check_largest, LARGEST, configs, {}),
     "chunks": (check_largest, LARGEST, configs, {"CHUNK": 32}),
@@ -245,6 +405,14 @@ GROUPS: dict[str, tuple[Callable[[Any], None], dict[str, Any], ModuleType, dict[
     "choice": (check_choice, WHOLE, configs, {}),
     "grads": (check_grads, CASES | HALF, configs, {}),
     "within": (check_within, WITHIN, triton_backend, {"MOST_QUERIES": 16}),
+    "taught": (check_taught, TAUGHT | TAUGHT_HALF, triton_backend, {"MOST_QUERIES": 16}),
+    "taught in parts": (check_taught, TAUGHT, configs, {"MASSES": 2, "ENTRY_STEPS": 2}),
+    "far": (
+        check_far,
+        {name: WITHIN[name] for name in ("plain", "nothing to choose")},
+        configs,
+        {},
+    ),
     "tiles": (
         gather_cases.check_op,
         {name: gather_cases.OPS[name] for name in ("dsa", "msa", "csa", "csa, two steps")},

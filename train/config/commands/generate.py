@@ -83,7 +83,7 @@ class GenerateConfig:
             )
         if self.prompt == "":
             found.append("prompt is empty; give some text")
-        found += problems_of_drafts(self.engine, self.path, self.router)
+        found += problems_of_drafts(self.engine, self.path, self.router, self.attention)
         found += problems_of_limit(self.engine, self.launch.num_devices)
         if self.engine.draft_budget is not None and self.input is None:
             found.append(

@@ -182,7 +182,7 @@ class ServeConfig:
                 "serve.budget and serve.canary.budget are of the saved budgets of a run; drop "
                 "them, or " + ("give run=RUN" if self.path is not None else "drop router.top_k")
             )
-        found += problems_of_drafts(self.engine, self.path, self.router)
+        found += problems_of_drafts(self.engine, self.path, self.router, self.attention)
         found += problems_of_limit(self.engine, self.launch.num_devices)
         found += problems_of_graphs(
             self.engine.cuda_graphs, "engine.cuda_graphs", self.parallel.expert_parallel_size

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infer.config import EngineConfig
+from model.attention.config.base import AttentionConfig
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,22 @@ def problems_of_weights(weights: Weights, path: str | None, num_devices: int = 1
 
 
 def problems_of_drafts(
-    engine: EngineConfig, path: str | None, router: InferenceRouterConfig
+    engine: EngineConfig,
+    path: str | None,
+    router: InferenceRouterConfig,
+    attention: AttentionConfig | None,
 ) -> list[str]:
-    """Where drafts cannot be made: their budget is one of those saved for a run."""
-    if engine.draft_budget is None or (path is None and router.top_k is None):
+    """Where drafts cannot be made: their budget is one of those saved for a run, and what they
+    evict from a bounded cache is gone.
+    """
+    if engine.draft_budget is None:
+        return []
+    if attention is not None and attention.arguments.get("resident_blocks") is not None:
+        return [
+            f"engine.draft_budget is {engine.draft_budget:g}, but with attention.resident_blocks "
+            "drafts would evict tokens for good; drop one of them"
+        ]
+    if path is None and router.top_k is None:
         return []
     other = "path" if path is not None else "router.top_k"
     return [f"engine.draft_budget is a saved budget of a run; drop it, or drop {other}"]
