@@ -87,7 +87,7 @@ FLOORS = {
         ("index_attention",),
         ("gather_attention",),
         ("all_to_all", "grouped_mlp", "router", "sparse_attention", "testing"),
-        ("permute",),
+        ("grouped_mlp/fp8", "permute"),
         ("compile",),
         ("compiling", "device", "lazy"),
     ),

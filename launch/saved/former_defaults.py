@@ -419,6 +419,7 @@ HELD: dict[str, dict[str, Any]] = {
         "resident_blocks": None,
         "resident_interval": 1024,
         "resident_decay": 0.9,
+        "entries_dtype": "native",
         "mass_kl_coeff": 0.0,
         "coherence_coeff": 0.0,
         "alignment_coeff": 0.0,

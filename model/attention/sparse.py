@@ -751,7 +751,7 @@ class ResidentKVPages(Pages):
 
     def clear(self, pages: list[int]) -> None:
         """Of entries: rooms are wiped when blocks get them."""
-        for pooled in self.held.entries:
+        for pooled in self.held.entries.tensors():
             pooled[pages] = 0
 
     def begin(

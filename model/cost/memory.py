@@ -252,6 +252,13 @@ def cache_bytes_per_token(
     return int((config.num_layers * values + index) * width)
 
 
+def _entry_bytes(config: ModelConfig, width: int, attention: Mapping[str, Any]) -> int:
+    """Of an entry of a key/value head: two means and a variance; in e4m3 each has an exponent."""
+    if attention.get("entries_dtype") == "fp8":
+        return 3 * (config.attention_head_dim + 1)
+    return 3 * config.attention_head_dim * width
+
+
 def cache_growth(
     config: ModelConfig, width: int, attention: Mapping[str, Any] | None = None
 ) -> int:
@@ -264,7 +271,8 @@ def cache_growth(
         return cache_bytes_per_token(config, width, attention)
     sparse = len(sparse_layers(config.num_layers, attention))
     head = config.num_kv_heads * config.attention_head_dim * width
-    entries = 3 * head / attention["coarse_block_size"]
+    entries = config.num_kv_heads * _entry_bytes(config, width, attention)
+    entries /= attention["coarse_block_size"]
     states = config.num_kv_heads * RESIDENCE_BYTES / attention["block_size"]
     return int((config.num_layers - sparse) * 2 * head + sparse * (entries + states))
 
@@ -288,9 +296,9 @@ def cache_bytes(
     layers = len(sparse_layers(config.num_layers, attention))
     head = config.num_kv_heads * config.attention_head_dim * width
     block = attention["block_size"]
-    # two means and a variance for each entry, of blocks that have room to be complete
-    entries = 3 * (length // block) * (block // attention["coarse_block_size"])
-    found += layers * entries * head
+    # of blocks that have room to be complete
+    entries = (length // block) * (block // attention["coarse_block_size"])
+    found += layers * entries * config.num_kv_heads * _entry_bytes(config, width, attention)
     if attention.get("resident_blocks") is not None:
         names = {field.name for field in dataclasses.fields(SparseAttentionSpec)}
         spec = SparseAttentionSpec(**{n: v for n, v in attention.items() if n in names})

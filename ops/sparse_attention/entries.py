@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ops.grouped_mlp.fp8 import FP8, round_rows
+from ops.sparse_attention.spec import SparseAttentionSpec
+
 
 class CoarseEntries(NamedTuple):
     """Per group of coarse_block_size tokens of a complete block, in the dtype of the keys; entry e
@@ -19,6 +22,60 @@ class CoarseEntries(NamedTuple):
     key_mean: Tensor
     value_mean: Tensor
     key_var: Tensor
+
+
+class StoredEntries:
+    """Entries of `number` blocks for each key/value head, in a dtype of their own.
+
+    Attributes:
+        values: [number, Hk, r, d] each.
+        exponents: [number, Hk, r] int8 each, of the powers of two that e4m3 is multiplied with;
+            empty where values are what they stand for.
+    """
+
+    def __init__(
+        self,
+        spec: SparseAttentionSpec,
+        number: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        is_low = spec.entries_dtype == "fp8"
+        shape = (number, num_kv_heads, spec.entries_per_block)
+
+        def each(*size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+            return tuple(
+                torch.zeros(size, dtype=dtype, device=device) for _ in CoarseEntries._fields
+            )
+
+        self.values = CoarseEntries(*each(*shape, head_dim, dtype=FP8 if is_low else dtype))
+        self.exponents = each(*shape, dtype=torch.int8) if is_low else ()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.values, *self.exponents)
+
+    def write(self, blocks: Tensor, new: CoarseEntries) -> None:
+        """New entries [n, Hk, r, d] of blocks [n]."""
+        if not self.exponents:
+            for held, one in zip(self.values, new, strict=True):
+                held[blocks] = one.to(held.dtype)
+            return
+        for held, exponent, one in zip(self.values, self.exponents, new, strict=True):
+            low, scales = round_rows(one)
+            held[blocks] = low
+            # a row that is not finite has no scale, and is NaN in e4m3
+            power = torch.frexp(scales.nan_to_num(1.0)).exponent - 1
+            exponent[blocks] = power.to(torch.int8)
+
+    def read(self, blocks: Tensor, dtype: torch.dtype) -> CoarseEntries:
+        """[..., Hk, r, d] each of blocks [...], in fp32 or fp64."""
+        found = [x[blocks].to(dtype) for x in self.values]
+        if self.exponents:
+            powers = (x[blocks].unsqueeze(-1) for x in self.exponents)
+            found = [torch.ldexp(x, power) for x, power in zip(found, powers, strict=True)]
+        return CoarseEntries(*found)
 
 
 def pool_groups(keys: Tensor, values: Tensor) -> CoarseEntries:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ops.sparse_attention.cache import Weigh, pooled
 from ops.sparse_attention.chunked import real_dtype
-from ops.sparse_attention.entries import CoarseEntries
+from ops.sparse_attention.entries import CoarseEntries, StoredEntries
 from ops.sparse_attention.paged import decode_pages
 from ops.sparse_attention.resident import (
     Residence,
@@ -74,7 +74,7 @@ class ResidentPages:
     Attributes:
         spec: its sizes stay as they are, top_k may change.
         keys, values: [num_regions * num_slots, block_size, Hk, d].
-        entries: [num_pages, Hk, r, d] each, valid for complete blocks.
+        entries: of num_pages blocks, valid for complete ones.
         state: of the documents, [num_regions, Hk, max_blocks].
         places: [num_regions, Hk, max_blocks] int64, rooms of blocks, -1 for those without.
     """
@@ -96,10 +96,7 @@ class ResidentPages:
         shape = (num_regions * self.num_slots, spec.block_size, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        by_page = (num_pages, num_kv_heads, spec.entries_per_block, head_dim)
-        self.entries = CoarseEntries(
-            *(torch.zeros(by_page, dtype=dtype, device=device) for _ in CoarseEntries._fields)
-        )
+        self.entries = StoredEntries(spec, num_pages, num_kv_heads, head_dim, dtype, device)
         by_block = (num_regions, num_kv_heads, max_blocks)
         self.state = new_residence(by_block, device)
         self.places = torch.full(by_block, -1, dtype=torch.int64, device=device)
@@ -107,7 +104,7 @@ class ResidentPages:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is held: keys, values, entries, and what says which blocks stay, and where."""
-        return (self.keys, self.values, *self.entries, *self.state, self.places)
+        return (self.keys, self.values, *self.entries.tensors(), *self.state, self.places)
 
     @torch.no_grad()
     def fill(self, region: int, pages: Tensor, k: Tensor, v: Tensor, left: Residence) -> None:
@@ -138,8 +135,8 @@ class ResidentPages:
     def _pool(self, pages: Tensor, k: Tensor, v: Tensor) -> None:
         """Entries of complete blocks [n, block_size, Hk, d] into pages [n]."""
         keys, values = (x.unflatten(1, (-1, self.spec.coarse_block_size)) for x in (k, v))
-        for held, new in zip(self.entries, pooled(keys, values, self.weigh), strict=True):
-            held[pages] = new.transpose(1, 2).to(held.dtype)
+        found = pooled(keys, values, self.weigh)
+        self.entries.write(pages, CoarseEntries(*(x.transpose(1, 2) for x in found)))
 
     def _enter(self, regions: list[int], blocks: list[int]) -> None:
         """Before the first token of a block in each region: evict what it may not see, and give it
@@ -256,14 +253,16 @@ class ResidentPages:
         own = turn.position[:, :1].unsqueeze(2) // spec.block_size  # [R, 1, 1]
         places = self.places[region, :, :num_pages]
 
+        # What decode_pages takes are the entries as they are held, or what rounded ones stand for.
+        entries, pages = self.entries.values, turn.pages
+        held = self.entries.read(turn.pages, real)
+        if self.entries.exponents:
+            entries = CoarseEntries(*(x.flatten(0, 1) for x in held))
+            pages = torch.arange(pages.numel(), device=q.device).view(pages.shape)
+
         if num_pages > 1:
             queries = q.to(real).unflatten(2, (kv_heads, -1)).transpose(1, 2)
-            past = CoarseEntries(
-                *(
-                    x[turn.pages].to(real).transpose(1, 2).flatten(2, 3).unsqueeze(2)
-                    for x in self.entries
-                )
-            )
+            past = CoarseEntries(*(x.transpose(1, 2).flatten(2, 3).unsqueeze(2) for x in held))
             there = torch.arange(num_pages, device=q.device) < own
             by_entry = there.repeat_interleave(spec.entries_per_block, 2)[:, :, None, None]
             values, mass = rank_past(queries, past, spec, by_entry)
@@ -282,8 +281,8 @@ class ResidentPages:
             q.flatten(0, 1),
             self.keys,
             self.values,
-            self.entries,
-            turn.pages.repeat_interleave(width, 0),
+            entries,
+            pages.repeat_interleave(width, 0),
             (turn.position + 1).flatten(),
             spec,
             bias=None if bias is None else bias.flatten(0, 1),

@@ -79,6 +79,8 @@ class SparseAttentionSpec:
     """
     resident_decay: float = 0.9
     """What a mass still counts after one more interval."""
+    entries_dtype: Literal["native", "fp8"] = "native"
+    """Of entries in a bounded cache; "fp8" is e4m3 with a power of two for each."""
 
     def __post_init__(self) -> None:
         found = [
@@ -109,6 +111,7 @@ class SparseAttentionSpec:
             ("rank_lse", ("exact", "super")),
             ("tail", ("coarse", "drop", "ht", "ht_cv")),
             ("num_levels", (1, 2)),
+            ("entries_dtype", ("native", "fp8")),
         ):
             if getattr(self, name) not in allowed:
                 found.append(
@@ -139,6 +142,11 @@ class SparseAttentionSpec:
         if self.num_levels == 2 and self.top_p is not None:
             found.append("top_p is defined over one level of blocks; use num_levels=1")
 
+        if self.entries_dtype != "native" and self.resident_blocks is None:
+            found.append(
+                f"entries_dtype={self.entries_dtype} is of a bounded cache, whose entries are what "
+                "grows; set resident_blocks, or entries_dtype=native"
+            )
         found += self._resident_problems() if self.resident_blocks is not None else []
         found += self._estimate_problems() if self.rank_lse == "super" else []
         if found:

@@ -596,6 +596,9 @@ CASES: dict[str, Acts | Reaches | Refused] = {
     "attention.resident_decay": reaches(
         "attention.resident_decay=0.5", "attention=scc", "attention.resident_blocks=2"
     ),
+    "attention.entries_dtype": reaches(
+        "attention.entries_dtype=fp8", "attention=scc", "attention.resident_blocks=2"
+    ),
     "attention.index_heads": refused("attention.index_heads=4", "does not hold", "indexed"),
     "attention.index_head_dim": refused("attention.index_head_dim=64", "does not hold", "indexed"),
     "attention.index_coeff": acts(

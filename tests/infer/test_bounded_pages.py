@@ -119,9 +119,10 @@ def test_requests_beside_each_other_have_the_texts_of_the_plain_loop(model):
     assert engine.num_forwards["continue"]
 
 
-def test_prompts_that_begin_together_leave_what_they_would_alone():
+@pytest.mark.parametrize("kind", ["native", "fp8"])
+def test_prompts_that_begin_together_leave_what_they_would_alone(kind):
     """In one pass, with padding behind the shorter one that is no query of its document."""
-    model = model_of(SMALL)
+    model = model_of(SMALL | {"entries_dtype": kind})
     given = [request(str(n), prompt(n, n), 30) for n in (25, 31, 32)]
     engine = Engine(model, EngineConfig(max_slots=3))
     assert run(engine, given) == expected(model, given)
@@ -145,12 +146,16 @@ def test_a_prompt_that_begins_like_another_is_computed_again():
     assert not engine.pool.keys
 
 
-def test_one_request_takes_what_the_plan_says():
+@pytest.mark.parametrize("kind", ["native", "fp8"])
+def test_one_request_takes_what_the_plan_says(kind):
     """But for the scratch page of the entries."""
-    model = model_of(SMALL)
+    settings = SMALL | {"entries_dtype": kind}
+    model = model_of(settings)
     engine = Engine(model, EngineConfig(max_slots=1))
-    page = sum(e[0].numel() * e.element_size() for p in bounded(engine) for e in p.entries)
-    planned = cache_bytes(model.config, 4, LENGTH, SparseAttentionConfig(**SMALL).arguments)
+    page = sum(
+        e[0].numel() * e.element_size() for p in bounded(engine) for e in p.entries.tensors()
+    )
+    planned = cache_bytes(model.config, 4, LENGTH, SparseAttentionConfig(**settings).arguments)
     assert engine.cache_bytes - page == planned
 
 

@@ -10,7 +10,7 @@ from common import batch, build, take, tiny_config
 
 from model.attention.config.sparse import SparseAttentionConfig
 from model.config import BalanceConfig
-from model.cost.memory import cache_bytes, cache_bytes_per_token
+from model.cost.memory import cache_bytes, cache_bytes_per_token, cache_growth
 from model.generate import generate
 from model.request import ForwardRequest
 from train.observe.attention import attention_metrics
@@ -71,15 +71,23 @@ def test_what_eviction_costs_is_measured_and_training_sees_it():
 
 
 @pytest.mark.parametrize(
-    ("coarse", "share"), [(16, 0.099), (32, 0.0523), (64, 0.029)], ids=["16", "32", "64"]
+    ("coarse", "shares"),
+    [(16, (0.0996, 0.0531)), (32, (0.0527, 0.0295)), (64, (0.0293, 0.0176))],
+    ids=["16", "32", "64"],
 )
-def test_a_million_tokens_take_a_tenth_of_dense_attention(coarse, share):
+def test_a_million_tokens_take_a_tenth_of_dense_attention(coarse, shares):
     """Eight heads a group of 128 dimensions, in bf16."""
     config = tiny_config(num_heads=32, num_kv_heads=4, head_dim=128, num_layers=48)
-    asked = dict(coarse_block_size=coarse, resident_blocks=64)
-    arguments = SparseAttentionConfig(**asked).arguments
-    found = cache_bytes(config, 2, 2**20, arguments) / cache_bytes(config, 2, 2**20)
-    assert found == pytest.approx(share, abs=6e-4) and found < 0.1
+    dense = cache_bytes(config, 2, 2**20)
+    for kind, expected in zip(("native", "fp8"), shares, strict=True):
+        asked = dict(coarse_block_size=coarse, resident_blocks=64, entries_dtype=kind)
+        arguments = SparseAttentionConfig(**asked).arguments
+        found = cache_bytes(config, 2, 2**20, arguments)
+        assert found / dense == pytest.approx(expected, abs=1e-4)
+        # what a token more adds: all but the regions
+        growth = cache_growth(config, 2, arguments)
+        regions = 48 * 89 * 64 * 2 * 4 * 128 * 2
+        assert found - regions == pytest.approx(growth * 2**20, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +99,10 @@ def test_a_million_tokens_take_a_tenth_of_dense_attention(coarse, share):
         ({"select": "index"}, "set attention.select=mass"),
         ({"noise_steps": 3}, "set attention.noise_steps=0"),
         ({"tail": "drop"}, "attention.resident_blocks leaves"),
+        (
+            {"resident_blocks": None, "resident_interval": 1024, "entries_dtype": "fp8"},
+            "attention.entries_dtype=fp8 is of a bounded cache",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(settings, words):

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import ops.sparse_attention.resident_cache as resident_cache
+from ops.grouped_mlp.fp8 import rounded_rows
 from ops.sparse_attention import SparseAttentionSpec, audit_rows, pool_entries, sparse_attention
+from ops.sparse_attention.cache import pooled
+from ops.sparse_attention.entries import CoarseEntries, StoredEntries
 from ops.sparse_attention.resident import Kept, select_resident
 from ops.sparse_attention.resident_cache import NewTokens, ResidentCache, ResidentPages
 
@@ -192,6 +196,45 @@ def test_documents_in_regions_decode_to_the_packed_op_and_leave_its_masses(sinks
             assert torch.equal(pool.state.resident[regions[row], :, :blocks], left.resident)
 
 
+def test_entries_in_eight_bits_are_near_and_say_what_is_no_number():
+    """Within half a unit of the last of four bits, or of the smallest that their power leaves."""
+    gen = torch.Generator().manual_seed(0)
+    spec = replace(SPEC, entries_dtype="fp8")
+    stored = StoredEntries(spec, 9, KV_HEADS, DIM, torch.float32, torch.device("cpu"))
+    given = [torch.randn(3, KV_HEADS, 2, DIM, generator=gen) for _ in range(3)]
+    given = [x * 10.0 ** torch.randint(-4, 4, x.shape, generator=gen) for x in given]
+    given[1][2, 1, 0] = 0.0
+    given[2][0, 1, 1, 3] = torch.inf
+    stored.write(torch.tensor([4, 1, 7]), CoarseEntries(*given))
+    found = stored.read(torch.tensor([[4, 1, 7]]), torch.float32)
+    whole = given[2][0, 1, 1].clone()
+    given[2][0, 1, 1] = 0.0
+    assert found.key_var[0, 0, 1, 1].isnan().all() and not whole.isfinite().all()
+    found.key_var[0, 0, 1, 1] = 0.0
+    for ours, x in zip(found, given, strict=True):
+        largest = x.abs().amax(-1, keepdim=True)
+        room = torch.maximum(x.abs() * 2.0**-4, largest * 2.0**-17)
+        assert ((ours[0] - x).abs() <= room).all()
+    assert not found.value_mean[0, 2, 1, 0].any()
+    assert sum(t.numel() * t.element_size() for t in stored.tensors()) == 9 * 2 * 2 * 3 * (DIM + 1)
+
+
+def test_eight_bits_decode_to_what_rounded_entries_do(monkeypatch):
+    """Oracle: numbers of 64 bits that are rounded before they are held."""
+    q, k, v = (x.view(2, 61, *x.shape[1:]) for x in drawn(61, 2))
+    low = ResidentCache(replace(SPEC, entries_dtype="fp8"), 2, 61, KV_HEADS, DIM, q.dtype, q.device)
+    ours = low.extend(q, k, v)
+    exact = ResidentCache(SPEC, 2, 61, KV_HEADS, DIM, q.dtype, q.device).extend(q, k, v)
+
+    def rounded(*given):
+        return CoarseEntries(*(rounded_rows(x) for x in pooled(*given)))
+
+    monkeypatch.setattr(resident_cache, "pooled", rounded)
+    want = ResidentCache(SPEC, 2, 61, KV_HEADS, DIM, q.dtype, q.device).extend(q, k, v)
+    torch.testing.assert_close(ours, want)
+    assert (ours - exact).abs().max() > 1e-4
+
+
 def test_the_audit_measures_what_eviction_costs():
     """The bound holds, and the share of the candidates' mass that is still resident is below 1."""
     q, k, v = drawn()
@@ -218,6 +261,8 @@ def test_the_audit_measures_what_eviction_costs():
         ({"num_levels": 2}, "use num_levels=1"),
         ({"top_p": 0.5}, "set top_p=null"),
         ({"min_sparse_length": 9}, "set min_sparse_length=0"),
+        ({"entries_dtype": "fp4"}, "choose one of native, fp8"),
+        ({"resident_blocks": None, "entries_dtype": "fp8"}, "set resident_blocks, or"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, words):

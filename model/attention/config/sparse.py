@@ -94,6 +94,11 @@ class SparseAttentionConfig(AttentionConfig):
     """
     resident_decay: float = 0.9
     """What such a mass still counts after one more interval."""
+    entries_dtype: Literal["native", "fp8"] = "native"
+    """Of pooled entries in a bounded cache, whose size they decide. native: that of the weights.
+    fp8: e4m3, with a power of two for each entry. Training and the first piece of a prompt have
+    them as they are.
+    """
     min_sparse_length: int = 0
     """Queries at positions below this in their document attend densely."""
     num_levels: int = 1
