@@ -1,5 +1,6 @@
 """Attention to what an index chose: forward and backward of whole ops, index and choice included,
-beside plain torch that masks the rest and beside dense attention by torch's own kernel.
+beside plain torch that masks the rest and beside dense attention by torch's own kernel; and a new
+token of each of some rows against a cache, beside dense attention to all of it.
 
 On a CPU there is plain torch alone, of few tokens; milliseconds are the processor's there.
 """
@@ -18,7 +19,14 @@ from bench.common import Row, main, make_row, measure
 from bench.stored_experts import processor_ms
 from ops.compressed_attention import CompressedSpec, compressed_attention
 from ops.gather_attention import pick_backend
-from ops.index_attention import Index, IndexSpec, group_means, group_starts, indexed_attention
+from ops.index_attention import (
+    Index,
+    IndexSpec,
+    attend_cached,
+    group_means,
+    group_starts,
+    indexed_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,12 @@ SHAPES = {
     ),
 }
 TOKENS = {"cpu": (512,), "cuda": (8192, 32768)}
+DECODED = {
+    "cpu": (Shape("dsa", IndexSpec("dsa", 1, 512), 32, 4, 128, 8),),
+    "cuda": SHAPES["cuda"][:-1],
+}
+HELD = {"cpu": (8192, 32768), "cuda": (32768, 131072)}
+ROWS = {"cpu": (1,), "cuda": (1, 16)}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 WIDTH = 128
 
@@ -91,8 +105,62 @@ def call_of(
     return call
 
 
+def decoding_of(
+    shape: Shape, num_rows: int, num_tokens: int, device: torch.device, dense: bool
+) -> Callable[[], Tensor]:
+    """A new token of each row, the last one that a cache holds."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype, spec = DTYPES[device.type], shape.spec
+    assert isinstance(spec, IndexSpec)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(num_rows, *size, generator=generator, device=device).to(dtype)
+
+    q = normal(1, shape.heads, shape.head_dim)
+    k, v = (normal(num_tokens, shape.kv_heads, shape.head_dim) for _ in "kv")
+    if dense:
+        parts = [x.transpose(1, 2) for x in (q, k, v)]
+        return lambda: F.scaled_dot_product_attention(*parts, enable_gqa=True)
+
+    number = num_tokens // spec.block_size if spec.pools_keys else num_tokens
+    weights = normal(1, shape.index_heads) if spec.rule == "dsa" else None
+    index = normal(1, shape.index_heads, WIDTH), normal(number, WIDTH), weights
+    last = torch.full((num_rows, 1), num_tokens - 1, device=device)
+    return lambda: attend_cached(q, k, v, *index, last, spec)
+
+
+def decode(device: torch.device) -> list[Row]:
+    found = []
+    for shape, num_tokens, num_rows in itertools.product(
+        DECODED[device.type], HELD[device.type], ROWS[device.type]
+    ):
+        dtype, spec = DTYPES[device.type], shape.spec
+        assert isinstance(spec, IndexSpec)
+        functions: dict[str, Callable[[], object]] = {
+            name: decoding_of(shape, num_rows, num_tokens, device, name == "dense")
+            for name in ("ours", "dense")
+        }
+        found.append(
+            make_row(
+                "a new token of each row to what an index chose",
+                {
+                    **{"rule": shape.name, "rows": num_rows, "N": num_tokens},
+                    **{"H": shape.heads, "Hk": shape.kv_heads, "d": shape.head_dim},
+                },
+                dtype,
+                device,
+                processor_ms(functions, 9)
+                if device.type == "cpu"
+                else measure(functions, device, 10),
+                None,
+                backend=pick_backend(None, device, dtype, shape.head_dim, spec.block_size, WIDTH),
+            )
+        )
+    return found
+
+
 def run(device: torch.device) -> list[Row]:
-    rows = []
+    rows = decode(device)
     for shape, num_tokens in itertools.product(SHAPES[device.type], TOKENS[device.type]):
         dtype, spec = DTYPES[device.type], shape.spec
         span = spec.block_size if isinstance(spec, IndexSpec) else 1
