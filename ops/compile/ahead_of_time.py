@@ -157,11 +157,13 @@ def sparse_attention_launches(
     dtype: torch.dtype = torch.bfloat16,
     extras: bool = True,
     decoding: bool = True,
+    coarse: bool = True,
 ) -> list[Launch]:
     """What a forward and backward, and the decoding of a token with and without pooled entries,
     would start, of 512 tokens.
 
-    extras: bias, sink, noise of the selection and a gradient of the log-sum-exp.
+    extras: bias, sink, noise of the selection and a gradient of the log-sum-exp. coarse: pooled
+    entries take part in the forward and backward.
     """
     from ops.sparse_attention import triton_backend
     from ops.sparse_attention.blocks import block_table
@@ -191,11 +193,11 @@ def sparse_attention_launches(
             bias=rows,
             sink=sink,
             selected=selected,
-            entries=entries,
+            entries=entries if coarse else None,
             table=table,
             spec=spec,
             exact=True,
-            coarse=True,
+            coarse=coarse,
         )
         triton_backend.attend(problem)
         triton_backend.attend_backward(problem, out=q, lse=lse, dout=q, dlse=rows)
@@ -309,25 +311,35 @@ def teaching_launches(
     head_dim: int,
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
+    dense: bool = False,
 ) -> list[Launch]:
-    """What teaches an index inside sparse attention would start of 512 tokens, but for what
-    index_attention_launches has.
+    """What teaches an index whose blocks all have a teacher would start of 512 tokens, but for what
+    index_attention_launches has. dense: by tokens, not by entries.
     """
     from ops.index_attention import triton_backend
-    from ops.sparse_attention.entries import CoarseEntries
 
-    num_tokens, number = 512, 512 // spec.block_size
+    num_tokens, r = 512, spec.entries_per_block
+    number = num_tokens // spec.block_size
     q = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype)
     lse = torch.zeros(num_tokens, num_heads)
-    pooled = q.new_zeros(num_kv_heads, number * spec.entries_per_block, head_dim)
-    candidates = torch.zeros(num_tokens, dtype=torch.int32)
-    entries, of_rows = CoarseEntries(pooled, pooled, pooled), lse if bias else None
+    pooled = q.new_zeros(num_kv_heads, number * r, head_dim)
+    if dense:
+        pooled = pooled.view(-1, num_kv_heads, head_dim).transpose(0, 1)
+    counts = torch.zeros(num_tokens, dtype=torch.int32)
     with record_launches(architecture) as launches:
-        masses = triton_backend.entry_masses(
-            q, entries, of_rows, lse, candidates, 0, 0, number, spec
+        masses = triton_backend.block_masses(
+            q,
+            pooled,
+            lse,
+            counts,
+            *(0, 0, number, r),
+            variances=pooled if spec.order == 2 else None,
+            max_variance=spec.max_variance,
+            num_pooled=spec.coarse_block_size,
+            bias=lse if bias else None,
         )
         weights = lse[:, 0] if bias else None
-        triton_backend.divergences(masses, masses, candidates, weights, True)
+        triton_backend.divergences(masses, masses, counts, weights, True)
     return launches
 
 
@@ -457,13 +469,19 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
         extras: bool = True,
         only: tuple[str, ...] = (),
         dtype: torch.dtype = torch.bfloat16,
+        coarse: bool = True,
         **settings: Any,
     ) -> Iterator[Job]:
         spec = SparseAttentionSpec(**({"window_size": 64} | settings))
         for tma in (False, True):
             with loading_by_tma(tma):
                 launches = sparse_attention_launches(
-                    architecture, num_heads, num_kv_heads, head_dim, spec, dtype, extras
+                    architecture,
+                    *(num_heads, num_kv_heads, head_dim),
+                    spec,
+                    dtype,
+                    extras,
+                    coarse=coarse,
                 )
             for launch in launches:
                 name = launch.kernel.__name__.removesuffix("_kernel")
@@ -532,6 +550,19 @@ def sparse_attention_jobs(architecture: int) -> Iterator[Job]:
         score="max",
         top_k=64,
     )
+
+    # the dense stage of attention to what an index chooses
+    for head_dim, num_heads in ((64, 16), (128, 32), (256, 32)):
+        yield from record(
+            f"d{head_dim} G{num_heads // 4} B64 exact",
+            *(num_heads, 4, head_dim),
+            extras=False,
+            only=("attend", "query_grad", "key_grad_sum"),
+            coarse=False,
+            top_k=0,
+            num_sink_blocks=0,
+            min_sparse_length=512,
+        )
 
 
 def gather_attention_jobs(architecture: int) -> Iterator[Job]:
@@ -634,6 +665,7 @@ def teaching_jobs(architecture: int) -> Iterator[Job]:
         bias: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         divergence: bool = False,
+        dense: bool = False,
         **settings: Any,
     ) -> Iterator[Job]:
         launches = teaching_launches(
@@ -642,6 +674,7 @@ def teaching_jobs(architecture: int) -> Iterator[Job]:
             *(num_heads, num_kv_heads, head_dim),
             dtype,
             bias,
+            dense,
         )
         for launch in launches if divergence else launches[:1]:
             yield job_of(launch, title)
@@ -656,6 +689,17 @@ def teaching_jobs(architecture: int) -> Iterator[Job]:
     yield from record("d128 G1 B32 order 0", 2, 2, 128, bias=False, block_size=32, order=0)
     yield from record("d128 G8 B64 r64 fp16", 32, 4, 128, dtype=torch.float16, coarse_block_size=1)
     yield from record("d128 G8 fp32", 32, 4, 128, dtype=torch.float32)
+    yield from record("d256 G16 B128 r128", 16, 1, 256, block_size=128, coarse_block_size=1)
+    yield from record("d128 G8 B64 r64 fp32", 32, 4, 128, dtype=torch.float32, coarse_block_size=1)
+    tokens: dict[str, Any] = {"bias": False, "order": 0, "coarse_block_size": 1, "dense": True}
+    yield from record("d128 G8 tokens", 32, 4, 128, block_size=1, **tokens)
+    yield from record("d64 G4 tokens", 16, 4, 64, block_size=1, **tokens)
+    yield from record("d256 G12 tokens of 4", 24, 2, 256, block_size=4, **tokens)
+    yield from record("d128 G16 tokens of 128", 64, 4, 128, block_size=128, **tokens)
+    yield from record("d256 G16 tokens of 128", 64, 4, 256, block_size=128, **tokens)
+    yield from record(
+        "d128 G8 tokens of 128 fp32", 32, 4, 128, block_size=128, dtype=torch.float32, **tokens
+    )
 
 
 def decoding_jobs(architecture: int) -> Iterator[Job]:

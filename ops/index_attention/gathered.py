@@ -94,3 +94,31 @@ def teach_chosen(
             columns = scores.best.gather(-1, places).masked_fill(chosen < 0, -1)
         add_grads(tile, columns.contiguous(), by_score.contiguous(), grads)
     return total.detach()
+
+
+def teach_all(
+    tile: IndexTile,
+    scores: Scores,
+    masses: Tensor,
+    candidates: Tensor,
+    weights: Tensor | None,
+    grads: Gradients | None,
+) -> Tensor:
+    """As teach_chosen, where a query's first `candidates` blocks have a teacher.
+
+    Args:
+        masses: [C, Q, more than M] fp32, which are lost if there are `grads`. candidates: [Q]
+            int32; weights: [Q] fp32, what queries count; None: ones.
+    """
+    from ops.index_attention.triton_backend import add_grads, divergences
+
+    found = divergences(scores.values, masses, candidates, weights, grads is not None)
+    if grads is not None:
+        # the key that gave a block its score, or the one that it is
+        number = scores.values.shape[-1]
+        place = torch.arange(number, device=masses.device, dtype=torch.int32)
+        best = place if scores.best is None else scores.best
+        columns = torch.full_like(masses, -1, dtype=torch.int32)
+        columns[..., :number] = torch.where(place < candidates.unsqueeze(-1), best, -1)
+        add_grads(tile, columns, masses, grads)
+    return found.sum()

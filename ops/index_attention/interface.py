@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.gather_attention import pick_backend
-from ops.index_attention.gathered import gather_of, rows_to_see, teach_chosen
+from ops.index_attention.gathered import gather_of, rows_to_see, teach_all, teach_chosen
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import (
     attend,
@@ -27,11 +27,14 @@ from ops.index_attention.tile import (
     real_dtype,
     tokens_mask,
 )
+from ops.sparse_attention import SparseAttentionSpec, select_backend, sparse_attention
 
 if TYPE_CHECKING:
     from ops.gather_attention import Gather
     from ops.index_attention.triton_backend import IndexTile
 
+MOST_OF_BLOCK = 128
+"""Tokens of a block whose masses in dense attention kernels take."""
 TILE_VALUES = 2**22
 """Numbers of a tile's largest tensors, which bounds what the op needs beside its inputs."""
 
@@ -91,7 +94,8 @@ def indexed_attention(
         dense: attend to everything; the index learns from all of it.
         teach: compute the divergence. token_mask: [T] bool, tokens that count in it; None: all.
         backend: who chooses, attends to what is chosen and teaches: "triton" gathers it, "torch"
-            masks the rest; None: see ops.gather_attention.pick_backend. `dense` is for torch.
+            masks the rest; None: see ops.gather_attention.pick_backend. With `dense` the kernels of
+            ops.sparse_attention attend, for the shapes that they take, else torch.
 
     Returns:
         IndexedOutput; gradients flow from out to q, k, v and from the divergence to the index.
@@ -103,6 +107,25 @@ def indexed_attention(
     _check(q, k, v, index, bounds, spec)
     width = index.queries.shape[2]
     chosen = pick_backend(backend, q.device, q.dtype, q.shape[2], spec.block_size, width)
+    if dense and chosen == "triton" and spec.block_size <= MOST_OF_BLOCK:
+        everything = SparseAttentionSpec(
+            block_size=64,
+            coarse_block_size=64,
+            top_k=0,
+            num_sink_blocks=0,
+            min_sparse_length=len(q),
+        )
+        if "triton" in (backend, select_backend(q, k, everything)):
+            cu_seqlens = torch.tensor(bounds, device=q.device)
+            found = sparse_attention(
+                q, k, v, cu_seqlens, everything, coarse=False, backend="triton"
+            )
+            total = q.new_zeros((), dtype=torch.float32)
+            if teach:
+                total = _LearnFromAll.apply(  # type: ignore[no-untyped-call]
+                    *index, q.detach(), k.detach(), found.lse.detach(), token_mask, bounds, spec
+                )
+            return IndexedOutput(found.out, total, q.new_zeros((), dtype=torch.int64))
     gathers = chosen == "triton" and not dense
     found = _Indexed.apply(  # type: ignore[no-untyped-call]
         q, k, v, *index, token_mask, tuple(bounds), spec, dense, teach, gathers
@@ -171,15 +194,18 @@ class _Tiles:
             yield at, min(at + size, document.end)
             at += size
 
-    def index_tiles(self, document: _Document) -> Iterator[tuple[int, IndexTile]]:
-        """First queries and tiles of the index for its kernels."""
+    def index_tiles(self, document: _Document, by_key: int = 1) -> Iterator[tuple[int, IndexTile]]:
+        """First queries and tiles of the index for its kernels. by_key: what a query and a key have
+        numbers of at least.
+        """
         from ops.index_attention.triton_backend import IndexTile, tile_queries
 
         queries, keys, weights = self.index
         choices = queries.shape[1] if self.spec.by_head else 1
         at = document.begin
         while at < document.end:
-            stop = min(at + tile_queries(at - document.begin + 1, choices), document.end)
+            seen = at - document.begin + 1
+            stop = min(at + tile_queries(seen, max(choices, by_key)), document.end)
             yield (
                 at,
                 IndexTile(
@@ -396,6 +422,67 @@ def _attend_gathered(
             masses = triton_backend.masses(gather, lse, start, stop)[..., : chosen.shape[-1]]
             total += teach_chosen(tile, scores, chosen, masses, counts, into)
     return total, num_chosen
+
+
+class _LearnFromAll(torch.autograd.Function):
+    """apply(*index, q, k, lse, token_mask, bounds, spec) -> [], by kernels: the divergence from the
+    masses of attention to everything, whose log-sum-exp is given. As _Indexed it has its gradient
+    at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        from ops.index_attention.triton_backend import Gradients, block_masses, block_scores
+
+        index, (q, k, lse, token_mask, bounds, spec) = Index(*given[:3]), given[3:]
+        q, keys = q.contiguous(), k.to(q.dtype).contiguous().transpose(0, 1)
+        lse = lse.contiguous()
+        tiles = _Tiles(q, k, None, index, bounds, spec)
+        learns = any(ctx.needs_input_grad[:3])
+        grads = [
+            torch.zeros_like(x, dtype=torch.float32) if learns and x is not None else None
+            for x in index
+        ]
+        weights = None if token_mask is None else token_mask.float()
+        total: Tensor = lse.new_zeros(())
+        size = spec.block_size
+        for document in tiles.documents():
+            for start, tile in tiles.index_tiles(document, k.shape[1]):
+                stop = start + len(tile.queries)
+                seen = tiles.position(document, start, stop)[0] + 1
+                if spec.pools_keys:
+                    seen = seen // size * size
+                scores = block_scores(tile, with_best=learns)
+                number = scores.values.shape[-1]
+                if not number:
+                    continue
+                masses = block_masses(
+                    q, keys, lse, seen.int(), start, document.begin, number + 1, size
+                )
+                if not spec.by_head:
+                    masses = masses.sum(0, keepdim=True)
+                into = None
+                of_queries, of_keys, of_weights = grads
+                if of_queries is not None and of_keys is not None:
+                    into = Gradients(
+                        of_queries[start:stop],
+                        of_keys[tiles.key_range(document, stop)],
+                        None if of_weights is None else of_weights[start:stop],
+                    )
+                candidates = ((seen + size - 1) // size).int()
+                of_tile = None if weights is None else weights[start:stop]
+                total += teach_all(tile, scores, masses, candidates, of_tile, into)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in index]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = (
+            None if g is None else (g * grads[0]).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*found, *(None,) * 6)
 
 
 def _leaves(

@@ -1,5 +1,5 @@
-"""Starts the kernels of an index's scores, of the choice among them, of what teaches it inside
-sparse attention, and of the scores' gradients. Nothing here waits for the device.
+"""Starts the kernels of an index's scores, of the choice among them, of what teaches it where all
+blocks do, and of the scores' gradients. Nothing here waits for the device.
 
 Shape letters: Q queries of a tile, n keys, C choices, I index heads, w their width, M blocks, K
 blocks that are chosen; of sparse attention T tokens, H heads, Hk key/value heads, d head dimension,
@@ -18,13 +18,11 @@ from ops.compile.launch import launch
 from ops.index_attention.kernels import configs
 from ops.index_attention.kernels.grads import index_key_grad_kernel, index_query_grad_kernel
 from ops.index_attention.kernels.largest import largest_kernel
-from ops.index_attention.kernels.masses import index_divergence_kernel, index_entry_masses_kernel
+from ops.index_attention.kernels.masses import index_divergence_kernel, index_masses_kernel
 from ops.index_attention.kernels.scores import held_scores_kernel, index_scores_kernel
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import ranked
-from ops.sparse_attention.entries import CoarseEntries
 from ops.sparse_attention.kernels.configs import next_power_of_two
-from ops.sparse_attention.spec import SparseAttentionSpec
 
 CHUNK_VALUES = 2**24
 """Scores of a tile of queries, which bounds what is needed beside inputs and outputs."""
@@ -191,60 +189,68 @@ def choose(scores: Tensor, position: Tensor, spec: IndexSpec) -> Tensor:
     return largest(scores, spec.top_k)
 
 
-def entry_masses(
+def block_masses(
     q: Tensor,
-    entries: CoarseEntries,
-    bias: Tensor | None,
+    keys: Tensor,
     lse: Tensor,
-    candidates: Tensor,
+    counts: Tensor,
     first_token: int,
-    first_block: int,
+    first_entry: int,
     row_size: int,
-    spec: SparseAttentionSpec,
+    of_block: int,
+    *,
+    variances: Tensor | None = None,
+    max_variance: float = 0.0,
+    num_pooled: int = 1,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """What sparse attention's softmax gives to blocks by their entries, summed over the heads of a
-    group: [Hk, Q, row_size] fp32, 0 beyond a query's candidates.
+    """What a softmax gives to blocks by their entries, tokens or what these are pooled to, summed
+    over the heads of a group: [Hk, Q, row_size] fp32, 0 where a query has no entry of a block.
 
     Args:
-        q: [T, H, d]; entries: [Hk, E, d] in its dtype; bias, lse: [T, H] fp32; all contiguous.
-        candidates: [Q] int32, how many blocks from first_block on each query has; row_size is at
-            least the most of them. The queries are the tokens from first_token on.
+        q: [T, H, d], of which the tokens from first_token on are the queries; lse: [T, H] fp32.
+        keys: [Hk, E, d], in the dtype of q; of strides that are multiples of d.
+        counts: [Q] int32, how many entries from first_entry on each query has, of at most row_size
+            blocks; of_block: entries of a block, a power of two.
+        variances: as `keys`, which are means of num_pooled tokens then, for logits of order 2 (see
+            SparseAttentionSpec). bias: [T, H] fp32, added to the logits.
     """
-    _, num_heads, dim = q.shape
-    kv_heads, num_entries = entries.key_mean.shape[:2]
-    group, r = num_heads // kv_heads, spec.entries_per_block
-    config = configs.entry_masses_config(dim, r, q.dtype)
-    heads, blocks = next_power_of_two(group), config.columns // r
+    num_heads, dim = q.shape[1:]
+    kv_heads = keys.shape[0]
+    group = num_heads // kv_heads
+    config = configs.masses_config(dim, of_block, q.dtype)
+    heads, blocks = next_power_of_two(group), config.columns // of_block
     queries = max(1, config.rows // heads)
-    num_queries = len(candidates)
+    num_queries = len(counts)
     masses = torch.zeros(kv_heads, num_queries, row_size, dtype=torch.float32, device=q.device)
     launch(
-        index_entry_masses_kernel,
-        (-(-row_size // (blocks * configs.ENTRY_STEPS)), -(-num_queries // queries), kv_heads),
+        index_masses_kernel,
+        (-(-row_size // (blocks * configs.MASSES_STEPS)), -(-num_queries // queries), kv_heads),
         q,
-        entries.key_mean,
-        entries.key_var,
+        keys,
+        variances,
         bias,
         lse,
-        candidates,
+        counts,
         masses,
         first_token,
         num_queries,
-        first_block * r,
-        num_entries,
+        first_entry,
+        keys.stride(0) // dim,
+        keys.stride(1) // dim,
         row_size,
         kv_heads,
         dim**-0.5,
-        spec.max_variance,
-        math.log2(spec.coarse_block_size),
+        max_variance,
+        math.log2(num_pooled),
         GROUP=group,
         QUERIES=queries,
         HEADS=heads,
         DIM=dim,
-        ENTRIES=r,
+        ENTRIES=of_block,
         BLOCKS=blocks,
-        STEPS=configs.ENTRY_STEPS,
-        ORDER=spec.order,
+        STEPS=configs.MASSES_STEPS,
+        ORDER=0 if variances is None else 2,
         **config.options,
     )
     return masses
@@ -275,7 +281,7 @@ def divergences(
         masses.shape[-1],
         1.0 / choices,
         LEARNS=learns,
-        CHUNK=configs.MASSES,
+        CHUNK=configs.ROW,
         num_warps=4,
     )
     return found

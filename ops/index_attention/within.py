@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ops.gather_attention import Gather, pick_backend
+from ops.index_attention.gathered import teach_all
 from ops.index_attention.spec import IndexSpec
 from ops.index_attention.tile import (
     block_scores,
@@ -385,13 +386,7 @@ def _taught_by_kernels(
     grads: list[Tensor],
 ) -> Tensor:
     """As _taught."""
-    from ops.index_attention.triton_backend import (
-        Gradients,
-        IndexTile,
-        add_grads,
-        block_scores,
-        divergences,
-    )
+    from ops.index_attention.triton_backend import Gradients, IndexTile, block_scores
 
     teacher = _for_kernels(teacher, queries.dtype)
     queries, keys = queries.contiguous(), keys.to(queries.dtype).contiguous()
@@ -409,20 +404,11 @@ def _taught_by_kernels(
         begin = tile.begin + sinks * spec.block_size
         tokens = slice(begin, tile.tokens(spec).stop)
         index = IndexTile(queries[tile.rows], keys[tokens], None, tile.start - begin, rule_of(spec))
+        into = Gradients(grads[0][tile.rows], grads[1][tokens], None) if grads else None
         scores = block_scores(index, with_best=bool(grads))
         masses = _masses_by_kernels(teacher, tile, candidates, spec)
         of_tile = None if weights is None else weights[tile.rows]
-        total += divergences(scores.values, masses, candidates, of_tile, bool(grads)).sum()
-        if grads:
-            # A block's gradient is that of the key that gave its score.
-            assert scores.best is not None
-            columns = torch.full_like(masses, -1, dtype=torch.int32)
-            place = torch.arange(number, device=queries.device)
-            there = place < candidates.unsqueeze(-1)
-            columns[..., :number] = torch.where(there, scores.best, -1)
-            add_grads(
-                index, columns, masses, Gradients(grads[0][tile.rows], grads[1][tokens], None)
-            )
+        total += teach_all(index, scores, masses, candidates, of_tile, into)
     return total
 
 
@@ -445,13 +431,25 @@ def _masses_by_kernels(
     be one. teacher: as _for_kernels gives it; candidates: [Q] int32, how many each query has.
     """
     from ops.gather_attention import triton_backend as gathering
-    from ops.index_attention.triton_backend import entry_masses
+    from ops.index_attention.triton_backend import block_masses
 
     q, k, entries, selected, lse, bias = teacher
-    sinks = spec.num_sink_blocks
+    sinks, r = spec.num_sink_blocks, spec.entries_per_block
     first, number = tile.first_block + sinks, tile.num_blocks - sinks
-    row_size = number // 16 * 16 + 16
-    masses = entry_masses(q, entries, bias, lse, candidates, tile.start, first, row_size, spec)
+    masses = block_masses(
+        q,
+        entries.key_mean,
+        lse,
+        candidates * r,
+        tile.start,
+        first * r,
+        number // 16 * 16 + 16,
+        r,
+        variances=entries.key_var if spec.order == 2 else None,
+        max_variance=spec.max_variance,
+        num_pooled=spec.coarse_block_size,
+        bias=bias,
+    )
     if not selected.shape[-1]:
         return masses
 

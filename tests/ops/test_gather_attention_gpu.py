@@ -103,8 +103,17 @@ def compare(attend, inputs: list[torch.Tensor], dtype: torch.dtype) -> None:
         assert_close(f"result {number}", a, c, dtype)
 
 
-@pytest.mark.parametrize(("spec", "heads", "kv_heads", "dim", "dtype"), INDEXED, ids=str)
-def test_an_index_attends_as_plain_torch_does(spec, heads, kv_heads, dim, dtype):
+@pytest.mark.parametrize(
+    ("spec", "heads", "kv_heads", "dim", "dtype", "dense"),
+    [
+        (*case, dense)
+        for case in INDEXED
+        for dense in (False, True)
+        if not dense or case[1] <= 16 * case[2]  # of sparse attention's kernels
+    ],
+    ids=str,
+)
+def test_an_index_attends_as_plain_torch_does(spec, heads, kv_heads, dim, dtype, dense):
     length = BOUNDS[-1]
     shapes = (length, heads, dim), *[(length, kv_heads, dim)] * 2
     queries, keys, weights = of_index(length, length)
@@ -116,7 +125,9 @@ def test_an_index_attends_as_plain_torch_does(spec, heads, kv_heads, dim, dtype)
 
     def attend(backend, x):
         index = Index(x[3], x[4], x[5] if len(x) == 6 else None)
-        return indexed_attention(*x[:3], index, BOUNDS, spec, teach=True, backend=backend)
+        return indexed_attention(
+            *x[:3], index, BOUNDS, spec, dense=dense, teach=True, backend=backend
+        )
 
     of_rule = [weights] if spec.rule == "dsa" else []
     compare(attend, [*normals(*shapes), queries, keys, *of_rule], dtype)

@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
             pytest.param(
                 (
                     *("chunks", "choice", "scores", "grads", "within", "tiles"),
-                    *("taught", "taught in parts"),
+                    *("taught", "taught in parts", "dense"),
                 )
             ),
         ]

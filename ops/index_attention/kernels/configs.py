@@ -11,10 +11,10 @@ from ops.sparse_attention.kernels.configs import next_power_of_two
 
 CHUNK = 2048
 """Values that one step of the selection takes."""
-MASSES = 512
+ROW = 512
 """Blocks that one step of the divergence takes."""
-ENTRY_STEPS = 8
-"""Steps of a program of the masses of entries, for which its queries stay."""
+MASSES_STEPS = 8
+"""Steps of a program of the masses, for which its queries stay."""
 
 
 def padded(width: int) -> int:
@@ -29,11 +29,14 @@ def scores_config(width: int, dtype: torch.dtype) -> Config:
     return Config(64, 128, 8, 2) if padded(width) <= 128 else Config(64, 64, 4, 2)
 
 
-def entry_masses_config(head_dim: int, entries_per_block: int, dtype: torch.dtype) -> Config:
-    """Its rows are queries by the heads of a group, its columns entries, those of whole blocks."""
-    wide = head_dim > 128 or dtype == torch.float32
+def masses_config(head_dim: int, entries_per_block: int, dtype: torch.dtype) -> Config:
+    """Its rows are queries by the heads of a group, its columns entries of whole blocks."""
+    exact = dtype == torch.float32
+    wide = head_dim > 128 or exact
     columns = max(16 if wide else 32, entries_per_block)
-    return Config(64 if wide else 128, columns, 8, 1 if dtype == torch.float32 else 2)
+    most = (1024 if exact else 4096 if wide else 8192) // columns
+    warps = 16 if exact and columns > 64 else 8
+    return Config(max(16, min(64 if wide else 128, most)), columns, warps, 1 if exact else 2)
 
 
 def held_config(width: int, heads: int, dtype: torch.dtype, by_head: bool) -> Config:

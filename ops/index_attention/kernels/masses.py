@@ -1,5 +1,5 @@
-"""What teaches an index inside sparse attention: the masses that the op's softmax gave to pooled
-entries, and the divergence of the index from all masses of a row.
+"""What teaches an index whose blocks all have a teacher: the masses that a softmax gave to blocks,
+by their tokens or by pooled entries, and the divergence of the index from the masses of a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALLEST: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def index_entry_masses_kernel(
+def index_masses_kernel(
     q_ptr,
     key_mean_ptr,
     key_var_ptr,
@@ -30,7 +30,8 @@ def index_entry_masses_kernel(
     first_token,
     num_queries,
     first_entry,
-    num_entries,
+    head_stride,
+    entry_stride,
     row_size,
     num_kv_heads,
     scale,
@@ -45,12 +46,13 @@ def index_entry_masses_kernel(
     STEPS: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """Grid (blocks / (BLOCKS * STEPS), Q / QUERIES, Hk). masses: [Hk, Q, row_size] fp32, of the
-    first counts [Q] blocks that of their entries, summed over the heads of the group; nothing is
-    written beyond.
+    """Grid (blocks / (BLOCKS * STEPS), Q / QUERIES, Hk). masses: [Hk, Q, row_size] fp32, of blocks
+    of ENTRIES entries, of which a query has the first counts [Q] entries, summed over the heads of
+    the group; nothing is written beyond.
 
     Queries are tokens first_token and on of q [T, Hk * GROUP, DIM], lse and bias [T, Hk * GROUP]
-    fp32; block 0 begins at entry first_entry of key_mean and key_var [Hk, num_entries, DIM].
+    fp32; entry 0 is first_entry of key_mean and key_var, rows of DIM, of which those of a head are
+    entry_stride apart and those of an entry head_stride.
     """
     kv_head = tl.program_id(2)
     number = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -58,38 +60,41 @@ def index_entry_masses_kernel(
     end = first_token + num_queries
     count = tl.load(counts_ptr + number, mask=number < num_queries, other=0)
     first = tl.program_id(0) * (BLOCKS * STEPS)
-    limit = tl.minimum(first + BLOCKS * STEPS, tl.max(count, 0))
+    most = tl.max(count, 0)
+    limit = tl.minimum(first + BLOCKS * STEPS, tl.cdiv(most, ENTRIES))
 
     query, index, live = tile_rows(start, end, kv_head, num_kv_heads * GROUP, QUERIES, HEADS, GROUP)
     q = load_rows(q_ptr, index, live, DIM)
     q_squared = q * q
+    seen = tl.load(counts_ptr + tl.program_id(1) * QUERIES + query, mask=live, other=0)
 
     # What a logit has beside its products, with the denominator taken off.
     offset = log2_tokens - log2_denominator(lse_ptr, index, live)
     if bias_ptr is not None:
         offset += tl.load(bias_ptr + index, mask=live, other=0.0) * LOG2E
 
-    head_offset = kv_head.to(tl.int64) * num_entries + first_entry
+    head_offset = kv_head.to(tl.int64) * head_stride
     row = (kv_head.to(tl.int64) * num_queries + number) * row_size
     for block in range(first, limit, BLOCKS):
         entry = block * ENTRIES + tl.arange(0, BLOCKS * ENTRIES)
-        inside = entry < limit * ENTRIES
-        key_mean = load_rows(key_mean_ptr, head_offset + entry, inside, DIM)
+        inside = entry < most
+        at = head_offset + (first_entry + entry).to(tl.int64) * entry_stride
+        key_mean = load_rows(key_mean_ptr, at, inside, DIM)
         key_var = key_mean
         if ORDER == 2:
-            key_var = load_rows(key_var_ptr, head_offset + entry, inside, DIM)
+            key_var = load_rows(key_var_ptr, at, inside, DIM)
         logits, _ = entry_logits(
             q, q_squared, key_mean, key_var, scale, max_variance, offset[:, None], ORDER
         )
 
-        probs = tl.where(live[:, None], tl.exp2(logits), 0.0)
+        probs = tl.where(entry[None, :] < seen[:, None], tl.exp2(logits), 0.0)
         mass = tl.sum(tl.reshape(probs, [QUERIES, HEADS, BLOCKS, ENTRIES]), 3)
         mass = tl.sum(mass, 1)
         candidate = block + tl.arange(0, BLOCKS)
         tl.store(
             masses_ptr + row[:, None] + candidate[None, :],
             mass,
-            mask=candidate[None, :] < count[:, None],
+            mask=candidate[None, :] * ENTRIES < count[:, None],
         )
 
 

@@ -377,11 +377,22 @@ def check_far(spec: SparseAttentionSpec) -> None:
     number, first, r, scale = 150, 3, spec.entries_per_block, 0.25
     q, lse, bias = normals(9, 4, 16), 6 + normals(9, 4, seed=1), normals(9, 4, seed=2)
     mean, var = (normals(2, (first + number) * r, 16, seed=n) for n in (3, 4))
-    entries = CoarseEntries(mean, mean, var.square())
+    var = var.square()
     candidates = torch.tensor([0, 1, 63, 64, 65, 150], dtype=torch.int32)
     with poisoned_memory():
-        found = triton_backend.entry_masses(
-            q, entries, bias, lse, candidates, 2, first, number + 1, spec
+        found = triton_backend.block_masses(
+            q,
+            mean,
+            lse,
+            candidates * r,
+            2,
+            first * r,
+            number + 1,
+            r,
+            variances=var if spec.order == 2 else None,
+            max_variance=spec.max_variance,
+            num_pooled=spec.coarse_block_size,
+            bias=bias,
         )
     expected = torch.zeros(2, len(candidates), number + 1, dtype=torch.float64)
     for at, count in enumerate(candidates.tolist()):
@@ -389,7 +400,7 @@ def check_far(spec: SparseAttentionSpec) -> None:
             row = q[2 + at, head].double()
             logits = scale * mean[head // 2].double() @ row + bias[2 + at, head]
             if spec.order == 2:
-                spread = 0.5 * scale**2 * entries.key_var[head // 2].double() @ row.square()
+                spread = 0.5 * scale**2 * var[head // 2].double() @ row.square()
                 logits = logits + spread.clamp_max(spec.max_variance)
             masses = spec.coarse_block_size * (logits - lse[2 + at, head]).exp()
             by_block = masses.view(-1, r).sum(1)[first:]
@@ -406,16 +417,22 @@ GROUPS: dict[str, tuple[Callable[[Any], None], dict[str, Any], ModuleType, dict[
     "grads": (check_grads, CASES | HALF, configs, {}),
     "within": (check_within, WITHIN, triton_backend, {"MOST_QUERIES": 16}),
     "taught": (check_taught, TAUGHT | TAUGHT_HALF, triton_backend, {"MOST_QUERIES": 16}),
-    "taught in parts": (check_taught, TAUGHT, configs, {"MASSES": 2, "ENTRY_STEPS": 2}),
+    "taught in parts": (check_taught, TAUGHT, configs, {"ROW": 2, "MASSES_STEPS": 2}),
     "far": (
         check_far,
-        {name: WITHIN[name] for name in ("plain", "nothing to choose")},
+        {name: TAUGHT[name].spec for name in ("plain", "means, no first blocks")},
         configs,
         {},
     ),
     "tiles": (
         gather_cases.check_op,
         {name: gather_cases.OPS[name] for name in ("dsa", "msa", "csa", "csa, two steps")},
+        triton_backend,
+        {"MOST_QUERIES": 7},
+    ),
+    "dense": (
+        gather_cases.check_op,
+        {name: case for name, case in gather_cases.OPS.items() if case.dense},
         triton_backend,
         {"MOST_QUERIES": 7},
     ),
