@@ -170,7 +170,7 @@ def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
 ):
     """Its loop, with a training that only says how it was asked for."""
 
-    def pretended(words: list[str], log: Path) -> None:
+    def pretended(words: list[str]) -> None:
         settings = dict(word.split("=", 1) for word in words)
         run = Path(settings.get("resume") or settings["run_dir"])
         resumed = "resume" in settings
@@ -182,7 +182,7 @@ def test_a_sweep_trains_what_is_missing_and_takes_up_what_was_stopped(
         stopped = run.name == "muon-0.2-7" and not resumed
         result = {"stopped": stopped, "val_loss": loss, "step": 2, "tokens": 9}
         (run / "result.json").write_text(json.dumps(result))
-        log.write_text(" ".join(words))
+        print(*words)
 
     monkeypatch.setattr(sweep, "command", pretended)
     monkeypatch.setattr(sweep, "preload", lambda: None)
@@ -268,6 +268,9 @@ def test_losses_of_rows_before_and_after_are_told_with_intervals(tmp_path):
         in told
     )
     assert "| dense | 2.7500 |  | 1.7500 |  |" in told
+    # Without dense attention there is nothing to compare with.
+    (tmp_path / "dense-7").rename(tmp_path / "elsewhere")
+    assert "| drop | 3.0000 |  | 1.8500 |  |" in adapted.by_rows(tmp_path, 7)
 
 
 def test_attentions_are_compared_over_the_seeds_that_both_have():

@@ -23,15 +23,16 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.quality.attentions import arguments_of, cell, compare
+from bench.quality.attentions import BASE, arguments_of, cell, compare
 from bench.quality.sweep import is_done, parser_of
-from launch.comparing.measure import losses
+from launch.comparing.measure import losses, losses_of
 from launch.saved.run import load_run
 from train.files.durable import write_json
-from train.trained.budgets import losses_by_row, ratio_interval
+from train.trained.budgets import ratio_interval
 
 COMMON = [
     *("parallel=single", "balance=none", "tracker.wandb.mode=disabled", "checkpoint.keep_last=1"),
@@ -85,24 +86,15 @@ def measure(run: Path, model: Path) -> None:
         write_json(run / BEFORE, untrained(run, model))
 
 
-def untrained(run: Path, folder: Path) -> dict[str, list[float]]:
-    """Summed losses and targets of the run's held-out rows, of the folder's weights."""
+def untrained(run: Path, folder: Path) -> dict[str, Any]:
+    """Losses of the run's held-out rows with the folder's weights."""
     from train.components import build_model
-    from train.data.loader import validation_batches
-    from train.data.open import held_out_rows, trained_on
-    from train.data.prepare import prepare
-    from train.data.store import TokenStore
     from train.pretrained.folder import PretrainedFolder
 
     config = load_run(str(run))
     model = build_model(config)
     PretrainedFolder(folder).fill_model(model)
-    store = trained_on(prepare(config.data), TokenStore(run / "data"))
-    rows = held_out_rows(config, store)
-    most = config.train.eval_max_sequences
-    batches = validation_batches(rows, 1, store.end_of_document, 0, 1, most)
-    sums, counts, _ = losses_by_row(model.eval(), batches, torch.device("cpu"))
-    return {"sums": sums.tolist(), "counts": counts.tolist()}
+    return losses_of(model, config, run, torch.device("cpu"), 1)
 
 
 def rows_of(run: Path) -> dict[str, list[float]]:
@@ -119,14 +111,13 @@ def rows_of(run: Path) -> dict[str, list[float]]:
 def by_rows(folder: Path, seed: int) -> str:
     """Markdown of a seed's runs, with intervals of 95% over rows."""
     lines = ["| attention | before | less dense | after | less dense |", "|---" * 5 + "|"]
-    base: dict[str, list[float]] = {}
+    base = rows_of(cell(folder, BASE, seed))
     for variant in VARIANTS:
         run = cell(folder, variant, seed)
         rows = rows_of(run) if is_done(run) else {}
-        base = base or rows
         parts: list[str] = []
         for when in ("before", "after"):
-            parts += _told(rows.get(when), base.get(when), base.get("targets"))
+            parts += _told(rows.get(when), base.get(when), rows.get("targets"))
         if rows:
             lines.append(f"| {variant} | {' | '.join(parts)} |")
     return f"\nSeed {seed}, intervals over rows:\n\n" + "\n".join(lines)
@@ -135,14 +126,15 @@ def by_rows(folder: Path, seed: int) -> str:
 def _told(
     means: list[float] | None, base: list[float] | None, targets: list[float] | None
 ) -> tuple[str, str]:
-    """A loss, and what it is more than the base's, with its interval."""
-    if means is None or base is None or targets is None:
+    """A loss, and what it is more than the base's, where there is one, with its interval."""
+    if means is None or targets is None:
         return "", ""
     counts = torch.tensor(targets, dtype=torch.float64)
-    sums, less = (torch.tensor(x, dtype=torch.float64) * counts for x in (means, base))
+    sums = torch.tensor(means, dtype=torch.float64) * counts
     loss = f"{float(sums.sum() / counts.sum()):.4f}"
-    if base is means:
+    if base is None or base == means:
         return loss, ""
+    less = torch.tensor(base, dtype=torch.float64) * counts
     mean, low, high = ratio_interval(sums - less, counts)
     return loss, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 

@@ -85,47 +85,41 @@ def train(run: Path, words: list[str], measure: Callable[[Path], None] | None = 
         shutil.rmtree(run, ignore_errors=True)
         words = [*words, f"run_dir={run}"]
     log = run.with_name(run.name + ".log")
-    in_a_fork(command, words, log)
+    in_a_fork(log, command, words)
     if not is_done(run):
         raise RuntimeError(f"{run.name} did not train to its end; see {log}")
     if measure is not None:
-        in_a_fork(measured, measure, run, log)
+        in_a_fork(log, measure, run)
     log.unlink()
     shutil.rmtree(run / "checkpoints")
     (run / "processor_seconds").write_text(str(spent() - before))
 
 
-def in_a_fork(function: Callable[..., None], *given: Any) -> None:
-    """function(*given), whose last argument is where its output goes, in a fork: that has torch and
-    DeepSpeed already, which cost as much as a short run.
+def in_a_fork(log: Path, function: Callable[..., None], *given: Any) -> None:
+    """function(*given), whose output goes to `log`, in a fork: it has torch and DeepSpeed already,
+    which cost as much as a short run.
 
     Raises:
         RuntimeError: it failed.
     """
-    process = multiprocessing.get_context("fork").Process(target=function, args=given)
+
+    def call() -> None:
+        with log.open("a") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        function(*given)
+
+    process = multiprocessing.get_context("fork").Process(target=call)
     process.start()
     process.join()
     if process.exitcode != 0:
-        raise RuntimeError(f"{function.__name__} ended with {process.exitcode}; see {given[-1]}")
+        raise RuntimeError(f"it ended with exit code {process.exitcode}; see {log}")
 
 
-def command(words: list[str], log: Path) -> None:
+def command(words: list[str]) -> None:
     """launch.train in this process."""
-    _write_to(log)
     sys.argv = ["launch.train", *words]
     runpy.run_module("launch.train", run_name="__main__")
-
-
-def measured(measure: Callable[[Path], None], run: Path, log: Path) -> None:
-    """measure(run) in this process."""
-    _write_to(log)
-    measure(run)
-
-
-def _write_to(log: Path) -> None:
-    with log.open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
 
 
 def read(run: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,12 @@ from launch.saved.run import load_run
 from train.checkpoint.folder import find_checkpoint
 from train.config.commands.benchmark import SloConfig
 from train.files.durable import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.transformer import Transformer
+    from train.config.run import RunConfig
 
 BATCH_SIZE = 16
 PRECISION = 0.02
@@ -33,28 +39,32 @@ def losses(path: Path, run_dir: Path, batch_size: int = BATCH_SIZE) -> dict[str,
     if known is not None and known.get("checkpoint") == checkpoint.name:
         return known
 
+    run = load_run(str(run_dir), checkpoint=checkpoint)
+    model, _, device = opened(str(run_dir), checkpoint.name)
+    found = {"checkpoint": checkpoint.name, **losses_of(model, run, run_dir, device, batch_size)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    return found
+
+
+def losses_of(
+    model: Transformer, run: RunConfig, run_dir: Path, device: torch.device, batch_size: int
+) -> dict[str, Any]:
+    """Summed loss and targets of every held-out row of a run, and the experts that a token visits,
+    by any model that reads its tokens. batch_size: rows at a time.
+    """
     from train.data.loader import validation_batches
     from train.data.open import held_out_rows, trained_on
     from train.data.prepare import prepare
     from train.data.store import TokenStore
     from train.trained.budgets import losses_by_row
 
-    run = load_run(str(run_dir), checkpoint=checkpoint)
-    model, _, device = opened(str(run_dir), checkpoint.name)
     store = trained_on(prepare(run.data), TokenStore(run_dir / "data"))
     rows = held_out_rows(run, store)
     most = run.train.eval_max_sequences
     batches = validation_batches(rows, batch_size, store.end_of_document, 0, 1, most)
     sums, counts, experts = losses_by_row(model.eval(), batches, device)
-    found = {
-        "checkpoint": checkpoint.name,
-        "sums": sums.tolist(),
-        "counts": counts.tolist(),
-        "experts_per_token": experts,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
-    return found
+    return {"sums": sums.tolist(), "counts": counts.tolist(), "experts_per_token": experts}
 
 
 def speed(

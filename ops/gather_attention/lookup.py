@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.gather_attention.problem import Lookup, Source
+from ops.gather_attention.problem import Lookup
 
 TILE_VALUES = 2**22
 """Numbers of the keys that are gathered at a time, or one query's."""
@@ -46,8 +46,8 @@ def _attend_tile(problem: Lookup, start: int, stop: int) -> Tensor:
     for source in problem.sources:
         kv_heads = source.k.shape[1]
         rows = source.rows[:, start:stop]
-        keys = _gathered(source.k, source, rows).to(real)
-        values.append(keys if source.v is None else _gathered(source.v, source, rows).to(real))
+        keys = _gathered(source.k, rows).to(real)
+        values.append(keys if source.v is None else _gathered(source.v, rows).to(real))
         # [T, Hk, G, d] by [T, Hk, d, L]
         by_head = q.view(num_queries, kv_heads, -1, dim)
         found = (by_head @ keys.permute(0, 2, 3, 1)) * dim**-0.5
@@ -70,7 +70,7 @@ def _attend_tile(problem: Lookup, start: int, stop: int) -> Tensor:
     return out
 
 
-def _gathered(pool: Tensor, source: Source, rows: Tensor) -> Tensor:
+def _gathered(pool: Tensor, rows: Tensor) -> Tensor:
     """[T, L, Hk, d] of pool [N, Hk, d]; where nothing is listed row 0, which is there. rows: [C, T,
     L].
     """

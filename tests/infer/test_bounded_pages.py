@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import VOCAB_SIZE, build, tiny_config
+from common import build, tiny_config
 
-from infer.config import EngineConfig, SamplingConfig
+from infer.config import EngineConfig
 from infer.engine import Engine
 from infer.request import Request
 from model.attention.config.sparse import SparseAttentionConfig
@@ -17,6 +17,7 @@ from model.config import BalanceConfig
 from model.cost.memory import cache_bytes
 from model.generate import generate
 from ops.sparse_attention.resident_cache import ResidentPages
+from tests.infer.poisoned import prompt, request, texts
 from train.config.commands.generate import GenerateConfig
 from train.config.commands.serve import ServeConfig
 
@@ -50,15 +51,6 @@ def model(request):
     return model_of(request.param)
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    gen = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB_SIZE, (length,), generator=gen).tolist()
-
-
-def request(name: str, tokens: list[int], new: int) -> Request:
-    return Request(name, tokens, SamplingConfig(max_new_tokens=new, temperature=0.0))
-
-
 def bounded(engine: Engine) -> list[ResidentPages]:
     return [pages.held for pages in engine.pages if isinstance(pages, ResidentKVPages)]
 
@@ -79,15 +71,7 @@ def poison(engine: Engine) -> None:
 
 def run(engine: Engine, given: list[Request]) -> dict[str, list[int]]:
     """Texts, with rooms that are nobody's full of NaN before every step."""
-    for one in given:
-        engine.add(one)
-    found = {}
-    while engine.has_work:
-        poison(engine)
-        for event in engine.step():
-            if event.completion is not None:
-                assert event.completion.finish_reason == "length"
-                found[event.name] = event.completion.tokens
+    found = texts(engine, given, poison)
     assert sorted(engine.regions) == list(range(engine.num_slots))
     return found
 

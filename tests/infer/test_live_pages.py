@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import COMPRESSED, COMPRESSED_SHAPE, VOCAB_SIZE, build, tiny_config
+from common import COMPRESSED, COMPRESSED_SHAPE, build, tiny_config
 
 import infer.engine as engines
-from infer.config import EngineConfig, SamplingConfig
+from infer.config import EngineConfig
 from infer.engine import Engine
 from infer.pages import Places
 from infer.request import Request
 from model.config import BalanceConfig
 from model.generate import generate
 from model.paging import live_window
+from tests.infer.poisoned import prompt, request, texts
 
 LENGTH, PAGE = 64, 5
 """Of the model; tokens of a page, as many as the longest entry has."""
@@ -36,15 +37,6 @@ def model():
     return model
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    gen = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB_SIZE, (length,), generator=gen).tolist()
-
-
-def request(name: str, tokens: list[int], new: int) -> Request:
-    return Request(name, tokens, SamplingConfig(max_new_tokens=new, temperature=0.0))
-
-
 def poison(engine: Engine) -> None:
     """What has no room any more is nobody's: let it be no number."""
     assert engine.places is not None
@@ -57,15 +49,7 @@ def poison(engine: Engine) -> None:
 
 def run(engine: Engine, given: list[Request]) -> dict[str, list[int]]:
     """Texts, with rooms that are nobody's full of NaN before every step."""
-    for one in given:
-        engine.add(one)
-    found = {}
-    while engine.has_work:
-        poison(engine)
-        for event in engine.step():
-            if event.completion is not None:
-                assert event.completion.finish_reason == "length"
-                found[event.name] = event.completion.tokens
+    found = texts(engine, given, poison)
     assert not engine.places.readers
     return found
 
